@@ -1,0 +1,248 @@
+"""The `minimuse` command: generate, inpaint, outpaint, edit, train, info. No logic of its own.
+
+minimuse generate "two small red cubes" --n 4 --seed 0 --film
+minimuse inpaint picture.png mask.png "a green sphere"
+minimuse info paper_3b
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code. What the user got wrong is one line on stderr, never a traceback."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"minimuse: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("minimuse: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    from minimuse import __version__
+
+    top = argparse.ArgumentParser(
+        prog="minimuse", description="Text-to-image by masked generative transformers (Muse)."
+    )
+    top.add_argument("--version", action="version", version=f"minimuse {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, help: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=help, description=help)
+        p.set_defaults(run=run)
+        return p
+
+    p = command("generate", generate, "turn prompts into pictures")
+    p.add_argument("prompts", nargs="+", metavar="PROMPT")
+    _drawing(p)
+    p = command("inpaint", inpaint, "repaint the white part of a mask after a prompt")
+    p.add_argument("image", type=Path)
+    p.add_argument("mask", type=Path)
+    p.add_argument("prompts", nargs=1, metavar="PROMPT")
+    _drawing(p)
+    p = command("outpaint", outpaint, "extend a picture beyond its edges")
+    p.add_argument("image", type=Path)
+    p.add_argument("prompts", nargs=1, metavar="PROMPT")
+    p.add_argument("--padding", type=int, nargs="+", default=[16], help="pixels: one number, or left top right bottom")
+    _drawing(p)
+    p = command("edit", edit, "change a picture towards a prompt, without a mask")
+    p.add_argument("image", type=Path)
+    p.add_argument("prompts", nargs=1, metavar="PROMPT")
+    p.add_argument("--iterations", type=int, default=100)
+    p.add_argument("--share", type=float, default=0.08, help="of the tokens resampled an iteration (default: 0.08)")
+    _drawing(p, sampling=False)
+    p = command("train", train, "train a preset from nothing on minimuse's own scenes")
+    p.add_argument("preset")
+    p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device")
+    p = command("info", info, "sizes, grids and defaults of presets and checkpoints")
+    p.add_argument("names", nargs="*", metavar="NAME")
+    return top
+
+
+def _drawing(p: argparse.ArgumentParser, sampling: bool = True) -> None:
+    """Options that all commands share that draw pictures."""
+    p.add_argument("--model", default="nano", help="shipped name, folder or hub id (default: nano)")
+    p.add_argument("--n", type=int, default=1, help="pictures a prompt")
+    p.add_argument("--seed", type=int, help="picture i draws with seed + i (default: a random one, told)")
+    p.add_argument("--negative-prompt")
+    p.add_argument("--guidance", type=_guidance, help="t, or FIRST:LAST for a rising one")
+    if sampling:
+        p.add_argument("--steps", type=int)
+        p.add_argument("--schedule", help="cosine, linear, square, cubic, sqrt, arccos, log, powP")
+        p.add_argument("--order", help="confidence, random, raster, halton, entropy, margin")
+        p.add_argument("--sampling-temperature", type=float)
+        p.add_argument("--choice-temperature", type=float)
+    p.add_argument(
+        "--out", type=Path, help="PNG to write; picture i > 0 gets -i before its ending (default: a free name)"
+    )
+    p.add_argument("--film", action="store_true", help="also write the film strip of the decoding, as ...-film.png")
+    p.add_argument("--force", action="store_true", help="overwrite files")
+    p.add_argument("--device")
+
+
+def _guidance(text: str) -> float | tuple[float, float]:
+    first, _, last = text.partition(":")
+    return (float(first), float(last)) if last else float(first)
+
+
+def generate(args: argparse.Namespace) -> None:
+    _draw(args, lambda muse, **settings: muse.generate(args.prompts, **settings))
+
+
+def inpaint(args: argparse.Namespace) -> None:
+    image, mask = _open(args.image), _open(args.mask)
+    _draw(args, lambda muse, **settings: muse.inpaint(image, mask, args.prompts[0], **settings))
+
+
+def outpaint(args: argparse.Namespace) -> None:
+    if len(args.padding) not in (1, 4):
+        raise ValueError(f"--padding has {len(args.padding)} numbers; give 1, or 4: left top right bottom")
+    padding = tuple(args.padding) if len(args.padding) == 4 else args.padding[0]
+    image = _open(args.image)
+    _draw(args, lambda muse, **settings: muse.outpaint(image, padding, args.prompts[0], **settings))
+
+
+def edit(args: argparse.Namespace) -> None:
+    image, iterating = _open(args.image), {"iterations": args.iterations, "share": args.share}
+    _draw(args, lambda muse, **settings: muse.edit(image, args.prompts[0], **iterating, **settings))
+
+
+def _open(path: Path):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(path)
+        image.load()
+    except UnidentifiedImageError as e:
+        raise ValueError(f"{path} is no picture that can be read; give a PNG or JPEG") from e
+    return image
+
+
+def _draw(args: argparse.Namespace, method) -> None:
+    """Load, draw with a progress bar, save with settings in the PNG, say where."""
+    paths = _paths(args)  # refused before any work
+    from tqdm import tqdm
+
+    from minimuse.muse import Muse
+    from minimuse.plots import film
+
+    muse = Muse.from_pretrained(args.model, device=args.device)
+    names = ("guidance", "steps", "schedule", "order", "sampling_temperature", "choice_temperature")
+    settings = {k: v for k in names if (v := getattr(args, k, None)) is not None}
+    seen = []
+    with tqdm(desc="decoding", unit="step") as bar:
+
+        def watch(step) -> None:
+            bar.set_postfix_str(f"{step.stage}, {int(step.masked[0].sum())} masked")
+            bar.update()
+            seen.append(step)
+
+        images = method(muse, n=args.n, seed=args.seed, negative_prompt=args.negative_prompt, watch=watch, **settings)
+    for image, path in zip(images, paths, strict=True):
+        save_png(image, path)
+        print(f"{path}  ({image.info['minimuse']['prompt']!r}, seed {image.info['minimuse']['seed']})")
+    if args.film:
+        path = paths[0].with_stem(paths[0].stem + "-film")
+        film(muse, seen).save(path)
+        print(path)
+
+
+def _paths(args: argparse.Namespace) -> list[Path]:
+    """Where the pictures go. An existing file is refused without --force; without --out, a free name is found."""
+    count = len(args.prompts) * args.n
+    if count < 1:
+        raise ValueError(f"--n {args.n}: give at least 1")
+    if args.out is not None and args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out {args.out}: give a name that ends in .png, the format that carries the settings")
+    stem = "-".join("".join(c if c.isalnum() else " " for c in args.prompts[0].lower()).split())[:60] or "picture"
+    out, number = args.out or Path(f"{stem}.png"), 1
+
+    def files() -> list[Path]:
+        return [out if i == 0 else out.with_stem(f"{out.stem}-{i}") for i in range(count)]
+
+    def taken() -> list[str]:
+        film = [out.with_stem(out.stem + "-film")] if args.film else []
+        return [str(p) for p in files() + film if p.exists()]
+
+    while args.out is None and taken():
+        out, number = Path(f"{stem}-v{number + 1}.png"), number + 1
+    if taken() and not args.force:
+        raise FileExistsError(f"{', '.join(taken())} already there; give another --out, or --force to overwrite")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"no folder {out.parent}; make it first")
+    return files()
+
+
+def save_png(image, path: Path) -> None:
+    """A PIL image of Muse -> PNG whose text chunk `minimuse` holds prompt, seed and settings as JSON."""
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    chunks.add_text("minimuse", json.dumps(image.info.get("minimuse", {})))
+    image.save(path, pnginfo=chunks)
+
+
+def train(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from minimuse.checkpoint import refuse_existing
+    from minimuse.config import preset
+    from minimuse.train import train_muse
+
+    cfg = preset(args.preset)
+    refuse_existing(args.out)
+    bar = tqdm(disable=True)
+    for p in train_muse(cfg, seed=args.seed, device=args.device):
+        if p.stage != bar.desc:
+            bar.close()
+            bar = tqdm(total=p.steps)
+            bar.desc = p.stage
+        bar.update(p.step - bar.n)
+        bar.set_postfix({k: f"{v:.3g}" for k, v in p.figures.items()}, refresh=False)
+    bar.close()
+    folder = p.model.save_pretrained(args.out)
+    print(
+        f'trained in {p.figures["minutes"]:.1f} minutes: {folder}\ntry: minimuse generate "a red cube" --model {folder}'
+    )
+
+
+def info(args: argparse.Namespace) -> None:
+    from minimuse import checkpoint
+    from minimuse.config import PRESETS, preset
+    from minimuse.muse import parameter_counts
+
+    for name in args.names or [*PRESETS]:
+        cfg = preset(name) if name in PRESETS else checkpoint.load(name)[0]
+        sizes = parameter_counts(cfg)
+        print(f"{name}: {sum(sizes.values()) / 1e6:,.1f}M parameters, text from {cfg.text_encoder}")
+        for part, tokenizer, sampling in [
+            ("base", cfg.low_tokenizer, cfg.base_sampling),
+            ("superres", cfg.high_tokenizer, cfg.superres_sampling),
+        ]:
+            model: Any = getattr(cfg, part)
+            print(
+                f"  {part:9} {sizes[part] / 1e6:8,.1f}M  {model.layers} layers x {model.width}, MLP {model.mlp_width}; "
+                f"{tokenizer.image_size} px, f={tokenizer.downsampling}: {model.grid}x{model.grid} tokens of "
+                f"{model.codebook_size} codes; {sampling.steps} steps"
+            )
+        print(
+            f"  tokenizers {sizes['low_tokenizer'] / 1e6:,.1f}M and, fine-tuned, {sizes['high_tokenizer'] / 1e6:,.1f}M"
+        )
+    if not args.names:
+        print(f"shipped checkpoints: {', '.join(checkpoint.shipped()) or 'none'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

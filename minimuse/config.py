@@ -1,0 +1,420 @@
+"""Every dial of minimuse: one frozen dataclass a component, and presets that differ in numbers alone.
+
+    preset("nano")        32 px f=4 (8x8 tokens)    -> 64 px f=4 (16x16 tokens); trains on 2 CPU cores in minutes
+    preset("toy")         64 px f=8 (8x8 tokens)    -> 128 px f=4 (32x32 tokens): the paper's 16-fold token ratio
+    preset("paper_632m")  256 px f=16 (16x16 tokens) -> 512 px f=8 (64x64 tokens); 632M base, 268M super-resolution
+    preset("paper_3b")    the same grids; Muse A.1 to A.3: 3B base
+
+Nonsense is refused when a configuration is made, with the mend in the message.
+Glossary: f = downsampling, V = codebook_size, D = width, t = guidance scale, r = mask ratio.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+GROUP = 16  # channels a group of the VQGAN's normalization: fixed, so that a wider layer keeps a narrower one's groups
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _positive(cfg: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(cfg, name)
+        ok = isinstance(value, int) and value > 0
+        _require(ok, f"{type(cfg).__name__}.{name} is {value!r}; give a positive whole number")
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """A tokenizer (Muse 2.2, A.2). Each tuple holds one number a resolution, from full size down to size / f."""
+
+    image_size: int  # pixels a side it is trained for; all-convolutional, so any multiple of f works
+    codebook_size: int  # V; the paper found that more than 8192 did not help
+    code_dim: int  # width of a code; small, so that nearest codes are well told apart
+    width: int  # channels at full size, times `multipliers` below it
+    multipliers: tuple[int, ...]  # f = 2 ** (len(multipliers) - 1)
+    blocks: tuple[int, ...]  # encoder residual blocks; 0 at full size saves most of a CPU's time
+    decoder_width: int  # the fine-tuned decoder (Muse 2.5) differs in these two alone
+    decoder_blocks: tuple[int, ...]
+
+    @property
+    def downsampling(self) -> int:
+        """f."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Tokens a side."""
+        return self.image_size // self.downsampling
+
+    def __post_init__(self):
+        _positive(self, "image_size", "codebook_size", "code_dim", "width", "decoder_width")
+        levels = len(self.multipliers)
+        _require(levels > 0, "VQGANConfig.multipliers is empty; give one number a resolution, such as (1, 2, 4)")
+        for name in ("blocks", "decoder_blocks"):
+            n = len(getattr(self, name))
+            _require(n == levels, f"VQGANConfig.{name} has {n} entries for {levels} resolutions; give {levels}")
+        for name in ("width", "decoder_width"):
+            value = getattr(self, name)
+            mend = f"take {max(1, round(value / GROUP)) * GROUP}"
+            _require(value % GROUP == 0, f"VQGANConfig.{name} {value} is not a multiple of {GROUP}; {mend}")
+        f = self.downsampling
+        mend = f"take {max(1, round(self.image_size / f)) * f}, or {levels - 1} fewer multipliers"
+        _require(self.image_size % f == 0, f"image size {self.image_size} is not a multiple of f = {f}; {mend}")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A masked transformer (Muse 2.3, A.1); with `low_layers` > 0 a super-resolution transformer (2.4, A.3)."""
+
+    codebook_size: int  # V of the tokens that it predicts
+    grid: int  # tokens a side; N = grid ** 2
+    text_width: int  # D_lm of the language model
+    width: int  # D
+    layers: int
+    heads: int  # Choice: 64 channels a head at paper scale; the paper is silent
+    mlp_width: int
+    block: int = 0  # side b of multi-axis attention's blocks; 0 is full attention
+    low_layers: int = 0  # depth of the encoder over the low-resolution tokens
+    low_grid: int = 0
+    low_codebook_size: int = 0
+    dropout: float = 0.0  # Choice: the paper is silent
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.grid**2
+
+    @property
+    def mask_id(self) -> int:
+        """The [MASK] token: one past the codebook."""
+        return self.codebook_size
+
+    def __post_init__(self):
+        _positive(self, "codebook_size", "grid", "text_width", "width", "layers", "heads", "mlp_width")
+        ok = self.width % self.heads == 0
+        mend = f"take {max(1, self.width // self.heads) * self.heads}, or a number of heads that divides it"
+        _require(ok, f"width {self.width} is not divisible by {self.heads} heads; {mend}")
+        if self.block:
+            ok = self.grid % self.block == 0
+            _require(ok, f"a grid of {self.grid} is not divisible into blocks of {self.block}; give a divisor, or 0")
+            mend = "give an even number, or block=0"
+            _require(self.heads % 2 == 0, f"multi-axis attention halves the heads, and {self.heads} is odd; {mend}")
+        if self.low_layers:
+            _positive(self, "low_grid", "low_codebook_size")
+        _require(0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How one transformer decodes (Muse 2.8); the defaults of `Muse.generate`."""
+
+    steps: int  # T; the paper: 24 for 256 tokens, 8 for 4096
+    guidance: tuple[float, float]  # t at the first and at the last step (2.7: t rises linearly)
+    schedule: str = "cosine"
+    order: str = "confidence"
+    sampling_temperature: float = 1.0
+    choice_temperature: float = 4.5  # noise of the ranking, annealed to 0 (MaskGIT's released value)
+
+    def __post_init__(self):
+        _positive(self, "steps")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """How one stage trains."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup: int
+    weight_decay: float
+    optimizer: str = "adamw"  # or "adafactor", the paper's for its transformers (A.1)
+    betas: tuple[float, float] = (0.9, 0.96)
+    clip: float = 1.0  # largest gradient norm
+    crop: int = 0  # tokenizers: side of the training crops in pixels; 0 is the whole image
+    label_smoothing: float = 0.0  # Choice: the paper is silent; MaskGIT takes 0.1
+    text_drop: float = 0.1  # share of the examples without text (Muse 2.7)
+    mask_schedule: str = "cosine"  # r = cos(pi u / 2), u uniform (Muse 2.6)
+    perceptual_weight: float = 0.05  # tokenizers (A.2)
+    adversarial_weight: float = 0.1  # tokenizers (A.2)
+    adversarial_start: int = 0  # step at which the adversarial loss joins
+
+    def __post_init__(self):
+        _positive(self, "steps", "batch")
+        known = ("adamw", "adafactor")
+        _require(self.optimizer in known, f"unknown optimizer {self.optimizer!r}; known: {', '.join(known)}")
+        _require(self.learning_rate > 0, f"learning rate {self.learning_rate} is not positive")
+        _require(0 <= self.text_drop <= 1, f"text_drop {self.text_drop} is not in [0, 1]")
+
+
+@dataclass(frozen=True)
+class MuseConfig:
+    """A whole Muse: two tokenizers, two transformers, a language model, and how each stage trains and decodes."""
+
+    name: str
+    text_encoder: str  # hub id, folder, or "all-MiniLM-L6-v2"
+    text_tokens: int  # longest prompt, in tokens of the language model
+    low_tokenizer: VQGANConfig
+    high_tokenizer: VQGANConfig
+    base: TransformerConfig
+    superres: TransformerConfig
+    base_sampling: SamplingConfig
+    superres_sampling: SamplingConfig
+    finetuned_width: int  # the decoder of Muse 2.5
+    finetuned_blocks: tuple[int, ...]
+    scenes: int  # training scenes rendered, if the data are scenes
+    captions: int  # captions a scene
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+
+    @property
+    def finetuned_tokenizer(self) -> VQGANConfig:
+        """The high tokenizer with the bigger decoder of Muse 2.5."""
+        return replace(self.high_tokenizer, decoder_width=self.finetuned_width, decoder_blocks=self.finetuned_blocks)
+
+    def __post_init__(self):
+        low, high, base, sr = self.low_tokenizer, self.high_tokenizer, self.base, self.superres
+        pairs = [
+            ("base.codebook_size", base.codebook_size, "low_tokenizer.codebook_size", low.codebook_size),
+            ("superres.codebook_size", sr.codebook_size, "high_tokenizer.codebook_size", high.codebook_size),
+            ("superres.low_codebook_size", sr.low_codebook_size, "low_tokenizer.codebook_size", low.codebook_size),
+            ("base.grid", base.grid, "low_tokenizer.grid", low.grid),
+            ("superres.grid", sr.grid, "high_tokenizer.grid", high.grid),
+            ("superres.low_grid", sr.low_grid, "low_tokenizer.grid", low.grid),
+            ("superres.text_width", sr.text_width, "base.text_width", base.text_width),
+        ]
+        for a, x, b, y in pairs:
+            _require(x == y, f"{a} is {x} but {b} is {y}; make them equal")
+        ok = high.image_size % low.image_size == 0
+        mend = "take a multiple, since the low-resolution image is the decimated high-resolution one"
+        _require(ok, f"high image size {high.image_size} is not a multiple of the low {low.image_size}; {mend}")
+        ok = self.finetuned_width >= high.decoder_width and all(
+            a >= b for a, b in zip(self.finetuned_blocks, high.decoder_blocks, strict=True)
+        )
+        _require(ok, "the fine-tuned decoder is smaller than high_tokenizer's; give at least its width and blocks")
+
+
+STAGES = ("low_tokenizer", "base", "high_tokenizer", "superres", "decoder")
+
+
+def _square(width: int, multiplier: int = 4) -> dict[str, int]:
+    return {"width": width, "mlp_width": multiplier * width}
+
+
+def nano() -> MuseConfig:
+    """32 px -> 64 px, about 3M parameters: trains from nothing on 2 CPU cores while a student watches."""
+    tokenizer = VQGANConfig(
+        image_size=32,
+        codebook_size=256,
+        code_dim=8,
+        width=16,
+        multipliers=(1, 2, 4),
+        blocks=(1, 1, 2),
+        decoder_width=16,
+        decoder_blocks=(1, 1, 2),
+    )
+    base = TransformerConfig(codebook_size=256, grid=8, text_width=384, layers=5, heads=5, **_square(160))
+    superres = TransformerConfig(
+        codebook_size=256,
+        grid=16,
+        text_width=384,
+        layers=4,
+        heads=4,
+        block=4,
+        low_layers=2,
+        low_grid=8,
+        low_codebook_size=256,
+        **_square(128),
+    )
+    tokenizing = StageConfig(
+        steps=700,
+        batch=64,
+        learning_rate=2e-3,
+        warmup=30,
+        weight_decay=1e-4,
+        betas=(0.9, 0.99),
+        perceptual_weight=0.0,
+        adversarial_weight=0.0,
+    )
+    masked = StageConfig(steps=1000, batch=128, learning_rate=2e-3, warmup=60, weight_decay=0.045)
+    return MuseConfig(
+        name="nano",
+        text_encoder="all-MiniLM-L6-v2",
+        text_tokens=64,
+        low_tokenizer=tokenizer,
+        high_tokenizer=replace(tokenizer, image_size=64),
+        base=base,
+        superres=superres,
+        base_sampling=SamplingConfig(steps=12, guidance=(0.0, 3.0)),
+        superres_sampling=SamplingConfig(steps=8, guidance=(0.0, 1.0)),
+        finetuned_width=32,
+        finetuned_blocks=(2, 2, 2),
+        scenes=6000,
+        captions=2,
+        stages={
+            "low_tokenizer": tokenizing,
+            "base": masked,
+            "high_tokenizer": replace(tokenizing, steps=500, crop=32),
+            "superres": replace(masked, steps=400, batch=64),
+            "decoder": replace(tokenizing, steps=200, crop=32, learning_rate=5e-4),
+        },
+    )
+
+
+def toy() -> MuseConfig:
+    """64 px f=8 -> 128 px f=4: the paper's 16-fold token ratio; hours of training on a CPU."""
+    low = VQGANConfig(
+        image_size=64,
+        codebook_size=512,
+        code_dim=16,
+        width=32,
+        multipliers=(1, 2, 4, 4),
+        blocks=(1, 1, 2, 2),
+        decoder_width=32,
+        decoder_blocks=(1, 1, 2, 2),
+    )
+    high = replace(low, image_size=128, multipliers=(1, 2, 4), blocks=(1, 1, 2), decoder_blocks=(1, 1, 2))
+    base = TransformerConfig(codebook_size=512, grid=8, text_width=384, layers=6, heads=4, **_square(256))
+    superres = replace(base, grid=32, block=8, low_layers=2, low_grid=8, low_codebook_size=512)
+    tokenizing = StageConfig(
+        steps=20_000,
+        batch=64,
+        learning_rate=1e-3,
+        warmup=200,
+        weight_decay=1e-4,
+        betas=(0.9, 0.99),
+        adversarial_start=10_000,
+    )
+    masked = StageConfig(steps=20_000, batch=256, learning_rate=1e-3, warmup=500, weight_decay=0.045)
+    return MuseConfig(
+        name="toy",
+        text_encoder="all-MiniLM-L6-v2",
+        text_tokens=64,
+        low_tokenizer=low,
+        high_tokenizer=high,
+        base=base,
+        superres=superres,
+        base_sampling=SamplingConfig(steps=12, guidance=(0.0, 4.0)),
+        superres_sampling=SamplingConfig(steps=8, guidance=(0.0, 2.0)),
+        finetuned_width=64,
+        finetuned_blocks=(2, 2, 3),
+        scenes=50_000,
+        captions=4,
+        stages={
+            "low_tokenizer": tokenizing,
+            "base": masked,
+            "high_tokenizer": replace(tokenizing, crop=64),
+            "superres": replace(masked, batch=64),
+            "decoder": replace(tokenizing, steps=10_000, crop=64, adversarial_start=0),
+        },
+    )
+
+
+def _paper(name: str, base: dict[str, int], superres: dict[str, int]) -> MuseConfig:
+    """What the paper's models share (2.2, A.1 to A.3)."""
+    low = VQGANConfig(
+        image_size=256,
+        codebook_size=8192,
+        code_dim=256,
+        width=128,
+        multipliers=(1, 1, 2, 2, 4),
+        blocks=(2, 2, 2, 2, 2),
+        decoder_width=128,
+        decoder_blocks=(2, 2, 2, 2, 2),
+    )
+    four = {"multipliers": (1, 1, 2, 4), "blocks": (2, 2, 2, 2), "decoder_blocks": (2, 2, 2, 2)}
+    tokens = {"codebook_size": 8192, "text_width": 4096}
+    tokenizing = StageConfig(
+        steps=1_000_000,
+        batch=256,
+        learning_rate=1e-4,
+        warmup=10_000,
+        weight_decay=1e-4,
+        betas=(0.9, 0.99),
+        crop=256,
+        adversarial_start=250_000,
+    )
+    masked = StageConfig(
+        steps=1_500_000, batch=512, learning_rate=1e-4, warmup=5_000, weight_decay=0.045, optimizer="adafactor"
+    )
+    return MuseConfig(
+        name=name,
+        text_encoder="google/t5-v1_1-xxl",
+        text_tokens=128,
+        low_tokenizer=low,
+        high_tokenizer=replace(low, image_size=512, **four),
+        base=TransformerConfig(**tokens, grid=16, **base),
+        superres=TransformerConfig(**tokens, grid=64, block=8, low_grid=16, low_codebook_size=8192, **superres),
+        base_sampling=SamplingConfig(steps=24, guidance=(0.0, 8.0)),
+        superres_sampling=SamplingConfig(steps=8, guidance=(0.0, 4.0)),
+        finetuned_width=256,
+        finetuned_blocks=(4, 4, 4, 4),
+        scenes=1_000_000,
+        captions=4,
+        stages={
+            "low_tokenizer": tokenizing,
+            "base": masked,
+            "high_tokenizer": tokenizing,
+            "superres": replace(masked, steps=1_000_000),
+            "decoder": replace(tokenizing, adversarial_start=0),
+        },
+    )
+
+
+def paper_632m() -> MuseConfig:
+    """The paper's smaller pair: 632M base, 268M super-resolution. Choice: their shapes are not stated; ours match."""
+    base = {"layers": 36, "heads": 16, **_square(1024)}
+    return _paper("paper_632m", base, {"layers": 20, "heads": 12, "low_layers": 8, **_square(768)})
+
+
+def paper_3b() -> MuseConfig:
+    """The 3B base (A.1: 48 layers, 2048, 8192) and its super-resolution (A.3: 32 + 16 layers, 1024, 4096)."""
+    base = {"layers": 48, "heads": 32, **_square(2048)}
+    return _paper("paper_3b", base, {"layers": 32, "heads": 16, "low_layers": 16, **_square(1024)})
+
+
+PRESETS = {f.__name__: f for f in (nano, toy, paper_632m, paper_3b)}
+
+
+def preset(name: str) -> MuseConfig:
+    """A preset by name."""
+    _require(name in PRESETS, f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+def to_dict(cfg: MuseConfig) -> dict[str, Any]:
+    """A configuration as plain JSON values; `from_dict` undoes it."""
+    return dataclasses.asdict(cfg)
+
+
+def from_dict(values: dict[str, Any]) -> MuseConfig:
+    """A configuration from `to_dict`'s values. ValueError where a field is missing, unknown or nonsense."""
+    parts = {
+        "low_tokenizer": VQGANConfig,
+        "high_tokenizer": VQGANConfig,
+        "base": TransformerConfig,
+        "superres": TransformerConfig,
+        "base_sampling": SamplingConfig,
+        "superres_sampling": SamplingConfig,
+    }
+    values = _fields(MuseConfig, values)
+    for name, cls in parts.items():
+        values[name] = cls(**_fields(cls, values[name]))
+    values["stages"] = {name: StageConfig(**_fields(StageConfig, v)) for name, v in values["stages"].items()}
+    return MuseConfig(**values)
+
+
+def _fields(cls: type, values: Any) -> dict[str, Any]:
+    """JSON values -> arguments of a dataclass, lists as tuples; refuses a missing or an unknown field."""
+    _require(isinstance(values, dict), f"{cls.__name__} is {values!r}; expected an object of its fields")
+    known = {f.name for f in fields(cls)}
+    needed = {
+        f.name for f in fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    for wrong, names in (("lacks", needed - set(values)), ("does not know", set(values) - known)):
+        _require(not names, f"{cls.__name__} {wrong} {', '.join(sorted(names))}; was it written by another version?")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

@@ -1,0 +1,123 @@
+"""Captioned images: the embedded scenes as a data set, and the ways between PIL, uint8 and the models' [-1, 1].
+
+`B` images a batch, `H W` pixels. uint8 is how images are kept, [-1, 1] how models see them.
+
+Not here: how scenes look (scenes.py), tokens (vqgan.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from minimuse.captions import caption
+from minimuse.scenes import SPLITS, Scene, render, sample_scene
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8 of the same shape; what lies outside is clipped."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images -> float32 of the same shape in [-1, 1]."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"to_float: expected uint8 images, {images.dtype} came; floats in [-1, 1] need no change")
+    return images.float() / 127.5 - 1
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images (B, 3, H, W), uint8 or in [-1, 1] -> PIL images."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"to_pil: expected images (B, 3, H, W), {tuple(images.shape)} came; one image needs [None]")
+    images = images if images.dtype == torch.uint8 else to_uint8(images)
+    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
+
+
+def from_pil(image: Image.Image, size: int) -> Tensor:
+    """A PIL image of size x size -> (1, 3, size, size) in [-1, 1]; what is transparent becomes white."""
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"expected a PIL image, {type(image).__name__} came; files open with PIL.Image.open(path)")
+    if image.size != (size, size):
+        raise ValueError(
+            f"expected an image of {size} x {size} pixels, {image.width} x {image.height} came; "
+            f"mend it with image.resize(({size}, {size})), after cropping it to a square"
+        )
+    if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
+        raise ValueError(f"expected an image of mode RGB, RGBA, L or P, {image.mode} came; try image.convert('RGB')")
+    if image.mode in ("RGBA", "LA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    return to_float(pixels.view(1, size, size, 3).permute(0, 3, 1, 2))
+
+
+def mask_from(mask: Any, size: tuple[int, int]) -> Tensor:
+    """A PIL image or an array (H, W), white or True = repaint -> bool tensor (H, W); `size` is the picture's (W, H)."""
+    if isinstance(mask, Image.Image):
+        mask = np.asarray(mask.convert("L"))
+    mask = np.asarray(mask)
+    if mask.shape != size[::-1]:
+        came = " x ".join(str(n) for n in mask.shape[::-1])
+        raise ValueError(
+            f"expected a mask of the picture's {size[0]} x {size[1]} pixels, {came or 'a single value'} came"
+        )
+    return torch.from_numpy(mask > 127 if mask.dtype == np.uint8 else mask > 0.5)
+
+
+def halve(images: Tensor, factor: int = 2) -> Tensor:
+    """Images (B, 3, H, W) -> (B, 3, H / factor, W / factor): Muse 3.3.1's decimated low-res image."""
+    if factor < 1 or images.shape[-1] % factor or images.shape[-2] % factor:
+        height, width = images.shape[-2:]
+        raise ValueError(f"factor={factor} must divide the image's {height} x {width} pixels")
+    small = F.avg_pool2d(images.float(), factor)  # the same as interpolate(mode="area"), which takes no uint8 either
+    return small.round().to(torch.uint8) if images.dtype == torch.uint8 else small
+
+
+@dataclass(frozen=True)
+class SceneDataset:
+    """n captioned scenes of one split. Everything follows from (split, seed, i), so there is nothing to store."""
+
+    n: int
+    size: int
+    split: str = "train"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.n < 1 or self.size < 8 or self.split not in SPLITS:
+            raise ValueError(f"{self}: expected n >= 1, size >= 8 and a split of {', '.join(SPLITS)}")
+
+    def __len__(self) -> int:
+        return self.n
+
+    def scene(self, i: int) -> Scene:
+        if not 0 <= i < self.n:
+            raise IndexError(f"scene {i} of a data set of {self.n}: expected 0 to {self.n - 1}")
+        return sample_scene(self.seed * 1_000_003 + i, split=self.split)
+
+    def captions(self, i: int, k: int = 2, *, paraphrase: bool = False) -> list[str]:
+        """-> k different captions of scene i."""
+        scene, found = self.scene(i), {}
+        for attempt in range(50 * k):
+            found[caption(scene, 10_007 * i + attempt, paraphrase=paraphrase)] = None
+            if len(found) == k:
+                return list(found)
+        raise ValueError(f"scene {i} has no {k} different captions: ask for at most {len(found)}")
+
+    def images(self, indices: Sequence[int] | None = None, *, progress: bool = False) -> Tensor:
+        """Indices (None: all) -> uint8 images (B, 3, H, W), rendered 256 scenes at a time."""
+        indices = range(self.n) if indices is None else [int(i) for i in indices]
+        starts = range(0, len(indices), 256)
+        if progress:
+            from tqdm import tqdm
+
+            starts = tqdm(
+                starts, desc=f"rendering {len(indices)} scenes at {self.size} px", unit_scale=256, leave=False
+            )
+        parts = [to_uint8(render([self.scene(i) for i in indices[s : s + 256]], self.size)) for s in starts]
+        return torch.cat(parts) if parts else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)

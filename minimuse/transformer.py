@@ -1,0 +1,213 @@
+"""The masked transformer: tokens + memory -> logits; base and super-resolution (Muse 2.3, 2.4, A.1, A.3).
+
+    Context --Transformer.memory--> Memory                    text, projected; every layer's keys and values, once
+    Context, low tokens --SuperRes.memory--> Memory           the low-res encoder's output joins the text
+    tokens (B, N), Memory --forward--> logits (B, N, V)
+
+Each layer: self-attention over the image tokens, cross-attention to the memory, MLP; pre-norm, no biases.
+
+Glossary: B batch, N image tokens, g tokens a side (N = g^2), M memory entries, D width, H heads, d = D / H,
+V codebook size, b side of multi-axis attention's blocks. [MASK] is token V.
+Not here: masking (`masking.py`), guidance (`cfg.py`), decoding (`sampler.py`).
+"""
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimuse.config import TransformerConfig
+
+if TYPE_CHECKING:
+    from minimuse.text import Context
+
+
+class Memory(NamedTuple):
+    """All that the layers attend to besides the tokens: computed once, used at every step of a decode."""
+
+    keys: tuple[Tensor, ...]  # a layer: (B, H, M, d)
+    values: tuple[Tensor, ...]
+    attend: Tensor  # (B, 1, 1, M) bool, False = padding
+
+    def cat(self, other: "Memory") -> "Memory":
+        """Two memories of batches B and C -> one of B + C; the shorter is padded, and its padding is not attended."""
+        length = max(self.attend.shape[-1], other.attend.shape[-1])
+
+        def join(a: Tensor, b: Tensor, dim: int) -> Tensor:
+            pads = [[0, 0] * (-dim - 1) + [0, length - x.shape[dim]] for x in (a, b)]
+            return torch.cat([F.pad(a, pads[0]), F.pad(b, pads[1])])
+
+        keys = tuple(join(a, b, -2) for a, b in zip(self.keys, other.keys, strict=True))
+        values = tuple(join(a, b, -2) for a, b in zip(self.values, other.values, strict=True))
+        return Memory(keys, values, join(self.attend, other.attend, -1))
+
+
+def multi_axis_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
+    """q, k, v (B, H, N, d) -> (B, H, N, d): half of the heads attend inside b x b blocks, half across them (HiT).
+
+    The g x g grid is cut into (g/b)^2 blocks. Local heads: a token sees its own block. Dilated heads: a token sees
+    the tokens at its place in every block. Cost O(N (b^2 + N / b^2)) instead of O(N^2).
+    """
+    batch, heads, n, d = q.shape
+    g = math.isqrt(n)
+
+    def attend(start: int, order: tuple[int, ...]) -> Tensor:
+        back = tuple(order.index(i) for i in range(7))
+
+        def split(x: Tensor) -> Tensor:
+            x = x[:, start : start + heads // 2].reshape(batch, heads // 2, g // block, block, g // block, block, d)
+            x = x.permute(order)
+            return x.reshape(-1, heads // 2, x.shape[4] * x.shape[5], d)
+
+        out = F.scaled_dot_product_attention(split(q), split(k), split(v))
+        sizes = [(batch, heads // 2, g // block, block, g // block, block, d)[i] for i in order]
+        return out.reshape(sizes).permute(back).reshape(batch, heads // 2, n, d)
+
+    local = attend(0, (0, 2, 4, 1, 3, 5, 6))  # (B, rows of blocks, columns, H/2, b, b, d)
+    dilated = attend(heads // 2, (0, 3, 5, 1, 2, 4, 6))  # (B, b, b, H/2, rows of blocks, columns, d)
+    return torch.cat([local, dilated], 1)
+
+
+class SelfAttention(nn.Module):
+    """x (B, N, D) -> (B, N, D): full attention, or multi-axis attention in blocks of side `block`."""
+
+    def __init__(self, width: int, heads: int, block: int = 0):
+        super().__init__()
+        self.heads, self.block = heads, block
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
+        y = multi_axis_attention(q, k, v, self.block) if self.block else F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class CrossAttention(nn.Module):
+    """x (B, N, D), one layer's keys and values (B, H, M, d) -> (B, N, D)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """memory (B, M, D) -> keys and values, each (B, H, M, d)."""
+        k, v = self.kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return k, v
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, attend: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, d)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class Layer(nn.Module):
+    """x (B, N, D) -> (B, N, D): self-attention, cross-attention (where there is a memory), MLP."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, block: int, dropout: float, cross: bool = True):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width, bias=False), SelfAttention(width, heads, block)
+        if cross:
+            self.norm2, self.cross = nn.LayerNorm(width, bias=False), CrossAttention(width, heads)
+        self.norm3 = nn.LayerNorm(width, bias=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, mlp_width, bias=False), nn.GELU(), nn.Linear(mlp_width, width, bias=False)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, memory: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        if memory is not None:
+            x = x + self.dropout(self.cross(self.norm2(x), *memory))
+        return x + self.dropout(self.mlp(self.norm3(x)))
+
+
+class TokenEmbedding(nn.Module):
+    """tokens (B, N) -> (B, N, D): a vector a code (and one for [MASK]) plus learned row and column positions."""
+
+    def __init__(self, codebook_size: int, grid: int, width: int):
+        super().__init__()
+        self.codes = nn.Embedding(codebook_size + 1, width)
+        self.rows = nn.Parameter(torch.randn(grid, 1, width) * 0.02)  # Choice: 2-D positions as row + column
+        self.columns = nn.Parameter(torch.randn(1, grid, width) * 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.codes(tokens) + (self.rows + self.columns).flatten(0, 1)
+
+
+class Transformer(nn.Module):
+    """The base model (Muse 2.3): tokens (B, N), some of them [MASK], and a memory -> logits (B, N, V)."""
+
+    def __init__(self, cfg: TransformerConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = TokenEmbedding(cfg.codebook_size, cfg.grid, cfg.width)
+        self.text = nn.Linear(cfg.text_width, cfg.width, bias=False)  # Muse 2.1: linearly projected to the width
+        self.text_norm = nn.LayerNorm(cfg.width, bias=False)  # Choice: any LM's scale fits, and zero text stays zero
+        self.layers = nn.ModuleList(
+            Layer(cfg.width, cfg.heads, cfg.mlp_width, cfg.block, cfg.dropout) for _ in range(cfg.layers)
+        )
+        self.norm = nn.LayerNorm(cfg.width, bias=False)
+        self.head = nn.Linear(cfg.width, cfg.codebook_size, bias=False)
+        self.apply(self._initialize)
+
+    def _initialize(self, module: nn.Module) -> None:
+        """Choice: linear weights at std 1/sqrt(fan in), layers' outputs less by their number; embeddings 0.02."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, Layer):  # `apply` visits children first
+            scale = (2 * self.cfg.layers) ** -0.5
+            outputs = [module.attention.out, module.mlp[2], *([module.cross.out] if hasattr(module, "cross") else [])]
+            for linear in outputs:
+                linear.weight.data.mul_(scale)
+
+    @property
+    def mask_id(self) -> int:
+        return self.cfg.mask_id
+
+    def memory(self, context: "Context", *extra: Tensor) -> Memory:
+        """context (B, L, D_lm), extra entries (B, K, D) -> Memory of M = L + K entries; padding is not attended."""
+        text = self.text_norm(self.text(context.embeds))  # (B, L, D)
+        entries = torch.cat([text, *extra], 1)  # (B, M, D)
+        attend = F.pad(context.mask, (0, entries.shape[1] - text.shape[1]), value=True)
+        keys, values = zip(*(layer.cross.project(entries) for layer in self.layers), strict=True)
+        return Memory(keys, values, attend[:, None, None])
+
+    def forward(self, tokens: Tensor, memory: Memory) -> Tensor:
+        x = self.embed(tokens)  # (B, N, D)
+        for layer, k, v in zip(self.layers, memory.keys, memory.values, strict=True):
+            x = layer(x, (k, v, memory.attend))
+        return self.head(self.norm(x))  # (B, N, V)
+
+
+class SuperRes(Transformer):
+    """The super-resolution model (Muse 2.4): the same, over a memory that also holds the encoded low-res tokens."""
+
+    def __init__(self, cfg: TransformerConfig):
+        if not cfg.low_layers:
+            raise ValueError("a super-resolution transformer reads low-res tokens; give low_layers > 0")
+        super().__init__(cfg)
+        self.low_embed = TokenEmbedding(cfg.low_codebook_size, cfg.low_grid, cfg.width)  # positions of its own
+        self.low_layers = nn.ModuleList(
+            Layer(cfg.width, cfg.heads, cfg.mlp_width, 0, cfg.dropout, cross=False) for _ in range(cfg.low_layers)
+        )
+        self.low_norm = nn.LayerNorm(cfg.width, bias=False)
+        for part in (self.low_embed, self.low_layers):
+            part.apply(self._initialize)
+
+    def memory(self, context: "Context", low_tokens: Tensor) -> Memory:
+        """context (B, L, D_lm), low_tokens (B, N_low) -> Memory of L + N_low entries.
+
+        Guidance removes the text alone: pass `null_text` as the context, and the low-res tokens stay.
+        """
+        low = self.low_embed(low_tokens)  # (B, N_low, D)
+        for layer in self.low_layers:
+            low = layer(low)
+        return super().memory(context, self.low_norm(low))

@@ -1,0 +1,84 @@
+"""data.py: the embedded data set, and pictures on their way between PIL, uint8 and [-1, 1]."""
+
+import pytest
+import torch
+from PIL import Image
+
+from minimuse.data import SceneDataset, from_pil, halve, to_float, to_pil, to_uint8
+
+
+def test_dataset_follows_from_its_seed():
+    a, b = SceneDataset(10, 32), SceneDataset(10, 32)
+    assert len(a) == 10, "the length is n"
+    assert a.scene(3) == b.scene(3), "the same data set must hold the same scenes"
+    assert a.scene(3) != SceneDataset(10, 32, seed=1).scene(3), "another seed, other scenes"
+    assert a.scene(3) != SceneDataset(10, 32, split="test").scene(3), "another split, other scenes"
+    assert a.captions(3) == b.captions(3), "captions must follow from the index"
+    for i in range(10):
+        assert len(set(a.captions(i, 5))) == 5, f"captions of scene {i} repeat: {a.captions(i, 5)}"
+    assert a.captions(3, paraphrase=True) != a.captions(3), "paraphrases differ from the captions"
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_images_do_not_depend_on_neighbours(progress):
+    data = SceneDataset(300, 16)
+    images = data.images(progress=progress)
+    assert (images.shape, images.dtype) == ((300, 3, 16, 16), torch.uint8), f"{images.shape} {images.dtype}"
+    alone = data.images(torch.tensor([299, 4])).int()
+    assert (images[[299, 4]] - alone).abs().max() <= 1, "an image alone and in a batch should be the same"
+    assert data.images([]).shape == (0, 3, 16, 16), "no index, no image"
+
+
+def test_dataset_refuses_nonsense():
+    for wrong in ({"n": 0}, {"size": 4}, {"split": "valid"}):
+        with pytest.raises(ValueError, match="expected"):
+            SceneDataset(**({"n": 3, "size": 32} | wrong))
+    with pytest.raises(IndexError, match="0 to 2"):
+        SceneDataset(3, 32).scene(3)
+    with pytest.raises(ValueError, match="at most"):
+        SceneDataset(3, 32).captions(0, 500)
+
+
+def test_uint8_round_trip():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_uint8(to_float(pixels)), pixels), "uint8 -> float -> uint8 must be exact"
+    assert to_float(pixels).aminmax() == (-1, 1), "0 and 255 are the ends of [-1, 1]"
+    assert torch.equal(to_uint8(torch.tensor([-3.0, 3.0])), torch.tensor([0, 255], dtype=torch.uint8)), "clip"
+    with pytest.raises(ValueError, match="uint8"):
+        to_float(torch.zeros(1, 3, 4, 4))
+
+
+def test_pil_round_trip():
+    images = SceneDataset(2, 32).images()
+    back = torch.cat([from_pil(picture, 32) for picture in to_pil(images)])
+    assert torch.equal(to_uint8(back), images), "tensor -> PIL -> tensor must be exact"
+    assert to_pil(to_float(images))[1].tobytes() == to_pil(images)[1].tobytes(), "floats and uint8 give one picture"
+    with pytest.raises(ValueError, match=r"B, 3, H, W"):
+        to_pil(images[0])
+
+
+def test_from_pil_takes_the_usual_modes():
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert (from_pil(clear, 8) == 1).all(), "what is transparent becomes white"
+    assert (from_pil(Image.new("L", (8, 8), 0), 8) == -1).all(), "gray levels become RGB"
+    red = Image.new("RGB", (8, 8), "red")
+    assert torch.equal(from_pil(red.convert("P"), 8), from_pil(red, 8)), "a palette is looked up"
+
+
+def test_from_pil_says_what_is_wrong():
+    with pytest.raises(TypeError, match=r"str came.*Image\.open"):
+        from_pil("cat.png", 8)
+    with pytest.raises(ValueError, match=r"8 x 8 pixels, 9 x 8 came.*resize\(\(8, 8\)\)"):
+        from_pil(Image.new("RGB", (9, 8)), 8)
+    with pytest.raises(ValueError, match="CMYK"):
+        from_pil(Image.new("CMYK", (8, 8)), 8)
+
+
+def test_halve_averages():
+    images = torch.tensor([[0.0, 0.2], [0.4, 0.6]]).view(1, 1, 2, 2)
+    assert torch.allclose(halve(images), torch.tensor(0.3)), "a low-res pixel is the mean of its block"
+    small = halve(SceneDataset(1, 32).images(), 4)
+    assert (small.shape, small.dtype) == ((1, 3, 8, 8), torch.uint8), "uint8 stays uint8"
+    for factor in (0, 3):
+        with pytest.raises(ValueError, match="divide"):
+            halve(torch.zeros(1, 3, 32, 32), factor)

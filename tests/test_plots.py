@@ -1,0 +1,61 @@
+"""plots.py: sheets have the right shape, captions are drawn, masks cover what they say."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minimuse.plots import film_strip, grid, mask_overlay
+
+PICTURES = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_grid_shape_and_pixels():
+    sheet = grid(PICTURES, columns=2, scale=3)
+    assert sheet.size == (8 + 2 * (96 + 8), 8 + 3 * (96 + 8)), f"5 pictures in 2 columns are 3 rows: {sheet.size}"
+    corner = np.asarray(sheet)[8:11, 8:11]
+    assert (corner == corner[0, 0]).all(), "pixels must be enlarged whole"
+    assert grid([Image.new("RGB", (64, 64))]).size == (144, 144), "64 px is shown twice as large by default"
+
+
+def test_captions_are_wrapped_under_the_pictures():
+    plain = grid(PICTURES, columns=5)
+    told = grid(PICTURES, ["a red cube"] * 4 + ["a large purple metal cylinder behind a sphere on a gray floor"], 5)
+    assert told.width == plain.width, "captions are wrapped, not squeezed in"
+    assert told.height >= plain.height + 2 * 17, "a long caption takes several lines"
+    footer = np.asarray(told)[plain.height :]
+    assert (footer < 100).any(), "no ink under the pictures"
+
+
+def test_film_strip():
+    frames = [PICTURES[:2]] * 4
+    strip = film_strip(frames, [f"step {i}: {64 - i} left" for i in range(4)], scale=2)
+    assert strip.width == 8 + 4 * 72, f"one column a step: {strip.width}"
+    assert strip.height > film_strip(frames, scale=2).height, "titles take their room"
+    assert film_strip([Image.new("RGB", (16, 16))] * 3, scale=1).size == (80, 32), "PIL images are frames of one"
+
+
+@pytest.mark.parametrize("masked", [torch.arange(16) < 4, (torch.arange(16) < 4).view(4, 4)])
+@pytest.mark.parametrize("image", [torch.ones(3, 32, 32), Image.new("RGB", (32, 32), "white")])
+def test_mask_overlay_covers_masked_tokens(image, masked):
+    pixels = np.asarray(mask_overlay(image, masked))
+    assert (pixels[:8] < 200).all(), "the first row of tokens is masked, so gray"
+    assert (pixels[8:] == 255).all(), "the rest stays as it is"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: grid([]),
+        lambda: grid(PICTURES, ["one"]),
+        lambda: grid(PICTURES, columns=0),
+        lambda: film_strip([]),
+        lambda: film_strip([PICTURES, PICTURES[:1]]),
+        lambda: film_strip([PICTURES], ["a", "b"]),
+        lambda: mask_overlay(PICTURES[0], torch.zeros(16)),
+        lambda: mask_overlay(PICTURES[0], torch.zeros(15, dtype=torch.bool)),
+    ],
+)
+def test_nonsense_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"expected|give|came"):
+        wrong()

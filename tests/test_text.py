@@ -1,0 +1,436 @@
+"""text.py against transformers itself, on tiny random LMs and on the packaged all-MiniLM-L6-v2."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from minimuse import text
+from minimuse.text import MINILM, Context, TextEncoder, pad_contexts
+
+PROMPTS = ["a red sphere", "", "two small blue cubes left of a large green cylinder", "a shiny crimson ball"]
+KINDS = ["t5", "bert", "albert", "clip"]
+packaged = pytest.mark.skipif(importlib.util.find_spec(text.MINILM_PACKAGE) is None, reason="needs the extra `offline`")
+
+
+def reference(folder: str, kind: str, prompt: str) -> torch.Tensor:
+    """(L, D_lm) of one prompt by transformers alone."""
+    import transformers as tf
+
+    classes = {"t5": tf.T5EncoderModel, "bert": tf.BertModel, "albert": tf.AlbertModel, "clip": tf.CLIPTextModel}
+    tokens = tf.AutoTokenizer.from_pretrained(folder)([prompt], return_tensors="pt")
+    with torch.no_grad():
+        lm = classes[kind].from_pretrained(folder, dtype=torch.float32).eval()
+        return lm(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state[0]
+
+
+def count_calls(encoder: TextEncoder, monkeypatch) -> list[int]:
+    """The batch sizes that the LM gets from now on."""
+    calls, forward = [], encoder._lm.forward
+
+    def counted(*args, **kwargs):
+        calls.append(len(kwargs["input_ids"]))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(encoder._lm, "forward", counted)
+    return calls
+
+
+class TestContext:
+    def test_pad_contexts(self):
+        context = pad_contexts([torch.ones(2, 3), torch.ones(4, 3), torch.ones(0, 3)])
+        assert context.embeds.shape == (3, 4, 3)
+        assert context.mask.tolist() == [[True, True, False, False], [True] * 4, [False] * 4]
+        assert (context.embeds.sum(-1) > 0).equal(context.mask)
+
+    def test_pad_contexts_of_nothing(self):
+        with pytest.raises(ValueError, match="no rows"):
+            pad_contexts([])
+
+    def test_cat_pads_and_repacks(self):
+        short, long = pad_contexts([torch.ones(2, 3)]), pad_contexts([torch.ones(4, 3), torch.ones(1, 3)])
+        both = Context.cat([short, long])
+        assert both.mask.sum(1).tolist() == [2, 4, 1]
+        assert both.embeds.shape == (3, 4, 3)
+
+    def test_to(self):
+        context = pad_contexts([torch.ones(2, 3)]).to("cpu", torch.bfloat16)
+        assert context.embeds.dtype == torch.bfloat16
+        assert context.mask.dtype == torch.bool
+        assert context.to("meta").mask.device.type == "meta"
+        assert context.to(dtype=torch.float32).embeds.dtype == torch.float32
+
+
+class TestAgainstTransformers:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_same_numbers(self, tiny_lms, kind):
+        encoder = TextEncoder(tiny_lms[kind])
+        context = encoder.encode(PROMPTS)
+        assert context.embeds.shape == (*context.mask.shape, encoder.width)
+        for row, mask, prompt in zip(context.embeds, context.mask, PROMPTS, strict=True):
+            assert_close(row[mask], reference(tiny_lms[kind], kind, prompt), atol=1e-5, rtol=1e-4)
+
+    def test_t5_keeps_the_encoder_half_only(self, tiny_lm):
+        encoder = TextEncoder(tiny_lm)
+        encoder.encode(["a cube"])
+        assert type(encoder._lm).__name__ == "T5EncoderModel"
+        assert not any(name.startswith("decoder") for name, _ in encoder._lm.named_parameters())
+
+    def test_other_encoder_decoders_lose_their_decoder(self, tmp_path, tiny_lms):
+        import transformers as tf
+
+        shutil.copytree(tiny_lms["bert"], tmp_path / "bart")
+        sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        config = tf.BartConfig(vocab_size=256, d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=32, **sizes)
+        lm = tf.BartModel(config).eval()
+        lm.save_pretrained(tmp_path / "bart")
+        encoder = TextEncoder(tmp_path / "bart")
+        ids = torch.tensor(encoder._tokenizer(["a cube"])["input_ids"])
+        assert_close(encoder.encode(["a cube"]).embeds, lm.get_encoder()(ids).last_hidden_state.detach())
+
+    def test_whole_clip_gives_its_text_half(self, tmp_path, tiny_lms):
+        import transformers as tf
+
+        shutil.copytree(tiny_lms["clip"], tmp_path / "clip")
+        text_config = tf.CLIPTextConfig.from_pretrained(tiny_lms["clip"]).to_dict()
+        vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        vision |= {"image_size": 8, "patch_size": 4}
+        lm = tf.CLIPModel(tf.CLIPConfig(text_config=text_config, vision_config=vision, projection_dim=8))
+        lm.save_pretrained(tmp_path / "clip")
+        encoder = TextEncoder(tmp_path / "clip")
+        assert encoder.width == 16
+        ids = torch.tensor(encoder._tokenizer(["a cube"])["input_ids"])
+        assert_close(encoder.encode(["a cube"]).embeds, lm.eval().text_model(ids).last_hidden_state.detach())
+
+
+class TestEncode:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_alone_and_in_a_batch_agree(self, tiny_lms, kind):
+        alone = TextEncoder(tiny_lms[kind]).encode([PROMPTS[0]])
+        among = TextEncoder(tiny_lms[kind]).encode([*PROMPTS[1:], PROMPTS[0]])
+        length = alone.mask.shape[1]
+        assert among.mask[-1].sum() == length
+        assert_close(among.embeds[-1, :length], alone.embeds[0], atol=1e-5, rtol=0)
+
+    def test_padding_is_masked_and_zero(self, tiny_text):
+        context = tiny_text.encode(PROMPTS)
+        assert context.mask.dtype == torch.bool
+        assert context.embeds[~context.mask].abs().sum() == 0
+        assert (context.embeds[context.mask].abs().sum(-1) > 0).all()
+
+    def test_more_padding_leaves_the_embeddings(self, tiny_lms):
+        """Pitfall 14, the LM's side: what the LM sees beyond a prompt's end changes nothing."""
+        short = TextEncoder(tiny_lms["bert"], batch_size=1).encode([PROMPTS[0], "a " * 40])
+        padded = TextEncoder(tiny_lms["bert"], batch_size=2).encode([PROMPTS[0], "a " * 40])
+        assert_close(short.embeds, padded.embeds, atol=1e-5, rtol=0)
+
+    def test_order_of_the_prompts_is_kept(self, tiny_lm):
+        encoder = TextEncoder(tiny_lm, batch_size=2)
+        prompts = ["a red cube and a blue cube", "a", "a red cube", "", "a"]
+        context = encoder.encode(prompts)
+        for i, prompt in enumerate(prompts):
+            assert context.embeds[i][context.mask[i]].equal(encoder.encode([prompt]).embeds[0])
+
+    def test_empty_prompt_has_special_tokens_only(self, tiny_lms):
+        assert TextEncoder(tiny_lms["t5"]).encode([""]).mask.tolist() == [[True]]
+        assert TextEncoder(tiny_lms["bert"]).encode([""]).mask.tolist() == [[True, True]]
+
+    def test_empty_prompt_without_special_tokens_is_one_token(self, tmp_path, tiny_lms):
+        folder = Path(shutil.copytree(tiny_lms["bert"], tmp_path / "plain"))
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        tokenizer["post_processor"] = None
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+        context = TextEncoder(folder).encode(["", "a cube"])
+        assert context.mask.tolist() == [[True, False], [True, True]]
+
+    def test_dtype(self, tiny_lm):
+        assert TextEncoder(tiny_lm, dtype=torch.bfloat16).encode(["a"]).embeds.dtype == torch.bfloat16
+        assert TextEncoder(tiny_lm).encode(["a"]).embeds.dtype == torch.float32
+
+    def test_to(self, tiny_lm):
+        encoder = TextEncoder(tiny_lm, device="meta")
+        assert encoder.to("cpu") is encoder
+        before = encoder.encode(["a cube"])
+        assert before.embeds.device.type == "cpu"
+        encoder.to("meta")
+        assert encoder.encode(["a cube"]).embeds.device.type == "meta"
+        assert next(encoder._lm.parameters()).device.type == "meta"
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+    def test_cuda_agrees_with_cpu(self, tiny_lm):
+        cpu, cuda = TextEncoder(tiny_lm).encode(PROMPTS), TextEncoder(tiny_lm, device="cuda").encode(PROMPTS)
+        assert cuda.embeds.is_cuda
+        assert cuda.mask.is_cuda
+        assert_close(cuda.embeds.cpu(), cpu.embeds, atol=1e-4, rtol=1e-3)
+
+
+class TestFrozen:
+    """Pitfall 18."""
+
+    def test_eval_and_no_gradients(self, tiny_lms):
+        encoder = TextEncoder(tiny_lms["bert"])
+        context = encoder.encode(PROMPTS)
+        assert not any(module.training for module in encoder._lm.modules())
+        assert not any(p.requires_grad for p in encoder._lm.parameters())
+        assert not context.embeds.requires_grad
+        again = TextEncoder(tiny_lms["bert"]).encode(PROMPTS)
+        assert context.embeds.equal(again.embeds)  # dropout is off
+
+    def test_a_parent_cannot_reach_the_lm(self, tiny_lms):
+        class Parent(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.text = TextEncoder(tiny_lms["bert"])
+
+        parent = Parent()
+        parent.text.encode(["a cube"])
+        parent.train()
+        assert not parent.text._lm.training
+        assert not list(parent.parameters())
+        assert not parent.state_dict()
+
+    @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+    def test_results_are_constants_for_autograd(self, tiny_lm, mode):
+        """Even when they were made, and the LM was loaded, under inference_mode."""
+        encoder = TextEncoder(tiny_lm)
+        with mode():
+            encoder.encode(["a red cube"])
+        embeds = encoder.encode(["a red cube", "a blue cube"]).embeds
+        weight = torch.ones(16, requires_grad=True)
+        (embeds * weight).sum().backward()
+        assert weight.grad.abs().sum() > 0
+
+    def test_autocast_of_a_trainer_is_kept_out(self, tiny_lm):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = TextEncoder(tiny_lm).encode(["a red cube"])
+        assert inside.embeds.equal(TextEncoder(tiny_lm).encode(["a red cube"]).embeds)
+
+
+class TestCache:
+    def test_each_different_text_is_encoded_once(self, tiny_lm, monkeypatch):
+        encoder = TextEncoder(tiny_lm)
+        calls = count_calls(encoder, monkeypatch)
+        first = encoder.encode(["a cube", "a ball", "a cube"])
+        assert calls == [2]
+        assert first.embeds[0].equal(first.embeds[2])
+        encoder.encode(["a ball", "a cube"])
+        assert calls == [2]
+        encoder.encode(["a ball", "a sphere"])
+        assert calls == [2, 1]
+
+    def test_bounded_and_least_recently_used_goes_first(self, tiny_lm, monkeypatch):
+        encoder = TextEncoder(tiny_lm, cache_size=2)
+        encoder.encode(["a cube", "a ball"])
+        encoder.encode(["a cube"])  # now the ball is the one unused for longest
+        encoder.encode(["a sphere"])
+        assert list(encoder._cache) == ["a cube", "a sphere"]
+
+    def test_more_prompts_than_the_cache_holds(self, tiny_lm):
+        small, large = TextEncoder(tiny_lm, cache_size=0), TextEncoder(tiny_lm)
+        assert small.encode(PROMPTS).embeds.equal(large.encode(PROMPTS).embeds)
+        assert small._cache == {}
+
+    def test_rows_do_not_hold_their_batch(self, tiny_lm):
+        encoder = TextEncoder(tiny_lm)
+        encoder.encode(PROMPTS)
+        for row in encoder._cache.values():
+            assert row.untyped_storage().nbytes() == row.numel() * row.element_size()
+
+    def test_what_a_user_does_to_a_context_stays_there(self, tiny_lm):
+        encoder = TextEncoder(tiny_lm)
+        before = encoder.encode(["a cube"]).embeds.clone()
+        encoder.encode(["a cube"]).embeds.zero_()
+        assert encoder.encode(["a cube"]).embeds.equal(before)
+
+    def test_threads_share_an_encoder(self, tiny_lm):
+        """An app answers several people at once."""
+        encoder = TextEncoder(tiny_lm, cache_size=1)
+        encoder.encode(["a"])
+        expected = encoder.encode(PROMPTS).embeds
+        with ThreadPoolExecutor(4) as pool:
+            for context in pool.map(encoder.encode, [PROMPTS] * 40):
+                assert_close(context.embeds, expected, atol=1e-5, rtol=0)
+
+
+class TestTruncation:
+    def test_warns_once_a_text_and_names_it(self, tiny_lm):
+        encoder = TextEncoder(tiny_lm, max_tokens=8)
+        long = "a red cube " * 5
+        with pytest.warns(UserWarning, match="cut from 16 to 8 tokens: 'a red cube") as caught:
+            assert encoder.encode([long, "a"]).mask.sum(1).tolist() == [8, 2]
+        assert caught[0].filename == __file__  # the warning points at the caller
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            encoder.encode([long])
+        with pytest.warns(UserWarning, match="cut from 17"):
+            encoder.encode([long + "a"])
+
+    def test_forgotten_by_the_cache_it_is_still_shown_once(self, tiny_lm):
+        encoder = TextEncoder(tiny_lm, max_tokens=4, cache_size=0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            for _ in range(3):
+                encoder.encode(["a red cube and a ball"])
+        assert len(caught) == 1
+
+    def test_end_token_survives(self, tiny_lm):
+        encoder = TextEncoder(tiny_lm, max_tokens=4)
+        with pytest.warns(UserWarning, match="cut from 7 to 4"):
+            assert encoder._tokenize(["a red cube and a ball"])["a red cube and a ball"][-1] == 1
+
+    @pytest.mark.parametrize(("kind", "limit"), [("bert", 64), ("clip", 77)])
+    def test_the_lms_own_limit_holds(self, tiny_lms, kind, limit):
+        with pytest.warns(UserWarning, match=f"to {limit} tokens"):
+            assert TextEncoder(tiny_lms[kind]).encode(["a " * 100]).mask.shape == (1, limit)
+
+    def test_exactly_the_limit_is_silent(self, tiny_lm):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert TextEncoder(tiny_lm, max_tokens=4).encode(["a red cube"]).mask.shape == (1, 4)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("prompts", "error", "match"),
+        [
+            ("a red cube", TypeError, r"got str 'a red cube'.*expected a list"),
+            (None, TypeError, "got NoneType"),
+            (7, TypeError, "got int 7"),
+            ([], ValueError, "no prompts"),
+            (["a", 3], TypeError, "prompt 1 is int 3"),
+            (["a", None], TypeError, "prompt 1 is NoneType"),
+            ([["a"]], TypeError, r"prompt 0 is list"),
+        ],
+    )
+    def test_prompts(self, prompts, error, match):
+        with pytest.raises(error, match=match):
+            TextEncoder("never loaded").encode(prompts)
+
+    def test_any_iterable_of_str_will_do(self, tiny_text):
+        assert tiny_text.encode(("a", "a cube")).embeds.equal(tiny_text.encode(iter(["a", "a cube"])).embeds)
+
+    @pytest.mark.parametrize("dial", [{"max_tokens": 2}, {"batch_size": 0}, {"cache_size": -1}])
+    def test_dials(self, dial):
+        with pytest.raises(ValueError, match=f"{next(iter(dial))}={next(iter(dial.values()))}"):
+            TextEncoder(**dial)
+
+    def test_unknown_name(self):
+        encoder = TextEncoder("nobody/no-such-model")
+        with pytest.raises(OSError, match=r"no-such-model.*minimuse\[offline\]"):
+            encoder.encode(["a"])
+        with pytest.raises(OSError, match="no-such-model"):
+            _ = encoder.width
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_folder_without_a_tokenizer(self, tmp_path, tiny_lms, kind):
+        """transformers 5 would make an empty one for T5 and BERT, and every word would be <unk>."""
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(Path(tiny_lms[kind], name), tmp_path)
+        with pytest.raises(OSError, match="no tokenizer"):
+            TextEncoder(tmp_path).encode(["a"])
+
+    def test_weights_that_lack_some(self, tmp_path, tiny_lms):
+        from safetensors.torch import load_file, save_file
+
+        folder = Path(shutil.copytree(tiny_lms["bert"], tmp_path / "lm"))
+        weights = load_file(folder / "model.safetensors")
+        left = {name: weight for name, weight in weights.items() if "layer.1." not in name}
+        save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"lacks 16 weights of its AutoModel, first 'encoder\.layer\.1"):
+            TextEncoder(folder).encode(["a"])
+
+
+class TestMiniLM:
+    @pytest.fixture
+    def fake_package(self, tmp_path, monkeypatch, tiny_lms):
+        """The package, found, with weights that are not the published ones."""
+        root = tmp_path / text.MINILM_PACKAGE
+        shutil.copytree(tiny_lms["bert"], root / "model")
+        (root / "__init__.py").write_text("raise AssertionError('the package must be found, not imported')\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in [name for name in sys.modules if name.startswith(text.MINILM_PACKAGE)]:
+            monkeypatch.delitem(sys.modules, name)
+        return root
+
+    @pytest.fixture
+    def no_package(self, monkeypatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    @packaged
+    @pytest.mark.parametrize("name", [MINILM, f"sentence-transformers/{MINILM}"])
+    def test_packaged_matches_transformers(self, name, no_network):
+        encoder = TextEncoder(name)
+        assert encoder.width == 384
+        context = encoder.encode(PROMPTS)
+        assert context.mask.sum(1).tolist() == [5, 2, 13, 6]
+        for row, mask, prompt in zip(context.embeds, context.mask, PROMPTS, strict=True):
+            assert_close(row[mask], reference(encoder._source, "bert", prompt), atol=1e-5, rtol=1e-4)
+
+    @packaged
+    def test_package_is_not_imported(self):
+        code = (
+            "import sys; from minimuse import TextEncoder; TextEncoder().encode(['a cube']); "
+            "sys.exit('sentence_transformers' in sys.modules)"
+        )
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+    def test_wrong_sha_is_refused(self, fake_package, no_network):
+        encoder = TextEncoder()
+        assert encoder.width == 16  # found, though not trusted
+        with pytest.raises(ValueError, match=f"SHA-256 .*expected {text.MINILM_SHA256}"):
+            encoder.encode(["a cube"])
+
+    def test_neither_package_nor_network_names_the_extra(self, no_package):
+        with pytest.raises(OSError, match=r"pip install 'minimuse\[offline\]'"):
+            TextEncoder().encode(["a cube"])
+
+    def test_without_the_package_the_hub_is_asked(self, no_package):
+        assert TextEncoder(MINILM)._source == f"sentence-transformers/{MINILM}"
+
+    def test_hub_cache_is_used_without_the_package(self, no_package, tiny_lms, tmp_path, monkeypatch):
+        """A folder laid out as the hub's cache: models--OWNER--NAME / snapshots / COMMIT."""
+        from huggingface_hub import constants
+
+        cache = Path(constants.HF_HUB_CACHE) / f"models--sentence-transformers--{MINILM}"
+        shutil.copytree(tiny_lms["bert"], cache / "snapshots" / "0" / "")
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text("0")
+        try:
+            assert TextEncoder().encode(["a cube"]).embeds.shape == (1, 4, 16)
+        finally:
+            shutil.rmtree(cache)
+
+
+class TestCheapToImport:
+    """Pitfall 20: nothing is loaded, and nothing asked for, before it is needed."""
+
+    @pytest.mark.parametrize("name", [MINILM, "google/t5-v1_1-xxl", "no/where"])
+    def test_construction_touches_no_network(self, name, no_network):
+        encoder = TextEncoder(name)
+        assert encoder.name == name
+        assert not {"_config", "_tokenizer", "_lm"} & set(vars(encoder))
+
+    def test_import_brings_torch_alone(self):
+        code = "import sys, minimuse.text; sys.exit('transformers' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+    def test_loading_leaves_the_users_logging_alone(self, tiny_lm, capfd):
+        from transformers.utils import logging
+
+        before = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)
+        try:
+            TextEncoder(tiny_lm).encode(["a cube"])
+            assert logging.get_verbosity() == logging.CRITICAL
+            assert logging.is_progress_bar_enabled()
+        finally:
+            logging.set_verbosity(before)
+        assert capfd.readouterr().err == ""
