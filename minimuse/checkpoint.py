@@ -64,7 +64,7 @@ def load(name: str | Path) -> tuple[MuseConfig, dict[str, Tensor], dict[str, Any
         raise ValueError(f"{folder / CONFIG} is not of minimuse: its format is {came!r}, expected {FORMAT!r}")
     try:
         cfg = from_dict(values["config"])
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{folder / CONFIG} holds no whole configuration: {e}") from e
     try:
         weights = load_file(folder / WEIGHTS)

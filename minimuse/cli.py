@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"minimuse: {error}", file=sys.stderr)
+        print(f"minimuse: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("minimuse: stopped", file=sys.stderr)
@@ -147,7 +147,8 @@ def _draw(args: argparse.Namespace, method) -> None:
         def watch(step) -> None:
             bar.set_postfix_str(f"{step.stage}, {int(step.masked[0].sum())} masked")
             bar.update()
-            seen.append(step)
+            if not seen or seen[-1].stage == "base" or seen[-1].masked.any():  # the first decode, not those after it
+                seen.append(step)
 
         images = method(muse, n=args.n, seed=args.seed, negative_prompt=args.negative_prompt, watch=watch, **settings)
     for image, path in zip(images, paths, strict=True):
@@ -203,12 +204,11 @@ def train(args: argparse.Namespace) -> None:
 
     cfg = preset(args.preset)
     refuse_existing(args.out)
-    bar = tqdm(disable=True)
+    bar, stage = tqdm(disable=True), ""
     for p in train_muse(cfg, seed=args.seed, device=args.device):
-        if p.stage != bar.desc:
+        if p.stage != stage:
             bar.close()
-            bar = tqdm(total=p.steps)
-            bar.desc = p.stage
+            bar, stage = tqdm(total=p.steps, desc=p.stage), p.stage
         bar.update(p.step - bar.n)
         bar.set_postfix({k: f"{v:.3g}" for k, v in p.figures.items()}, refresh=False)
     bar.close()

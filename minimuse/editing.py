@@ -76,8 +76,9 @@ def resample(
 def tokenize(muse: "Muse", image: Image.Image) -> tuple[Tensor, Tensor]:
     """A picture -> low tokens (1, N_low) of the decimated picture and high tokens (1, N) (Muse 3.3.1)."""
     side, low_side = muse.cfg.high_tokenizer.image_size, muse.cfg.low_tokenizer.image_size
-    pixels = from_pil(image, side).to(muse.device, muse.dtype)
-    return muse.low_tokenizer.encode(halve(pixels, side // low_side)), muse.high_tokenizer.encode(pixels)
+    pixels = from_pil(image, side).to(muse.device)
+    low, high = halve(pixels, side // low_side).to(muse.dtype), pixels.to(muse.dtype)
+    return muse.low_tokenizer.encode(low), muse.high_tokenizer.encode(high)
 
 
 def inpaint(
@@ -148,9 +149,10 @@ def outpaint(
 
     New canvas is inpainted window by window from the picture outwards; its own pixels come back bit for bit.
     """
-    left, top, right, bottom = padding if isinstance(padding, tuple | list) else (padding,) * 4
-    if min(left, top, right, bottom) < 0 or max(left, top, right, bottom) == 0:
-        raise ValueError(f"padding {padding}; give pixels to add, none negative, at least one above 0")
+    sides = tuple(padding) if isinstance(padding, tuple | list) else (padding,) * 4
+    if len(sides) != 4 or min(sides) < 0 or max(sides) == 0:
+        raise ValueError(f"padding {padding}; give pixels to add, 1 number or 4, none negative, at least one above 0")
+    left, top, right, bottom = sides
     tokenize(muse, image)  # refuses what is no picture of the right size
     side, images = image.width, []
     for job in muse.jobs(prompt, n, seed, negative_prompt, sampling):

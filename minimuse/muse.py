@@ -38,9 +38,15 @@ FOREIGN = {  # names that users of diffusers will type -> ours
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """None -> cuda, then mps, then cpu."""
+    """None -> cuda, then mps, then cpu. ValueError where this machine has no such device."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(best if device is None else device)
+    if device is None:
+        return torch.device(best)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device {str(device)!r} is not on this machine, {best!r} is: {e}") from e
+    return torch.device(device)
 
 
 def build(cfg: MuseConfig) -> nn.ModuleDict:
@@ -230,7 +236,7 @@ class Muse:
     def _tell_unknown_words(self, prompts: Sequence[str]) -> None:
         """One line to stderr where most of a prompt's words were in no training caption."""
         for prompt in dict.fromkeys(prompts) if self.words else ():
-            words = list(dict.fromkeys(re.findall(r"[a-z]+", prompt.lower())))
+            words = list(dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower())))
             unknown = [w for w in words if w not in self.words]
             if 2 * len(unknown) > len(words) and prompt not in self._told:
                 self._told.add(prompt)

@@ -112,7 +112,8 @@ def film(muse: "Muse", steps: Sequence["Step"], row: int = 0, most: int = 12) ->
     """
     if not steps:
         raise ValueError("no step came: collect them from muse.steps(...), or with watch=list.append")
-    picks = sorted({round(i * (len(steps) - 1) / max(1, most - 1)) for i in range(min(most, len(steps)))})
+    count = min(most, len(steps))
+    picks = [round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)]
     picks = [steps[i] for i in picks]
     side = 2 * muse.cfg.high_tokenizer.image_size
     frames = [

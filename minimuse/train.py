@@ -98,7 +98,7 @@ class Optimizer:
             # Deviation: Muse sets beta1 0.9 and beta2 0.96; torch's Adafactor has no beta1, and a beta2 that rises
             self.inner: torch.optim.Optimizer = torch.optim.Adafactor(groups, lr=cfg.learning_rate)
         else:
-            self.inner = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=cfg.betas)
+            self.inner = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=cfg.betas, fused=True)
 
     def step(self, loss: Tensor, step: int) -> None:
         """Backward, clip, update."""

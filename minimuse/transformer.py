@@ -133,8 +133,8 @@ class TokenEmbedding(nn.Module):
     def __init__(self, codebook_size: int, grid: int, width: int):
         super().__init__()
         self.codes = nn.Embedding(codebook_size + 1, width)
-        self.rows = nn.Parameter(torch.randn(grid, 1, width) * 0.02)  # Choice: 2-D positions as row + column
-        self.columns = nn.Parameter(torch.randn(1, grid, width) * 0.02)
+        self.rows = nn.Parameter(torch.randn(grid, 1, width) * 0.5)  # Choice: 2-D positions as row + column
+        self.columns = nn.Parameter(torch.randn(1, grid, width) * 0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.codes(tokens) + (self.rows + self.columns).flatten(0, 1)
@@ -157,16 +157,18 @@ class Transformer(nn.Module):
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:
-        """Choice: linear weights at std 1/sqrt(fan in), layers' outputs less by their number; embeddings 0.02."""
+        """Choice: linear weights at std 1/sqrt(fan in), less where layers write; embeddings 0.5; the head near zero."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=0.5)
         elif isinstance(module, Layer):  # `apply` visits children first
             scale = (2 * self.cfg.layers) ** -0.5
             outputs = [module.attention.out, module.mlp[2], *([module.cross.out] if hasattr(module, "cross") else [])]
             for linear in outputs:
                 linear.weight.data.mul_(scale)
+        elif isinstance(module, Transformer):
+            nn.init.normal_(module.head.weight, std=0.02)
 
     @property
     def mask_id(self) -> int:

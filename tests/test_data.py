@@ -1,10 +1,11 @@
 """data.py: the embedded data set, and pictures on their way between PIL, uint8 and [-1, 1]."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from minimuse.data import SceneDataset, from_pil, halve, to_float, to_pil, to_uint8
+from minimuse.data import SceneDataset, from_pil, halve, mask_from, to_float, to_pil, to_uint8
 
 
 def test_dataset_follows_from_its_seed():
@@ -82,3 +83,41 @@ def test_halve_averages():
     for factor in (0, 3):
         with pytest.raises(ValueError, match="divide"):
             halve(torch.zeros(1, 3, 32, 32), factor)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda m: Image.fromarray(m.astype(np.uint8) * 255),
+        lambda m: Image.fromarray(m.astype(np.uint8) * 255).convert("1"),
+        lambda m: Image.fromarray(m.astype(np.uint8) * 255).convert("RGB"),
+        lambda m: Image.fromarray(m.astype(np.uint8) * 255).convert("RGBA"),
+        lambda m: m,
+        lambda m: m.astype(np.uint8) * 255,
+        lambda m: m.astype(np.int64),
+        lambda m: m.astype(np.float64),
+        lambda m: m.tolist(),
+        torch.from_numpy,
+        lambda m: torch.from_numpy(m).float(),
+        lambda m: torch.from_numpy(m).byte() * 255,
+    ],
+    ids="L 1 RGB RGBA bool uint8 int64 float64 list tensor float-tensor uint8-tensor".split(),
+)
+def test_mask_from_takes_the_usual_kinds(kind):
+    white = np.zeros((6, 9), dtype=bool)
+    white[1:3, 4:8] = True
+    mask = mask_from(kind(white), (9, 6))
+    assert mask.dtype == torch.bool, f"a mask is boolean, {mask.dtype} came"
+    assert torch.equal(mask, torch.from_numpy(white)), "white is what to repaint"
+
+
+def test_mask_from_cuts_gray_in_the_middle():
+    gray = Image.fromarray(np.array([[0, 127, 128, 255]], dtype=np.uint8))
+    assert mask_from(gray, (4, 1)).tolist() == [[False, False, True, True]], "above half is white"
+    assert mask_from(np.array([[0.0, 0.5, 0.51, 1.0]]), (4, 1)).tolist() == [[False, False, True, True]], "floats too"
+
+
+@pytest.mark.parametrize("wrong", [np.ones((9, 6)), np.ones((1, 6, 9)), np.ones(6), np.array(1), None, [], "mask.png"])
+def test_mask_from_says_what_is_wrong(wrong):
+    with pytest.raises(ValueError, match=r"expected a mask of the picture's 9 x 6 pixels, .*came"):
+        mask_from(wrong, (9, 6))

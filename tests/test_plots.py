@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minimuse.plots import film_strip, grid, mask_overlay
+from minimuse.plots import film, film_strip, grid, mask_overlay
 
 PICTURES = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -59,3 +59,35 @@ def test_mask_overlay_covers_masked_tokens(image, masked):
 def test_nonsense_is_refused(wrong):
     with pytest.raises(ValueError, match=r"expected|give|came"):
         wrong()
+
+
+def test_film_of_a_decode(tiny_muse):
+    steps = list(tiny_muse.steps("a red cube", n=2, seed=0, steps=3, superres={"steps": 2}))
+    side, gap = 2 * tiny_muse.cfg.high_tokenizer.image_size, 8
+    strip = film(tiny_muse, steps)
+    assert strip.width == gap + 5 * (side + gap), f"3 + 2 steps are 5 frames: {strip.width}"
+    assert strip.height > side + 2 * gap, "each frame has a title"
+    top = strip.height - side - gap
+    frames = [strip.crop((gap + i * (side + gap), top, gap + i * (side + gap) + side, top + side)) for i in range(5)]
+    for i, (step, frame) in enumerate(zip(steps, frames, strict=True)):
+        gray = (np.asarray(frame) == (150, 150, 155)).all(2).mean()
+        masked = step.masked[0].float().mean().item()
+        assert abs(gray - masked) < 0.02, f"frame {i}: {gray:.0%} is gray, {masked:.0%} is masked"
+    last = tiny_muse.picture(steps[-1])[0].resize((side, side), Image.Resampling.NEAREST)
+    assert frames[-1].tobytes() == last.tobytes(), "the last frame is the picture"
+
+
+def test_film_keeps_the_ends_and_picks_a_row(tiny_muse):
+    steps = list(tiny_muse.steps("a red cube", n=2, seed=0, steps=6))
+    side, gap = 2 * tiny_muse.cfg.high_tokenizer.image_size, 8
+    strips = [film(tiny_muse, steps, row=row, most=4) for row in (0, 1)]
+    assert strips[0].width == gap + 4 * (side + gap), f"at most 4 frames: {strips[0].width}"
+    assert strips[0].tobytes() != strips[1].tobytes(), "row picks the picture of the batch"
+    for row, strip in enumerate(strips):
+        top, left = strip.height - side - gap, strip.width - side - gap
+        picture = tiny_muse.picture(steps[-1])[row].resize((side, side), Image.Resampling.NEAREST)
+        assert strip.crop((left, top, left + side, top + side)).tobytes() == picture.tobytes(), "the last step is kept"
+    for most in (1, 2):
+        assert film(tiny_muse, steps, most=most).width == gap + most * (side + gap), f"{most} frames"
+    with pytest.raises(ValueError, match="no step came"):
+        film(tiny_muse, [])

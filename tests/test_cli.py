@@ -1,0 +1,384 @@
+"""cli.py: every command from its words to its files, in this process, on a tiny saved Muse."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import minimuse
+import minimuse.config
+from minimuse import cli
+from minimuse.checkpoint import shipped
+from minimuse.muse import Muse
+
+ROOT = Path(__file__).resolve().parent.parent
+A = "a red cube"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_muse, tmp_path_factory):
+    return str(tiny_muse.save_pretrained(tmp_path_factory.mktemp("cli") / "tiny"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder, capsys):
+    """run("generate", "a red cube", ...) -> (exit code, lines on stdout, lines on stderr without progress bars)."""
+
+    def run(command, *words, model=True):
+        words = [command, *(str(w) for w in words)]
+        code = cli.main([*words, "--model", folder, "--device", "cpu"] if model else words)
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), [line for line in err.splitlines() if line.startswith("minimuse")]
+
+    return run
+
+
+@pytest.fixture
+def image(here, tiny_muse):
+    """picture.png of the right size; mask.png, white in a corner."""
+    side = tiny_muse.cfg.high_tokenizer.image_size
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(here / "picture.png")
+    mask = np.zeros((side, side), dtype=np.uint8)
+    mask[:20, :30] = 255
+    Image.fromarray(mask).save(here / "mask.png")
+    return pixels
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def told(path: Path) -> dict:
+    return json.loads(Image.open(path).text["minimuse"])
+
+
+def refused(result, match: str) -> None:
+    """Exit code 1 and one line on stderr that holds `match`."""
+    code, out, err = result
+    assert code == 1, f"exit code {code}, expected 1"
+    assert out == [], f"nothing on stdout: {out}"
+    assert len(err) == 1, f"one line on stderr: {err}"
+    assert match in err[0], f"{match!r} is not in {err[0]!r}"
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_generate_writes_a_picture_that_tells_how_it_was_made(run, here, folder):
+    code, out, err = run("generate", A, "--seed", 3, "--steps", 2, "--guidance", "0:3", "--out", "cube.png")
+    assert (code, err) == (0, []), f"{code} {err}"
+    assert files(here) == ["cube.png"], f"{files(here)}"
+    assert out == [f"cube.png  ({A!r}, seed 3)"], f"it says where the picture is: {out}"
+    settings = told(here / "cube.png")
+    expected = {"model": "tiny", "prompt": A, "negative_prompt": None, "seed": 3, "steps": 2, "guidance": [0.0, 3.0]}
+    assert settings == expected, f"prompt, seed and settings as JSON: {settings}"
+    settings.pop("model")
+    muse = Muse.from_pretrained(folder, device="cpu")
+    (again,) = muse.generate(settings.pop("prompt"), **settings)
+    assert np.array_equal(np.asarray(again), np.asarray(Image.open(here / "cube.png"))), "what it tells draws it again"
+
+
+def test_a_random_seed_is_told(run, here):
+    code, _, _ = run("generate", A, "--steps", 1, "--out", "one.png")
+    seed = told(here / "one.png")["seed"]
+    assert code == 0, "no seed is a random one"
+    run("generate", A, "--steps", 1, "--out", "two.png", "--seed", seed)
+    one, two = (Image.open(here / f"{name}.png").tobytes() for name in ("one", "two"))
+    assert one == two, "the told seed draws the picture again"
+
+
+def test_every_option_reaches_the_sampler(run, here):
+    words = ["--negative-prompt", "a blue ball", "--guidance", 2.5, "--steps", 2, "--schedule", "linear"]
+    words += ["--order", "halton", "--sampling-temperature", 0.5, "--choice-temperature", 1.5]
+    code, _, err = run("generate", A, *words, "--seed", 1, "--out", "x.png")
+    assert code == 0, f"{err}"
+    expected = {"negative_prompt": "a blue ball", "guidance": 2.5, "steps": 2, "schedule": "linear", "order": "halton"}
+    expected |= {"sampling_temperature": 0.5, "choice_temperature": 1.5, "seed": 1, "prompt": A, "model": "tiny"}
+    assert told(here / "x.png") == expected, f"{told(here / 'x.png')}"
+
+
+def test_n_pictures_of_each_prompt(run, here):
+    code, out, _ = run("generate", A, "a blue ball", "--n", 2, "--seed", 5, "--steps", 1, "--out", "x.png")
+    assert code == 0, "several prompts, several pictures"
+    names = ["x.png", "x-1.png", "x-2.png", "x-3.png"]
+    assert files(here) == sorted(names), f"{files(here)}"
+    found = [(told(here / n)["prompt"], told(here / n)["seed"]) for n in names]
+    assert found == [(A, 5), (A, 6), ("a blue ball", 7), ("a blue ball", 8)], f"{found}"
+    assert [line.split()[0] for line in out] == names, f"a line a picture: {out}"
+
+
+def test_film(run, here):
+    code, out, _ = run("generate", A, "--seed", 0, "--steps", 3, "--film", "--out", "x.png")
+    assert code == 0, "a film is drawn"
+    assert files(here) == ["x-film.png", "x.png"], f"{files(here)}"
+    assert out[-1] == "x-film.png", f"it says where the film is: {out}"
+    picture, film = (Image.open(here / n) for n in ("x.png", "x-film.png"))
+    assert film.width > 6 * 2 * picture.width, f"3 + 3 steps side by side, twice as large: {film.size}"
+
+
+def test_the_film_shows_the_first_decode_alone(run, here, image):
+    for n in (1, 17):  # 17 pictures are two batches, so two decodes
+        code, _, err = run("generate", A, "--seed", 0, "--steps", 1, "--film", "--n", n, "--out", f"{n}.png")
+        assert code == 0, f"{err}"
+    code, _, err = run("outpaint", "picture.png", A, "--seed", 0, "--steps", 1, "--film", "--out", "wide.png")
+    assert code == 0, f"{err}"
+    sizes = [Image.open(here / f"{name}-film.png").size for name in ("1", "17", "wide")]
+    assert len(set(sizes)) == 1, f"films of one base and one super-resolution step each: {sizes}"
+
+
+@pytest.mark.filterwarnings("ignore:prompt cut")
+def test_free_names_are_found(run, here):
+    prompt = "Two small red cubes, and a ball!"
+    for name in ("two-small-red-cubes-and-a-ball", "two-small-red-cubes-and-a-ball-v2"):
+        code, out, _ = run("generate", prompt, "--steps", 1, "--seed", 0)
+        assert code == 0, f"{out}"
+        assert out[0].startswith(f"{name}.png "), f"the first free name after the prompt: {out}"
+    code, out, _ = run("generate", prompt, "--steps", 1, "--n", 2, "--film")
+    assert [line.split()[0] for line in out] == [
+        f"two-small-red-cubes-and-a-ball-v3{e}.png" for e in ("", "-1", "-film")
+    ]
+    assert run("generate", "?!", "--steps", 1)[1][0].startswith("picture.png"), (
+        "a prompt without letters has a name too"
+    )
+    run("generate", "a-red-cube" * 30, "--steps", 1)
+    assert max(map(len, files(here))) <= 64, f"long prompts make no endless names: {files(here)}"
+
+
+@pytest.mark.parametrize("existing", ["x.png", "x-1.png", "x-film.png"])
+def test_an_existing_file_is_refused(run, here, existing):
+    (here / existing).write_bytes(b"mine")
+    words = ["generate", A, "--n", 2, "--film", "--steps", 1, "--out", "x.png"]
+    refused(run(*words), f"{existing} already there; give another --out, or --force")
+    assert files(here) == [existing], f"nothing is written: {files(here)}"
+    assert (here / existing).read_bytes() == b"mine", "the file must be untouched"
+    code, _, _ = run(*words, "--force")
+    assert code == 0, "--force overwrites"
+    assert files(here) == ["x-1.png", "x-film.png", "x.png"], f"{files(here)}"
+    assert Image.open(here / existing).format == "PNG", "--force overwrites"
+
+
+def test_it_is_refused_before_the_model_loads(run, here, monkeypatch):
+    (here / "x.png").write_bytes(b"mine")
+    monkeypatch.setattr(Muse, "from_pretrained", lambda *a, **k: pytest.fail("the model was loaded"))
+    refused(run("generate", A, "--out", "x.png"), "already there")
+    refused(run("generate", A, "--out", "x.jpg"), "give a name that ends in .png")
+    refused(run("generate", A, "--out", "nowhere/x.png"), "no folder nowhere")
+    refused(run("generate", A, "--n", 0), "--n 0")
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--steps", "0"], "steps is 0"),
+        (["--schedule", "cosinus"], "unknown schedule 'cosinus'; known: cosine"),
+        (["--order", "best"], "unknown order 'best'; known: confidence"),
+        (["--sampling-temperature", "-1"], "temperatures"),
+        (["--device", "toaster"], "device 'toaster'"),
+        (["--model", "nowhere"], "no checkpoint 'nowhere'"),
+    ],
+)
+def test_what_is_wrong_is_one_line(run, here, folder, words, match):
+    defaults = {"--model": folder, "--device": "cpu"} | dict([words])
+    refused(run("generate", A, *(w for pair in defaults.items() for w in pair), model=False), match)
+    assert files(here) == [], f"nothing is written: {files(here)}"
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, OSError, ImportError])
+def test_errors_of_several_lines_are_told_in_one(capsys, here, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error("first\n  second")
+
+    monkeypatch.setattr(Muse, "from_pretrained", fail)
+    assert cli.main(["generate", A]) == 1, "an error is exit code 1"
+    assert capsys.readouterr().err == "minimuse: first second\n", "one line, whatever the error's"
+
+
+@pytest.mark.parametrize(("text", "value"), [("3", 3.0), ("0:3", (0.0, 3.0)), ("2.5:0.5", (2.5, 0.5)), ("0", 0.0)])
+def test_guidance_is_a_number_or_first_to_last(text, value):
+    args = cli.parser().parse_args(["generate", A, "--guidance", text])
+    assert args.guidance == value, f"{text} is {args.guidance}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["paint", A],
+        ["generate"],
+        ["generate", A, "--guidance", "strong"],
+        ["generate", A, "--n", "two"],
+        ["inpaint", "picture.png", A],
+        ["edit", "picture.png", A, "--steps", "3"],
+        ["train", "nano"],
+    ],
+)
+def test_wrong_usage_shows_how(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2, f"{words}: exit code {stop.value.code}"
+    assert "usage: minimuse" in capsys.readouterr().err, "it shows how the command is used"
+
+
+@pytest.mark.parametrize("command", ["", "generate", "inpaint", "outpaint", "edit", "train", "info"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), "--help"])
+    assert stop.value.code == 0, "help is no error"
+    assert f"usage: minimuse {command}".strip() in capsys.readouterr().out, "help shows the usage"
+
+
+# --- editing ----------------------------------------------------------------------------------------------------------
+
+
+def test_inpaint(run, here, image):
+    code, _, err = run("inpaint", "picture.png", "mask.png", A, "--seed", 0, "--steps", 2, "--out", "new.png")
+    assert code == 0, f"{err}"
+    new, mask = np.asarray(Image.open("new.png")), np.asarray(Image.open("mask.png")) > 0
+    assert (new[~mask] == image[~mask]).all(), "outside the mask every pixel is the user's"
+    assert (new[mask] != image[mask]).any(), "inside it is new"
+    assert told(here / "new.png")["task"] == "inpaint", f"{told(here / 'new.png')}"
+
+
+@pytest.mark.parametrize(("words", "padding"), [(["8"], [8] * 4), (["4", "0", "2", "6"], [4, 0, 2, 6]), ([], [16] * 4)])
+def test_outpaint(run, here, image, words, padding):
+    words = ["--padding", *words] if words else []
+    code, _, err = run("outpaint", "picture.png", A, *words, "--seed", 0, "--steps", 1, "--out", "new.png")
+    assert code == 0, f"{err}"
+    left, top, right, bottom = padding
+    side = len(image)
+    new = np.asarray(Image.open("new.png"))
+    assert new.shape == (top + side + bottom, left + side + right, 3), f"{new.shape}"
+    assert (new[top : top + side, left : left + side] == image).all(), "the picture stands where it was, bit for bit"
+    assert told(here / "new.png")["padding"] == padding, f"{told(here / 'new.png')}"
+
+
+def test_edit(run, here, image):
+    words = ["edit", "picture.png", A, "--iterations", 2, "--share", 0.5, "--seed", 1, "--guidance", 1]
+    code, _, err = run(*words, "--out", "new.png", "--film", "--n", 2)
+    assert code == 0, f"{err}"
+    assert {"new.png", "new-1.png", "new-film.png"} <= set(files(here)), f"{files(here)}"
+    assert Image.open("new.png").size == (len(image), len(image)), "an edited picture keeps its size"
+    expected = {"task": "edit", "iterations": 2, "share": 0.5, "guidance": 1.0, "seed": 2}
+    settings = told(here / "new-1.png")
+    assert expected.items() <= settings.items(), f"{settings}"
+
+
+def test_pictures_that_cannot_be_read(run, here, image):
+    whole = (here / "picture.png").read_bytes()
+    (here / "text.png").write_text("no picture")
+    (here / "empty.png").write_bytes(b"")
+    Image.fromarray(image[:9]).save("small.png")
+    refused(run("edit", "text.png", A), "text.png is no picture that can be read")
+    refused(run("edit", "empty.png", A), "empty.png is no picture that can be read")
+    refused(run("edit", "none.png", A), "none.png")
+    refused(run("edit", ".", A), "")
+    refused(run("inpaint", "picture.png", "text.png", A), "text.png is no picture")
+    refused(run("edit", "small.png", A), f"x {9} came")
+    refused(run("inpaint", "picture.png", "small.png", A), f"x {9} came")
+    refused(run("outpaint", "picture.png", A, "--padding", 1, 2), "--padding has 2 numbers")
+    refused(run("outpaint", "picture.png", A, "--padding", 0), "padding 0")
+    for keep in (20, 40, 100, len(whole) // 2):
+        (here / "cut.png").write_bytes(whole[:keep])
+        refused(run("edit", "cut.png", A), "")
+    assert not [f for f in files(here) if f.startswith("a-red")], f"nothing is written: {files(here)}"
+
+
+# --- train, info and the rest -----------------------------------------------------------------------------------------
+
+
+def test_train_writes_a_checkpoint_that_draws(run, here, tiny_muse, monkeypatch):
+    monkeypatch.setitem(minimuse.config.PRESETS, "tiny", lambda: tiny_muse.cfg)
+    code, out, err = run("train", "tiny", "--out", "runs/tiny", "--seed", 1, "--device", "cpu", model=False)
+    assert (code, err) == (0, []), f"{code} {err}"
+    assert files(here / "runs/tiny") == ["README.md", "config.json", "model.safetensors"], (
+        f"{files(here / 'runs/tiny')}"
+    )
+    muse = Muse.from_pretrained(here / "runs/tiny", device="cpu")
+    assert muse.cfg == tiny_muse.cfg, "it is what the preset says"
+    assert muse.words, "it knows the words that it was trained on"
+    assert muse.generate(A, seed=0, steps=1)[0].size == (muse.cfg.high_tokenizer.image_size,) * 2, "it draws"
+    assert "trained in" in out[0], f"{out}"
+    assert out[-1].startswith("try: minimuse generate "), f"it says what to do next: {out}"
+
+
+def test_train_refuses_before_any_work(run, here, folder, monkeypatch):
+    monkeypatch.setattr("minimuse.train.train_muse", lambda *a, **k: pytest.fail("it has begun to train"))
+    before = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+    refused(run("train", "nano", "--out", folder, model=False), "already holds")
+    assert {p.name: p.read_bytes() for p in Path(folder).iterdir()} == before, "the checkpoint must be untouched"
+    refused(run("train", "pico", "--out", "new", model=False), "unknown preset 'pico'; known: nano")
+    assert files(here) == [], f"nothing is written: {files(here)}"
+
+
+def test_info_of_all_presets(run, capsys):
+    code, out, _ = run("info", model=False)
+    assert code == 0, "info needs no weights"
+    text = "\n".join(out)
+    for name in minimuse.config.PRESETS:
+        assert f"{name}: " in text, f"{name} is missing: {text}"
+    lines = {}
+    for line in out:
+        if not line.startswith(" "):
+            name = line.split(":")[0]
+        lines.setdefault(name, []).append(line.split())
+    (base,) = [w for w in lines["paper_632m"] if w[0] == "base"]
+    (superres,) = [w for w in lines["paper_632m"] if w[0] == "superres"]
+    for words, published in ((base, 632), (superres, 268)):
+        count = float(words[1].rstrip("M").replace(",", ""))
+        assert abs(count / published - 1) < 0.02, f"{count}M printed, {published}M published"
+    assert any("48 layers x 2048, MLP 8192" in line for line in out), "the 3B base of table A.1"
+    assert any("32 layers x 1024, MLP 4096" in line for line in out), "the super-resolution of table A.3"
+    assert out[-1] == f"shipped checkpoints: {', '.join(shipped()) or 'none'}", f"{out[-1]}"
+
+
+def test_info_of_one_preset_or_checkpoint(run, folder, tiny_muse):
+    code, out, _ = run("info", "toy", folder, model=False)
+    assert code == 0, f"{out}"
+    assert out[0].startswith("toy: "), f"{out}"
+    assert any(line.startswith(f"{folder}: ") and tiny_muse.cfg.text_encoder in line for line in out), f"{out}"
+    refused(run("info", "nowhere", model=False), "no checkpoint 'nowhere'")
+
+
+def test_ctrl_c_is_130(capsys, here, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Muse, "from_pretrained", stop)
+    assert cli.main(["generate", A]) == 130, "as shells expect of a program that Ctrl-C stopped"
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "minimuse: stopped\n"), f"one line, no traceback: {out!r} {err!r}"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0, "--version is no error"
+    assert capsys.readouterr().out == f"minimuse {minimuse.__version__}\n", "it names the package's version"
+
+
+def test_python_m_and_the_console_script():
+    done = subprocess.run(
+        [sys.executable, "-m", "minimuse.cli", "--version"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"minimuse {minimuse.__version__}\n", f"python -m minimuse.cli: {done.stdout}{done.stderr}"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {"minimuse": "minimuse.cli:main"}, f"{project['scripts']}"
+    try:
+        scripts = distribution("minimuse").entry_points.select(group="console_scripts")
+    except PackageNotFoundError:
+        pytest.skip("minimuse is not installed here, only its sources are on the path")
+    assert [s.load() for s in scripts] == [cli.main], "the installed command is this main"

@@ -1,0 +1,285 @@
+"""config.py: dials, presets, and the refusal of nonsense."""
+
+import dataclasses
+import json
+from dataclasses import replace
+
+import pytest
+
+from minimuse.config import (
+    PRESETS,
+    STAGES,
+    SamplingConfig,
+    StageConfig,
+    TransformerConfig,
+    VQGANConfig,
+    from_dict,
+    preset,
+    to_dict,
+)
+
+NANO = preset("nano")
+TOKENIZER, BASE, SR = NANO.low_tokenizer, NANO.base, NANO.superres
+STAGE = NANO.stages["base"]
+
+
+# --- nonsense is refused, with the mend -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cfg", "change", "match"),
+    [
+        # image size and downsampling
+        (TOKENIZER, {"image_size": 34}, r"image size 34 is not a multiple of f = 4; take 32, or 2 fewer"),
+        (TOKENIZER, {"image_size": 3}, r"take 4"),
+        (TOKENIZER, {"image_size": 0}, r"VQGANConfig\.image_size is 0; give a positive whole number"),
+        (TOKENIZER, {"image_size": 32.0}, r"image_size is 32\.0; give a positive whole"),
+        (TOKENIZER, {"codebook_size": -5}, r"codebook_size is -5; give a positive"),
+        (TOKENIZER, {"code_dim": 0}, r"code_dim is 0; give a positive"),
+        # widths and depths
+        (TOKENIZER, {"width": 20}, r"width 20 is not a multiple of 16; take 16"),
+        (TOKENIZER, {"width": 30}, r"take 32"),
+        (TOKENIZER, {"decoder_width": 8}, r"decoder_width 8 is not a multiple of 16; take 16"),
+        (TOKENIZER, {"blocks": (1, 1)}, r"blocks has 2 entries for 3 resolutions; give 3"),
+        (TOKENIZER, {"decoder_blocks": (1, 1, 1, 1)}, r"decoder_blocks has 4 entries for 3 resolutions"),
+        (TOKENIZER, {"multipliers": ()}, r"multipliers is empty; give one number a resolution"),
+        # transformers
+        (BASE, {"width": 162}, r"width 162 is not divisible by 5 heads; take 160"),
+        (BASE, {"heads": 7}, r"width 160 is not divisible by 7 heads; take 154"),
+        (BASE, {"width": 3}, r"take 5"),
+        (BASE, {"layers": 0}, r"TransformerConfig\.layers is 0; give a positive"),
+        (BASE, {"grid": -8}, r"grid is -8"),
+        (BASE, {"heads": 0}, r"heads is 0"),
+        (BASE, {"mlp_width": "wide"}, r"mlp_width is 'wide'"),
+        (BASE, {"text_width": None}, r"text_width is None"),
+        (BASE, {"dropout": 1.0}, r"dropout 1\.0 is not in \[0, 1\)"),
+        (BASE, {"dropout": -0.1}, r"dropout -0\.1"),
+        (SR, {"block": 3}, r"a grid of 16 is not divisible into blocks of 3; give a divisor, or 0"),
+        (SR, {"heads": 1}, r"halves the heads, and 1 is odd; give an even number, or block=0"),
+        (SR, {"low_grid": 0}, r"low_grid is 0; give a positive"),
+        (SR, {"low_codebook_size": 0}, r"low_codebook_size is 0; give a positive"),
+        # sampling and stages
+        (NANO.base_sampling, {"steps": 0}, r"SamplingConfig\.steps is 0; give a positive"),
+        (STAGE, {"steps": 0}, r"StageConfig\.steps is 0"),
+        (STAGE, {"batch": 0}, r"batch is 0"),
+        (STAGE, {"optimizer": "sgd"}, r"unknown optimizer 'sgd'; known: adamw, adafactor"),
+        (STAGE, {"learning_rate": 0.0}, r"learning rate 0\.0 is not positive"),
+        (STAGE, {"text_drop": 1.5}, r"text_drop 1\.5 is not in \[0, 1\]"),
+    ],
+)
+def test_nonsense_is_refused_with_the_mend(cfg, change, match):
+    with pytest.raises(ValueError, match=match):
+        replace(cfg, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            {"base": replace(BASE, codebook_size=128)},
+            r"base\.codebook_size is 128 but low_tokenizer.* is 256; make them",
+        ),
+        ({"superres": replace(SR, codebook_size=128)}, r"superres\.codebook_size is 128 but high_tokenizer"),
+        ({"superres": replace(SR, low_codebook_size=128)}, r"superres\.low_codebook_size is 128 but low_tokenizer"),
+        ({"base": replace(BASE, grid=16)}, r"base\.grid is 16 but low_tokenizer\.grid is 8; make them equal"),
+        ({"superres": replace(SR, grid=8)}, r"superres\.grid is 8 but high_tokenizer\.grid is 16"),
+        ({"superres": replace(SR, low_grid=4)}, r"superres\.low_grid is 4 but low_tokenizer\.grid is 8"),
+        ({"superres": replace(SR, text_width=768)}, r"superres\.text_width is 768 but base\.text_width is 384"),
+        ({"superres": replace(SR, low_layers=0, low_grid=0)}, r"superres\.low_grid is 0 but low_tokenizer"),
+        ({"finetuned_blocks": (1, 0, 2)}, r"fine-tuned decoder is smaller.*give at least"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(change, match):
+    with pytest.raises(ValueError, match=match):
+        replace(NANO, **change)
+
+
+def test_a_fine_tuned_decoder_narrower_than_the_old_is_refused():
+    high = replace(NANO.high_tokenizer, decoder_width=48)
+    with pytest.raises(ValueError, match="fine-tuned decoder is smaller"):
+        replace(NANO, high_tokenizer=high, finetuned_width=32)
+
+
+def test_high_resolution_is_a_multiple_of_the_low():
+    high = replace(NANO.high_tokenizer, image_size=48)
+    superres = replace(SR, grid=12)
+    with pytest.raises(ValueError, match="high image size 48 is not a multiple of the low 32; take a multiple"):
+        replace(NANO, high_tokenizer=high, superres=superres)
+
+
+def test_configurations_are_frozen():
+    for cfg in (NANO, TOKENIZER, BASE, NANO.base_sampling, STAGE):
+        name = dataclasses.fields(cfg)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(cfg, name, 1)
+
+
+# --- derived sizes ----------------------------------------------------------------------------------------------------
+
+
+def test_derived_sizes_by_hand():
+    cfg = VQGANConfig(64, 10, 4, 16, (1, 2, 4, 4), (0, 1, 1, 1), 16, (1, 1, 1, 1))
+    assert (cfg.downsampling, cfg.grid) == (8, 8), "three halvings; 64 / 8"
+    model = TransformerConfig(codebook_size=10, grid=8, text_width=4, width=32, layers=1, heads=2, mlp_width=64)
+    assert (model.tokens, model.mask_id) == (64, 10), "8 x 8 tokens; [MASK] is one past the codebook"
+
+
+def test_the_fine_tuned_tokenizer_differs_in_its_decoder_alone():
+    for name in PRESETS:
+        cfg = preset(name)
+        high, tuned = dataclasses.asdict(cfg.high_tokenizer), dataclasses.asdict(cfg.finetuned_tokenizer)
+        differ = {key for key in high if high[key] != tuned[key]}
+        assert differ == {"decoder_width", "decoder_blocks"}, f"{name}: {differ} differ (Muse 2.5)"
+
+
+# --- presets ----------------------------------------------------------------------------------------------------------
+
+
+def shape(value):
+    """A configuration with its numbers taken out."""
+    if isinstance(value, dict):
+        return {key: shape(v) for key, v in value.items()}
+    if isinstance(value, bool) or not isinstance(value, int | float | tuple | list):
+        return value
+    return "numbers" if isinstance(value, tuple | list) else "number"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_differ_in_numbers_alone(name):
+    """Besides the name: the LM that gives the numbers their text, and the paper's optimizer, which toys do without."""
+    mine, nano = shape(to_dict(preset(name))), shape(to_dict(NANO))
+    for part in (mine, nano):
+        del part["name"], part["text_encoder"]
+        for stage in part["stages"].values():
+            assert stage.pop("optimizer") in ("adamw", "adafactor"), "an optimizer of its own"
+    assert mine == nano, f"{name} and nano differ in more than numbers"
+
+
+def test_presets_carry_their_names_and_all_stages():
+    for name in PRESETS:
+        cfg = preset(name)
+        assert cfg.name == name, f"{name} calls itself {cfg.name}"
+        assert tuple(cfg.stages) == STAGES, f"{name} lacks a stage, or has them in another order"
+
+
+def test_an_unknown_preset_lists_the_known():
+    with pytest.raises(ValueError, match="unknown preset 'mega'; known: nano, toy, paper_632m, paper_3b"):
+        preset("mega")
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("nano", (32, 4, 8), (64, 4, 16)),
+        ("toy", (64, 8, 8), (128, 4, 32)),
+        ("paper_632m", (256, 16, 16), (512, 8, 64)),
+        ("paper_3b", (256, 16, 16), (512, 8, 64)),
+    ],
+)
+def test_sizes_of_the_presets(name, low, high):
+    cfg = preset(name)
+    for part, expected in ((cfg.low_tokenizer, low), (cfg.high_tokenizer, high)):
+        assert (part.image_size, part.downsampling, part.grid) == expected, f"{name}: pixels, f, tokens a side"
+    if name != "nano":
+        assert cfg.superres.tokens == 16 * cfg.base.tokens, f"{name}: the paper's 16-fold token ratio"
+
+
+@pytest.mark.parametrize("name", ["paper_632m", "paper_3b"])
+def test_the_papers_numbers(name):
+    cfg = preset(name)
+    assert (cfg.base_sampling.steps, cfg.superres_sampling.steps) == (24, 8), "Muse 2.8: 24 steps for 256, 8 for 4096"
+    assert cfg.base.codebook_size == cfg.superres.codebook_size == 8192, "Muse A.2"
+    assert cfg.base.text_width == 4096, "Muse 2.1: T5-XXL"
+    assert (cfg.low_tokenizer.width, cfg.low_tokenizer.blocks) == (128, (2,) * 5), "Muse A.2"
+    assert (cfg.finetuned_width, cfg.finetuned_blocks) == (256, (4,) * 4), "Muse A.2: the fine-tuned decoder"
+    for stage in ("base", "superres"):
+        s = cfg.stages[stage]
+        assert (s.optimizer, s.learning_rate, s.weight_decay, s.batch) == ("adafactor", 1e-4, 0.045, 512), "Muse A.1"
+        assert (s.warmup, s.betas, s.text_drop, s.mask_schedule) == (5000, (0.9, 0.96), 0.1, "cosine"), "A.1, 2.6, 2.7"
+    for stage in ("low_tokenizer", "high_tokenizer"):
+        s = cfg.stages[stage]
+        assert (s.learning_rate, s.weight_decay, s.batch, s.steps) == (1e-4, 1e-4, 256, 1_000_000), "Muse A.2"
+        assert (s.warmup, s.betas) == (10_000, (0.9, 0.99)), "Muse A.2"
+        assert (s.perceptual_weight, s.adversarial_weight) == (0.05, 0.1), "Muse A.2"
+
+
+def test_default_steps_belong_to_the_preset():
+    """Near the paper's tokens a step: 256 / 24 = 11 and 4096 / 8 = 512, scaled to small grids."""
+    for name in PRESETS:
+        cfg = preset(name)
+        for model, sampling in ((cfg.base, cfg.base_sampling), (cfg.superres, cfg.superres_sampling)):
+            assert 1 <= sampling.steps <= model.tokens, f"{name}: {sampling.steps} steps for {model.tokens} tokens"
+        assert cfg.base.tokens / cfg.base_sampling.steps <= 256 / 12, f"{name}: too few steps for the base model"
+        assert cfg.superres.tokens / cfg.superres_sampling.steps <= 512, f"{name}: more tokens a step than the paper"
+
+
+def test_guidance_rises_in_every_preset():
+    for name in PRESETS:
+        cfg = preset(name)
+        for sampling in (cfg.base_sampling, cfg.superres_sampling):
+            first, last = sampling.guidance
+            assert first < last, f"{name}: t falls from {first} to {last} (Muse 2.7: it rises)"
+    assert SamplingConfig(steps=8, guidance=(0.0, 1.0)).choice_temperature == 4.5, "MaskGIT's released value"
+
+
+# --- JSON and back ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_round_trip_through_json(name):
+    cfg = preset(name)
+    back = from_dict(json.loads(json.dumps(to_dict(cfg))))
+    assert back == cfg, f"{name} is not what it was"
+    assert isinstance(back.base_sampling.guidance, tuple), "tuples come back as tuples"
+    assert isinstance(back.stages["base"], StageConfig), "stages come back as what they were"
+    assert hash(back.low_tokenizer) == hash(cfg.low_tokenizer), "and can still be hashed"
+
+
+def change(path, value):
+    values = json.loads(json.dumps(to_dict(NANO)))
+    *parents, last = path.split(".")
+    part = values
+    for key in parents:
+        part = part[key]
+    if value is None:
+        del part[last]
+    else:
+        part[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "match"),
+    [
+        ("base.layers", None, r"TransformerConfig lacks layers; was it written by another version"),
+        ("superres", None, r"MuseConfig lacks superres"),
+        ("low_tokenizer.code_dim", None, r"VQGANConfig lacks code_dim"),
+        ("base_sampling.steps", None, r"SamplingConfig lacks steps"),
+        ("stages.base.batch", None, r"StageConfig lacks batch"),
+        ("base.depth", 3, r"TransformerConfig does not know depth; was it written by another version"),
+        ("extra", 3, r"MuseConfig does not know extra"),
+        ("stages.decoder.speed", 3, r"StageConfig does not know speed"),
+        ("base", 3, r"TransformerConfig is 3; expected an object of its fields"),
+        ("base.width", 161, r"not divisible by 5 heads"),
+        ("superres.codebook_size", 5, r"superres\.codebook_size is 5"),
+    ],
+)
+def test_broken_values_are_refused(path, value, match):
+    with pytest.raises(ValueError, match=match):
+        from_dict(change(path, value))
+
+
+@pytest.mark.parametrize("values", [None, [], "nano", 3])
+def test_what_is_no_object_is_refused(values):
+    with pytest.raises(ValueError, match="expected an object"):
+        from_dict(values)
+
+
+def test_as_many_fine_tuned_blocks_as_resolutions():
+    with pytest.raises(ValueError):
+        from_dict(change("finetuned_blocks", [2, 2]))
+
+
+def test_fields_with_a_default_may_be_missing():
+    """So that an old file loads after a new dial was added."""
+    assert from_dict(change("base.dropout", None)) == NANO, "a missing dial takes its default"
