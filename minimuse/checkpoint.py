@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as parse_weights
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minimuse.config import MuseConfig, from_dict, to_dict
@@ -67,7 +68,9 @@ def load(name: str | Path) -> tuple[MuseConfig, dict[str, Tensor], dict[str, Any
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{folder / CONFIG} holds no whole configuration: {e}") from e
     try:
-        weights = load_file(folder / WEIGHTS)
+        weights = parse_weights(
+            (folder / WEIGHTS).read_bytes()
+        )  # not memory-mapped: the file may be replaced meanwhile
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{folder / WEIGHTS} is broken or cut short: {e}; copy or download it again") from e
     return cfg, weights, {"words": values.get("words", []), "examples": values.get("examples", [])}

@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("preset")
     p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--half", action="store_true", help="save the weights in half precision, as the shipped ones are")
     p.add_argument("--device")
     p = command("info", info, "sizes, grids and defaults of presets and checkpoints")
     p.add_argument("names", nargs="*", metavar="NAME")
@@ -191,11 +192,12 @@ def save_png(image, path: Path) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
-    chunks.add_text("minimuse", json.dumps(image.info.get("minimuse", {})))
+    chunks.add_text("minimuse", json.dumps(image.info.get("minimuse", {}), default=repr))
     image.save(path, pnginfo=chunks)
 
 
 def train(args: argparse.Namespace) -> None:
+    import torch
     from tqdm import tqdm
 
     from minimuse.checkpoint import refuse_existing
@@ -212,7 +214,7 @@ def train(args: argparse.Namespace) -> None:
         bar.update(p.step - bar.n)
         bar.set_postfix({k: f"{v:.3g}" for k, v in p.figures.items()}, refresh=False)
     bar.close()
-    folder = p.model.save_pretrained(args.out)
+    folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None)
     print(
         f'trained in {p.figures["minutes"]:.1f} minutes: {folder}\ntry: minimuse generate "a red cube" --model {folder}'
     )

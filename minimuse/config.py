@@ -99,6 +99,10 @@ class TransformerConfig:
         ok = self.width % self.heads == 0
         mend = f"take {max(1, self.width // self.heads) * self.heads}, or a number of heads that divides it"
         _require(ok, f"width {self.width} is not divisible by {self.heads} heads; {mend}")
+        _require(
+            self.block >= 0 and self.low_layers >= 0,
+            f"block {self.block}, low_layers {self.low_layers}; give 0 or more",
+        )
         if self.block:
             ok = self.grid % self.block == 0
             _require(ok, f"a grid of {self.grid} is not divisible into blocks of {self.block}; give a divisor, or 0")

@@ -39,6 +39,14 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode -> RGB; what is transparent becomes white."""
+    if image.mode in ("RGBA", "LA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def from_pil(image: Image.Image, size: int) -> Tensor:
     """A PIL image of size x size -> (1, 3, size, size) in [-1, 1]; what is transparent becomes white."""
     if not isinstance(image, Image.Image):
@@ -50,10 +58,7 @@ def from_pil(image: Image.Image, size: int) -> Tensor:
         )
     if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
         raise ValueError(f"expected an image of mode RGB, RGBA, L or P, {image.mode} came; try image.convert('RGB')")
-    if image.mode in ("RGBA", "LA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    pixels = torch.frombuffer(bytearray(to_rgb(image).tobytes()), dtype=torch.uint8)
     return to_float(pixels.view(1, size, size, 3).permute(0, 3, 1, 2))
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from minimuse.cfg import Guidance, get_guidance, guided
-from minimuse.data import from_pil, halve, mask_from
+from minimuse.data import from_pil, halve, mask_from, to_rgb
 from minimuse.masking import random_mask
 from minimuse.sampler import LogitsFn, Step, decode
 
@@ -113,7 +113,7 @@ def inpaint(
     if keep:
         kept = Image.fromarray((~repaint).numpy().astype("uint8") * 255)
         for new in images:
-            new.paste(image.convert("RGB"), mask=kept)
+            new.paste(to_rgb(image), mask=kept)
     return images
 
 
@@ -157,15 +157,15 @@ def outpaint(
     side, images = image.width, []
     for job in muse.jobs(prompt, n, seed, negative_prompt, sampling):
         canvas = Image.new("RGB", (left + side + right, top + side + bottom))
-        canvas.paste(image.convert("RGB"), (left, top))
+        canvas.paste(to_rgb(image), (left, top))
         known = torch.zeros(canvas.height, canvas.width, dtype=torch.bool)
         known[top : top + side, left : left + side] = True
-        for y, x in windows(known, side):
-            view = known[y : y + side, x : x + side]
-            (new,) = inpaint(muse, canvas.crop((x, y, x + side, y + side)), ~view, **job, watch=watch, **sampling)
+        for i, (y, x) in enumerate(windows(known, side)):
+            view, own = known[y : y + side, x : x + side], job | {"seed": job["seed"] + 1_000_003 * i}
+            (new,) = inpaint(muse, canvas.crop((x, y, x + side, y + side)), ~view, **own, watch=watch, **sampling)
             canvas.paste(new, (x, y))
             view[:] = True
-        canvas.info["minimuse"] = new.info["minimuse"] | {"task": "outpaint", "padding": [left, top, right, bottom]}
+        canvas.info["minimuse"] = new.info["minimuse"] | job | {"task": "outpaint", "padding": list(sides)}
         images.append(canvas)
     return images
 

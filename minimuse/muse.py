@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,7 @@ class Muse:
         for name in FOREIGN.keys() & sampling.keys():
             raise TypeError(f"{name} is diffusers' name; here it is {FOREIGN[name]}")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts or not isinstance(n, int) or n < 1:
+        if not prompts or not isinstance(n, Integral) or n < 1:
             raise ValueError(f"{len(prompts)} prompts, n = {n!r}; give at least one prompt and n of at least 1")
         if not all(isinstance(p, str) for p in prompts):
             raise TypeError(f"prompts {prompts!r}; give texts")
@@ -226,7 +227,7 @@ class Muse:
             raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
         total = len(prompts) * n
         seed = random.randrange(2**31) if seed is None else seed
-        seeds = [seed + i for i in range(total)] if isinstance(seed, int) else list(seed)
+        seeds = [int(seed) + i for i in range(total)] if isinstance(seed, Integral) else [*seed]
         if len(seeds) != total:
             raise ValueError(f"{len(seeds)} seeds for {total} pictures; give one for each, or a single number")
         self._tell_unknown_words(prompts)

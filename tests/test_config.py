@@ -18,8 +18,31 @@ from minimuse.config import (
     to_dict,
 )
 
-NANO = preset("nano")
-TOKENIZER, BASE, SR = NANO.low_tokenizer, NANO.base, NANO.superres
+# Sizes of the tests' own: nano's numbers may be tuned.
+TOKENIZER = VQGANConfig(32, 256, 8, 16, (1, 2, 4), (1, 1, 2), 16, (1, 1, 2))
+BASE = TransformerConfig(codebook_size=256, grid=8, text_width=384, width=160, layers=5, heads=5, mlp_width=640)
+SR = TransformerConfig(
+    codebook_size=256,
+    grid=16,
+    text_width=384,
+    width=128,
+    layers=4,
+    heads=4,
+    mlp_width=512,
+    block=4,
+    low_layers=2,
+    low_grid=8,
+    low_codebook_size=256,
+)
+NANO = replace(
+    preset("nano"),
+    low_tokenizer=TOKENIZER,
+    high_tokenizer=replace(TOKENIZER, image_size=64),
+    base=BASE,
+    superres=SR,
+    finetuned_width=32,
+    finetuned_blocks=(2, 2, 2),
+)
 STAGE = NANO.stages["base"]
 
 
@@ -55,6 +78,8 @@ STAGE = NANO.stages["base"]
         (BASE, {"dropout": 1.0}, r"dropout 1\.0 is not in \[0, 1\)"),
         (BASE, {"dropout": -0.1}, r"dropout -0\.1"),
         (SR, {"block": 3}, r"a grid of 16 is not divisible into blocks of 3; give a divisor, or 0"),
+        (SR, {"block": -4}, r"block -4, low_layers 2; give 0 or more"),
+        (SR, {"low_layers": -1}, r"low_layers -1; give 0 or more"),
         (SR, {"heads": 1}, r"halves the heads, and 1 is odd; give an even number, or block=0"),
         (SR, {"low_grid": 0}, r"low_grid is 0; give a positive"),
         (SR, {"low_codebook_size": 0}, r"low_codebook_size is 0; give a positive"),
