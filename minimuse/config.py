@@ -173,6 +173,7 @@ class MuseConfig:
     finetuned_blocks: tuple[int, ...]
     scenes: int  # training scenes rendered, if the data are scenes
     captions: int  # captions a scene
+    shares: tuple[float, float, float] = (45, 35, 20)  # of scenes with 1, 2 and 3 things
     stages: dict[str, StageConfig] = field(default_factory=dict)
 
     @property
@@ -222,11 +223,11 @@ def nano() -> MuseConfig:
         decoder_blocks=(1, 1, 2),
     )
     high = replace(low, image_size=64, blocks=(1, 1, 1), decoder_blocks=(1, 1, 1))
-    base = TransformerConfig(codebook_size=256, grid=8, text_width=384, layers=6, heads=4, **_square(128))
+    base = TransformerConfig(codebook_size=256, grid=8, text_width=384, layers=4, heads=4, **_square(128))
     superres = replace(base, grid=16, layers=3, block=4, low_layers=1, low_grid=8, low_codebook_size=256)
     # small batches: with minutes at hand, the number of steps counts
     tokenizing = StageConfig(
-        steps=1500,
+        steps=1250,
         batch=16,
         learning_rate=3e-3,
         warmup=30,
@@ -235,7 +236,7 @@ def nano() -> MuseConfig:
         perceptual_weight=0.0,
         adversarial_weight=0.0,
     )
-    masked = StageConfig(steps=2000, batch=16, learning_rate=3e-3, warmup=100, weight_decay=0.045, betas=(0.9, 0.99))
+    masked = StageConfig(steps=3600, batch=16, learning_rate=3e-3, warmup=100, weight_decay=0.045, betas=(0.9, 0.99))
     return MuseConfig(
         name="nano",
         text_encoder="all-MiniLM-L6-v2",
@@ -248,14 +249,15 @@ def nano() -> MuseConfig:
         superres_sampling=SamplingConfig(steps=8, guidance=(0.0, 1.0)),
         finetuned_width=32,
         finetuned_blocks=(2, 2, 1),
-        scenes=6000,
+        scenes=5000,
         captions=2,
+        shares=(67, 24, 9),  # mostly single things: minutes are short
         stages={
             "low_tokenizer": tokenizing,
             "base": masked,
-            "high_tokenizer": replace(tokenizing, steps=1100, crop=32),
-            "superres": replace(masked, steps=500),
-            "decoder": replace(tokenizing, steps=500, crop=32, learning_rate=1e-3),
+            "high_tokenizer": replace(tokenizing, steps=1100, batch=4),
+            "superres": replace(masked, steps=800, batch=8),
+            "decoder": replace(tokenizing, steps=400, batch=4, learning_rate=1e-3),
         },
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minimuse.captions import caption
-from minimuse.scenes import SPLITS, Scene, render, sample_scene
+from minimuse.scenes import SHARES, SPLITS, Scene, render, sample_scene
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -92,6 +92,7 @@ class SceneDataset:
     size: int
     split: str = "train"
     seed: int = 0
+    shares: tuple[float, ...] = SHARES  # how often there are 1, 2 and 3 things
 
     def __post_init__(self):
         if self.n < 1 or self.size < 8 or self.split not in SPLITS:
@@ -103,7 +104,7 @@ class SceneDataset:
     def scene(self, i: int) -> Scene:
         if not 0 <= i < self.n:
             raise IndexError(f"scene {i} of a data set of {self.n}: expected 0 to {self.n - 1}")
-        return sample_scene(self.seed * 1_000_003 + i, split=self.split)
+        return sample_scene(self.seed * 1_000_003 + i, split=self.split, shares=self.shares)
 
     def captions(self, i: int, k: int = 2, *, paraphrase: bool = False) -> list[str]:
         """-> k different captions of scene i."""

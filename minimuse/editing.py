@@ -60,7 +60,7 @@ def resample(
     """
     if iterations < 1 or not 0 < share <= 1:
         raise ValueError(f"{iterations} iterations of a share {share}; give at least 1, and a share in (0, 1]")
-    rate = torch.full((1,), share)
+    rate = torch.full((1,), share, dtype=torch.double)
     for i in range(iterations):
         repaint = torch.cat([random_mask(row[None], rate, g) for row, g in zip(tokens, generators, strict=True)])
         settings = {"mask_id": mask_id, "steps": 1, "top_k": top_k, "generator": generators}

@@ -221,7 +221,7 @@ def decode(
             reveal = left if i == steps - 1 else torch.minimum(schedule(logits, masked, u).clamp(min=1), left)
         gumbel = -torch.log(-torch.log(uniforms[:, i, 1].clamp(1e-20, 1 - 1e-7)))
         scores = rank_by(logits, drawn, masked, u) + choice_temperature * (1 - (i + 1) / steps) * gumbel
-        revealed = _highest(scores.masked_fill(~masked, -math.inf), gumbel, reveal) & masked
+        revealed = _highest(scores.clamp(min=-1e30).masked_fill(~masked, -math.inf), gumbel, reveal) & masked
         p = logits.softmax(-1).gather(-1, drawn[..., None]).squeeze(-1).masked_fill(~masked, 0)
         tokens, masked = torch.where(revealed, drawn, tokens), masked & ~revealed
         yield Step(i, u, tokens, masked, revealed, p)

@@ -33,6 +33,7 @@ MATERIALS = ("rubber", "metal")
 SPLITS = ("train", "test", "novel")
 HELD_OUT = frozenset((list(COLORS)[4 + s], shape) for s, shape in enumerate(SHAPES))  # brown cube, purple sphere, ...
 MAX_THINGS = 3
+SHARES = (45, 35, 20)  # of scenes with 1, 2 and 3 things
 
 _RADIUS = {"small": 0.62, "large": 1.0}
 _WIDTH, _HEIGHT = (0.75, 1.0, 0.78), (0.75, 1.0, 0.84)  # half-width and half-height of each of SHAPES, in radii
@@ -81,17 +82,20 @@ def is_novel(thing: Thing) -> bool:
     return (thing.color, thing.shape) in HELD_OUT
 
 
-def sample_scene(seed: int, *, split: str = "train", n_things: int | None = None) -> Scene:
+def sample_scene(
+    seed: int, *, split: str = "train", n_things: int | None = None, shares: tuple[float, ...] = SHARES
+) -> Scene:
     """Seed and split -> Scene of 1 to 3 things, each in frame, mostly visible and clearly beside or behind the others.
 
-    The split's name is part of the seed, so "test" has train's combinations in scenes that train never shows.
+    Without `n_things`, `shares` says how often there are 1, 2 and 3. The split's name is part of the seed, so "test"
+    has train's combinations in scenes that train never shows.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
     if n_things not in (None, *range(1, MAX_THINGS + 1)):
         raise ValueError(f"n_things={n_things!r}: expected 1 to {MAX_THINGS}, or None for a mixture")
     rng = Random(f"{split}/{seed}")
-    n = n_things or rng.choices((1, 2, 3), (45, 35, 20))[0]
+    n = n_things or rng.choices((1, 2, 3), shares)[0]
     alike = min(n, rng.choices((1, 2, 3), (60, 26, 14))[0])  # so many look the same, for captions that count
     while True:
         looks = [_look(rng, novel=split == "novel" and i == 0) for i in range(n)]

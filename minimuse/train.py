@@ -133,6 +133,8 @@ def train_tokenizer(
 ) -> Iterator[Progress]:
     """VQGAN, images (n, 3, H, W) uint8 -> a Progress a step (Muse 2.2; with encoder and codebook frozen: 2.5)."""
     device = next(vqgan.parameters()).device
+    for part in (vqgan.encoder, vqgan.quantizer, vqgan.decoder):
+        part.train(any(p.requires_grad for p in part.parameters()))
     vqgan.to(memory_format=torch.channels_last)
     torch.manual_seed(seed)
     losses = VQGANLoss(perceptual, cfg.perceptual_weight, cfg.adversarial_weight, cfg.adversarial_start).to(
@@ -160,7 +162,7 @@ def train_tokenizer(
             figures["critic"] = critic.item()
         used, perplexity = codebook_usage(made.tokens, vqgan.codebook_size)
         figures |= {
-            "psnr": -10 * math.log10(F.mse_loss(made.images, x).item() / 4),
+            "psnr": -10 * math.log10(max(F.mse_loss(made.images, x).item(), 1e-10) / 4),
             "used": used,
             "perplexity": perplexity,
         }
@@ -254,7 +256,7 @@ def train_muse(
     started = time.monotonic()
     parts = build(cfg).to(device)
     encoder = TextEncoder(cfg.text_encoder, max_tokens=cfg.text_tokens, device=device)
-    scenes = SceneDataset(cfg.scenes, cfg.high_tokenizer.image_size, seed=seed)
+    scenes = SceneDataset(cfg.scenes, cfg.high_tokenizer.image_size, seed=seed, shares=cfg.shares)
     scale = cfg.high_tokenizer.image_size // cfg.low_tokenizer.image_size
 
     chunks = []

@@ -127,14 +127,27 @@ class Layer(nn.Module):
         return x + self.dropout(self.mlp(self.norm3(x)))
 
 
+def sinusoids(grid: int, width: int, shortest: float = 0.125) -> Tensor:
+    """Waves at the centres of `grid` cells, (grid, width): half-waves from the whole side down to `shortest` of it."""
+    x = (torch.arange(grid) + 0.5) / grid
+    waves = x[:, None] * math.pi * torch.logspace(0, math.log10(1 / shortest), width // 2)
+    return F.pad(torch.cat([waves.sin(), waves.cos()], 1), (0, width % 2)) / 2**0.5
+
+
 class TokenEmbedding(nn.Module):
-    """tokens (B, N) -> (B, N, D): a vector a code (and one for [MASK]) plus learned row and column positions."""
+    """tokens (B, N) -> (B, N, D): a vector a code (and one for [MASK]) plus learned row and column positions.
+
+    Choice: positions begin as sinusoids of the place in the picture, rows in one half of the channels and columns in
+    the other: the same place has the same position in a low and in a high grid.
+    """
 
     def __init__(self, codebook_size: int, grid: int, width: int):
         super().__init__()
         self.codes = nn.Embedding(codebook_size + 1, width)
-        self.rows = nn.Parameter(torch.randn(grid, 1, width) * 0.5)  # Choice: 2-D positions as row + column
-        self.columns = nn.Parameter(torch.randn(1, grid, width) * 0.5)
+        half = width // 2
+        rows, columns = sinusoids(grid, half), sinusoids(grid, width - half)
+        self.rows = nn.Parameter(F.pad(rows, (0, width - half))[:, None])  # (g, 1, D)
+        self.columns = nn.Parameter(F.pad(columns, (half, 0))[None])  # (1, g, D)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.codes(tokens) + (self.rows + self.columns).flatten(0, 1)
@@ -169,6 +182,8 @@ class Transformer(nn.Module):
                 linear.weight.data.mul_(scale)
         elif isinstance(module, Transformer):
             nn.init.normal_(module.head.weight, std=0.02)
+        elif isinstance(module, CrossAttention):  # like attends to like from the start: a token to its low-res place
+            module.kv.weight.data[: len(module.q.weight)] = module.q.weight.data
 
     @property
     def mask_id(self) -> int:
