@@ -236,7 +236,7 @@ def nano() -> MuseConfig:
         perceptual_weight=0.0,
         adversarial_weight=0.0,
     )
-    masked = StageConfig(steps=3600, batch=16, learning_rate=3e-3, warmup=100, weight_decay=0.045, betas=(0.9, 0.99))
+    masked = StageConfig(steps=3800, batch=16, learning_rate=3e-3, warmup=100, weight_decay=0.045, betas=(0.9, 0.99))
     return MuseConfig(
         name="nano",
         text_encoder="all-MiniLM-L6-v2",
@@ -245,18 +245,18 @@ def nano() -> MuseConfig:
         high_tokenizer=high,
         base=base,
         superres=superres,
-        base_sampling=SamplingConfig(steps=12, guidance=(0.0, 3.0)),
+        base_sampling=SamplingConfig(steps=16, guidance=(0.0, 3.0)),
         superres_sampling=SamplingConfig(steps=8, guidance=(0.0, 1.0)),
         finetuned_width=32,
         finetuned_blocks=(2, 2, 1),
         scenes=5000,
         captions=2,
-        shares=(67, 24, 9),  # mostly single things: minutes are short
+        shares=(67, 24, 9),
         stages={
             "low_tokenizer": tokenizing,
             "base": masked,
-            "high_tokenizer": replace(tokenizing, steps=1100, batch=4),
-            "superres": replace(masked, steps=800, batch=8),
+            "high_tokenizer": replace(tokenizing, steps=1100, batch=8),
+            "superres": replace(masked, steps=1000, batch=8),
             "decoder": replace(tokenizing, steps=400, batch=4, learning_rate=1e-3),
         },
     )

@@ -50,7 +50,7 @@ def fast_bf16(device: torch.device) -> bool:
     """Does this device multiply bf16 faster than fp32? On a CPU: AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    flags = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    flags = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # absent in older torch
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
 

@@ -121,3 +121,9 @@ def test_mask_from_cuts_gray_in_the_middle():
 def test_mask_from_says_what_is_wrong(wrong):
     with pytest.raises(ValueError, match=r"expected a mask of the picture's 9 x 6 pixels, .*came"):
         mask_from(wrong, (9, 6))
+
+
+def test_shares_say_how_often_there_are_one_two_and_three_things():
+    for n in (1, 2, 3):
+        data = SceneDataset(20, 32, shares=tuple(float(i == n) for i in (1, 2, 3)))
+        assert {len(data.scene(i).things) for i in range(20)} == {n}, f"all of the weight is on {n}"

@@ -11,7 +11,7 @@ from minimuse.config import TransformerConfig, preset
 from minimuse.masking import masked_cross_entropy
 from minimuse.muse import parameter_counts
 from minimuse.text import Context
-from minimuse.transformer import Memory, SuperRes, Transformer, multi_axis_attention
+from minimuse.transformer import Memory, SuperRes, Transformer, multi_axis_attention, sinusoids
 
 V, D_LM = 11, 6
 SIZES = {"codebook_size": V, "text_width": D_LM, "width": 32, "layers": 2, "heads": 4, "mlp_width": 64}
@@ -339,3 +339,10 @@ def test_compiled_by_inductor_computes_the_same(make):
     compiled = torch.compile(model, fullgraph=True)
     assert_same(compiled(x, memory), model(x, memory), "inductor's code computes something else", atol=1e-4)
     torch.compiler.reset()
+
+
+def test_positions_begin_alike_at_the_same_place_of_both_grids():
+    low, high = sinusoids(8, 32), sinusoids(16, 32)
+    nearest = (low @ high.T).topk(2, dim=1).indices.sort(1).values
+    expected = torch.arange(16).view(8, 2)
+    assert nearest.tolist() == expected.tolist(), "a low cell resembles most the two high cells that it covers"

@@ -17,6 +17,7 @@ from minimuse.vqgan_loss import (
     feature_distance,
     hinge_discriminator,
     lpips_distance,
+    pixel_loss,
 )
 
 
@@ -152,7 +153,7 @@ def test_lpips_is_frozen_and_averaged(monkeypatch):
 def test_pixels_alone():
     loss = VQGANLoss(adversarial_weight=0.0)
     x, y = images(0), images(1)
-    assert loss.generator(x, y, torch.zeros(1), 0).item() == pytest.approx(F.l1_loss(x, y).item()), "mean |x - x'|"
+    assert loss.generator(x, y, torch.zeros(1), 0).item() == pytest.approx(pixel_loss(x, y).item()), "pixels alone"
     assert loss.discriminator is None, "no weight, no discriminator"
     assert not list(loss.parameters()), "nothing to train"
     assert not loss.adversarial(10**9), "and it never plays"
@@ -161,7 +162,7 @@ def test_pixels_alone():
 def test_perceptual_is_weighted():
     loss = VQGANLoss(lambda x, y: torch.tensor(2.0), perceptual_weight=0.05, adversarial_weight=0.0)
     x, y = images(0), images(1)
-    expected = F.l1_loss(x, y).item() + 0.05 * 2
+    expected = pixel_loss(x, y).item() + 0.05 * 2
     assert loss.generator(x, y, torch.zeros(1), 0).item() == pytest.approx(expected), "w_p = 0.05 (Muse A.2)"
 
 
@@ -175,10 +176,10 @@ def test_the_adversary_starts_late():
     loss, net, x = VQGANLoss(adversarial_start=5), Generator(), images()
     assert [loss.adversarial(s) for s in (0, 4, 5, 6)] == [False, False, True, True], "from step 5 on"
     made = net(x)
-    pixels = F.l1_loss(made, x).item()
+    pixels = pixel_loss(made, x).item()
     assert loss.generator(x, made, net.last.weight, 4).item() == pytest.approx(pixels), "before: pixels alone"
     fooled = -loss.discriminator(made).mean()
-    weight = adaptive_weight(F.l1_loss(made, x), fooled, net.last.weight)
+    weight = adaptive_weight(pixel_loss(made, x), fooled, net.last.weight)
     expected = pixels + 0.1 * (weight * fooled).item()
     got = loss.generator(x, made, net.last.weight, 5)
     assert got.item() == pytest.approx(expected, rel=1e-5), "then w_a * lambda * -D(x')"
@@ -191,7 +192,7 @@ def test_balanced_gradients_at_the_last_layer():
     loss, net, x = VQGANLoss(), Generator(), images()
     made = net(x)
     (whole,) = torch.autograd.grad(loss.generator(x, made, net.last.weight, 0), net.last.weight, retain_graph=True)
-    (pixels,) = torch.autograd.grad(F.l1_loss(made, x), net.last.weight)
+    (pixels,) = torch.autograd.grad(pixel_loss(made, x), net.last.weight)
     ratio = ((whole - pixels).norm() / pixels.norm()).item()
     assert ratio == pytest.approx(0.1, rel=0.05), f"the adversary's share of the gradient is {ratio:.3f}"
 
@@ -217,3 +218,8 @@ def test_the_critic_sends_no_gradient_to_the_generator():
     assert all(p.grad.abs().sum() > 0 for p in weights), "the discriminator learns nothing"
     expected = hinge_discriminator(loss.discriminator(x), loss.discriminator(net(x)))
     assert critic.item() == pytest.approx(expected.item()), "hinge of real and made"
+
+
+def test_pixel_loss_by_hand():
+    made, images = torch.tensor([0.0, 0.5]), torch.tensor([0.0, 0.0])
+    assert pixel_loss(made, images).item() == pytest.approx(0.25 + 4 * 0.125), "mean |e| + 4 mean e^2, e = 0 and 1/2"

@@ -1,0 +1,37 @@
+"""The shipped nano checkpoint: what README says of it holds, counted by a reader trained on real renders."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from minimuse import Muse, checkpoint
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import nano_accuracy  # noqa: E402
+
+pytestmark = pytest.mark.skipif("nano" not in checkpoint.shipped(), reason="no nano checkpoint in this tree")
+
+
+def test_prompts_cover_every_seen_combination():
+    asked = nano_accuracy.prompts(84)
+    pairs = {(color, shape) for _, color, shape in asked}
+    assert len(pairs) == 21, "eight colours times three shapes, less the three held-out pairs"
+    assert all(color in prompt and shape in prompt for prompt, color, shape in asked), "a prompt names what is counted"
+
+
+def test_wilson_interval_by_hand():
+    low, high = nano_accuracy.wilson(45, 50)
+    assert (round(low, 3), round(high, 3)) == (0.786, 0.957), "95% Wilson interval of 45 in 50"
+
+
+@pytest.mark.slow
+def test_nano_draws_the_colour_and_the_shape_that_the_prompt_names():
+    muse = Muse.from_pretrained("nano")
+    reader, held_out = nano_accuracy.train_reader(muse.cfg.high_tokenizer.image_size)
+    assert held_out >= 0.98, f"the reader itself reads only {held_out:.1%} of real renders"
+    right, _, _ = nano_accuracy.accuracy(muse, reader, 105)
+    color, both = right[:, 0].float().mean().item(), right.all(1).float().mean().item()
+    assert color >= MEASURED_COLOR and both >= MEASURED_BOTH, f"colour {color:.1%}, colour and shape {both:.1%}"
