@@ -11,16 +11,16 @@ from minimuse.plots import film, grid
 ASSETS = Path(__file__).parent.parent / "assets"
 PROMPTS = [
     "a large red cube",
-    "a small green metal sphere",
-    "a yellow cylinder",
-    "a large blue metal sphere",
-    "a red sphere left of a blue cube",
-    "a purple cylinder in front of a gray cube",
-    "two small red cubes",
-    "three cyan spheres",
-    "a large cyan cube and a small yellow sphere",
-    "a small gray metal cylinder",
+    "a large green sphere",
+    "a small blue cylinder",
+    "a large purple cube",
+    "a small red sphere",
+    "a large yellow metal cylinder",
+    "a cyan cube",
+    "a large brown cylinder",
     "a large cyan cylinder",  # a combination that no training scene shows
+    "two small red cubes",
+    "a red sphere left of a blue cube",
     "a shiny crimson ball",  # three words that no training caption contains
 ]
 
@@ -29,7 +29,7 @@ def main() -> None:
     muse = Muse.from_pretrained("nano")
     images = [muse.generate(prompt, seed=0)[0] for prompt in PROMPTS]
     grid(images, PROMPTS, columns=6, scale=2).save(ASSETS / "nano.png")
-    film(muse, list(muse.steps("a red sphere left of a blue cube", seed=0)), most=9).save(ASSETS / "film.png")
+    film(muse, list(muse.steps("a large red cube", seed=0)), most=9).save(ASSETS / "film.png")
 
 
 if __name__ == "__main__":

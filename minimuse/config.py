@@ -245,8 +245,10 @@ def nano() -> MuseConfig:
         high_tokenizer=high,
         base=base,
         superres=superres,
-        base_sampling=SamplingConfig(steps=16, guidance=(0.0, 3.0)),
-        superres_sampling=SamplingConfig(steps=8, guidance=(0.0, 1.0)),
+        base_sampling=SamplingConfig(steps=16, guidance=(0.0, 3.0), sampling_temperature=0.85),
+        superres_sampling=SamplingConfig(
+            steps=16, guidance=(1.0, 3.0), sampling_temperature=0.4, choice_temperature=0.5
+        ),
         finetuned_width=32,
         finetuned_blocks=(2, 2, 1),
         scenes=5000,

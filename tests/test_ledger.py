@@ -18,9 +18,8 @@ sys.path.insert(0, str(ROOT))  # so that --write needs no installation
 README = ROOT / "README.md"
 BEGIN, END = "<!-- ledger -->\n", "<!-- /ledger -->"
 
-LEDGER: list[
-    tuple[str, str, str, str]
-] = [  # section, what the paper says, function, tests ("file::name", spaces between)
+# (section, what the paper says, function, tests as "file::name" with spaces between)
+LEDGER: list[tuple[str, str, str, str]] = [
     (
         "2.1",
         "A pre-trained language model, frozen, turns a prompt into a sequence of embeddings, one a text token",

@@ -34,4 +34,5 @@ def test_nano_draws_the_colour_and_the_shape_that_the_prompt_names():
     assert held_out >= 0.98, f"the reader itself reads only {held_out:.1%} of real renders"
     right, _, _ = nano_accuracy.accuracy(muse, reader, 105)
     color, both = right[:, 0].float().mean().item(), right.all(1).float().mean().item()
-    assert color >= MEASURED_COLOR and both >= MEASURED_BOTH, f"colour {color:.1%}, colour and shape {both:.1%}"
+    assert color >= 0.93, f"colour right in {color:.1%} of 105; 99.0% of 210 when it was shipped"
+    assert both >= 0.76, f"colour and shape right in {both:.1%} of 105; 86.7% of 210 when it was shipped"
