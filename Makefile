@@ -1,6 +1,6 @@
 # minimuse from a fresh clone: only make and Python 3.11+ are needed; every target makes .venv first.
 PYTHON ?= python3
-PROMPT ?= a red sphere left of a blue cube
+PROMPT ?= a large red cube
 OUT    ?= demo.png
 # On Linux, TORCH_BACKEND=cpu spares the CUDA build of torch (several GB); any value of `uv --torch-backend` works.
 TORCH_BACKEND ?=
@@ -34,7 +34,7 @@ endif
 	@touch $@
 
 demo: $(STAMP)  ## draw PROMPT with the shipped checkpoint into OUT, with the film of its decoding
-	@$(BIN)/minimuse generate "$(PROMPT)" --out "$(OUT)" --film
+	@$(BIN)/minimuse generate "$(PROMPT)" --out "$(OUT)" --seed 0 --film --force
 	@echo "The picture of \"$(PROMPT)\" is in $(OUT)."
 
 test: $(STAMP)  ## all tests
