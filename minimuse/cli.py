@@ -197,6 +197,7 @@ def save_png(image, path: Path) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
+    """All five stages with a bar each, then the checkpoint; an existing one is refused before any work."""
     import torch
     from tqdm import tqdm
 
@@ -221,6 +222,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
+    """A few lines for each preset or checkpoint, counted on the meta device."""
     from minimuse import checkpoint
     from minimuse.config import PRESETS, preset
     from minimuse.muse import parameter_counts
