@@ -1,6 +1,6 @@
 """README's pictures, from the shipped checkpoint: python benchmarks/readme_pictures.py
 
-Nothing is picked: each prompt is drawn once, with seed 0.
+Each prompt is drawn once, with seed 0. The prompts themselves lean towards single large things, which nano does best.
 """
 
 from pathlib import Path

@@ -68,9 +68,8 @@ def load(name: str | Path) -> tuple[MuseConfig, dict[str, Tensor], dict[str, Any
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{folder / CONFIG} holds no whole configuration: {e}") from e
     try:
-        weights = parse_weights(
-            (folder / WEIGHTS).read_bytes()
-        )  # not memory-mapped: the file may be replaced meanwhile
+        # read, not memory-mapped: Windows does not let a mapped file be replaced
+        weights = parse_weights((folder / WEIGHTS).read_bytes())
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{folder / WEIGHTS} is broken or cut short: {e}; copy or download it again") from e
     return cfg, weights, {"words": values.get("words", []), "examples": values.get("examples", [])}

@@ -211,7 +211,7 @@ def _square(width: int, multiplier: int = 4) -> dict[str, int]:
 
 
 def nano() -> MuseConfig:
-    """32 px -> 64 px, about 4M parameters: trains from nothing on 2 CPU cores while a student watches."""
+    """32 px -> 64 px, about 3.4M parameters: trains from nothing on 2 CPU cores while a student watches."""
     low = VQGANConfig(
         image_size=32,
         codebook_size=256,

@@ -54,6 +54,7 @@ def multi_axis_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
     g = math.isqrt(n)
 
     def attend(start: int, order: tuple[int, ...]) -> Tensor:
+        """Half of the heads, from `start` on: reorder the axes (B, H/2, g/b, b, g/b, b, d), attend, put them back."""
         back = tuple(order.index(i) for i in range(7))
 
         def split(x: Tensor) -> Tensor:

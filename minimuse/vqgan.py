@@ -122,6 +122,7 @@ class VectorQuantizer(nn.Module):
         return torch.addmm(book.square().sum(1), flat.flatten(0, 1), book.T, alpha=-2).argmin(1).view(flat.shape[:2])
 
     def forward(self, z: Tensor) -> Quantized:
+        """z (B, d, h, w) -> its nearest codes, their tokens and the two losses; in training, dead codes restart."""
         z, learning = z.float(), self.training and self.codebook.requires_grad  # frozen, `train()` does not wake it
         if learning:
             self._restart_dead_codes(z.detach())
