@@ -7,7 +7,7 @@ Glossary: l_c = cond, l_u = uncond, t = guidance scale (0 is no guidance), u = p
 Not here: the decoding (`sampler.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,11 +29,17 @@ def null_text(context: "Context") -> "Context":
     return context._replace(embeds=embeds, mask=torch.ones_like(embeds[:, :, 0], dtype=torch.bool))
 
 
-def drop_text(context: "Context", p: float, generator: torch.Generator | None = None) -> "Context":
-    """context (B, L, D_lm) -> same shape, with the text of a share p of the examples replaced by `null_text`."""
+def drop_text(
+    context: "Context", p: float, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> "Context":
+    """context (B, L, D_lm) -> same shape, with the text of a share p of the examples replaced by `null_text`.
+
+    `generator` is one, or one for each example.
+    """
     if not 0 <= p <= 1:
         raise ValueError(f"a share of {p} of the texts cannot be dropped; give 0 <= p <= 1")
-    drop = (torch.rand(len(context.mask), generator=generator) < p).to(context.mask.device)
+    each = generator if isinstance(generator, Sequence) else [generator] * len(context.mask)
+    drop = torch.cat([torch.rand(1, generator=g) < p for g in each]).to(context.mask.device)
     null = torch.zeros_like(context.mask)
     null[:, 0] = True
     embeds = torch.where(drop[:, None, None], 0, context.embeds)

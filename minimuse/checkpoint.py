@@ -1,18 +1,27 @@
 """Checkpoints on disk: safetensors and JSON, never pickles.
 
+A finished Muse, found by shipped name, folder, or hub id:
     folder/config.json         format, configuration, words of the training captions, prompts to try
     folder/model.safetensors   the four networks; the language model is named in the configuration, not stored
     folder/README.md           the model card
 
-A checkpoint is found by shipped name, folder, or hub id. Files are written under a new name, then renamed.
+A stage under way, so that a stopped run goes on to the same weights:
+    stage/step-00000500/state.json      step, what the state agrees on with its run, sizes and checksums of its files
+    stage/step-00000500/*.safetensors   weights, optimizer, moving average; sharded runs write a file a process
+
+Whatever is written is written under a new name, then renamed. A state without a whole state.json does not count.
 """
 
+import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_weights
 from safetensors.torch import save_file
@@ -23,6 +32,10 @@ from minimuse.config import MuseConfig, from_dict, to_dict
 SHIPPED = Path(__file__).parent / "checkpoints"
 FORMAT = "minimuse-1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+STATE, TENSORS = "state.json", "state.safetensors"
+log = logging.getLogger("minimuse")
+
+# --- a finished Muse --------------------------------------------------------------------------------------------------
 
 
 def shipped() -> list[str]:
@@ -149,8 +162,147 @@ def card(cfg: MuseConfig, weights: Mapping[str, Tensor], about: Mapping[str, Any
     return "\n".join(lines) + "\n"
 
 
-def _replace(path: Path, write) -> None:
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside `path`, then rename: never half a file, never one changed under a reader's memory map."""
     new = path.with_name(path.name + ".new")
     write(new)
     os.replace(new, path)
+
+
+# --- the state of a stage under way -----------------------------------------------------------------------------------
+
+
+def states(folder: Path) -> list[Path]:
+    """The states of a stage, oldest first; what a dead run left half written is not among them."""
+    return sorted(p.parent for p in folder.glob(f"step-????????/{STATE}"))
+
+
+def save_state(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    about: dict[str, Any],
+    keep: int = 2,
+    *,
+    main: bool = True,
+    wait: Callable[[], None] | None = None,
+) -> Path:
+    """Tensors and `about` -> folder/step-..., of which the newest `keep` stay (0: all).
+
+    With `wait`, a barrier, every process of a sharded run writes its own part, and `main` does the rest.
+    OSError where the disk is full; the states before it are untouched.
+    """
+    path = folder / f"step-{step:08d}"
+    new = path.with_name(path.name + ".new")
+    try:
+        if main:
+            shutil.rmtree(new, ignore_errors=True)  # a dead run's
+            new.mkdir(parents=True)
+        if wait is None:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new / TENSORS)
+        else:
+            wait()
+            _save_sharded(tensors, new)
+            wait()
+        if main:
+            files = {p.name: _stamp(p, flush=True) for p in sorted(new.iterdir())}
+            text = json.dumps({"step": step, "about": about, "files": files}, indent=1)
+            (new / STATE).write_text(text + "\n", encoding="utf-8")
+            if path.exists():  # a damaged one, which load_state passed over
+                path.rename(_free(path))
+            new.rename(path)
+    except OSError as e:
+        last = states(folder)
+        there = f"the last whole state is {last[-1]}" if last else "there is no earlier state"
+        raise OSError(
+            e.errno, f"could not save step {step} to {folder} ({e.strerror}); {there}. Mend it and --resume"
+        ) from e
+    for old in states(folder)[:-keep] if main and keep else []:
+        (old / STATE).unlink()  # first, so that one half removed no longer counts
+        shutil.rmtree(old)
+    return path
+
+
+def has_state(folder: Path) -> bool:
+    return bool(states(folder))
+
+
+def load_state(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any], *, sharded: bool = False) -> int:
+    """Read the newest whole state into `tensors`, in place -> its step.
+
+    A damaged one is passed over with a warning that names the damage. ValueError where none is whole, and where the
+    state is of another configuration: nothing is deleted, and nothing starts anew unasked.
+    """
+    reasons = []
+    for path in reversed(states(folder)):
+        try:
+            values = _whole(path)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            reasons.append(f"{path.name}: {e}")
+            log.warning("%s is damaged (%s); looking for an earlier state", path, e)
+            continue
+        if changed := differences(values["about"], json.loads(json.dumps(about))):
+            raise ValueError(
+                f"{path} belongs to another run: {'; '.join(changed[:4])}. Put it back, or start a new run"
+            )
+        if sharded:
+            _load_sharded(tensors, path)
+        else:
+            _copy(parse_weights((path / TENSORS).read_bytes()), tensors, path)
+        return values["step"]
+    raise ValueError(f"no state in {folder} is whole ({'; '.join(reasons)}); restore one, or start a new run")
+
+
+def _whole(path: Path) -> dict[str, Any]:
+    """state.json of a state whose files are all there, byte for byte; ValueError says what is not."""
+    values = json.loads((path / STATE).read_text(encoding="utf-8"))
+    for name, stamp in values["files"].items():
+        if not (path / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if (found := _stamp(path / name)) != stamp:
+            cut = f"has {found[0]} bytes of {stamp[0]}" if found[0] != stamp[0] else "has changed bytes"
+            raise ValueError(f"{name} {cut}")
+    if not isinstance(values["step"], int) or not values["files"]:
+        raise ValueError(f"{STATE} names no step, or no files")
+    return values
+
+
+def _stamp(path: Path, flush: bool = False) -> list[Any]:
+    """[bytes, SHA-256] of a file; with `flush`, it is on the disk when this returns."""
+    with path.open("rb+" if flush else "rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _free(path: Path) -> Path:
+    return next(p for i in range(1, 1000) if not (p := path.with_name(f"{path.name}.damaged-{i}")).exists())
+
+
+def _copy(found: Mapping[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+    check_weights(tensors, found, path)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(found[name])  # in place: strides (channels last) and devices stay
+
+
+def _save_sharded(tensors: dict[str, Tensor], folder: Path) -> None:
+    """torch's distributed checkpoint in safetensors: each process writes what it holds."""
+    from torch.distributed import checkpoint as dcp
+
+    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+def _load_sharded(tensors: dict[str, Tensor], folder: Path) -> None:
+    """The same backwards, also onto another number of processes."""
+    from torch.distributed import checkpoint as dcp
+
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Two JSON values -> where they differ, as "config.batch was 16 and is 32"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{name}.{k}".strip("."))]
+    return [] if old == new else [f"{name} was {old!r} and is {new!r}"]

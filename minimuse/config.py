@@ -147,13 +147,17 @@ class StageConfig:
     perceptual_weight: float = 0.05  # tokenizers (A.2)
     adversarial_weight: float = 0.1  # tokenizers (A.2)
     adversarial_start: int = 0  # step at which the adversarial loss joins
+    ema: float = 0.0  # decay of a moving average of the weights, which then are the result; 0 is none, as in the paper
+    save_every: int = 500  # steps from one saved state to the next
+    look_every: int = 500  # steps from one validation and sample grid to the next
 
     def __post_init__(self):
-        _positive(self, "steps", "batch")
+        _positive(self, "steps", "batch", "save_every", "look_every")
         known = ("adamw", "adafactor")
         _require(self.optimizer in known, f"unknown optimizer {self.optimizer!r}; known: {', '.join(known)}")
         _require(self.learning_rate > 0, f"learning rate {self.learning_rate} is not positive")
         _require(0 <= self.text_drop <= 1, f"text_drop {self.text_drop} is not in [0, 1]")
+        _require(0 <= self.ema < 1, f"ema {self.ema} is not in [0, 1)")
 
 
 @dataclass(frozen=True)

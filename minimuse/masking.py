@@ -11,13 +11,14 @@ Not here: which positions are revealed, and what is drawn there (`sampler.py`).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Schedule = Callable[[float], float]
+Draws = torch.Generator | Sequence[torch.Generator] | None  # one for the whole batch, or one for each example
 
 
 def power_schedule(p: float) -> Schedule:
@@ -83,40 +84,64 @@ def reveal_counts(n: int, steps: int, schedule: str | Schedule = "cosine") -> li
     return counts
 
 
-def sample_mask_rate(
-    n: int, *, schedule: str | Schedule = "cosine", generator: torch.Generator | None = None
-) -> Tensor:
+def uniforms(*shape: int, generator: Draws = None) -> Tensor:
+    """Uniforms in [0, 1) of shape (B, ...) from CPU generators: one, or one for each example.
+
+    With a generator an example, row i never depends on its neighbours. On the CPU, a seed means the same everywhere.
+    """
+    each = list(generator) if isinstance(generator, Sequence) else [generator]
+    if isinstance(generator, Sequence) and len(each) != shape[0]:
+        raise ValueError(f"{len(each)} generators for a batch of {shape[0]}; give one, or one for each image")
+    for g in each:
+        if g is not None and g.device.type != "cpu":
+            raise ValueError(
+                f"a generator on {g.device}; give CPU generators, so that a seed means the same everywhere"
+            )
+    if not isinstance(generator, Sequence):
+        return torch.rand(shape, generator=generator)
+    return torch.stack([torch.rand(shape[1:], generator=g) for g in each])
+
+
+def sample_mask_rate(n: int, *, schedule: str | Schedule = "cosine", generator: Draws = None) -> Tensor:
     """One rate for each of n examples, (n,) in [0, 1]: r = schedule(u), u uniform on [0, 1).
 
     Muse 2.6: for the cosine p(r) = (2 / pi) (1 - r^2)^(-1/2), mean 0.64 and P(r > 0.9) = 0.287.
     """
     curve = get_schedule(schedule)
-    return torch.tensor([curve(u) for u in torch.rand(n, generator=generator).tolist()])
+    return torch.tensor([curve(u) for u in uniforms(n, generator=generator).tolist()])
 
 
-def random_mask(tokens: Tensor, rate: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def masked_counts(rate: Tensor, n: int) -> Tensor:
+    """rate (B,) -> (B,) how many of n tokens that masks: ceil(r n)."""
+    return (rate.cpu().double() * n - 1e-6).ceil().long()
+
+
+def random_mask(tokens: Tensor, rate: Tensor, generator: Draws = None) -> Tensor:
     """tokens (B, N), rate (B,) -> masked (B, N) bool: True at exactly ceil(r N) random positions of each row."""
     b, n = tokens.shape
     if rate.shape != (b,):
         raise ValueError(f"rate of shape {tuple(rate.shape)} for a batch of {b}; give one rate an example, ({b},)")
-    place = torch.rand(b, n, generator=generator).argsort(1).argsort(1)  # (B, N) a random permutation a row
-    return (place < (rate.cpu().double() * n - 1e-6).ceil()[:, None]).to(tokens.device)
+    place = uniforms(b, n, generator=generator).argsort(1).argsort(1)  # (B, N) a random permutation a row
+    return (place < masked_counts(rate, n)[:, None]).to(tokens.device)
 
 
-def masked_cross_entropy(logits: Tensor, targets: Tensor, masked: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def masked_cross_entropy(
+    logits: Tensor, targets: Tensor, masked: Tensor, label_smoothing: float = 0.0, count: float | None = None
+) -> Tensor:
     """logits (B, N, V), targets (B, N), masked (B, N) -> (): mean cross-entropy in nats where masked.
 
-    Muse 2.3. The mean is over the masked tokens of the whole batch, not a mean of each row's mean.
+    Muse 2.3. The mean is over the masked tokens of the whole batch, not a mean of each row's mean. Where the rows are a
+    part of a batch, `count` is how many tokens are masked in all of it: the parts' losses then add up to its mean.
     """
     hidden = targets.masked_fill(~masked, -100).flatten()
     total = F.cross_entropy(
         logits.flatten(0, 1).float(), hidden, ignore_index=-100, reduction="sum", label_smoothing=label_smoothing
     )
-    return total / masked.sum().clamp(min=1)
+    return total / (masked.sum().clamp(min=1) if count is None else count)
 
 
 def likelihood_bound(
-    logits_fn: Callable[[Tensor], Tensor], tokens: Tensor, mask_id: int, generator: torch.Generator | None = None
+    logits_fn: Callable[[Tensor], Tensor], tokens: Tensor, mask_id: int, generator: Draws = None
 ) -> Tensor:
     """tokens (B, N) -> (B,) one-sample estimates, in nats a token, of an upper bound on -log p(tokens) / N.
 
@@ -125,7 +150,7 @@ def likelihood_bound(
     `logits_fn` maps tokens (B, N) to logits (B, N, V).
     """
     b, n = tokens.shape
-    k = torch.randint(1, n + 1, (b,), generator=generator)
+    k = (uniforms(b, generator=generator) * n).long() + 1
     masked = random_mask(tokens, k.double() / n, generator)
     logits = logits_fn(tokens.masked_fill(masked, mask_id))
     loss = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")  # (B, N)

@@ -16,13 +16,13 @@ Not here: the schedules (`masking.py`), guidance (`cfg.py`).
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minimuse.masking import Schedule, reveal_counts
+from minimuse.masking import Draws, Schedule, reveal_counts, uniforms
 
 LogitsFn = Callable[[Tensor, float], Tensor]
 Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -158,23 +158,6 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None
     return torch.searchsorted(cdf, point, right=True).squeeze(-1)
 
 
-def draw_uniforms(
-    batch: int, n: int, steps: int, generator: torch.Generator | Sequence[torch.Generator] | None
-) -> Tensor:
-    """(B, T, 2, N) uniforms in [0, 1) from one CPU generator, or from one for each image."""
-    generators = list(generator) if isinstance(generator, Sequence) else None
-    if generators is not None and len(generators) != batch:
-        raise ValueError(f"{len(generators)} generators for a batch of {batch}; give one, or one for each image")
-    for g in generators or [generator]:
-        if g is not None and g.device.type != "cpu":
-            raise ValueError(
-                f"a generator on {g.device}; give CPU generators, so that a seed means the same everywhere"
-            )
-    if generators is None:
-        return torch.rand(batch, steps, 2, n, generator=generator)
-    return torch.stack([torch.rand(steps, 2, n, generator=g) for g in generators])
-
-
 # --- decode -----------------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +172,7 @@ def decode(
     sampling_temperature: float = 1.0,
     choice_temperature: float = 0.0,
     top_k: int | None = None,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    generator: Draws = None,
 ) -> Iterator[Step]:
     """tokens (B, N), mask_id where unknown -> a Step at a time until none is masked; the last holds the whole decode.
 
@@ -201,7 +184,8 @@ def decode(
     >>> *_, last = decode(logits_fn, torch.full((1, 64), mask_id), mask_id=mask_id, steps=12)
     """
     rank_by = _check(tokens, steps, order, sampling_temperature, choice_temperature, top_k)
-    uniforms = draw_uniforms(*tokens.shape, steps, generator).to(tokens.device)
+    b, n = tokens.shape
+    draws = uniforms(b, steps, 2, n, generator=generator).to(tokens.device)  # (B, T, 2, N), ahead of the loop
     masked = tokens == mask_id
     adaptive = _is_adaptive(schedule)
     plan = None if adaptive else _plan(masked, steps, schedule)
@@ -214,12 +198,12 @@ def decode(
             continue
         u = i / (steps - 1) if steps > 1 else 1.0
         logits = logits_fn(tokens, u).float()
-        drawn = draw(logits, uniforms[:, i, 0], sampling_temperature, top_k)
+        drawn = draw(logits, draws[:, i, 0], sampling_temperature, top_k)
         if plan is not None:
             reveal = plan[i].to(tokens.device)
         else:
             reveal = left if i == steps - 1 else torch.minimum(schedule(logits, masked, u).clamp(min=1), left)
-        gumbel = -torch.log(-torch.log(uniforms[:, i, 1].clamp(1e-20, 1 - 1e-7)))
+        gumbel = -torch.log(-torch.log(draws[:, i, 1].clamp(1e-20, 1 - 1e-7)))
         scores = rank_by(logits, drawn, masked, u) + choice_temperature * (1 - (i + 1) / steps) * gumbel
         revealed = _highest(scores.clamp(min=-1e30).masked_fill(~masked, -math.inf), gumbel, reveal) & masked
         p = logits.softmax(-1).gather(-1, drawn[..., None]).squeeze(-1).masked_fill(~masked, 0)

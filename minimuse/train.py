@@ -6,31 +6,32 @@ Each stage yields a `Progress` a step, so that a notebook may watch, plot or sto
 `train_muse` walks through all five and ends with a `Muse`. While a transformer trains, the tokenizers and the language
 model are frozen: images are tokenized and captions encoded once.
 
-Not here: sharded or resumed training, captioned folders.
+Not here: processes, precision, optimizer, saved states (`engine.py`), what is kept on disk (`cache.py`).
 """
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minimuse.captions import EXAMPLE_PROMPTS, vocabulary
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data import SceneDataset, halve, to_float
-from minimuse.masking import masked_cross_entropy, random_mask, sample_mask_rate
-from minimuse.muse import Muse, build, pick_device
+from minimuse.engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizer, precision
+from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
+from minimuse.muse import Muse, build
 from minimuse.scenes import COLORS, SHAPES
-from minimuse.text import TextEncoder, pad_contexts
+from minimuse.text import Context, TextEncoder, pad_contexts
 from minimuse.transformer import Transformer
 from minimuse.vqgan import VQGAN, codebook_usage
 from minimuse.vqgan_loss import COMMITMENT, Perceptual, SceneFeatures, VQGANLoss, feature_distance
+
+Look = Callable[[nn.Module], dict[str, float]]  # what a stage shows of a model now and then, as figures
 
 
 class Progress(NamedTuple):
@@ -43,129 +44,71 @@ class Progress(NamedTuple):
     model: nn.Module | Muse
 
 
-# --- what all stages share --------------------------------------------------------------------------------------------
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Does this device multiply bf16 faster than fp32? On a CPU: AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    flags = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # absent in older torch
-    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
-
-
-@contextmanager
-def precision(device: torch.device, bf16: bool | None = None) -> Iterator[None]:
-    """Matrix products in bf16 where that is fast (None), always or never; weights and losses stay fp32."""
-    if not (fast_bf16(device) if bf16 is None else bf16):
-        yield
-        return
-    with torch.autocast(device.type, torch.bfloat16), ExitStack() as stack:
-        if (
-            device.type == "cpu"
-        ):  # the fused bf16 attention of CPUs takes longer, above all backwards, than plain products
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
-
-
-def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
-    """The examples of a step, (batch,): a function of seed and step alone. Each epoch is a permutation of all n."""
-    places = torch.arange(step * batch, (step + 1) * batch)
-    orders = {
-        e: torch.randperm(n, generator=torch.Generator().manual_seed(seed + 7919 * e))
-        for e in set((places // n).tolist())
-    }
-    return torch.stack([orders[p // n][p % n] for p in places.tolist()])
-
-
-def learning_rate(cfg: StageConfig, step: int) -> float:
-    """Linear warm-up, then a cosine down to 0 (Muse 3)."""
-    if step < cfg.warmup:
-        return cfg.learning_rate * (step + 1) / cfg.warmup
-    return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
-
-
-class Optimizer:
-    """One optimizer step with the stage's rate, clipping and decay; vectors (norms, biases) are not decayed."""
-
-    def __init__(self, model: nn.Module, cfg: StageConfig):
-        self.cfg, self.parameters = cfg, [p for p in model.parameters() if p.requires_grad]
-        decay = [p for p in self.parameters if p.ndim > 1]
-        plain = [p for p in self.parameters if p.ndim <= 1]
-        groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        if cfg.optimizer == "adafactor":
-            # Deviation: Muse sets beta1 0.9 and beta2 0.96; torch's Adafactor has no beta1, and a beta2 that rises
-            self.inner: torch.optim.Optimizer = torch.optim.Adafactor(groups, lr=cfg.learning_rate)
-        else:
-            self.inner = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=cfg.betas, fused=True)
-
-    def step(self, loss: Tensor, step: int) -> None:
-        """Backward, clip, update."""
-        for group in self.inner.param_groups:
-            group["lr"] = learning_rate(self.cfg, step)
-        self.inner.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.cfg.clip)
-        self.inner.step()
-
-
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
-def random_crop(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def random_crop(images: Tensor, size: int, draws: torch.Generator) -> Tensor:
     """images (B, 3, H, W) -> one random square of all, (B, 3, size, size); size 0 keeps them whole."""
     if not size or size >= images.shape[-1]:
         return images
-    top, left = torch.randint(images.shape[-1] - size + 1, (2,), generator=generator).tolist()
+    top, left = torch.randint(images.shape[-1] - size + 1, (2,), generator=draws).tolist()
     return images[:, :, top : top + size, left : left + size]
 
 
 def train_tokenizer(
     vqgan: VQGAN,
     cfg: StageConfig,
-    images: Tensor,
+    images: Any,
     *,
     stage: str = "tokenizer",
     perceptual: Perceptual | None = None,
-    seed: int = 0,
-    bf16: bool | None = None,
+    engine: Engine | None = None,
+    look: Look | None = None,
 ) -> Iterator[Progress]:
-    """VQGAN, images (n, 3, H, W) uint8 -> a Progress a step (Muse 2.2; with encoder and codebook frozen: 2.5)."""
-    device = next(vqgan.parameters()).device
+    """VQGAN, images -> a Progress a step (Muse 2.2; with encoder and codebook frozen: 2.5).
+
+    images: a tensor (n, 3, H, W) uint8, or whatever has a length and gives such tensors for indices.
+    """
+    engine = engine or Engine()
     for part in (vqgan.encoder, vqgan.quantizer, vqgan.decoder):
         part.train(any(p.requires_grad for p in part.parameters()))
-    vqgan.to(memory_format=torch.channels_last)
-    torch.manual_seed(seed)
-    losses = VQGANLoss(perceptual, cfg.perceptual_weight, cfg.adversarial_weight, cfg.adversarial_start).to(
-        device, memory_format=torch.channels_last
-    )
-    generator_step = Optimizer(vqgan, cfg)
-    critic_step = Optimizer(losses.discriminator, cfg) if losses.discriminator is not None else None
+    vqgan.to(engine.device, memory_format=torch.channels_last)
+    torch.manual_seed(engine.seed)
+    losses = VQGANLoss(perceptual, cfg.perceptual_weight, cfg.adversarial_weight, cfg.adversarial_start)
+    losses.to(engine.device, memory_format=torch.channels_last)
+    modules = {"model": vqgan} | ({"critic": losses.discriminator} if losses.discriminator is not None else {})
+    job = Stage(engine, stage, cfg, modules, {"idle": vqgan.quantizer.watch_codes()})
     last_layer = vqgan.decoder.conv_out.weight
-    for step in range(cfg.steps):
-        draws = torch.Generator().manual_seed(seed + step)
-        x = to_float(random_crop(images[batch_indices(len(images), cfg.batch, step, seed)], cfg.crop, draws)).to(device)
-        x = x.contiguous(memory_format=torch.channels_last)
-        with precision(device, bf16):
-            made = vqgan(x)
-        made = made._replace(images=made.images.float())
-        with precision(device, bf16):
-            loss = losses.generator(x, made.images, last_layer, step)
-        loss = loss + made.codebook_loss + COMMITMENT * made.commitment_loss
-        generator_step.step(loss, step)
-        figures = {"loss": loss.item(), "l1": F.l1_loss(made.images, x).item()}
+    if job.first:
+        yield Progress(stage, job.first, cfg.steps, {}, vqgan)
+    for step in job.steps():
+        shares: list[dict[str, Tensor]] = []
+        for at, _ in job.micro_batches(len(images), step):
+            x = to_float(random_crop(images[at], cfg.crop, generator(engine.seed, step))).to(engine.device)
+            x = x.contiguous(memory_format=torch.channels_last)
+            with engine.precision():
+                made = job.modules["model"](x)
+            made = made._replace(images=made.images.float())
+            with engine.precision():
+                loss = losses.generator(x, made.images, last_layer, step)
+            loss = loss + made.codebook_loss + COMMITMENT * made.commitment_loss
+            job.backward(loss / job.parts)
+            figures = {"loss": loss, "l1": F.l1_loss(made.images, x), "mse": F.mse_loss(made.images, x)}
+            if losses.adversarial(step):
+                with engine.precision():
+                    critic = losses.critic(x, made.images, job.modules["critic"])
+                job.backward(critic / job.parts)
+                figures["critic"] = critic
+            shares.append({k: v.detach() / job.parts for k, v in figures.items()})
+        job.update(step)
         if losses.adversarial(step):
-            with precision(device, bf16):
-                critic = losses.critic(x, made.images)
-            critic_step.step(critic, step)
-            figures["critic"] = critic.item()
-        used, perplexity = codebook_usage(made.tokens, vqgan.codebook_size)
-        figures |= {
-            "psnr": -10 * math.log10(max(F.mse_loss(made.images, x).item(), 1e-10) / 4),
-            "used": used,
-            "perplexity": perplexity,
-        }
+            job.update(step, "critic")
+        figures = job.total(shares)
+        figures["psnr"] = -10 * math.log10(max(figures.pop("mse"), 1e-10) / 4)
+        figures["used"], figures["perplexity"] = codebook_usage(made.tokens, vqgan.codebook_size)
+        job.end(step)
+        if look and (step + 1) % cfg.look_every == 0:
+            figures |= look(vqgan)
         yield Progress(stage, step + 1, cfg.steps, figures, vqgan)
 
 
@@ -183,51 +126,89 @@ def train_features(images: Tensor, kinds: Tensor, *, steps: int = 200, seed: int
     torch.manual_seed(seed)
     net = SceneFeatures(kinds.shape[1])
     cfg = StageConfig(steps=steps, batch=64, learning_rate=2e-3, warmup=10, weight_decay=1e-4)
-    optimizer = Optimizer(net, cfg)
+    optimizer = make_optimizer(net, cfg)
     for step in range(steps):
         at = batch_indices(len(images), cfg.batch, step, seed)
-        optimizer.step(F.binary_cross_entropy_with_logits(net.classify(to_float(images[at])), kinds[at]), step)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(cfg, step)
+        F.binary_cross_entropy_with_logits(net.classify(to_float(images[at])), kinds[at]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return net.eval().requires_grad_(False)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
+class MaskedLoss(nn.Module):
+    """The masked loss (Muse 2.3) as one module, so that DDP, FSDP and torch.compile see the whole pass."""
+
+    def __init__(self, model: Transformer, label_smoothing: float):
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+
+    def forward(
+        self, x: Tensor, masked: Tensor, context: Context, low_tokens: Tensor | None, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """True tokens and masked (B, N), texts, low-res tokens -> this part's shares of loss and accuracy, () each."""
+        memory = self.model.memory(context, *([] if low_tokens is None else [low_tokens]))
+        logits = self.model(x.masked_fill(masked, self.model.mask_id), memory)
+        right = ((logits.detach().argmax(-1) == x) & masked).sum() / count
+        return masked_cross_entropy(logits, x, masked, self.label_smoothing, count), right
+
+
 def train_transformer(
     model: Transformer,
     cfg: StageConfig,
-    tokens: Tensor,
-    texts: Sequence[Sequence[Tensor]],
+    tokens: Any,
+    texts: Any,
     *,
-    low_tokens: Tensor | None = None,
+    low_tokens: Any = None,
     stage: str = "base",
-    seed: int = 0,
-    bf16: bool | None = None,
+    engine: Engine | None = None,
+    look: Look | None = None,
 ) -> Iterator[Progress]:
     """Masked training of the base (Muse 2.3) or, with `low_tokens`, the super-resolution transformer (2.4).
 
-    tokens (n, N), low_tokens (n, N_low), texts: for each example its captions, each as unpadded embeddings (L, D_lm).
+    tokens (n, N), low_tokens (n, N_low): tensors, or whatever gives such rows for indices. texts: for each example its
+    captions, each as unpadded embeddings (L, D_lm).
+    The loss is the mean over the masked tokens of the whole batch, whatever number of processes and micro-batches.
     """
-    device = next(model.parameters()).device
+    engine = engine or Engine()
+    device = engine.device
     model.train()
-    torch.manual_seed(seed)
-    optimizer = Optimizer(model, cfg)
-    for step in range(cfg.steps):
-        draws = torch.Generator().manual_seed(seed + step)
-        at = batch_indices(len(tokens), cfg.batch, step, seed)
-        picked = [texts[i][torch.randint(len(texts[i]), (), generator=draws)] for i in at.tolist()]
-        context = drop_text(pad_contexts([row.float() for row in picked]), cfg.text_drop, draws).to(device)
-        x = tokens[at]
-        masked = random_mask(x, sample_mask_rate(len(x), schedule=cfg.mask_schedule, generator=draws), draws).to(device)
-        x = x.to(device)
-        with precision(device, bf16):
-            memory = model.memory(context, *([] if low_tokens is None else [low_tokens[at].to(device)]))
-            logits = model(x.masked_fill(masked, model.mask_id), memory)
-        loss = masked_cross_entropy(logits, x, masked, cfg.label_smoothing)
-        optimizer.step(loss, step)
-        right = ((logits.detach().argmax(-1) == x) & masked).sum() / masked.sum()
-        yield Progress(stage, step + 1, cfg.steps, {"loss": loss.item(), "accuracy": right.item()}, model)
+    torch.manual_seed(engine.seed)
+    job = Stage(engine, stage, cfg, {"model": MaskedLoss(model, cfg.label_smoothing)})
+    if job.first:
+        yield Progress(stage, job.first, cfg.steps, {}, model)
+    for step in job.steps():
+        rates = sample_mask_rate(cfg.batch, schedule=cfg.mask_schedule, generator=job.draws(job.places(step)))
+        count = int(masked_counts(rates, tokens.shape[1]).sum())  # of the whole batch: an example's rate comes first
+        shares = []
+        for at, draws in job.micro_batches(len(tokens), step):
+            x = tokens[at]
+            rates = sample_mask_rate(len(x), schedule=cfg.mask_schedule, generator=draws)  # one an example (Muse 2.6)
+            masked = random_mask(x, rates, draws)
+            context = drop_text(pad_contexts(pick(texts, at, draws)), cfg.text_drop, draws)  # Muse 2.7
+            low = None if low_tokens is None else low_tokens[at].to(device)
+            with engine.precision():
+                loss, right = job.modules["model"](x.to(device), masked.to(device), context.to(device), low, count)
+            job.backward(loss)
+            shares.append({"loss": loss, "accuracy": right})
+        job.update(step)
+        figures = job.total(shares)
+        job.end(step)
+        if look and (step + 1) % cfg.look_every == 0:
+            figures |= look(model)
+        yield Progress(stage, step + 1, cfg.steps, figures, model)
     model.eval()
+
+
+def pick(texts: Any, at: Tensor, draws: list[torch.Generator]) -> list[Tensor]:
+    """One of the captions of each example `at`, drawn from its own generator, (L, D_lm) each."""
+    u = [torch.rand((), generator=g).item() for g in draws]
+    if hasattr(texts, "pick"):
+        return [text.float() for text in texts.pick(at, u)]
+    return [texts[i][int(x * len(texts[i]))].float() for i, x in zip(at.tolist(), u, strict=True)]
 
 
 def encode_captions(encoder: TextEncoder, captions: Sequence[Sequence[str]], batch: int = 512) -> list[list[Tensor]]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from minimuse.config import GROUP, VQGANConfig
 
@@ -130,19 +131,33 @@ class VectorQuantizer(nn.Module):
         codes = self.lookup(tokens, z.shape[2:])
         losses = F.mse_loss(codes, z.detach()), F.mse_loss(z, codes.detach())
         if learning:
-            self.idle += 1
-            self.idle[tokens.flatten()] = 0
+            self._count_used(tokens)
         return Quantized(z + (codes - z).detach(), tokens, *losses)
+
+    def watch_codes(self) -> Tensor:
+        """Begin to count how long each code is idle -> the counts (V,), which are part of a training's state."""
+        self.idle = torch.full((len(self.codebook),), self.patience, device=self.codebook.device)
+        return self.idle
 
     @torch.no_grad()
     def _restart_dead_codes(self, z: Tensor) -> None:
         if self.idle is None:
-            self.idle = torch.full((len(self.codebook),), self.patience, device=z.device)
+            self.watch_codes()
         dead = (self.idle >= self.patience).nonzero().squeeze(1)
         if len(dead):
             flat = z.transpose(0, 1).flatten(1).T  # (B*h*w, d)
-            self.codebook[dead] = flat[torch.randint(len(flat), (len(dead),), device=z.device)]
+            new = flat[torch.randint(len(flat), (len(dead),), device=z.device)]
+            if several_processes():  # all take the first one's
+                dist.broadcast(new, 0)
+            self.codebook[dead] = new
             self.idle[dead] = 0
+
+    @torch.no_grad()
+    def _count_used(self, tokens: Tensor) -> None:
+        used = torch.zeros_like(self.idle).index_fill_(0, tokens.flatten(), 1)
+        if several_processes():  # a code is idle where none of them uses it
+            dist.all_reduce(used, dist.ReduceOp.MAX)
+        self.idle.add_(1).mul_(1 - used)
 
 
 class Reconstruction(NamedTuple):
@@ -209,6 +224,10 @@ class VQGAN(nn.Module):
         for part in (self.encoder, self.quantizer):
             part.eval().requires_grad_(False)
         return self
+
+
+def several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def codebook_usage(tokens: Tensor, codebook_size: int) -> tuple[float, float]:

@@ -128,10 +128,15 @@ class VQGANLoss(nn.Module):
         if self.perceptual_weight:
             loss = loss + self.perceptual_weight * self.perceptual(images, made)
         if self.adversarial(step):
-            fooled = -self.discriminator(made).mean()
+            frozen = {k: p.detach() for k, p in self.discriminator.named_parameters()}
+            fooled = -torch.func.functional_call(self.discriminator, frozen, made).mean()
             loss = loss + self.adversarial_weight * adaptive_weight(loss, fooled, last_layer) * fooled
         return loss
 
-    def critic(self, images: Tensor, made: Tensor) -> Tensor:
-        """images, made (B, 3, H, W) -> (): the discriminator's hinge loss; no gradient reaches the generator."""
-        return hinge_discriminator(self.discriminator(images), self.discriminator(made.detach()))
+    def critic(self, images: Tensor, made: Tensor, discriminator: nn.Module | None = None) -> Tensor:
+        """images, made (B, 3, H, W) -> (): the discriminator's hinge loss; no gradient reaches the generator.
+
+        `discriminator` is the same one as its engine wrapped it for several processes.
+        """
+        logits = (discriminator or self.discriminator)(torch.cat([images, made.detach()]))
+        return hinge_discriminator(*logits.chunk(2))

@@ -9,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from minimuse.masking import reveal_counts
+from minimuse.masking import reveal_counts, uniforms
 from minimuse.sampler import (
     ORDERS,
     by_rank,
     decode,
     draw,
-    draw_uniforms,
     entropy_bound,
     halton,
     halton_rank,
@@ -496,9 +495,9 @@ def test_uniforms_are_drawn_before_the_loop():
     g, h = seeded(3), seeded(3)
     steps = decode(toy, infills(2), mask_id=MASK, steps=8, generator=[g])
     next(steps)
-    draw_uniforms(1, 16, 8, [h])
+    uniforms(1, 8, 2, 16, generator=[h])
     assert g.get_state().equal(h.get_state()), "in-fills and stopped decodes use as many numbers as any"
-    x = draw_uniforms(3, 100, 20, seeded())
+    x = uniforms(3, 20, 2, 100, generator=seeded())
     assert x.shape == (3, 20, 2, 100), "two a token a step"
     assert stats.kstest(x.flatten().numpy(), "uniform").pvalue > 1e-3, "uniform on [0, 1)"
 

@@ -12,15 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimuse.config import StageConfig, TransformerConfig, VQGANConfig
+from minimuse.engine import Engine, Stage, batch_indices, fast_bf16, learning_rate, precision
 from minimuse.masking import masked_cross_entropy
 from minimuse.text import pad_contexts
 from minimuse.train import (
-    Optimizer,
-    batch_indices,
     encode_captions,
-    fast_bf16,
-    learning_rate,
-    precision,
     random_crop,
     tokenize,
     train_features,
@@ -78,6 +74,10 @@ def told(n=32):
     return codes[:, None].expand(n, 16).contiguous(), [[words[c], words[c][:2]] for c in codes.tolist()]
 
 
+def fp32(seed=0):
+    return Engine(seed=seed, bf16=False)
+
+
 def same(a, b):
     return all(v.equal(w) for v, w in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
@@ -125,15 +125,17 @@ def test_optimizer_decays_matrices_alone_and_clips(optimizer):
     cfg = StageConfig(
         steps=10, batch=1, learning_rate=0.1, warmup=0, weight_decay=0.5, optimizer=optimizer, betas=(0.9, 0.96)
     )
-    inner = Optimizer(net, cfg)
+    stage = Stage(fp32(), "s", cfg, {"model": net})
     before = net.weight.detach().clone()
-    inner.step(0 * net(torch.ones(1, 3)).sum(), 0)  # no gradient: all that moves is decay
+    stage.backward(0 * net(torch.ones(1, 3)).sum())
+    stage.update(0)  # no gradient: all that moves is decay
     assert net.weight.allclose(0.95 * before, atol=1e-6), "matrices decay by rate * weight_decay"
     assert net.bias.equal(torch.ones(3)), "vectors do not"
-    inner.step(1e6 * net(torch.ones(1, 3)).sum(), 1)
+    stage.backward(1e6 * net(torch.ones(1, 3)).sum())
+    stage.update(1)
     norm = torch.stack([p.grad.norm() for p in (net.weight, net.bias)]).norm().item()
     assert norm == pytest.approx(1.0, abs=1e-3), f"the gradient was clipped to {norm}"
-    assert inner.inner.param_groups[0]["lr"] == learning_rate(cfg, 1), "the rate of the step"
+    assert stage.optimizers["model"].param_groups[0]["lr"] == learning_rate(cfg, 1), "the rate of the step"
     assert frozen.equal(torch.ones(2)), "a frozen parameter moved"
 
 
@@ -166,7 +168,7 @@ def test_precision():
 
 
 def test_a_tokenizer_learns():
-    trace = list(train_tokenizer(vqgan(), PIXELS, plain_images(), bf16=False))
+    trace = list(train_tokenizer(vqgan(), PIXELS, plain_images(), engine=fp32()))
     first, last = trace[0].figures, trace[-1].figures
     assert last["l1"] < 0.4, f"gray costs 0.5 on such colors; l1 went from {first['l1']:.3f} to {last['l1']:.3f}"
     assert last["psnr"] > first["psnr"], "and the signal rises"
@@ -176,7 +178,7 @@ def test_a_tokenizer_learns():
 
 
 def test_pitfall_19_usage_and_perplexity_are_reported():
-    *_, last = train_tokenizer(vqgan(), replace(PIXELS, steps=8), plain_images(), bf16=False)
+    *_, last = train_tokenizer(vqgan(), replace(PIXELS, steps=8), plain_images(), engine=fp32())
     assert 0 < last.figures["used"] <= 1, "share of the codes in use"
     assert 1 <= last.figures["perplexity"] <= 16, "perplexity of their histogram"
 
@@ -184,7 +186,7 @@ def test_pitfall_19_usage_and_perplexity_are_reported():
 def test_the_same_seed_makes_the_same_tokenizer():
     made = []
     for seed in (3, 3, 4):
-        *_, last = train_tokenizer(vqgan(), replace(PIXELS, steps=4, crop=8), plain_images(), seed=seed, bf16=False)
+        *_, last = train_tokenizer(vqgan(), replace(PIXELS, steps=4, crop=8), plain_images(), engine=fp32(seed))
         made.append(last.model)
     assert same(made[0], made[1]), "one seed, two tokenizers"
     assert not same(made[0], made[2]), "two seeds, one tokenizer"
@@ -193,17 +195,17 @@ def test_the_same_seed_makes_the_same_tokenizer():
 def test_all_losses_at_once():
     cfg = replace(PIXELS, steps=5, adversarial_weight=0.1, adversarial_start=3)
     features = train_features(plain_images(), torch.rand(24, 2).round(), steps=2)
-    trace = list(train_tokenizer(vqgan(), cfg, plain_images(), perceptual=feature_distance(features), bf16=False))
+    trace = list(train_tokenizer(vqgan(), cfg, plain_images(), perceptual=feature_distance(features), engine=fp32()))
     assert ["critic" in p.figures for p in trace] == [False] * 3 + [True] * 2, "the discriminator joins at its step"
 
 
 def test_fine_tuning_the_decoder_alone():
     """Muse 2.5, and pitfall 18: encoder and codebook are the same bits before and after."""
-    *_, last = train_tokenizer(vqgan(), replace(PIXELS, steps=10), plain_images(), bf16=False)
+    *_, last = train_tokenizer(vqgan(), replace(PIXELS, steps=10), plain_images(), engine=fp32())
     small = last.model
     grown = small.grow_decoder(replace(VQ, decoder_width=32, decoder_blocks=(1, 2)))
     decoder = copy.deepcopy(grown.decoder)
-    *_, tuned = train_tokenizer(grown, replace(PIXELS, steps=30), plain_images(), stage="decoder", bf16=False)
+    *_, tuned = train_tokenizer(grown, replace(PIXELS, steps=30), plain_images(), stage="decoder", engine=fp32())
     assert tuned.stage == "decoder", "the stage has its name"
     assert same(small.encoder, grown.encoder), "fine-tuning moved the encoder"
     assert same(small.quantizer, grown.quantizer), "fine-tuning moved the codebook"
@@ -238,7 +240,7 @@ def test_features_learn_what_is_there():
 def test_a_transformer_learns_what_the_text_tells():
     tokens, texts = told()
     model = transformer()
-    trace = list(train_transformer(model, MASKED, tokens, texts, bf16=False))
+    trace = list(train_transformer(model, MASKED, tokens, texts, engine=fp32()))
     first = sum(p.figures["loss"] for p in trace[:10]) / 10
     last = sum(p.figures["loss"] for p in trace[-10:]) / 10
     assert last < 0.5 * first, f"the loss falls from {first:.2f} to {last:.2f}"
@@ -254,7 +256,7 @@ def test_super_resolution_learns_what_the_low_tokens_tell():
     tokens, low = codes[:, None].expand(32, 16).contiguous(), codes[:, None].expand(32, 4).contiguous()
     texts = [[torch.zeros(1, D_LM)]] * 32
     model = superres()
-    trace = list(train_transformer(model, MASKED, tokens, texts, low_tokens=low, stage="superres", bf16=False))
+    trace = list(train_transformer(model, MASKED, tokens, texts, low_tokens=low, stage="superres", engine=fp32()))
     assert trace[-1].stage == "superres", "the stage has its name"
     assert trace[-1].figures["accuracy"] > 0.9, f"accuracy {trace[-1].figures['accuracy']:.0%}"
     context = pad_contexts([texts[0][0]] * 4)
@@ -286,7 +288,9 @@ def spied(texts=None, n=400, steps=5, **kwargs):
     torch.manual_seed(1)
     spy, tokens = Spy(), torch.randint(V, (n, 16))
     texts = texts or [[torch.randn(3, D_LM)] for _ in range(n)]
-    trace = list(train_transformer(spy, replace(MASKED, steps=steps, batch=200), tokens, texts, bf16=False, **kwargs))
+    trace = list(
+        train_transformer(spy, replace(MASKED, steps=steps, batch=200), tokens, texts, engine=fp32(), **kwargs)
+    )
     return spy, tokens, trace
 
 
@@ -315,9 +319,10 @@ def test_pitfall_07_training_hides_what_it_asks_for(monkeypatch):
     """The loss gets the true tokens and the very mask under which the model saw [MASK]."""
     asked = []
 
-    def record(logits, targets, masked, smoothing=0.0):
+    def record(logits, targets, masked, smoothing=0.0, count=None):
         asked.append((targets, masked, smoothing))
-        return masked_cross_entropy(logits, targets, masked, smoothing)
+        assert count == masked.sum(), "the whole batch is one part, so its own tokens are all that count"
+        return masked_cross_entropy(logits, targets, masked, smoothing, count)
 
     monkeypatch.setattr("minimuse.train.masked_cross_entropy", record)
     spy, tokens, trace = spied(steps=2)
@@ -352,7 +357,7 @@ def test_the_same_seed_makes_the_same_transformer():
     made = []
     for seed in (3, 3, 4):
         model = transformer()
-        *_, _ = train_transformer(model, replace(MASKED, steps=4), tokens, texts, seed=seed, bf16=False)
+        *_, _ = train_transformer(model, replace(MASKED, steps=4), tokens, texts, engine=fp32(seed))
         made.append(model)
     assert same(made[0], made[1]), "one seed, two models"
     assert not same(made[0], made[2]), "two seeds, one model"
@@ -362,7 +367,7 @@ def test_a_stage_may_be_stopped_and_watched():
     tokens, texts = told()
     model = transformer()
     before = copy.deepcopy(model)
-    stage = train_transformer(model, MASKED, tokens, texts, bf16=False)
+    stage = train_transformer(model, MASKED, tokens, texts, engine=fp32())
     assert same(before, model), "nothing happens before the first step is asked for"
     progress = next(stage)
     assert progress.model is model, "the model itself, to be looked at"
@@ -375,7 +380,7 @@ def test_bf16_and_label_smoothing_train_too():
     tokens, texts = told()
     cfg = replace(MASKED, steps=3, label_smoothing=0.1)
     model = transformer()
-    trace = list(train_transformer(model, cfg, tokens, texts, bf16=True))
+    trace = list(train_transformer(model, cfg, tokens, texts, engine=Engine(bf16=True)))
     assert all(math.isfinite(p.figures["loss"]) for p in trace), "bf16 products, finite losses"
     assert all(p.dtype == torch.float32 for p in model.parameters()), "weights stay fp32"
 

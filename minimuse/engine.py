@@ -1,0 +1,301 @@
+"""How a stage trains, whatever it trains: one code path from a laptop to many accelerators.
+
+Hugging Face accelerate does the distributed part: DDP and FSDP2 by `accelerate launch`, mixed precision, clipping. What
+is ours makes a run repeatable:
+    the examples of a step are a function of (seed, step); the draws of an example one of (seed, its place in the run)
+    so 1 process, P processes and A micro-batches see the same masks and make the same gradient
+    a stopped run goes on to the same weights, bit for bit: all there is to a state is saved, all else follows from it
+
+Glossary: P processes, A micro-batches a step, a batch is the global one; a place counts examples since the first step.
+Not here: what is trained (`train.py`), files (`checkpoint.py`).
+"""
+
+import hashlib
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minimuse import checkpoint
+from minimuse.config import StageConfig
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Does this device multiply bf16 faster than fp32? On a CPU: AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    flags = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # absent in older torch
+    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+
+
+@contextmanager
+def precision(device: torch.device, bf16: bool | None = None) -> Iterator[None]:
+    """Matrix products in bf16 where that is fast (None), always or never; weights and losses stay fp32."""
+    if not (fast_bf16(device) if bf16 is None else bf16):
+        yield
+        return
+    with torch.autocast(device.type, torch.bfloat16), ExitStack() as stack:
+        if device.type == "cpu":  # its fused bf16 attention takes longer, above all backwards, than plain products
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+# --- what follows from seed and step ----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=2)
+def _order(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
+    """The examples of a step, (batch,): a function of seed and step alone. Each epoch is a permutation of all n."""
+    places = range(step * batch, (step + 1) * batch)
+    return torch.stack([_order(n, seed + 7919 * (p // n))[p % n] for p in places])
+
+
+def mix(*numbers: int) -> int:
+    """Whole numbers -> a seed that has nothing to do with that of other numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A CPU generator that is a function of the numbers, such as (seed, place)."""
+    return torch.Generator().manual_seed(mix(*numbers))
+
+
+def learning_rate(cfg: StageConfig, step: int) -> float:
+    """Linear warm-up, then a cosine down to 0 (Muse 3)."""
+    if step < cfg.warmup:
+        return cfg.learning_rate * (step + 1) / cfg.warmup
+    return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+
+
+def make_optimizer(model: nn.Module, cfg: StageConfig) -> torch.optim.Optimizer:
+    """AdamW or Adafactor over what is to be trained; vectors (norms, biases) are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if cfg.optimizer == "adafactor":
+        # Deviation: Muse sets beta1 0.9 and beta2 0.96; torch's Adafactor has no beta1, and a beta2 that rises to 1
+        return torch.optim.Adafactor(groups, lr=cfg.learning_rate)
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=cfg.betas, fused=True)
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """The run was told to stop (Ctrl-C, SIGTERM); what it had done is saved."""
+
+
+class Engine:
+    """The processes and devices at hand, and how steps are done on them. A run has one, shared by its stages.
+
+    seed        all draws of the run follow from it
+    bf16        None: where it is fast, or as `accelerate launch --mixed_precision` says
+    accumulate  A, micro-batches a step: less memory, the same gradient
+    compile     torch.compile the modules; recompute: activation checkpointing, about a third more work for less memory
+    folder      where states are saved, each stage in a folder of its own; None saves nothing
+    keep        states kept of a stage; 0 keeps all, for `average`
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        bf16: bool | None = None,
+        accumulate: int | None = None,
+        compile: bool = False,
+        recompute: bool = False,
+        folder: str | Path | None = None,
+        keep: int = 2,
+    ):
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
+        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
+        self.processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
+        self.bf16 = bf16 if self.accelerator.mixed_precision == "no" else False  # else accelerate sees to it
+        self.accumulate = accumulate or self.accelerator.gradient_accumulation_steps
+        self.seed, self.compile, self.recompute = seed, compile, recompute
+        self.folder, self.keep = folder and Path(folder), keep
+        self.signal, self.in_step = 0, False
+        if self.accumulate < 1 or keep < 0:
+            raise ValueError(
+                f"accumulate={accumulate}, keep={keep}; give at least one micro-batch, and 0 or more states"
+            )
+
+    @property
+    def sharded(self) -> bool:
+        """Are the parameters spread over the processes (FSDP2)?"""
+        return getattr(self.accelerator, "is_fsdp2", False)
+
+    def heed_signals(self) -> None:
+        """From now on Ctrl-C and SIGTERM finish the step, save, and raise Stopped; a second one ends at once."""
+
+        def stop(number: int, frame) -> None:
+            self.signal = number
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            if not self.in_step:
+                raise Stopped
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+
+    def must_stop(self, step: int) -> bool:
+        """Was this process told to stop, or any of them? They ask each other every ten steps."""
+        if self.processes == 1:
+            return bool(self.signal)
+        told = torch.tensor(float(bool(self.signal)), device=self.device)
+        return step % 10 == 0 and bool(self.accelerator.reduce(told, "sum") > 0)
+
+    def precision(self) -> AbstractContextManager:
+        return precision(self.device, self.bf16)
+
+
+class Stage:
+    """One stage under way. Its modules are trained alike; `extra` are tensors that belong to its state.
+
+    >>> for step in stage.steps():
+    ...     for at, draws in stage.micro_batches(n, step):
+    ...         stage.backward(loss(at, draws) / stage.parts)
+    ...     stage.update(step)
+    ...     stage.end(step)
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        cfg: StageConfig,
+        modules: dict[str, nn.Module],
+        extra: dict[str, Tensor] | None = None,
+    ):
+        self.engine, self.name, self.cfg = engine, name, cfg
+        self.parts = engine.accumulate * engine.processes
+        if cfg.batch % self.parts:
+            raise ValueError(
+                f"{name}: a batch of {cfg.batch} does not split into {engine.processes} processes x "
+                f"{engine.accumulate} micro-batches; make it a multiple of {self.parts}"
+            )
+        self.modules, self.optimizers, self.extra = {}, {}, dict(extra or {})
+        engine.accelerator.free_memory()  # it holds on to the stage before
+        for key, module in modules.items():
+            if engine.compile:
+                module.compile()
+            prepared = engine.accelerator.prepare(module, make_optimizer(module, cfg))
+            self.modules[key], self.optimizers[key] = prepared
+        self.trained = [p for p in self.modules["model"].parameters() if p.requires_grad]
+        if cfg.ema:
+            self.extra |= {f"ema.{i}": p.detach().clone() for i, p in enumerate(self.trained)}
+        self.folder = engine.folder and engine.folder / name
+        self.first = 0
+        if self.folder and checkpoint.has_state(self.folder):
+            self.first = checkpoint.load_state(self.folder, self.state(), self.about(), sharded=engine.sharded)
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors that the next step depends on, alive: written to disk, and read back in place."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict as optimizer_state
+
+        tensors, flat = {}, StateDictOptions(flatten_optimizer_state_dict=True)
+        for key, module in self.modules.items():
+            inner = self.optimizers[key].optimizer
+            tensors |= {f"{key}.{k}": v for k, v in get_model_state_dict(module).items()}
+            tensors |= {f"{key}.{k}": v for k, v in optimizer_state(module, inner, options=flat).items()}
+        return {k: v for k, v in (tensors | self.extra).items() if isinstance(v, Tensor)}
+
+    def about(self) -> dict[str, object]:
+        """What a state must agree on with the run that reads it."""
+        cfg = {k: v for k, v in asdict(self.cfg).items() if k not in ("save_every", "look_every")}
+        return {"stage": self.name, "seed": self.engine.seed, "config": cfg}
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do. The global draws (dropout, codebook restarts) of each are a function of the step."""
+        for step in range(self.first, self.cfg.steps):
+            self.engine.in_step = True
+            torch.manual_seed(mix(self.engine.seed, step, self.engine.rank))
+            yield step
+
+    def places(self, step: int) -> range:
+        """The places of the whole batch of a step."""
+        return range(step * self.cfg.batch, (step + 1) * self.cfg.batch)
+
+    def draws(self, places: range) -> list[torch.Generator]:
+        """A generator for each example, by its place in the run."""
+        return [generator(self.engine.seed, place) for place in places]
+
+    def micro_batches(self, n: int, step: int) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
+        """-> this process's share of a step, A times: indices (b,), and a generator for each example.
+
+        Gradients are summed over the processes at the last one alone.
+        """
+        engine, at = self.engine, batch_indices(n, self.cfg.batch, step, self.engine.seed)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        for k in range(engine.accumulate):
+            size = self.cfg.batch // self.parts
+            mine = slice((k * engine.processes + engine.rank) * size, (k * engine.processes + engine.rank + 1) * size)
+            with ExitStack() as stack:
+                for module in self.modules.values() if k < engine.accumulate - 1 else ():
+                    stack.enter_context(engine.accelerator.no_sync(module))
+                yield at[mine], self.draws(self.places(step)[mine])
+
+    def backward(self, share: Tensor) -> None:
+        """A share of the step's loss: those of all micro-batches and processes add up to it."""
+        accelerator = self.engine.accelerator  # which averages over processes, and divides by its own accumulation
+        accelerator.backward(share * self.engine.processes * accelerator.gradient_accumulation_steps)
+
+    def update(self, step: int, key: str = "model") -> None:
+        """Clip, one optimizer step at the step's rate, the moving average."""
+        optimizer, module = self.optimizers[key], self.modules[key]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(self.cfg, step)
+        self.engine.accelerator.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], self.cfg.clip)
+        optimizer.step()
+        if self.cfg.ema and key == "model":
+            torch._foreach_lerp_(self._ema(), [p.detach() for p in self.trained], 1 - self.cfg.ema)
+
+    def _ema(self) -> list[Tensor]:
+        return [self.extra[f"ema.{i}"] for i in range(len(self.trained))]
+
+    def total(self, shares: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Figures of the micro-batches, each a share -> their sums, over all processes too, as numbers."""
+        values = torch.stack([sum(share[k].detach().float() for share in shares) for k in shares[0]])
+        if self.engine.processes > 1:
+            values = self.engine.accelerator.reduce(values, "sum")
+        return dict(zip(shares[0], values.tolist(), strict=True))
+
+    def end(self, step: int) -> None:
+        """A step is done: save where it is time to, stop where we were told to."""
+        engine, done = self.engine, step + 1
+        stop = engine.must_stop(done)
+        if done == self.cfg.steps and self.cfg.ema:
+            torch._foreach_copy_([p.detach() for p in self.trained], self._ema())
+        if self.folder and (stop or done == self.cfg.steps or done % self.cfg.save_every == 0):
+            self.save(done)
+        engine.in_step = False
+        if stop:
+            raise Stopped
+
+    def save(self, done: int) -> None:
+        """Everything into `folder/step-...`; all processes call it."""
+        engine, state, about = self.engine, self.state(), self.about()
+        wait = engine.accelerator.wait_for_everyone
+        if engine.sharded:
+            checkpoint.save_state(self.folder, done, state, about, engine.keep, main=engine.is_main, wait=wait)
+        elif engine.is_main:
+            checkpoint.save_state(self.folder, done, state, about, engine.keep)
+        wait()
