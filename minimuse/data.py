@@ -3,7 +3,7 @@
 `B` images a batch, `H W` pixels. uint8 is how images are kept, [-1, 1] how models see them. Training reads a source
 once, part by part, into a cache, so that a source need not be shuffled, indexed or fast.
 
-Not here: how scenes look (scenes.py), tokens (vqgan.py).
+Not here: how scenes look (scenes.py), sources out of files (folders.py), tokens (vqgan.py).
 """
 
 import hashlib
@@ -121,6 +121,7 @@ class Problems:
 
     def add(self, kind: str, name: str) -> None:
         """One of the images seen is passed over."""
+        name = name.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that no text can
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.names[kind] = [*self.names.get(kind, []), name][: self.NAMED]
 
@@ -162,6 +163,11 @@ class Source(Protocol):
         ...
 
 
+def check_part(part: int, parts: int) -> None:
+    if not 0 <= part < parts:
+        raise IndexError(f"part {part} of {parts}: expected 0 to {parts - 1}")
+
+
 def digest(*things: Any) -> str:
     """JSON values -> hex SHA-256, the same on every machine."""
     text = json.dumps(things, sort_keys=True, separators=(",", ":"))
@@ -195,9 +201,8 @@ class SceneDataset:
 
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
         """Part -> its examples: scenes 500 part to 500 part + 499, the same as `images` and `captions` give."""
+        check_part(part, self.parts)
         indices = range(part * PART, min((part + 1) * PART, self.n))
-        if part < 0 or not indices:
-            raise IndexError(f"part {part} of {self.parts}: expected 0 to {self.parts - 1}")
         for i, image in zip(indices, replace(self, size=size).images(indices), strict=True):
             problems.seen += 1
             yield Example(image, tuple(self.captions(i)))
