@@ -1,11 +1,15 @@
 """data.py: the embedded data set, and pictures on their way between PIL, uint8 and [-1, 1]."""
 
+import inspect
+import json
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from minimuse.data import SceneDataset, from_pil, halve, mask_from, to_float, to_pil, to_uint8
+from minimuse.data import Problems, SceneDataset, from_pil, halve, mask_from, to_float, to_pil, to_uint8
 
 
 def test_dataset_follows_from_its_seed():
@@ -127,3 +131,58 @@ def test_shares_say_how_often_there_are_one_two_and_three_things():
     for n in (1, 2, 3):
         data = SceneDataset(20, 32, shares=tuple(float(i == n) for i in (1, 2, 3)))
         assert {len(data.scene(i).things) for i in range(20)} == {n}, f"all of the weight is on {n}"
+
+
+def read_all(source, size):
+    """All parts of a source, and what it passed over."""
+    problems = Problems()
+    return [example for part in range(source.parts) for example in source.read(part, size, problems)], problems
+
+
+def test_scenes_are_read_in_parts_of_500():
+    data = SceneDataset(503, 32, seed=3, k=3)
+    examples, problems = read_all(data, 16)
+    small = SceneDataset(503, 16, seed=3)
+    want = torch.cat([small.images(range(500)), small.images(range(500, 503))])
+    assert data.parts == 2
+    assert torch.equal(torch.stack([example.image for example in examples]), want), "the size is the one asked for"
+    assert [example.captions for example in examples] == [tuple(small.captions(i, 3)) for i in range(503)]
+    assert (problems.seen, problems.usable, problems.summary()) == (503, 503, ""), f"{problems}"
+    for part in (-1, 2):
+        with pytest.raises(IndexError, match="0 to 1"):
+            next(data.read(part, 16, problems))
+
+
+def test_fingerprint_of_scenes_tells_what_they_depend_on(monkeypatch):
+    data = SceneDataset(10, 32)
+    others = ({"n": 11}, {"split": "test"}, {"seed": 1}, {"shares": (1, 0, 0)}, {"k": 3})
+    prints = [replace(data, **other).fingerprint for other in others]
+    assert len({data.fingerprint, *prints}) == 6, "another field, other data"
+    assert replace(data, size=64).fingerprint == data.fingerprint, "the size is told when reading"
+    source = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda part: source(part).replace("0.2625", "0.3"))
+    assert replace(data).fingerprint != data.fingerprint, "another renderer, other pictures"
+
+
+def test_problems_add_up_and_are_plain_values():
+    first, second = Problems(seen=20), Problems(seen=7)
+    for name in "abcd":
+        first.add("corrupt", f"{name}.png")
+    second.add("without a caption", "z.png")
+    second.add("corrupt", "e.png")
+    both = first + Problems(**json.loads(json.dumps(asdict(second))))
+    assert (both.seen, both.usable, both.counts) == (27, 21, {"corrupt": 5, "without a caption": 1})
+    told = "passed over 6 of 27 images: 5 corrupt (a.png, b.png, c.png, ...), 1 without a caption (z.png)"
+    assert both.summary() == told
+    assert first.counts == {"corrupt": 4}, "adding leaves the parts as they were"
+    assert Problems(seen=9).summary() == "", "nothing to tell"
+
+
+def test_problems_refuse_a_source_without_any_example():
+    problems = Problems(seen=1)
+    problems.check("folder")
+    problems.add("corrupt", "a.png")
+    with pytest.raises(ValueError, match=r"folder: no usable .* 1 of 1 images: 1 corrupt \(a.png\)"):
+        problems.check("folder")
+    with pytest.raises(ValueError, match="nothing was found"):
+        Problems().check("folder")
