@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from minimuse.config import MuseConfig, from_dict, to_dict
 SHIPPED = Path(__file__).parent / "checkpoints"
 FORMAT = "minimuse-1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-STATE, TENSORS = "state.json", "state.safetensors"
+STATE, TENSORS, RUN = "state.json", "state.safetensors", "run.json"
+MODEL = "model.model."  # names of a transformer's weights in a state: MaskedLoss holds it
 log = logging.getLogger("minimuse")
 
 # --- a finished Muse --------------------------------------------------------------------------------------------------
@@ -306,3 +307,55 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         keys = [*old, *(k for k in new if k not in old)]
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{name}.{k}".strip("."))]
     return [] if old == new else [f"{name} was {old!r} and is {new!r}"]
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def open_run(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
+    """Begin a run in a folder, or go on with the one that is there, which must be of the same `values`.
+
+    values: configuration, seed and data of the run, as JSON. FileExistsError where a run is there and `resume` is not
+    set; ValueError where it is of other values; FileNotFoundError where there is nothing to resume.
+    """
+    path = folder / RUN
+    refuse_existing(folder)  # a finished one
+    if not path.exists():
+        if resume:
+            raise FileNotFoundError(f"{folder} holds no {RUN}: nothing to resume there; without --resume a run begins")
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(path, lambda new: new.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8"))
+    elif not resume:
+        raise FileExistsError(
+            f"{folder} holds a run already; --resume goes on with it, another folder begins a new one"
+        )
+    elif changed := differences(read_run(folder), json.loads(json.dumps(values))):
+        raise ValueError(
+            f"the run in {folder} is another one: {'; '.join(changed[:4])}. Put it back, or begin a new run"
+        )
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What `open_run` wrote; ValueError where it is damaged."""
+    try:
+        return json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{folder / RUN} is broken JSON: {e}; restore it, or begin a new run") from e
+
+
+# --- averages ---------------------------------------------------------------------------------------------------------
+
+
+def average(paths: Sequence[Path], decay: float) -> dict[str, Tensor]:
+    """States of a stage, oldest first -> the exponential moving average of their models' weights (Muse 3: decay 0.7).
+
+    avg <- decay * avg + (1 - decay) * weights, beginning with the oldest.
+    """
+    if not paths or not 0 <= decay < 1:
+        raise ValueError(f"{len(paths)} states, decay {decay}; give at least one state, and a decay in [0, 1)")
+    total: dict[str, Tensor] = {}
+    for path in paths:
+        found = parse_weights((path / TENSORS).read_bytes())
+        weights = {k.removeprefix(MODEL): v.double() for k, v in found.items() if k.startswith(MODEL)}
+        total = {k: decay * total[k] + (1 - decay) * v for k, v in weights.items()} if total else weights
+    return {k: v.float() for k, v in total.items()}

@@ -13,7 +13,7 @@ Not here: what is trained (`train.py`), files (`checkpoint.py`).
 import hashlib
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from functools import lru_cache
@@ -160,6 +160,18 @@ class Engine:
             return bool(self.signal)
         told = torch.tensor(float(bool(self.signal)), device=self.device)
         return step % 10 == 0 and bool(self.accelerator.reduce(told, "sum") > 0)
+
+    def whole(self, module: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
+        """A module that FSDP has sharded -> its like from `make`, with all weights in this process's memory."""
+        if not self.sharded:
+            return module
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        whole = make()
+        if self.is_main:
+            whole.load_state_dict(weights)
+        return whole
 
     def precision(self) -> AbstractContextManager:
         return precision(self.device, self.bf16)

@@ -178,3 +178,35 @@ def estimate(
 def text_fits(n: int, gib: float = 64) -> bool:
     """Should text of n bytes be cached? Beyond `gib` it is encoded anew each time it is read."""
     return n <= gib * 2**30
+
+
+class LiveTexts:
+    """Captions encoded each time they are read, for those too many to keep: the same `pick` as `Texts`."""
+
+    def __init__(self, captions: Sequence[Sequence[str]], encode: Callable[[list[str]], Sequence[Tensor]]):
+        self.captions, self.encode = captions, encode
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def pick(self, indices: Sequence[int] | Tensor, u: Sequence[float] | Tensor) -> Sequence[Tensor]:
+        """indices (B,), u (B,) in [0, 1) -> caption floor(u k) of the k of each example: B tensors (L, D)."""
+        rows = [self.captions[int(i)] for i in indices]
+        return self.encode([texts[int(float(x) * len(texts))] for texts, x in zip(rows, u, strict=True)])
+
+
+class Subset:
+    """Rows of other rows: the training examples without the held-out ones, or those alone."""
+
+    def __init__(self, rows: Any, index: Tensor):
+        self.rows, self.index = rows, index
+        self.shape = (len(index), *getattr(rows, "shape", (0,))[1:])
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, indices: Any) -> Any:
+        return self.rows[self.index[indices]]
+
+    def pick(self, indices: Tensor, u: Sequence[float] | Tensor) -> Sequence[Tensor]:
+        return self.rows.pick(self.index[indices], u)

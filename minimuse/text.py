@@ -88,6 +88,11 @@ class TextEncoder:
         """D_lm, from the LM's config alone."""
         return self._config.hidden_size
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The LM's: what tells one LM from another, and whether it changed. They are never saved with a model."""
+        return self._lm.state_dict()
+
     def to(self, device: torch.device | str) -> "TextEncoder":
         """Move the LM, now or when it is loaded; contexts come out on this device."""
         self.device = torch.device(device)

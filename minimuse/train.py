@@ -11,27 +11,33 @@ Not here: processes, precision, optimizer, saved states (`engine.py`), what is k
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse.captions import EXAMPLE_PROMPTS, vocabulary
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
+from minimuse.corpus import Corpus
 from minimuse.data import SceneDataset, halve, to_float
 from minimuse.engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizer, precision
+from minimuse.folders import open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
 from minimuse.muse import Muse, build
 from minimuse.scenes import COLORS, SHAPES
 from minimuse.text import Context, TextEncoder, pad_contexts
-from minimuse.transformer import Transformer
+from minimuse.transformer import SuperRes, Transformer
 from minimuse.vqgan import VQGAN, codebook_usage
 from minimuse.vqgan_loss import COMMITMENT, Perceptual, SceneFeatures, VQGANLoss, feature_distance
+from minimuse.watch import Watch
 
-Look = Callable[[nn.Module], dict[str, float]]  # what a stage shows of a model now and then, as figures
+Look = Callable[[nn.Module, int], dict[str, float]]  # (model or its MaskedLoss, steps done) -> figures for the log
 
 
 class Progress(NamedTuple):
@@ -108,7 +114,7 @@ def train_tokenizer(
         figures["used"], figures["perplexity"] = codebook_usage(made.tokens, vqgan.codebook_size)
         job.end(step)
         if look and (step + 1) % cfg.look_every == 0:
-            figures |= look(vqgan)
+            figures |= look(vqgan, step + 1)
         yield Progress(stage, step + 1, cfg.steps, figures, vqgan)
 
 
@@ -142,18 +148,24 @@ def train_features(images: Tensor, kinds: Tensor, *, steps: int = 200, seed: int
 class MaskedLoss(nn.Module):
     """The masked loss (Muse 2.3) as one module, so that DDP, FSDP and torch.compile see the whole pass."""
 
-    def __init__(self, model: Transformer, label_smoothing: float):
+    def __init__(self, model: Transformer):
         super().__init__()
-        self.model, self.label_smoothing = model, label_smoothing
+        self.model = model
 
     def forward(
-        self, x: Tensor, masked: Tensor, context: Context, low_tokens: Tensor | None, count: int
+        self,
+        x: Tensor,
+        masked: Tensor,
+        context: Context,
+        low_tokens: Tensor | None,
+        count: int,
+        label_smoothing: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """True tokens and masked (B, N), texts, low-res tokens -> this part's shares of loss and accuracy, () each."""
+        """True tokens and masked (B, N), texts, low-res tokens -> shares of loss and accuracy of `count` tokens, ()."""
         memory = self.model.memory(context, *([] if low_tokens is None else [low_tokens]))
         logits = self.model(x.masked_fill(masked, self.model.mask_id), memory)
         right = ((logits.detach().argmax(-1) == x) & masked).sum() / count
-        return masked_cross_entropy(logits, x, masked, self.label_smoothing, count), right
+        return masked_cross_entropy(logits, x, masked, label_smoothing, count), right
 
 
 def train_transformer(
@@ -177,7 +189,7 @@ def train_transformer(
     device = engine.device
     model.train()
     torch.manual_seed(engine.seed)
-    job = Stage(engine, stage, cfg, {"model": MaskedLoss(model, cfg.label_smoothing)})
+    job = Stage(engine, stage, cfg, {"model": MaskedLoss(model)})
     if job.first:
         yield Progress(stage, job.first, cfg.steps, {}, model)
     for step in job.steps():
@@ -191,14 +203,16 @@ def train_transformer(
             context = drop_text(pad_contexts(pick(texts, at, draws)), cfg.text_drop, draws)  # Muse 2.7
             low = None if low_tokens is None else low_tokens[at].to(device)
             with engine.precision():
-                loss, right = job.modules["model"](x.to(device), masked.to(device), context.to(device), low, count)
+                loss, right = job.modules["model"](
+                    x.to(device), masked.to(device), context.to(device), low, count, cfg.label_smoothing
+                )
             job.backward(loss)
             shares.append({"loss": loss, "accuracy": right})
         job.update(step)
         figures = job.total(shares)
         job.end(step)
         if look and (step + 1) % cfg.look_every == 0:
-            figures |= look(model)
+            figures |= look(job.modules["model"], step + 1)
         yield Progress(stage, step + 1, cfg.steps, figures, model)
     model.eval()
 
@@ -211,68 +225,90 @@ def pick(texts: Any, at: Tensor, draws: list[torch.Generator]) -> list[Tensor]:
     return [texts[i][int(x * len(texts[i]))].float() for i, x in zip(at.tolist(), u, strict=True)]
 
 
-def encode_captions(encoder: TextEncoder, captions: Sequence[Sequence[str]], batch: int = 512) -> list[list[Tensor]]:
-    """For each example its captions -> their embeddings (L, D_lm), unpadded, in half precision; each text once."""
-    unique = list(dict.fromkeys(text for texts in captions for text in texts))
-    rows: dict[str, Tensor] = {}
-    for start in range(0, len(unique), batch):
-        part = unique[start : start + batch]
-        context = encoder.encode(part)
-        rows |= {t: e[m].half().cpu() for t, e, m in zip(part, context.embeds, context.mask, strict=True)}
-    return [[rows[text] for text in texts] for texts in captions]
-
-
 # --- all five ---------------------------------------------------------------------------------------------------------
 
 
-def train_muse(
-    cfg: MuseConfig, *, seed: int = 0, device: str | torch.device | None = None, bf16: bool | None = None
-) -> Iterator[Progress]:
+class Decimated:
+    """Images (n, 3, H, W) -> (n, 3, H / factor, W / factor), made as they are asked for: the low-res images."""
+
+    def __init__(self, images: Any, factor: int):
+        self.images, self.factor = images, factor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: Any) -> Tensor:
+        return halve(self.images[indices], self.factor)
+
+
+def train_muse(cfg: MuseConfig, *, data: str | Path = "scenes", engine: Engine | None = None) -> Iterator[Progress]:
     """A configuration -> a Progress a step of every stage; the last one's model is the finished Muse.
 
-    Data are minimuse's own scenes. The low-resolution image is the decimated high-resolution one.
+    data: "scenes", a folder of captioned images, or tar shards; see `folders.open_source`.
+    With `engine.folder` a stopped run goes on where it was; without, nothing is kept. The low-resolution image is the
+    decimated high-resolution one (Muse 3.3.1).
     """
-    device = pick_device(device)
-    torch.manual_seed(seed)
-    started = time.monotonic()
-    parts = build(cfg).to(device)
-    encoder = TextEncoder(cfg.text_encoder, max_tokens=cfg.text_tokens, device=device)
-    scenes = SceneDataset(cfg.scenes, cfg.high_tokenizer.image_size, seed=seed, shares=cfg.shares)
-    scale = cfg.high_tokenizer.image_size // cfg.low_tokenizer.image_size
-
-    chunks = []
-    for start in range(0, cfg.scenes, 500):
-        chunks.append(scenes.images(range(start, min(start + 500, cfg.scenes))))
-        yield Progress("render scenes", min(start + 500, cfg.scenes), cfg.scenes, {}, parts)
-    high_images = torch.cat(chunks)
-    low_images = torch.cat([(halve(x.float(), scale) + 0.5).byte() for x in high_images.split(500)])
-    texts = encode_captions(encoder, [scenes.captions(i, cfg.captions) for i in range(cfg.scenes)])
-    yield Progress("encode captions", 1, 1, {}, parts)
-
-    low, high = parts["low_tokenizer"], VQGAN(cfg.high_tokenizer).to(device)
-    common = {"seed": seed, "bf16": bf16}
-    perceptual = _perceptual(cfg, scenes, low_images)
-    settings = {"perceptual": perceptual, **common}
-    yield from train_tokenizer(low, cfg.stages["low_tokenizer"], low_images, stage="low_tokenizer", **settings)
-    low_tokens = tokenize(low, low_images, bf16=bf16)
-    yield from train_transformer(parts["base"], cfg.stages["base"], low_tokens, texts, stage="base", **common)
-    yield from train_tokenizer(high, cfg.stages["high_tokenizer"], high_images, stage="high_tokenizer", **settings)
-    high_tokens = tokenize(high, high_images, bf16=bf16)
-    yield from train_transformer(
-        parts["superres"], cfg.stages["superres"], high_tokens, texts, low_tokens=low_tokens, stage="superres", **common
-    )
-    parts["high_tokenizer"] = high.grow_decoder(cfg.finetuned_tokenizer)
-    tuned = parts["high_tokenizer"].to(device)
-    yield from train_tokenizer(tuned, cfg.stages["decoder"], high_images, stage="decoder", **settings)
-
-    muse = Muse(cfg, parts, encoder, words=vocabulary(), examples=EXAMPLE_PROMPTS).to(device, torch.float32)
-    yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, muse)
+    engine, started = engine or Engine(), time.monotonic()
+    watch = Watch(cfg, engine)
+    for p in _stages(cfg, data, engine, watch):
+        yield p._replace(figures=watch(p))
+    yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, p.model)
 
 
-def _perceptual(cfg: MuseConfig, scenes: SceneDataset, images: Tensor) -> Perceptual | None:
-    """Features trained on the scenes themselves, where a tokenizer stage weighs a perceptual loss."""
+def _stages(cfg: MuseConfig, data: str | Path, engine: Engine, watch: Watch) -> Iterator[Progress]:
+    """The five stages, and before each what it reads; the last Progress holds the Muse."""
+    torch.manual_seed(engine.seed)
+    parts, high = build(cfg), VQGAN(cfg.high_tokenizer)
+    encoder = TextEncoder(cfg.text_encoder, max_tokens=cfg.text_tokens, device=engine.device)
+    factor = cfg.high_tokenizer.image_size // cfg.low_tokenizer.image_size
+    perceptual = _perceptual(cfg, engine)
+
+    def tokenizer(name: str, vqgan: VQGAN, images: Any, held_out: Any) -> Iterator[Progress]:
+        seen = {"perceptual": perceptual, "look": watch.tokenizer(name, held_out)}
+        return train_tokenizer(vqgan, cfg.stages[name], images, stage=name, engine=engine, **seen)
+
+    def transformer(name: str, tokens: Any, low_tokens: Any = None) -> Iterator[Progress]:
+        seen = {"low_tokens": low_tokens, "look": watch.transformer(name, corpus, parts)}
+        return train_transformer(parts[name], cfg.stages[name], tokens, texts, stage=name, engine=engine, **seen)
+
+    with ExitStack() as stack:
+        root = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
+        corpus = Corpus(Path(root, "cache"), open_source(data, cfg, seed=engine.seed), cfg, engine, encoder)
+        yield from _work("read images", corpus.read(), parts)
+        images, held_out = corpus.split(corpus.images), corpus.split(corpus.images, held_out=True)
+
+        small = Decimated(images, factor), Decimated(held_out, factor)
+        yield from tokenizer("low_tokenizer", parts["low_tokenizer"], *small)
+        yield from _work("low tokens", corpus.tokenize("low", parts["low_tokenizer"]), parts)
+        yield from _work("embed captions", corpus.embed(), parts)
+        low_tokens, texts = corpus.split(corpus.tokens["low"]), corpus.split(corpus.texts)
+        yield from transformer("base", low_tokens)
+        parts["base"] = engine.whole(parts["base"], lambda: Transformer(cfg.base))
+
+        yield from tokenizer("high_tokenizer", high, images, held_out)
+        parts["high_tokenizer"] = high
+        yield from _work("high tokens", corpus.tokenize("high", high), parts)
+        yield from transformer("superres", corpus.split(corpus.tokens["high"]), low_tokens)
+        parts["superres"] = engine.whole(parts["superres"], lambda: SuperRes(cfg.superres))
+
+        torch.manual_seed(engine.seed)
+        parts["high_tokenizer"] = high.grow_decoder(cfg.finetuned_tokenizer)
+        yield from tokenizer("decoder", parts["high_tokenizer"], images, held_out)
+        yield Progress("all", 1, 1, {}, Muse(cfg, parts, encoder, **corpus.words()).to(engine.device, torch.float32))
+
+
+def _work(name: str, work: Iterator[tuple[int, int]], parts: nn.ModuleDict) -> Iterator[Progress]:
+    """What is computed once, as a stage of its own."""
+    for done, of in work:
+        yield Progress(name, done, of, {}, parts)
+
+
+def _perceptual(cfg: MuseConfig, engine: Engine, n: int = 2000) -> Perceptual | None:
+    """Features trained on scenes, whatever the data, where a tokenizer stage weighs a perceptual loss."""
     if not any(cfg.stages[name].perceptual_weight for name in ("low_tokenizer", "high_tokenizer", "decoder")):
         return None
-    kinds = [(c, s) for c in COLORS for s in SHAPES]
-    there = [{(t.color, t.shape) for t in scenes.scene(i).things} for i in range(len(images))]
-    return feature_distance(train_features(images, torch.tensor([[float(k in t) for k in kinds] for t in there])))
+    scenes, kinds = SceneDataset(n, cfg.low_tokenizer.image_size, seed=engine.seed), [*product(COLORS, SHAPES)]
+    there = [{(t.color, t.shape) for t in scenes.scene(i).things} for i in range(n)]
+    labels = torch.tensor([[float(k in t) for k in kinds] for t in there])
+    features = train_features(scenes.images(), labels, seed=engine.seed)
+    return feature_distance(features.to(engine.device))

@@ -1,0 +1,150 @@
+"""Watching a run: log.jsonl, TensorBoard where it is installed, pictures now and then of the same prompts and seeds.
+
+    folder/log.jsonl              a line of figures every ten steps: {"stage", "step", "loss", ..., "tokens_per_s"}
+    folder/samples/base-...png    what the models draw, or the tokenizers give back, after so many steps
+
+Not here: what the figures mean (`doctor.py`), the progress bar (`cli.py`).
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from minimuse.config import MuseConfig
+from minimuse.data import to_float
+from minimuse.doctor import at_rest, validate
+from minimuse.engine import Engine
+from minimuse.muse import Muse
+from minimuse.plots import grid
+
+if TYPE_CHECKING:
+    from minimuse.corpus import Corpus
+    from minimuse.train import Look, Progress
+
+EVERY = 10  # steps from one line of the log to the next
+
+
+class Watch:
+    """The eyes of one run. Without `engine.folder` nothing is written; validation is part of the figures either way."""
+
+    def __init__(self, cfg: MuseConfig, engine: Engine, prompts: list[str] | None = None):
+        self.cfg, self.engine, self.prompts = cfg, engine, prompts
+        self.folder = engine.folder if engine.is_main else None
+        self.board: Any = None
+        self.last = ("", 0, time.monotonic())
+        if self.folder:
+            self.board = _tensorboard(self.folder)
+
+    # --- what a stage shows of its model ------------------------------------------------------------------------------
+
+    def tokenizer(self, stage: str, images: Any) -> "Look":
+        """Held-out images above their reconstructions."""
+
+        def look(model: nn.Module, step: int) -> dict[str, float]:
+            x = to_float(images[range(min(8, len(images)))]).to(self.engine.device)
+            with at_rest(model), self.engine.precision():
+                made = model.decode(model.encode(x))
+            error = (x - made.float()).square().mean()
+            self.picture(stage, step, lambda: grid(torch.cat([x, made.float()]), columns=len(x)))
+            return {"held_out_psnr": float(-10 * (error / 4).log10())}
+
+        return look
+
+    def transformer(self, stage: str, corpus: "Corpus", parts: nn.ModuleDict) -> "Look":
+        """Held-out losses by mask rate, and what the models so far draw for fixed prompts and seeds."""
+        prompts = self.prompts or corpus.words()["examples"]
+        rows = [corpus.tokens["low" if stage == "base" else "high"], corpus.texts]
+        rows += [] if stage == "base" else [corpus.tokens["low"]]
+        held_out = [corpus.split(r, held_out=True) for r in rows]
+        size = getattr(self.cfg, stage).codebook_size
+
+        def look(loss: nn.Module, step: int) -> dict[str, float]:
+            figures = validate(loss, *held_out, codebook_size=size, engine=self.engine)
+            if self.folder and not self.engine.sharded:  # a sharded model works in all processes, or not at all
+                with at_rest(parts), self.engine.precision():
+                    self.picture(
+                        stage, step, lambda: grid(self._draw(stage, parts, corpus, prompts), prompts, columns=3)
+                    )
+            return {f"held_out_{key}": value for key, value in figures.items()}
+
+        return look
+
+    def _draw(self, stage: str, parts: nn.ModuleDict, corpus: "Corpus", prompts: list[str]) -> list[Any]:
+        wakened = [p for p in parts.parameters() if p.requires_grad]
+        muse = Muse(self.cfg, parts, corpus.encoder).to(self.engine.device)
+        for p in wakened:  # a Muse is frozen; the training goes on
+            p.requires_grad_(True)
+        if stage != "base":
+            return muse.generate(prompts, seed=0)
+        for step in muse.decode(muse.jobs(prompts, 1, 0, None, {})):
+            if not step.masked.any():  # the last of the base model
+                return muse.picture(step)
+        raise AssertionError("a decode ends with no token masked")
+
+    def picture(self, stage: str, step: int, make: Callable[[], Image.Image]) -> None:
+        """A PIL image into samples/, named by its stage and step."""
+        if self.folder:
+            path = self.folder / "samples" / f"{stage}-{step:07d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make().save(path)
+
+    # --- the log ------------------------------------------------------------------------------------------------------
+
+    def __call__(self, p: "Progress") -> dict[str, float]:
+        """A Progress -> its figures with the speed; every tenth, and those with validation, go into the log."""
+        stage, step, then = self.last
+        now, figures = time.monotonic(), dict(p.figures)
+        self.last = (p.stage, p.step, now)
+        if stage != p.stage or not figures:
+            if self.folder and p.stage in self.cfg.stages:
+                self._forget(p.stage, p.step)
+            return figures
+        figures["tokens_per_s"] = self.cfg.stages[stage].batch * self._tokens(stage) * (p.step - step) / (now - then)
+        if self.folder and (p.step % EVERY == 0 or p.step == p.steps or any(k.startswith("held_out") for k in figures)):
+            line = {"stage": p.stage, "step": p.step, **{k: round(v, 5) for k, v in figures.items()}}
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            for key, value in figures.items() if self.board else ():
+                self.board.add_scalar(f"{p.stage}/{key}", value, p.step)
+        return figures
+
+    def _tokens(self, stage: str) -> int:
+        low = stage in ("low_tokenizer", "base")
+        return (self.cfg.low_tokenizer if low else self.cfg.high_tokenizer).grid ** 2
+
+    def _forget(self, stage: str, step: int) -> None:
+        """Drop the lines of steps that a resumed run does again."""
+        path = self.folder / "log.jsonl"
+        lines = read_log(path)
+        kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
+        if len(kept) < len(lines):
+            new = path.with_name(path.name + ".new")
+            new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(new, path)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """log.jsonl -> its lines; one that a dead run left half written is passed over."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def _tensorboard(folder: Path) -> Any:
+    """A writer of TensorBoard's files, or None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))
