@@ -251,14 +251,20 @@ def test_resizing_is_antialiased():
 
 
 def test_a_drafted_jpeg_is_nearly_the_whole_one():
+    """128 px of detail that 32 px can just hold: decoded at half it is kept, at an eighth it would be lost."""
     rng = np.random.default_rng(0)
-    blobs = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
-        (512, 512), Image.Resampling.BICUBIC
-    )
+    blobs = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    blobs = blobs.resize((128, 128), Image.Resampling.BICUBIC)
     jpeg, png = io.BytesIO(), io.BytesIO()
-    blobs.save(jpeg, "JPEG", quality=95)
-    Image.open(jpeg).save(png, "PNG")
-    assert (decode(jpeg, 32).int() - decode(png, 32).int()).abs().max() <= 4
+    blobs.save(jpeg, "JPEG", quality=95, subsampling=0)
+    with Image.open(jpeg) as image:
+        image.save(png, "PNG")
+    with Image.open(jpeg) as image:
+        image.draft(None, (16, 16))
+        eighth = np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS)).transpose(2, 0, 1).astype(int)
+    whole = decode(png, 32).int()
+    assert (decode(jpeg, 32).int() - whole).abs().max() <= 8
+    assert np.abs(eighth - whole.numpy()).max() > 30, "else this test could not tell"
 
 
 def test_min_side():
