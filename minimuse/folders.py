@@ -19,7 +19,7 @@ import posixpath
 import tarfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -40,7 +40,7 @@ RULES = 1  # part of every fingerprint: raise it when the same files begin to gi
 HUGE, UNKNOWN, CORRUPT, TINY = "too huge", "of an unknown format", "corrupt", "too small"
 UNCAPTIONED, NOT_UTF8, NOT_JSON = "without a caption", "with a caption not in UTF-8", "with metadata not in JSON"
 MISSING, OUTSIDE, TWICE = "listed without a file", "listed outside of the folder", "listed twice"
-DAMAGED = "lost in a damaged tar"
+DAMAGED, UNREADABLE = "lost in a damaged tar", "unreadable"
 
 
 class Refused(Exception):
@@ -74,7 +74,7 @@ def decode(file: str | os.PathLike | IO[bytes], size: int, min_side: int | None 
     except UnidentifiedImageError as error:
         raise Refused(UNKNOWN) from error
     except Exception as error:  # decoders meet damaged files with nearly every kind of exception
-        raise Refused(CORRUPT) from error
+        raise Refused(UNREADABLE if getattr(error, "errno", None) else CORRUPT) from error
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
@@ -139,7 +139,7 @@ class FolderDataset:
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is no folder")
         files = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*") if path.is_file()}
-        files = {name: files[name] for name in sorted(files) if not f"/{name}".count("/.")}
+        files = {name: files[name] for name in sorted(files) if "/." not in f"/{name}"}
         self.rows = _scan(files)
         if all(row.problem for row in self.rows):
             raise ValueError(_nothing_in(self.folder, files, self.rows))
@@ -299,15 +299,15 @@ def _samples(shard: Path, problems: Problems) -> Iterator[dict[str, Any]]:
     We take that convention alone: webdataset's decoders would unpickle, and its opener runs `pipe:` commands.
     """
 
-    def note(error: Exception) -> bool:
+    def twice(error: Exception) -> bool:  # all that grouping raises; the first of the two stays
         problems.seen += 1
-        problems.add(TWICE if "duplicate" in str(error) else DAMAGED, shard.name)
-        return True  # go on with what can still be read
+        problems.add(TWICE, shard.name)
+        return True
 
-    yield from _webdataset().group_by_keys(_members(shard, problems, note), handler=note)
+    yield from _webdataset().group_by_keys(_members(shard, problems), handler=twice)
 
 
-def _members(shard: Path, problems: Problems, note: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+def _members(shard: Path, problems: Problems) -> Iterator[dict[str, Any]]:
     """A tar file -> its files as webdataset hands them on. tarfile takes any damage after the first header for the end
     of the archive, so we look whether the zeros that mark the end are there."""
     try:
@@ -319,10 +319,11 @@ def _members(shard: Path, problems: Problems, note: Callable[[Exception], bool])
                 elif member.isreg():
                     yield {"fname": member.name, "data": archive.extractfile(member).read(), "__url__": shard.name}
             archive.fileobj.seek(archive.offset)
-            if any(end := archive.fileobj.read(tarfile.BLOCKSIZE)) or len(end) < tarfile.BLOCKSIZE:
+            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("unexpected end")
-    except Exception as error:  # of tarfile, and of whatever decompresses
-        note(error)
+    except Exception:  # of tarfile, and of whatever decompresses
+        problems.seen += 1
+        problems.add(DAMAGED, shard.name)
 
 
 # ---------------------------------------------------------------- whatever the user names

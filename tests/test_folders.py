@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -104,6 +105,14 @@ def test_examples_are_the_files_own(tmp_path):
         assert example.image[:, 5, 5].tolist() == [10 * i % 256, 80, 160], f"picture {i}"
 
 
+def test_a_file_that_went_away(tmp_path):
+    data = FolderDataset(write(tmp_path, good(3)))
+    (tmp_path / "g01.png").unlink()
+    examples, problems = read_all(data)
+    assert said(examples) == ["number 0", "number 2"]
+    assert problems.summary() == "passed over 1 of 3 images: 1 unreadable (g01.png)", "not called corrupt"
+
+
 def line(name, text) -> str:
     return json.dumps({"file_name": name, "text": text}) + "\n"
 
@@ -159,6 +168,16 @@ def test_a_bomb_is_never_decoded(size, monkeypatch):
         warnings.simplefilter("ignore")  # even where a user silenced Pillow
         with pytest.raises(Refused, match="huge"):
             decode(io.BytesIO(header(*size)), 16)
+
+
+def test_no_postscript_runs(monkeypatch):
+    """Pillow would hand an EPS to Ghostscript, whatever its name says."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail(f"{args} was run"))
+    eps = picture(mode="RGB", form="EPS")
+    with Image.open(io.BytesIO(eps)) as image:
+        assert image.format == "EPS", "Pillow alone knows it"
+    with pytest.raises(Refused, match="unknown format"):
+        decode(io.BytesIO(eps), 16)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "I"])
@@ -232,14 +251,20 @@ def test_resizing_is_antialiased():
 
 
 def test_a_drafted_jpeg_is_nearly_the_whole_one():
+    """128 px of detail that 32 px can just hold: decoded at half it is kept, at an eighth it would be lost."""
     rng = np.random.default_rng(0)
-    blobs = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
-        (512, 512), Image.Resampling.BICUBIC
-    )
+    blobs = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    blobs = blobs.resize((128, 128), Image.Resampling.BICUBIC)
     jpeg, png = io.BytesIO(), io.BytesIO()
-    blobs.save(jpeg, "JPEG", quality=95)
-    Image.open(jpeg).save(png, "PNG")
-    assert (decode(jpeg, 32).int() - decode(png, 32).int()).abs().max() <= 4
+    blobs.save(jpeg, "JPEG", quality=95, subsampling=0)
+    with Image.open(jpeg) as image:
+        image.save(png, "PNG")
+    with Image.open(jpeg) as image:
+        image.draft(None, (16, 16))
+        eighth = np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS)).transpose(2, 0, 1).astype(int)
+    whole = decode(png, 32).int()
+    assert (decode(jpeg, 32).int() - whole).abs().max() <= 8
+    assert np.abs(eighth - whole.numpy()).max() > 30, "else this test could not tell"
 
 
 def test_min_side():

@@ -28,7 +28,9 @@ def requirements(lines) -> dict[str, Requirement]:
 
 PINS = requirements((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
 EXTRAS = PROJECT["optional-dependencies"]
-BOUNDS = requirements(PROJECT["dependencies"] + EXTRAS["offline"] + EXTRAS["notebooks"] + EXTRAS["test"])
+BOUNDS = requirements(
+    PROJECT["dependencies"] + EXTRAS["offline"] + EXTRAS["webdataset"] + EXTRAS["notebooks"] + EXTRAS["test"]
+)
 
 
 def version(requirement: Requirement) -> str:
@@ -68,10 +70,10 @@ def test_conda_environment_has_the_same_pins():
 
 
 def test_extras():
-    assert {"offline", "lpips", "notebooks", "test", "dev"} <= set(EXTRAS)
+    assert {"offline", "webdataset", "lpips", "notebooks", "test", "dev"} <= set(EXTRAS)
     (dev,) = requirements(EXTRAS["dev"]).values()
     assert dev.name == PROJECT["name"]
-    assert dev.extras == {"offline", "notebooks", "test"}
+    assert dev.extras == {"offline", "webdataset", "notebooks", "test"}
 
 
 def test_version_and_licence():
