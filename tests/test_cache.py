@@ -76,6 +76,7 @@ class TestFingerprint:
             ({"w": x.bfloat16()},),
             ({"w": x.int()},),
             ({"w": torch.tensor(0.0)},),
+            ({"w": torch.tensor(0, dtype=torch.int32)},),
             ({"w": torch.empty(0)},),
         ]
         prints = [fingerprint(*thing) for thing in things]
