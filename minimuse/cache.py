@@ -23,6 +23,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,16 @@ from torch import Tensor
 log = logging.getLogger("minimuse")
 CHECKED = 2 * 2**30  # bytes: up to this sum checksums are compared, beyond it sizes alone, for hashing reads it all
 ABANDONED = 3600  # seconds: a file that no JSON names, untouched for as long, is of a run that died
-OPEN = 64  # memory maps a reader keeps open; macOS allows 256 files a process
+OPEN = 1024  # memory maps that a reader keeps open, if the system lets it: opening one takes longer than to read a row
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows knows no quota by name
+
+try:  # each map holds a file: 256 a process on macOS, mostly 1024 on Linux; a training run has about three readers
+    import resource
+
+    if (soft := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) > 0:
+        OPEN = max(16, min(OPEN, soft // 4))
+except ImportError:  # Windows counts no files
+    pass
 
 Made = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]  # a part: named arrays, and what else its JSON shall keep
 
@@ -167,26 +176,28 @@ class Shards:
             for file in files:
                 file.unlink(missing_ok=True)
 
-    def prepare(self) -> None:
-        """The folder with its about.json; what dead runs left in it is deleted, other caches of this kind are named."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "about.json").exists():
-            _put(self.folder / "about.json", {"kind": self.kind, "fingerprint": self.fingerprint, "about": self.about})
+    def sweep(self) -> None:
+        """Delete what dead runs left: files of ours that no record names, untouched for ABANDONED seconds."""
+
+        @cache
+        def named(part: int) -> list[str]:
+            record = self.record(part)[0]
+            return [entry["file"] for entry in record["arrays"].values()] if record else []
+
         for path in self.folder.iterdir():
             match = re.fullmatch(r"(\d+|about)\.\w+\.[0-9a-f]{8}\.(npy|new)", path.name)
             try:
-                if match and time.time() - path.stat().st_mtime > ABANDONED:
-                    record, reason = self.record(int(match[1])) if match[2] == "npy" else (None, "")
-                    if not reason and path.name not in [
-                        e["file"] for e in (record or {"arrays": {}})["arrays"].values()
-                    ]:
-                        path.unlink()
+                old = match and time.time() - path.stat().st_mtime > ABANDONED
+                if old and (match[2] == "new" or path.name not in named(int(match[1]))):
+                    path.unlink()
             except OSError:  # gone meanwhile, or still mapped (Windows)
                 continue
-        for other in self.folder.parent.iterdir():
-            if re.fullmatch(rf"{self.kind}-[0-9a-f]{{16}}", other.name) and other.name != self.folder.name:
-                n = sum(file.stat().st_size for file in other.iterdir())
-                log.info("%s (%s) was made from something else: not read, left alone", other, in_bytes(n))
+
+    def others(self) -> list[tuple[Path, int]]:
+        """Caches of this kind beside this one, with their bytes: made from something else, so never read."""
+        name = re.compile(rf"{self.kind}-[0-9a-f]{{16}}")
+        folders = [f for f in sorted(self.folder.parent.iterdir()) if name.fullmatch(f.name) and f != self.folder]
+        return [(f, sum(file.stat().st_size for file in f.iterdir())) for f in folders if f.is_dir()]
 
     def _json(self, part: int) -> Path:
         return self.folder / f"{part:05d}.json"
@@ -243,16 +254,25 @@ def fill(shards: Shards, make: Callable[[int], Made], rank: int = 0, world: int 
     """
     if not 0 <= rank < world:
         raise ValueError(f"fill got {rank=}, {world=}; give a rank of 0 to world - 1")
-    mine = range(rank, shards.parts, world)
-    shards.prepare()
+    mine, rows = range(rank, shards.parts, world), {}
+    shards.folder.mkdir(parents=True, exist_ok=True)
+    if not (shards.folder / "about.json").exists():
+        about = {"kind": shards.kind, "fingerprint": shards.fingerprint, "about": shards.about}
+        _put(shards.folder / "about.json", about)
+    if rank == 0:
+        shards.sweep()
+        for folder, n in shards.others():
+            log.info("%s (%s) was made from something else: not read, left alone", folder, in_bytes(n))
     damaged = shards.verify(mine)
     for part, reason in damaged.items():
         log.warning("part %d is made anew: %s", part, reason)
     for done, part in enumerate(mine):
         yield done, len(mine)
-        before = (shards.record(p)[0] for p in range(part)) if shards.limit is not None else ()
-        if shards.limit is not None and sum(record["rows"] for record in before if record) >= shards.limit:
-            break
+        if shards.limit is not None:
+            found = {before: shards.record(before)[0] for before in range(part) if before not in rows}
+            rows |= {before: record["rows"] for before, record in found.items() if record}
+            if sum(rows.values()) >= shards.limit:
+                break
         if part in damaged or not shards._json(part).exists():
             shards.write(part, *make(part), replace=part in damaged)
     yield len(mine), len(mine)

@@ -102,6 +102,8 @@ def make_text(shards: Shards, encode: Callable[[list[str]], Sequence[Tensor]]) -
 
 
 def _extra(captions: list[tuple[str, ...]], problems: Problems) -> dict[str, Any]:
+    if not all(captions):
+        raise ValueError(f"image {captions.index(())} of a part has no caption; a source gives at least one for each")
     return {"captions": captions, "problems": asdict(problems)}
 
 
@@ -129,7 +131,10 @@ class Texts(Mapped):
 
 
 class CachedPixels:
-    """A cache of pixels as a `Source`: what was decoded once need not be decoded again for its tokens."""
+    """A cache of pixels as a `Source`: what was decoded once need not be decoded again for its tokens.
+
+    It gives whole parts, so a cache with a limit may give a few examples more.
+    """
 
     def __init__(self, shards: Shards):
         self.shards, self.fingerprint = shards, shards.fingerprint

@@ -81,6 +81,15 @@ class TestPixels:
         assert list(all_captions(shards)) == [e.captions for e in examples()[:7]]
         assert shards.record(2)[0] is None, "two parts hold 10"
 
+    def test_refuses_an_image_without_caption(self, tmp_path):
+        class Silent(FakeSource):
+            def read(self, part, size, problems):
+                yield Example(torch.zeros(3, size, size).byte(), ("a cube",))
+                yield Example(torch.zeros(3, size, size).byte(), ())
+
+        with pytest.raises(ValueError, match="image 1 of a part has no caption"):
+            make_pixels(Silent(), SIDE)(0)
+
     def test_the_cache_is_a_source(self, tmp_path):
         shards = made(tmp_path, "pixels", make_pixels(FakeSource(), SIDE))
         again, problems = CachedPixels(shards), Problems()
