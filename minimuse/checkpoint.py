@@ -319,8 +319,10 @@ def open_run(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
     set; ValueError where it is of other values; FileNotFoundError where there is nothing to resume.
     """
     path = folder / RUN
-    refuse_existing(folder)  # a finished one
+    if path.exists() and resume and (folder / CARD).exists():  # the last file of a finished run
+        raise FileExistsError(f"the run in {folder} is finished; begin a new one in another folder")
     if not path.exists():
+        refuse_existing(folder)
         if resume:
             raise FileNotFoundError(f"{folder} holds no {RUN}: nothing to resume there; without --resume a run begins")
         folder.mkdir(parents=True, exist_ok=True)
@@ -343,11 +345,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / RUN} is broken JSON: {e}; restore it, or begin a new run") from e
 
 
-# --- averages ---------------------------------------------------------------------------------------------------------
-
-
-def average(paths: Sequence[Path], decay: float) -> dict[str, Tensor]:
-    """States of a stage, oldest first -> the exponential moving average of their models' weights (Muse 3: decay 0.7).
+def average(paths: Sequence[Path], decay: float = 0.7) -> dict[str, Tensor]:
+    """States of a transformer, oldest first -> the moving average of its weights (Muse 3: decay 0.7).
 
     avg <- decay * avg + (1 - decay) * weights, beginning with the oldest.
     """
@@ -355,7 +354,19 @@ def average(paths: Sequence[Path], decay: float) -> dict[str, Tensor]:
         raise ValueError(f"{len(paths)} states, decay {decay}; give at least one state, and a decay in [0, 1)")
     total: dict[str, Tensor] = {}
     for path in paths:
-        found = parse_weights((path / TENSORS).read_bytes())
-        weights = {k.removeprefix(MODEL): v.double() for k, v in found.items() if k.startswith(MODEL)}
+        _whole(path)
+        weights = {k.removeprefix(MODEL): v.double() for k, v in _read(path).items() if k.startswith(MODEL)}
         total = {k: decay * total[k] + (1 - decay) * v for k, v in weights.items()} if total else weights
     return {k: v.float() for k, v in total.items()}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a state, whole, also those that several processes wrote."""
+    if (path / TENSORS).exists():
+        return parse_weights((path / TENSORS).read_bytes())
+    from torch.distributed import checkpoint as dcp
+
+    known = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    tensors = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in known.items()}
+    _load_sharded(tensors, path)
+    return tensors

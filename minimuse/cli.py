@@ -1,4 +1,4 @@
-"""The `minimuse` command: generate, inpaint, outpaint, edit, train, info. No logic of its own.
+"""The `minimuse` command: generate, inpaint, outpaint, edit, train, average, info. No logic of its own.
 
 minimuse generate "two small red cubes" --n 4 --seed 0 --film
 minimuse inpaint picture.png mask.png "a green sphere"
@@ -7,7 +7,9 @@ minimuse info paper_3b
 
 import argparse
 import json
+import logging
 import sys
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code. What the user got wrong is one line on stderr, never a traceback."""
     args = parser().parse_args(argv)
+    logging.basicConfig(format="minimuse: %(message)s")
+    logging.getLogger("minimuse").setLevel(logging.INFO)
     try:
         args.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -61,12 +65,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--iterations", type=int, default=100)
     p.add_argument("--share", type=float, default=0.08, help="of the tokens resampled an iteration (default: 0.08)")
     _drawing(p, sampling=False)
-    p = command("train", train, "train a preset from nothing on minimuse's own scenes")
-    p.add_argument("preset")
-    p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    p = command("train", train, "train a Muse from nothing, or go on with a run")
+    p.add_argument("preset", nargs="?", help="nano, toy, ..., or a JSON file of a configuration; not with --resume")
+    p.add_argument("--out", type=Path, required=True, help="folder for the run: states, log, pictures, checkpoint")
+    p.add_argument("--data", default="scenes", help="a folder of captioned images, or tar shards (default: scenes)")
+    p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="such as stages.base.steps=500")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out, where it was stopped")
+    p.add_argument("--dry-run", action="store_true", help="print sizes, memory, FLOPs, bytes and hours; train nothing")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--accumulate", type=int, help="micro-batches a step: less memory, the same gradient")
+    p.add_argument("--recompute", action="store_true", help="activation checkpointing: more work for less memory")
+    p.add_argument("--compile", action="store_true", help="torch.compile the models")
+    p.add_argument("--keep", type=int, default=2, help="states kept of a stage; 0: all, for `average` (default: 2)")
     p.add_argument("--half", action="store_true", help="save the weights in half precision, as the shipped ones are")
     p.add_argument("--device")
+    p = command("average", average, "average the states of a finished run's transformers into a checkpoint (Muse 3)")
+    p.add_argument("folder", type=Path, metavar="RUN", help="made by train --keep 0")
+    p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    p.add_argument("--decay", type=float, default=0.7, help="of the moving average (default: 0.7, the paper's)")
+    p.add_argument("--half", action="store_true", help="save the weights in half precision")
     p = command("info", info, "sizes, grids and defaults of presets and checkpoints")
     p.add_argument("names", nargs="*", metavar="NAME")
     return top
@@ -197,28 +214,92 @@ def save_png(image, path: Path) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """All five stages with a bar each, then the checkpoint; an existing one is refused before any work."""
+    """All five stages with a bar each, then the checkpoint. Started by `accelerate launch`, on all its processes."""
     import torch
-    from tqdm import tqdm
 
-    from minimuse.checkpoint import refuse_existing
-    from minimuse.config import preset
+    from minimuse import checkpoint
+    from minimuse.config import to_dict
+    from minimuse.engine import Engine, Stopped
     from minimuse.train import train_muse
 
-    cfg = preset(args.preset)
-    refuse_existing(args.out)
+    cfg = _configuration(args)
+    engine = Engine(
+        seed=args.seed, device=args.device, accumulate=args.accumulate, compile=args.compile,
+        recompute=args.recompute, folder=args.out, keep=args.keep,
+    )  # fmt: skip
+    values = {"config": to_dict(cfg), "seed": args.seed, "data": str(args.data)}
+    if engine.is_main:
+        checkpoint.open_run(args.out, values, resume=args.resume)
+    engine.accelerator.wait_for_everyone()
+    engine.heed_signals()
+    try:
+        progress = _with_bars(train_muse(cfg, data=args.data, engine=engine), engine.is_main)
+        p = deque(progress, maxlen=1).pop()
+    except Stopped:
+        raise SystemExit(_stopped(args, engine)) from None
+    if engine.is_main:
+        folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
+        print(f"trained in {p.figures['minutes']:.1f} minutes: {folder}")
+        print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
+
+
+def _configuration(args: argparse.Namespace) -> Any:
+    """Preset, file or, to resume, the run's own; then what --set changes."""
+    from minimuse import checkpoint
+    from minimuse.config import PRESETS, changed, from_dict, preset
+
+    if args.resume and args.preset is None:
+        if not (args.out / checkpoint.RUN).exists():
+            raise FileNotFoundError(f"{args.out} holds no run to resume; give a preset to begin one")
+        run = checkpoint.read_run(args.out)
+        args.seed, args.data = run["seed"], run["data"]
+        return changed(from_dict(run["config"]), args.set)
+    if args.preset is None:
+        raise ValueError(f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
+    if args.preset in PRESETS or not Path(args.preset).is_file():
+        return changed(preset(args.preset), args.set)
+    values = json.loads(Path(args.preset).read_text(encoding="utf-8"))
+    return changed(from_dict(values.get("config", values)), args.set)
+
+
+def _with_bars(progress: Any, show: bool) -> Any:
+    """Hand on what a training tells, with a bar a stage: loss, speed, time left."""
+    from tqdm import tqdm
+
     bar, stage = tqdm(disable=True), ""
-    for p in train_muse(cfg, seed=args.seed, device=args.device):
+    for p in progress:
         if p.stage != stage:
             bar.close()
-            bar, stage = tqdm(total=p.steps, desc=p.stage), p.stage
+            bar, stage = tqdm(total=p.steps, desc=p.stage, disable=not show), p.stage
         bar.update(p.step - bar.n)
-        bar.set_postfix({k: f"{v:.3g}" for k, v in p.figures.items()}, refresh=False)
+        told = {k: f"{v:.3g}" for k, v in p.figures.items() if not k.startswith("held_out")}
+        bar.set_postfix(told, refresh=False)
+        yield p
     bar.close()
-    folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None)
-    print(
-        f'trained in {p.figures["minutes"]:.1f} minutes: {folder}\ntry: minimuse generate "a red cube" --model {folder}'
-    )
+
+
+def _stopped(args: argparse.Namespace, engine: Any) -> int:
+    if engine.is_main:
+        print(f"\nminimuse: stopped; go on with: minimuse train --resume --out {args.out}", file=sys.stderr)
+    return 128 + engine.signal
+
+
+def average(args: argparse.Namespace) -> None:
+    """Muse 3: checkpoints of the transformers averaged offline."""
+    import torch
+
+    from minimuse import checkpoint
+    from minimuse.muse import Muse
+
+    checkpoint.refuse_existing(args.out)
+    muse = Muse.from_pretrained(args.folder, device="cpu")
+    for name in ("base", "superres"):
+        states = checkpoint.states(args.folder / name)
+        if not states:
+            raise FileNotFoundError(f"{args.folder / name} holds no states; `minimuse train` writes them there")
+        muse.parts[name].load_state_dict(checkpoint.average(states, args.decay))
+        print(f"{name}: {len(states)} states, steps {int(states[0].name[5:])} to {int(states[-1].name[5:])}")
+    print(muse.save_pretrained(args.out, dtype=torch.float16 if args.half else None))
 
 
 def info(args: argparse.Namespace) -> None:

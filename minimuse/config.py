@@ -10,6 +10,7 @@ Glossary: f = downsampling, V = codebook_size, D = width, t = guidance scale, r 
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -389,6 +390,33 @@ def preset(name: str) -> MuseConfig:
     """A preset by name."""
     _require(name in PRESETS, f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+def changed(cfg: MuseConfig, changes: list[str]) -> MuseConfig:
+    """A configuration with fields set by "path=value", the value in JSON: "stages.base.steps=500", "base.width=192".
+
+    ValueError where there is no such field, or where the whole no longer fits together.
+    """
+    values = to_dict(cfg)
+    for change in changes:
+        path, _, text = change.partition("=")
+        *parents, last = path.split(".")
+        here: Any = values
+        for name in parents:
+            here = here.get(name) if isinstance(here, dict) else None
+        _require(isinstance(here, dict) and last in here, f"no field {path!r}; known: {', '.join(_leaves(values))}")
+        try:
+            here[last] = json.loads(text)
+        except ValueError:
+            here[last] = text
+    return from_dict(values)
+
+
+def _leaves(values: Any, name: str = "") -> list[str]:
+    """The paths of all fields, as "stages.base.steps"."""
+    if not isinstance(values, dict):
+        return [name]
+    return [leaf for key, value in values.items() for leaf in _leaves(value, f"{name}.{key}".strip("."))]
 
 
 def to_dict(cfg: MuseConfig) -> dict[str, Any]:

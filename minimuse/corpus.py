@@ -32,9 +32,11 @@ from minimuse.precompute import (
     Texts,
     all_captions,
     all_problems,
+    estimate,
     make_pixels,
     make_text,
     make_tokens,
+    text_fits,
 )
 from minimuse.text import TextEncoder
 
@@ -84,7 +86,8 @@ class Corpus:
         captions = list(all_captions(self._captions))
         known = [t for texts in captions[:: max(1, len(captions) // 64)] for t in texts]
         mean = sum(len(row) for row in self.encode(known)) / len(known)
-        if sum(map(len, captions)) * mean * self.cfg.base.text_width * 2 > self.cfg.text_gib * 2**30:
+        need = estimate(self.cfg, len(captions), captions=sum(map(len, captions)) / len(captions), text_tokens=mean)
+        if not text_fits(need["text"], self.cfg.text_gib):
             self.texts: Texts | LiveTexts = LiveTexts(captions, self.encode)
             return
         print_ = fingerprint(self._captions.fingerprint, self.encoder.max_tokens, self.encoder.weights)
@@ -109,7 +112,7 @@ class Corpus:
         return Subset(rows, index[is_held if held_out else ~is_held])
 
     def words(self, most: int = 20_000) -> dict[str, list[str]]:
-        """What a checkpoint tells of itself: the words of the captions, the commonest of very many, and prompts to try."""
+        """What a checkpoint tells of itself: the commonest words of the captions, and prompts to try."""
         if isinstance(self.source, SceneDataset):
             return {"words": vocabulary(), "examples": list(EXAMPLE_PROMPTS)}
         captions = [text for texts in all_captions(self._captions) for text in texts]

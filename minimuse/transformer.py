@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minimuse.config import TransformerConfig
 
@@ -160,6 +161,7 @@ class Transformer(nn.Module):
     def __init__(self, cfg: TransformerConfig):
         super().__init__()
         self.cfg = cfg
+        self.recompute = False  # activation checkpointing: about a third more work, a fraction of the memory
         self.embed = TokenEmbedding(cfg.codebook_size, cfg.grid, cfg.width)
         self.text = nn.Linear(cfg.text_width, cfg.width, bias=False)  # Muse 2.1: linearly projected to the width
         self.text_norm = nn.LayerNorm(cfg.width, bias=False)  # Choice: any LM's scale fits, and zero text stays zero
@@ -198,10 +200,16 @@ class Transformer(nn.Module):
         keys, values = zip(*(layer.cross.project(entries) for layer in self.layers), strict=True)
         return Memory(keys, values, attend[:, None, None])
 
+    def _run(self, layer: Layer, x: Tensor, *memory: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """A layer; with `recompute` what it computes inside is thrown away, and computed again for the gradient."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, x, *memory, use_reentrant=False)
+        return layer(x, *memory)
+
     def forward(self, tokens: Tensor, memory: Memory) -> Tensor:
         x = self.embed(tokens)  # (B, N, D)
         for layer, k, v in zip(self.layers, memory.keys, memory.values, strict=True):
-            x = layer(x, (k, v, memory.attend))
+            x = self._run(layer, x, (k, v, memory.attend))
         return self.head(self.norm(x))  # (B, N, V)
 
 
@@ -227,5 +235,5 @@ class SuperRes(Transformer):
         """
         low = self.low_embed(low_tokens)  # (B, N_low, D)
         for layer in self.low_layers:
-            low = layer(low)
+            low = self._run(layer, low)
         return super().memory(context, self.low_norm(low))
