@@ -5,11 +5,11 @@
 
 The real networks and losses run once on the meta device, which has shapes and no memory. A FLOP is a multiplication or
 an addition inside a matrix product or a convolution; attention counts as its two products (backwards four), whatever a
-kernel computes anew. Hours are FLOPs / ceiling: at best, a bound and no forecast.
+kernel computes anew. Hours are FLOPs / ceiling: at best, no forecast.
 
 Bytes are those of fp32 weights trained under bf16 autocast with fused attention, from a run on fake tensors: meta
 tensors that believe in a device, which autocast and fused attention ask for. Approximated:
-    every prompt fills `text_tokens`; for shorter ones pass replace(cfg, text_tokens=20)
+    every prompt fills `text_tokens`, more than most need; for shorter ones pass replace(cfg, text_tokens=20)
     the CPU's autocast rules, with CUDA's for normalization (in fp32) on top
     left out is what lives between two saves: gradients of activations, an optimizer's temporaries, workspaces, gaps
 Not here: reading and tokenizing images and encoding captions, each done once; the language model.
@@ -265,9 +265,10 @@ def sampling_flops(cfg: MuseConfig) -> SamplingFlops:
 def matmul_ceiling(
     device: str | torch.device | None = None, dtype: torch.dtype | None = None, size: int = 2048, seconds: float = 1.0
 ) -> float:
-    """FLOP/s of a product of two (size, size) matrices on this machine, the median over `seconds`; nothing goes faster.
+    """FLOP/s of a product of two (size, size) matrices on this machine, the median over `seconds`.
 
-    `device` None is the best here; `dtype` None is bf16 where that is fast, else fp32.
+    `device` None is the best here; `dtype` None is bf16 where that is fast, else fp32. A machine that does other work
+    meanwhile shows a lower one.
     """
     device = pick_device(device)
     a = torch.randn(size, size, device=device, dtype=dtype or (torch.bfloat16 if fast_bf16(device) else torch.float32))
