@@ -205,6 +205,9 @@ class Stage:
         self.modules, self.optimizers, self.extra = {}, {}, dict(extra or {})
         engine.accelerator.free_memory()  # it holds on to the stage before
         for key, module in modules.items():
+            for part in module.modules():
+                if hasattr(part, "recompute"):
+                    part.recompute = engine.recompute
             if engine.compile:
                 module.compile()
             prepared = engine.accelerator.prepare(module, make_optimizer(module, cfg))

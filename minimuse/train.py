@@ -188,7 +188,6 @@ def train_transformer(
     engine = engine or Engine()
     device = engine.device
     model.train()
-    model.recompute = engine.recompute
     torch.manual_seed(engine.seed)
     job = Stage(engine, stage, cfg, {"model": MaskedLoss(model)})
     if job.first:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from minimuse.config import GROUP, VQGANConfig
 
@@ -29,11 +30,17 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = nn.GroupNorm(c // GROUP, c), nn.Conv2d(c, c, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(c // GROUP, c), nn.Conv2d(c, c, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
+        self.recompute = False  # activation checkpointing
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return x + checkpoint(self.residual, x, use_reentrant=False)
+        return x + self.residual(x)
+
+    def residual(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(y)))
+        return self.conv2(F.silu(self.norm2(y)))
 
 
 class Encoder(nn.Module):
