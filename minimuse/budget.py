@@ -34,10 +34,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import STAGES, MuseConfig, SamplingConfig, StageConfig, TransformerConfig
+from minimuse.engine import fast_bf16
 from minimuse.masking import masked_cross_entropy
 from minimuse.muse import pick_device
 from minimuse.text import Context
-from minimuse.engine import fast_bf16
 from minimuse.transformer import Layer, SuperRes, Transformer
 from minimuse.vqgan import VQGAN, ResBlock
 from minimuse.vqgan_loss import COMMITMENT, SceneFeatures, VQGANLoss, feature_distance

@@ -30,8 +30,8 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = nn.GroupNorm(c // GROUP, c), nn.Conv2d(c, c, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(c // GROUP, c), nn.Conv2d(c, c, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
-        self.recompute = False  # activation checkpointing
         nn.init.zeros_(self.conv2.bias)
+        self.recompute = False  # activation checkpointing: its inner tensors are computed again for the gradient
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
