@@ -152,7 +152,7 @@ def test_pitfall_18_frozen(amused):
     assert not amused.tokenizer.decode(torch.zeros(1, N, dtype=torch.long)).requires_grad
 
 
-def test_float16_is_refused_where_it_overflows():
+def test_the_vq_leaves_float16_where_it_overflows():
     torch.manual_seed(0)
     exact, images = VQTokenizer(make_vq()), torch.rand(1, 3, 8, 8)
     tokens = exact.encode(images)
@@ -310,6 +310,13 @@ def test_infilling_keeps_known_tokens(amused):
     known = start != amused.mask_id
     assert torch.equal(last.tokens[known], tokens[known])
     assert last.tokens.max() < V
+
+
+def test_in_bfloat16(folder):
+    amused = Amused.from_pretrained(folder).to(torch.bfloat16)
+    start = torch.full((2, N), amused.mask_id)
+    *_, last = decode(amused.logits_fn(PROMPTS), start, mask_id=amused.mask_id, **settings(3))
+    assert amused.decode(last.tokens).isfinite().all()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
