@@ -199,7 +199,12 @@ class Muse:
         return cls(cfg, parts, encoder, **about).to(device, dtype)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
-        """config.json, model.safetensors and a model card (README.md) into a folder; `dtype` None changes none."""
+        """config.json, model.safetensors and a model card (README.md) into a folder; `dtype` None changes none.
+
+        ValueError where `from_pretrained` could not build the networks again, such as a tokenizer of `amused.py`.
+        """
+        with torch.device("meta"):
+            checkpoint.check_weights(build(self.cfg).state_dict(), self.parts.state_dict(), self.cfg.name)
         weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in self.parts.state_dict().items()}
         about = {"words": self.words, "examples": self.examples}
         return checkpoint.save(folder, self.cfg, weights, about, overwrite=overwrite)

@@ -1,0 +1,197 @@
+"""aMUSEd: published open weights behind our interfaces (arXiv 2401.01808; extra `amused`).
+
+    amused = Amused.from_pretrained("amused/amused-256")  # a folder, or a hub id
+    tokens = torch.full((1, 256), amused.mask_id)
+    *_, last = decode(amused.logits_fn(["a fox"]), tokens, mask_id=amused.mask_id, **settings(steps=12))
+    images = amused.decode(last.tokens)  # (1, 3, 256, 256)
+
+So every schedule and order of `sampler.decode` runs on a real model of 600M parameters. Its `VQTokenizer` has the
+numbers of Muse's base tokenizer (f = 16, 8192 codes): a base model can train on its tokens without training a VQGAN.
+
+What aMUSEd does differently from Muse:
+    one model for 256 or 512 px and no super-resolution: a U-ViT, layers of attention between convolutions
+    CLIP-L/14's penultimate layer is attended to, padding included; its pooled embedding modulates every layer,
+    and so do the image's size, the corner of its crop and an aesthetic score
+    removed text is the empty prompt; guidance is constant, t = 9; the ranking is noisy, as MaskGIT's
+    [MASK] is the last of the vocabulary (8255), not one past the codebook
+
+Glossary: h w token grid, f downsampling, V codebook size, t guidance. Built on the models of diffusers alone, not on
+its deprecated pipelines. Not here: their training.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minimuse.cfg import Guidance, get_guidance, guide
+from minimuse.sampler import LogitsFn
+
+
+def settings(steps: int = 12) -> dict[str, Any]:
+    """What `sampler.decode` needs to decode as aMUSEd's scheduler does: steps, schedule and ranking noise.
+
+    Their noise is 2 (T-1-i) / (T-1) at step i, ours c (T-1-i) / T: so c = 2 T / (T-1).
+    Their cosine is in single precision: at u = 2/3 it leaves 127 of 256 tokens, where MaskGIT's leaves 128.
+    """
+    return {
+        "steps": steps,
+        "schedule": lambda u: torch.cos(torch.tensor(u, dtype=torch.float) * math.pi / 2).item(),
+        "choice_temperature": 2 * steps / (steps - 1) if steps > 1 else 0.0,
+    }
+
+
+def _load(kind: str, name: str | Path, part: str) -> Any:
+    """A model of diffusers or transformers by the name of its class, from a subfolder of a folder or hub id."""
+    try:
+        import diffusers
+        import transformers
+    except ImportError as error:
+        raise ImportError("published weights need diffusers; mend it: pip install 'minimuse[amused]'") from error
+    model_class = getattr(diffusers, kind, None) or getattr(transformers, kind)
+    try:
+        if kind == "CLIPTokenizer":
+            return model_class.from_pretrained(name, subfolder=part)
+        if hasattr(diffusers, kind) and (found := model_class.load_config(name, subfolder=part)["_class_name"]) != kind:
+            raise ValueError(f"its config.json says {found}")
+        how = {"use_safetensors": True, "output_loading_info": True}
+        model, info = model_class.from_pretrained(name, subfolder=part, **how)
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}, ...")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no {kind} in {str(name)!r}, subfolder {part!r}: {error}") from error
+    return model.float().eval().requires_grad_(False)
+
+
+class VQTokenizer(nn.Module):
+    """diffusers' VQModel, frozen, as our tokenizer: images in [-1, 1] <-> tokens. aMUSEd's own pixels are in [0, 1]."""
+
+    def __init__(self, vq: nn.Module):
+        super().__init__()
+        if not vq.config.lookup_from_codebook:
+            raise ValueError("this VQModel has lookup_from_codebook=False: its tokens and pixels are not as aMUSEd's")
+        self.vq = vq.eval().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, subfolder: str = "vqvae") -> "VQTokenizer":
+        """From a folder or hub id of a whole aMUSEd; subfolder="" where the VQModel lies alone."""
+        return cls(_load("VQModel", name, subfolder))
+
+    @property
+    def codebook_size(self) -> int:
+        return self.vq.config.num_vq_embeddings
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.vq.config.block_out_channels) - 1)
+
+    def train(self, mode: bool = True) -> "VQTokenizer":
+        """Stays in eval mode, whatever a parent says."""
+        return super().train(False)
+
+    def _ready(self) -> nn.Module:
+        """The VQModel, in float32 where its config says that float16 overflows."""
+        return self.vq.float() if self.vq.dtype == torch.float16 and self.vq.config.force_upcast else self.vq
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1] -> tokens (B, h*w) long; H and W any multiples of f."""
+        vq, f = self._ready(), self.downsampling
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
+            raise ValueError(f"images of shape {tuple(images.shape)}; give (B, 3, H, W) with H and W multiples of {f}")
+        z = vq.encode((images.to(vq.dtype) + 1) / 2).latents.float().permute(0, 2, 3, 1)  # (B, h, w, d)
+        return torch.cdist(z.flatten(0, 2), vq.quantize.embedding.weight.float()).argmin(1).view(len(z), -1)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """tokens (B, h*w) -> images (B, 3, H, W) in [-1, 1]; a square unless `grid` says (h, w)."""
+        vq, (h, w) = self._ready(), grid or (math.isqrt(tokens.shape[1]),) * 2
+        if h * w != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens are no {h} x {w} grid; pass grid=(h, w)")
+        if tokens.max() >= self.codebook_size:
+            raise ValueError(f"token {tokens.max()} is none of the {self.codebook_size} codes; is [MASK] left in it?")
+        shape = (len(tokens), h, w, vq.quantize.vq_embed_dim)
+        return vq.decode(tokens, force_not_quantize=True, shape=shape).sample.clamp(0, 1) * 2 - 1
+
+
+class Amused(nn.Module):
+    """A published aMUSEd, frozen: tokenizer, U-ViT and CLIP text encoder. `.to(...)` takes devices and dtypes."""
+
+    def __init__(self, tokenizer: VQTokenizer, transformer: nn.Module, clip: nn.Module, clip_tokenizer: Any):
+        super().__init__()
+        if (v := transformer.config.codebook_size) != tokenizer.codebook_size:
+            raise ValueError(f"a transformer over {v} codes and a tokenizer of {tokenizer.codebook_size} are no pair")
+        if (v := clip.config.vocab_size) != len(clip_tokenizer):
+            raise ValueError(f"CLIP knows {v} text tokens, its tokenizer {len(clip_tokenizer)}; is vocab.json missing?")
+        self.tokenizer, self.clip_tokenizer = tokenizer, clip_tokenizer
+        self.transformer, self.clip = (part.eval().requires_grad_(False) for part in (transformer, clip))
+        self.mask_id = transformer.config.vocab_size - 1  # as in its training
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> "Amused":
+        """A hub id, or a folder with vqvae, transformer, text_encoder, tokenizer -> Amused, on the CPU in float32."""
+        clip = _load("CLIPTextModelWithProjection", name, "text_encoder"), _load("CLIPTokenizer", name, "tokenizer")
+        return cls(VQTokenizer.from_pretrained(name), _load("UVit2DModel", name, "transformer"), *clip)
+
+    def train(self, mode: bool = True) -> "Amused":
+        """Stays in eval mode, whatever a parent says."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """B prompts, cut to 77 tokens with a warning -> penultimate layer (B, 77, D_lm), projected embedding (B, P)."""
+        limit = self.clip.config.max_position_embeddings
+        for prompt in prompts:
+            if (n := len(self.clip_tokenizer(prompt, verbose=False)["input_ids"])) > limit:
+                warnings.warn(f"prompt cut from {n} to {limit} tokens: {prompt[:60]!r}...", stacklevel=3)
+        how = {"padding": "max_length", "truncation": True, "max_length": limit, "return_tensors": "pt"}
+        ids = self.clip_tokenizer(list(prompts), **how)["input_ids"].to(self.clip.device)
+        out = self.clip(ids, output_hidden_states=True)
+        return out.hidden_states[-2].to(self.transformer.dtype), out.text_embeds
+
+    def logits_fn(
+        self,
+        prompts: Sequence[str],
+        *,
+        guidance: Guidance = 9.0,
+        negative_prompts: Sequence[str] | None = None,
+        grid: tuple[int, int] | None = None,
+        aesthetic_score: float = 6.0,
+    ) -> LogitsFn:
+        """B prompts -> the LogitsFn (tokens (B, h*w), u) -> guided logits (B, h*w, V).
+
+        guidance is t of Muse 2.7: a number, a pair (first, last), or a function of u; their guidance_scale is t + 1.
+        negative_prompts None are empty prompts; grid None is the square (h, w) that it was trained on.
+        """
+        b, negatives = len(prompts), [""] * len(prompts) if negative_prompts is None else negative_prompts
+        if isinstance(prompts, str) or isinstance(negatives, str) or len(negatives) != b or not b:
+            raise ValueError(
+                f"prompts {prompts!r}, negative prompts {negative_prompts!r}; give two lists, equally long"
+            )
+        h, w = grid or (self.transformer.config.sample_size,) * 2
+        if self.transformer.config.downsample and (h % 2 or w % 2):
+            raise ValueError(f"a grid of {h} x {w} tokens; this model halves it, so give even numbers")
+        f, scale = self.tokenizer.downsampling, get_guidance(guidance)
+        states, pooled = self.encode([*prompts, *negatives])
+        micro = states.new_tensor([w * f, h * f, 0, 0, aesthetic_score]).expand(2 * b, -1)  # width first
+
+        @torch.no_grad()
+        def logits_fn(tokens: Tensor, u: float) -> Tensor:
+            if tokens.shape != (b, h * w):
+                raise ValueError(f"tokens {tuple(tokens.shape)}; give ({b}, {h * w}), or another grid than ({h}, {w})")
+            t = scale(u)
+            n = b if t == 0 else 2 * b  # without guidance, no second branch
+            x = tokens.view(b, h, w).repeat(n // b, 1, 1)
+            logits = self.transformer(x, states[:n], pooled[:n], micro[:n])  # (n, V, h, w)
+            logits = logits.flatten(2).transpose(1, 2)  # (n, h*w, V)
+            return logits if t == 0 else guide(*logits.chunk(2), t)
+
+        return logits_fn
+
+    def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """tokens (B, h*w) -> images (B, 3, H, W) in [-1, 1]."""
+        return self.tokenizer.decode(tokens, grid)

@@ -1,0 +1,430 @@
+"""amused.py: diffusers' aMUSEd behind our interfaces. The oracle is diffusers itself, on tiny random models."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers import scheduling_amused
+
+from minimuse.amused import Amused, VQTokenizer, _load, settings
+from minimuse.muse import Muse
+from minimuse.sampler import decode, draw, draw_uniforms
+from minimuse.train import tokenize, train_transformer
+from minimuse.transformer import Transformer
+
+V, GRID, F = 16, 8, 4
+N, MASK = GRID * GRID, V + 1  # a vocabulary of V + 2: [MASK] is its last, and not one past the codebook
+PROMPTS = ["a red cube", "two spheres"]
+
+
+def make_vq(**changes):
+    vq = diffusers.VQModel(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        **{"num_vq_embeddings": V, "lookup_from_codebook": True, "force_upcast": True} | changes,
+    )
+    torch.nn.init.normal_(vq.quantize.embedding.weight, std=0.3)  # near what the encoder says: many codes are in use
+    return vq
+
+
+def make_transformer(**changes):
+    sizes = {
+        "hidden_size": 16,
+        "in_channels": 16,
+        "block_out_channels": 16,
+        "intermediate_size": 32,
+        "sample_size": GRID,
+    }
+    heads = {"block_num_heads": 2, "num_attention_heads": 2, "num_res_blocks": 1, "num_hidden_layers": 2}
+    text = {"encoder_hidden_size": 16, "cond_embed_dim": 12, "micro_cond_encode_dim": 4, "micro_cond_embed_dim": 20}
+    model = diffusers.UVit2DModel(**sizes, **heads, **text, **{"vocab_size": V + 2, "codebook_size": V} | changes)
+    for name, p in model.named_parameters():
+        if p.ndim > 1 and "mlm" not in name:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)  # at their own scale the text hardly matters
+    return model
+
+
+def make_clip():
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")]
+    vocab = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    ids = {"bos_token_id": len(vocab) - 2, "eos_token_id": len(vocab) - 1, "pad_token_id": len(vocab) - 1}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "projection_dim": 12, "num_hidden_layers": 3}
+    cfg = transformers.CLIPTextConfig(vocab_size=len(vocab), num_attention_heads=2, **sizes, **ids)
+    clip = transformers.CLIPTextModelWithProjection(cfg)
+    torch.nn.init.normal_(clip.text_model.embeddings.token_embedding.weight)
+    return clip.eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    torch.manual_seed(0)
+    clip, tokenizer = make_clip()
+    pipe = diffusers.AmusedPipeline(
+        vqvae=make_vq().eval(),
+        tokenizer=tokenizer,
+        text_encoder=clip,
+        transformer=make_transformer().eval(),
+        scheduler=diffusers.AmusedScheduler(mask_token_id=MASK),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline, tmp_path_factory):
+    path = tmp_path_factory.mktemp("amused")
+    pipeline.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def amused(folder):
+    return Amused.from_pretrained(folder)
+
+
+def replaced(monkeypatch, uniforms):
+    """diffusers' two random calls return our draws: uniforms (B, T, 2, N), a step at a time."""
+    steps = iter(uniforms.unbind(1))
+    now = SimpleNamespace(ranking=None)
+
+    def multinomial(p, *args, **kwargs):
+        value, now.ranking = next(steps).unbind(1)
+        return draw(p.log().view(*value.shape, -1), value, 1.0).view(-1, 1)
+
+    def gumbel(p, *args, **kwargs):
+        return -torch.log(-torch.log(now.ranking))
+
+    monkeypatch.setattr(scheduling_amused.torch, "multinomial", multinomial)
+    monkeypatch.setattr(scheduling_amused, "gumbel_noise", gumbel)
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def test_images_to_tokens_equal_diffusers(amused, pipeline):
+    images = torch.rand(2, 3, 32, 16) * 2 - 1
+    processor = VaeImageProcessor(do_normalize=False)  # as in aMUSEd's image-to-image
+    unit = processor.preprocess(((images + 1) / 2).clamp(0, 1))
+    latents = pipeline.vqvae.encode(unit).latents
+    expected = pipeline.vqvae.quantize(latents)[2][2].view(2, -1)
+    tokens = amused.tokenizer.encode(images)
+    assert tokens.dtype == torch.long
+    assert tokens.tolist() == expected.tolist()
+    assert tokens.unique().numel() > 3, "a test over one code shows nothing"
+    assert tokens.tolist() != pipeline.vqvae.quantize(pipeline.vqvae.encode(images).latents)[2][2].view(2, -1).tolist()
+
+
+def test_tokens_to_pixels_equal_the_pipeline(amused, pipeline):
+    tokens = torch.randint(V, (2, N))
+    expected = pipeline.vqvae.decode(tokens.view(2, GRID, GRID), force_not_quantize=True, shape=(2, GRID, GRID, 4))
+    pixels = pipeline.image_processor.postprocess(expected.sample.detach().clip(0, 1), "pt")  # in [0, 1]
+    images = amused.decode(tokens)
+    torch.testing.assert_close((images + 1) / 2, pixels)
+    assert images.shape == (2, 3, GRID * F, GRID * F)
+    assert images.min() < 0 < images.max(), "the whole of [-1, 1]"
+
+
+def test_it_is_a_tokenizer_of_any_size(amused):
+    tokenizer = amused.tokenizer
+    assert (tokenizer.codebook_size, tokenizer.downsampling) == (V, F)
+    tokens = tokenizer.encode(torch.rand(1, 3, 8, 24))
+    assert tokens.shape == (1, 12)
+    assert tokenizer.decode(tokens, grid=(2, 6)).shape == (1, 3, 8, 24)
+    assert not torch.equal(tokenizer.decode(tokens, (2, 6)), tokenizer.decode(tokens, (6, 2)).mT)
+
+
+def test_pitfall_18_frozen(amused):
+    holder = torch.nn.ModuleList([amused, VQTokenizer(make_vq())]).train()
+    assert not any(m.training for child in holder for m in child.modules())
+    assert not any(p.requires_grad for p in holder.parameters())
+    assert not amused.tokenizer.decode(torch.zeros(1, N, dtype=torch.long)).requires_grad
+
+
+def test_the_vq_leaves_float16_where_it_overflows():
+    torch.manual_seed(0)
+    exact, images = VQTokenizer(make_vq()), torch.rand(1, 3, 8, 8)
+    tokens = exact.encode(images)
+    half = VQTokenizer(make_vq()).half()
+    assert half.encode(images).shape == tokens.shape
+    assert half.vq.dtype == torch.float32, "force_upcast is heeded, as in the pipeline"
+    assert exact.to(torch.bfloat16).encode(images).shape == tokens.shape
+    assert exact.vq.dtype == torch.bfloat16
+
+
+def test_a_vq_model_alone(tmp_path):
+    vq = make_vq()
+    vq.save_pretrained(tmp_path)
+    images = torch.rand(1, 3, 16, 16)
+    assert torch.equal(VQTokenizer.from_pretrained(tmp_path, "").encode(images), VQTokenizer(vq).encode(images))
+
+
+# --- text and logits --------------------------------------------------------------------------------------------------
+
+
+def test_text_is_the_penultimate_layer_and_the_pooled_embedding(amused):
+    seen = []
+    hook = amused.clip.text_model.encoder.layers[-2].register_forward_hook(lambda m, i, out: seen.append(out))
+    states, pooled = amused.encode(PROMPTS)
+    hook.remove()
+    torch.testing.assert_close(states, seen[0] if isinstance(seen[0], torch.Tensor) else seen[0][0])
+    assert states.shape == (2, 77, 16)
+    assert pooled.shape == (2, 12)
+    assert not torch.allclose(pooled[0], pooled[1])
+
+
+def pipeline_logits(pipeline, monkeypatch, tokens, prompts, scale, height=GRID * F, width=GRID * F, **kwargs):
+    """What the pipeline hands to its scheduler in a single step."""
+    seen = []
+
+    def step(self, model_output, timestep, sample, **_):
+        seen.append(model_output)
+        return SimpleNamespace(prev_sample=sample)
+
+    monkeypatch.setattr(diffusers.AmusedScheduler, "step", step)
+    latents = tokens.view(-1, height // F, width // F)
+    call = {
+        "guidance_scale": scale,
+        "num_inference_steps": 1,
+        "output_type": "latent",
+        "height": height,
+        "width": width,
+    }
+    pipeline(prompts, latents=latents, **call, **kwargs)
+    return seen[0].flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("scale", [10.0, 3.5, 1.0])
+def test_pitfall_12_logits_equal_the_pipeline(amused, pipeline, monkeypatch, scale):
+    tokens = torch.where(torch.rand(2, N) < 0.5, MASK, torch.randint(V, (2, N)))
+    ours = amused.logits_fn(PROMPTS, guidance=scale - 1)(tokens, 0.5)
+    assert ours.shape == (2, N, V)
+    torch.testing.assert_close(
+        ours, pipeline_logits(pipeline, monkeypatch, tokens, PROMPTS, scale), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_its_defaults_are_the_pipelines(amused, pipeline, monkeypatch):
+    tokens = torch.full((2, N), MASK)
+    expected = pipeline_logits(pipeline, monkeypatch, tokens, PROMPTS, 10.0)
+    torch.testing.assert_close(amused.logits_fn(PROMPTS)(tokens, 0.0), expected, rtol=1e-4, atol=1e-4)
+    assert amused.mask_id == pipeline.scheduler.config.mask_token_id == MASK
+
+
+def test_negative_prompt_grid_and_score_equal_the_pipeline(amused, pipeline, monkeypatch):
+    tokens, negatives = torch.full((2, 24), MASK), ["blurry", ""]
+    given = {"negative_prompt": negatives, "micro_conditioning_aesthetic_score": 3}
+    expected = pipeline_logits(pipeline, monkeypatch, tokens, PROMPTS, 5.0, height=4 * F, width=6 * F, **given)
+    ask = {"guidance": 4.0, "negative_prompts": negatives, "grid": (4, 6)}
+    ours = amused.logits_fn(PROMPTS, **ask, aesthetic_score=3)(tokens, 0.0)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    for other in (ask | {"negative_prompts": None}, ask | {"grid": (6, 4)}, ask):
+        assert not torch.allclose(amused.logits_fn(PROMPTS, **other)(tokens, 0.0), ours, atol=1e-3), other
+
+
+def test_pitfall_13_a_negative_prompt_of_the_same_text_cancels_guidance(amused):
+    tokens = torch.full((1, N), MASK)
+    same = amused.logits_fn(PROMPTS[:1], guidance=9.0, negative_prompts=PROMPTS[:1])(tokens, 0.0)
+    torch.testing.assert_close(same, amused.logits_fn(PROMPTS[:1], guidance=0)(tokens, 0.0), rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_may_rise(amused):
+    tokens = torch.full((2, N), MASK)
+    rising = amused.logits_fn(PROMPTS, guidance=(0.0, 9.0))
+    torch.testing.assert_close(rising(tokens, 0.0), amused.logits_fn(PROMPTS, guidance=0.0)(tokens, 0.3))
+    torch.testing.assert_close(rising(tokens, 1.0), amused.logits_fn(PROMPTS, guidance=9.0)(tokens, 0.3))
+
+
+def test_a_long_prompt_is_cut_with_a_warning(amused):
+    with pytest.warns(UserWarning, match="cut from 92 to 77 tokens"):
+        long = amused.encode(["a " * 90])
+    assert torch.equal(long[0], amused.encode(["a " * 75])[0])
+
+
+# --- a whole decode ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 12])
+def test_the_same_tokens_as_its_scheduler_step_by_step(amused, pipeline, monkeypatch, steps):
+    g = torch.Generator().manual_seed(steps)
+    uniforms = draw_uniforms(2, N, steps, g).clamp(1e-6, 1 - 1e-6)
+    replaced(monkeypatch, uniforms)
+    theirs = []
+    call = {
+        "num_inference_steps": steps,
+        "guidance_scale": 4.0,
+        "callback": lambda i, t, x: theirs.append(x.flatten(1)),
+    }
+    pipeline(PROMPTS, output_type="latent", **call)
+    g = torch.Generator().manual_seed(steps)
+    start = torch.full((2, N), amused.mask_id)
+    trace = list(
+        decode(amused.logits_fn(PROMPTS, guidance=3.0), start, mask_id=amused.mask_id, generator=g, **settings(steps))
+    )
+    assert len(theirs) == len(trace) == steps
+    for ours, expected in zip(trace, theirs, strict=True):
+        assert ours.tokens.tolist() == expected.tolist(), f"step {ours.index}"
+    assert trace[-1].tokens.unique().numel() > 3
+
+
+@pytest.mark.parametrize("steps", [*range(1, 25), 48])
+@pytest.mark.parametrize("n", [64, 256, 1024])
+def test_pitfall_09_as_many_as_its_scheduler(n, steps, monkeypatch):
+    """Counts over the usual grids: 12 steps and all multiples of 3 hit the border of u = 2/3."""
+    flat, start = torch.zeros(1, n, 2), torch.full((1, n), 2)
+    scheduler = diffusers.AmusedScheduler(mask_token_id=2)
+    scheduler.set_timesteps(steps)
+    counts, sample = [], start
+    for t in scheduler.timesteps:
+        after = scheduler.step(flat, t, sample, generator=torch.Generator().manual_seed(0)).prev_sample
+        counts.append(((after != 2) & (sample == 2)).sum().item())
+        sample = after
+    trace = decode(lambda tokens, u: flat, start, mask_id=2, **settings(steps))
+    assert [s.revealed.sum().item() for s in trace] == counts
+
+
+def test_the_noise_falls_as_its_scheduler_says():
+    for steps in (2, 12, 30):
+        scheduler = diffusers.AmusedScheduler(mask_token_id=2)
+        scheduler.set_timesteps(steps)  # from 2 to 0
+        c = settings(steps)["choice_temperature"]
+        ours = torch.tensor([c * (1 - (i + 1) / steps) for i in range(steps)])
+        torch.testing.assert_close(ours, scheduler.temperatures)
+
+
+def test_infilling_keeps_known_tokens(amused):
+    tokens = torch.randint(V, (1, N))
+    start = tokens.masked_fill(torch.rand(1, N) < 0.5, amused.mask_id)
+    *_, last = decode(amused.logits_fn(PROMPTS[:1]), start, mask_id=amused.mask_id, **settings(4))
+    known = start != amused.mask_id
+    assert torch.equal(last.tokens[known], tokens[known])
+    assert last.tokens.max() < V
+
+
+def test_in_bfloat16(folder):
+    amused = Amused.from_pretrained(folder).to(torch.bfloat16)
+    start = torch.full((2, N), amused.mask_id)
+    *_, last = decode(amused.logits_fn(PROMPTS), start, mask_id=amused.mask_id, **settings(3))
+    assert amused.decode(last.tokens).isfinite().all()
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused(amused):
+    with pytest.raises(ValueError, match=r"\(1, 3, 30, 32\).*multiples of 4"):
+        amused.tokenizer.encode(torch.zeros(1, 3, 30, 32))
+    with pytest.raises(ValueError, match="60 tokens are no 7 x 7 grid"):
+        amused.decode(torch.zeros(1, 60, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"\[MASK\]"):
+        amused.decode(torch.full((1, N), amused.mask_id))
+    with pytest.raises(ValueError, match=r"tokens \(2, 63\); give \(2, 64\)"):
+        amused.logits_fn(PROMPTS)(torch.full((2, N - 1), MASK), 0.0)
+    with pytest.raises(ValueError, match=r"tokens \(1, 64\); give \(2, 64\)"):
+        amused.logits_fn(PROMPTS)(torch.full((1, N), MASK), 0.0)
+    for wrong in ("a red cube", []):
+        with pytest.raises(ValueError, match="two lists"):
+            amused.logits_fn(wrong)
+    with pytest.raises(ValueError, match="equally long"):
+        amused.logits_fn(PROMPTS, negative_prompts=["blurry"])
+
+
+def test_a_model_that_halves_the_grid_wants_even_sides(amused):
+    halving = make_transformer(downsample=True, upsample=True)
+    model = Amused(amused.tokenizer, halving, amused.clip, amused.clip_tokenizer)
+    assert model.logits_fn(PROMPTS, grid=(4, 6))(torch.full((2, 24), MASK), 0.0).shape == (2, 24, V)
+    with pytest.raises(ValueError, match="even"):
+        model.logits_fn(PROMPTS, grid=(3, 6))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("vqvae", "no VQModel in .*, subfolder 'vqvae'"),
+        ("transformer", "no UVit2DModel in .*, subfolder 'transformer'"),
+        ("text_encoder", "no CLIPTextModelWithProjection in .*, subfolder 'text_encoder'"),
+        ("tokenizer", "CLIP knows 54 text tokens.*vocab.json"),
+    ],
+)
+def test_a_folder_without_a_part_is_refused(tmp_path, folder, part, message):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / part)
+    with pytest.raises(ValueError, match=message):
+        Amused.from_pretrained(tmp_path)
+
+
+def test_foreign_models_are_refused(tmp_path, amused):
+    diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vqvae")
+    with pytest.raises(ValueError, match="AutoencoderKL"):
+        VQTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lookup_from_codebook"):
+        VQTokenizer(make_vq(lookup_from_codebook=False))
+    with pytest.raises(ValueError, match="no pair"):
+        Amused(VQTokenizer(make_vq(num_vq_embeddings=8)), amused.transformer, amused.clip, amused.clip_tokenizer)
+
+
+def test_missing_weights_are_refused(tmp_path, amused):
+    amused.clip.text_model.save_pretrained(tmp_path / "text_encoder")  # no projection
+    config = json.loads((tmp_path / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] != ["CLIPTextModelWithProjection"]
+    with pytest.raises(ValueError, match="lacks"):
+        _load("CLIPTextModelWithProjection", tmp_path, "text_encoder")
+
+
+def test_pitfall_20_import_and_construction_touch_no_network(folder, no_network):
+    Amused.from_pretrained(folder)
+    code = "import sys, minimuse.amused; assert not {'diffusers', 'transformers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_the_extra(monkeypatch, folder):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ImportError, match=r"minimuse\[amused\]"):
+        VQTokenizer.from_pretrained(folder)
+
+
+# --- in Muse's place --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tiny_muse):
+    """The tiny Muse with a VQModel of diffusers as its low tokenizer."""
+    parts = torch.nn.ModuleDict({**tiny_muse.parts, "low_tokenizer": VQTokenizer(make_vq())})
+    return Muse(tiny_muse.cfg, parts, tiny_muse.encoder)
+
+
+def test_muse_draws_and_edits_with_it(mixed):
+    seen = []
+    (image,) = mixed.generate("a red cube", seed=0, watch=seen.append)
+    assert mixed.picture(next(s for s in seen if s.stage == "base"))[0].size == (32, 32)
+    mask = [[x > 31 for x in range(64)] for _ in range(64)]
+    assert mixed.inpaint(image, mask, "a blue ball", seed=0)[0].size == image.size
+    assert mixed.edit(image, "a blue ball", seed=0, iterations=2)[0].size == image.size
+
+
+def test_a_base_model_trains_on_its_tokens(mixed, tiny_muse):
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    tokens = tokenize(mixed.low_tokenizer, images, batch=3, bf16=False)
+    assert torch.equal(tokens, mixed.low_tokenizer.encode(images / 127.5 - 1))
+    base = Transformer(tiny_muse.cfg.base)
+    texts = [[torch.zeros(1, tiny_muse.cfg.base.text_width)]] * 8
+    cfg = replace(tiny_muse.cfg.stages["base"], steps=16, batch=8, learning_rate=1e-2)
+    losses = [p.figures["loss"] for p in train_transformer(base, cfg, tokens, texts, bf16=False)]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), f"it learns: {losses}"
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(mixed, tmp_path):
+    with pytest.raises(ValueError, match="low_tokenizer"):
+        mixed.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
