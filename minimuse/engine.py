@@ -205,6 +205,7 @@ class Stage:
         self.modules, self.optimizers, self.extra = {}, {}, dict(extra or {})
         engine.accelerator.free_memory()  # it holds on to the stage before
         for key, module in modules.items():
+            module.zero_grad()  # or torch would not make the optimizer's state ahead of its first step, for `state`
             for part in module.modules():
                 if hasattr(part, "recompute"):
                     part.recompute = engine.recompute

@@ -26,10 +26,10 @@ from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.corpus import Corpus
 from minimuse.data import SceneDataset, halve, to_float
-from minimuse.engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizer, precision
+from minimuse.engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizer
 from minimuse.folders import open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
-from minimuse.muse import Muse, build
+from minimuse.muse import Muse, build, ready_tokenizer
 from minimuse.scenes import COLORS, SHAPES
 from minimuse.text import Context, TextEncoder, pad_contexts
 from minimuse.transformer import SuperRes, Transformer
@@ -116,15 +116,6 @@ def train_tokenizer(
         if look and (step + 1) % cfg.look_every == 0:
             figures |= look(vqgan, step + 1)
         yield Progress(stage, step + 1, cfg.steps, figures, vqgan)
-
-
-@torch.inference_mode()
-def tokenize(vqgan: VQGAN, images: Tensor, batch: int = 256, bf16: bool | None = None) -> Tensor:
-    """A frozen tokenizer, images (n, 3, H, W) uint8 -> tokens (n, N), on the CPU."""
-    device = next(vqgan.parameters()).device
-    vqgan.eval()
-    with precision(device, bf16):
-        return torch.cat([vqgan.encode(to_float(x).to(device)).cpu() for x in images.split(batch)])
 
 
 def train_features(images: Tensor, kinds: Tensor, *, steps: int = 200, seed: int = 0) -> SceneFeatures:
@@ -278,7 +269,10 @@ def _stages(cfg: MuseConfig, data: str | Path, engine: Engine, watch: Watch) -> 
         images, held_out = corpus.split(corpus.images), corpus.split(corpus.images, held_out=True)
 
         small = Decimated(images, factor), Decimated(held_out, factor)
-        yield from tokenizer("low_tokenizer", parts["low_tokenizer"], *small)
+        if (ready := ready_tokenizer(cfg)) is not None:
+            parts["low_tokenizer"] = ready
+        else:
+            yield from tokenizer("low_tokenizer", parts["low_tokenizer"], *small)
         yield from _work("low tokens", corpus.tokenize("low", parts["low_tokenizer"]), parts)
         yield from _work("embed captions", corpus.embed(), parts)
         low_tokens, texts = corpus.split(corpus.tokens["low"]), corpus.split(corpus.texts)
