@@ -299,7 +299,8 @@ class Stage:
         engine, done = self.engine, step + 1
         stop = engine.must_stop(done)
         if done == self.cfg.steps and self.cfg.ema:
-            torch._foreach_copy_([p.detach() for p in self.trained], self._ema())
+            for p, mean in zip(self.trained, self._ema(), strict=True):
+                p.detach().copy_(mean)
         if self.folder and (stop or done == self.cfg.steps or done % self.cfg.save_every == 0):
             self.save(done)
         engine.in_step = False

@@ -12,16 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from minimuse import checkpoint
+from minimuse import transformer as transformer_module
 from minimuse.config import StageConfig, TransformerConfig
 from minimuse.engine import Engine, Stage, Stopped, batch_indices, generator, mix
 from minimuse.train import train_transformer
 from minimuse.transformer import SuperRes, Transformer
 
 V, D_LM, N = 8, 6, 16
+LAUNCH = Path(checkpoint.__file__).parent / "launch"
 SIZES = {"codebook_size": V, "text_width": D_LM, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64}
 CFG = StageConfig(steps=3, batch=8, learning_rate=5e-3, warmup=1, weight_decay=0.01)
 
@@ -123,9 +127,8 @@ def port():
 
 
 TWO = """
-import json, sys
+import sys
 import torch
-sys.path[:0] = [{root!r}, {tests!r}]
 from test_engine import fp32, gradients, run, superres, transformer, weights
 from test_train import PIXELS, VQ, plain_images
 from dataclasses import replace
@@ -134,32 +137,36 @@ from minimuse.vqgan import VQGAN
 
 engine = fp32(accumulate=int(sys.argv[2]))
 assert engine.processes == 2, engine.processes
-found = dict()
+found = {}
 for make in (transformer, superres):
     model = run(make(), engine=engine, low=make is superres, steps=1)
-    found |= {{f"{{make.__name__}}.{{k}}": v for k, v in gradients(model).items()}}
+    found |= {f"{make.__name__}.{k}": v for k, v in gradients(model).items()}
 torch.manual_seed(0)
 vqgan = VQGAN(VQ)
 cfg = replace(PIXELS, steps=4, adversarial_weight=0.1, adversarial_start=1)
 *_, last = train_tokenizer(vqgan, cfg, plain_images(), engine=engine)
-found |= {{f"vqgan{{engine.rank}}.{{k}}": v for k, v in weights(vqgan).items()}}
+found |= {f"vqgan{engine.rank}.{k}": v for k, v in weights(vqgan).items()}
 from safetensors.torch import save_file
-save_file(found, sys.argv[1] + f"/{{engine.rank}}.safetensors")
+save_file(found, sys.argv[1] + f"/{engine.rank}.safetensors")
 """
+
+
+def launch(script, *arguments):
+    """A script under two processes of gloo, with tests and package on its path."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port())]
+    path = os.pathsep.join(str(p) for p in (Path(__file__).parent, Path(__file__).parent.parent))
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command += [str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_pitfall_22_two_processes_make_the_same_gradient(tmp_path, accumulate):
     """gloo on the CPU: base and super-res against one process, and the tokenizers of both stay the same."""
-    tests = Path(__file__).parent
-    script = tmp_path / "two.py"
-    script.write_text(TWO.format(root=str(tests.parent), tests=str(tests)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port())]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(script), str(tmp_path), str(accumulate)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
+    (tmp_path / "two.py").write_text(TWO)
+    launch(tmp_path / "two.py", tmp_path, accumulate)
     found = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
     for make in (transformer, superres):
         alone = gradients(run(make(), low=make is superres, steps=1))
@@ -168,6 +175,66 @@ def test_pitfall_22_two_processes_make_the_same_gradient(tmp_path, accumulate):
             assert_close(alone, shared, f"process {rank} of 2 against one")
     for key in [k for k in found[0] if k.startswith("vqgan0")]:
         assert found[0][key].equal(found[1][key.replace("vqgan0", "vqgan1")]), f"the processes part ways: {key}"
+
+
+SHARDED = """
+import sys
+from dataclasses import replace
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from test_engine import CFG, fp32, run, superres
+
+engine = fp32(folder=sys.argv[1])
+# accelerate knows FSDP on accelerators alone; torch shards on CPUs too, so we tell it that this is one
+plugin = FullyShardedDataParallelPlugin(
+    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=sys.argv[3].split(",")
+)
+AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+assert engine.sharded and engine.processes == 2
+model = run(superres(), replace(CFG, steps=4, save_every=1, ema=0.5), engine, low=True, steps=int(sys.argv[2]) or None)
+assert type(next(model.parameters())).__name__ == "DTensor", "nothing is sharded"
+whole = engine.whole(model, superres)
+if engine.is_main:
+    save_file(whole.state_dict(), sys.argv[1] + "/whole.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_run_makes_the_same_weights_and_goes_on_to_the_same_bits(tmp_path):
+    """FSDP2, with the classes that launch/fsdp8.yaml wraps: against one process, stopped and resumed, averaged."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    wrap = yaml.safe_load((LAUNCH / "fsdp8.yaml").read_text())["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"]
+    for folder, steps in (("a", 0), ("b", 2), ("b", 0)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        launch(tmp_path / "sharded.py", tmp_path / folder, steps, wrap)
+    a, b = (load_file(tmp_path / folder / "whole.safetensors") for folder in "ab")
+    assert all(a[k].equal(b[k]) for k in a), "a resumed sharded run parts ways"
+    alone = run(superres(), replace(CFG, steps=4, ema=0.5), low=True)
+    assert_close(weights(alone), a, "two shards against one process")
+    states = checkpoint.states(tmp_path / "a" / "base")
+    assert not (states[-1] / checkpoint.TENSORS).exists(), "each process writes its own part"
+    averaged = checkpoint.average(states[-1:], 0.7)
+    assert all(averaged[k].equal(a[k]) for k in a), "sharded states cannot be averaged"
+
+
+# --- launch files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in LAUNCH.glob("*.yaml")))
+def test_launch_files_are_what_accelerate_reads(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(LAUNCH / name))
+    assert config.mixed_precision == "bf16"
+    assert config.num_processes == (1 if name == "1gpu.yaml" else 8)
+    assert "-m minimuse.cli train" in (LAUNCH / name).read_text(), "the file says how it is used"
+    if "fsdp" in name:
+        assert config.fsdp_config["fsdp_version"] == 2
+        for cls in config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(","):
+            assert hasattr(transformer_module, cls), f"{cls} is no class of transformer.py"
 
 
 # --- switches ---------------------------------------------------------------------------------------------------------
