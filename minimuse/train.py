@@ -180,7 +180,7 @@ def train_transformer(
     device = engine.device
     model.train()
     torch.manual_seed(engine.seed)
-    job = Stage(engine, stage, cfg, {"model": MaskedLoss(model)})
+    job = Stage(engine, stage, cfg, {"model": MaskedLoss(model)}, shard=True)
     if job.first:
         yield Progress(stage, job.first, cfg.steps, {}, model)
     for step in job.steps():
