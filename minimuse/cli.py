@@ -18,8 +18,10 @@ from typing import Any
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code. What the user got wrong is one line on stderr, never a traceback."""
     args = parser().parse_args(argv)
-    logging.basicConfig(format="minimuse: %(message)s")
-    logging.getLogger("minimuse").setLevel(logging.INFO)
+    log = logging.getLogger("minimuse")
+    log.handlers[:] = [logging.StreamHandler()]  # to today's stderr, in our words; other libraries keep their own
+    log.handlers[0].setFormatter(logging.Formatter("minimuse: %(message)s"))
+    log.setLevel(logging.INFO)
     try:
         args.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -72,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="such as stages.base.steps=500")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, where it was stopped")
     p.add_argument("--dry-run", action="store_true", help="print sizes, memory, FLOPs, bytes and hours; train nothing")
+    p.add_argument("--accelerators", type=int, default=1, help="for --dry-run: how many")
+    p.add_argument("--memory", type=float, metavar="GB", help="for --dry-run: of each, to say what does not fit")
+    p.add_argument("--ceiling", type=float, metavar="TFLOPS", help="for --dry-run: of each (default: this machine's)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--accumulate", type=int, help="micro-batches a step: less memory, the same gradient")
     p.add_argument("--recompute", action="store_true", help="activation checkpointing: more work for less memory")
@@ -223,6 +228,9 @@ def train(args: argparse.Namespace) -> None:
     from minimuse.train import train_muse
 
     cfg = _configuration(args)
+    if args.dry_run:
+        _dry_run(cfg, args)
+        return
     engine = Engine(
         seed=args.seed, device=args.device, accumulate=args.accumulate, compile=args.compile,
         recompute=args.recompute, folder=args.out, keep=args.keep,
@@ -260,6 +268,21 @@ def _configuration(args: argparse.Namespace) -> Any:
         return changed(preset(args.preset), args.set)
     values = json.loads(Path(args.preset).read_text(encoding="utf-8"))
     return changed(from_dict(values.get("config", values)), args.set)
+
+
+def _dry_run(cfg: Any, args: argparse.Namespace) -> None:
+    """What a run would take, printed before any of it; nothing is written."""
+    from minimuse.budget import report
+    from minimuse.corpus import Corpus
+    from minimuse.engine import Engine
+    from minimuse.folders import open_source
+    from minimuse.text import TextEncoder
+
+    engine, encoder = Engine(device=args.device), TextEncoder(cfg.text_encoder, max_tokens=cfg.text_tokens)
+    source = open_source(args.data, cfg, seed=args.seed)
+    print(Corpus(args.out / "cache", source, cfg, engine, encoder.to(engine.device)).preview())
+    ceiling = args.ceiling and args.ceiling * 1e12
+    print(report(cfg, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))
 
 
 def _with_bars(progress: Any, show: bool) -> Any:
