@@ -274,9 +274,11 @@ def train_muse(
     settings = {"perceptual": perceptual, **common}
     yield from train_tokenizer(low, cfg.stages["low_tokenizer"], low_images, stage="low_tokenizer", **settings)
     low_tokens = tokenize(low, low_images, bf16=bf16)
+    parts["base"].learn_codes(low.quantizer.codebook)
     yield from train_transformer(parts["base"], cfg.stages["base"], low_tokens, texts, stage="base", **common)
     yield from train_tokenizer(high, cfg.stages["high_tokenizer"], high_images, stage="high_tokenizer", **settings)
     high_tokens = tokenize(high, high_images, bf16=bf16)
+    parts["superres"].learn_codes(high.quantizer.codebook, low.quantizer.codebook)
     yield from train_transformer(
         parts["superres"], cfg.stages["superres"], high_tokens, texts, low_tokens=low_tokens, stage="superres", **common
     )

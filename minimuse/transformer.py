@@ -135,6 +135,17 @@ def sinusoids(grid: int, width: int, shortest: float = 0.125) -> Tensor:
     return F.pad(torch.cat([waves.sin(), waves.cos()], 1), (0, width % 2)) / 2**0.5
 
 
+def random_features(vectors: Tensor, width: int) -> Tensor:
+    """vectors (V, d) -> (V, width) of variance about 1: near vectors are alike, far ones are not (Rahimi and Recht 2007).
+
+    The product of two rows, over the width, is about exp(-|a - b|^2 / (2 s^2)), s half the median distance.
+    """
+    distance = torch.cdist(vectors, vectors)
+    scale = 0.5 * distance[distance > 0].median() if distance.any() else 1.0
+    waves = torch.randn(vectors.shape[1], width, device=vectors.device) / scale
+    return 2**0.5 * (vectors @ waves + 2 * math.pi * torch.rand(width, device=vectors.device)).cos()
+
+
 class TokenEmbedding(nn.Module):
     """tokens (B, N) -> (B, N, D): a vector a code (and one for [MASK]) plus learned row and column positions.
 
@@ -149,6 +160,10 @@ class TokenEmbedding(nn.Module):
         rows, columns = sinusoids(grid, half), sinusoids(grid, width - half)
         self.rows = nn.Parameter(F.pad(rows, (0, width - half))[:, None])  # (g, 1, D)
         self.columns = nn.Parameter(F.pad(columns, (half, 0))[None])  # (1, g, D)
+
+    def learn_codes(self, codebook: Tensor) -> None:
+        """codebook (V, d): the embeddings of like codes begin alike; [MASK] stays as it is."""
+        self.codes.weight.data[:-1] = 0.5 * random_features(codebook, self.codes.embedding_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.codes(tokens) + (self.rows + self.columns).flatten(0, 1)
@@ -190,6 +205,16 @@ class Transformer(nn.Module):
     def mask_id(self) -> int:
         return self.cfg.mask_id
 
+    @torch.no_grad()
+    def learn_codes(self, codebook: Tensor) -> None:
+        """Before training: begin from the tokenizer's codebook (V, d), so that what is learned of a code holds for its like.
+
+        Choice: the paper is silent. A tokenizer has many codes that look the same; told apart from nothing, each has to
+        be learned by itself. On nano, 500 steps of super-resolution: TOLD.
+        """
+        self.embed.learn_codes(codebook)
+        self.head.weight.copy_(0.02 * random_features(codebook, self.cfg.width))
+
     def memory(self, context: "Context", *extra: Tensor) -> Memory:
         """context (B, L, D_lm), extra entries (B, K, D) -> Memory of M = L + K entries; padding is not attended."""
         text = self.text_norm(self.text(context.embeds))  # (B, L, D)
@@ -219,6 +244,12 @@ class SuperRes(Transformer):
         self.low_norm = nn.LayerNorm(cfg.width, bias=False)
         for part in (self.low_embed, self.low_layers):
             part.apply(self._initialize)
+
+    @torch.no_grad()
+    def learn_codes(self, codebook: Tensor, low_codebook: Tensor) -> None:
+        """The same of both codebooks: the high-res tokens', and the low-res ones' (V_low, d_low)."""
+        super().learn_codes(codebook)
+        self.low_embed.learn_codes(low_codebook)
 
     def memory(self, context: "Context", low_tokens: Tensor) -> Memory:
         """context (B, L, D_lm), low_tokens (B, N_low) -> Memory of L + N_low entries.
