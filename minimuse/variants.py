@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from minimuse.cfg import from_guidance_scale
@@ -35,8 +36,15 @@ def maskgit(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
 
 
 def amused(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
-    """huggingface/diffusers AmusedScheduler: MaskGIT with noise 2, annealed by 1 - i / (T - 1)."""
-    return {"schedule": "cosine", "order": "confidence", "choice_temperature": lambda u: 2 * (1 - u)}
+    """huggingface/diffusers AmusedScheduler: MaskGIT with noise 2, annealed by 1 - i / (T - 1).
+
+    Its cosine is float32: of 256 tokens in 12 steps, cos(pi / 3) leaves 127, not 128.
+    """
+    return {
+        "schedule": lambda u: (torch.tensor(u) * math.pi / 2).cos().item(),
+        "order": "confidence",
+        "choice_temperature": lambda u: 2 * (1 - u),
+    }
 
 
 def halton(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
