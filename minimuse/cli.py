@@ -69,7 +69,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device")
     p = command("compare", compare, "measure masking schedules and orders in an exact world")
     p.add_argument("--world", default="mixture", help="mixture, chain or potts (default: mixture)")
-    p.add_argument("--schedule", type=_names, default=["cosine"], help="comma-separated; boundB is adaptive, of B nats")
+    p.add_argument(
+        "--schedule",
+        type=_names,
+        default=["cosine"],
+        help="comma-separated; such as cosine,pow2,bound2 (adaptive, 2 nats)",
+    )
     p.add_argument("--order", type=_names, default=["confidence"], help="comma-separated, as of generate")
     p.add_argument("--preset", type=_names, default=[], help="muse, maskgit, amused, halton, lucidrains")
     p.add_argument("--steps", type=_names, default=["4", "8", "16"], help="comma-separated (default: 4,8,16)")

@@ -19,6 +19,7 @@ Not here: the worlds (`worlds.py`), the comparison of many samplers (`lab.py`), 
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -68,11 +69,11 @@ def path_log_q(logits_fn: LogitsFn, x: Tensor, *, mask_id: int, **sampling: Any)
 
 
 def ignores_draws(order: str | Order, n: int, v: int) -> bool:
-    """Whether an order gives the same scores whatever was drawn: tried on random logits and two random draws."""
+    """Whether an order gives the same scores whatever was drawn: tried on random logits with two random draws."""
     rank_by, g = ORDERS[order] if isinstance(order, str) else order, torch.Generator().manual_seed(0)
     logits, masked = torch.randn(16, n, v, generator=g), torch.rand(16, n, generator=g) < 0.5
     one, other = (torch.randint(v, (16, n), generator=g) for _ in range(2))
-    return rank_by(logits, one, masked, 0.5).equal(rank_by(logits, other, masked, 0.5))
+    return all(rank_by(logits, one, masked, u).equal(rank_by(logits, other, masked, u)) for u in (0.0, 0.5, 1.0))
 
 
 def features(tokens: Tensor, v: int) -> tuple[Tensor, Tensor]:
@@ -150,7 +151,8 @@ class WorldJudge:
         self.truth = features(self.x[:, self.places], self.v)
 
     def identity(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
+        """A world of your own is code, which cannot be compared: its identity is never met again."""
+        digest = hashlib.sha256(b"" if type(self.world).__module__ == World.__module__ else os.urandom(16))
         for _, value in sorted(vars(self.world).items()):
             digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
         name = f"{type(self.world).__name__} {self.world.grid[0]}x{self.world.grid[1]}, {self.v} codes"

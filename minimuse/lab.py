@@ -129,7 +129,10 @@ class Report:
         return "\n".join(rows)
 
     def plot(self, ax=None, measure: str | None = None):
-        """A measure against the mean forward passes, 95% bars -> the axes. Colours are orders, dashes schedules."""
+        """A measure against the mean forward passes, 95% bars -> the axes. Colours are orders, dashes schedules.
+
+        Schedules whose names begin with "bound" make one line: its points are the bounds.
+        """
         import matplotlib.pyplot as plt
 
         measure = measure or next(m for m in self.titles if any(m in c.groups for c in self.cells))
@@ -139,7 +142,8 @@ class Report:
         ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
         lines = {}
         for c in cells:
-            lines.setdefault((c.schedule, c.order), []).append(c)
+            name = "entropy bounds" if c.schedule.startswith("bound") else c.schedule
+            lines.setdefault((name, c.order or name), []).append(c)
         colours, dashes = ({name: i for i, name in enumerate(dict.fromkeys(k[j] for k in lines))} for j in (1, 0))
         for (schedule, order), points in lines.items():
             points, i = sorted(points, key=lambda c: c.passes), dashes[schedule]
@@ -150,7 +154,7 @@ class Report:
                 "linestyle": ["-", "--", ":", "-."][i % 4],
                 "marker": "osD^vP"[i % 6],
             }
-            label = f"{order}, {schedule}{bound}"
+            label = ", ".join(dict.fromkeys((order, schedule))) + bound
             ax.errorbar([c.passes for c in points], mean, half, label=label, capsize=3, markersize=4, lw=1.4, **style)
         low = min(c[measure].mean - c[measure].half for c in cells)
         if low > 0:
@@ -174,15 +178,16 @@ class Report:
 
         folder = Path(folder)
         values = {"about": self.about, "titles": self.titles, "cells": [asdict(c) for c in self.cells]}
-        old, what = folder / "report.json", "another report"
-        if old.exists() and not overwrite:
+        measures = [m for m in self.titles if any(m in c.groups for c in self.cells)]
+        old, files = folder / "report.json", [f"{m}.{ending}" for m in measures for ending in ("png", "pdf")]
+        if not overwrite and (there := [f for f in (old.name, *files) if (folder / f).exists()]):
             try:
                 lost = [c for c in json.loads(old.read_text(encoding="utf-8"))["cells"] if c not in values["cells"]]
-            except (ValueError, KeyError, TypeError):
-                lost, what = [None], "a file that is no report"
+            except (OSError, ValueError, KeyError, TypeError):
+                lost = there
             if lost:
-                raise FileExistsError(f"{old} is {what}; give another folder, or overwrite=True")
-        for measure in [m for m in self.titles if any(m in c.groups for c in self.cells)]:
+                raise FileExistsError(f"{folder} holds another report ({there[0]}); give another folder, or overwrite")
+        for measure in measures:
             figure = self.plot(measure=measure).figure
             folder.mkdir(parents=True, exist_ok=True)
             for ending in ("png", "pdf"):
@@ -238,7 +243,7 @@ def _preset(judge: Judge, name: str, t: int, sampling: dict[str, Any]) -> Trial:
     plain = all(isinstance(v, str | int | float | None) for v in sampling.values())
     if isinstance(settings["order"], str):
         settings["order"] = judge.order(settings["order"])
-    return (f"as {name}", "its own", t), settings, {"preset": name, "steps": t, **sampling} if plain else None
+    return (f"as {name}", "", t), settings, {"preset": name, "steps": t, **sampling} if plain else None
 
 
 def _digest(key: dict[str, Any]) -> str:

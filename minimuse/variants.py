@@ -67,7 +67,7 @@ def lucidrains(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
         "schedule": lambda u: math.cos(math.pi / 2 * min(1.0, u * steps / last)) if u < 1 else 0.0,
         "order": lambda logits, drawn, masked, u: logits.gather(-1, drawn[..., None]).squeeze(-1),
         "sampling_temperature": lambda u: (1 - u) * (steps - 1) / steps,
-        "top_k": math.ceil(0.1 * codebook_size),
+        "top_k": math.ceil((1 - 0.9) * codebook_size),
     }
 
 

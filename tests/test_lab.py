@@ -388,6 +388,7 @@ def test_plot(report):
     assert report.plot(ax, "pairs") is ax
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert len(labels) == 10, "a line for each schedule and order, and one for the preset"
+    assert {"as maskgit", "halton, entropy bounds"} <= set(labels)
     labels = [text.get_text() for text in report.plot().get_legend().get_texts()]
     assert "random, cosine (upper bound)" in labels
     assert "halton, cosine" in labels
@@ -396,7 +397,8 @@ def test_plot(report):
     plt.close("all")
 
 
-def test_save_keeps_what_is_there(report, tmp_path):
+def test_save_keeps_what_is_there(tmp_path):
+    report = compare(MIXTURE, ["cosine"], ["halton", "confidence"], [2], samples=64)
     folder = report.save(tmp_path / "out")
     for measure in ("kl", "surprise", "singles", "pairs"):
         assert (folder / f"{measure}.png").stat().st_size > 5000
@@ -413,9 +415,12 @@ def test_save_keeps_what_is_there(report, tmp_path):
         other.save(folder)
     assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == values, "nothing was touched"
     other.save(folder, overwrite=True)
-    (tmp_path / "report.json").write_text("mine")
-    with pytest.raises(FileExistsError, match="no report"):
-        other.save(tmp_path)
+    for name in ("report.json", "kl.png"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        with pytest.raises(FileExistsError, match=name):
+            other.save(tmp_path / name)
+        assert (tmp_path / name / name).read_text() == "mine", "a stranger's file"
 
 
 class Counting(WorldJudge):
@@ -441,6 +446,8 @@ def test_finished_cells_are_used_again(tmp_path):
     compare(Counting(MIXTURE, 64), {"a": curve}, ["halton"], [2], out=tmp_path)
     compare(judge, {"a": curve}, ["halton"], [2], out=tmp_path, top_k=1)
     assert Counting.calls == 10, "another seed, another world, another setting"
+    own = type("Own", (ChainWorld,), {})(CHAIN.transition, 4)
+    assert WorldJudge(own, 64).identity() != WorldJudge(own, 64).identity(), "nor a world of one's own"
     for _ in range(2):
         compare(judge, {"rule": lambda logits, masked, u: masked.sum(1)}, ["halton"], [2], out=tmp_path)
         compare(judge, ["cosine"], {"own": by_rank(torch.arange(4))}, [2], out=tmp_path)
