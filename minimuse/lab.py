@@ -48,7 +48,7 @@ class Cell:
 
 
 def difference(a: Cell, b: Cell, measure: str) -> Estimate:
-    """a - b with its interval, group by group: what the shared samples have in common cancels."""
+    """a - b with its interval, group by group, since both saw the same samples."""
     return estimate([x - y for x, y in zip(a.groups[measure], b.groups[measure], strict=True)])
 
 
@@ -140,21 +140,21 @@ class Report:
         if not cells:
             raise ValueError(f"no cell has measured {measure!r}; known: {', '.join(self.titles)}")
         ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
-        lines = {}
+        lines: dict[tuple[str, str], list[Cell]] = {}
         for c in cells:
             name = "entropy bounds" if c.schedule.startswith("bound") else c.schedule
-            lines.setdefault((name, c.order or name), []).append(c)
-        colours, dashes = ({name: i for i, name in enumerate(dict.fromkeys(k[j] for k in lines))} for j in (1, 0))
-        for (schedule, order), points in lines.items():
-            points, i = sorted(points, key=lambda c: c.passes), dashes[schedule]
+            lines.setdefault((c.order or name, name), []).append(c)
+        colours, dashes = (list(dict.fromkeys(names)) for names in zip(*lines, strict=True))
+        for (order, name), points in lines.items():
+            points, i = sorted(points, key=lambda c: c.passes), dashes.index(name)
             mean, half = zip(*(c[measure] for c in points), strict=True)
             bound = " (upper bound)" if measure == "kl" and any(c.bound for c in points) else ""
+            label = ", ".join(dict.fromkeys((order, name))) + bound
             style = {
-                "color": f"C{colours[order]}",
-                "linestyle": ["-", "--", ":", "-."][i % 4],
+                "color": f"C{colours.index(order)}",
                 "marker": "osD^vP"[i % 6],
+                "ls": ("-", "--", ":", "-.")[i % 4],
             }
-            label = ", ".join(dict.fromkeys((order, schedule))) + bound
             ax.errorbar([c.passes for c in points], mean, half, label=label, capsize=3, markersize=4, lw=1.4, **style)
         low = min(c[measure].mean - c[measure].half for c in cells)
         if low > 0:
@@ -177,16 +177,11 @@ class Report:
         import matplotlib.pyplot as plt
 
         folder = Path(folder)
-        values = {"about": self.about, "titles": self.titles, "cells": [asdict(c) for c in self.cells]}
         measures = [m for m in self.titles if any(m in c.groups for c in self.cells)]
-        old, files = folder / "report.json", [f"{m}.{ending}" for m in measures for ending in ("png", "pdf")]
-        if not overwrite and (there := [f for f in (old.name, *files) if (folder / f).exists()]):
-            try:
-                lost = [c for c in json.loads(old.read_text(encoding="utf-8"))["cells"] if c not in values["cells"]]
-            except (OSError, ValueError, KeyError, TypeError):
-                lost = there
-            if lost:
-                raise FileExistsError(f"{folder} holds another report ({there[0]}); give another folder, or overwrite")
+        cells = [asdict(c) for c in self.cells]
+        if not overwrite:
+            figures = [f"{m}.{ending}" for m in measures for ending in ("png", "pdf")]
+            _refuse_loss(folder, ["report.json", "report.csv", "report.md", *figures], cells)
         for measure in measures:
             figure = self.plot(measure=measure).figure
             folder.mkdir(parents=True, exist_ok=True)
@@ -201,8 +196,22 @@ class Report:
                     bound = c.bound and m == "kl"
                     rows.writerow([c.schedule, c.order, c.steps, c.passes, m, mean, mean - half, mean + half, bound])
         _write(folder / "report.md", self.table() + "\n")
-        _write(old, json.dumps(values, indent=1) + "\n")
+        values = {"about": self.about, "titles": self.titles, "cells": cells}
+        _write(folder / "report.json", json.dumps(values, indent=1) + "\n")
         return folder
+
+
+def _refuse_loss(folder: Path, files: list[str], cells: list[dict[str, Any]]) -> None:
+    """FileExistsError where a file would go whose figures are not all among `cells`."""
+    if not (there := [f for f in files if (folder / f).exists()]):
+        return
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        if all(c in cells for c in report["cells"]):
+            return
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise FileExistsError(f"{folder} holds another report ({there[0]}); give another folder, or overwrite it")
 
 
 # --- the grid ---------------------------------------------------------------------------------------------------------
@@ -228,22 +237,22 @@ def _trial(judge: Judge, name: str, other: str, t: int, schedule: Any, order: An
         raise ValueError(
             f"unknown order {order!r}; known: {', '.join(ORDERS)}; or give a mapping of names to functions"
         )
-    plain = all(isinstance(v, str | int | float | None) for v in sampling.values())
-    key = (
-        {"schedule": mark, "order": order, "steps": t, **sampling}
-        if mark and isinstance(order, str) and plain
-        else None
-    )
+    key = {"schedule": mark, "order": order, "steps": t} if mark and isinstance(order, str) else None
     by = judge.order(order) if isinstance(order, str) else order
-    return (name, other, t), {"schedule": rule, "order": by, **sampling, "steps": t}, key
+    return (name, other, t), {"schedule": rule, "order": by, **sampling, "steps": t}, _with(key, sampling)
 
 
 def _preset(judge: Judge, name: str, t: int, sampling: dict[str, Any]) -> Trial:
     settings = {**variants.settings(name, judge.n, judge.v, t), **sampling}
-    plain = all(isinstance(v, str | int | float | None) for v in sampling.values())
     if isinstance(settings["order"], str):
         settings["order"] = judge.order(settings["order"])
-    return (f"as {name}", "", t), settings, {"preset": name, "steps": t, **sampling} if plain else None
+    return (f"as {name}", "", t), settings, _with({"preset": name, "steps": t}, sampling)
+
+
+def _with(key: dict[str, Any] | None, sampling: dict[str, Any]) -> dict[str, Any] | None:
+    """The key with `sampling`, or None where that holds functions."""
+    plain = all(isinstance(v, str | int | float | None) for v in sampling.values())
+    return {**key, **sampling} if key and plain else None
 
 
 def _digest(key: dict[str, Any]) -> str:
