@@ -22,12 +22,12 @@ BOUNDS = tuple(f"bound{b}" for b in (0.25, 0.5, 1, 2, 4, 8))
 
 
 def show(e: Estimate, digits: int = 4, bound: bool = False) -> str:
-    return f"{'<= ' * bound}{e.mean:.{digits}f} ± {e.half:.{digits}f}"
+    return f"{'<= ' * bound}{round(e.mean, digits) + 0.0:.{digits}f} ± {e.half:.{digits}f}"
 
 
 def verdict(e: Estimate) -> str:
-    """Bold where the interval leaves 0 out."""
-    return f"**{show(e)}**" if abs(e.mean) > e.half else show(e)
+    """Bold where the interval leaves 0 out, and not by rounding alone."""
+    return f"**{show(e)}**" if abs(e.mean) > max(e.half, 1e-5) else show(e)
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

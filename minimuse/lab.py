@@ -118,7 +118,9 @@ class Report:
                 return ""
             mean, half = cell[measure]
             digits = min(7, max(2, 1 - math.floor(math.log10(half)))) if half > 0 else 4
-            return f"{'<= ' * (cell.bound and measure == 'kl')}{mean:.{digits}f} ± {half:.{digits}f}"
+            return (
+                f"{'<= ' * (cell.bound and measure == 'kl')}{round(mean, digits) + 0.0:.{digits}f} ± {half:.{digits}f}"
+            )
 
         lines = [["schedule", "order", "steps", "passes", *self.titles]]
         for c in self.cells:
