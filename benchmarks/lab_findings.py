@@ -3,10 +3,11 @@
     python benchmarks/lab_findings.py [--out runs/lab_findings] [--samples 2048] [--worlds mixture,chain,potts]
 
 Finished cells are kept in --out, so that it may be stopped at any time. It writes a report for each world, and
-findings.md with three tables:
+findings.md with four tables:
     schedules   KL of each less KL of cosine, the same truth for both, Halton order: below 0 beats cosine
     orders      under cosine: the squared distance of token pairs, which is fair to all, and the surprise
     adaptive    passes and KL of entropy-bounded rules, beside cosine in the same order
+    presets     the samplers of known code bases, each as it is
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from minimuse.judge import Estimate
 from minimuse.lab import WORLDS, Report, compare, difference
+from minimuse.variants import PRESETS
 
 SCHEDULES = ("cosine", "linear", "square", "cubic", "sqrt")
 ORDERS = ("halton", "random", "entropy", "confidence")
@@ -64,6 +66,17 @@ def adaptive_table(reports: dict[str, Report]) -> str:
     return markdown(["world", "rule", "passes", "KL", "surprise"], rows)
 
 
+def presets_table(reports: dict[str, Report]) -> str:
+    rows = [
+        [w, name, str(t), show(c["surprise"], 3), show(c["singles"]), show(c["pairs"])]
+        for w, r in reports.items()
+        for name in PRESETS
+        for t in (8, 16)
+        for c in [r[f"as {name}", "", t]]
+    ]
+    return markdown(["world", "sampler", "steps", "surprise", "singles", "pairs"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/lab_findings"))
@@ -75,11 +88,13 @@ def main() -> None:
         world, out = WORLDS[name](), args.out / name
         fixed = compare(world, SCHEDULES, ORDERS, STEPS, samples=args.samples, out=out)
         adaptive = compare(world, BOUNDS, ["entropy"], [64], samples=args.samples, out=out)
-        reports[name] = Report(fixed.cells + adaptive.cells, fixed.titles, fixed.about)
+        presets = compare(world, [], presets=PRESETS, steps=(8, 16), samples=args.samples, out=out)
+        reports[name] = Report(fixed.cells + adaptive.cells + presets.cells, fixed.titles, fixed.about)
         reports[name].save(out, overwrite=True)
         print(f"{name}: {out}", flush=True)
-    tables = (schedules_table(reports), orders_table(reports), adaptive_table(reports))
-    text = "\n".join(f"## {t}\n\n{x}" for t, x in zip(("Schedules", "Orders", "Adaptive rules"), tables, strict=True))
+    tables = {"Schedules": schedules_table, "Orders": orders_table, "Adaptive rules": adaptive_table}
+    tables |= {"Samplers of known code bases": presets_table}
+    text = "\n".join(f"## {title}\n\n{table(reports)}" for title, table in tables.items())
     (args.out / "findings.md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -141,11 +141,12 @@ class Report:
         cells = [c for c in self.cells if measure in c.groups]
         if not cells:
             raise ValueError(f"no cell has measured {measure!r}; known: {', '.join(self.titles)}")
-        ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
         lines: dict[tuple[str, str], list[Cell]] = {}
         for c in cells:
             name = "entropy bounds" if c.schedule.startswith("bound") else c.schedule
             lines.setdefault((c.order or name, name), []).append(c)
+        many = len(lines) > 8  # the legend goes outside
+        ax = ax or plt.subplots(figsize=(9 if many else 6, 4), layout="constrained")[1]
         colours, dashes = (list(dict.fromkeys(names)) for names in zip(*lines, strict=True))
         for (order, name), points in lines.items():
             points, i = sorted(points, key=lambda c: c.passes), dashes.index(name)
@@ -158,19 +159,26 @@ class Report:
                 "ls": ("-", "--", ":", "-.")[i % 4],
             }
             ax.errorbar([c.passes for c in points], mean, half, label=label, capsize=3, markersize=4, lw=1.4, **style)
-        low = min(c[measure].mean - c[measure].half for c in cells)
-        if low > 0:
-            ax.set_yscale("log")
-        else:
-            ax.axhline(0, color="0.6", lw=0.8, zorder=0)
+        ax.axhline(0, color="0.6", lw=0.8, zorder=0)
+        ends = [end for c in cells for end in (c[measure].mean - c[measure].half, c[measure].mean + c[measure].half)]
+        typical = sorted(c[measure].half for c in cells)[len(cells) // 2]
+        if min(c[measure].mean for c in cells) > -typical:  # a distance: powers of ten, down to what tells from 0
+            ax.set_yscale("symlog", linthresh=max(typical, 1e-9))
+            ax.set_ylim(min(*ends, 0) - typical / 5, 1.5 * max(ends))
         ax.set_xscale("log", base=2)
-        ticks = sorted({round(c.passes) for c in cells})
+        ticks = sorted({c.steps for c in cells if c.passes == c.steps} or {round(c.passes) for c in cells})
         ax.set_xticks(ticks, [str(t) for t in ticks])
+        ax.minorticks_off()
         ax.set_xlabel("forward passes a picture")
         ax.set_ylabel(self.titles[measure])
         ax.set_title(f"{self.about['target']}", fontsize=10)
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=7, ncols=1 + (len(lines) > 8), frameon=False)
+        ax.legend(
+            fontsize=7,
+            frameon=False,
+            handlelength=3.5,
+            **({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}),
+        )
         return ax
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:

@@ -60,7 +60,7 @@ def lucidrains(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
     """lucidrains/muse-maskgit-pytorch: the sampling temperature anneals by 1 - (i + 1) / T, top-k is V / 10.
 
     Its steps see linspace(0, 1, T), so the last reveals a single token: T steps do the work of T - 1. It ranks by raw
-    logits. Not followed: it may reveal none in a step.
+    logits. With few codes it is greedy: a tenth of 8 is 1. Not followed: it may reveal none in a step.
     """
     last = max(steps - 1, 1)
     return {
