@@ -1,4 +1,4 @@
-"""The `minimuse` command: generate, inpaint, outpaint, edit, train, average, info. No logic of its own.
+"""The `minimuse` command: generate, inpaint, outpaint, edit, train, average, compare, info. No logic of its own.
 
 minimuse generate "two small red cubes" --n 4 --seed 0 --film
 minimuse inpaint picture.png mask.png "a green sphere"
@@ -89,6 +89,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     p.add_argument("--decay", type=float, default=0.7, help="of the moving average (default: 0.7, the paper's)")
     p.add_argument("--half", action="store_true", help="save the weights in half precision")
+    p = command("compare", compare, "measure masking schedules and orders in an exact world")
+    p.add_argument("--world", default="mixture", help="mixture, chain or potts (default: mixture)")
+    p.add_argument(
+        "--schedule",
+        type=_names,
+        default=["cosine"],
+        help="comma-separated; such as cosine,pow2,bound2 (adaptive, 2 nats)",
+    )
+    p.add_argument("--order", type=_names, default=["confidence"], help="comma-separated, as of generate")
+    p.add_argument("--preset", type=_names, default=[], help="muse, maskgit, amused, halton, lucidrains")
+    p.add_argument("--steps", type=_names, default=["4", "8", "16"], help="comma-separated (default: 4,8,16)")
+    p.add_argument("--samples", type=int, default=4096)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, help="folder for the report; finished cells are kept there and used again")
+    p.add_argument("--force", action="store_true", help="overwrite another report")
     p = command("info", info, "sizes, grids and defaults of presets and checkpoints")
     p.add_argument("names", nargs="*", metavar="NAME")
     return top
@@ -118,6 +133,10 @@ def _drawing(p: argparse.ArgumentParser, sampling: bool = True) -> None:
 def _guidance(text: str) -> float | tuple[float, float]:
     first, _, last = text.partition(":")
     return (float(first), float(last)) if last else float(first)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -323,6 +342,20 @@ def average(args: argparse.Namespace) -> None:
         muse.parts[name].load_state_dict(checkpoint.average(states, args.decay))
         print(f"{name}: {len(states)} states, steps {int(states[0].name[5:])} to {int(states[-1].name[5:])}")
     print(muse.save_pretrained(args.out, dtype=torch.float16 if args.half else None))
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print the table; with --out also write figures and tables there."""
+    from minimuse import lab
+
+    if args.world not in lab.WORLDS:
+        raise ValueError(f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
+    settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": args.out}
+    steps = [int(t) for t in args.steps]
+    report = lab.compare(lab.WORLDS[args.world](), args.schedule, args.order, steps, **settings)
+    print(report.table())
+    if args.out:
+        print(report.save(args.out, overwrite=args.force))
 
 
 def info(args: argparse.Namespace) -> None:
