@@ -220,20 +220,22 @@ def train(args: argparse.Namespace) -> None:
     from minimuse import checkpoint
     from minimuse.config import to_dict
     from minimuse.engine import Engine, Stopped
+    from minimuse.folders import open_source
     from minimuse.train import train_muse
 
     cfg = _configuration(args)
+    source = open_source(args.data, cfg, seed=args.seed)
     engine = Engine(
         seed=args.seed, device=args.device, accumulate=args.accumulate, compile=args.compile,
         recompute=args.recompute, folder=args.out, keep=args.keep,
     )  # fmt: skip
-    values = {"config": to_dict(cfg), "seed": args.seed, "data": str(args.data)}
+    values = {"config": to_dict(cfg), "seed": args.seed, "data": args.data, "data_fingerprint": source.fingerprint}
     if engine.is_main:
         checkpoint.open_run(args.out, values, resume=args.resume)
     engine.accelerator.wait_for_everyone()
     engine.heed_signals()
     try:
-        progress = _with_bars(train_muse(cfg, data=args.data, engine=engine), engine.is_main)
+        progress = _with_bars(train_muse(cfg, data=source, engine=engine), engine.is_main)
         p = deque(progress, maxlen=1).pop()
     except Stopped:
         raise SystemExit(_stopped(args, engine)) from None
