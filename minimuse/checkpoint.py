@@ -312,11 +312,11 @@ def _save_sharded(tensors: dict[str, Tensor], folder: Path) -> None:
     dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
-def _load_sharded(tensors: dict[str, Tensor], folder: Path) -> None:
-    """The same backwards, also onto another number of processes."""
+def _load_sharded(tensors: dict[str, Tensor], folder: Path, alone: bool = False) -> None:
+    """The same backwards, also onto another number of processes, or without any."""
     from torch.distributed import checkpoint as dcp
 
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -389,5 +389,5 @@ def _read(path: Path) -> dict[str, Tensor]:
 
     known = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     tensors = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in known.items()}
-    _load_sharded(tensors, path)
+    _load_sharded(tensors, path, alone=True)
     return tensors

@@ -180,6 +180,7 @@ class MuseConfig:
     captions: int  # captions a scene
     shares: tuple[float, float, float] = (45, 35, 20)  # of scenes with 1, 2 and 3 things
     stages: dict[str, StageConfig] = field(default_factory=dict)
+    low_tokenizer_from: str = ""  # a diffusers VQModel, hub id or folder, in place of training one (`amused.py`)
     pixels_gib: float = 32.0  # Choice: images kept as pixels, enough to train tokenizers on; the rest is read once more
     text_gib: float = 64.0  # embedded captions kept on disk; where they need more, they are encoded at every step
 

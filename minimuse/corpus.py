@@ -23,7 +23,7 @@ from torch import Tensor
 from minimuse.cache import Rows, Shards, fill, fingerprint
 from minimuse.captions import EXAMPLE_PROMPTS, vocabulary
 from minimuse.config import MuseConfig
-from minimuse.data import SceneDataset, Source, halve, to_float
+from minimuse.data import SceneDataset, Source, halve
 from minimuse.engine import Engine
 from minimuse.precompute import (
     CachedPixels,
@@ -37,6 +37,7 @@ from minimuse.precompute import (
     make_text,
     make_tokens,
     text_fits,
+    tokenize,
 )
 from minimuse.text import TextEncoder
 
@@ -70,11 +71,10 @@ class Corpus:
         image_size = getattr(self.cfg, f"{name}_tokenizer").image_size
         print_ = fingerprint(self.source.fingerprint, self.side, image_size, tokenizer.state_dict())
         shards = self._shards(f"{name}_tokens", print_)
-        tokenizer.eval().to(self.engine.device)
+        tokenizer.to(self.engine.device)
 
         def encode(images: Tensor) -> Tensor:
-            with self.engine.precision(), torch.inference_mode():
-                return tokenizer.encode(to_float(halve(images, self.side // image_size)).to(self.engine.device))
+            return tokenize(tokenizer, halve(images, self.side // image_size), bf16=self.engine.bf16)
 
         source = CachedPixels(self._pixels) if self.all_pixels else self.source
         make = make_tokens(source, self.side, {name: encode}, tokenizer.codebook_size, batch=128)

@@ -14,10 +14,11 @@ import hashlib
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,8 @@ class Engine:
         self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
-        self.bf16 = bf16 if self.accelerator.mixed_precision == "no" else False  # else accelerate sees to it
+        told = self.accelerator.mixed_precision  # by `accelerate launch`; fp16 and fp8 are accelerate's own affair
+        self.bf16 = bf16 if told == "no" else told == "bf16"
         self.accumulate = accumulate or self.accelerator.gradient_accumulation_steps
         self.seed, self.compile, self.recompute = seed, compile, recompute
         self.folder, self.keep = folder and Path(folder), keep
@@ -144,6 +146,14 @@ class Engine:
     def sharded(self) -> bool:
         """Are the parameters spread over the processes (FSDP2)?"""
         return getattr(self.accelerator, "is_fsdp2", False)
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer, shard: bool) -> tuple[nn.Module, Any]:
+        """What accelerate makes of both; in a sharded run, small modules that are not to be sharded train by DDP."""
+        if not self.sharded or shard:
+            return self.accelerator.prepare(module, optimizer)
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        wrapped = nn.parallel.DistributedDataParallel(module.to(self.device), device_ids=ids)
+        return wrapped, self.accelerator.prepare_optimizer(optimizer)
 
     def heed_signals(self) -> None:
         """From now on Ctrl-C and SIGTERM finish the step, save, and raise Stopped; a second one ends at once.
@@ -184,7 +194,8 @@ class Engine:
 
 
 class Stage:
-    """One stage under way. Its modules are trained alike; `extra` are tensors that belong to its state.
+    """One stage under way. Its modules are trained alike; `extra` are tensors that belong to its state; `shard` says
+    whether FSDP, where the run has it, spreads the modules over the processes.
 
     >>> for step in stage.steps():
     ...     for at, draws in stage.micro_batches(n, step):
@@ -200,8 +211,9 @@ class Stage:
         cfg: StageConfig,
         modules: dict[str, nn.Module],
         extra: dict[str, Tensor] | None = None,
+        shard: bool = False,
     ):
-        self.engine, self.name, self.cfg = engine, name, cfg
+        self.engine, self.name, self.cfg, self.sharded = engine, name, cfg, shard and engine.sharded
         self.parts = engine.accumulate * engine.processes
         if cfg.batch % self.parts:
             raise ValueError(
@@ -211,12 +223,13 @@ class Stage:
         self.modules, self.optimizers, self.extra = {}, {}, dict(extra or {})
         engine.accelerator.free_memory()  # it holds on to the stage before
         for key, module in modules.items():
+            module.zero_grad()  # or torch would not make the optimizer's state ahead of its first step, for `state`
             for part in module.modules():
                 if hasattr(part, "recompute"):
                     part.recompute = engine.recompute
             if engine.compile:
                 module.compile()
-            prepared = engine.accelerator.prepare(module, make_optimizer(module, cfg))
+            prepared = engine.prepare(module, make_optimizer(module, cfg), shard)
             self.modules[key], self.optimizers[key] = prepared
         self.trained = [p for p in self.modules["model"].parameters() if p.requires_grad]
         if cfg.ema:
@@ -224,7 +237,7 @@ class Stage:
         self.folder = engine.folder and engine.folder / name
         self.first = 0
         if self.folder and checkpoint.states(self.folder):
-            self.first = checkpoint.load_state(self.folder, self.state(), self.about(), sharded=engine.sharded)
+            self.first = checkpoint.load_state(self.folder, self.state(), self.about(), sharded=self.sharded)
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that the next step depends on, alive: written to disk, and read back in place."""
@@ -276,8 +289,13 @@ class Stage:
             mine = slice((k * engine.processes + engine.rank) * size, (k * engine.processes + engine.rank + 1) * size)
             with ExitStack() as stack:
                 for module in self.modules.values() if k < engine.accumulate - 1 else ():
-                    stack.enter_context(engine.accelerator.no_sync(module))
+                    stack.enter_context(self._no_sync(module))
                 yield at[mine], self.draws(self.places(step)[mine])
+
+    def _no_sync(self, module: nn.Module) -> AbstractContextManager:
+        if self.sharded:
+            return self.engine.accelerator.no_sync(module)
+        return getattr(module, "no_sync", nullcontext)()  # of DDP; a single process has nothing to wait for
 
     def backward(self, share: Tensor) -> None:
         """A share of the step's loss: those of all micro-batches and processes add up to it."""
@@ -309,7 +327,8 @@ class Stage:
         engine, done = self.engine, step + 1
         stop = engine.must_stop(done)
         if done == self.cfg.steps and self.cfg.ema:
-            torch._foreach_copy_([p.detach() for p in self.trained], self._ema())
+            for p, mean in zip(self.trained, self._ema(), strict=True):
+                p.detach().copy_(mean)
         if self.folder and (stop or done == self.cfg.steps or done % self.cfg.save_every == 0):
             self.save(done)
         if stop:
@@ -319,7 +338,7 @@ class Stage:
         """Everything into `folder/step-...`; all processes call it."""
         engine, state, about = self.engine, self.state(), self.about()
         wait = engine.accelerator.wait_for_everyone
-        if engine.sharded:
+        if self.sharded:
             checkpoint.save_state(self.folder, done, state, about, engine.keep, main=engine.is_main, wait=wait)
         elif engine.is_main:
             checkpoint.save_state(self.folder, done, state, about, engine.keep)

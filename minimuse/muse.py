@@ -63,6 +63,21 @@ def build(cfg: MuseConfig) -> nn.ModuleDict:
     )
 
 
+def ready_tokenizer(cfg: MuseConfig) -> nn.Module | None:
+    """The low tokenizer that others trained, where `low_tokenizer_from` names one: frozen, of the very numbers."""
+    if not cfg.low_tokenizer_from:
+        return None
+    from minimuse.amused import VQTokenizer
+
+    lone = Path(cfg.low_tokenizer_from, "config.json").exists()  # a VQModel by itself, not in a whole aMUSEd
+    tokenizer = VQTokenizer.from_pretrained(cfg.low_tokenizer_from, subfolder="" if lone else "vqvae")
+    for name in ("codebook_size", "downsampling"):
+        found, expected = getattr(tokenizer, name), getattr(cfg.low_tokenizer, name)
+        if found != expected:
+            raise ValueError(f"{cfg.low_tokenizer_from}: {name} {found}, but low_tokenizer says {expected}; change it")
+    return tokenizer
+
+
 def parameter_counts(cfg: MuseConfig) -> dict[str, int]:
     """Parameters of each network, counted on the meta device: no memory is taken, whatever the size."""
     with torch.device("meta"):
@@ -190,6 +205,9 @@ class Muse:
         cfg, weights, about = checkpoint.load(name)
         with torch.device("meta"):
             parts = build(cfg)
+        if (ready := ready_tokenizer(cfg)) is not None:
+            parts["low_tokenizer"] = ready
+            weights |= {f"low_tokenizer.{k}": v for k, v in ready.state_dict().items()}
         checkpoint.check_weights(parts.state_dict(), weights, name)
         parts.load_state_dict(weights, assign=True)
         encoder = TextEncoder(cfg.text_encoder, max_tokens=cfg.text_tokens)
@@ -201,11 +219,15 @@ class Muse:
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
         """config.json, model.safetensors and a model card (README.md) into a folder; `dtype` None changes none.
 
-        ValueError where `from_pretrained` could not build the networks again, such as a tokenizer of `amused.py`.
+        A low tokenizer that others trained is named in config.json, not stored. ValueError where `from_pretrained`
+        could not build the networks again.
         """
         with torch.device("meta"):
-            checkpoint.check_weights(build(self.cfg).state_dict(), self.parts.state_dict(), self.cfg.name)
-        weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in self.parts.state_dict().items()}
+            expected, found = build(self.cfg).state_dict(), self.parts.state_dict()
+        if self.cfg.low_tokenizer_from:
+            expected, found = ({k: v for k, v in w.items() if "low_tokenizer." not in k} for w in (expected, found))
+        checkpoint.check_weights(expected, found, self.cfg.name)
+        weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in found.items()}
         about = {"words": self.words, "examples": self.examples}
         return checkpoint.save(folder, self.cfg, weights, about, overwrite=overwrite)
 

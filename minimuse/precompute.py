@@ -22,7 +22,8 @@ from torch import Tensor
 
 from minimuse.cache import Made, Mapped, Shards
 from minimuse.config import MuseConfig
-from minimuse.data import Example, Problems, Source
+from minimuse.data import Example, Problems, Source, to_float
+from minimuse.engine import precision
 
 
 def make_pixels(source: Source, side: int) -> Callable[[int], Made]:
@@ -35,6 +36,15 @@ def make_pixels(source: Source, side: int) -> Callable[[int], Made]:
         return {"pixels": pixels.numpy()}, _extra([e.captions for e in examples], problems)
 
     return make
+
+
+@torch.inference_mode()
+def tokenize(tokenizer: Any, images: Tensor, batch: int = 256, bf16: bool | None = None) -> Tensor:
+    """A frozen tokenizer, ours or another, images (n, 3, H, W) uint8 -> tokens (n, N), on the CPU."""
+    device = next(tokenizer.parameters()).device
+    tokenizer.eval()
+    with precision(device, bf16):
+        return torch.cat([tokenizer.encode(to_float(x).to(device)).cpu() for x in images.split(batch)])
 
 
 def make_tokens(

@@ -26,10 +26,10 @@ from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.corpus import Corpus
 from minimuse.data import SceneDataset, Source, halve, to_float
-from minimuse.engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizer, precision
+from minimuse.engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizer
 from minimuse.folders import open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
-from minimuse.muse import Muse, build
+from minimuse.muse import Muse, build, ready_tokenizer
 from minimuse.scenes import COLORS, SHAPES
 from minimuse.text import Context, TextEncoder, pad_contexts
 from minimuse.transformer import SuperRes, Transformer
@@ -118,15 +118,6 @@ def train_tokenizer(
         yield Progress(stage, step + 1, cfg.steps, figures, vqgan)
 
 
-@torch.inference_mode()
-def tokenize(vqgan: VQGAN, images: Tensor, batch: int = 256, bf16: bool | None = None) -> Tensor:
-    """A frozen tokenizer, images (n, 3, H, W) uint8 -> tokens (n, N), on the CPU."""
-    device = next(vqgan.parameters()).device
-    vqgan.eval()
-    with precision(device, bf16):
-        return torch.cat([vqgan.encode(to_float(x).to(device)).cpu() for x in images.split(batch)])
-
-
 def train_features(images: Tensor, kinds: Tensor, *, steps: int = 200, seed: int = 0) -> SceneFeatures:
     """images (n, 3, H, W) uint8, kinds (n, K) 0 or 1 -> features for a perceptual loss, trained to tell kinds."""
     torch.manual_seed(seed)
@@ -189,7 +180,7 @@ def train_transformer(
     device = engine.device
     model.train()
     torch.manual_seed(engine.seed)
-    job = Stage(engine, stage, cfg, {"model": MaskedLoss(model)})
+    job = Stage(engine, stage, cfg, {"model": MaskedLoss(model)}, shard=True)
     if job.first:
         yield Progress(stage, job.first, cfg.steps, {}, model)
     for step in job.steps():
@@ -281,7 +272,10 @@ def _stages(cfg: MuseConfig, data: str | Path | Source, engine: Engine, watch: W
         images, held_out = corpus.split(corpus.images), corpus.split(corpus.images, held_out=True)
 
         small = Decimated(images, factor), Decimated(held_out, factor)
-        yield from tokenizer("low_tokenizer", parts["low_tokenizer"], *small)
+        if (ready := ready_tokenizer(cfg)) is not None:
+            parts["low_tokenizer"] = ready
+        else:
+            yield from tokenizer("low_tokenizer", parts["low_tokenizer"], *small)
         yield from _work("low tokens", corpus.tokenize("low", parts["low_tokenizer"]), parts)
         yield from _work("embed captions", corpus.embed(), parts)
         low_tokens, texts = corpus.split(corpus.tokens["low"]), corpus.split(corpus.texts)

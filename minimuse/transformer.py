@@ -87,6 +87,10 @@ class SelfAttention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
+class KeyValue(nn.Linear):
+    """A linear layer by another name: a memory uses it outside of its layer's forward, so FSDP gathers it by itself."""
+
+
 class CrossAttention(nn.Module):
     """x (B, N, D), one layer's keys and values (B, H, M, d) -> (B, N, D)."""
 
@@ -94,7 +98,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(width, width, bias=False)
-        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.kv = KeyValue(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
     def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:

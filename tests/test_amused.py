@@ -13,11 +13,15 @@ import torch
 import transformers
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import scheduling_amused
+from safetensors.torch import load_file
 
 from minimuse.amused import Amused, VQTokenizer, _load, settings
-from minimuse.muse import Muse
-from minimuse.sampler import decode, draw, draw_uniforms
-from minimuse.train import tokenize, train_transformer
+from minimuse.engine import Engine
+from minimuse.masking import uniforms as draw_uniforms
+from minimuse.muse import Muse, ready_tokenizer
+from minimuse.precompute import tokenize
+from minimuse.sampler import decode, draw
+from minimuse.train import train_muse, train_transformer
 from minimuse.transformer import Transformer
 
 V, GRID, F = 16, 8, 4
@@ -258,7 +262,7 @@ def test_a_long_prompt_is_cut_with_a_warning(amused):
 @pytest.mark.parametrize("steps", [1, 2, 5, 12])
 def test_the_same_tokens_as_its_scheduler_step_by_step(amused, pipeline, monkeypatch, steps):
     g = torch.Generator().manual_seed(steps)
-    uniforms = draw_uniforms(2, N, steps, g).clamp(1e-6, 1 - 1e-6)
+    uniforms = draw_uniforms(2, steps, 2, N, generator=g).clamp(1e-6, 1 - 1e-6)
     replaced(monkeypatch, uniforms)
     theirs = []
     call = {
@@ -420,7 +424,7 @@ def test_a_base_model_trains_on_its_tokens(mixed, tiny_muse):
     base = Transformer(tiny_muse.cfg.base)
     texts = [[torch.zeros(1, tiny_muse.cfg.base.text_width)]] * 8
     cfg = replace(tiny_muse.cfg.stages["base"], steps=16, batch=8, learning_rate=1e-2)
-    losses = [p.figures["loss"] for p in train_transformer(base, cfg, tokens, texts, bf16=False)]
+    losses = [p.figures["loss"] for p in train_transformer(base, cfg, tokens, texts, engine=Engine(bf16=False))]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), f"it learns: {losses}"
 
 
@@ -428,3 +432,25 @@ def test_what_could_not_be_loaded_again_is_not_saved(mixed, tmp_path):
     with pytest.raises(ValueError, match="low_tokenizer"):
         mixed.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_muse_names_the_tokenizer_that_others_trained(tiny_muse, folder, tmp_path):
+    """`low_tokenizer_from`: no stage for it, its tokens in training, its name in the checkpoint, the same pixels."""
+    tokenizer = VQTokenizer.from_pretrained(folder)
+    cfg = replace(tiny_muse.cfg, low_tokenizer_from=str(folder))
+    trace = list(train_muse(cfg, engine=Engine(bf16=False)))
+    assert "low_tokenizer" not in {p.stage for p in trace}, "it is trained already"
+    muse = trace[-1].model
+    muse.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored, "the rest is stored"
+    assert not any(name.startswith("low_tokenizer") for name in stored), "it is named, not stored"
+    again = Muse.from_pretrained(tmp_path)
+    assert again.low_tokenizer.vq.quantize.embedding.weight.equal(tokenizer.vq.quantize.embedding.weight)
+    first, second = (m.generate("a red cube", seed=0)[0] for m in (muse, again))
+    assert first.tobytes() == second.tobytes(), "loaded, it draws the same pixels"
+    vocabulary = {"low_tokenizer": {"codebook_size": 32}, "base": {"codebook_size": 32}}
+    vocabulary["superres"] = {"low_codebook_size": 32}
+    wrong = replace(cfg, **{name: replace(getattr(cfg, name), **change) for name, change in vocabulary.items()})
+    with pytest.raises(ValueError, match="codebook_size 16, but low_tokenizer says 32"):
+        ready_tokenizer(wrong)

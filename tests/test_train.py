@@ -7,18 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimuse.config import StageConfig, TransformerConfig, VQGANConfig
 from minimuse.engine import Engine, Stage, batch_indices, fast_bf16, learning_rate, precision
 from minimuse.masking import masked_cross_entropy
+from minimuse.precompute import tokenize
 from minimuse.text import pad_contexts
 from minimuse.train import (
-    encode_captions,
     random_crop,
-    tokenize,
     train_features,
     train_tokenizer,
     train_transformer,
@@ -403,16 +401,3 @@ def test_pitfall_22_accumulation_gives_one_batchs_gradient():
     summed = torch.autograd.grad(sum(s * loss(at) for s, at in zip(shares, parts, strict=True)), parameters)
     for a, b in zip(whole, summed, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3, msg=lambda m: f"accumulated gradients differ: {m}")
-
-
-# --- captions ---------------------------------------------------------------------------------------------------------
-
-
-def test_encode_captions(tiny_text):
-    captions = [["a red cube", "a cube"], ["a cube", "two small blue spheres"]]
-    texts = encode_captions(tiny_text, captions, batch=2)
-    assert [[row.shape[0] for row in rows] for rows in texts] == [[4, 3], [3, 5]], "unpadded, with the end token"
-    assert texts[0][1] is texts[1][0], "the same text is kept once"
-    assert texts[0][0].dtype == torch.float16, "in half precision"
-    alone = tiny_text.encode(["a red cube"]).embeds[0]
-    assert F.mse_loss(texts[0][0].float(), alone) < 1e-5, "its own embeddings, whatever the batch"
