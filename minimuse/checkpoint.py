@@ -73,18 +73,28 @@ def load(name: str | Path) -> tuple[MuseConfig, dict[str, Tensor], dict[str, Any
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no {file}; a checkpoint is what Muse.save_pretrained writes")
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{folder / CONFIG} is broken JSON: {e}") from e
+    values = read_json(folder / CONFIG)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         came = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"{folder / CONFIG} is not of minimuse: its format is {came!r}, expected {FORMAT!r}")
-    try:
-        cfg = from_dict(values["config"])
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{folder / CONFIG} holds no whole configuration: {e}") from e
+    cfg = configuration(values, folder / CONFIG)
     return cfg, _parse(folder / WEIGHTS), {"words": values.get("words", []), "examples": values.get("examples", [])}
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file; ValueError names it where it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is broken JSON: {e}") from e
+
+
+def configuration(values: Any, path: Path) -> MuseConfig:
+    """The configuration in the JSON values of a file; ValueError where there is none, or a broken one."""
+    try:
+        return from_dict(values["config"])
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} holds no whole configuration: {e!r}") from e
 
 
 def _parse(path: Path) -> dict[str, Tensor]:
@@ -357,13 +367,10 @@ def open_run(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What `open_run` wrote; ValueError where it is damaged."""
-    try:
-        values = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        if lacking := {"config", "seed", "data"} - set(values):
-            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
-        return values
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{folder / RUN} is broken: {e}; restore it, or begin a new run") from e
+    values = read_json(folder / RUN)
+    if not isinstance(values, dict) or not {"config", "seed", "data"} <= values.keys():
+        raise ValueError(f"{folder / RUN} lacks config, seed or data; restore it, or begin a new run")
+    return values
 
 
 def average(paths: Sequence[Path], decay: float = 0.7) -> dict[str, Tensor]:

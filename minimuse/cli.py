@@ -66,7 +66,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--share", type=float, default=0.08, help="of the tokens resampled an iteration (default: 0.08)")
     _drawing(p, sampling=False)
     p = command("train", train, "train a Muse from nothing, or go on with a run")
-    p.add_argument("preset", nargs="?", help="nano, toy, ..., or a JSON file of a configuration; not with --resume")
+    p.add_argument(
+        "preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json"
+    )
     p.add_argument("--out", type=Path, required=True, help="folder for the run: states, log, pictures, checkpoint")
     p.add_argument("--data", default="scenes", help="a folder of captioned images, or tar shards (default: scenes)")
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="such as stages.base.steps=500")
@@ -248,20 +250,21 @@ def train(args: argparse.Namespace) -> None:
 def _configuration(args: argparse.Namespace) -> Any:
     """Preset, file or, to resume, the run's own; then what --set changes."""
     from minimuse import checkpoint
-    from minimuse.config import PRESETS, changed, from_dict, preset
+    from minimuse.config import PRESETS, changed, preset
 
     if args.resume and args.preset is None:
         if not (args.out / checkpoint.RUN).exists():
             raise FileNotFoundError(f"{args.out} holds no run to resume; give a preset to begin one")
         run = checkpoint.read_run(args.out)
         args.seed, args.data = run["seed"], run["data"]
-        return changed(from_dict(run["config"]), args.set)
+        return changed(checkpoint.configuration(run, args.out / checkpoint.RUN), args.set)
     if args.preset is None:
         raise ValueError(f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
     if args.preset in PRESETS or not Path(args.preset).is_file():
         return changed(preset(args.preset), args.set)
-    values = json.loads(Path(args.preset).read_text(encoding="utf-8"))
-    return changed(from_dict(values.get("config", values)), args.set)
+    values = checkpoint.read_json(Path(args.preset))
+    whole = values if isinstance(values, dict) and "config" in values else {"config": values}
+    return changed(checkpoint.configuration(whole, Path(args.preset)), args.set)
 
 
 def _with_bars(progress: Any, show: bool) -> Any:

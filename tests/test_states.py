@@ -364,12 +364,19 @@ def edit_run(change):
 
 
 BROKEN_RUN = {
-    "empty": (lambda path: path.write_bytes(b""), r"run\.json is broken: .*restore it, or begin a new run"),
-    "cut short": (cut, r"run\.json is broken: "),
-    "binary": (lambda path: path.write_bytes(b"\xff\xfe\0"), r"run\.json is broken: "),
-    "a list": (lambda path: path.write_text("[1]"), r"run\.json is broken: it lacks config, data, "),
-    "a number": (lambda path: path.write_text("3"), r"run\.json is broken: "),
-    "no seed": (lambda _: edit_run(lambda v: v.pop("seed")), r"run\.json is broken: it lacks seed"),
+    "empty": (lambda path: path.write_bytes(b""), r"run\.json is broken JSON: "),
+    "cut short": (cut, r"run\.json is broken JSON: "),
+    "binary": (lambda path: path.write_bytes(b"\xff\xfe\0"), r"run\.json is broken JSON: "),
+    "a list": (
+        lambda path: path.write_text("[1]"),
+        r"run\.json lacks config, seed or data; restore it, or begin a new run",
+    ),
+    "a number": (lambda path: path.write_text("3"), r"run\.json lacks config, seed or data"),
+    "no seed": (lambda _: edit_run(lambda v: v.pop("seed")), r"run\.json lacks config, seed or data"),
+    "odd stages": (
+        lambda _: edit_run(lambda v: v["config"].update(stages=[])),
+        "holds no whole configuration",
+    ),
     "no width": (lambda _: edit_run(lambda v: v["config"]["base"].pop("width")), "TransformerConfig lacks width"),
 }
 
@@ -399,6 +406,35 @@ def test_a_run_goes_on_as_it_began(run, tmp_path):
     Path("run", RUN).unlink()
     refused(run("--resume"), "run holds no run to resume; give a preset")
     assert not [p for p in Path("run").iterdir() if p.name != RUN], "nothing else is written"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", r"mine\.json is broken JSON"),
+        ("[1]", "MuseConfig is "),
+        ('{"config": 3}', "MuseConfig is 3"),
+        ('{"name": "mine"}', "MuseConfig lacks base"),
+    ],
+)
+def test_a_preset_file_that_is_refused(run, text, match):
+    Path("mine.json").write_text(text)
+    refused(run("mine.json"), match)
+    refused(run("none.json"), "unknown preset 'none.json'; known: nano")
+    refused(run("tiny.json", "--set", "base.widht=64"), r"no field 'base\.widht'; known: .*base\.width")
+    assert not Path("run").exists(), "nothing is written"
+
+
+def test_a_run_begins_from_the_files_of_another(run, tiny_muse):
+    """run.json of a run, config.json of a checkpoint, and a configuration as it is say the same."""
+    begun(run("tiny.json"))
+    values = Path("run", RUN).read_text()
+    tiny_muse.save_pretrained("made")
+    for source in (Path("run", RUN), Path("made", checkpoint.CONFIG)):
+        Path("other.json").write_text(source.read_text())
+        shutil.rmtree("run")
+        begun(run("other.json"))
+        assert Path("run", RUN).read_text() == values, f"{source}"
 
 
 def test_where_a_run_may_not_begin(run, tmp_path):
