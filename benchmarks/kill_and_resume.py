@@ -2,10 +2,10 @@
 
     python benchmarks/kill_and_resume.py nano --out kills [--kills 20] [--seed 0] [--set stages.base.steps=500 ...]
 
-First the run without a stop, which tells how long it takes. Then runs that are killed without a warning (SIGKILL), each
-time after a drawn while, and resumed with the same command that a user has: `minimuse train --resume`. A run that ends
-before all kills are spent is compared, and another one begins. What is compared: the finished weights, and of every
-stage the last state: weights, both optimizers, moving average.
+First the run without a stop, watched by its progress bars. Then one that is killed without a warning (SIGKILL) at moments
+drawn from all of that time, each time a little after it has come as far, and resumed with the command that a user has:
+`minimuse train --resume`. What is compared: the finished weights, and of every stage the last state: weights,
+optimizers, moving average. Where a run ends before its moment is noticed, another one begins.
 
 The same bytes are promised on one machine with one number of threads, so OMP_NUM_THREADS is set here, to 1 unless it is
 set already.
@@ -18,12 +18,17 @@ import re
 import subprocess
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 from minimuse.checkpoint import TENSORS, WEIGHTS, states
 from minimuse.config import STAGES
 
 BAR = re.compile(r"([a-z_][a-z_ ]*): +\d+%\|[^|]*\| (\d+)/(\d+)")  # a progress bar, such as "base:  12%|#  | 12/100"
+
+
+Place = tuple[str, int]  # a stage, or what is computed once, and the step
 
 
 class Life:
@@ -36,52 +41,48 @@ class Life:
         with self.path.open("w") as file:
             self.process = subprocess.Popen(command, stderr=file, stdout=subprocess.DEVNULL, env=environment)
 
-    def where(self) -> tuple[str, str]:
-        """-> the stage that it is at and "step/steps", or two empty strings before the first."""
-        found = BAR.findall(self.path.read_text(errors="replace"))
-        return (found[-1][0], f"{found[-1][1]}/{found[-1][2]}") if found else ("", "")
-
-    def over(self) -> bool:
-        """Is it finished? SystemExit where it failed."""
-        if self.process.poll() not in (None, 0):
+    def places(self) -> Iterator[Place]:
+        """Where it is, again and again until it has finished. SystemExit where it fails."""
+        while self.process.poll() is None:
+            time.sleep(0.005)
+            if found := BAR.findall(self.path.read_text(errors="replace")):
+                yield found[-1][0], int(found[-1][1])
+        if self.process.returncode:
             raise SystemExit(f"the run failed:\n{self.path.read_text(errors='replace')[-2000:]}")
-        return self.process.poll() == 0
-
-    def wait(self, seconds: float) -> bool:
-        """Let it work for so long from its first bar on -> is it finished?"""
-        while not self.where()[0] and not self.over():
-            time.sleep(0.01)
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and not self.over():
-            time.sleep(0.002)
-        return self.over()
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
 
 
-def kill_one(out: Path, begin: list[str], kills: int, longest: float, draws: random.Random, first: int) -> int:
-    """A run killed at most `kills` times, then let finish -> how often it was killed. A line of the table each time."""
+def watched(out: Path, words: list[str]) -> list[Place]:
+    """A run to its end -> where it was, at every hundredth of a second."""
+    seen, began = [], time.monotonic()
+    for place in Life(out, words).places():
+        seen += [place] * max(1, int(100 * (time.monotonic() - began)) - len(seen))
+    return seen
+
+
+def killed(out: Path, begin: list[str], moments: list[Place], stages: list[str], draws: random.Random) -> int:
+    """A run killed at one moment after another, then let finish -> how many there were. A line of the table each."""
+
+    def reached(place: Place, moment: Place) -> bool:
+        return (stages.index(place[0]), place[1]) >= (stages.index(moment[0]), moment[1])
+
     words = begin
-    for n in range(kills):
-        life, after = Life(out, words), draws.uniform(0, longest)
-        if life.wait(after):
+    for n, moment in enumerate(moments):
+        life = Life(out, words)
+        if not any(reached(place, moment) for place in life.places() if place[0] in stages):
             return n
+        time.sleep(draws.uniform(0, 0.1))  # a bar tells of some steps at once
         life.kill()
-        stage, step = life.where()
-        newest = {s.parent.name: f"{s.parent.name} {int(s.name[5:])}" for name in STAGES for s in states(out / name)}
-        half = [p.name for p in out.rglob("*.new")]
-        last = list(newest.values())[-1] if newest else "none"
-        print(
-            f"| {first + n} | {out.name} | {after:.2f} s | {stage} {step} | {last} | {', '.join(half) or '-'} |",
-            flush=True,
-        )
+        newest = [f"{name} {int(s.name[5:])}" for name in STAGES for s in states(out / name)[-1:]]
+        half = ", ".join(p.name for p in out.rglob("*.new")) or "-"
+        at, last = " ".join(map(str, moment)), newest[-1] if newest else "none"
+        print(f"| {out.name} | {n + 1} | {at} | {last} | {half} |", flush=True)
         words = ["--resume"] if (out / "run.json").exists() else begin
-    life = Life(out, words)
-    while not life.wait(1):
-        pass
-    return kills
+    deque(Life(out, words).places(), maxlen=0)
+    return len(moments)
 
 
 def differing(found: Path, expected: Path) -> list[str]:
@@ -101,23 +102,18 @@ def main() -> None:
     args.out.mkdir(parents=True)
     begin = [args.preset, "--device", "cpu", *(word for change in args.set for word in ("--set", change))]
 
-    whole = Life(args.out / "whole", begin)
-    whole.wait(0)
-    started = time.monotonic()
-    while not whole.wait(0.1):
-        pass
-    works = time.monotonic() - started
-    print(f"never stopped: {works:.1f} s from its first bar on\n", flush=True)
-
-    print("| Kill | Run | After | At | Newest state | Half written |\n|---|---|---|---|---|---|", flush=True)
-    # some work is done twice after each kill, so the mean life is longer than one part of the run in `kills`
-    draws, longest, killed, runs = random.Random(args.seed), 3 * works / args.kills, 0, []
-    while killed < args.kills:
+    seen = watched(args.out / "whole", begin)
+    stages = list(dict.fromkeys(stage for stage, _ in seen))
+    print(f"never stopped: {len(seen) / 100:.0f} s; {', '.join(stages)}\n", flush=True)
+    print("| Run | Kill | At or soon after | Newest state | Half written |\n|---|---|---|---|---|", flush=True)
+    draws, left, runs = random.Random(args.seed), args.kills, []
+    while left:
         runs.append(args.out / f"run-{len(runs)}")
-        killed += kill_one(runs[-1], begin, args.kills - killed, longest, draws, killed + 1)
+        moments = [seen[i] for i in sorted(draws.randrange(len(seen)) for _ in range(left))]
+        left -= killed(runs[-1], begin, moments, stages, draws)
     wrong = {run.name: found for run in runs if (found := differing(run, args.out / "whole"))}
     print(
-        f"\n{killed} kills, {len(runs)} runs: "
+        f"\n{args.kills} kills, {len(runs)} runs: "
         + (f"DIFFERENT: {wrong}" if wrong else "the same bytes as never stopped")
     )
     raise SystemExit(bool(wrong))

@@ -66,9 +66,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--share", type=float, default=0.08, help="of the tokens resampled an iteration (default: 0.08)")
     _drawing(p, sampling=False)
     p = command("train", train, "train a Muse from nothing, or go on with a run")
-    p.add_argument(
-        "preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json"
-    )
+    p.add_argument("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     p.add_argument("--out", type=Path, required=True, help="folder for the run: states, log, pictures, checkpoint")
     p.add_argument("--data", default="scenes", help="a folder of captioned images, or tar shards (default: scenes)")
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="such as stages.base.steps=500")
