@@ -2,9 +2,9 @@
 
     python benchmarks/kill_and_resume.py nano --out kills [--kills 20] [--seed 0] [--set stages.base.steps=500 ...]
 
-First the run without a stop, watched by its progress bars. Then one that is killed without a warning (SIGKILL) at moments
-drawn from all of that time, each time a little after it has come as far, and resumed with the command that a user has:
-`minimuse train --resume`. What is compared: the finished weights, and of every stage the last state: weights,
+First the run without a stop, watched by its progress bars. Then one that is killed without a warning (SIGKILL) at
+moments drawn from all of that time, each time a little after it has come as far, and resumed with the command that a
+user has: `minimuse train --resume`. What is compared: the finished weights, and of every stage the last state: weights,
 optimizers, moving average. Where a run ends before its moment is noticed, another one begins.
 
 The same bytes are promised on one machine with one number of threads, so OMP_NUM_THREADS is set here, to 1 unless it is
@@ -56,10 +56,12 @@ class Life:
 
 
 def watched(out: Path, words: list[str]) -> list[Place]:
-    """A run to its end -> where it was, at every hundredth of a second."""
-    seen, began = [], time.monotonic()
+    """A run to its end -> where it was, at every hundredth of a second from its first bar on."""
+    seen: list[Place] = []
+    began = 0.0
     for place in Life(out, words).places():
-        seen += [place] * max(1, int(100 * (time.monotonic() - began)) - len(seen))
+        began = began or time.monotonic()
+        seen += [place] * (int(100 * (time.monotonic() - began)) + 1 - len(seen))
     return seen
 
 
