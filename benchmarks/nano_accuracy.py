@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from minimuse import Muse
 from minimuse.data import from_pil, to_float, to_uint8
+from minimuse.engine import precision
 from minimuse.plots import grid
 from minimuse.scenes import COLORS, SHAPES, Thing, is_novel, render, sample_scene
-from minimuse.train import precision
 
 KINDS = list(COLORS), list(SHAPES)
 

@@ -12,12 +12,15 @@ A stage under way, so that a stopped run goes on to the same weights:
 Whatever is written is written under a new name, then renamed. A state without a whole state.json does not count.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,26 +73,40 @@ def load(name: str | Path) -> tuple[MuseConfig, dict[str, Tensor], dict[str, Any
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no {file}; a checkpoint is what Muse.save_pretrained writes")
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{folder / CONFIG} is broken JSON: {e}") from e
+    values = read_json(folder / CONFIG)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         came = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"{folder / CONFIG} is not of minimuse: its format is {came!r}, expected {FORMAT!r}")
+    cfg = configuration(values, folder / CONFIG)
+    return cfg, _parse(folder / WEIGHTS), {"words": values.get("words", []), "examples": values.get("examples", [])}
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file; ValueError names it where it is broken."""
     try:
-        cfg = from_dict(values["config"])
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is broken JSON: {e}") from e
+
+
+def configuration(values: Any, path: Path) -> MuseConfig:
+    """The configuration in the JSON values of a file; ValueError where there is none, or a broken one."""
+    try:
+        return from_dict(values["config"])
     except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{folder / CONFIG} holds no whole configuration: {e}") from e
+        raise ValueError(f"{path} holds no whole configuration: {e!r}") from e
+
+
+def _parse(path: Path) -> dict[str, Tensor]:
     try:
-        # read, not memory-mapped: Windows does not let a mapped file be replaced
-        weights = parse_weights((folder / WEIGHTS).read_bytes())
+        return parse_weights(path.read_bytes())  # not memory-mapped: Windows does not let a mapped file be replaced
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{folder / WEIGHTS} is broken or cut short: {e}; copy or download it again") from e
-    return cfg, weights, {"words": values.get("words", []), "examples": values.get("examples", [])}
+        raise ValueError(f"{path} is broken or cut short: {e}; copy or download it again") from e
 
 
-def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str | Path) -> None:
+def check_weights(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str | Path, cfg: str = "its config.json"
+) -> None:
     """ValueError where names or shapes of weights are not those of the configuration."""
     wrong = [f"lacks {k}" for k in expected.keys() - found.keys()] + [
         f"has {k}" for k in found.keys() - expected.keys()
@@ -98,9 +115,7 @@ def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], n
         if expected[key].shape != found[key].shape:
             wrong.append(f"{key} is {tuple(found[key].shape)}, not {tuple(expected[key].shape)}")
     if wrong:
-        raise ValueError(
-            f"the weights of {str(name)!r} do not fit its config.json: {'; '.join(sorted(wrong)[:3])}, ..."
-        )
+        raise ValueError(f"the weights of {str(name)!r} do not fit {cfg}: {'; '.join(sorted(wrong)[:3])}, ...")
 
 
 def save(
@@ -112,7 +127,7 @@ def save(
         refuse_existing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = {"format": FORMAT, "config": to_dict(cfg), **about}
-    _replace(folder / WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    _replace(folder / WEIGHTS, lambda path: _save(weights, path))
     _replace(folder / CONFIG, lambda path: path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8"))
     _replace(folder / CARD, lambda path: path.write_text(card(cfg, weights, about), encoding="utf-8"))
     return folder
@@ -167,7 +182,17 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside `path`, then rename: never half a file, never one changed under a reader's memory map."""
     new = path.with_name(path.name + ".new")
     write(new)
+    _stamp(new, flush=True)
     os.replace(new, path)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Tensors into a file; safetensors' own error, as of a full disk, becomes the OSError that it stands for."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as e:
+        code = re.search(r"(?:os error|code:) (\d+)", str(e))
+        raise OSError(int(code[1]) if code else errno.EIO, str(e), str(path)) from e
 
 
 # --- the state of a stage under way -----------------------------------------------------------------------------------
@@ -200,7 +225,7 @@ def save_state(
             shutil.rmtree(new, ignore_errors=True)  # a dead run's
             new.mkdir(parents=True)
         if wait is None:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new / TENSORS)
+            _save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new / TENSORS)
         else:
             wait()
             _save_sharded(tensors, new)
@@ -208,24 +233,23 @@ def save_state(
         if main:
             files = {p.name: _stamp(p, flush=True) for p in sorted(new.iterdir())}
             text = json.dumps({"step": step, "about": about, "files": files}, indent=1)
-            (new / STATE).write_text(text + "\n", encoding="utf-8")
+            _replace(new / STATE, lambda file: file.write_text(text + "\n", encoding="utf-8"))
             if path.exists():  # a damaged one, which load_state passed over
                 path.rename(_free(path))
             new.rename(path)
     except OSError as e:
+        if main:  # it may be what fills the disk
+            shutil.rmtree(new, ignore_errors=True)
         last = states(folder)
         there = f"the last whole state is {last[-1]}" if last else "there is no earlier state"
         raise OSError(
             e.errno, f"could not save step {step} to {folder} ({e.strerror}); {there}. Mend it and --resume"
         ) from e
-    for old in states(folder)[:-keep] if main and keep else []:
-        (old / STATE).unlink()  # first, so that one half removed no longer counts
-        shutil.rmtree(old)
+    for old in [s for s in states(folder) if s <= path][:-keep] if main and keep else []:  # later ones are damaged
+        with suppress(OSError):  # somebody reads it (Windows)
+            (old / STATE).unlink()  # first, so that one half removed no longer counts
+            shutil.rmtree(old)
     return path
-
-
-def has_state(folder: Path) -> bool:
-    return bool(states(folder))
 
 
 def load_state(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any], *, sharded: bool = False) -> int:
@@ -238,9 +262,10 @@ def load_state(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any], 
     for path in reversed(states(folder)):
         try:
             values = _whole(path)
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            reasons.append(f"{path.name}: {e}")
-            log.warning("%s is damaged (%s); looking for an earlier state", path, e)
+            found = {} if sharded else _read(path)
+        except (OSError, ValueError) as e:
+            reasons.append(str(e))
+            log.warning("passed over a damaged state: %s", e)
             continue
         if changed := differences(values["about"], json.loads(json.dumps(about))):
             raise ValueError(
@@ -249,22 +274,25 @@ def load_state(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any], 
         if sharded:
             _load_sharded(tensors, path)
         else:
-            _copy(parse_weights((path / TENSORS).read_bytes()), tensors, path)
+            _copy(found, tensors, path)
         return values["step"]
-    raise ValueError(f"no state in {folder} is whole ({'; '.join(reasons)}); restore one, or start a new run")
+    raise ValueError(f"no state in {folder} is whole: {'; '.join(reasons)}; restore one, or start a new run")
 
 
 def _whole(path: Path) -> dict[str, Any]:
     """state.json of a state whose files are all there, byte for byte; ValueError says what is not."""
-    values = json.loads((path / STATE).read_text(encoding="utf-8"))
-    for name, stamp in values["files"].items():
-        if not (path / name).is_file():
-            raise ValueError(f"{name} is missing")
-        if (found := _stamp(path / name)) != stamp:
-            cut = f"has {found[0]} bytes of {stamp[0]}" if found[0] != stamp[0] else "has changed bytes"
-            raise ValueError(f"{name} {cut}")
-    if not isinstance(values["step"], int) or not values["files"]:
-        raise ValueError(f"{STATE} names no step, or no files")
+    try:
+        values = json.loads((path / STATE).read_text(encoding="utf-8"))
+        files = {path / name: (size, sha) for name, (size, sha) in values["files"].items()}
+        if not files or path.name != f"step-{values['step']:08d}" or not values["about"]:
+            raise ValueError(f"it names no files, or not the step of its folder: {values['step']}")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path / STATE} is broken: {e!r}") from e
+    for file, (size, sha) in files.items():
+        if not file.is_file():
+            raise ValueError(f"{file} is missing")
+        if (found := _stamp(file)) != [size, sha]:
+            raise ValueError(f"{file} has {f'{found[0]} bytes of {size}' if found[0] != size else 'changed bytes'}")
     return values
 
 
@@ -281,7 +309,7 @@ def _free(path: Path) -> Path:
 
 
 def _copy(found: Mapping[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
-    check_weights(tensors, found, path)
+    check_weights(tensors, found, path, "the run's configuration")
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(found[name])  # in place: strides (channels last) and devices stay
@@ -339,10 +367,10 @@ def open_run(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What `open_run` wrote; ValueError where it is damaged."""
-    try:
-        return json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{folder / RUN} is broken JSON: {e}; restore it, or begin a new run") from e
+    values = read_json(folder / RUN)
+    if not isinstance(values, dict) or not {"config", "seed", "data"} <= values.keys():
+        raise ValueError(f"{folder / RUN} lacks config, seed or data; restore it, or begin a new run")
+    return values
 
 
 def average(paths: Sequence[Path], decay: float = 0.7) -> dict[str, Tensor]:
@@ -363,7 +391,7 @@ def average(paths: Sequence[Path], decay: float = 0.7) -> dict[str, Tensor]:
 def _read(path: Path) -> dict[str, Tensor]:
     """All tensors of a state, whole, also those that several processes wrote."""
     if (path / TENSORS).exists():
-        return parse_weights((path / TENSORS).read_bytes())
+        return _parse(path / TENSORS)
     from torch.distributed import checkpoint as dcp
 
     known = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata

@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--share", type=float, default=0.08, help="of the tokens resampled an iteration (default: 0.08)")
     _drawing(p, sampling=False)
     p = command("train", train, "train a Muse from nothing, or go on with a run")
-    p.add_argument("preset", nargs="?", help="nano, toy, ..., or a JSON file of a configuration; not with --resume")
+    p.add_argument("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     p.add_argument("--out", type=Path, required=True, help="folder for the run: states, log, pictures, checkpoint")
     p.add_argument("--data", default="scenes", help="a folder of captioned images, or tar shards (default: scenes)")
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="such as stages.base.steps=500")
@@ -244,23 +244,25 @@ def train(args: argparse.Namespace) -> None:
     from minimuse import checkpoint
     from minimuse.config import to_dict
     from minimuse.engine import Engine, Stopped
+    from minimuse.folders import open_source
     from minimuse.train import train_muse
 
     cfg = _configuration(args)
+    source = open_source(args.data, cfg, seed=args.seed)
     if args.dry_run:
-        _dry_run(cfg, args)
+        _dry_run(cfg, source, args)
         return
     engine = Engine(
         seed=args.seed, device=args.device, accumulate=args.accumulate, compile=args.compile,
         recompute=args.recompute, folder=args.out, keep=args.keep,
     )  # fmt: skip
-    values = {"config": to_dict(cfg), "seed": args.seed, "data": str(args.data)}
+    values = {"config": to_dict(cfg), "seed": args.seed, "data": args.data, "data_fingerprint": source.fingerprint}
     if engine.is_main:
         checkpoint.open_run(args.out, values, resume=args.resume)
     engine.accelerator.wait_for_everyone()
     engine.heed_signals()
     try:
-        progress = _with_bars(train_muse(cfg, data=args.data, engine=engine), engine.is_main)
+        progress = _with_bars(train_muse(cfg, data=source, engine=engine), engine.is_main)
         p = deque(progress, maxlen=1).pop()
     except Stopped:
         raise SystemExit(_stopped(args, engine)) from None
@@ -273,32 +275,31 @@ def train(args: argparse.Namespace) -> None:
 def _configuration(args: argparse.Namespace) -> Any:
     """Preset, file or, to resume, the run's own; then what --set changes."""
     from minimuse import checkpoint
-    from minimuse.config import PRESETS, changed, from_dict, preset
+    from minimuse.config import PRESETS, changed, preset
 
     if args.resume and args.preset is None:
         if not (args.out / checkpoint.RUN).exists():
             raise FileNotFoundError(f"{args.out} holds no run to resume; give a preset to begin one")
         run = checkpoint.read_run(args.out)
         args.seed, args.data = run["seed"], run["data"]
-        return changed(from_dict(run["config"]), args.set)
+        return changed(checkpoint.configuration(run, args.out / checkpoint.RUN), args.set)
     if args.preset is None:
         raise ValueError(f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
     if args.preset in PRESETS or not Path(args.preset).is_file():
         return changed(preset(args.preset), args.set)
-    values = json.loads(Path(args.preset).read_text(encoding="utf-8"))
-    return changed(from_dict(values.get("config", values)), args.set)
+    values = checkpoint.read_json(Path(args.preset))
+    whole = values if isinstance(values, dict) and "config" in values else {"config": values}
+    return changed(checkpoint.configuration(whole, Path(args.preset)), args.set)
 
 
-def _dry_run(cfg: Any, args: argparse.Namespace) -> None:
+def _dry_run(cfg: Any, source: Any, args: argparse.Namespace) -> None:
     """What a run would take, printed before any of it; nothing is written."""
     from minimuse.budget import report
     from minimuse.corpus import Corpus
     from minimuse.engine import Engine
-    from minimuse.folders import open_source
     from minimuse.text import TextEncoder
 
     engine, encoder = Engine(device=args.device), TextEncoder(cfg.text_encoder, max_tokens=cfg.text_tokens)
-    source = open_source(args.data, cfg, seed=args.seed)
     print(Corpus(args.out / "cache", source, cfg, engine, encoder.to(engine.device)).preview())
     ceiling = args.ceiling and args.ceiling * 1e12
     print(report(cfg, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))

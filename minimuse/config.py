@@ -400,7 +400,8 @@ def changed(cfg: MuseConfig, changes: list[str]) -> MuseConfig:
     """
     values = to_dict(cfg)
     for change in changes:
-        path, _, text = change.partition("=")
+        path, equals, text = change.partition("=")
+        _require(bool(equals), f"{change!r} sets nothing; give PATH=VALUE, such as stages.base.steps=500")
         *parents, last = path.split(".")
         here: Any = values
         for name in parents:

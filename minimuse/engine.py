@@ -96,8 +96,11 @@ def make_optimizer(model: nn.Module, cfg: StageConfig) -> torch.optim.Optimizer:
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
-    """The run was told to stop (Ctrl-C, SIGTERM); what it had done is saved."""
+class Stopped(KeyboardInterrupt):
+    """The run was told to stop (Ctrl-C, SIGTERM); what it had done is saved.
+
+    No Exception: a signal may come while an image is decoded, and that one is not damaged.
+    """
 
 
 class Engine:
@@ -133,7 +136,7 @@ class Engine:
         self.accumulate = accumulate or self.accelerator.gradient_accumulation_steps
         self.seed, self.compile, self.recompute = seed, compile, recompute
         self.folder, self.keep = folder and Path(folder), keep
-        self.signal, self.in_step = 0, False
+        self.signal, self.stepping = 0, False
         if self.accumulate < 1 or keep < 0:
             raise ValueError(
                 f"accumulate={accumulate}, keep={keep}; give at least one micro-batch, and 0 or more states"
@@ -153,12 +156,15 @@ class Engine:
         return wrapped, self.accelerator.prepare_optimizer(optimizer)
 
     def heed_signals(self) -> None:
-        """From now on Ctrl-C and SIGTERM finish the step, save, and raise Stopped; a second one ends at once."""
+        """From now on Ctrl-C and SIGTERM finish the step, save, and raise Stopped; a second one ends at once.
+
+        Between two steps, as while validating, the next one is finished first, so that what is done is saved.
+        """
 
         def stop(number: int, frame) -> None:
             self.signal = number
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            if not self.in_step:
+            if not self.stepping:
                 raise Stopped
 
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -230,7 +236,7 @@ class Stage:
             self.extra |= {f"ema.{i}": p.detach().clone() for i, p in enumerate(self.trained)}
         self.folder = engine.folder and engine.folder / name
         self.first = 0
-        if self.folder and checkpoint.has_state(self.folder):
+        if self.folder and checkpoint.states(self.folder):
             self.first = checkpoint.load_state(self.folder, self.state(), self.about(), sharded=self.sharded)
 
     def state(self) -> dict[str, Tensor]:
@@ -252,10 +258,15 @@ class Stage:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do. The global draws (dropout, codebook restarts) of each are a function of the step."""
-        for step in range(self.first, self.cfg.steps):
-            self.engine.in_step = True
-            torch.manual_seed(mix(self.engine.seed, step, self.engine.rank))
-            yield step
+        self.engine.stepping = True
+        try:
+            for step in range(self.first, self.cfg.steps):
+                torch.manual_seed(mix(self.engine.seed, step, self.engine.rank))
+                yield step
+        finally:
+            self.engine.stepping = False
+        if self.engine.signal:  # it came when the last step was saved already
+            raise Stopped
 
     def places(self, step: int) -> range:
         """The places of the whole batch of a step."""
@@ -320,7 +331,6 @@ class Stage:
                 p.detach().copy_(mean)
         if self.folder and (stop or done == self.cfg.steps or done % self.cfg.save_every == 0):
             self.save(done)
-        engine.in_step = False
         if stop:
             raise Stopped
 

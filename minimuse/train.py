@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.corpus import Corpus
-from minimuse.data import SceneDataset, halve, to_float
+from minimuse.data import SceneDataset, Source, halve, to_float
 from minimuse.engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizer
 from minimuse.folders import open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
@@ -232,10 +232,12 @@ class Decimated:
         return halve(self.images[indices], self.factor)
 
 
-def train_muse(cfg: MuseConfig, *, data: str | Path = "scenes", engine: Engine | None = None) -> Iterator[Progress]:
+def train_muse(
+    cfg: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None
+) -> Iterator[Progress]:
     """A configuration -> a Progress a step of every stage; the last one's model is the finished Muse.
 
-    data: "scenes", a folder of captioned images, or tar shards; see `folders.open_source`.
+    data: "scenes", a folder of captioned images, or tar shards; see `folders.open_source`. Or the source itself.
     With `engine.folder` a stopped run goes on where it was; without, nothing is kept. The low-resolution image is the
     decimated high-resolution one (Muse 3.3.1).
     """
@@ -246,7 +248,7 @@ def train_muse(cfg: MuseConfig, *, data: str | Path = "scenes", engine: Engine |
     yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, p.model)
 
 
-def _stages(cfg: MuseConfig, data: str | Path, engine: Engine, watch: Watch) -> Iterator[Progress]:
+def _stages(cfg: MuseConfig, data: str | Path | Source, engine: Engine, watch: Watch) -> Iterator[Progress]:
     """The five stages, and before each what it reads; the last Progress holds the Muse."""
     torch.manual_seed(engine.seed)
     parts, high = build(cfg), VQGAN(cfg.high_tokenizer)
@@ -264,7 +266,8 @@ def _stages(cfg: MuseConfig, data: str | Path, engine: Engine, watch: Watch) -> 
 
     with ExitStack() as stack:
         root = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
-        corpus = Corpus(Path(root, "cache"), open_source(data, cfg, seed=engine.seed), cfg, engine, encoder)
+        source = open_source(data, cfg, seed=engine.seed) if isinstance(data, str | Path) else data
+        corpus = Corpus(Path(root, "cache"), source, cfg, engine, encoder)
         yield from _work("read images", corpus.read(), parts)
         images, held_out = corpus.split(corpus.images), corpus.split(corpus.images, held_out=True)
 
