@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_weights
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimuse.config import MuseConfig, from_dict, to_dict
 
@@ -234,23 +234,33 @@ def load_state(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any], 
     A damaged one is passed over with a warning that names the damage. ValueError where none is whole, and where the
     state is of another configuration: nothing is deleted, and nothing starts anew unasked.
     """
+    path, values = _newest(folder)
+    if changed := differences(values["about"], json.loads(json.dumps(about))):
+        raise ValueError(f"{path} belongs to another run: {'; '.join(changed[:4])}. Put it back, or start a new run")
+    if sharded:
+        _load_sharded(tensors, path)
+    else:
+        _copy(parse_weights((path / TENSORS).read_bytes()), tensors, path)
+    return values["step"]
+
+
+def load_weights(folder: Path, module: nn.Module) -> int:
+    """The newest whole state of a stage -> the weights of what it trains, into a module of its kind; -> its step."""
+    (path, values), tensors = _newest(folder), module.state_dict()
+    found = _read(path)  # optimizer and all: a file is read whole or not at all
+    _copy({k: found[f"model.{k}"] for k in tensors if f"model.{k}" in found}, tensors, path)
+    return values["step"]
+
+
+def _newest(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest state whose files are all as they were written, and its state.json."""
     reasons = []
     for path in reversed(states(folder)):
         try:
-            values = _whole(path)
+            return path, _whole(path)
         except (OSError, ValueError, KeyError, TypeError) as e:
             reasons.append(f"{path.name}: {e}")
             log.warning("%s is damaged (%s); looking for an earlier state", path, e)
-            continue
-        if changed := differences(values["about"], json.loads(json.dumps(about))):
-            raise ValueError(
-                f"{path} belongs to another run: {'; '.join(changed[:4])}. Put it back, or start a new run"
-            )
-        if sharded:
-            _load_sharded(tensors, path)
-        else:
-            _copy(parse_weights((path / TENSORS).read_bytes()), tensors, path)
-        return values["step"]
     raise ValueError(f"no state in {folder} is whole ({'; '.join(reasons)}); restore one, or start a new run")
 
 

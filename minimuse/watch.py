@@ -19,10 +19,10 @@ from torch import nn
 
 from minimuse.config import MuseConfig
 from minimuse.data import to_float
-from minimuse.doctor import at_rest, validate
 from minimuse.engine import Engine
 from minimuse.muse import Muse
 from minimuse.plots import grid
+from minimuse.validation import at_rest, validate
 
 if TYPE_CHECKING:
     from minimuse.corpus import Corpus
