@@ -153,8 +153,8 @@ def examine_transformer(
 
     flat = least > 0.97 * floor  # nano: 2.1 to 2.6 of 4.8
     rises = any(more - 2 * doubt > 0.02 * floor for more, doubt in (_mean(a - b) for a, b in pairwise(costs)))
-    says = f"With {_row(RATES, '.0%')} hidden a token costs {_row(costs, '.2f')}, and {_row(rights, '.0%')} of the guesses "
-    says += f"are right. The unigram entropy is {floor:.2f}."
+    says = f"With {_row(RATES, '.0%')} hidden a token costs {_row(costs, '.2f')}, and {_row(rights, '.0%')} of the "
+    says += f"guesses are right. The unigram entropy is {floor:.2f}."
     yield Finding(stage, "context", _verdict(flat and not early, flat or rises), least, says)
     says = f"-log p is at most {bound:.2f} a token, {bound / floor:.0%} of the unigram entropy."
     yield Finding(stage, "bound", _verdict(bound > 1.05 * floor and not early, bound > 0.97 * floor), bound, says)

@@ -120,13 +120,13 @@ class Watch:
         return (self.cfg.low_tokenizer if low else self.cfg.high_tokenizer).grid ** 2
 
     def _forget(self, stage: str, step: int) -> None:
-        """Drop the lines of steps that a resumed run does again."""
+        """Drop the lines of steps that a resumed run does again, and one that was left half written."""
         path = self.folder / "log.jsonl"
-        lines = read_log(path)
-        kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
-        if len(kept) < len(lines):
+        kept = [line for line in read_log(path) if line["stage"] != stage or line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        if path.exists() and text != path.read_text(encoding="utf-8"):
             new = path.with_name(path.name + ".new")
-            new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            new.write_text(text, encoding="utf-8")
             os.replace(new, path)
 
 
