@@ -14,6 +14,7 @@ Not here: the losses themselves (`validation.py`), whether pictures show what wa
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ def examine_tokenizer(
     (tokens, psnr, floor), (others, known, _) = (_rebuild(model, images, engine) for images in (held_out, train))
     used, perplexity = codebook_usage(torch.cat([tokens, others]), size)
     says = f"{used:.0%} of {size} codes are used, as if {perplexity:.1f} of them equally often (perplexity)."
-    # nano: 119 of 256. A codebook of the paper's size may well leave most of its codes unused
+    # nano: 100 of 256. A codebook of the paper's size may well leave most of its codes unused
     yield Finding(
         stage, "codebook", _verdict(perplexity < max(2, size / 100), perplexity < size / 10), perplexity, says
     )
@@ -139,38 +140,24 @@ def examine_transformer(
     stage: str = "base",
     early: bool = False,
 ) -> Iterator[Finding]:
-    """A `MaskedLoss`, (tokens, texts) or (tokens, texts, low tokens) that it was and was not trained on -> findings."""
-    engine, some = engine or Engine(), len(held_out[0]) >= SOME
-    rows = held_out if some else train
+    """A `MaskedLoss`, (tokens, texts) or (tokens, texts, low tokens) that it was and was not trained on -> findings.
 
-    def pieces(rows: Sequence[Any], other: str = "", strata: int = 0) -> dict[str, Tensor]:
-        return _pieces(loss, rows, codebook_size, engine, other, strata)
-
-    own = pieces(rows, strata=STRATA)
-    floor = unigram_entropy(rows[0][torch.arange(min(4096, len(rows[0])))], codebook_size)
-    costs, rights = ([own[f"{key}@{r}"] for r in RATES] for key in ("loss", "accuracy"))
-    least, most, bound = (x.mean().item() for x in (costs[0], costs[-1], own["bound"]))
-
-    flat = least > 0.97 * floor  # nano: 2.1 to 2.6 of 4.8
-    rises = any(more - 2 * doubt > 0.02 * floor for more, doubt in (_mean(a - b) for a, b in pairwise(costs)))
-    says = f"With {_row(RATES, '.0%')} hidden a token costs {_row(costs, '.2f')}, and {_row(rights, '.0%')} of the "
-    says += f"guesses are right. The unigram entropy is {floor:.2f}."
-    yield Finding(stage, "context", _verdict(flat and not early, flat or rises), least, says)
-    says = f"-log p is at most {bound:.2f} a token, {bound / floor:.0%} of the unigram entropy."
-    yield Finding(stage, "bound", _verdict(bound > 1.05 * floor and not early, bound > 0.97 * floor), bound, says)
-    total, part = _total(loss, rows, codebook_size, engine)
-    says = f"p of {part:.0%} of the values of one hidden token adds up to {total:.2f}, and should to "
-    says += f"{'' if part == 1 else 'at most '}1. With 90% hidden a token costs {most:.2f}."
-    leaks = total > 1.05 or (part == 1 and total < 0.95)
-    yield Finding(stage, "leakage", _verdict(leaks, most < 0.02 * floor), total, says)
-
+    early: what is not learnt yet is no alarm.
+    """
+    engine = engine or Engine()
+    pieces, rows = partial(_pieces, loss, codebook_size, engine), held_out if len(held_out[0]) >= SOME else train
+    own, some = pieces(rows, strata=STRATA), rows[0][torch.arange(min(4096, len(rows[0])))]
+    floor = max(unigram_entropy(some, codebook_size), 1e-9)  # one code alone has none
+    yield from _context(own, floor, stage, early)
+    yield _leakage(*_total(loss, rows, codebook_size, engine), own["loss@0.9"].mean().item(), floor, stage)
     # nano: another caption costs the base 1.1, super-resolution 0.14; other low tokens cost it 4.2
     for check, share in (("text", 0.005), ("low tokens", 0.05))[: len(rows) - 1]:
-        cost, doubt = _mean(_level(pieces(rows, check)) - _level(own))
+        cost, doubt = _mean(_level(pieces(rows, other=check)) - _level(own))
         little, unsure = cost < share * floor, cost < max(2 * doubt, 1e-6)
         says = (
-            f"Another image's {check} cost {cost:+.3f} ± {doubt:.3f} more than its own; {share * floor:.3f} is little."
+            f"Another image's {check} cost {cost:+.3f} ± {doubt:.3f} more than its own; less than {share * floor:.3f} "
         )
+        says += "would be little."
         yield Finding(stage, check, _verdict(little and unsure and not early, little or unsure), cost, says)
     if len(held_out[0]) < FEW:
         yield _nothing_held_out(stage)
@@ -182,8 +169,27 @@ def examine_transformer(
     yield Finding(stage, "overfitting", _verdict(sure and gap > 0.2 * floor, sure and gap > 0.05 * floor), gap, says)
 
 
+def _context(own: dict[str, Tensor], floor: float, stage: str, early: bool) -> Iterator[Finding]:
+    costs, rights = ([own[f"{key}@{r}"] for r in RATES] for key in ("loss", "accuracy"))
+    least, bound = costs[0].mean().item(), own["bound"].mean().item()
+    flat = least > 0.97 * floor  # nano: 2.1 to 2.6 of 4.8
+    rises = any(more - 2 * doubt > 0.02 * floor for more, doubt in (_mean(a - b) for a, b in pairwise(costs)))
+    says = f"With {_row(RATES, '.0%')} hidden a token costs {_row(costs, '.2f')}, and {_row(rights, '.0%')} of the "
+    says += f"guesses are right. The unigram entropy is {floor:.2f}."
+    yield Finding(stage, "context", _verdict(flat and not early, flat or rises), least, says)
+    says = f"-log p is at most {bound:.2f} a token, {bound / floor:.0%} of the unigram entropy."
+    yield Finding(stage, "bound", _verdict(bound > 1.05 * floor and not early, bound > 0.97 * floor), bound, says)
+
+
+def _leakage(total: float, part: float, cost: float, floor: float, stage: str) -> Finding:
+    says = f"p of {part:.0%} of the values of one hidden token adds up to {total:.2f}, and should to "
+    says += f"{'' if part == 1 else 'at most '}1. With 90% hidden a token costs {cost:.2f}."
+    leaks = total > 1.05 or (part == 1 and total < 0.95)
+    return Finding(stage, "leakage", _verdict(leaks, cost < 0.02 * floor), total, says)
+
+
 def _pieces(
-    loss: Callable, rows: Sequence[Any], size: int, engine: Engine, other: str, strata: int
+    loss: Callable, size: int, engine: Engine, rows: Sequence[Any], *, other: str = "", strata: int = 0
 ) -> dict[str, Tensor]:
     """Figures of up to 8 disjoint pieces of the rows, (pieces,) each; `other`: what comes from another image."""
     n, found = min(MOST, len(rows[0])), []
@@ -205,8 +211,10 @@ def _mean(each: Tensor) -> tuple[float, float]:
 
 
 def _total(loss: Callable, rows: Sequence[Any], size: int, engine: Engine, most: int = 256) -> tuple[float, float]:
-    """One token masked: sum of p = exp(-loss) over its values, and which part of them. It is 1 unless the model sees
-    which one it is; where that is too many, at most 1."""
+    """Sum of p = exp(-loss) of one masked token over up to `most` of its values, and which part of all these are.
+
+    Over all of them it is 1, over some at most 1, unless the model sees which one it is.
+    """
     first = torch.tensor([0])
     x, text, *low = rows[0][first], rows[1].pick(first, [0.0]), *(r[first].to(engine.device) for r in rows[2:])
     context, masked = pad_contexts([t.float() for t in text]).to(engine.device), torch.zeros_like(x).bool()

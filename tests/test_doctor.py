@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimuse import cli
+from minimuse import checkpoint, cli
 from minimuse.config import StageConfig, TransformerConfig, VQGANConfig
 from minimuse.doctor import MENDS, Finding, examine, examine_log, examine_tokenizer, examine_transformer
 from minimuse.engine import Engine
@@ -157,6 +157,14 @@ def test_a_loss_near_zero_is_suspicious():
     assert leak.verdict == "look", f"{leak}"
 
 
+def test_one_code_alone(healthy):
+    """What a collapsed tokenizer leaves: an entropy of 0, and no division by it."""
+    tokens, texts, _ = world(1)
+    found = findings(healthy, held_out=(torch.zeros_like(tokens), texts))
+    assert found["bound"].verdict == "wrong", f"any loss is more than nothing: {found['bound']}"
+    assert all(math.isfinite(f.number) for f in found.values()), f"{found}"
+
+
 def test_overfitted_on_8_examples():
     g = torch.Generator().manual_seed(2)
     tokens, texts = torch.randint(V, (8, 16), generator=g), Texts(torch.randn(8, 2, D_LM, generator=g))
@@ -297,6 +305,23 @@ def test_the_newest_weights_are_read(tiny_run):
     log = [json.loads(line) for line in (tiny_run / "log.jsonl").read_text().splitlines()]
     (told,) = [line["held_out_psnr"] for line in log if line["stage"] == "low_tokenizer" and line["step"] == 2]
     assert f.number == pytest.approx(told, abs=0.05), "8 images, all of them held out: the same figure"
+
+
+@pytest.mark.parametrize("name", ["base", "superres"])
+def test_weights_are_read_without_their_optimizer(tiny_run, tiny_muse, name):
+    loss = MaskedLoss(copy.deepcopy(tiny_muse.parts[name]))
+    assert checkpoint.load_weights(tiny_run / name, loss) == 2, "the step of the newest state"
+    _, weights, _ = checkpoint.load(tiny_run)
+    for key, value in loss.model.state_dict().items():
+        assert value.equal(weights[f"{name}.{key}"]), f"{key} is not what the finished Muse has"
+
+
+def test_a_damaged_state_is_told(a_copy):
+    (file,) = a_copy.glob("base/step-*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    of = {(f.stage, f.check): f for f in examine(a_copy, "base", device="cpu")}
+    assert "no state" in of["base", "files"].says, f"{of}"
+    assert "bytes" in of["base", "files"].says, "it says what is wrong with it"
 
 
 def test_what_a_run_does_not_hold_is_told_and_not_computed(a_copy):
