@@ -63,9 +63,22 @@ def test_validation_is_logged_whenever_it_comes(cfg, tmp_path, no_board):
     assert read_log(tmp_path / "log.jsonl")[0]["held_out_bound"] == 2.0, "which holds them"
 
 
+def test_a_stage_of_one_step_is_logged(cfg, tmp_path, no_board):
+    walk(watch(cfg, tmp_path), "base", [1], of=1)
+    walk(watch(cfg, tmp_path), "base", [1], of=1)  # it died before it was saved, and does the step again
+    assert steps_of(tmp_path) == [1], f"{steps_of(tmp_path)}"
+
+
+def test_what_is_no_stage_is_not_logged(cfg, tmp_path, no_board):
+    eyes = watch(cfg, tmp_path)
+    told = [eyes(Progress("done", 1, 1, {"minutes": 2.0}, None)) for _ in range(2)]
+    assert told == [{"minutes": 2.0}] * 2, f"its figures pass through: {told}"
+    assert not (tmp_path / "log.jsonl").exists(), "the log is of stages"
+
+
 def test_speed_by_hand(cfg, tmp_path, no_board, monkeypatch):
     clock = iter([0.0, 10.0, 12.0, 14.0, 20.0, 20.5, 21.0])
-    monkeypatch.setattr("minimuse.watch.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("minimuse.watch.time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     eyes = watch(cfg, tmp_path)  # at 0.0
     first, second, third = walk(eyes, "base", [1, 2, 6])
     assert "tokens_per_s" not in first, "before the first step there is nothing to measure from"
