@@ -28,6 +28,7 @@ from minimuse.corpus import Corpus
 from minimuse.data import to_float
 from minimuse.engine import Engine, generator
 from minimuse.folders import open_source
+from minimuse.muse import ready_tokenizer
 from minimuse.precompute import Subset
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import Decimated, MaskedLoss
@@ -299,7 +300,7 @@ def _stage(folder: Path, name: str, cfg: MuseConfig, corpus: Corpus) -> Iterator
         images = [Decimated(corpus.split(corpus.images, held_out), factor) for held_out in (False, True)]
         yield from examine_tokenizer(tokenizer(name), *images, engine=engine, stage=name)
         return
-    deque(corpus.tokenize("low", tokenizer("low_tokenizer")), maxlen=0)
+    deque(corpus.tokenize("low", ready_tokenizer(cfg) or tokenizer("low_tokenizer")), maxlen=0)
     deque(corpus.embed(), maxlen=0)
     rows, model = [corpus.tokens["low"], corpus.texts], Transformer(cfg.base)
     if name == "superres":

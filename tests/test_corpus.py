@@ -38,24 +38,17 @@ class Made:
             yield Example(image, ("a red cube", f"a blue ball and {'two small ' * (i % 3)}green boxes"))
 
 
-class Counted:
-    """A tokenizer that tells how often it was asked, and what it saw."""
+class Counted(torch.nn.Module):
+    """A tokenizer that keeps what it saw."""
 
     codebook_size = 16
 
     def __init__(self, weight=1.0, grid=8):
-        self.grid, self.weight, self.seen = grid, torch.tensor(weight), []
-
-    def state_dict(self):
-        return {"weight": self.weight}
-
-    def eval(self):
-        return self
-
-    def to(self, device):
-        return self
+        super().__init__()
+        self.grid, self.weight, self.seen = grid, torch.nn.Parameter(torch.tensor(weight)), []
 
     def encode(self, images):
+        assert not self.training, "pitfall 18: a tokenizer at work is in eval mode"
         self.seen.append(images)
         level = ((images[:, 0, 0, 0] + 1) * 7.99).long()
         return level[:, None].expand(-1, self.grid**2)
