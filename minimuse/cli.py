@@ -1,4 +1,4 @@
-"""The `minimuse` command: generate, inpaint, outpaint, edit, train, doctor, average, compare, info. No logic of its own.
+"""The `minimuse` command: generate, inpaint, outpaint, edit, train, doctor, average, compare, info. No own logic.
 
 minimuse generate "two small red cubes" --n 4 --seed 0 --film
 minimuse inpaint picture.png mask.png "a green sphere"
