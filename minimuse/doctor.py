@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from minimuse import checkpoint
-from minimuse.config import STAGES, MuseConfig, from_dict
+from minimuse.config import STAGES, MuseConfig
 from minimuse.corpus import Corpus
 from minimuse.data import to_float
 from minimuse.engine import Engine, generator
@@ -267,8 +267,8 @@ def examine(folder: str | Path, stage: str | None = None, *, device: Any = None)
     if not (folder / checkpoint.RUN).is_file():
         raise FileNotFoundError(f"{folder} holds no {checkpoint.RUN}; give a folder that `minimuse train --out` made")
     run, lines = checkpoint.read_run(folder), read_log(folder / "log.jsonl")
-    cfg, engine = from_dict(run["config"]), Engine(seed=run["seed"], device=device)
-    started = [name for name in STAGES if checkpoint.has_state(folder / name)]
+    cfg, engine = checkpoint.configuration(run, folder / checkpoint.RUN), Engine(seed=run["seed"], device=device)
+    started = [name for name in STAGES if checkpoint.states(folder / name)]
     if not started or stage not in (None, *started):
         there = ", ".join(started) or "none"
         raise ValueError(f"no state of {stage or 'any stage'} in {folder} yet; there are those of: {there}")
