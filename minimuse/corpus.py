@@ -108,7 +108,7 @@ class Corpus:
         if not text_fits(need["text"], self.cfg.text_gib):
             self.texts: Texts | LiveTexts = LiveTexts(captions, self.encode)
             return
-        print_ = fingerprint(self._captions.fingerprint, self.encoder.max_tokens, self.encoder.weights)
+        print_ = fingerprint(self.source.fingerprint, self.side, self.encoder.max_tokens, self.encoder.weights)
         shards = self._shards("text", print_)
         yield from self._fill(shards, make_text(self._captions, self.encode))
         self.texts = Texts(shards)
