@@ -249,7 +249,7 @@ def test_the_language_model_embeds_nothing_again(make, tiny_lm):
 def test_what_changed_has_a_cache_of_its_own(make, tmp_path, tiny_lms, what):
     work(make())
     kinds = {
-        "tokenizer": {"low_tokens", "text"},
+        "tokenizer": {"low_tokens"},
         "data": {"pixels", "low_tokens", "high_tokens", "text"},
         "lm": {"text"},
     }
