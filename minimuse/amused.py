@@ -89,6 +89,11 @@ class VQTokenizer(nn.Module):
     def downsampling(self) -> int:
         return 2 ** (len(self.vq.config.block_out_channels) - 1)
 
+    @property
+    def codebook(self) -> Tensor:
+        """(V, d)."""
+        return self.vq.quantize.embedding.weight
+
     def train(self, mode: bool = True) -> "VQTokenizer":
         """Stays in eval mode, whatever a parent says."""
         return super().train(False)

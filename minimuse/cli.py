@@ -1,4 +1,4 @@
-"""The `minimuse` command: generate, inpaint, outpaint, edit, train, average, info. No logic of its own.
+"""The `minimuse` command: generate, inpaint, outpaint, edit, train, average, compare, info. No logic of its own.
 
 minimuse generate "two small red cubes" --n 4 --seed 0 --film
 minimuse inpaint picture.png mask.png "a green sphere"
@@ -18,8 +18,10 @@ from typing import Any
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code. What the user got wrong is one line on stderr, never a traceback."""
     args = parser().parse_args(argv)
-    logging.basicConfig(format="minimuse: %(message)s")
-    logging.getLogger("minimuse").setLevel(logging.INFO)
+    log = logging.getLogger("minimuse")
+    log.handlers[:] = [logging.StreamHandler()]  # to today's stderr, in our words; other libraries keep their own
+    log.handlers[0].setFormatter(logging.Formatter("minimuse: %(message)s"))
+    log.setLevel(logging.INFO)
     try:
         args.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -72,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="such as stages.base.steps=500")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, where it was stopped")
     p.add_argument("--dry-run", action="store_true", help="print sizes, memory, FLOPs, bytes and hours; train nothing")
+    p.add_argument("--accelerators", type=int, default=1, help="for --dry-run: how many")
+    p.add_argument("--memory", type=float, metavar="GB", help="for --dry-run: of each, to say what does not fit")
+    p.add_argument("--ceiling", type=float, metavar="TFLOPS", help="for --dry-run: of each (default: this machine's)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--accumulate", type=int, help="micro-batches a step: less memory, the same gradient")
     p.add_argument("--recompute", action="store_true", help="activation checkpointing: more work for less memory")
@@ -84,6 +89,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     p.add_argument("--decay", type=float, default=0.7, help="of the moving average (default: 0.7, the paper's)")
     p.add_argument("--half", action="store_true", help="save the weights in half precision")
+    p = command("compare", compare, "measure masking schedules and orders in an exact world")
+    p.add_argument("--world", default="mixture", help="mixture, chain or potts (default: mixture)")
+    p.add_argument(
+        "--schedule",
+        type=_names,
+        default=["cosine"],
+        help="comma-separated; such as cosine,pow2,bound2 (adaptive, 2 nats)",
+    )
+    p.add_argument("--order", type=_names, default=["confidence"], help="comma-separated, as of generate")
+    p.add_argument("--preset", type=_names, default=[], help="muse, maskgit, amused, halton, lucidrains")
+    p.add_argument("--steps", type=_names, default=["4", "8", "16"], help="comma-separated (default: 4,8,16)")
+    p.add_argument("--samples", type=int, default=4096)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, help="folder for the report; finished cells are kept there and used again")
+    p.add_argument("--force", action="store_true", help="overwrite another report")
     p = command("info", info, "sizes, grids and defaults of presets and checkpoints")
     p.add_argument("names", nargs="*", metavar="NAME")
     return top
@@ -113,6 +133,10 @@ def _drawing(p: argparse.ArgumentParser, sampling: bool = True) -> None:
 def _guidance(text: str) -> float | tuple[float, float]:
     first, _, last = text.partition(":")
     return (float(first), float(last)) if last else float(first)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -224,6 +248,9 @@ def train(args: argparse.Namespace) -> None:
     from minimuse.train import train_muse
 
     cfg = _configuration(args)
+    if args.dry_run:
+        _dry_run(cfg, args)
+        return
     source = open_source(args.data, cfg, seed=args.seed)
     engine = Engine(
         seed=args.seed, device=args.device, accumulate=args.accumulate, compile=args.compile,
@@ -265,6 +292,21 @@ def _configuration(args: argparse.Namespace) -> Any:
     return changed(checkpoint.configuration(whole, Path(args.preset)), args.set)
 
 
+def _dry_run(cfg: Any, args: argparse.Namespace) -> None:
+    """What a run would take, printed before any of it; nothing is written."""
+    from minimuse.budget import report
+    from minimuse.corpus import Corpus
+    from minimuse.engine import Engine
+    from minimuse.folders import open_source
+    from minimuse.text import TextEncoder
+
+    engine, encoder = Engine(device=args.device), TextEncoder(cfg.text_encoder, max_tokens=cfg.text_tokens)
+    source = open_source(args.data, cfg, seed=args.seed)
+    print(Corpus(args.out / "cache", source, cfg, engine, encoder.to(engine.device)).preview())
+    ceiling = args.ceiling and args.ceiling * 1e12
+    print(report(cfg, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))
+
+
 def _with_bars(progress: Any, show: bool) -> Any:
     """Hand on what a training tells, with a bar a stage: loss, speed, time left."""
     from tqdm import tqdm
@@ -303,6 +345,20 @@ def average(args: argparse.Namespace) -> None:
         muse.parts[name].load_state_dict(checkpoint.average(states, args.decay))
         print(f"{name}: {len(states)} states, steps {int(states[0].name[5:])} to {int(states[-1].name[5:])}")
     print(muse.save_pretrained(args.out, dtype=torch.float16 if args.half else None))
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print the table; with --out also write figures and tables there."""
+    from minimuse import lab
+
+    if args.world not in lab.WORLDS:
+        raise ValueError(f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
+    settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": args.out}
+    steps = [int(t) for t in args.steps]
+    report = lab.compare(lab.WORLDS[args.world](), args.schedule, args.order, steps, **settings)
+    print(report.table())
+    if args.out:
+        print(report.save(args.out, overwrite=args.force))
 
 
 def info(args: argparse.Namespace) -> None:

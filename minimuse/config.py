@@ -244,7 +244,7 @@ def nano() -> MuseConfig:
         perceptual_weight=0.0,
         adversarial_weight=0.0,
     )
-    masked = StageConfig(steps=3800, batch=16, learning_rate=3e-3, warmup=100, weight_decay=0.045, betas=(0.9, 0.99))
+    masked = StageConfig(steps=2400, batch=16, learning_rate=3e-3, warmup=100, weight_decay=0.045, betas=(0.9, 0.99))
     return MuseConfig(
         name="nano",
         text_encoder="all-MiniLM-L6-v2",
@@ -266,7 +266,7 @@ def nano() -> MuseConfig:
             "low_tokenizer": tokenizing,
             "base": masked,
             "high_tokenizer": replace(tokenizing, steps=1100, batch=8),
-            "superres": replace(masked, steps=1000, batch=8),
+            "superres": replace(masked, steps=2300, batch=8),
             "decoder": replace(tokenizing, steps=400, batch=4, learning_rate=1e-3),
         },
     )

@@ -12,18 +12,22 @@ Not here: the shards on disk (cache.py), how a part is made (precompute.py).
 
 import logging
 import re
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minimuse.cache import Rows, Shards, fill, fingerprint
+from minimuse.budget import duration
+from minimuse.cache import Rows, Shards, fill, fingerprint, in_bytes
 from minimuse.captions import EXAMPLE_PROMPTS, vocabulary
 from minimuse.config import MuseConfig
-from minimuse.data import SceneDataset, Source, halve
+from minimuse.data import Problems, SceneDataset, Source, halve
 from minimuse.engine import Engine
 from minimuse.precompute import (
     CachedPixels,
@@ -40,6 +44,7 @@ from minimuse.precompute import (
     tokenize,
 )
 from minimuse.text import TextEncoder
+from minimuse.vqgan import VQGAN
 
 log = logging.getLogger("minimuse")
 HELD_OUT = 50  # every 50th example
@@ -122,6 +127,41 @@ class Corpus:
             "examples": [captions[i * (len(captions) - 1) // 3] for i in range(min(4, len(captions)))][:3],
         }
 
+    def preview(self, most: int = 64) -> str:
+        """Before anything is computed: bytes of each cache, and how long one process takes, by the first images."""
+        examples = list(islice(self.source.read(0, self.side, Problems()), most))  # untimed: what is slow but once
+        if not examples:
+            return "the first part of the data holds no usable image"
+        known = hasattr(self.source, "__len__")
+        n = (
+            len(self.source)
+            if known
+            else self.source.parts * sum(1 for _ in self.source.read(0, self.side, Problems()))
+        )
+        read = _seconds(lambda: list(islice(self.source.read(0, self.side, Problems()), most))) / len(examples)
+        captions, said = [text for e in examples for text in e.captions], ""
+        try:
+            self.encode(captions[:1])
+            embed = duration(_seconds(lambda: self.encode(captions)) / len(examples) * n)
+            length = sum(map(len, self.encode(captions))) / len(captions)
+        except OSError:
+            embed, length, said = "?", 32.0, f" ({self.cfg.text_encoder} is not here: 32 tokens a caption assumed)"
+        tokenizing = {}
+        for name in ("low", "high"):
+            tokenizer = VQGAN(getattr(self.cfg, f"{name}_tokenizer")).to(self.engine.device)
+            images = torch.stack([halve(e.image[None], self.side // tokenizer.cfg.image_size)[0] for e in examples[:4]])
+            work = partial(tokenize, tokenizer, images, bf16=self.engine.bf16)
+            work()
+            tokenizing[name] = duration(_seconds(work) / len(images) * n)
+        each = len(captions) / len(examples)
+        sizes = estimate(self.cfg, n, captions=each, text_tokens=length, pixels=self._pixels.limit)
+        if not text_fits(sizes["text"], self.cfg.text_gib):
+            said += "; above text_gib: encoded at every step instead"
+        lines = [f"caches of about {n:,} images, and the time of one process:"]
+        for name, time_ in [("pixels", duration(read * n)), *tokenizing.items(), ("text", embed)]:
+            lines.append(f"  {name:7}{in_bytes(sizes[name]):>9}  {time_:>10}{said * (name == 'text')}")
+        return "\n".join(lines)
+
     def _shards(self, kind: str, print_: str, limit: int | None = None) -> Shards:
         about = {"config": self.cfg.name, "text_encoder": self.cfg.text_encoder, "source": type(self.source).__name__}
         return Shards(self.folder, kind, print_, self.source.parts, limit=limit, about=about)
@@ -129,3 +169,9 @@ class Corpus:
     def _fill(self, shards: Shards, make: Any) -> Iterator[tuple[int, int]]:
         yield from fill(shards, make, self.engine.rank, self.engine.processes)
         self.engine.accelerator.wait_for_everyone()
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -202,10 +202,11 @@ class SceneDataset:
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
         """Part -> its examples: scenes 500 part to 500 part + 499, the same as `images` and `captions` give."""
         check_part(part, self.parts)
-        indices = range(part * PART, min((part + 1) * PART, self.n))
-        for i, image in zip(indices, replace(self, size=size).images(indices), strict=True):
-            problems.seen += 1
-            yield Example(image, tuple(self.captions(i)))
+        indices, sized = range(part * PART, min((part + 1) * PART, self.n)), replace(self, size=size)
+        for few in (indices[start : start + 50] for start in range(0, len(indices), 50)):
+            for i, image in zip(few, sized.images(few), strict=True):
+                problems.seen += 1
+                yield Example(image, tuple(self.captions(i)))
 
     def __len__(self) -> int:
         return self.n

@@ -8,6 +8,7 @@ independent, each a plain function that you may replace:
     which are revealed      order: (logits, drawn, masked, u) -> scores (B, N), the highest are kept
     what is drawn           sampling_temperature, top_k
     how noisy the ranking   choice_temperature, annealed linearly to 0
+Both temperatures may be functions of u, for any other annealing.
 
 Randomness: uniforms from CPU generators, two a token a step (value and ranking), drawn before the loop. One seed makes
 the same draws on a laptop and on a GPU; with a generator an image, image i never depends on its neighbours.
@@ -25,7 +26,7 @@ from torch import Tensor
 from minimuse.masking import Draws, Schedule, reveal_counts, uniforms
 
 LogitsFn = Callable[[Tensor, float], Tensor]
-Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N): the picture filled in, known tokens kept
 Count = Schedule | Callable[[Tensor, Tensor, float], Tensor]
 
 
@@ -47,7 +48,7 @@ class Step(NamedTuple):
 
 def confidence(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
     """log p(drawn), (B, N): Muse 2.8 and MaskGIT."""
-    return logits.log_softmax(-1).gather(-1, drawn[..., None]).squeeze(-1)
+    return logits.gather(-1, drawn[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def margin(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
@@ -169,9 +170,10 @@ def decode(
     steps: int,
     schedule: str | Count = "cosine",
     order: str | Order = "confidence",
-    sampling_temperature: float = 1.0,
-    choice_temperature: float = 0.0,
+    sampling_temperature: float | Callable[[float], float] = 1.0,
+    choice_temperature: float | Callable[[float], float] = 0.0,
     top_k: int | None = None,
+    remask: bool = False,
     generator: Draws = None,
 ) -> Iterator[Step]:
     """tokens (B, N), mask_id where unknown -> a Step at a time until none is masked; the last holds the whole decode.
@@ -180,13 +182,16 @@ def decode(
     masked at the start, counted for each image. Known tokens are never touched; a revealed one stays (Muse 2.8).
     An image with n < T masked tokens joins at step T - n: it takes n steps, and sees the guidance of the last ones.
     An adaptive rule may finish early; in the last of its T steps all that is left is revealed.
+    Deviation: with `remask` each step keeps the best of all tokens but the given ones, as many as would stand without
+    it, so that a revealed one may be masked again (Token-Critic, arXiv 2209.04439). The order then judges them too.
 
     >>> *_, last = decode(logits_fn, torch.full((1, 64), mask_id), mask_id=mask_id, steps=12)
     """
     rank_by = _check(tokens, steps, order, sampling_temperature, choice_temperature, top_k)
+    heat = sampling_temperature if callable(sampling_temperature) else lambda u: sampling_temperature
     b, n = tokens.shape
     draws = uniforms(b, steps, 2, n, generator=generator).to(tokens.device)  # (B, T, 2, N), ahead of the loop
-    masked = tokens == mask_id
+    free = masked = tokens == mask_id
     adaptive = _is_adaptive(schedule)
     plan = None if adaptive else _plan(masked, steps, schedule)
     if not masked.any():
@@ -198,16 +203,19 @@ def decode(
             continue
         u = i / (steps - 1) if steps > 1 else 1.0
         logits = logits_fn(tokens, u).float()
-        drawn = draw(logits, draws[:, i, 0], sampling_temperature, top_k)
+        drawn = torch.where(masked, draw(logits, draws[:, i, 0], heat(u), top_k), tokens)
         if plan is not None:
             reveal = plan[i].to(tokens.device)
         else:
             reveal = left if i == steps - 1 else torch.minimum(schedule(logits, masked, u).clamp(min=1), left)
         gumbel = -torch.log(-torch.log(draws[:, i, 1].clamp(1e-20, 1 - 1e-7)))
-        scores = rank_by(logits, drawn, masked, u) + choice_temperature * (1 - (i + 1) / steps) * gumbel
-        revealed = _highest(scores.clamp(min=-1e30).masked_fill(~masked, -math.inf), gumbel, reveal) & masked
-        p = logits.softmax(-1).gather(-1, drawn[..., None]).squeeze(-1).masked_fill(~masked, 0)
-        tokens, masked = torch.where(revealed, drawn, tokens), masked & ~revealed
+        noise = choice_temperature(u) if callable(choice_temperature) else choice_temperature * (1 - (i + 1) / steps)
+        scores = rank_by(logits, drawn, masked, u) + noise * gumbel
+        pool, keep = (free, reveal + (free & ~masked).sum(1)) if remask else (masked, reveal)
+        kept = _highest(scores.clamp(min=-1e30).masked_fill(~pool, -math.inf), gumbel, keep) & pool
+        p = confidence(logits, drawn, masked, u).exp().masked_fill(~masked, 0)
+        revealed, masked = kept & masked, pool & ~kept
+        tokens = drawn.masked_fill(masked, mask_id)
         yield Step(i, u, tokens, masked, revealed, p)
 
 
@@ -215,8 +223,8 @@ def _check(
     tokens: Tensor,
     steps: int,
     order: str | Order,
-    sampling_temperature: float,
-    choice_temperature: float,
+    sampling_temperature: float | Callable[[float], float],
+    choice_temperature: float | Callable[[float], float],
     top_k: int | None,
 ) -> Order:
     """Refuse nonsense; give the order as a function."""
@@ -224,7 +232,7 @@ def _check(
         raise ValueError(f"tokens {tuple(tokens.shape)} of {tokens.dtype}; give a (B, N) long tensor that is not empty")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}; give a whole number of at least 1")
-    if sampling_temperature < 0 or choice_temperature < 0:
+    if any(not callable(t) and t < 0 for t in (sampling_temperature, choice_temperature)):
         raise ValueError(f"temperatures {sampling_temperature}, {choice_temperature}; give 0 or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; give at least 1, or None for all")
@@ -238,11 +246,9 @@ def _check(
 
 def _plan(masked: Tensor, steps: int, schedule: str | Schedule) -> Tensor:
     """masked (B, N) -> how many each image reveals at each step, (T, B) on the CPU."""
-    columns = []
-    for n in masked.sum(1).tolist():
-        counts = reveal_counts(n, steps, schedule)
-        columns.append([0] * (steps - len(counts)) + counts)
-    return torch.tensor(columns).T
+    sizes = masked.sum(1).tolist()
+    counts = {n: reveal_counts(n, steps, schedule) for n in set(sizes)}
+    return torch.tensor([[0] * (steps - len(counts[n])) + counts[n] for n in sizes]).T
 
 
 def _highest(scores: Tensor, ties: Tensor, counts: Tensor) -> Tensor:

@@ -279,12 +279,16 @@ def _stages(cfg: MuseConfig, data: str | Path | Source, engine: Engine, watch: W
         yield from _work("low tokens", corpus.tokenize("low", parts["low_tokenizer"]), parts)
         yield from _work("embed captions", corpus.embed(), parts)
         low_tokens, texts = corpus.split(corpus.tokens["low"]), corpus.split(corpus.texts)
+        torch.manual_seed(engine.seed)  # whatever ran before: a resumed run begins each stage as a whole one does
+        parts["base"].begin_from(parts["low_tokenizer"].codebook)
         yield from transformer("base", low_tokens)
         parts["base"] = engine.whole(parts["base"], lambda: Transformer(cfg.base))
 
         yield from tokenizer("high_tokenizer", high, images, held_out)
         parts["high_tokenizer"] = high
         yield from _work("high tokens", corpus.tokenize("high", high), parts)
+        torch.manual_seed(engine.seed)
+        parts["superres"].begin_from(high.codebook, parts["low_tokenizer"].codebook)
         yield from transformer("superres", corpus.split(corpus.tokens["high"]), low_tokens)
         parts["superres"] = engine.whole(parts["superres"], lambda: SuperRes(cfg.superres))
 

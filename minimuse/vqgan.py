@@ -191,6 +191,11 @@ class VQGAN(nn.Module):
     def downsampling(self) -> int:
         return self.cfg.downsampling
 
+    @property
+    def codebook(self) -> Tensor:
+        """(V, d)."""
+        return self.quantizer.codebook
+
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> tokens (B, h*w) long; H and W any multiples of f."""
         f = self.downsampling

@@ -130,6 +130,43 @@ def test_pitfall_08_revealed_tokens_never_change(rows, steps, order, schedule, t
     assert len(trace) <= max(1, steps), f"{len(trace)} steps of {steps}"
 
 
+def test_an_order_sees_the_picture_filled_in():
+    """Known tokens as they are, the others as drawn: what a ranker of whole pictures needs."""
+    start, seen = infills(16, 5, 0), []
+
+    def spy(logits, drawn, masked, u):
+        assert drawn.max() < V, "[MASK] is no part of a picture"
+        seen.append((drawn, masked))
+        return torch.zeros(drawn.shape)
+
+    tokens = start
+    for s, (drawn, masked) in zip(run(toy, start, steps=4, order=spy), seen, strict=True):
+        assert masked.equal(tokens == MASK)
+        assert drawn[~masked].equal(tokens[~masked]), "a known token was drawn again"
+        assert s.tokens[s.revealed].equal(drawn[s.revealed]), "what is revealed is what was judged"
+        tokens = s.tokens
+
+
+def test_remasking_keeps_the_best_of_all_so_far():
+    """Deviation from Muse: the counts are the schedule's, the given tokens stay, a revealed one need not."""
+    liked = torch.rand(4, 16, generator=seeded(2))
+    taste = iter(liked)  # each step likes other places
+
+    def order(logits, drawn, masked, u):
+        return next(taste).expand(drawn.shape)
+
+    start = infills(12)
+    given_ = start != MASK
+    trace = run(toy, start, steps=4, order=order, schedule="linear", remask=True)
+    for i, s in enumerate(trace):
+        best = liked[i].masked_fill(given_[0], -1).topk(3 * (i + 1)).indices
+        assert sorted(best.tolist()) == (~s.masked & ~given_)[0].nonzero()[:, 0].tolist(), f"step {i}"
+        assert s.tokens[given_].equal(start[given_]), "a given token was touched"
+    taken_back = sum(int((~a.masked & b.masked).sum()) for a, b in itertools.pairwise(trace))
+    assert taken_back > 0, "nothing was masked again"
+    assert not trace[-1].masked.any()
+
+
 def test_nothing_masked_is_a_single_step():
     tokens = torch.randint(V, (2, 9))
     (step,) = run(toy, tokens, steps=8)
