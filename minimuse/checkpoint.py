@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_weights
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimuse.config import MuseConfig, from_dict, to_dict
 
@@ -258,24 +258,33 @@ def load_state(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any], 
     A damaged one is passed over with a warning that names the damage. ValueError where none is whole, and where the
     state is of another configuration: nothing is deleted, and nothing starts anew unasked.
     """
+    path, values, found = _newest(folder, read=not sharded)
+    if changed := differences(values["about"], json.loads(json.dumps(about))):
+        raise ValueError(f"{path} belongs to another run: {'; '.join(changed[:4])}. Put it back, or start a new run")
+    if sharded:
+        _load_sharded(tensors, path)
+    else:
+        _copy(found, tensors, path)
+    return values["step"]
+
+
+def load_weights(folder: Path, module: nn.Module) -> int:
+    """The newest whole state of a stage -> the weights of what it trains, into a module of its kind; -> its step."""
+    path, values, found = _newest(folder)  # optimizer and all: a file is read whole or not at all
+    tensors = module.state_dict()
+    _copy({k: found[f"model.{k}"] for k in tensors if f"model.{k}" in found}, tensors, path)
+    return values["step"]
+
+
+def _newest(folder: Path, read: bool = True) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """The newest state whose files are all as they were written -> where, its state.json, and its tensors."""
     reasons = []
     for path in reversed(states(folder)):
         try:
-            values = _whole(path)
-            found = {} if sharded else _read(path)
+            return path, _whole(path), _read(path) if read else {}
         except (OSError, ValueError) as e:
             reasons.append(str(e))
             log.warning("passed over a damaged state: %s", e)
-            continue
-        if changed := differences(values["about"], json.loads(json.dumps(about))):
-            raise ValueError(
-                f"{path} belongs to another run: {'; '.join(changed[:4])}. Put it back, or start a new run"
-            )
-        if sharded:
-            _load_sharded(tensors, path)
-        else:
-            _copy(found, tensors, path)
-        return values["step"]
     raise ValueError(f"no state in {folder} is whole: {'; '.join(reasons)}; restore one, or start a new run")
 
 

@@ -1,4 +1,4 @@
-"""The `minimuse` command: generate, inpaint, outpaint, edit, train, average, compare, info. No logic of its own.
+"""The `minimuse` command: generate, inpaint, outpaint, edit, train, doctor, average, compare, info. No own logic.
 
 minimuse generate "two small red cubes" --n 4 --seed 0 --film
 minimuse inpaint picture.png mask.png "a green sphere"
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     from minimuse import __version__
+    from minimuse.config import STAGES
 
     top = argparse.ArgumentParser(
         prog="minimuse", description="Text-to-image by masked generative transformers (Muse)."
@@ -104,6 +105,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="folder for the report; finished cells are kept there and used again")
     p.add_argument("--force", action="store_true", help="overwrite another report")
+    p = command("doctor", doctor, "is my loss right? examine a run, finished or under way; exit code 1 if not")
+    p.add_argument("folder", type=Path, metavar="RUN", help="made by train; nothing in it is changed")
+    p.add_argument("--stage", choices=STAGES, help="this one alone (default: all that have a state)")
+    p.add_argument("--device")
     p = command("info", info, "sizes, grids and defaults of presets and checkpoints")
     p.add_argument("names", nargs="*", metavar="NAME")
     return top
@@ -248,10 +253,10 @@ def train(args: argparse.Namespace) -> None:
     from minimuse.train import train_muse
 
     cfg = _configuration(args)
-    if args.dry_run:
-        _dry_run(cfg, args)
-        return
     source = open_source(args.data, cfg, seed=args.seed)
+    if args.dry_run:
+        _dry_run(cfg, source, args)
+        return
     engine = Engine(
         seed=args.seed, device=args.device, accumulate=args.accumulate, compile=args.compile,
         recompute=args.recompute, folder=args.out, keep=args.keep,
@@ -292,16 +297,14 @@ def _configuration(args: argparse.Namespace) -> Any:
     return changed(checkpoint.configuration(whole, Path(args.preset)), args.set)
 
 
-def _dry_run(cfg: Any, args: argparse.Namespace) -> None:
+def _dry_run(cfg: Any, source: Any, args: argparse.Namespace) -> None:
     """What a run would take, printed before any of it; nothing is written."""
     from minimuse.budget import report
     from minimuse.corpus import Corpus
     from minimuse.engine import Engine
-    from minimuse.folders import open_source
     from minimuse.text import TextEncoder
 
     engine, encoder = Engine(device=args.device), TextEncoder(cfg.text_encoder, max_tokens=cfg.text_tokens)
-    source = open_source(args.data, cfg, seed=args.seed)
     print(Corpus(args.out / "cache", source, cfg, engine, encoder.to(engine.device)).preview())
     ceiling = args.ceiling and args.ceiling * 1e12
     print(report(cfg, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))
@@ -359,6 +362,24 @@ def compare(args: argparse.Namespace) -> None:
     print(report.table())
     if args.out:
         print(report.save(args.out, overwrite=args.force))
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """One finding after the other: verdict, stage and check; the number; what failure looks like and what to do."""
+    from textwrap import fill
+
+    from minimuse.doctor import examine
+
+    findings, told = examine(args.folder, args.stage, device=args.device), set()
+    for f in findings:
+        print(f"{f.verdict:5}  {f.stage}, {f.check}")
+        for text in [f.says] if f.verdict == "fine" and f.check in told else [f.says, f.mend]:
+            print(fill(text, 110, initial_indent="       ", subsequent_indent="       "))
+        told.add(f.check)
+    wrong = sum(f.verdict == "wrong" for f in findings)
+    print(f"{len(findings)} findings, {sum(f.verdict == 'look' for f in findings)} to look at, {wrong} wrong")
+    if wrong:
+        raise SystemExit(1)
 
 
 def info(args: argparse.Namespace) -> None:

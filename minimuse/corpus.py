@@ -51,10 +51,23 @@ HELD_OUT = 50  # every 50th example
 
 
 class Corpus:
-    """A source, its caches under `folder`, and the split into training and held-out examples."""
+    """A source, its caches under `folder`, and the split into training and held-out examples.
 
-    def __init__(self, folder: str | Path, source: Source, cfg: MuseConfig, engine: Engine, encoder: TextEncoder):
+    read_only: nothing is computed or written; ValueError where something is not there yet.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        source: Source,
+        cfg: MuseConfig,
+        engine: Engine,
+        encoder: TextEncoder,
+        *,
+        read_only: bool = False,
+    ):
         self.folder, self.source, self.cfg, self.engine, self.encoder = Path(folder), source, cfg, engine, encoder
+        self.read_only = read_only
         self.side = cfg.high_tokenizer.image_size
         limit = max(1, int(cfg.pixels_gib * 2**30 / (3 * self.side**2)))
         self._pixels = self._shards("pixels", fingerprint(source.fingerprint, self.side), limit)
@@ -95,7 +108,7 @@ class Corpus:
         if not text_fits(need["text"], self.cfg.text_gib):
             self.texts: Texts | LiveTexts = LiveTexts(captions, self.encode)
             return
-        print_ = fingerprint(self._captions.fingerprint, self.encoder.max_tokens, self.encoder.weights)
+        print_ = fingerprint(self.source.fingerprint, self.side, self.encoder.max_tokens, self.encoder.weights)
         shards = self._shards("text", print_)
         yield from self._fill(shards, make_text(self._captions, self.encode))
         self.texts = Texts(shards)
@@ -167,8 +180,9 @@ class Corpus:
         return Shards(self.folder, kind, print_, self.source.parts, limit=limit, about=about)
 
     def _fill(self, shards: Shards, make: Any) -> Iterator[tuple[int, int]]:
-        yield from fill(shards, make, self.engine.rank, self.engine.processes)
-        self.engine.accelerator.wait_for_everyone()
+        if not self.read_only:
+            yield from fill(shards, make, self.engine.rank, self.engine.processes)
+            self.engine.accelerator.wait_for_everyone()
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -19,10 +19,10 @@ from torch import nn
 
 from minimuse.config import MuseConfig
 from minimuse.data import to_float
-from minimuse.doctor import at_rest, validate
 from minimuse.engine import Engine
 from minimuse.muse import Muse
 from minimuse.plots import grid
+from minimuse.validation import at_rest, validate
 
 if TYPE_CHECKING:
     from minimuse.corpus import Corpus
@@ -38,7 +38,7 @@ class Watch:
         self.cfg, self.engine, self.prompts = cfg, engine, prompts
         self.folder = engine.folder if engine.is_main else None
         self.board: Any = None
-        self.last = ("", 0, time.monotonic())
+        self.last = ("", 0, time.perf_counter())
         if self.folder:
             self.board = _tensorboard(self.folder)
 
@@ -100,14 +100,18 @@ class Watch:
     def __call__(self, p: "Progress") -> dict[str, float]:
         """A Progress -> its figures with the speed; every tenth, and those with validation, go into the log."""
         stage, step, then = self.last
-        now, figures = time.monotonic(), dict(p.figures)
+        now, figures = time.perf_counter(), dict(p.figures)
         self.last = (p.stage, p.step, now)
-        if stage != p.stage or not figures:
-            if self.folder and p.stage in self.cfg.stages:
-                self._forget(p.stage, p.step)
+        if p.stage not in self.cfg.stages:
             return figures
-        figures["tokens_per_s"] = self.cfg.stages[stage].batch * self._tokens(stage) * (p.step - step) / (now - then)
-        if self.folder and (p.step % EVERY == 0 or p.step == p.steps or any(k.startswith("held_out") for k in figures)):
+        if stage != p.stage:
+            if self.folder:  # a resumed stage first tells where it stands, without figures
+                self._forget(p.stage, p.step - bool(figures))
+        elif figures:
+            tokens = self.cfg.stages[stage].batch * self._tokens(stage)
+            figures["tokens_per_s"] = tokens * (p.step - step) / (now - then)
+        due = p.step % EVERY == 0 or p.step == p.steps or any(k.startswith("held_out") for k in figures)
+        if self.folder and figures and due:
             line = {"stage": p.stage, "step": p.step, **{k: round(v, 5) for k, v in figures.items()}}
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -5,6 +5,7 @@ Fixtures for everyone:
     tiny_lms      {"t5" | "bert" | "albert" | "clip": folder}, all of D_lm = 16
     tiny_text     a TextEncoder over tiny_lm, shared by the session
     tiny_muse     a whole Muse over tiny_lm with random weights, shared by the session
+    tiny_run      the folder of a finished run of it, two steps a stage, shared by the session
     no_network    any attempt to make a socket or to resolve a name fails the test at once
 """
 
@@ -174,3 +175,21 @@ def tiny_muse(tiny_lm):
     torch.manual_seed(0)
     encoder = TextEncoder(tiny_lm, max_tokens=cfg.text_tokens)
     return Muse(cfg, build(cfg), encoder, words=WORDS, examples=["a red cube", "a blue ball", "two small green boxes"])
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_muse, tmp_path_factory):
+    """The folder of a finished run of two steps a stage, as `minimuse train` leaves it. Shared: change nothing."""
+    from dataclasses import replace
+
+    from minimuse import checkpoint
+    from minimuse.config import to_dict
+    from minimuse.engine import Engine
+    from minimuse.train import train_muse
+
+    cfg, folder = tiny_muse.cfg, tmp_path_factory.mktemp("runs") / "tiny"
+    cfg = replace(cfg, stages={name: replace(stage, look_every=2) for name, stage in cfg.stages.items()})
+    checkpoint.open_run(folder, {"config": to_dict(cfg), "seed": 0, "data": "scenes"}, resume=False)
+    *_, last = train_muse(cfg, engine=Engine(device="cpu", bf16=False, folder=folder))
+    last.model.save_pretrained(folder, overwrite=True)
+    return folder
