@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import STAGES, MuseConfig, SamplingConfig, StageConfig, TransformerConfig
-from minimuse.engine import fast_bf16
+from minimuse.engine import fast_bf16, hidden_matrices
 from minimuse.masking import masked_cross_entropy
 from minimuse.muse import pick_device
 from minimuse.text import Context
@@ -120,15 +120,19 @@ def saved_bytes(run: Callable[[], Any], weights: nn.Module, bf16: bool = True) -
     return sum(storage.nbytes() for storage in saved.values())
 
 
-def optimizer_bytes(parameters: list[Tensor], optimizer: str) -> int:
-    """State of AdamW (two moments) or of torch's Adafactor (a row and a column factor a matrix), in fp32."""
+def optimizer_bytes(parts: nn.Module, optimizer: str) -> int:
+    """State in fp32 of AdamW (two moments), of torch's Adafactor (a row and a column factor a matrix), or of Muon (one
+    moment of each matrix inside a layer, AdamW's for the rest). Each tensor but Muon's counts its steps."""
+    hidden = {id(p) for p in hidden_matrices(parts)} if optimizer == "muon" else set()
 
     def numbers(p: Tensor) -> int:
-        if optimizer == "adamw":
-            return 2 * p.numel()
-        return p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim > 1 else p.numel()
+        if id(p) in hidden:
+            return p.numel()
+        if optimizer != "adafactor":
+            return 2 * p.numel() + 1
+        return (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim > 1 else p.numel()) + 1
 
-    return sum(4 * (numbers(p) + 1) for p in parameters)  # + 1: each tensor counts its steps
+    return sum(4 * numbers(p) for p in parts.parameters() if p.requires_grad)
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
@@ -222,7 +226,7 @@ def stage_budget(cfg: MuseConfig, stage: str, checkpointing: bool = False) -> St
     parameters = [*networks.parameters()]
     trained = [p for p in parameters if p.requires_grad]
     total, learning = (sum(p.numel() for p in x) for x in (parameters, trained))
-    static = {"weights": 4 * total, "gradients": 4 * learning, "optimizer": optimizer_bytes(trained, how.optimizer)}
+    static = {"weights": 4 * total, "gradients": 4 * learning, "optimizer": optimizer_bytes(networks, how.optimizer)}
     saved = {"casts": 2 * one - two, "activations": two - one}
     return StageBudget(stage, how.steps, how.batch, total, learning, step_flops, **static, **saved)
 

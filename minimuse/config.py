@@ -138,7 +138,7 @@ class StageConfig:
     learning_rate: float
     warmup: int
     weight_decay: float
-    optimizer: str = "adamw"  # or "adafactor", the paper's for its transformers (A.1)
+    optimizer: str = "adamw"  # "adafactor", the paper's for its transformers (A.1), or "muon"
     betas: tuple[float, float] = (0.9, 0.96)
     clip: float = 1.0  # largest gradient norm
     crop: int = 0  # tokenizers: side of the training crops in pixels; 0 is the whole image
@@ -154,7 +154,7 @@ class StageConfig:
 
     def __post_init__(self):
         _positive(self, "steps", "batch", "save_every", "look_every")
-        known = ("adamw", "adafactor")
+        known = ("adamw", "adafactor", "muon")
         _require(self.optimizer in known, f"unknown optimizer {self.optimizer!r}; known: {', '.join(known)}")
         _require(self.learning_rate > 0, f"learning rate {self.learning_rate} is not positive")
         _require(0 <= self.text_drop <= 1, f"text_drop {self.text_drop} is not in [0, 1]")
@@ -244,7 +244,15 @@ def nano() -> MuseConfig:
         perceptual_weight=0.0,
         adversarial_weight=0.0,
     )
-    masked = StageConfig(steps=2400, batch=16, learning_rate=3e-3, warmup=100, weight_decay=0.045, betas=(0.9, 0.99))
+    masked = StageConfig(
+        steps=2400,
+        batch=16,
+        learning_rate=5e-3,
+        warmup=100,
+        weight_decay=0.045,
+        betas=(0.9, 0.99),
+        optimizer="muon",
+    )
     return MuseConfig(
         name="nano",
         text_encoder="all-MiniLM-L6-v2",

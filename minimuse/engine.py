@@ -80,17 +80,34 @@ def learning_rate(cfg: StageConfig, step: int) -> float:
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
 
 
-def make_optimizer(model: nn.Module, cfg: StageConfig) -> torch.optim.Optimizer:
-    """AdamW or Adafactor over what is to be trained; vectors (norms, biases) are not decayed."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The matrices inside a transformer's layers, which Muon is for."""
+    return [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and "layers." in name]
+
+
+def make_optimizers(model: nn.Module, cfg: StageConfig) -> list[torch.optim.Optimizer]:
+    """What trains a model: AdamW, Adafactor, or Muon for the matrices inside its layers and AdamW for the rest.
+
+    Vectors (norms, biases) are not decayed.
+    """
+    hidden = hidden_matrices(model) if cfg.optimizer == "muon" else []
+    others = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if cfg.optimizer == "adafactor":
         # Deviation: Muse sets beta1 0.9 and beta2 0.96; torch's Adafactor has no beta1, and a beta2 that rises to 1
-        return torch.optim.Adafactor(groups, lr=cfg.learning_rate)
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=cfg.betas, fused=True)
+        return [torch.optim.Adafactor(groups, lr=cfg.learning_rate)]
+    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=cfg.betas, fused=True)
+    if not hidden:
+        return [adamw]
+    if not hasattr(torch.optim, "Muon"):
+        raise ImportError(f'optimizer "muon" needs torch 2.9 or newer, {torch.__version__} is here; or take "adamw"')
+    # updates as large as AdamW's, so that one learning rate serves both (Moonlight, arXiv 2502.16982)
+    how = {"lr": cfg.learning_rate, "weight_decay": cfg.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return [torch.optim.Muon(hidden, **how), adamw]
 
 
 # --- the engine -------------------------------------------------------------------------------------------------------
@@ -147,13 +164,13 @@ class Engine:
         """Are the parameters spread over the processes (FSDP2)?"""
         return getattr(self.accelerator, "is_fsdp2", False)
 
-    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer, shard: bool) -> tuple[nn.Module, Any]:
-        """What accelerate makes of both; in a sharded run, small modules that are not to be sharded train by DDP."""
+    def prepare(self, module: nn.Module, optimizers: list[torch.optim.Optimizer], shard: bool) -> tuple[Any, ...]:
+        """Module and optimizers as accelerate wraps them. In a sharded run, small modules may train by DDP instead."""
         if not self.sharded or shard:
-            return self.accelerator.prepare(module, optimizer)
+            return self.accelerator.prepare(module, *optimizers)
         ids = [self.device.index] if self.device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(module.to(self.device), device_ids=ids)
-        return wrapped, self.accelerator.prepare_optimizer(optimizer)
+        return wrapped, *(self.accelerator.prepare_optimizer(o) for o in optimizers)
 
     def heed_signals(self) -> None:
         """From now on Ctrl-C and SIGTERM finish the step, save, and raise Stopped; a second one ends at once.
@@ -229,8 +246,7 @@ class Stage:
                     part.recompute = engine.recompute
             if engine.compile:
                 module.compile()
-            prepared = engine.prepare(module, make_optimizer(module, cfg), shard)
-            self.modules[key], self.optimizers[key] = prepared
+            self.modules[key], *self.optimizers[key] = engine.prepare(module, make_optimizers(module, cfg), shard)
         self.trained = [p for p in self.modules["model"].parameters() if p.requires_grad]
         if cfg.ema:
             self.extra |= {f"ema.{i}": p.detach().clone() for i, p in enumerate(self.trained)}
@@ -246,7 +262,7 @@ class Stage:
 
         tensors, flat = {}, StateDictOptions(flatten_optimizer_state_dict=True)
         for key, module in self.modules.items():
-            inner = self.optimizers[key].optimizer
+            inner = [optimizer.optimizer for optimizer in self.optimizers[key]]
             tensors |= {f"{key}.{k}": v for k, v in get_model_state_dict(module).items()}
             tensors |= {f"{key}.{k}": v for k, v in optimizer_state(module, inner, options=flat).items()}
         return {k: v for k, v in (tensors | self.extra).items() if isinstance(v, Tensor)}
@@ -282,8 +298,8 @@ class Stage:
         Gradients are summed over the processes at the last one alone.
         """
         engine, at = self.engine, batch_indices(n, self.cfg.batch, step, self.engine.seed)
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
+        for module in self.modules.values():
+            module.zero_grad()
         for k in range(engine.accumulate):
             size = self.cfg.batch // self.parts
             mine = slice((k * engine.processes + engine.rank) * size, (k * engine.processes + engine.rank + 1) * size)
@@ -304,11 +320,12 @@ class Stage:
 
     def update(self, step: int, key: str = "model") -> None:
         """Clip, one optimizer step at the step's rate, the moving average."""
-        optimizer, module = self.optimizers[key], self.modules[key]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(self.cfg, step)
-        self.engine.accelerator.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], self.cfg.clip)
-        optimizer.step()
+        trained = [p for p in self.modules[key].parameters() if p.requires_grad]
+        self.engine.accelerator.clip_grad_norm_(trained, self.cfg.clip)
+        for optimizer in self.optimizers[key]:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.cfg, step)
+            optimizer.step()
         if self.cfg.ema and key == "model":
             torch._foreach_lerp_(self._ema(), [p.detach() for p in self.trained], 1 - self.cfg.ema)
 

@@ -26,7 +26,7 @@ from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.corpus import Corpus
 from minimuse.data import SceneDataset, Source, halve, to_float
-from minimuse.engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizer
+from minimuse.engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizers
 from minimuse.folders import open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
 from minimuse.muse import Muse, build, ready_tokenizer
@@ -123,7 +123,7 @@ def train_features(images: Tensor, kinds: Tensor, *, steps: int = 200, seed: int
     torch.manual_seed(seed)
     net = SceneFeatures(kinds.shape[1])
     cfg = StageConfig(steps=steps, batch=64, learning_rate=2e-3, warmup=10, weight_decay=1e-4)
-    optimizer = make_optimizer(net, cfg)
+    (optimizer,) = make_optimizers(net, cfg)
     for step in range(steps):
         at = batch_indices(len(images), cfg.batch, step, seed)
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(cfg, step)

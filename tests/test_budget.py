@@ -23,6 +23,7 @@ from minimuse.budget import (
 )
 from minimuse.cfg import guided, null_text
 from minimuse.config import STAGES, SamplingConfig, preset
+from minimuse.engine import make_optimizers
 from minimuse.muse import build, parameter_counts
 from minimuse.sampler import decode
 from minimuse.text import Context
@@ -31,6 +32,7 @@ from minimuse.vqgan import ResBlock
 from minimuse.vqgan_loss import PatchDiscriminator
 
 NANO = preset("nano")
+NANO = replace(NANO, stages={name: replace(stage, optimizer="adamw") for name, stage in NANO.stages.items()})
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +121,17 @@ def test_a_discriminator_costs_from_its_start_on():
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 @pytest.mark.parametrize("part", ["base", "low_tokenizer"])
 def test_optimizer_bytes_are_a_real_optimizers(optimizer, part):
-    parameters = [*build(NANO)[part].parameters()]
-    for p in parameters:
+    model = build(NANO)[part]
+    for p in model.parameters():
         p.grad = torch.ones_like(p)
-    real = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}[optimizer](parameters)
-    real.step()
-    state = [x for values in real.state.values() for x in values.values()]
-    assert optimizer_bytes(parameters, optimizer) == sum(x.numel() * x.element_size() for x in state)
+    size = 0
+    for real in make_optimizers(model, replace(NANO.stages[part], optimizer=optimizer)):
+        real.step()
+        size += sum(x.numel() * x.element_size() for values in real.state.values() for x in values.values())
+    assert optimizer_bytes(model, optimizer) == size
 
 
 def test_weights_and_gradients_are_a_real_models(nano):

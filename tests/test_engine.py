@@ -272,7 +272,7 @@ def test_steps_train_fewer_the_later_a_rate_is():
     stage = Stage(fp32(), "s", CFG, {"model": torch.nn.Linear(2, 2)})
     for step in range(3):
         stage.update(step)
-    assert stage.optimizers["model"].param_groups[0]["lr"] < CFG.learning_rate, "the rate falls along the cosine"
+    assert stage.optimizers["model"][0].param_groups[0]["lr"] < CFG.learning_rate, "the rate falls along the cosine"
 
 
 # --- states -----------------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_optimizer_decays_matrices_alone_and_clips(optimizer):
     stage.update(1)
     norm = torch.stack([p.grad.norm() for p in (net.weight, net.bias)]).norm().item()
     assert norm == pytest.approx(1.0, abs=1e-3), f"the gradient was clipped to {norm}"
-    assert stage.optimizers["model"].param_groups[0]["lr"] == learning_rate(cfg, 1), "the rate of the step"
+    assert stage.optimizers["model"][0].param_groups[0]["lr"] == learning_rate(cfg, 1), "the rate of the step"
     assert frozen.equal(torch.ones(2)), "a frozen parameter moved"
 
 
