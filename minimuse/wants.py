@@ -101,23 +101,28 @@ def _group(phrase: str, prompt: str) -> Group:
     return Group(NUMBERS[number], looks)
 
 
-def matches(reading: "Reading", wants: Wants, *, slack: float = SLACK) -> Verdict:
-    """Has the picture everything that the prompt names? Things are paired with what is asked so that least is wrong."""
+def matches(reading: "Reading", wants: Wants, *, sure: float = 0.0, slack: float = SLACK) -> Verdict:
+    """Has the picture everything that the prompt names? Things are paired with what is asked so that least is wrong.
+
+    A thing that the reader is less `sure` of than this, in [0, 1], is wrong too: a lump is nearest to something.
+    """
     slots = [(i, group) for i, group in enumerate(wants.groups) for _ in range(group.number)]
     things, count = list(reading.things), len(reading.things)
     wrong = [] if count == len(slots) else [f"{count} thing{'s' * (count != 1)}, not {len(slots)}"]
     things += [None] * (len(slots) - count)
-    wrong += min((_faults(slots, pairing, wants, slack) for pairing in permutations(things, len(slots))), key=len)
+    wrong += min((_faults(slots, pairing, wants, sure, slack) for pairing in permutations(things, len(slots))), key=len)
     return Verdict(not wrong, wrong)
 
 
-def _faults(slots: list[tuple[int, Group]], pairing: tuple, wants: Wants, slack: float) -> list[str]:
+def _faults(slots: list[tuple[int, Group]], pairing: tuple, wants: Wants, sure: float, slack: float) -> list[str]:
     """What is wrong if the things of the pairing are meant to be what the slots ask for."""
     wrong = []
     for (_, group), thing in zip(slots, pairing, strict=True):
         if thing is None:
             wrong.append(f"no {group}")
             continue
+        if thing.confidence < sure:
+            wrong.append(f"the {group} is unclear: confidence {thing.confidence:.2f}")
         for field, name in group.looks.items():
             if (seen := getattr(thing, field)) != name:
                 wrong.append(f"the {group} has {field} {seen}, not {name}")

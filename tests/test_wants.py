@@ -171,6 +171,14 @@ def test_alike_things_are_paired_by_their_relation_too():
     assert not matches(perfect(scene), parse_prompt("a cube right of a red cube")).right
 
 
+def test_what_is_unclear_is_wrong_where_it_is_asked_to_be_clear():
+    blurred = changed(perfect(Scene((Thing("red", "cube", x=-1.5), Thing("red", "sphere", x=1.5)))), 0, confidence=0.3)
+    wants = parse_prompt("a cube and a sphere")
+    assert matches(blurred, wants).right
+    assert matches(blurred, wants, sure=0.3).right
+    assert matches(blurred, wants, sure=0.5).wrong == ["the cube is unclear: confidence 0.30"]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10**6), st.permutations(range(3)))
 def test_the_order_of_the_things_read_says_nothing(seed, order):
