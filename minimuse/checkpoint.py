@@ -43,8 +43,8 @@ log = logging.getLogger("minimuse")
 
 
 def shipped() -> list[str]:
-    """Names of the checkpoints in the package."""
-    return sorted(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG}"))
+    """Names of the Muses in the package; what else it ships (the reader) has another format."""
+    return sorted(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG}") if f'"{FORMAT}"' in p.read_text(encoding="utf-8"))
 
 
 def find(name: str | Path) -> Path:

@@ -337,11 +337,12 @@ def test_a_foreign_hub_repository(tmp_path, monkeypatch):
 def test_shipped_are_the_folders_with_a_config(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
     assert shipped() == [], "an empty package ships nothing"
-    for name in ("toy", "nano", "half"):
+    for name in ("toy", "nano", "half", "reader"):
         (tmp_path / name).mkdir()
     for name in ("toy", "nano"):
-        (tmp_path / name / CONFIG).write_text("{}")
-    assert shipped() == ["nano", "toy"], "sorted, and only what has a configuration"
+        (tmp_path / name / CONFIG).write_text(json.dumps({"format": checkpoint.FORMAT}))
+    (tmp_path / "reader" / CONFIG).write_text(json.dumps({"format": "minimuse-reader-1"}))
+    assert shipped() == ["nano", "toy"], "sorted, and only what has the configuration of a Muse"
     assert find("nano") == find(Path("nano")) == tmp_path / "nano", "a shipped name is found"
 
 

@@ -1,4 +1,4 @@
-"""The shipped nano checkpoint: what README says of it holds, counted by a reader trained on real renders."""
+"""The shipped nano checkpoint: what README says of it holds, counted by the reader."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from minimuse import Muse, checkpoint
+from minimuse.reader import Reader
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -30,9 +31,7 @@ def test_wilson_interval_by_hand():
 @pytest.mark.slow
 def test_nano_draws_the_colour_and_the_shape_that_the_prompt_names():
     muse = Muse.from_pretrained("nano")
-    reader, held_out = nano_accuracy.train_reader(muse.cfg.high_tokenizer.image_size)
-    assert held_out >= 0.98, f"the reader itself reads only {held_out:.1%} of real renders"
-    right, _, _ = nano_accuracy.accuracy(muse, reader, 105)
-    color, both = right[:, 0].float().mean().item(), right.all(1).float().mean().item()
-    assert color >= 0.93, f"colour right in {color:.1%} of 105; 99.0% of 210 when it was shipped"
-    assert both >= 0.76, f"colour and shape right in {both:.1%} of 105; 86.7% of 210 when it was shipped"
+    right, _, _ = nano_accuracy.accuracy(muse, Reader.from_pretrained(), 105)
+    color, both = right[:, 0].float().mean().item(), right[:, :2].all(1).float().mean().item()
+    assert color >= 0.88, f"colour right in {color:.1%} of 105; 94.8% of 210 when the reader was shipped"
+    assert both >= 0.72, f"colour and shape right in {both:.1%} of 105; 84.3% of 210 when the reader was shipped"
