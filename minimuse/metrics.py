@@ -76,6 +76,7 @@ def inception_features(weights: str | None = None) -> Features:
             f"mend it: pip install 'minimuse[metrics]' ({error})"
         ) from error
     net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
+    net = net.eval()  # 0.3.0 leaves it in training mode (pitfall 18)
     return lambda images: net.to(images.device)(images if images.dtype == torch.uint8 else to_uint8(images))[0]
 
 

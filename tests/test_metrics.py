@@ -307,6 +307,7 @@ def test_inception_gets_uint8(monkeypatch):
 
         def forward(self, images):
             assert images.dtype == torch.uint8
+            assert not self.training, "pitfall 18: frozen, yet in training mode"
             return (images.double().mean((2, 3)),)
 
     module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
