@@ -11,13 +11,13 @@ Writes the pictures too: look at them.
 """
 
 import argparse
-import math
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from minimuse import Muse
+from minimuse.intervals import share
 from minimuse.plots import grid
 from minimuse.reader import Reader
 from minimuse.scenes import COLORS, SHAPES, Thing, is_novel
@@ -34,13 +34,6 @@ def prompts(n: int) -> list[tuple[str, str, str]]:
         for i in range(n)
         for c, s in [seen[i % len(seen)]]
     ]
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a share."""
-    p = right / n
-    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
 
 
 def accuracy(muse: Muse, reader: Reader, n: int, seed: int = 1000, **sampling) -> tuple[Tensor, list, list]:
@@ -66,9 +59,7 @@ def main() -> None:
     color, shape, everything, clear = right.T
     columns = {"colour": color, "shape": shape, "both": color & shape, "everything": everything, "clear": clear}
     for name, column in columns.items():
-        k = int(column.sum())
-        low, high = wilson(k, args.n)
-        print(f"{name:10} {k}/{args.n} = {k / args.n:.1%}  (95% interval {low:.1%} to {high:.1%})")
+        print(f"{name:10} {int(column.sum())} of {args.n}: {share(column)}")
     marks = [f"{p}{'' if ok else '  WRONG'}" for p, ok in zip(asked, everything.tolist(), strict=True)]
     grid(images[:50], marks[:50], columns=10).save(args.out)
     print(f"the first 50 are in {args.out}")

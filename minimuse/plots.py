@@ -1,12 +1,13 @@
-"""Contact sheets of pictures: grids with captions, film strips of a decode, masks drawn over a picture.
+"""Contact sheets of pictures: grids with captions, film strips of a decode, masks drawn over a picture; trade-offs.
 
-All draw with PIL alone, which is fast, and return a PIL image. `B` pictures, `h w` token grid, `N` = h w tokens.
+All return a PIL image, and sheets are drawn with PIL alone, which is fast. `B` pictures, `h w` token grid, `N` = h w
+tokens.
 
-Not here: curves; saving, which is the image's own `.save(path)`.
+Not here: saving, which is the image's own `.save(path)`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from minimuse.data import to_pil
 
 if TYPE_CHECKING:
+    from minimuse.intervals import Measured
     from minimuse.muse import Muse
     from minimuse.sampler import Step
 
@@ -121,3 +123,57 @@ def film(muse: "Muse", steps: Sequence["Step"], row: int = 0, most: int = 12) ->
     ]
     titles = [f"{s.stage} {s.index + 1}: {int(s.masked[row].sum())} left" for s in picks]
     return film_strip(frames, titles, scale=1)
+
+
+def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool] = (True, False)) -> list[int]:
+    """(x, y) each -> the indices of those that no other beats, by rising x; `lower` says where less is better.
+
+    One beats another if it is at least as good in both and better in one.
+    """
+    signs = [1 if less else -1 for less in lower]
+    costs = [(signs[0] * x, signs[1] * y) for x, y in points]
+    best = [a for a in costs if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in costs)]
+    return sorted((i for i, cost in enumerate(costs) if cost in best), key=lambda i: points[i])
+
+
+def tradeoff(
+    series: Mapping[str, Mapping[str, tuple["Measured", "Measured"]]],
+    x: str,
+    y: str,
+    lower: tuple[bool, bool] = (True, False),
+) -> Image.Image:
+    """{series: {label: (x, y)}}, each measured with its interval -> a plot of 900 x 600 pixels, as Muse's figure 8.
+
+    `x` and `y` name the axes, `lower` says where less is better. The Pareto front of all points is a gray staircase.
+    """
+    if not any(series.values()):
+        raise ValueError("no point came: expected {series: {label: (x, y)}} with at least one")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    points = [tuple(m.value for m in pair) for pairs in series.values() for pair in pairs.values()]
+    front = [points[i] for i in pareto_front(points, lower)]
+    axes.plot(*zip(*front, strict=True), drawstyle=_steps(lower), color="0.6", lw=4, alpha=0.5, label="Pareto front")
+    for i, (name, pairs) in enumerate(series.items()):
+        columns = list(zip(*pairs.values(), strict=True)) or [(), ()]
+        at = [[m.value for m in column] for column in columns]
+        reach = [[[m.value - m.low for m in column], [m.high - m.value for m in column]] for column in columns]
+        look = {"marker": "osD^vPX*"[i % 8], "color": f"C{i % 10}", "lw": 0.8, "ms": 5}
+        axes.errorbar(*at, xerr=reach[0], yerr=reach[1], label=name, **look)
+        where = [{"xytext": (5, 4)}, {"xytext": (-5, -10), "ha": "right"}][i % 2]  # of two series, on either side
+        for label, px, py in zip(pairs, *at, strict=True):
+            axes.annotate(label, (px, py), textcoords="offset points", fontsize=8, color=look["color"], **where)
+    for less, set_label, text in zip(lower, (axes.set_xlabel, axes.set_ylabel), (x, y), strict=True):
+        set_label(f"{text} ({'lower' if less else 'higher'} is better)")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
+
+
+def _steps(lower: tuple[bool, bool]) -> str:
+    """The staircase turns on the worse side of the front: what lies behind it is beaten by one of its points."""
+    return "steps-post" if lower[0] else "steps-pre"

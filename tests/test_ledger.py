@@ -199,6 +199,18 @@ LEDGER: list[tuple[str, str, str, str]] = [
         "test_muse.py::test_the_trace_of_a_decode test_muse.py::test_save_load_same_pixels",
     ),
     (
+        "3.2",
+        "Quality is FID, fit to the prompt CLIP score",
+        "metrics.frechet",
+        "test_metrics.py::test_frechet_is_scipys test_metrics.py::test_clip_score_is_transformers_own_logit",
+    ),
+    (
+        "Fig. 8",
+        "FID against CLIP score over guidance and temperature: the Pareto front",
+        "plots.tradeoff",
+        "test_plots.py::test_pareto_front_by_hand test_plots.py::test_tradeoff_draws_points_intervals_and_front",
+    ),
+    (
         "3.3",
         "The region is masked in both token grids, wherever a token overlaps it",
         "editing.token_mask",

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minimuse.plots import film, film_strip, grid, mask_overlay
+from minimuse.intervals import Measured
+from minimuse.plots import film, film_strip, grid, mask_overlay, pareto_front, tradeoff
 
 PICTURES = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -91,3 +92,38 @@ def test_film_keeps_the_ends_and_picks_a_row(tiny_muse):
         assert film(tiny_muse, steps, most=most).width == gap + most * (side + gap), f"{most} frames"
     with pytest.raises(ValueError, match="no step came"):
         film(tiny_muse, [])
+
+
+@pytest.mark.parametrize(
+    ("lower", "front"),
+    [((True, False), [0, 3]), ((True, True), [0, 1]), ((False, False), [3]), ((False, True), [1, 2, 4])],
+)
+def test_pareto_front_by_hand(lower, front):
+    points = [(1.0, 5.0), (2.0, 1.0), (3.0, 3.0), (4.0, 9.0), (4.0, 4.0)]
+    assert pareto_front(points, lower) == front
+
+
+def test_pareto_front_keeps_equals_and_no_beaten_one():
+    points = [(float(x), float(y)) for x, y in torch.randint(0, 6, (40, 2), generator=torch.Generator().manual_seed(0))]
+    front = pareto_front(points)
+    for i, (x, y) in enumerate(points):
+        beaten = any(a <= x and b >= y and (a, b) != (x, y) for a, b in points)
+        assert (i in front) == (not beaten), f"point {i}, {points[i]}"
+    assert [points[i] for i in front] == sorted(points[i] for i in front), "by rising x"
+    assert pareto_front([(1.0, 1.0), (1.0, 1.0)]) == [0, 1]
+
+
+def test_tradeoff_draws_points_intervals_and_front():
+    def measured(value, reach):
+        return Measured(value, value - reach, value + reach, 100)
+
+    def plot(reach):
+        rising = {f"t={t}": (measured(9 - t, reach), measured(0.2 + t / 50, reach / 50)) for t in range(4)}
+        return tradeoff({"rising": rising, "constant": {"t=1": (measured(12, 1), measured(0.1, 0.01))}}, "FID", "CLIP")
+
+    wide, narrow = np.asarray(plot(1.5)).astype(int), np.asarray(plot(0.01)).astype(int)
+    assert wide.shape == (600, 900, 3)
+    blue = [((p[..., 2] - p[..., 0]) > 100).sum() for p in (wide, narrow)]
+    assert blue[0] > blue[1] + 500, f"intervals take ink: {blue}"
+    with pytest.raises(ValueError, match="at least one"):
+        tradeoff({"rising": {}}, "FID", "CLIP")
