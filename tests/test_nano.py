@@ -23,11 +23,6 @@ def test_prompts_cover_every_seen_combination():
     assert all(color in prompt and shape in prompt for prompt, color, shape in asked), "a prompt names what is counted"
 
 
-def test_wilson_interval_by_hand():
-    low, high = nano_accuracy.wilson(45, 50)
-    assert (round(low, 3), round(high, 3)) == (0.786, 0.957), "95% Wilson interval of 45 in 50"
-
-
 @pytest.mark.slow
 def test_nano_draws_the_colour_and_the_shape_that_the_prompt_names():
     muse = Muse.from_pretrained("nano")
