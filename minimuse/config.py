@@ -243,15 +243,17 @@ def nano() -> MuseConfig:
         betas=(0.9, 0.99),
         perceptual_weight=0.0,
         adversarial_weight=0.0,
+        look_every=1000,
     )
     masked = StageConfig(
-        steps=2400,
+        steps=1700,
         batch=16,
         learning_rate=5e-3,
         warmup=100,
         weight_decay=0.045,
         betas=(0.9, 0.99),
         optimizer="muon",
+        look_every=1000,
     )
     return MuseConfig(
         name="nano",
@@ -261,7 +263,7 @@ def nano() -> MuseConfig:
         high_tokenizer=high,
         base=base,
         superres=superres,
-        base_sampling=SamplingConfig(steps=16, guidance=(0.0, 3.0), sampling_temperature=0.85),
+        base_sampling=SamplingConfig(steps=16, guidance=(0.0, 3.0), sampling_temperature=0.7),
         superres_sampling=SamplingConfig(
             steps=16, guidance=(1.0, 3.0), sampling_temperature=0.4, choice_temperature=0.5
         ),
@@ -274,8 +276,8 @@ def nano() -> MuseConfig:
             "low_tokenizer": tokenizing,
             "base": masked,
             "high_tokenizer": replace(tokenizing, steps=1100, batch=8),
-            "superres": replace(masked, steps=2300, batch=8),
-            "decoder": replace(tokenizing, steps=400, batch=4, learning_rate=1e-3),
+            "superres": replace(masked, batch=8),
+            "decoder": replace(tokenizing, steps=300, batch=4, learning_rate=1e-3),
         },
     )
 
