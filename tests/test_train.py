@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from minimuse.config import StageConfig, TransformerConfig, VQGANConfig
+from minimuse.config import StageConfig, TransformerConfig, VQGANConfig, preset
 from minimuse.engine import Engine, Stage, batch_indices, fast_bf16, learning_rate, precision
 from minimuse.masking import masked_cross_entropy
 from minimuse.precompute import tokenize
@@ -18,6 +19,7 @@ from minimuse.text import pad_contexts
 from minimuse.train import (
     random_crop,
     train_features,
+    train_muse,
     train_tokenizer,
     train_transformer,
 )
@@ -401,3 +403,51 @@ def test_pitfall_22_accumulation_gives_one_batchs_gradient():
     summed = torch.autograd.grad(sum(s * loss(at) for s, at in zip(shares, parts, strict=True)), parameters)
     for a, b in zip(whole, summed, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3, msg=lambda m: f"accumulated gradients differ: {m}")
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["base", "superres"])
+@pytest.mark.parametrize("name", ["paper_632m", "paper_3b"])
+def test_one_step_at_the_papers_depth(name, part):
+    """Every layer of the paper presets, 64 channels wide: a real step by their own optimizer, Adafactor."""
+    whole = preset(name)
+    wide = getattr(whole, part)
+    cfg = replace(wide, width=64, heads=2, mlp_width=256, text_width=D_LM)
+    torch.manual_seed(0)
+    model = (Transformer if part == "base" else SuperRes)(cfg)
+    assert len(model.layers) == wide.layers, "a layer is left out"
+    before = copy.deepcopy(model)
+    stage = replace(whole.stages[part], batch=2, warmup=0)  # 1 / 5000 of the rate moves no norm: fp32 has 7 digits
+    assert stage.optimizer == "adafactor", "the paper's optimizer"
+    tokens, low = torch.randint(cfg.codebook_size, (2, cfg.tokens)), None
+    if part == "superres":
+        low = torch.randint(cfg.low_codebook_size, (2, cfg.low_grid**2))
+    texts = [[torch.randn(5, D_LM)]] * 2
+    progress = next(train_transformer(model, stage, tokens, texts, low_tokens=low, engine=fp32()))
+    assert progress.figures["loss"] == pytest.approx(math.log(cfg.codebook_size), rel=0.1), "a flat guess, at first"
+    moved = [not torch.equal(a, b) for a, b in zip(model.layers.parameters(), before.layers.parameters(), strict=True)]
+    assert all(moved), f"{moved.count(False)} of {len(moved)} weights of the layers did not move"
+
+
+@pytest.mark.slow
+def test_a_users_own_folder_trains_with_mistakes_mixed_in(tiny_muse, tmp_path, caplog):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for i in range(20):
+        Image.new(["RGB", "L", "RGBA"][i % 3], (90 + i, 70), 12 * i).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"picture {i} of mine", encoding="utf-8")
+    (folder / "broken.png").write_bytes((folder / "00.png").read_bytes()[:60])
+    (folder / "broken.txt").write_text("broken", encoding="utf-8")
+    Image.new("RGB", (9, 9)).save(folder / "tiny.png")
+    (folder / "tiny.txt").write_text("tiny", encoding="utf-8")
+    Image.new("RGB", (80, 80)).save(folder / "silent.png")
+    cfg = replace(tiny_muse.cfg, name="mine")
+    with caplog.at_level("WARNING", "minimuse"):
+        *_, last = train_muse(cfg, data=folder, engine=Engine(bf16=False, folder=tmp_path / "run"))
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert "passed over 3 of 23 images" in told, f"what was left out is not told: {told}"
+    assert {"picture", "mine"} <= set(last.model.words), "it knows the words of its captions"
+    assert last.model.generate("picture 3 of mine", seed=0, steps=1)[0].size == (64, 64), "and draws"
