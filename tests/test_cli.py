@@ -300,6 +300,17 @@ def test_pictures_that_cannot_be_read(run, here, image):
 # --- train, info and the rest -----------------------------------------------------------------------------------------
 
 
+def test_a_dry_run_tells_what_a_run_takes_and_writes_nothing(run, here, tiny_muse, monkeypatch):
+    monkeypatch.setitem(minimuse.config.PRESETS, "tiny", lambda: tiny_muse.cfg)
+    how = ["--out", "runs/dry", "--dry-run", "--ceiling", "1", "--memory", "80", "--device", "cpu"]
+    code, out, err = run("train", "tiny", *how, model=False)
+    assert (code, err) == (0, []), f"{code} {err}"
+    text = "\n".join(out)
+    for told in ("caches of about 8 images", "pixels", "high", "1.00 TFLOP/s, as given", "superres", "fits in 80 GB"):
+        assert told in text, f"{told!r} is not in: {text}"
+    assert not (here / "runs").exists(), "a dry run left files"
+
+
 def test_train_writes_a_checkpoint_that_draws(run, here, tiny_muse, monkeypatch):
     monkeypatch.setitem(minimuse.config.PRESETS, "tiny", lambda: tiny_muse.cfg)
     code, out, err = run("train", "tiny", "--out", "runs/tiny", "--seed", 1, "--device", "cpu", model=False)
