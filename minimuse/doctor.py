@@ -6,7 +6,7 @@
 
 "fine" is fine, "look" wants your own eyes, "wrong" will not mend itself. Losses are in nats a token.
 Nothing of the run is changed, and nothing is computed that it does not hold yet.
-Choice: the thresholds, set so that `nano`, whose figures stand beside them, is far on the right side of each.
+Choice: the thresholds, set so that `nano` is far on the right side of each; beside them figures of an earlier nano.
 
 Not here: the losses themselves (`validation.py`), whether pictures show what was asked for.
 """
