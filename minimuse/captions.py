@@ -3,7 +3,8 @@
     attributes   "a small red metal cube"            cardinality   "two blue spheres"
     relations    "a green cube left of a cylinder"   composition   "a red cube, a gray sphere and two yellow cylinders"
 
-No training caption contains a word of PARAPHRASES: what a model makes of them, its language model taught it.
+SYNONYMS are for training, where a data set asks for them: a language model's directions are learned from more than one
+word a look. No training caption contains a word of PARAPHRASES: what a model makes of them, its language model taught it.
 Not here: the scenes and their pictures (scenes.py).
 """
 
@@ -19,6 +20,23 @@ PARAPHRASES = {
     "green": ("emerald", "lime"), "brown": ("chocolate",), "purple": ("violet",),
     "cyan": ("turquoise", "teal"), "yellow": ("golden", "lemon"),
 }  # fmt: skip
+SYNONYMS = {
+    "cube": ("crate", "carton", "brick", "parcel", "chest", "case"),
+    "sphere": ("marble", "bead", "bubble", "planet", "balloon", "pearl", "pellet"),
+    "cylinder": ("tube", "pipe", "barrel", "drum", "column", "pillar", "canister", "jar", "bottle", "keg"),
+    "small": ("mini", "miniature", "petite", "compact", "wee", "minute"),
+    "large": ("giant", "massive", "enormous", "gigantic", "oversized", "vast"),
+    "rubber": ("dull", "plastic", "clay", "chalky", "soft", "unpolished"),
+    "metal": ("steel", "polished", "chrome", "mirrored", "iron", "glossy", "gleaming", "reflective"),
+    "gray": ("grey", "ash", "ashen", "stone", "smoky", "granite"),
+    "red": ("ruby", "cherry", "vermilion", "maroon", "rosy", "tomato", "strawberry"),
+    "blue": ("cobalt", "sapphire", "indigo", "ultramarine", "cerulean", "denim"),
+    "green": ("jade", "olive", "mint", "mossy", "grassy", "fern", "avocado"),
+    "brown": ("tan", "chestnut", "coffee", "mahogany", "hazel", "cocoa", "caramel"),
+    "purple": ("lavender", "magenta", "mauve", "plum", "lilac", "orchid", "amethyst"),
+    "cyan": ("aqua", "aquamarine", "lagoon", "peacock"),
+    "yellow": ("amber", "mustard", "canary", "blond", "saffron", "sunny", "banana", "honey"),
+}
 EXAMPLE_PROMPTS = (
     "a large red cube",
     "two small blue metal spheres",
@@ -34,11 +52,14 @@ _RELATIONS = {"left": ("left of", "to the left of"), "right": ("right of", "to t
               "front": ("in front of",), "behind": ("behind",), "beside": ("next to",)}  # fmt: skip
 
 
-def caption(scene: Scene, seed: int, *, style: str = "any", paraphrase: bool = False) -> str:
+def caption(
+    scene: Scene, seed: int, *, style: str = "any", paraphrase: bool = False, synonyms: float = 0.0
+) -> str:
     """A true phrase about all things of the scene, e.g. "two small red cubes behind a blue metal sphere".
 
     Things told in the same words become one group with its number, so that numbers are exact. "long" names every
-    attribute, "short" colour and shape and at times one more, "any" mixes both. Paraphrases swap at least one word.
+    attribute, "short" colour and shape and at times one more, "any" mixes both. Paraphrases swap at least one word;
+    `synonyms` is the share of captions in which about half of the words are swapped for training's other words.
     """
     if style not in ("any", "short", "long"):
         raise ValueError(f"style={style!r}: choose any, short or long")
@@ -52,6 +73,8 @@ def caption(scene: Scene, seed: int, *, style: str = "any", paraphrase: bool = F
     words = sorted({word for group in groups for word in group})
     swapped = rng.sample(words, rng.randint(1, len(words))) if paraphrase else ()
     said = {word: rng.choice(PARAPHRASES[word]) for word in swapped}
+    if synonyms and not paraphrase and (other := Random(f"synonyms/{seed}")).random() < synonyms:
+        said = {word: other.choice(SYNONYMS[word]) for word in words if other.random() < 0.6}
     told = [(_phrase(group, len(things), said), things) for group, things in groups.items()]
     return _sentence(rng.sample(told, len(told)), _FLOOR if long and rng.random() < 0.5 else "", rng)
 
@@ -89,7 +112,9 @@ def _be(phrase: str) -> str:
     return "are" if phrase.startswith(_NUMBERS[2:]) else "is"
 
 
-def vocabulary() -> list[str]:
-    """All words that training captions can contain, sorted."""
+def vocabulary(synonyms: bool = False) -> list[str]:
+    """All words that training captions can contain, sorted; with those of SYNONYMS where they are told in them too."""
+    shapes = [*SHAPES, *(word for shape in SHAPES for word in SYNONYMS[shape] if synonyms)]
     texts = (*COLORS, *SHAPES, *SIZES, *MATERIALS, *_NUMBERS, *_OPENINGS, *sum(_RELATIONS.values(), ()), _FLOOR)
-    return sorted({word for text in texts for word in text.split()} | {s + "s" for s in SHAPES} | {"and", "is", "are"})
+    texts += sum(SYNONYMS.values(), ()) if synonyms else ()
+    return sorted({word for text in texts for word in text.split()} | {s + "s" for s in shapes} | {"and", "is", "are"})

@@ -179,6 +179,7 @@ class MuseConfig:
     scenes: int  # training scenes rendered, if the data are scenes
     captions: int  # captions a scene
     shares: tuple[float, float, float] = (45, 35, 20)  # of scenes with 1, 2 and 3 things
+    synonyms: float = 0.0  # share of the scenes' captions told in other words too (captions.SYNONYMS)
     stages: dict[str, StageConfig] = field(default_factory=dict)
     low_tokenizer_from: str = ""  # a diffusers VQModel, hub id or folder, in place of training one (`amused.py`)
     pixels_gib: float = 32.0  # Choice: images kept as pixels, enough to train tokenizers on; the rest is read once more
@@ -208,6 +209,7 @@ class MuseConfig:
         ok = self.finetuned_width >= high.decoder_width and all(
             a >= b for a, b in zip(self.finetuned_blocks, high.decoder_blocks, strict=True)
         )
+        _require(0 <= self.synonyms <= 1, f"synonyms {self.synonyms} is not in [0, 1]; give a share")
         _require(ok, "the fine-tuned decoder is smaller than high_tokenizer's; give at least its width and blocks")
 
 
@@ -283,50 +285,76 @@ def nano() -> MuseConfig:
 
 
 def toy() -> MuseConfig:
-    """64 px f=8 -> 128 px f=4: the paper's 16-fold token ratio; hours of training on a CPU."""
+    """64 px f=8 -> 128 px f=4: the paper's 16-fold token ratio; under two hours of training on 2 CPU cores."""
     low = VQGANConfig(
         image_size=64,
         codebook_size=512,
         code_dim=16,
-        width=32,
-        multipliers=(1, 2, 4, 4),
-        blocks=(1, 1, 2, 2),
-        decoder_width=32,
-        decoder_blocks=(1, 1, 2, 2),
+        width=16,
+        multipliers=(1, 2, 4, 8),
+        blocks=(1, 1, 1, 2),
+        decoder_width=16,
+        decoder_blocks=(1, 1, 1, 2),
     )
-    high = replace(low, image_size=128, multipliers=(1, 2, 4), blocks=(1, 1, 2), decoder_blocks=(1, 1, 2))
-    base = TransformerConfig(codebook_size=512, grid=8, text_width=384, layers=6, heads=4, **_square(256))
-    superres = replace(base, grid=32, block=8, low_layers=2, low_grid=8, low_codebook_size=512)
+    fine = {"multipliers": (1, 2, 4), "blocks": (0, 1, 2), "decoder_blocks": (0, 1, 2)}
+    base = TransformerConfig(codebook_size=512, grid=8, text_width=384, layers=6, heads=4, **_square(192))
+    superres = TransformerConfig(
+        codebook_size=512,
+        grid=32,
+        text_width=384,
+        layers=4,
+        heads=4,
+        **_square(128),
+        block=8,
+        low_layers=1,
+        low_grid=8,
+        low_codebook_size=512,
+    )
     tokenizing = StageConfig(
-        steps=20_000,
-        batch=64,
-        learning_rate=1e-3,
-        warmup=200,
+        steps=7000,
+        batch=16,
+        learning_rate=3e-3,
+        warmup=30,
         weight_decay=1e-4,
         betas=(0.9, 0.99),
-        adversarial_start=10_000,
+        adversarial_weight=0.0,
+        look_every=1000,
     )
-    masked = StageConfig(steps=20_000, batch=256, learning_rate=1e-3, warmup=500, weight_decay=0.045)
+    masked = StageConfig(
+        steps=5000,
+        batch=64,
+        learning_rate=5e-3,
+        warmup=100,
+        weight_decay=0.045,
+        betas=(0.9, 0.99),
+        optimizer="muon",
+        look_every=1000,
+    )
     return MuseConfig(
         name="toy",
         text_encoder="all-MiniLM-L6-v2",
         text_tokens=64,
         low_tokenizer=low,
-        high_tokenizer=high,
+        high_tokenizer=replace(low, image_size=128, **fine),
         base=base,
         superres=superres,
-        base_sampling=SamplingConfig(steps=12, guidance=(0.0, 4.0)),
-        superres_sampling=SamplingConfig(steps=8, guidance=(0.0, 2.0)),
-        finetuned_width=64,
-        finetuned_blocks=(2, 2, 3),
-        scenes=50_000,
+        base_sampling=SamplingConfig(steps=16, guidance=(0.0, 3.0), sampling_temperature=0.7),
+        superres_sampling=SamplingConfig(
+            steps=8, guidance=(1.0, 3.0), sampling_temperature=0.4, choice_temperature=0.5
+        ),
+        finetuned_width=32,
+        finetuned_blocks=(1, 2, 2),
+        scenes=20_000,
         captions=4,
+        synonyms=0.5,
         stages={
             "low_tokenizer": tokenizing,
             "base": masked,
-            "high_tokenizer": replace(tokenizing, crop=64),
-            "superres": replace(masked, batch=64),
-            "decoder": replace(tokenizing, steps=10_000, crop=64, adversarial_start=0),
+            "high_tokenizer": replace(tokenizing, steps=3500, batch=8),
+            "superres": replace(masked, steps=4000, batch=8),
+            "decoder": replace(
+                tokenizing, steps=800, batch=8, learning_rate=1e-3, adversarial_weight=0.1, adversarial_start=300
+            ),
         },
     )
 

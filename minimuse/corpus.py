@@ -132,7 +132,7 @@ class Corpus:
     def words(self, most: int = 20_000) -> dict[str, list[str]]:
         """What a checkpoint tells of itself: the commonest words of the captions, and prompts to try."""
         if isinstance(self.source, SceneDataset):
-            return {"words": vocabulary(), "examples": list(EXAMPLE_PROMPTS)}
+            return {"words": vocabulary(bool(self.source.synonyms)), "examples": list(EXAMPLE_PROMPTS)}
         captions = [text for texts in all_captions(self._captions) for text in texts]
         counts = Counter(word for text in captions for word in re.findall(r"[^\W\d_]+", text.lower()))
         return {

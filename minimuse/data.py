@@ -184,6 +184,7 @@ class SceneDataset:
     seed: int = 0
     shares: tuple[float, ...] = SHARES  # how often there are 1, 2 and 3 things
     k: int = 2  # captions a scene
+    synonyms: float = 0.0  # share of the captions that are told in captions.SYNONYMS too
 
     def __post_init__(self):
         if self.n < 1 or self.size < 8 or self.k < 1 or self.split not in SPLITS:
@@ -220,7 +221,7 @@ class SceneDataset:
         """-> k different captions of scene i; None: as many as the data set has a scene."""
         scene, found, k = self.scene(i), {}, self.k if k is None else k
         for attempt in range(50 * k):
-            found[caption(scene, 10_007 * i + attempt, paraphrase=paraphrase)] = None
+            found[caption(scene, 10_007 * i + attempt, paraphrase=paraphrase, synonyms=self.synonyms)] = None
             if len(found) == k:
                 return list(found)
         raise ValueError(f"scene {i} has no {k} different captions: ask for at most {len(found)}")

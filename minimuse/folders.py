@@ -333,7 +333,7 @@ def open_source(spec: str | Path, cfg: MuseConfig, *, seed: int = 0, min_side: i
     """What to train on -> a source: "scenes" (a folder of that name is ./scenes), a folder, a tar file, a pattern."""
     if spec == "scenes":
         size = cfg.high_tokenizer.image_size
-        return SceneDataset(cfg.scenes, size, seed=seed, shares=cfg.shares, k=cfg.captions)
+        return SceneDataset(cfg.scenes, size, seed=seed, shares=cfg.shares, k=cfg.captions, synonyms=cfg.synonyms)
     if os.path.isdir(spec):
         return FolderDataset(spec, min_side=min_side)
     return TarDataset(spec, min_side=min_side)

@@ -13,7 +13,7 @@ import re
 from itertools import permutations
 from typing import TYPE_CHECKING, NamedTuple
 
-from minimuse.captions import _FLOOR, _OPENINGS, _RELATIONS, PARAPHRASES
+from minimuse.captions import _FLOOR, _OPENINGS, _RELATIONS, PARAPHRASES, SYNONYMS
 from minimuse.scenes import COLORS, MATERIALS, MAX_THINGS, SHAPES, SIZES, relations
 
 if TYPE_CHECKING:
@@ -45,11 +45,11 @@ class Verdict(NamedTuple):
 
 
 def _lexicon() -> dict[str, tuple[str, str]]:
-    """Every word for a look -> its field and its plain name; paraphrases and plurals included."""
+    """Every word for a look -> its field and its plain name; paraphrases, synonyms and plurals included."""
     words = {}
     for field, names in (("color", COLORS), ("shape", SHAPES), ("size", SIZES), ("material", MATERIALS)):
         for name in names:
-            for word in (name, *PARAPHRASES.get(name, ())):
+            for word in (name, *PARAPHRASES[name], *SYNONYMS[name]):
                 words[word] = (field, name)
                 if field == "shape":
                     words[word + ("es" if word.endswith("x") else "s")] = (field, name)
