@@ -3,8 +3,9 @@
     attributes   "a small red metal cube"            cardinality   "two blue spheres"
     relations    "a green cube left of a cylinder"   composition   "a red cube, a gray sphere and two yellow cylinders"
 
-SYNONYMS are for training, where a data set asks for them: a language model's directions are learned from more than one
-word a look. No training caption contains a word of PARAPHRASES: what a model makes of them, its language model taught it.
+SYNONYMS are for training, where a data set asks for them: what a language model's directions mean is learned from more
+than one word a look. No training caption contains a word of PARAPHRASES: what a model makes of them, its language model
+taught it.
 Not here: the scenes and their pictures (scenes.py).
 """
 
@@ -52,9 +53,7 @@ _RELATIONS = {"left": ("left of", "to the left of"), "right": ("right of", "to t
               "front": ("in front of",), "behind": ("behind",), "beside": ("next to",)}  # fmt: skip
 
 
-def caption(
-    scene: Scene, seed: int, *, style: str = "any", paraphrase: bool = False, synonyms: float = 0.0
-) -> str:
+def caption(scene: Scene, seed: int, *, style: str = "any", paraphrase: bool = False, synonyms: float = 0.0) -> str:
     """A true phrase about all things of the scene, e.g. "two small red cubes behind a blue metal sphere".
 
     Things told in the same words become one group with its number, so that numbers are exact. "long" names every
@@ -116,5 +115,5 @@ def vocabulary(synonyms: bool = False) -> list[str]:
     """All words that training captions can contain, sorted; with those of SYNONYMS where they are told in them too."""
     shapes = [*SHAPES, *(word for shape in SHAPES for word in SYNONYMS[shape] if synonyms)]
     texts = (*COLORS, *SHAPES, *SIZES, *MATERIALS, *_NUMBERS, *_OPENINGS, *sum(_RELATIONS.values(), ()), _FLOOR)
-    texts += sum(SYNONYMS.values(), ()) if synonyms else ()
+    texts += ("an", *sum(SYNONYMS.values(), ())) if synonyms else ()
     return sorted({word for text in texts for word in text.split()} | {s + "s" for s in shapes} | {"and", "is", "are"})

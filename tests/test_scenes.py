@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minimuse.captions import EXAMPLE_PROMPTS, PARAPHRASES, caption, vocabulary
+from minimuse.captions import EXAMPLE_PROMPTS, PARAPHRASES, SYNONYMS, caption, vocabulary
 from minimuse.scenes import (
     COLORS,
     HELD_OUT,
@@ -25,6 +25,7 @@ from minimuse.scenes import (
     sample_scene,
     truth,
 )
+from minimuse.wants import parse_prompt
 
 SCENES = [sample_scene(seed) for seed in range(500)]
 
@@ -268,12 +269,12 @@ def test_most_captions_name_every_colour_and_shape():
 
 def test_grammar():
     for seed, scene in enumerate(SCENES):
-        for text in (caption(scene, seed), caption(scene, seed, paraphrase=True)):
+        for text in (caption(scene, seed), caption(scene, seed, paraphrase=True), caption(scene, seed, synonyms=1.0)):
             assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|  |^ | $| ,", text), f"article or blank: {text!r}"
             assert not re.search("there is (two|three)|there are an? ", text), f"verb: {text!r}"
-            assert not re.search(r"boxs|(two|three) ((?!and)[a-z]+[^s ] ){0,3}(cube|sphere|box|ball)\b", text), (
-                f"plural: {text!r}"
-            )
+            assert not re.search(
+                r"boxs|(two|three) ((?!and)[a-z]+[^s ] ){0,3}(cube|sphere|box|ball|bead|tube|crate)\b", text
+            ), f"plural: {text!r}"
 
 
 def test_vocabulary_is_what_captions_say():
@@ -293,6 +294,22 @@ def test_paraphrases_are_new_words_and_at_least_one_is_used():
         words = caption(scene, seed, paraphrase=True).replace(",", "").split()
         singular = {form for word in words for form in (word, word.removesuffix("s"), word.removesuffix("es"))}
         assert singular & new, f"nothing was paraphrased: {' '.join(words)!r}"
+
+
+def test_synonyms_are_true_words_and_no_paraphrases():
+    """They are a share of the captions, mean what the plain words mean, and none is a word that is held out."""
+    new = {word for words in PARAPHRASES.values() for word in words}
+    assert set(SYNONYMS) == set(PARAPHRASES), "each content word should have other words"
+    assert not new & set(vocabulary(synonyms=True)), f"held-out words: {new & set(vocabulary(synonyms=True))}"
+    plain = [caption(scene, seed) for seed, scene in enumerate(SCENES)]
+    assert plain == [caption(scene, seed, synonyms=0.0) for seed, scene in enumerate(SCENES)]
+    told = [caption(scene, seed, synonyms=0.5) for seed, scene in enumerate(SCENES)]
+    said = {word for text in told for word in text.replace(",", "").split()}
+    assert said <= set(vocabulary(synonyms=True)), f"not listed: {said - set(vocabulary(synonyms=True))}"
+    changed = sum(a != b for a, b in zip(plain, told, strict=True)) / len(SCENES)
+    assert 0.3 < changed < 0.55, f"{changed:.0%} of the captions are told in other words"
+    looks = [[(g.number, g.looks) for g in parse_prompt(text).groups] for text in (*plain, *told)]
+    assert looks[: len(plain)] == looks[len(plain) :], "other words, the same things"
 
 
 def test_example_prompts_hold_no_held_out_pair():
