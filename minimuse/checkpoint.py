@@ -166,9 +166,12 @@ def card(cfg: MuseConfig, weights: Mapping[str, Tensor], about: Mapping[str, Any
         "",
         f"Data: {about.get('data', f'{cfg.scenes:,} scenes of minimuse, {cfg.captions} captions each')}.",
         "",
-        "| Stage | Steps | Batch | Learning rate |",
-        "|---|---|---|---|",
-        *(f"| {name} | {s.steps:,} | {s.batch} | {s.learning_rate:g} |" for name, s in cfg.stages.items()),
+        "| Stage | Steps | Batch | Learning rate | Optimizer |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {name} | {s.steps:,} | {s.batch} | {s.learning_rate:g} | {s.optimizer} |"
+            for name, s in cfg.stages.items()
+        ),
         "",
         "```python",
         "from minimuse import Muse",

@@ -251,6 +251,7 @@ def train(args: argparse.Namespace) -> None:
     from minimuse.engine import Engine, Stopped
     from minimuse.folders import open_source
     from minimuse.train import train_muse
+    from minimuse.watch import add_record
 
     cfg = _configuration(args)
     source = open_source(args.data, cfg, seed=args.seed)
@@ -273,6 +274,7 @@ def train(args: argparse.Namespace) -> None:
         raise SystemExit(_stopped(args, engine)) from None
     if engine.is_main:
         folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
+        add_record(folder, cfg)
         print(f"trained in {p.figures['minutes']:.1f} minutes: {folder}")
         print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
 

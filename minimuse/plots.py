@@ -1,4 +1,4 @@
-"""Contact sheets of pictures: grids with captions, film strips of a decode, masks drawn over a picture; trade-offs.
+"""Contact sheets of pictures: grids with captions, film strips of a decode, masks over a picture; curves, trade-offs.
 
 All return a PIL image, and sheets are drawn with PIL alone, which is fast. `B` pictures, `h w` token grid, `N` = h w
 tokens.
@@ -8,7 +8,8 @@ Not here: saving, which is the image's own `.save(path)`.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -148,7 +149,6 @@ def tradeoff(
     """
     if not any(series.values()):
         raise ValueError("no point came: expected {series: {label: (x, y)}} with at least one")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
@@ -169,6 +169,38 @@ def tradeoff(
         set_label(f"{text} ({'lower' if less else 'higher'} is better)")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
+    return _drawn(figure)
+
+
+def curves(log: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """The lines of a run's log.jsonl -> a plot a stage beside each other: its loss, smoothed, and held-out figures.
+
+    Tokenizers show PSNR in dB, transformers nats a masked token.
+    """
+    stages = list(dict.fromkeys(line["stage"] for line in log))
+    if not stages:
+        raise ValueError("the log holds no line of a stage yet; a run writes one every ten steps")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(stages), 2.6), dpi=100, layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        lines = [line for line in log if line["stage"] == stage]
+        shown = "psnr" if "psnr" in lines[-1] else "loss"
+        for name, look in ((shown, {"lw": 1, "label": "training"}), (f"held_out_{shown}", {"marker": "o", "ms": 3})):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            few = max(1, len(points) // 50) if name == shown else 1  # smoothed over so many lines
+            values = [mean(value for _, value in points[max(0, i - few + 1) : i + 1]) for i in range(len(points))]
+            axes.plot([step for step, _ in points], values, **({"label": "held out"} | look))
+        axes.set(title=stage.replace("_", " "), xlabel="step", ylabel={"psnr": "PSNR (dB)"}.get(shown, "nats a token"))
+        axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    return _drawn(figure)
+
+
+def _drawn(figure: Any) -> Image.Image:
+    """A matplotlib figure -> its picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")

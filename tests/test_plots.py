@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from minimuse.intervals import Measured
-from minimuse.plots import film, film_strip, grid, mask_overlay, pareto_front, tradeoff
+from minimuse.plots import curves, film, film_strip, grid, mask_overlay, pareto_front, tradeoff
 
 PICTURES = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -127,3 +127,16 @@ def test_tradeoff_draws_points_intervals_and_front():
     assert blue[0] > blue[1] + 500, f"intervals take ink: {blue}"
     with pytest.raises(ValueError, match="at least one"):
         tradeoff({"rising": {}}, "FID", "CLIP")
+
+
+def test_curves_draw_each_stage():
+    log = [{"stage": "low_tokenizer", "step": i, "psnr": 20.0 + i} for i in range(10, 60, 10)]
+    log += [
+        {"stage": "base", "step": i, "loss": 5 - i / 60} | ({"held_out_loss": 5.0} if i == 50 else {}) for i in (10, 50)
+    ]
+    one, two = curves(log[:5]), curves(log)
+    assert two.size == (2 * one.width, one.height), "a plot a stage, side by side"
+    dots = sum(abs(r - 255) + abs(g - 127) + abs(b - 14) < 30 for r, g, b in np.asarray(two).reshape(-1, 3).astype(int))
+    assert dots > 10, "the held-out point is drawn in matplotlib's second colour"
+    with pytest.raises(ValueError, match="no line of a stage yet"):
+        curves([])
