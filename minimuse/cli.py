@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("name", nargs="?", default="nano", metavar="CHECKPOINT", help="shipped name, folder or hub id")
     p.add_argument("--out", type=Path, required=True, help="folder for the report; a stopped evaluation goes on there")
     p.add_argument("--kinds", type=_names, default=[], help="comma-separated, such as seen,counts,edit (default: all)")
-    p.add_argument("--n", type=int, default=1000, help="pictures a kind, or a point of the sweep (default: 1000)")
+    p.add_argument("--n", type=int, help="pictures a kind (default: 1000), or a point of the sweep (300)")
     p.add_argument("--sweep", action="store_true", help="guidance, temperature, steps, order: Muse's figure 8")
     p.add_argument("--base-only", action="store_true", help="the base model alone, at its low size; sweeps always are")
     p.add_argument("--seed", type=int, default=1000, help="picture i draws with seed + i (default: 1000)")

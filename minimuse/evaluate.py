@@ -12,7 +12,6 @@ figures. Picture i of a kind draws with seed + i.
 Not here: what is measured (`kinds.py`), prompts (`prompts.py`).
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -56,7 +55,7 @@ def evaluate(
     about: dict[str, Any],
     *,
     kinds: Sequence[str] = (),
-    n: int = 1000,
+    n: int | None = None,
     seed: int = 1000,
     batch: int = 50,
     sweep: bool = False,
@@ -64,12 +63,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure kinds (all that the studio can draw), or sweep -> what eval.json holds; resumes what `out` holds.
 
-    `about` says what the studio draws with: JSON values that tell one checkpoint from another. n pictures a kind, or a
-    point of the sweep. Default seeds lie far from those on which settings are chosen, which begin at 0.
+    `about` says what the studio draws with: JSON values that tell one checkpoint from another. n pictures a kind (1000)
+    or a point of the sweep (300). Default seeds lie far from those on which settings are chosen, which begin at 0.
     ValueError where `out` belongs to other settings, or a kind cannot be measured.
     """
-    if n < 10 or batch < 2:
-        raise ValueError(f"n = {n}, batch = {batch}: intervals need at least 10 pictures, in batches of at least 2")
+    n = n if n is not None else 300 if sweep else 1000
+    if n < 10 or batch < 1:
+        raise ValueError(f"n = {n}, batch = {batch}: intervals need at least 10 pictures, batches at least 1")
     trials, out = _trials(studio, kinds, sweep), Path(out)
     versions = {"minimuse": __version__, "torch": str(torch.__version__)}
     settings = versions | about | {"n": n, "seed": seed, "batch": batch, "sweep": sweep, "base_only": studio.base_only}
@@ -86,6 +86,8 @@ def evaluate(
 
 def _trials(studio: Studio, kinds: Sequence[str], sweep: bool) -> dict[str, tuple[Kind, dict[str, Any]]]:
     """Name -> a kind, and settings to draw it with; refuses what cannot be measured."""
+    if sweep and kinds:
+        raise ValueError(f"a sweep has prompts of its own: leave out --sweep, or the kinds {', '.join(kinds)}")
     if sweep:
         point = Kind("a point of the sweep", "mixed", drawn, quality)
         points = [(f"{line} {label}", how) for line, points in SWEEP.items() for label, how in points.items()]
@@ -167,9 +169,9 @@ def _kept(folder: Path) -> tuple[Rows, Tensors]:
 
 def page(rows: Rows, images: Tensor) -> Image.Image:
     """The first pictures, whatever they are; then the best and the worst by CLIP-like score. Wrong ones say so."""
-    order = sorted(range(len(rows)), key=lambda i: -rows[i]["score"])
+    order, few = sorted(range(len(rows)), key=lambda i: -rows[i]["score"]), min(BEST, len(rows) // 2)
     shown = [("", i) for i in range(min(FIRST, len(rows)))]
-    shown += [("best: ", i) for i in order[:BEST]] + [("worst: ", i) for i in order[: -BEST - 1 : -1]]
+    shown += [("best: ", i) for i in order[:few]] + [("worst: ", i) for i in order[: -few - 1 : -1]]
     captions = [
         f"{mark}{rows[i]['prompt']}{'' if rows[i]['right'] else '  WRONG: ' + rows[i]['wrong']}" for mark, i in shown
     ]
@@ -242,6 +244,10 @@ def measure(
         before = VQGAN(muse.cfg.high_tokenizer)
         checkpoint.load_weights((training or folder) / "high_tokenizer", before)
         before = before.eval().requires_grad_(False).to(muse.device, muse.dtype)
-    about = {"checkpoint": muse.cfg.name, "device": muse.device.type, "config": digest(to_dict(muse.cfg))}
-    about["weights"] = hashlib.sha256((folder / checkpoint.WEIGHTS).read_bytes()).hexdigest()
+        if not torch.allclose(before.codebook, muse.high_tokenizer.codebook, rtol=1e-2, atol=1e-3):  # saved in half
+            raise ValueError(f"{training or folder} is not the training of {name}: its codebook is another one")
+    about = {"checkpoint": muse.cfg.name, "device": muse.device.type, "dtype": str(muse.dtype)}
+    about["config"] = digest(to_dict(muse.cfg))
+    for part, home in (("checkpoint", folder), *((part, checkpoint.SHIPPED / part) for part in ("reader", "scorer"))):
+        about[f"weights of {part}"] = checkpoint._stamp(home / checkpoint.WEIGHTS)[1]
     return evaluate(Studio(muse, before=before, base_only=base_only or sweep), out, about, sweep=sweep, **how)

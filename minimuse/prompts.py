@@ -32,6 +32,7 @@ from minimuse.scenes import (
     SIZES,
     Scene,
     Thing,
+    _apart,
     _place,
     box,
     relations,
@@ -140,13 +141,21 @@ def _edit(i: int, rng: Random) -> Ask:
 
 
 def _inpaint(i: int, rng: Random) -> Ask:
-    """The only one of the things, or one of two, is replaced."""
+    """The only one of the things, or one of two, is replaced; what replaces it stands as free as it did."""
     old, new, other = SEEN[i % 21], SEEN[(i + 1 + i // 21 % 18) % 21], SEEN[(i + 20) % 21]
     looks = [_look(pair, ("", ""), rng) for pair in (old, other)[: 1 + i % 2]]
-    thing, *rest = _scene(rng, looks).things
-    put = replace(thing, color=new[0], shape=new[1])
+
+    def replaced(things: tuple[Thing, ...]) -> tuple[Thing, ...]:
+        return (replace(things[0], color=new[0], shape=new[1]), *things[1:])
+
+    def free(things: tuple[Thing, ...]) -> bool:
+        put, *rest = replaced(things)
+        return all(0.02 <= edge <= 0.98 for edge in box(put)) and all(_apart(put, thing) for thing in rest)
+
+    before = _scene(rng, looks, free)
+    after = Scene(replaced(before.things))
     prompt = " and ".join(_phrase(pair, 1, {}) for pair in (new, other)[: 1 + i % 2])
-    return Ask(prompt, Scene((put, *rest)), prompt, "", Scene((thing, *rest)), _around(thing, put))
+    return Ask(prompt, after, prompt, "", before, _around(before.things[0], after.things[0]))
 
 
 def _outpaint(i: int, rng: Random) -> Ask:
