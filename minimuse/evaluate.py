@@ -47,6 +47,7 @@ SWEEP: dict[str, dict[str, dict[str, Any]]] = {  # a line of the plot -> its poi
     "steps": {f"{t}": {"steps": t} for t in (2, 4, 8, 16, 32)},
     "order": {name: {"order": name} for name in ORDERS},
 }
+PANELS = (("guidance", "rising guidance"), ("temperature", "steps"), ("order",))  # that are drawn together
 
 
 def evaluate(
@@ -189,19 +190,22 @@ def _report(out: Path, settings: dict[str, Any], found: dict[str, Figures]) -> d
             found[path.stem] = {k: Measured(*v) for k, v in checkpoint.read_json(path)["figures"].items()}
     order = [*KINDS, *(f"{line} {label}" for line, points in SWEEP.items() for label in points)]
     found = {name: found[name] for name in order if name in found}
-    report = {"settings": settings, "kinds": found}
+    report = {"settings": settings, "kinds": found} | ({"sweep": SWEEP} if settings["sweep"] else {})
     _write(out / "eval.json", json.dumps(report, indent=1) + "\n")
     _write(out / "eval.md", table(found) + "\n")
-    for x, name in (
-        (("score", "CLIP-like score"), ("right", "all that the prompt names right")) if settings["sweep"] else ()
-    ):
-        series = {
-            line: {label: (found[f"{line} {label}"][x], found[f"{line} {label}"]["frechet"]) for label in points}
-            for line, points in SWEEP.items()
-        }
-        plot = tradeoff(series, name, "Frechet distance of reader features", (False, True))
-        checkpoint._replace(out / f"sweep-{x}.png", partial(plot.save, format="PNG"))
+    for x, name in (("score", "CLIP-like score"), ("right", "all right")) if settings["sweep"] else ():
+        checkpoint._replace(out / f"sweep-{x}.png", partial(_tradeoffs(found, x, name).save, format="PNG"))
     return json.loads(json.dumps(report))
+
+
+def _tradeoffs(found: dict[str, Figures], x: str, name: str) -> Image.Image:
+    """A sweep -> x against Frechet distance: guidance, other dials, orders, and all together, each with its front."""
+    series = {
+        line: {label: (found[f"{line} {label}"][x], found[f"{line} {label}"]["frechet"]) for label in points}
+        for line, points in SWEEP.items()
+    }
+    panels = [{k: v for k, v in series.items() if k in lines} for lines in (*PANELS, tuple(SWEEP))]
+    return grid([tradeoff(some, name, "Frechet distance", (False, True)) for some in panels if some], None, 2, 1)
 
 
 def table(found: dict[str, Figures]) -> str:

@@ -115,13 +115,13 @@ def run(studio, out, judge, kinds, n=40, **how):
 
 
 def test_the_truth_scores_near_100_percent_on_every_kind(tmp_path, judge):
-    found = run(Oracle(40, before="yes"), tmp_path, judge, [])
+    found = run(Oracle(20, before="yes"), tmp_path, judge, [], n=20)
     assert list(found) == list(KINDS), "all kinds, in order"
     for name, figures in found.items():
         value, low, high, n, _ = figures["right"]
         assert value >= 0.95, f"{name}: {value:.1%} right"
         assert 0 <= low <= value <= high <= 1
-        assert n == 40
+        assert n == 20
     for figures in (found["edit"], found["inpaint"], found["outpaint"]):
         assert figures.get("changed outside", [0])[0] == 0
     assert found["edit"]["colour, final"][0] >= 0.95
@@ -268,7 +268,7 @@ def test_a_sweep_is_one_call_and_two_plots(tmp_path, judge, monkeypatch):
     assert list(found) == ["guidance 0", "guidance 1", "order confidence", "order random"]
     assert seen == [{"guidance": 0.0}, {"guidance": 1.0}, {"order": "confidence"}, {"order": "random"}]
     for name in ("sweep-score.png", "sweep-right.png"):
-        assert Image.open(tmp_path / name).size == (900, 600)
+        assert Image.open(tmp_path / name).width > 2 * 900, "three plots of 900 x 600 in two columns"
 
 
 # --- the studio does what a user would --------------------------------------------------------------------------------
