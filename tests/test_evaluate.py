@@ -1,6 +1,7 @@
 """evaluate.py, kinds.py, studio.py: the truth scores near 100%, chance scores like chance; resumed means the same."""
 
 import json
+from functools import cache
 from random import Random
 
 import pytest
@@ -19,6 +20,7 @@ from minimuse.studio import ITERATIONS, Judge, Studio
 from minimuse.wants import matches, parse_prompt
 
 ABOUT, SEED = {"checkpoint": "oracle"}, 1000
+asked_of = cache(asks)
 
 
 def scene_of(prompt: str, seed: int, avoid: str = "") -> Scene:
@@ -60,8 +62,7 @@ class Oracle:
         return self.images([scene_of(p, s, *w) for p, s, w in zip(prompts, seeds, words, strict=True)])
 
     def after(self, name, seeds):
-        asked = asks(name, self.n)
-        return self.images([asked[seed - SEED].scene for seed in seeds])
+        return self.images([asked_of(name, self.n)[seed - SEED].scene for seed in seeds])
 
     def cascade(self, prompts, seeds):
         return (self.after("mixed", seeds),) * 3
@@ -87,9 +88,8 @@ class Shuffled(Oracle):
         return self.images([self.other(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)])
 
     def other(self, prompt, seed):
-        name = next(k for k in ("seen", "counts") if asks(k, self.n)[seed - SEED].prompt == prompt)
-        order = Random(0).sample(range(self.n), self.n)
-        return asks(name, self.n)[order[seed - SEED]].scene
+        asked = next(a for k in ("seen", "counts") if (a := asked_of(k, self.n))[seed - SEED].prompt == prompt)
+        return asked[Random(0).sample(range(self.n), self.n)[seed - SEED]].scene
 
 
 class Plain:
@@ -208,7 +208,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path, judge):
     run(Oracle(10), tmp_path, judge, ["tokenizers"], n=10)
     before = (tmp_path / "eval.json").read_bytes()
     with pytest.raises(
-        ValueError, match=r"another evaluation: n was 10 and is 12, seed was 1000 and is 7\. Put it back"
+        ValueError, match=r"another evaluation: n was 10 and is 12; seed was 1000 and is 7\. Put it back"
     ):
         run(Oracle(12), tmp_path, judge, ["tokenizers"], n=12, seed=7)
     with pytest.raises(ValueError, match="checkpoint was 'oracle' and is 'nano'"):
