@@ -48,7 +48,7 @@ def swap(text: str, rng: Random) -> tuple[str, str]:
     It is false of every scene that the first is true of, since captions tell of all things.
 
     >>> swap("two red cubes", Random(0))
-    ('two red spheres', 'shape')
+    ('two yellow cubes', 'color')
     """
     told = text.removesuffix(_FLOOR)
     at = rng.choice([*_SWAPPED.finditer(told)])
