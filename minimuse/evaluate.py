@@ -176,7 +176,7 @@ def page(rows: Rows, images: Tensor) -> Image.Image:
     captions = [
         f"{mark}{rows[i]['prompt']}{'' if rows[i]['right'] else '  WRONG: ' + rows[i]['wrong']}" for mark, i in shown
     ]
-    columns = max(1, 8 * images.shape[2] // images.shape[3])
+    columns = max(2, 8 * images.shape[2] // images.shape[3])
     return grid(to_pil(images[[i for _, i in shown]]), captions, columns, max(1, 128 // images.shape[2]))
 
 
@@ -224,7 +224,8 @@ def table(found: dict[str, Figures]) -> str:
         for k, figure in figures.items():
             if k not in COLUMNS:
                 lines.append(f"| {name} | {k} | {cell(figure)} | {figure.n} |")
-    return "\n".join(lines)
+    shown = [f"- kinds/{name}.png: {KINDS[name].shows}" for name in found if name in KINDS and KINDS[name].shows]
+    return "\n".join([*lines, *(["", "Side by side in the pictures:", *shown] if shown else [])])
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

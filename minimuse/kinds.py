@@ -47,6 +47,7 @@ class Kind(NamedTuple):
     measure: Callable[[Studio, Judge, list[Ask], list[int]], Batch]
     figures: Callable[[Rows, Tensors], Figures]
     cascade: bool = True  # does it need more than the base model?
+    shows: str = ""  # what stands side by side in a picture of its page
 
 
 # --- pictures from prompts --------------------------------------------------------------------------------------------
@@ -299,11 +300,33 @@ KINDS = {
     "paraphrases": Kind("one object, words never trained on", "paraphrases", drawn, quality, cascade=False),
     "relations": Kind("two objects with a relation", "relations", drawn, quality, cascade=False),
     "counts": Kind("two or three alike", "counts", drawn, quality, cascade=False),
-    "negative": Kind("negative prompts", "negative", negative, avoidance, cascade=False),
-    "edit": Kind("mask-free edit of a colour", "edit", edited, figures_of),
-    "inpaint": Kind("inpainting, a thing replaced", "inpaint", inpainted, figures_of),
+    "negative": Kind(
+        "negative prompts", "negative", negative, avoidance, cascade=False, shows="without, with the negative prompt"
+    ),
+    "edit": Kind(
+        "mask-free edit of a colour",
+        "edit",
+        edited,
+        figures_of,
+        shows=f"before; after {', '.join(map(str, ITERATIONS))} iterations; with super-resolution",
+    ),
+    "inpaint": Kind("inpainting, a thing replaced", "inpaint", inpainted, figures_of, shows="before, after"),
     "outpaint": Kind("outpainting, a thing beyond the edge", "outpaint", outpainted, figures_of),
-    "superres": Kind("super-resolution against plain upscaling", "mixed", superresolved, superres_figures),
-    "tokenizers": Kind("real renders through the tokenizers", "mixed", tokenized, figures_of),
-    "decoder": Kind("the decoder before and after fine-tuning", "mixed", finetuned, finetuned_figures),
+    "superres": Kind(
+        "super-resolution against plain upscaling",
+        "mixed",
+        superresolved,
+        superres_figures,
+        shows="bicubic, super-resolution, super-resolution without text",
+    ),
+    "tokenizers": Kind(
+        "real renders through the tokenizers",
+        "mixed",
+        tokenized,
+        figures_of,
+        shows="render, high tokenizer, low tokenizer",
+    ),
+    "decoder": Kind(
+        "the decoder before and after fine-tuning", "mixed", finetuned, finetuned_figures, shows="render, before, after"
+    ),
 }

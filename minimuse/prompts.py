@@ -38,7 +38,8 @@ from minimuse.scenes import (
     relations,
 )
 
-SEEN = [pair for pair in product(COLORS, SHAPES) if pair not in HELD_OUT]
+_PAIRS = [pair for pair in product(COLORS, SHAPES) if pair not in HELD_OUT]
+SEEN = [_PAIRS[8 * i % 21] for i in range(21)]  # so that a few in a row differ in colour and shape
 NOVEL = sorted(HELD_OUT)
 EXTRAS = [("", ""), ("small", ""), ("", "metal"), ("large", "rubber"), ("small", "metal"),
           ("", ""), ("large", ""), ("", "rubber"), ("large", "metal"), ("small", "rubber")]  # fmt: skip
@@ -59,7 +60,7 @@ def asks(name: str, n: int) -> list[Ask]:
     """The first n of a set; ValueError where there is no such set.
 
     >>> [ask.prompt for ask in asks("counts", 3)]
-    ['two gray cubes', 'two gray cubes', 'two small gray spheres']
+    ['two gray cubes', 'two gray cubes', 'three small blue cylinders']
     """
     if name not in SETS or n < 1:
         raise ValueError(f"{n} prompts of set {name!r}: give at least 1, and one of {', '.join(SETS)}")

@@ -35,6 +35,12 @@ def test_ask_i_follows_from_i_alone_and_prompts_come_in_pairs(name):
         assert a.scene != b.scene, "of one prompt, two scenes"
 
 
+def test_the_first_of_them():
+    assert [ask.prompt for ask in asks("counts", 3)] == ["two gray cubes"] * 2 + ["three small blue cylinders"]
+    pairs = [looks(ask)[0] for ask in asks("seen", 24)[::2]]
+    assert len({color for color, _ in pairs}) >= 6, "the pictures that are shown differ"
+
+
 def test_nonsense_is_refused():
     for name, n in (("sene", 3), ("seen", 0)):
         with pytest.raises(ValueError, match="at least 1, and one of seen, novel"):
