@@ -114,6 +114,7 @@ def run(studio, out, judge, kinds, n=40, **how):
 # --- what scores what -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_truth_scores_near_100_percent_on_every_kind(tmp_path, judge):
     found = run(Oracle(20, before="yes"), tmp_path, judge, [], n=20)
     assert list(found) == list(KINDS), "all kinds, in order"
