@@ -1,4 +1,4 @@
-"""The `minimuse` command: generate, inpaint, outpaint, edit, train, doctor, average, compare, info. No own logic.
+"""The `minimuse` command: generate, inpaint, outpaint, edit, train, eval, doctor, compare and others. No own logic.
 
 minimuse generate "two small red cubes" --n 4 --seed 0 --film
 minimuse inpaint picture.png mask.png "a green sphere"
@@ -105,6 +105,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="folder for the report; finished cells are kept there and used again")
     p.add_argument("--force", action="store_true", help="overwrite another report")
+    p = command(
+        "eval", eval_, "how often a checkpoint is right: prompts, edits, tokenizers, with intervals and pictures"
+    )
+    p.add_argument("name", nargs="?", default="nano", metavar="CHECKPOINT", help="shipped name, folder or hub id")
+    p.add_argument("--out", type=Path, required=True, help="folder for the report; a stopped evaluation goes on there")
+    p.add_argument("--kinds", type=_names, default=[], help="comma-separated, such as seen,counts,edit (default: all)")
+    p.add_argument("--n", type=int, help="pictures a kind (default: 1000), or a point of the sweep (300)")
+    p.add_argument("--sweep", action="store_true", help="guidance, temperature, steps, order: Muse's figure 8")
+    p.add_argument("--base-only", action="store_true", help="the base model alone, at its low size; sweeps always are")
+    p.add_argument("--seed", type=int, default=1000, help="picture i draws with seed + i (default: 1000)")
+    p.add_argument("--batch", type=int, default=50, help="pictures drawn at once (default: 50)")
+    p.add_argument(
+        "--run",
+        dest="training",
+        type=Path,
+        metavar="RUN",
+        help="folder of its training, for the decoder before fine-tuning",
+    )
+    p.add_argument("--device")
     p = command("doctor", doctor, "is my loss right? examine a run, finished or under way; exit code 1 if not")
     p.add_argument("folder", type=Path, metavar="RUN", help="made by train; nothing in it is changed")
     p.add_argument("--stage", choices=STAGES, help="this one alone (default: all that have a state)")
@@ -364,6 +383,14 @@ def compare(args: argparse.Namespace) -> None:
     print(report.table())
     if args.out:
         print(report.save(args.out, overwrite=args.force))
+
+
+def eval_(args: argparse.Namespace) -> None:
+    """Print the tables, and where they and the pictures are."""
+    from minimuse.evaluate import measure
+
+    measure(**{name: value for name, value in vars(args).items() if name != "run"})
+    print((args.out / "eval.md").read_text(encoding="utf-8"))
 
 
 def doctor(args: argparse.Namespace) -> None:
