@@ -33,7 +33,7 @@ SIDES = ("left", "top", "right", "bottom")
 ABOUT = """# minimuse
 A prompt becomes a picture token by token ([Muse](https://arxiv.org/abs/2301.00704)): everything starts as gray [MASK],
 and the surest tokens are fixed first. This is `{}`, {} x {} pixels."""
-LEGEND = "Left: the picture so far, gray where masked. Right: its tokens, a colour a code, framed when just drawn."
+LEGEND = "Left the picture so far, right its tokens, a colour a code. Gray is masked, framed is just drawn."
 SAVED = "A saved picture holds prompt, seed and settings: `minimuse generate --like image.png` draws it again."
 CSS = """
 .pixels .image-frame, .film .image-frame { width: 100%; padding-top: 40px }
@@ -172,8 +172,8 @@ class Page:
         return base | moved | {"superres": high | moved | {"steps": high_steps}}
 
     def _frame(self, step: Step) -> tuple[Image.Image, Image.Image, str]:
-        drawn, masked, guidance = int(step.revealed[0].sum()), int(step.masked[0].sum()), f"guidance {step.guidance:.1f}"
-        numbers = f"{drawn} of {step.tokens.shape[1]} tokens drawn, {masked} still masked, {guidance}"
+        drawn, masked, tokens = int(step.revealed[0].sum()), int(step.masked[0].sum()), step.tokens.shape[1]
+        numbers = f"{drawn} of {tokens} tokens drawn, {masked} still masked, guidance {step.guidance:.1f}"
         picture = mask_overlay(self.muse.picture(step)[0], step.masked[0])
         return picture, token_map(step), f"**{STAGES[step.stage]}, step {step.index + 1}**: {numbers}"
 
@@ -197,9 +197,9 @@ class Page:
                     with gr.Tab("Draw"):
                         with gr.Row():
                             go = gr.Button("Draw", variant="primary", min_width=120)
-                            another = gr.Button("Draw another", min_width=120)
+                            another = gr.Button("Another", min_width=120)
                         if muse.examples:
-                            gr.Examples(muse.examples, prompt, label="Prompts to try")
+                            gr.Examples(muse.examples[:5], prompt, label="Prompts to try")
                     with gr.Tab("Edit") as tab:
                         edits = self._edits(start, last, tab)
                     with gr.Accordion("How it decodes", open=False):

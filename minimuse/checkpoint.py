@@ -121,7 +121,7 @@ def check_weights(
 def fingerprint(cfg: MuseConfig, weights: Mapping[str, Tensor]) -> str:
     """-> 16 hex digits, others wherever weights or defaults of drawing differ; how it was trained does not count.
 
-    Choice: of each tensor at most 2**17 numbers, evenly spread, read as float32, so that the paper's 3B takes no longer.
+    Choice: of each tensor at most 2**17 numbers, evenly spread, as float32, so that the paper's 3B takes no longer.
     """
     drawing = {k: v for k, v in to_dict(cfg).items() if k not in ("stages", "scenes", "captions", "shares")}
     sha = hashlib.sha256(json.dumps(drawing, sort_keys=True).encode())

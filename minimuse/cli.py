@@ -230,7 +230,9 @@ def _draw(args: argparse.Namespace, method) -> None:
         print(f"{path}  ({image.info['minimuse']['prompt']!r}, seed {image.info['minimuse']['seed']})")
     if args.film:
         path = paths[0].with_stem(paths[0].stem + "-film")
-        film(muse, seen).save(path)
+        strip = film(muse, seen)
+        strip.info = images[0].info
+        save_png(strip, path)
         print(path)
 
 

@@ -64,7 +64,7 @@ def settings_of(picture: str | Path | Image.Image) -> dict[str, Any]:
         told = json.loads(told) if isinstance(told, str) else told
         return {name: told[name] for name in ("model", "fingerprint", "prompt", "seed")} | told
     except (ValueError, TypeError, KeyError) as e:
-        name = "the picture" if isinstance(picture, Image.Image) else Path(picture).name
+        name = Path(getattr(image, "filename", "") or "the picture").name
         raise ValueError(
             f"{name} holds no settings of minimuse; `minimuse generate`, `minimuse app` and pictures.save_png write "
             "them, and many programs drop them when they save a picture anew"
@@ -85,7 +85,9 @@ def again(muse: "Muse", settings: dict[str, Any], *, watch: Callable[["Step"], N
             f"{muse.cfg.name} with {muse.fingerprint}; name the right one"
         )
     if task := settings.pop("task", None):
-        raise ValueError(f"the picture was made by {task} from another one, which it does not hold; give a generated one")
+        raise ValueError(f"it was made by {task} from another picture, which it does not hold; give a generated one")
     if functions := settings.pop("functions", None):
-        raise ValueError(f"its {', '.join(functions)} came as a function, which no picture can hold; pass it to `generate`")
+        raise ValueError(
+            f"its {', '.join(functions)} came as a function, which no picture holds; pass it to `generate`"
+        )
     return muse.generate(settings.pop("prompt"), n=1, watch=watch, **settings)[0]
