@@ -147,6 +147,7 @@ class Page:
     def _show(self, asked: tuple, job: Callable[..., list[Image.Image]]) -> Iterator[tuple]:
         (prompt, seed, negative, *dials), steps, same = asked, [], self.gr.skip()
         how = {"seed": seed, "negative_prompt": negative or None} | self._settings(*dials)
+        yield same, same, "**Reading the prompt**", same, same, same
         try:
             for made in follow(lambda watch: job(prompt, watch=watch, **how)):
                 if isinstance(made, Step):
