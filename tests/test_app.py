@@ -76,7 +76,7 @@ class Server:
             self.process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent)
 
     def wait(self) -> None:
-        for _ in range(600):
+        for _ in range(3000):
             if self.url in self.log.read_text():
                 return
             assert self.process.poll() is None, f"it ended: {self.log.read_text()}"
