@@ -66,13 +66,12 @@ def follow(draw: Draw) -> Iterator[Step | Image.Image]:
     yield job.result()[0]
 
 
-def painted(canvas: dict[str, Any] | None, side: int) -> np.ndarray:
-    """What the editor gives, enlarged -> bool (side, side): True where a pixel is painted over, if only in part."""
+def painted(canvas: dict[str, Any] | None, side: int, zoom: int) -> np.ndarray:
+    """The editor's layers, `zoom` times as large -> bool (side, side): True where a pixel is painted on, if in part."""
     mask = np.zeros((side, side), dtype=bool)
     for layer in (canvas or {}).get("layers", []):
-        scale = max(1, layer.width // side)
-        alpha = layer.getchannel("A").resize((side * scale, side * scale), Image.Resampling.NEAREST)
-        mask |= (np.asarray(alpha) > 127).reshape(side, scale, side, scale).any((1, 3))
+        alpha = layer.getchannel("A").resize((side * zoom, side * zoom), Image.Resampling.NEAREST)
+        mask |= (np.asarray(alpha) > 127).reshape(side, zoom, side, zoom).any((1, 3))
     if not mask.any():
         raise ValueError("The mask is empty: paint over the part that shall be drawn anew")
     return mask
@@ -107,7 +106,7 @@ class Page:
 
     def repaint(self, start, canvas, *asked) -> Iterator[tuple]:
         def job(prompt, **how):
-            return self.muse.inpaint(begun(start), painted(canvas, self.side), prompt, **how)
+            return self.muse.inpaint(begun(start), painted(canvas, self.side, self.zoom), prompt, **how)
 
         yield from self._show(asked, job)
 
