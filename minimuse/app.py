@@ -34,7 +34,7 @@ ABOUT = """# minimuse
 A prompt becomes a picture token by token ([Muse](https://arxiv.org/abs/2301.00704)): everything starts as gray [MASK],
 and the surest tokens are fixed first. This is `{}`, {} x {} pixels."""
 LEGEND = "Left the picture so far, right its tokens, a colour a code. Gray is masked, framed is just drawn."
-SAVED = "A saved picture holds prompt, seed and settings: `minimuse generate --like image.png` draws it again."
+SAVED = "Saved pictures hold their settings: `minimuse generate --like image.png` draws one again, edits aside."
 CSS = """
 .pixels .image-frame, .film .image-frame { width: 100%; padding-top: 40px }
 .pixels .image-frame img { width: 100%; height: auto; object-fit: contain; image-rendering: pixelated }
@@ -221,7 +221,7 @@ class Page:
             taken = gr.Button("Take the drawn picture", size="sm", min_width=120)
             loaded = gr.UploadButton("Load a picture", file_types=["image"], size="sm", min_width=120)
         canvas = gr.ImageEditor(
-            label="Picture to edit", type="pil", format="png", sources=(), transforms=(), layers=False, buttons=[],
+            label="To edit", type="pil", format="png", sources=(), transforms=(), layers=False, buttons=[],
             brush=gr.Brush(default_size=24, colors=["#ff2d95"], color_mode="fixed"), elem_id="canvas",
             canvas_size=(self.side * self.zoom,) * 2, fixed_canvas=True,
         )  # fmt: skip

@@ -29,7 +29,6 @@ gradio = pytest.importorskip("gradio", reason="the extra `app` is not installed"
 pytestmark = pytest.mark.slow
 A, B = "a red cube", "a blue ball"
 WAIT = 120_000  # ms: a loaded machine is slow
-ENDED = re.compile("Done in|Nothing was drawn")
 
 # What `minimuse app` runs under: whatever it asks for beyond this machine, telemetry included, ends it at once.
 GUARD = """
@@ -132,10 +131,11 @@ def browser():
 def page(browser, server):
     """The page, open in a tab of its own. All that it asks for must come from the server itself."""
     context = browser.new_context(viewport={"width": 1280, "height": 1000})
+    context.set_default_timeout(WAIT)
     page, asked = context.new_page(), []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(server.url)
-    page.get_by_role("button", name="Draw", exact=True).wait_for(timeout=WAIT)
+    page.get_by_role("button", name="Draw", exact=True).wait_for()
     yield page
     text = page.inner_text("body")
     context.close()
@@ -162,7 +162,7 @@ def press(page, name: str) -> str:
     """Press a button that draws, and wait -> the sentence at its end. The page then knows `told` and `states`."""
     page.evaluate(WATCH)
     page.get_by_role("button", name=name, exact=True).click()
-    page.wait_for_function("() => /^(Done in|Nothing was drawn)/.test(window.told.at(-1) || '')", timeout=WAIT)
+    page.wait_for_function("() => /^(Done in|Nothing was drawn)/.test(window.told.at(-1) || '')")
     return page.evaluate("window.told.at(-1)")
 
 
@@ -254,11 +254,11 @@ def test_the_slider_goes_back_through_the_steps(page):
     end = picture(page)
     page.get_by_label("number input for Back through the steps").fill("2")
     page.keyboard.press("Enter")
-    page.get_by_text("Base model, step 2").wait_for(timeout=WAIT)
+    page.get_by_text("Base model, step 2").wait_for()
     assert not same(picture(page), end), "a state on the way is shown"
     page.get_by_label("number input for Back through the steps").fill("33")
     page.keyboard.press("Enter")
-    page.get_by_text("Done, seed 0").wait_for(timeout=WAIT)
+    page.get_by_text("Done, seed 0").wait_for()
     assert same(picture(page), end), "behind the last step stands the picture"
 
 
@@ -271,7 +271,7 @@ def test_a_painted_mask_changes_the_inside_alone(page):
     press(page, "Draw")
     old = picture(page)
     page.get_by_role("tab", name="Edit").click()  # takes the drawn picture
-    page.get_by_text("%").wait_for(timeout=WAIT)
+    page.get_by_text("%").wait_for()
     page.wait_for_timeout(1500)
     paint(page, 0.3, 0.7, 0.5)
     page.get_by_label("Prompt").fill(B)
@@ -290,7 +290,7 @@ def test_extend_and_change(page, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "mine.png")
     upload(page, tmp_path / "mine.png")
-    page.get_by_text("%").wait_for(timeout=WAIT)
+    page.get_by_text("%").wait_for()
     page.get_by_role("tab", name="Extend").click()
     page.get_by_label("number input for Pixels").fill("16")
     assert press(page, "Extend").startswith("Done in"), page.evaluate("window.told")
@@ -304,7 +304,7 @@ def test_extend_and_change(page, tmp_path):
     assert {"task": "edit", "iterations": 3, "guidance": 4, "share": 0.08}.items() <= settings.items(), f"{settings}"
     page.get_by_label("number input for Back through the steps").fill("1")
     page.keyboard.press("Enter")
-    page.get_by_text("Base model, step 1:").wait_for(timeout=WAIT)
+    page.get_by_text("Base model, step 1:").wait_for()
 
 
 def test_wrong_uploads_are_a_sentence(page, server, tmp_path):
@@ -312,9 +312,9 @@ def test_wrong_uploads_are_a_sentence(page, server, tmp_path):
     (tmp_path / "text.png").write_text("I am no picture")
     (tmp_path / "giant.png").write_bytes(giant_png())
     upload(page, tmp_path / "text.png")
-    page.get_by_text("is no picture that can be read, it is of an unknown format").wait_for(timeout=WAIT)
+    page.get_by_text("is no picture that can be read, it is of an unknown format").wait_for()
     upload(page, tmp_path / "giant.png")
-    page.get_by_text("is no picture that can be read, it is too huge").wait_for(timeout=WAIT)
+    page.get_by_text("is no picture that can be read, it is too huge").wait_for()
     more = memory(server.process.pid, "VmHWM") - before
     assert more < 40, f"{more:.0f} MB more: 20,000 x 20,000 pixels would take 50 to 1,200"
     assert (
@@ -326,7 +326,7 @@ def test_wrong_uploads_are_a_sentence(page, server, tmp_path):
 def test_an_empty_mask_is_a_sentence(page, tmp_path):
     Image.new("L", (200, 90), 128).save(tmp_path / "gray.jpg")
     upload(page, tmp_path / "gray.jpg")
-    page.get_by_text("%").wait_for(timeout=WAIT)
+    page.get_by_text("%").wait_for()
     sentence = "Nothing was drawn. The mask is empty: paint over the part that shall be drawn anew"
     assert press(page, "Repaint") == sentence
     assert page.get_by_text("The mask is empty").count() >= 2, "it is told in a notice as well"
