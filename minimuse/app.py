@@ -137,6 +137,8 @@ class Page:
 
     def look_back(self, last, at) -> tuple:
         """The slider -> picture, tokens, sentence of that step; behind the last step stands the picture itself."""
+        if not last:  # it is an hour old, and forgotten
+            return (self.gr.skip(),) * 3
         steps, made = last
         if at <= len(steps):
             return self._frame(steps[at - 1])
