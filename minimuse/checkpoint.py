@@ -118,6 +118,19 @@ def check_weights(
         raise ValueError(f"the weights of {str(name)!r} do not fit {cfg}: {'; '.join(sorted(wrong)[:3])}, ...")
 
 
+def fingerprint(cfg: MuseConfig, weights: Mapping[str, Tensor]) -> str:
+    """-> 16 hex digits, others wherever weights or defaults of drawing differ; how it was trained does not count.
+
+    Choice: of each tensor at most 2**17 numbers, evenly spread, as float32, so that the paper's 3B takes no longer.
+    """
+    drawing = {k: v for k, v in to_dict(cfg).items() if k not in ("stages", "scenes", "captions", "shares")}
+    sha = hashlib.sha256(json.dumps(drawing, sort_keys=True).encode())
+    for name, tensor in sorted(weights.items()):
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() >> 16)]
+        sha.update(name.encode() + some.float().cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
 def save(
     folder: str | Path, cfg: MuseConfig, weights: dict[str, Tensor], about: dict[str, Any], *, overwrite: bool = False
 ) -> Path:

@@ -1,4 +1,4 @@
-"""The `minimuse` command: generate, inpaint, outpaint, edit, train, eval, doctor, compare and others. No own logic.
+"""The `minimuse` command: generate, inpaint, edit, app, train, eval, doctor, compare and others. No logic of its own.
 
 minimuse generate "two small red cubes" --n 4 --seed 0 --film
 minimuse inpaint picture.png mask.png "a green sphere"
@@ -6,13 +6,14 @@ minimuse info paper_3b
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+SAMPLING = ("guidance", "steps", "schedule", "order", "sampling_temperature", "choice_temperature")  # options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         return p
 
     p = command("generate", generate, "turn prompts into pictures")
-    p.add_argument("prompts", nargs="+", metavar="PROMPT")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("prompts", nargs="*", default=[], metavar="PROMPT")
+    what.add_argument("--like", type=Path, metavar="PNG", help="draw this picture again: its prompt, seed and settings")
     _drawing(p)
     p = command("inpaint", inpaint, "repaint the white part of a mask after a prompt")
     p.add_argument("image", type=Path)
@@ -68,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--iterations", type=int, default=100)
     p.add_argument("--share", type=float, default=0.08, help="of the tokens resampled an iteration (default: 0.08)")
     _drawing(p, sampling=False)
+    p = command("app", app, "a page to play with, in the browser, on this machine (extra `app`)")
+    p.add_argument("--checkpoint", "--model", help="shipped name, folder or hub id (default: the last shipped one)")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    p.add_argument("--port", type=int, help="(default: the first free one from 7860)")
+    p.add_argument("--device")
     p = command("train", train, "train a Muse from nothing, or go on with a run")
     p.add_argument("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     p.add_argument("--out", type=Path, required=True, help="folder for the run: states, log, pictures, checkpoint")
@@ -135,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _drawing(p: argparse.ArgumentParser, sampling: bool = True) -> None:
     """Options that all commands share that draw pictures."""
-    p.add_argument("--model", default="nano", help="shipped name, folder or hub id (default: nano)")
+    p.add_argument("--model", help="shipped name, folder or hub id (default: nano; of --like, the one that it names)")
     p.add_argument("--n", type=int, default=1, help="pictures a prompt")
     p.add_argument("--seed", type=int, help="picture i draws with seed + i (default: a random one, told)")
     p.add_argument("--negative-prompt")
@@ -164,36 +172,55 @@ def _names(text: str) -> list[str]:
 
 
 def generate(args: argparse.Namespace) -> None:
-    _draw(args, lambda muse, **settings: muse.generate(args.prompts, **settings))
+    if args.like is not None:
+        _like(args)
+    else:
+        _draw(args, lambda muse, **settings: muse.generate(args.prompts, **settings))
+
+
+def _like(args: argparse.Namespace) -> None:
+    """A picture of `minimuse generate` or `minimuse app`, drawn again, and whether its pixels are the same."""
+    import numpy as np
+
+    from minimuse.checkpoint import shipped
+    from minimuse.pictures import again, open_picture, settings_of
+
+    if args.n != 1 or any(getattr(args, k) is not None for k in ("seed", "negative_prompt", *SAMPLING)):
+        raise ValueError("--like takes seed and settings from the picture; give none beside it")
+    old = open_picture(args.like)
+    told = settings_of(old)
+    if args.model is None and told["model"] not in shipped():
+        raise ValueError(f"{args.like} was made by {told['model']!r}, which is not shipped; name its folder by --model")
+    args.model, args.prompts, new = args.model or told["model"], [told["prompt"]], []
+    _draw(args, lambda muse, *, watch, **_: new.append(again(muse, told, watch=watch)) or new)
+    if new[0].size == old.size:
+        off = np.abs(np.asarray(new[0], dtype=int) - np.asarray(old.convert("RGB"))).max(2)
+        differ = f"{(off > 0).sum()} of {off.size} pixels differ from {args.like}, by at most {off.max()} of 255"
+        print(f"{differ}: other hardware rounds otherwise" if off.any() else f"the same pixels as {args.like}")
 
 
 def inpaint(args: argparse.Namespace) -> None:
-    image, mask = _open(args.image), _open(args.mask)
+    from minimuse.pictures import open_picture
+
+    image, mask = open_picture(args.image), open_picture(args.mask)
     _draw(args, lambda muse, **settings: muse.inpaint(image, mask, args.prompts[0], **settings))
 
 
 def outpaint(args: argparse.Namespace) -> None:
+    from minimuse.pictures import open_picture
+
     if len(args.padding) not in (1, 4):
         raise ValueError(f"--padding has {len(args.padding)} numbers; give 1, or 4: left top right bottom")
     padding = tuple(args.padding) if len(args.padding) == 4 else args.padding[0]
-    image = _open(args.image)
+    image = open_picture(args.image)
     _draw(args, lambda muse, **settings: muse.outpaint(image, padding, args.prompts[0], **settings))
 
 
 def edit(args: argparse.Namespace) -> None:
-    image, iterating = _open(args.image), {"iterations": args.iterations, "share": args.share}
+    from minimuse.pictures import open_picture
+
+    image, iterating = open_picture(args.image), {"iterations": args.iterations, "share": args.share}
     _draw(args, lambda muse, **settings: muse.edit(image, args.prompts[0], **iterating, **settings))
-
-
-def _open(path: Path):
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        image = Image.open(path)
-        image.load()
-    except UnidentifiedImageError as e:
-        raise ValueError(f"{path} is no picture that can be read; give a PNG or JPEG") from e
-    return image
 
 
 def _draw(args: argparse.Namespace, method) -> None:
@@ -202,11 +229,11 @@ def _draw(args: argparse.Namespace, method) -> None:
     from tqdm import tqdm
 
     from minimuse.muse import Muse
+    from minimuse.pictures import save_png
     from minimuse.plots import film
 
-    muse = Muse.from_pretrained(args.model, device=args.device)
-    names = ("guidance", "steps", "schedule", "order", "sampling_temperature", "choice_temperature")
-    settings = {k: v for k in names if (v := getattr(args, k, None)) is not None}
+    muse = Muse.from_pretrained(args.model or "nano", device=args.device)
+    settings = {k: v for k in SAMPLING if (v := getattr(args, k, None)) is not None}
     seen = []
     with tqdm(desc="decoding", unit="step") as bar:
 
@@ -222,7 +249,9 @@ def _draw(args: argparse.Namespace, method) -> None:
         print(f"{path}  ({image.info['minimuse']['prompt']!r}, seed {image.info['minimuse']['seed']})")
     if args.film:
         path = paths[0].with_stem(paths[0].stem + "-film")
-        film(muse, seen).save(path)
+        strip = film(muse, seen)
+        strip.info = images[0].info
+        save_png(strip, path)
         print(path)
 
 
@@ -252,13 +281,11 @@ def _paths(args: argparse.Namespace) -> list[Path]:
     return files()
 
 
-def save_png(image, path: Path) -> None:
-    """A PIL image of Muse -> PNG whose text chunk `minimuse` holds prompt, seed and settings as JSON."""
-    from PIL.PngImagePlugin import PngInfo
+def app(args: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    from minimuse.app import serve
 
-    chunks = PngInfo()
-    chunks.add_text("minimuse", json.dumps(image.info.get("minimuse", {}), default=repr))
-    image.save(path, pnginfo=chunks)
+    serve(args.checkpoint, host=args.host, port=args.port, device=args.device)
 
 
 def train(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Contact sheets of pictures: grids with captions, film strips of a decode, masks over a picture; curves, trade-offs.
+"""Contact sheets of pictures: grids, films of a decode, its tokens, masks over a picture; curves and trade-offs.
 
 All return a PIL image, and sheets are drawn with PIL alone, which is fast. `B` pictures, `h w` token grid, `N` = h w
 tokens.
@@ -106,6 +106,21 @@ def mask_overlay(image: Image.Image | Tensor, masked: Tensor) -> Image.Image:
     tokens = masked.view(side, side) if masked.ndim == 1 else masked
     cover = Image.fromarray((tokens.cpu().byte() * 255).numpy()).resize(picture.size, Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", picture.size, _MASKED), picture, cover)
+
+
+def token_map(step: "Step", row: int = 0, side: int = 384) -> Image.Image:
+    """A Step -> its token grid, about `side` pixels wide: a colour a code, gray where masked, the new ones framed."""
+    cells = math.isqrt(step.tokens.shape[1])
+    tokens, size = step.tokens[row].view(cells, cells).cpu(), max(1, side // cells)
+    masked, revealed = (x[row].view(cells, cells).cpu() for x in (step.masked, step.revealed))
+    hue = (tokens * 0.618034 % 1 * 255).byte()  # the golden ratio: neighbouring codes get colours far apart
+    value = 130 + (tokens % 5 * 25).byte()
+    bands = [Image.fromarray(band.numpy()) for band in (hue, torch.full_like(hue, 130), value)]
+    sheet = mask_overlay(Image.merge("HSV", bands), masked).resize((cells * size,) * 2, Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(sheet)
+    for y, x in revealed.nonzero().tolist():
+        draw.rectangle((x * size, y * size, (x + 1) * size - 1, (y + 1) * size - 1), outline=_INK, width=1 + size // 16)
+    return sheet
 
 
 def film(muse: "Muse", steps: Sequence["Step"], row: int = 0, most: int = 12) -> Image.Image:

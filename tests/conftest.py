@@ -11,7 +11,9 @@ Fixtures for everyone:
 
 import os
 import socket
+import struct
 import tempfile
+import zlib
 from pathlib import Path
 
 # Before transformers and matplotlib are imported: they read these once. An empty hub cache, so that a developer's own
@@ -76,6 +78,19 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def giant_png(side: int = 20_000) -> bytes:
+    """A valid PNG of side x side black and white pixels, in some kilobytes."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    pack = zlib.compressobj(9)
+    row = bytes(1 + side // 8)
+    rows = b"".join(pack.compress(row) for _ in range(side)) + pack.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def save_tiny_lm(folder: Path, kind: str) -> Path:

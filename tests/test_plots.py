@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from minimuse.intervals import Measured
-from minimuse.plots import curves, film, film_strip, grid, mask_overlay, pareto_front, tradeoff
+from minimuse.plots import curves, film, film_strip, grid, mask_overlay, pareto_front, token_map, tradeoff
+from minimuse.sampler import Step
 
 PICTURES = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -140,3 +141,19 @@ def test_curves_draw_each_stage():
     assert dots > 10, "the held-out point is drawn in matplotlib's second colour"
     with pytest.raises(ValueError, match="no line of a stage yet"):
         curves([])
+
+
+def test_token_map_has_a_colour_a_code_gray_where_masked_and_frames_what_is_new():
+    tokens = torch.tensor([[7, 7, 8, 16]])  # 16 is [MASK]
+    masked, revealed = tokens == 16, torch.tensor([[False, True, False, False]])
+    step = Step(0, 0.0, tokens, masked, revealed, torch.zeros(1, 4))
+    pixels = np.asarray(token_map(step, side=64)).astype(int)
+    assert pixels.shape == (64, 64, 3), f"{pixels.shape}"
+    old, new, other, hidden = (pixels[y : y + 32, x : x + 32] for y in (0, 32) for x in (0, 32))
+    for cell in (old, other, hidden):
+        assert (cell == cell[0, 0]).all(), "a cell is of one colour"
+    assert (new[16, 16] == old[0, 0]).all(), "one code, one colour"
+    assert np.abs(other[0, 0] - old[0, 0]).max() > 60, f"neighbouring codes are told apart: {other[0, 0]} {old[0, 0]}"
+    assert np.ptp(hidden[0, 0]) < 10, f"masked is gray: {hidden[0, 0]}"
+    assert (new[0] < 60).all(), "what is new is framed"
+    assert (new[:, -1] < 60).all(), "all around"
