@@ -28,7 +28,7 @@ import importlib.util
 import subprocess
 import sys
 
-SOURCE = "..[offline]"  # the clone that this notebook lies in; or "minimuse[offline] @ git+https://" and its address
+SOURCE = "..[offline]"  # this notebook's clone; or "minimuse[offline] @ git+https://" and where it is
 if importlib.util.find_spec("minimuse") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", SOURCE], check=True)"""
 
@@ -89,13 +89,20 @@ def notebook(name: str) -> nbformat.NotebookNode:
 
 
 def execute(nb: nbformat.NotebookNode, fast: bool = False, timeout: int = 1800) -> nbformat.NotebookNode:
-    """Run all cells in a fresh kernel and an empty folder, in place; CellExecutionError at the first that fails."""
+    """Run all cells in a fresh kernel and an empty folder, in place; CellExecutionError at the first that fails.
+
+    The kernel imports the minimuse beside this folder, whatever is installed.
+    """
     env = {k: v for k, v in os.environ.items() if k not in ("MINIMUSE_FAST", "MPLBACKEND")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), env.get("PYTHONPATH")]))
     env |= {"MINIMUSE_FAST": "1"} if fast else {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run = {"timeout": timeout, "kernel_name": "python3", "resources": {"metadata": {"path": folder}}}
         tidy = {"store_widget_state": False, "record_timing": False, "coalesce_streams": True}
         NotebookClient(nb, **run, **tidy).execute(env=env)
+    for out in (out for cell in nb.cells for out in cell.get("outputs", [])):
+        if "image/png" in out.get("data", {}):
+            out["data"].pop("image/jpeg", None)  # Jupyter stores pictures of PIL twice
     nb.metadata = {
         "kernelspec": nb.metadata["kernelspec"],
         "language_info": {"name": "python"},

