@@ -574,7 +574,7 @@ results = {
 
 # %%
 figure, ax = plt.subplots(figsize=(8, 2.8))
-for i, (name, values) in enumerate(results.items()):
+for i, values in enumerate(results.values()):
     ax.plot(values, [i] * len(values), "o", alpha=0.5)
     ax.plot(values.mean(), i, "k|", ms=16)
 ax.set_yticks(range(len(results)), results)
