@@ -1,4 +1,4 @@
-"""Notebooks from their sources: python notebooks/build.py [01_tour ...] [--fast]
+"""Notebooks from their sources: python notebooks/build.py [01_tour ...] [--fast | --text]
 
     source/NN_name.py, cells in percent format --notebook--> cells --execute--> NN_name.ipynb with its outputs
 
@@ -111,14 +111,29 @@ def execute(nb: nbformat.NotebookNode, fast: bool = False, timeout: int = 1800) 
     return nb
 
 
+def retext(name: str) -> nbformat.NotebookNode:
+    """The stored notebook with the texts of its source, and the outputs it has; ValueError where code has changed."""
+    old, new = nbformat.read(HERE / f"{name}.ipynb", as_version=4), notebook(name)
+    code = [[cell.source for cell in nb.cells if cell.cell_type == "code"] for nb in (old, new)]
+    if code[0] != code[1]:
+        raise ValueError(f"the code of {name} has changed since it was executed; build it without --text")
+    ran = iter(cell for cell in old.cells if cell.cell_type == "code")
+    for cell in (cell for cell in new.cells if cell.cell_type == "code"):
+        was = next(ran)
+        cell.outputs, cell.execution_count = was.outputs, was.execution_count
+    new.metadata = old.metadata
+    return new
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="build notebooks from source/, execute them and store them")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which; none is all of {', '.join(names())}")
     parser.add_argument("--fast", action="store_true", help="the tests' setting: fewer pictures, fewer steps")
+    parser.add_argument("--text", action="store_true", help="renew texts and what was measured; run nothing")
     args = parser.parse_args()
     for name in args.names or names():
         began = time.monotonic()
-        nb = execute(notebook(name), args.fast)
+        nb = retext(name) if args.text else execute(notebook(name), args.fast)
         path = HERE / f"{name}.ipynb"
         new = path.with_suffix(".new")  # a new name, then renamed: a stopped build leaves the old notebook whole
         nbformat.write(nb, new)

@@ -194,6 +194,23 @@ def test_a_notebook_of_one_source(tmp_path, monkeypatch):
     assert build.notebook("01_x") == build.notebook("01_x"), "cell ids are the same each time"
 
 
+def test_texts_are_renewed_without_a_run(tmp_path, monkeypatch):
+    source = tmp_path / "01_x.py"
+    source.write_text('# %% [markdown]\n"""\nold\n"""\n# %%\nx = 1\n', encoding="utf-8")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    ran = build.notebook("01_x")
+    ran.cells[2].outputs = [nbformat.v4.new_output("stream", text="it ran")]
+    nbformat.write(ran, tmp_path / "01_x.ipynb")
+    source.write_text('# %% [markdown]\n"""\nnew\n"""\n# %%\nx = 1\n# %% [markdown]\n"""more"""\n', encoding="utf-8")
+    made = build.retext("01_x")
+    assert [cell.source for cell in made.cells][::2] == ["new", "x = 1"]
+    assert made.cells[2].outputs[0].text == "it ran"
+    source.write_text('# %% [markdown]\n"""\nnew\n"""\n# %%\nx = 2\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="the code of 01_x has changed"):
+        build.retext("01_x")
+
+
 def test_the_table_of_what_notebooks_take(monkeypatch):
     monkeypatch.setitem(sys.modules, "build", build)
     measure = load("measure")

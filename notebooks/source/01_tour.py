@@ -294,8 +294,8 @@ film(muse, steps, most=8)
 # %% [markdown]
 r"""
 Gray is still `[MASK]`. The first half is the base model on the coarse grid; the second half is super-resolution, which
-starts from nothing again on the fine grid, but knows the coarse tokens. The same as an animation (where your reader
-shows none, the strip above is all of it):
+starts from nothing again on the fine grid, but knows the coarse tokens. Odd colours beside gray squares mean nothing:
+the decoder has to be given some code there. The same as an animation (where your reader shows none, the strip is all):
 """
 
 # %%
@@ -374,9 +374,9 @@ grid(rows, captions, columns=PICTURES, scale=1 + 64 // first.width)
 
 # %% [markdown]
 r"""
-Rows share their seeds. Without guidance some pictures show something else than the prompt; with more, the prompt wins
-and the pictures become alike. A very large scale leaves the region where the model knows its way, and artefacts
-appear. Muse lets $t$ rise during the decode: variety first, faithfulness later.
+The pictures of a column share their seed. With little guidance a picture may show something else than the prompt;
+with more, the prompt wins and pictures become alike. A very large scale leaves the region where the model knows its
+way, and scraps appear. Muse lets $t$ rise during the decode: variety first, faithfulness later.
 """
 
 # %% [markdown]
