@@ -143,7 +143,9 @@ about 1,000?
 # %%
 from collections import Counter
 
-words = Counter(word for i in range(CAPTIONS) for word in caption(sample_scene(i), i).split())
+words = Counter(
+    word for i in range(CAPTIONS) for word in caption(sample_scene(i), i).replace(",", "").split()
+)
 print(len(vocabulary()), "words are possible; in", CAPTIONS, "captions there are", len(words))
 figure, ax = plt.subplots(figsize=(10, 3))
 common = words.most_common()
@@ -256,8 +258,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-*Ball* and *sphere*, *huge* and *large*, *box* and *cube* are near each other: nobody told it here. But look at the row of
-*a red cube*: is *a crimson cube* nearer to it than *a blue cube* is? Let us count that.
+Nearest to *a red box* is *a red cube*, and to *a large ball*, *a huge sphere*: nobody told it here. But look at the row
+of *a red cube*: is *a crimson cube* nearer to it than *a blue cube* is? Let us count such cases.
 
 ## 4. Which words come along?
 
@@ -503,17 +505,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 def save_untrained(folder, kind):
     """A random T5 or ALBERT of width 64, whose tokenizer knows the words of our prompts."""
-    vocab = {
-        w: i
-        for i, w in enumerate(
-            [
-                "<pad>",
-                "</s>",
-                "<unk>",
-                *sorted({w for t in [*known, *(u[-1] for u in unseen)] for w in t.split()}),
-            ]
-        )
-    }
+    words = sorted({w for text in [*known, *(u[-1] for u in unseen)] for w in text.split()})
+    vocab = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -560,7 +553,7 @@ print("chance:", ", ".join(f"{field} {1 / len(values):.0%}" for field, values in
 
 # %% [markdown]
 r"""
-The socket is the same and the architecture is Muse's, but new words are read by chance: what carried over above was
+The socket is the same and so are the architectures, but new words are read about by chance: what carried over above was
 the *training* of the language model, not its being a transformer.
 """
 

@@ -21,7 +21,6 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 
 from minimuse import Muse
 from minimuse.checks import check_nearest, check_straight_through, show
@@ -49,10 +48,9 @@ for name, tokenizer, size in (
     ("high", muse.high_tokenizer, muse.cfg.high_tokenizer.image_size),
 ):
     f, v = tokenizer.downsampling, tokenizer.codebook_size
-    tokens, bits = (size // f) ** 2, (size // f) ** 2 * math.log2(v)
-    print(
-        f"{name:>4}: {size} px, f = {f}: {tokens} tokens of {v}; {3 * 8 * size**2:,} bits of pixels in {bits:,.0f} bits"
-    )
+    n = (size // f) ** 2
+    print(f"{name:>4}: {size} px, f = {f}: {n} tokens, each one of {v} codes")
+    print(f"      {3 * 8 * size**2:,} bits of pixels become {n * math.log2(v):,.0f} bits of tokens")
 
 # %% [markdown]
 r"""
@@ -89,14 +87,11 @@ encoder; a residual block, and a level of the decoder:
 show(ResBlock, Level, Decoder.forward)
 
 # %%
+f = muse.high_tokenizer.downsampling
 with torch.inference_mode():
     for h, w in ((size, size), (size, 2 * size), (size // 2, size)):
-        wide = torch.zeros(1, 3, h, w)
-        tokens = muse.high_tokenizer.encode(wide)
-        again = muse.high_tokenizer.decode(
-            tokens,
-            grid=(h // muse.high_tokenizer.downsampling, w // muse.high_tokenizer.downsampling),
-        )
+        tokens = muse.high_tokenizer.encode(torch.zeros(1, 3, h, w))
+        again = muse.high_tokenizer.decode(tokens, grid=(h // f, w // f))
         print(f"{h} x {w} pixels -> {tokens.shape[1]} tokens -> {tuple(again.shape)}")
 
 # %% [markdown]
@@ -173,9 +168,8 @@ middle. Sorted by brightness, this is the alphabet that the base model writes wi
 # %%
 with torch.inference_mode():
     v, f = muse.low_tokenizer.codebook_size, muse.low_tokenizer.downsampling
-    alone = muse.low_tokenizer.decode(torch.arange(v)[:, None].expand(v, 9))[
-        :, :, f : 2 * f, f : 2 * f
-    ]
+    nine = muse.low_tokenizer.decode(torch.arange(v)[:, None].expand(v, 9))  # 3 x 3 times each code
+alone = nine[:, :, f : 2 * f, f : 2 * f]
 patches = alone[alone.mean((1, 2, 3)).argsort(descending=True)]
 columns = 32
 sheet = patches.view(-1, columns, 3, f, f).permute(2, 0, 3, 1, 4).reshape(3, -1, columns * f)
@@ -191,20 +185,19 @@ $f \times f$ of that token, a neighbourhood, or all of them?
 """
 
 # %%
+held_out = to_float(SceneDataset(8, size, split="test", seed=5).images())
+low = halve(held_out, size // muse.cfg.low_tokenizer.image_size)
+g, most = muse.cfg.base.grid, int(alone.std(1).mean((1, 2)).argmax())  # the most colourful code
 with torch.inference_mode():
-    held_out = to_float(SceneDataset(8, size, split="test", seed=5).images())
-    low = halve(held_out, size // muse.cfg.low_tokenizer.image_size)
     tokens = muse.low_tokenizer.encode(low[:1])
-    changed, g = tokens.clone(), muse.cfg.base.grid
-    middle = (g // 2) * g + g // 2
-    changed[0, middle] = muse.low_tokenizer.encode(low[1:2])[0, 0]  # a token of somebody's sky
+    changed = tokens.clone()
+    changed[0, (g // 2) * g + g // 2] = most
     before, after = muse.low_tokenizer.decode(tokens), muse.low_tokenizer.decode(changed)
+difference = (after - before).abs().amax(1)[0]
 figure, axes = plt.subplots(1, 3, figsize=(8, 2.8))
-for ax, picture, title in zip(
-    axes,
-    [to_pil(before)[0], to_pil(after)[0], (after - before).abs().amax(1)[0]],
-    ["before", "one token changed", "largest change of a pixel"],
-    strict=True,
+pictures = {"before": to_pil(before)[0], "one token changed": to_pil(after)[0]}
+for ax, (title, picture) in zip(
+    axes, (pictures | {"change of a pixel": difference}).items(), strict=True
 ):
     ax.imshow(picture, cmap="magma")
     ax.set_title(title)
@@ -295,13 +288,11 @@ points = (centres.repeat(60, 1) + 0.08 * torch.randn(540, 2)).T[None, :, :, None
 def fit(restart):
     torch.manual_seed(3)
     quantizer = VectorQuantizer(9, 2).train()
-    quantizer.codebook.data = torch.tensor([3.0, 3.0]) + 0.3 * torch.randn(
-        9, 2
-    )  # a bad start, far from all
+    quantizer.codebook.data = 3.0 + 0.3 * torch.randn(9, 2)  # a bad start, far from all
     if not restart:
         quantizer.patience = 10**9
         quantizer.watch_codes().zero_()
-    optimizer = torch.optim.SGD(quantizer.parameters(), lr=5.0)
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=1.0)
     for _ in range(300):
         optimizer.zero_grad()
         quantizer(points).codebook_loss.backward()
@@ -377,7 +368,7 @@ rows = [*to_pil(held_out[:count]), *to_pil(high_back[:count])]
 rows += [p.resize((size, size), 0) for p in to_pil(low_back[:count])]
 names = ["scene", "high and back", "low and back"]
 print(
-    f"PSNR: low {psnr(low, low_back).mean():.1f} dB of its own {low.shape[-1]} px, high {psnr(held_out, high_back).mean():.1f} dB"
+    f"PSNR: low {psnr(low, low_back).mean():.1f} dB, high {psnr(held_out, high_back).mean():.1f} dB"
 )
 grid(rows, [name for name in names for _ in range(count)], columns=count, scale=max(1, 128 // size))
 
@@ -423,9 +414,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-Two remedies. A **perceptual** loss compares features of a network that has learned to see: edges, corners, materials.
-A sharp edge one pixel off has nearly the right features, a blur has none. The usual network, VGG, has to be downloaded;
-ours is a small one that learns on the spot to say which kinds of things are in a scene.
+Two remedies. A **perceptual** loss compares not pixels but features: what a network that has learned to see makes of
+them. What matters to that network weighs much, what does not weighs little. The usual one, VGG, has to be downloaded;
+ours is a small network that learns on the spot to say which kinds of things are in a scene.
 """
 
 # %%
@@ -445,35 +436,48 @@ kinds = torch.tensor(
 small = halve(images, size // 32)  # 32 pixels: quick, and enough to see
 features = train_features(small, kinds, steps=STEPS // 2)
 perceptual = feature_distance(features)
-print(
-    f"LPIPS, for those who can download its weights, fits the same socket: {lpips_distance.__name__}()"
-)
+print("for those who can download LPIPS and its VGG, the same socket:", lpips_distance.__name__)
 
 # %% [markdown]
 r"""
-**Predict, then run.** A scene, moved by one pixel, and the same scene blurred. Which of the two is nearer to the
-original for the pixel loss, and which for the features?
+**Predict, then run.** A scene; the same scene a little paler; the same scene with its thing in the other material; and
+in another colour. Order the three changes by size: once as the pixel loss will do it, and once as the features will.
 """
 
 # %%
-clear = to_float(small[:64])
-moved = clear.roll(1, dims=3)
-moved[..., :1] = clear[..., :1]
-blurred = F.avg_pool2d(F.pad(clear, (1, 1, 1, 1), mode="replicate"), 3, 1)
-print(f"{'':>8}  {'pixel loss':>10}  {'perceptual':>10}")
+from minimuse.scenes import MATERIALS, Scene, render, sample_scene
+
+singles = [
+    sample_scene(seed, split="test", n_things=1).things[0] for seed in range(16 if FAST else 64)
+]
+
+
+def drawn(change):
+    """The scenes, each thing changed, at 32 pixels."""
+    return halve(render([Scene((change(thing),)) for thing in singles], 64), 2)
+
+
+def next_of(value, values):
+    return values[(values.index(value) + 1) % len(values)]
+
+
+clear = drawn(lambda thing: thing)
+others = {
+    "paler": 0.85 * clear,
+    "other material": drawn(lambda t: replace(t, material=next_of(t.material, MATERIALS))),
+    "other colour": drawn(lambda t: replace(t, color=next_of(t.color, tuple(COLORS)))),
+}
+print(f"{'':>16}  {'pixel loss':>10}  {'perceptual':>10}")
 with torch.inference_mode():
-    for name, y in (("moved", moved), ("blurred", blurred)):
-        print(f"{name:>8}  {pixel_loss(y, clear):10.4f}  {perceptual(clear, y):10.4f}")
-grid(
-    [to_pil(p[:1])[0] for p in (clear, moved, blurred)],
-    ["a scene", "one pixel to the right", "blurred"],
-    columns=3,
-)
+    for name, y in others.items():
+        print(f"{name:>16}  {pixel_loss(y, clear):10.4f}  {perceptual(clear, y):10.4f}")
+grid([to_pil(p[:1])[0] for p in (clear, *others.values())], ["a scene", *others], columns=4)
 
 # %% [markdown]
 r"""
-Compare the ratio of the two rows in each column. The pixel loss minds the move at least as much as the blur; features
-mind it less in proportion, and the longer they are trained, the less. Sharp and slightly wrong is what an eye forgives.
+To the pixel loss paleness is worse than a wrong material: every pixel changes a little. To the features it is next to
+nothing, since how pale a picture is says nothing of what is in it; a wrong colour is worst. A perceptual loss minds what
+its network was trained to tell, and is blind to the rest. Choose the network accordingly.
 """
 
 # %% [markdown]
@@ -494,12 +498,11 @@ show(PatchDiscriminator, hinge_discriminator, adaptive_weight, VQGANLoss.generat
 
 # %%
 opinion = PatchDiscriminator()(clear[:1])
-print(
-    "one logit for each patch of 8 x 8 pixels:", tuple(clear[:1].shape), "->", tuple(opinion.shape)
-)
+print("a logit for each patch of 8 x 8 pixels:", tuple(clear[:1].shape), "->", tuple(opinion.shape))
 real, fake = torch.tensor([3.0, 0.0]), torch.tensor([-2.0, 0.5])
 print(
-    f"hinge loss of real {real.tolist()}, fake {fake.tolist()}: {hinge_discriminator(real, fake):.3f}"
+    f"hinge loss of real {real.tolist()}, fake {fake.tolist()}:",
+    hinge_discriminator(real, fake).item(),
 )
 
 # %% [markdown]
@@ -532,9 +535,7 @@ for name, (w_p, w_a) in weights.items():
     run = train_tokenizer(VQGAN(cfg.low_tokenizer), how, small, perceptual=perceptual)
     *_, last = seen = list(run)
     trained[name], curves[name] = last.model.eval(), [p.figures for p in seen]
-    print(
-        f"{name:>26}: PSNR of the last batch {last.figures['psnr']:.1f} dB, {last.figures['used']:.0%} of the codes in it"
-    )
+    print(f"{name:>26}: PSNR of the last batch {last.figures['psnr']:.1f} dB")
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
@@ -551,18 +552,17 @@ fresh = to_float(SceneDataset(5, 32, split="test", seed=9).images())
 with torch.inference_mode():
     again = {name: vqgan(fresh).images.clamp(-1, 1) for name, vqgan in trained.items()}
     for name, y in again.items():
-        print(
-            f"{name:>26}: PSNR {psnr(fresh, y).mean():.1f} dB, perceptual distance {perceptual(fresh, y):.3f}"
-        )
+        near, alike = psnr(fresh, y).mean(), perceptual(fresh, y)
+        print(f"{name:>26}: PSNR {near:.1f} dB, perceptual distance {alike:.3f}")
 rows = [*to_pil(fresh), *(p for y in again.values() for p in to_pil(y))]
 grid(rows, [name for name in ("scene", *again) for _ in range(5)], columns=5, scale=3)
 
 # %% [markdown]
 r"""
-Read the numbers against each other. Each added term costs some PSNR and buys what it asks for; the adversarial one
-needs the longest training of all (Muse: a million steps) and with our minute of it mostly adds grain. In VQGAN it joins
-late, when there is something worth telling from real. (For the perceptual term we took weight 1: our features give
-smaller numbers than VGG's.) The `nano` preset trains on pixels alone for that reason; `toy` takes all three.
+Read the numbers against each other: does each term buy what it asks for, and what does it cost in PSNR? With a
+minute of training, little can be expected of the adversarial one: it needs the longest training of all (Muse: a million
+steps), and joins late, when there is something worth telling from real. For the perceptual term we took weight 1, since
+our features give smaller numbers than VGG's. The `nano` preset trains on pixels alone; `toy` takes all three.
 """
 
 # %% [markdown]
@@ -585,9 +585,8 @@ print(f"{kept:.0%} of the tokens are what they were")
 frozen = later.model.freeze_tokens()
 was = frozen.encode(fresh)
 *_, later = train_tokenizer(frozen, replace(stage, steps=5), small)
-print(
-    f"{(later.model.eval().encode(fresh) == was).float().mean():.0%} after freeze_tokens(), where the decoder alone learns"
-)
+kept = (later.model.eval().encode(fresh) == was).float().mean()
+print(f"{kept:.0%} after freeze_tokens(), where the decoder alone learns")
 
 # %% [markdown]
 r"""
@@ -602,7 +601,8 @@ r"""
 - A tokenizer makes a picture into a short grid of whole numbers; what it loses is lost for all that follows.
 - The token is the number of the nearest code. Gradients pass straight through; codes move by a loss of their own.
 - Codes that nobody uses never learn, unless they are restarted. Usage and perplexity show it, losses do not.
-- Pixel losses blur; perceptual and adversarial losses sharpen, and cost PSNR.
+- Pixel losses blur what is uncertain. A perceptual loss minds what its network was trained to tell; an adversarial one,
+  what gives a decoded picture away.
 - Once transformers train on its tokens, encoder and codebook must not change.
 """
 

@@ -82,7 +82,7 @@ ax.plot(r, 2 / math.pi * (1 - r**2) ** -0.5, label="p(r) of Muse 2.6")
 ax.axvline(2 / math.pi, color="C1", ls="--", label="mean, 0.64")
 ax.axvline(0.15, color="C3", ls=":", label="BERT's 15%")
 ax.set(xlabel="rate r: share of the tokens that is hidden", ylabel="density", ylim=(0, 6))
-ax.legend(loc="upper left")
+ax.legend(loc="upper center")
 plt.show()
 
 # %% [markdown]
@@ -208,18 +208,12 @@ show(random_mask, masked_counts)
 
 # %%
 side = 8
-tokens = torch.zeros(
-    6, side * side, dtype=torch.long
-)  # (B, N); a mask does not look at their values
+tokens = torch.zeros(6, side * side, dtype=torch.long)  # (B, N); a mask sees no values
 some = torch.tensor([0.05, 0.15, 0.4, 0.64, 0.9, 1.0])
 masked = random_mask(tokens, some, torch.Generator().manual_seed(0))
 print("masked (B, N):", tuple(masked.shape), masked.dtype)
-print(
-    "hidden in each row:",
-    masked.sum(1).tolist(),
-    "- asked for:",
-    masked_counts(some, side * side).tolist(),
-)
+print("hidden in each row:", masked.sum(1).tolist())
+print("asked for:         ", masked_counts(some, side * side).tolist())
 figure, axes = plt.subplots(1, 6, figsize=(10, 2))
 for ax, m, rate in zip(axes, masked, some.tolist(), strict=True):
     ax.imshow(m.view(side, side), cmap="gray_r", vmin=0, vmax=1.6)
@@ -296,12 +290,8 @@ check_random_mask(my_mask)
 
 # %% tags=["solution"]
 def my_mask(tokens, rate, generator=None):
-    rank = (
-        torch.rand(tokens.shape, generator=generator).argsort(1).argsort(1)
-    )  # 0 .. N-1 in random order
-    count = (
-        rate.double() * tokens.shape[1] - 1e-6
-    ).ceil()  # 1e-6: 0.3 of 10 is 3.0000001 in float32
+    rank = torch.rand(tokens.shape, generator=generator).argsort(1).argsort(1)
+    count = (rate.double() * tokens.shape[1] - 1e-6).ceil()  # 0.3 of 10 is 3.0000001 in float32
     return rank < count[:, None]
 
 
@@ -483,7 +473,7 @@ ax.axhline(
 )
 ax.axhline(truth.mean(), color="C1", ls="--", label=f"-log p / N, {truth.mean():.3f}")
 ax.set(xlabel="k, tokens hidden of 16", ylabel="nats a hidden token")
-ax.legend(loc="lower right", fontsize=9)
+ax.legend(loc="upper left", fontsize=9)
 plt.show()
 
 # %% [markdown]
@@ -547,17 +537,16 @@ code made, all with the same trained model and the same scenes. Only the first r
 
 
 # %%
-def all_tokens(logits, targets, masked):
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def mistaken(rates, loss=masked_cross_entropy):
+def mistaken(rates):
+    """The loss of some batches whose rates come from `rates`, a function of (n, generator)."""
     values = []
     with torch.inference_mode():
-        for s in range(4 if FAST else 16):
-            g = torch.Generator().manual_seed(s)
+        for seed in range(4 if FAST else 16):
+            g = torch.Generator().manual_seed(seed)
             m = random_mask(x, rates(SCENES, g), g)
-            values.append(loss(model(x.masked_fill(m, muse.base.mask_id)), x, m).item())
+            values.append(
+                masked_cross_entropy(model(x.masked_fill(m, muse.base.mask_id)), x, m).item()
+            )
     return torch.tensor(values)
 
 
@@ -585,7 +574,7 @@ plt.show()
 # %% [markdown]
 r"""
 The inverted mask and BERT's rate look *better*: their questions are easier. The other reading is hard to tell from
-Muse's at all. One rate for the whole batch has the right mean and a far larger scatter: each gradient step is pulled
+Muse's at all. One rate for the whole batch is about right on average and scatters far more: each gradient step is pulled
 towards another task. None of them shows in a loss curve unless you know what the number should be. That is why
 `minimuse doctor` compares it with what it can be compared with, and why our tests look at the tail of the rates.
 """
@@ -606,7 +595,7 @@ r"""
 ## Further reading
 
 - Chang et al. 2022, *MaskGIT*, [arXiv 2202.04200](https://arxiv.org/abs/2202.04200): schedules compared in its table 3.
-- Austin et al. 2021, *D3PM*, [arXiv 2107.03006](https://arxiv.org/abs/2107.03006): discrete diffusion; appendix A.3 has the absorbing state.
+- Austin et al. 2021, *D3PM*, [arXiv 2107.03006](https://arxiv.org/abs/2107.03006): discrete diffusion, with absorbing states among others.
 - Devlin et al. 2018, *BERT*, [arXiv 1810.04805](https://arxiv.org/abs/1810.04805).
 - Next: [5. The base transformer](05_base_transformer.ipynb), which is trained with this loss;
   [7. Parallel decoding](07_parallel_decoding.ipynb) walks the same curve the other way.
