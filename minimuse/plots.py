@@ -151,10 +151,12 @@ class Animation(bytes):
 
 
 def style() -> None:
-    """How figures of matplotlib look from now on: small enough for a notebook, legible on a projector."""
+    """How figures of matplotlib look from now on: small enough for a notebook, legible, also to the colour-blind."""
     import matplotlib
 
+    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
     matplotlib.rcParams |= {
+        "axes.prop_cycle": matplotlib.cycler(color=colors),
         "figure.dpi": 80, "savefig.dpi": 80, "figure.figsize": (8, 3.2), "figure.constrained_layout.use": True,
         "font.size": 11, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
         "legend.frameon": False, "lines.linewidth": 2, "image.cmap": "viridis", "image.interpolation": "nearest",
