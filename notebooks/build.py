@@ -97,9 +97,10 @@ def execute(nb: nbformat.NotebookNode, fast: bool = False, timeout: int = 1800) 
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), env.get("PYTHONPATH")]))
     env |= {"MINIMUSE_FAST": "1"} if fast else {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        run = {"timeout": timeout, "kernel_name": "python3", "resources": {"metadata": {"path": folder}}}
+        run = {"timeout": timeout, "startup_timeout": 600, "kernel_name": "python3"}
         tidy = {"store_widget_state": False, "record_timing": False, "coalesce_streams": True}
-        NotebookClient(nb, **run, **tidy).execute(env=env)
+        where = {"resources": {"metadata": {"path": folder}}}
+        NotebookClient(nb, **run, **tidy, **where).execute(env=env)
     for out in (out for cell in nb.cells for out in cell.get("outputs", [])):
         if "image/png" in out.get("data", {}):
             out["data"].pop("image/jpeg", None)  # Jupyter stores pictures of PIL twice
