@@ -112,14 +112,15 @@ def mask_overlay(image: Image.Image | Tensor, masked: Tensor) -> Image.Image:
 def film(muse: "Muse", steps: Sequence["Step"], row: int = 0, most: int = 12) -> Image.Image:
     """The Steps of a Muse's decode -> a film strip of at most `most` of them, evenly spread, ends kept.
 
-    Base and super-resolution stand side by side at one size; `row` picks the picture of the batch.
+    Base and super-resolution stand side by side, 128 pixels wide or as wide as the finished picture; `row` picks the
+    picture of the batch.
     """
     if not steps:
         raise ValueError("no step came: collect them from muse.steps(...), or with watch=list.append")
     count = min(most, len(steps))
     picks = [round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)]
     picks = [steps[i] for i in picks]
-    side = 2 * muse.cfg.high_tokenizer.image_size
+    side = max(128, muse.cfg.high_tokenizer.image_size)
     frames = [
         mask_overlay(muse.picture(s)[row], s.masked[row]).resize((side, side), Image.Resampling.NEAREST) for s in picks
     ]
