@@ -1,11 +1,13 @@
 """Contact sheets of pictures: grids, films of a decode, its tokens, masks over a picture; curves and trade-offs.
 
-All return a PIL image, and sheets are drawn with PIL alone, which is fast. `B` pictures, `h w` token grid, `N` = h w
-tokens.
+All but `Animation` return a PIL image, and sheets are drawn with PIL alone, which is fast. `B` pictures, `h w` token
+grid, `N` = h w tokens.
 
 Not here: saving, which is the image's own `.save(path)`.
 """
 
+import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from statistics import mean
@@ -126,19 +128,56 @@ def token_map(step: "Step", row: int = 0, side: int = 384) -> Image.Image:
 def film(muse: "Muse", steps: Sequence["Step"], row: int = 0, most: int = 12) -> Image.Image:
     """The Steps of a Muse's decode -> a film strip of at most `most` of them, evenly spread, ends kept.
 
-    Base and super-resolution stand side by side at one size; `row` picks the picture of the batch.
+    Base and super-resolution stand side by side, 128 pixels wide or as wide as the finished picture; `row` picks the
+    picture of the batch.
     """
     if not steps:
         raise ValueError("no step came: collect them from muse.steps(...), or with watch=list.append")
     count = min(most, len(steps))
     picks = [round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)]
     picks = [steps[i] for i in picks]
-    side = 2 * muse.cfg.high_tokenizer.image_size
+    side = max(128, muse.cfg.high_tokenizer.image_size)
     frames = [
         mask_overlay(muse.picture(s)[row], s.masked[row]).resize((side, side), Image.Resampling.NEAREST) for s in picks
     ]
     titles = [f"{s.stage} {s.index + 1}: {int(s.masked[row].sum())} left" for s in picks]
     return film_strip(frames, titles, scale=1)
+
+
+class Animation(bytes):
+    """A GIF: frames of one size, `ms` milliseconds each, the last for a second and a half; then again.
+
+    In a notebook it plays, about 240 pixels wide. >>> Path("film.gif").write_bytes(Animation(frames))
+    """
+
+    def __new__(cls, frames: Sequence[Image.Image], ms: int = 250) -> "Animation":
+        if not frames or len({frame.size for frame in frames}) > 1:
+            raise ValueError(f"frames of {sorted({f.size for f in frames})} pixels: expected at least one, of one size")
+        few, file = [frame.convert("RGB").quantize(128, dither=0) for frame in frames], io.BytesIO()
+        few[0].save(file, "GIF", save_all=True, append_images=few[1:], loop=0, duration=[ms] * (len(few) - 1) + [1500])
+        made = super().__new__(cls, file.getvalue())
+        made.width = frames[0].width * max(1, round(240 / frames[0].width))
+        return made
+
+    def __repr__(self) -> str:
+        return f"<Animation, a GIF of {len(self):,} bytes>"
+
+    def _repr_html_(self) -> str:
+        source = f"data:image/gif;base64,{base64.b64encode(self).decode()}"
+        return f'<img alt="animation" width="{self.width}" style="image-rendering: pixelated" src="{source}">'
+
+
+def style() -> None:
+    """How figures of matplotlib look from now on: small enough for a notebook, legible, also to the colour-blind."""
+    import matplotlib
+
+    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
+    matplotlib.rcParams |= {
+        "axes.prop_cycle": matplotlib.cycler(color=colors),
+        "figure.dpi": 80, "savefig.dpi": 80, "figure.figsize": (8, 3.2), "figure.constrained_layout.use": True,
+        "font.size": 11, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+        "legend.frameon": False, "lines.linewidth": 2, "image.cmap": "viridis", "image.interpolation": "nearest",
+    }  # fmt: skip
 
 
 def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool] = (True, False)) -> list[int]:

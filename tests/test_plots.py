@@ -1,12 +1,27 @@
 """plots.py: sheets have the right shape, captions are drawn, masks cover what they say."""
 
+import base64
+import io
+
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from minimuse.intervals import Measured
-from minimuse.plots import curves, film, film_strip, grid, mask_overlay, pareto_front, token_map, tradeoff
+from minimuse.plots import (
+    Animation,
+    curves,
+    film,
+    film_strip,
+    grid,
+    mask_overlay,
+    pareto_front,
+    style,
+    token_map,
+    tradeoff,
+)
 from minimuse.sampler import Step
 
 PICTURES = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -157,3 +172,25 @@ def test_token_map_has_a_colour_a_code_gray_where_masked_and_frames_what_is_new(
     assert np.ptp(hidden[0, 0]) < 10, f"masked is gray: {hidden[0, 0]}"
     assert (new[0] < 60).all(), "what is new is framed"
     assert (new[:, -1] < 60).all(), "all around"
+
+
+def test_an_animation_is_a_gif_that_plays():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    made = Animation(frames, ms=100)
+    back = Image.open(io.BytesIO(made))
+    assert (back.format, back.n_frames, back.info["loop"]) == ("GIF", 3, 0)
+    times = []
+    for i in range(3):
+        back.seek(i)
+        times.append(back.info["duration"])
+    assert times == [100, 100, 1500]
+    assert base64.b64encode(made).decode() in made._repr_html_()
+    for wrong in ([], [frames[0], Image.new("RGB", (9, 8))]):
+        with pytest.raises(ValueError, match="of one size"):
+            Animation(wrong)
+
+
+def test_style_is_small_and_says_only_what_matplotlib_knows():
+    with matplotlib.rc_context():
+        style()
+        assert matplotlib.rcParams["figure.dpi"] == 80
