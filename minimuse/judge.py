@@ -14,7 +14,7 @@ p is the world, q the sampler's distribution; nothing is a network, so nothing b
 
 Each is kept as GROUPS values from groups of samples (jackknife pseudo-values for the last two): their mean estimates,
 their spread tells the error, and two samplers that share samples are compared group by group.
-Not here: the worlds (`worlds.py`), the comparison of many samplers (`lab.py`), metrics of pictures.
+Not here: the worlds (`worlds.py`), the comparison of many samplers (`lab.py`), trained models (`picture_judge.py`).
 """
 
 import hashlib
@@ -44,6 +44,19 @@ def estimate(groups: Sequence[float]) -> Estimate:
     """Values of independent groups -> their mean and Student's interval."""
     values = torch.tensor(groups, dtype=torch.double)
     return Estimate(values.mean().item(), T_QUANTILE * (values.std() / math.sqrt(len(values))).item())
+
+
+def check_samples(samples: int) -> None:
+    if samples < 2 * GROUPS or samples % GROUPS:
+        raise ValueError(f"{samples} samples do not fall into {GROUPS} groups; give a multiple of {GROUPS}, from 64 up")
+
+
+def drawn(logits_fn: LogitsFn, start: Tensor, mask_id: int, **sampling: Any) -> tuple[Tensor, int]:
+    """`decode` from start (B, N) to its end -> tokens (B, N), and how many passes its pictures took together."""
+    passes = 0
+    for step in decode(logits_fn, start, mask_id=mask_id, **sampling):
+        passes += len(start) if sampling.get("remask") else int(step.revealed.any(1).sum())
+    return step.tokens, passes
 
 
 @torch.no_grad()
@@ -115,7 +128,7 @@ class Outcome(NamedTuple):
 
 
 class Judge(Protocol):
-    """What `compare` asks of: an exact world here; anything that decodes and measures fits, a trained Muse too."""
+    """What `compare` asks of: an exact world here, a trained model in `picture_judge.py`; whatever measures fits."""
 
     n: int
     v: int
@@ -137,10 +150,7 @@ class WorldJudge:
     }
 
     def __init__(self, world: World, samples: int = 4096, seed: int = 0):
-        if samples < 2 * GROUPS or samples % GROUPS:
-            raise ValueError(
-                f"{samples} samples do not fall into {GROUPS} groups; give a multiple of {GROUPS}, from 64 up"
-            )
+        check_samples(samples)
         self.world, self.samples, self.seed, self.n, self.v = world, samples, seed, world.n, world.v
         self.x = world.sample(samples, self._generator(0))
         self.log_p = world.log_prob(self.x)
@@ -163,32 +173,24 @@ class WorldJudge:
         return by_rank(halton_rank(*self.world.grid)) if name == "halton" else name
 
     def __call__(self, **sampling: Any) -> Outcome:
-        y, passes = self._decode(sampling)
-        each = self.minus_entropy - self.world.log_prob(y)
+        world, start = self.world, torch.full_like(self.x, self.world.mask_id)
+        parts = [
+            drawn(world, part, world.mask_id, generator=self._generator(4 + i), **sampling)
+            for i, part in enumerate(start.split(world.batch))
+        ]
+        y, passes = torch.cat([tokens for tokens, _ in parts]), sum(took for _, took in parts) / self.samples
+        each = self.minus_entropy - world.log_prob(y)
         singles, pairs = distances(
             self.truth, features(y[:, self.places], self.v), self.samples // GROUPS, len(self.places)
         )
         groups = {"surprise": self._grouped(each), "singles": singles.tolist(), "pairs": pairs.tolist()}
-        plain = not sampling.get("remask") and sampling.get("top_k") is None
-        if (
-            not plain
-            or sampling.get("sampling_temperature", 1) != 1
-            or not ignores_draws(sampling["order"], self.n, self.v)
-        ):
+        get = sampling.get
+        plain = not get("remask") and get("top_k") is None and get("sampling_temperature", 1) == 1
+        if not plain or not ignores_draws(sampling["order"], self.n, self.v):
             return Outcome(passes, groups)
         log_q, when = self._paths(self.x, sampling, 2)
         few, again = self.x[:64], self._paths(self.x[:64], sampling, 3)[1]
         return Outcome(passes, {"kl": self._grouped(self.log_p - log_q), **groups}, not again.equal(when[: len(few)]))
-
-    def _decode(self, sampling: dict[str, Any]) -> tuple[Tensor, float]:
-        """-> samples (samples, N) and the mean number of steps in which a picture was not yet done."""
-        world, pictures, passes = self.world, [], 0
-        for i, size in enumerate(len(part) for part in self.x.split(world.batch)):
-            start = torch.full((size, self.n), world.mask_id)
-            for step in decode(world, start, mask_id=world.mask_id, generator=self._generator(4 + i), **sampling):
-                passes += int(step.revealed.any(1).sum() if not sampling.get("remask") else size)
-            pictures.append(step.tokens)
-        return torch.cat(pictures), passes / self.samples
 
     def _paths(self, x: Tensor, sampling: dict[str, Any], stream: int) -> tuple[Tensor, Tensor]:
         draws = {"mask_id": self.world.mask_id, "generator": self._generator(stream)}

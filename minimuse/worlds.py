@@ -33,7 +33,10 @@ class World:
         self.grid, self.n, self.v, self.mask_id = tuple(grid), grid[0] * grid[1], codebook_size, codebook_size
 
     def log_evidence(self, e: Tensor) -> Tensor:
-        """e (B, N, V) float64, not negative -> (B,): log of the sum over x of p(x) prod_i e_i(x_i)."""
+        """e (B, N, V) float64, not negative -> (B,): log of the sum over x of p(x) prod_i e_i(x_i), in nats.
+
+        e_i(v) weighs that token i is v: 1 for a known token's code and 0 for others, all 1 where nothing is known.
+        """
         raise NotImplementedError
 
     def __call__(self, tokens: Tensor, u: float = 0.0) -> Tensor:
