@@ -1,11 +1,11 @@
 """Does it matter at which rates a model is trained to fill in masks? Densities at equal compute, on nano's base model.
 
-    python benchmarks/training_densities.py [--out runs/densities] [--steps 1000] [--seeds 3] [--own "1 - u ** 3"] [--docs]
+    python benchmarks/training_densities.py [--out runs/densities] [--steps 1000] [--seeds 3] [--docs]
 
 Muse 2.6 draws a mask rate for each example, r = curve(u) with u uniform; the curve is the density. Each density trains
 nano's base model from nothing, as often as there are seeds, on the same scenes, tokens and texts in the same order.
 Judged by what no density is favoured in, both on scenes of split "test":
-    bound      nats a token, masks of uniform counts, at most 16 of a scene (`masking.likelihood_bound`): lower is better
+    bound      nats a token, masks of uniform counts, 16 a scene (`masking.likelihood_bound`); lower is better
     accuracy   share of sampled pictures with all that is asked for, in 4, 8 and 16 steps (`picture_judge.MuseJudge`)
 Intervals are 95%, those of test scenes and of training runs added up as independent errors; differences are paired.
 Whatever is done is kept in --out and used again. Writes densities.json, .md and .png there, with --docs here as well.
@@ -100,8 +100,9 @@ def study(
     for seed in range(seeds):  # all densities first, so that a stopped study compares them already
         for name, curve in densities.items():
             folder = out / "runs" / f"{''.join(c for c in name if c.isalnum())}-{seed}"
-            about = {**shared, "density": name, "curve": [curve(i / 16) for i in range(17)], "seed": seed}
-            checkpoint.open_run(folder, about, resume=(folder / checkpoint.RUN).exists())
+            about = {**shared, "density": name, "curve": [curve(i / 16) for i in range(17)]}
+            run = {"config": about, "seed": seed, "data": "scenes"}
+            checkpoint.open_run(folder, run, resume=(folder / checkpoint.RUN).exists())
             path = folder / "result.json"
             if not path.exists():
                 engine = Engine(seed=seed, folder=folder, keep=1)

@@ -155,7 +155,8 @@ def train_critic(
     whatever batch; that the prompt is met stays the base model's affair.
 
     >>> *_, (loss, net) = train_critic(muse.base, tokens, muse.encoder.encode(captions))
-    >>> muse.generate("a red cube", order=critic(learned_score(net)), remask=True)
+    >>> base_alone = {"order": None, "remask": False}  # None: the checkpoint's
+    >>> muse.generate("a red cube", order=critic(learned_score(net)), remask=True, superres=base_alone)
     """
     net, draws = copy.deepcopy(base).train().requires_grad_(True), torch.Generator().manual_seed(seed)
     cfg = StageConfig(steps, batch, learning_rate, warmup=max(1, steps // 20), weight_decay=0.045)

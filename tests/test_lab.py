@@ -285,7 +285,8 @@ def test_a_critic_learns_to_tell_drawn_from_real(tiny_muse):
     lowest = score(odd).topk(3, largest=False).indices.sort(1).values
     assert (lowest == torch.tensor([3, 20, 41])).float().mean() > 0.8, "the odd ones out look least real"
     order = variants.critic(score)
-    first, second = (tiny_muse.generate("a red cube", seed=0, order=order, remask=r, steps=4)[0] for r in (False, True))
+    how = {"order": order, "steps": 4, "superres": {"order": None, "remask": False}}
+    first, second = (tiny_muse.generate("a red cube", seed=0, remask=r, **how)[0] for r in (False, True))
     assert first.tobytes() != second.tobytes(), "a critic may take tokens back"
     assert not any(p.requires_grad for p in [*base.parameters(), *nets[-1].parameters()])
 
