@@ -1,11 +1,13 @@
 """Contact sheets of pictures: grids with captions, film strips of a decode, masks drawn over a picture; trade-offs.
 
-All return a PIL image, and sheets are drawn with PIL alone, which is fast. `B` pictures, `h w` token grid, `N` = h w
-tokens.
+All but `Animation` return a PIL image, and sheets are drawn with PIL alone, which is fast. `B` pictures, `h w` token
+grid, `N` = h w tokens.
 
 Not here: saving, which is the image's own `.save(path)`.
 """
 
+import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -123,6 +125,35 @@ def film(muse: "Muse", steps: Sequence["Step"], row: int = 0, most: int = 12) ->
     ]
     titles = [f"{s.stage} {s.index + 1}: {int(s.masked[row].sum())} left" for s in picks]
     return film_strip(frames, titles, scale=1)
+
+
+class Animation(bytes):
+    """A GIF: frames of one size, `ms` milliseconds each, the last for a second and a half; then again.
+
+    In a notebook it plays. >>> Path("film.gif").write_bytes(Animation(frames))
+    """
+
+    def __new__(cls, frames: Sequence[Image.Image], ms: int = 250):
+        if not frames or len({frame.size for frame in frames}) > 1:
+            raise ValueError(f"frames of {sorted({f.size for f in frames})} pixels: expected at least one, of one size")
+        frames, file = [frame.convert("RGB").quantize(128) for frame in frames], io.BytesIO()
+        times = [ms] * (len(frames) - 1) + [1500]
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+        return super().__new__(cls, file.getvalue())
+
+    def _repr_html_(self) -> str:
+        return f'<img alt="animation" src="data:image/gif;base64,{base64.b64encode(self).decode()}">'
+
+
+def style() -> None:
+    """How figures of matplotlib look from now on: small enough for a notebook, legible on a projector."""
+    import matplotlib
+
+    matplotlib.rcParams |= {
+        "figure.dpi": 80, "savefig.dpi": 80, "figure.figsize": (8, 3.2), "figure.constrained_layout.use": True,
+        "font.size": 11, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+        "legend.frameon": False, "lines.linewidth": 2, "image.cmap": "viridis", "image.interpolation": "nearest",
+    }  # fmt: skip
 
 
 def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool] = (True, False)) -> list[int]:

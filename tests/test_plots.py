@@ -1,12 +1,16 @@
 """plots.py: sheets have the right shape, captions are drawn, masks cover what they say."""
 
+import base64
+import io
+
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from minimuse.intervals import Measured
-from minimuse.plots import film, film_strip, grid, mask_overlay, pareto_front, tradeoff
+from minimuse.plots import Animation, film, film_strip, grid, mask_overlay, pareto_front, style, tradeoff
 
 PICTURES = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -127,3 +131,25 @@ def test_tradeoff_draws_points_intervals_and_front():
     assert blue[0] > blue[1] + 500, f"intervals take ink: {blue}"
     with pytest.raises(ValueError, match="at least one"):
         tradeoff({"rising": {}}, "FID", "CLIP")
+
+
+def test_an_animation_is_a_gif_that_plays():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    made = Animation(frames, ms=100)
+    back = Image.open(io.BytesIO(made))
+    assert (back.format, back.n_frames, back.info["loop"]) == ("GIF", 3, 0)
+    times = []
+    for i in range(3):
+        back.seek(i)
+        times.append(back.info["duration"])
+    assert times == [100, 100, 1500]
+    assert base64.b64encode(made).decode() in made._repr_html_()
+    for wrong in ([], [frames[0], Image.new("RGB", (9, 8))]):
+        with pytest.raises(ValueError, match="of one size"):
+            Animation(wrong)
+
+
+def test_style_is_small_and_says_only_what_matplotlib_knows():
+    with matplotlib.rc_context():
+        style()
+        assert matplotlib.rcParams["figure.dpi"] == 80
