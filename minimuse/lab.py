@@ -86,9 +86,10 @@ def compare(
     if not trials:
         raise ValueError("nothing to compare: give at least one schedule, order and number of steps, or a preset")
     about = {"minimuse": __version__, "torch": str(torch.__version__), **judge.identity()}
+    plain = all(isinstance(v, str | int | float | tuple | None) for v in sampling.values())
     cells = []
     for label, settings, key in trials:
-        kept = out and key and Path(out) / "cells" / (_digest({**about, **key}) + ".json")
+        kept = out and key and plain and Path(out) / "cells" / (_digest({**about, **key, **sampling}) + ".json")
         if kept and kept.is_file():
             outcome = Outcome(**json.loads(kept.read_text(encoding="utf-8")))
         else:
@@ -213,9 +214,8 @@ def _scales(ax: Any, cells: list[Cell], measure: str) -> None:
     least, most = min(v.mean for v in values), max(v.mean for v in values)
     if least > -typical and most > 10 * max(least, typical):
         ax.set_yscale("symlog", linthresh=max(typical, 1e-9))
-        ax.set_ylim(
-            min(0, *(v.mean - v.half for v in values)) - typical / 5, 1.5 * max(v.mean + v.half for v in values)
-        )
+        lowest, highest = min(v.mean - v.half for v in values), max(v.mean + v.half for v in values)
+        ax.set_ylim(min(0, lowest) - typical / 5, 1.5 * highest)
     if least - typical < 0 or most > 10 * least:
         ax.axhline(0, color="0.6", lw=0.8, zorder=0)
     ax.set_xscale("log", base=2)
@@ -267,25 +267,17 @@ def _trial(judge: Judge, name: str, other: str, t: int, schedule: Any, order: An
         rule = get_schedule(schedule, judge.n)
         mark = reveal_counts(judge.n, t, rule)
     if isinstance(order, str) and order not in ORDERS:
-        raise ValueError(
-            f"unknown order {order!r}; known: {', '.join(ORDERS)}; or give a mapping of names to functions"
-        )
+        raise ValueError(f"unknown order {order!r}; known: {', '.join(ORDERS)}; or a mapping of names to functions")
     key = {"schedule": mark, "order": order, "steps": t} if mark and isinstance(order, str) else None
     by = judge.order(order) if isinstance(order, str) else order
-    return (name, other, t), {"schedule": rule, "order": by, **sampling, "steps": t}, _with(key, sampling)
+    return (name, other, t), {"schedule": rule, "order": by, **sampling, "steps": t}, key
 
 
 def _preset(judge: Judge, name: str, t: int, sampling: dict[str, Any]) -> Trial:
     settings = {**variants.settings(name, judge.n, judge.v, t), **sampling}
     if isinstance(settings["order"], str):
         settings["order"] = judge.order(settings["order"])
-    return (f"as {name}", "", t), settings, _with({"preset": name, "steps": t}, sampling)
-
-
-def _with(key: dict[str, Any] | None, sampling: dict[str, Any]) -> dict[str, Any] | None:
-    """The key with `sampling`, or None where that holds functions."""
-    plain = all(isinstance(v, str | int | float | None) for v in sampling.values())
-    return {**key, **sampling} if key and plain else None
+    return (f"as {name}", "", t), settings, {"preset": name, "steps": t}
 
 
 def _digest(key: dict[str, Any]) -> str:

@@ -68,8 +68,10 @@ class PictureJudge:
         check_samples(len(prompts))
         self.prompts, self.score, self.features, self.seed, self.batch = prompts, score, features, seed, batch
         self.real, level = in_batches(features, real), in_batches(score, real, prompts)  # (n, D), (n,)
-        self.about = {"pictures": len(prompts), "seed": seed, "prompts": fingerprint(prompts, self.real, level)[:16]}
-        self.about["real pictures"] = {next(iter(self.titles)): level.double().mean().item()}  # the most to hope for
+        self.about = {"pictures": len(prompts), "seed": seed, "prompts": fingerprint(prompts)[:16]}
+        # rounded, since threads add up in another order: what tells a scorer, features and pictures from others
+        levels = {next(iter(self.titles)): level, "features": self.real}
+        self.about["real pictures"] = {k: round(x.double().mean().item(), 4) for k, x in levels.items()}
 
     def order(self, name: str) -> str | Order:
         return name

@@ -23,6 +23,7 @@ def done(tiny_muse, tmp_path_factory):
     return out, td.study(tiny_muse, out, TWO, **HOW)
 
 
+@pytest.mark.slow
 def test_a_stopped_study_ends_the_same(done, tiny_muse, tmp_path, monkeypatch):
     _, results = done
     train, calls = td.train, []
