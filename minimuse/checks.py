@@ -405,9 +405,8 @@ def check_order(fn: Given) -> Iterator[str]:
 @_check
 def check_world(fn: Given) -> Iterator[str]:
     """fn() -> a `worlds.World` of 4 tokens of 2 codes: the first and the last agree in 9 of 10, others are coins."""
-    world = fn()
-    every = torch.cartesian_prod(*[torch.arange(2)] * 4)  # (16, 4)
     yield "all pictures together have probability 1"
+    world, every = fn(), torch.cartesian_prod(*[torch.arange(2)] * 4)  # (16, 4)
     log_p = _shaped("log_evidence(e of 16 pictures)", world.log_prob(every), (16,)).double()
     _near("the sum of p over all 16 pictures", log_p.exp().sum(), 1.0, 1e-4)
     yield "the first and the last agree in 9 of 10"

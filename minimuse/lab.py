@@ -133,7 +133,7 @@ class Report:
         return "\n".join(rows)
 
     def plot(self, ax=None, measure: str | None = None):
-        """A measure against the mean forward passes, 95% bars -> the axes. Colours are orders, dashes schedules.
+        """A measure against the mean forward passes, 95% bars -> the axes. Colours are orders, or schedules if there is one order; dashes schedules.
 
         Schedules whose names begin with "bound" make one line: its points are the bounds.
         """
@@ -154,7 +154,8 @@ class Report:
             points, i = sorted(points, key=lambda c: c.passes), dashes.index(name)
             mean, half = zip(*(c[measure] for c in points), strict=True)
             bound = " (upper bound)" if measure == "kl" and any(c.bound for c in points) else ""
-            look = {"color": f"C{colours.index(order)}", "marker": "osD^vP"[i % 6], "ls": ("-", "--", ":", "-.")[i % 4]}
+            hue = colours.index(order) if len(colours) > 1 else i
+            look = {"color": f"C{hue}", "marker": "osD^vP"[i % 6], "ls": ("-", "--", ":", "-.")[i % 4]}
             look |= {"label": ", ".join(dict.fromkeys((order, name))) + bound, "capsize": 3, "ms": 4, "lw": 1.4}
             ax.errorbar([c.passes for c in points], mean, half, **look)
         _scales(ax, cells, measure)

@@ -96,7 +96,7 @@ class PictureJudge:
 
 
 class MuseJudge(PictureJudge):
-    """Samplers of a Muse's base model; super-resolution, which hardly moves colour, shape and place, is left out.
+    """Samplers of a Muse's base model. Choice: of it alone, since it decides what is where, at a fraction of the cost.
 
     The prompts are captions of `samples` scenes of split "test" with one or two things. What a sampler does not say
     comes from the checkpoint: guidance, temperature, and the ranking noise where the order is the checkpoint's own.

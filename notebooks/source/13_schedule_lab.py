@@ -130,8 +130,8 @@ r"""
 How do worlds differ for a decoder? Reveal the true tokens of samples one after another in random order, and watch the
 mean entropy of those still hidden.
 
-**Predict, then run.** In one world the first few tokens settle nearly everything; in the two others the uncertainty
-falls slowly, to the very end. Which is which?
+**Predict, then run.** In one world the first ten tokens tell all that there is to be told of the others; in the two
+others the uncertainty falls slowly, to the very end. Which is which?
 """
 
 # %%
@@ -176,7 +176,7 @@ from minimuse.sampler import decode
 mixture = worlds["mixture"]
 start = torch.full((SAMPLES, mixture.n), mixture.mask_id)
 truth = mixture.log_prob(mixture.sample(SAMPLES, torch.Generator().manual_seed(0))) / mixture.n
-bins = torch.linspace(-5, -1, 60).tolist()
+bins = torch.linspace(-3.5, -0.8, 60).tolist()
 plt.hist(truth.numpy(), bins, color="0.8", label="exact samples")
 for steps in (1, 4, 16):
     draws = torch.Generator().manual_seed(1)
@@ -212,7 +212,7 @@ For `kl` the decoder walks along its own path but is shown the truth wherever it
 # %%
 from minimuse.judge import path_log_q
 
-show(path_log_q)
+show(path_log_q.__wrapped__)  # beneath its @torch.no_grad()
 
 # %% [markdown]
 r"""
@@ -278,9 +278,6 @@ exact and not a bound.
 """
 
 # %%
-show(compare)
-
-# %%
 schedules = {"cosine": "cosine", "linear": "linear", "sqrt": "sqrt", "1 - u^3": lambda u: 1 - u**3}
 reports = {name: compare(w, schedules, ["halton"], STEPS, samples=SAMPLES) for name, w in worlds.items()}
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
@@ -299,6 +296,12 @@ each cell **less the cosine's in as many steps**, in bold where the interval lea
 # %%
 for name, report in reports.items():
     print(f"{name}\n{report.table(against=('cosine', 'halton'))}\n")
+for name, report in reports.items():
+    for steps in STEPS:
+        best = min((c for c in report.cells if c.steps == steps), key=lambda c: c["kl"].mean)
+        gap = difference(best, report["cosine", "halton", steps], "kl")
+        sure = "" if best.schedule == "cosine" or abs(gap.mean) > gap.half else "  (may be chance)"
+        print(f"{name:8} {steps:3} steps: least cost by {best.schedule}{sure}")
 
 # %% [markdown]
 r"""
@@ -306,21 +309,9 @@ Read the `kl` column. In the mixture the first steps decide, so a curve that beg
 (here $1 - u^3$) tends to win once there are enough steps, and linear loses. In the chain a token depends on its
 neighbours alone, the last steps are as dangerous as the first ones, and linear holds its own. **No schedule wins
 everywhere**: the best curve follows how fast the hidden entropy of section 2 falls.
-"""
 
-# %%
-for name, report in reports.items():
-    for steps in STEPS:
-        best = min(report.cells, key=lambda c: c["kl"].mean if c.steps == steps else float("inf"))
-        gap = difference(best, report["cosine", "halton", steps], "kl")
-        said = "cosine" if best.schedule == "cosine" else f"{best.schedule}, {gap.mean:+.4f} ± {gap.half:.4f}"
-        sure = "" if best.schedule == "cosine" or abs(gap.mean) > gap.half else "  (may be chance)"
-        print(f"{name:8} {steps:3} steps: least cost by {said}{sure}")
-
-# %% [markdown]
-r"""
-A warning: this picks the *best of four*, and the best of many always looks a little better than it is. A claim of
-yours should name its schedule before it looks, or measure it again with another `seed`.
+A warning: the last lines pick the *best of four*, and the best of many always looks a little better than it is. A
+claim of yours should name its schedule before it looks, or measure it again with another `seed`.
 """
 
 # %% [markdown]
@@ -332,11 +323,8 @@ neighbours are seldom drawn together. Entropy order takes the places that the ne
 """
 
 # %%
-from minimuse.sampler import entropy, halton_rank
+from minimuse.sampler import halton_rank
 
-show(entropy, halton_rank)
-
-# %%
 figure, axes = plt.subplots(1, 4, figsize=(9, 2.6))
 rank, seen = halton_rank(8, 8), 0
 for ax, count in zip(axes, (3, 10, 24, 27), strict=True):
@@ -364,10 +352,7 @@ so that long runs are drawn blindly at once. In the mixture places are alike, an
 random are hard to tell apart. **Halton wins where near means dependent.**
 
 Confidence, Muse's order, has no `kl` here: it looks at what was drawn, so its $q$ is no product along a path.
-"""
 
-# %% [markdown]
-r"""
 **Predict, then run.** Confidence keeps the draws that were most probable, and throws the others back. Will its
 pictures be *less* likely than the truth's (impossible mixtures), or *more* likely (the same few typical pictures)?
 And will more steps make that better or worse?
@@ -388,11 +373,8 @@ MaskGIT adds noise to the ranking, which gives the rare ones a chance. `presets`
 """
 
 # %%
-from minimuse.variants import PRESETS, maskgit, muse
+from minimuse.variants import PRESETS
 
-show(muse, maskgit)
-
-# %%
 known = compare(mixture, [], presets=["muse", "maskgit", "halton"], steps=STEPS, samples=SAMPLES)
 print("presets:", ", ".join(PRESETS))
 print(known.table())
@@ -410,11 +392,6 @@ r"""
 Why fix the counts in advance? An adaptive rule looks at the logits: reveal the surest tokens as long as their summed
 entropy stays within a bound, which bounds the cost of the step. It takes few passes where little is at stake.
 """
-
-# %%
-from minimuse.sampler import entropy_bound
-
-show(entropy_bound)
 
 # %%
 bounds = ["bound4", "bound8"] if FAST else ["bound2", "bound4", "bound8", "bound16"]
@@ -455,9 +432,8 @@ print("real renders reach an accuracy of", judge.about["real pictures"]["accurac
 
 # %%
 trained = compare(judge, ["cosine", "linear"], ["confidence", "random", "halton"], TRAINED)
-print(trained.table())
-
-# %%
+print("each cell less cosine with confidence, paired:")
+print(trained.table(against=("cosine", "confidence")))
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
 for ax, measure in zip(axes, trained.titles, strict=True):
     trained.plot(ax, measure)
@@ -465,16 +441,10 @@ plt.show()
 
 # %% [markdown]
 r"""
-The intervals of single cells overlap widely. Paired differences say more; here each cell less cosine with confidence:
-"""
+The bars of single cells overlap widely; the paired differences in the table say more.
 
-# %%
-print(trained.table(against=("cosine", "confidence")))
-
-# %% [markdown]
-r"""
 Does the ranking of the worlds carry over? Let the cell say it, measure by measure. A world ranks orders by `pairs`,
-which is fair to all of them; the trained model by both of its measures. "Tied" means that the paired interval holds 0.
+which is fair to all of them; the trained model by both of its measures. A "=" says that the paired interval holds 0.
 """
 
 # %%
@@ -535,7 +505,8 @@ r"""
 
 Token-Critic trains a second network to tell drawn tokens from real ones, and keeps those that look most real. It may
 take back what was revealed (`remask`), which Muse never does. In a world the perfect ranker is known,
-$p(x_i \mid \text{all others})$:
+$p(x_i \mid \text{all others})$. For the trained model a few lines train one (below), beginning as a copy of the base
+model, on scenes that are not the judge's.
 """
 
 # %%
@@ -548,11 +519,6 @@ print(plain.table(), again.table(), sep="\n\n")
 
 # %%
 show(train_critic)
-
-# %% [markdown]
-r"""
-For the trained model a few lines train one, beginning as a copy of the base model, on scenes that are not the judge's.
-"""
 
 # %%
 many = SceneDataset(64 if FAST else 1000, model.cfg.high_tokenizer.image_size, "train", seed=7)
@@ -587,7 +553,8 @@ r"""
 
 Two mistakes of real code. **A grid of progress that ends at 1 too early**: with `linspace(0, 1, T)` the first step sees
 $u = 0$ and leaves everything masked, so that $T$ steps do the work of $T - 1$ (mistake 9 of the zoo). At few steps it
-costs more than the choice of the curve.
+costs more than the choice of the curve. **Comparing without pairing**: the same two samplers, once on the same samples
+and once on other ones. The difference is much the same; what can be said of it is not.
 """
 
 # %%
@@ -601,18 +568,11 @@ print("right:", reveal_counts(64, T, "cosine"), " off by one:", reveal_counts(64
 shifted = compare(worlds["mixture"], {"cosine": "cosine", "off by one": late}, ["halton"], [T], samples=SAMPLES)
 print(shifted.table(against=("cosine", "halton")))
 
-# %% [markdown]
-r"""
-**Comparing without pairing.** The same two samplers, once with the same samples and once with other ones. The
-difference is the same; what can be said of it is not.
-"""
-
-# %%
-two = [compare(mixture, ["cosine", "1 - u^3"][:1], ["halton"], [8], samples=SAMPLES, seed=s) for s in (0, 1)]
-cubic = compare(mixture, {"1 - u^3": schedules["1 - u^3"]}, ["halton"], [8], samples=SAMPLES, seed=0)
-for name, base in (("paired", two[0]), ("not paired", two[1])):
-    gap = difference(cubic.cells[0], base.cells[0], "kl")
-    print(f"{name:11} {gap.mean:+.5f} ± {gap.half:.5f}")
+slow = {"1 - u^3": schedules["1 - u^3"]}
+cubic = compare(mixture, slow, ["halton"], [8], samples=SAMPLES, seed=0).cells[0]
+for name, seed in (("paired", 0), ("not paired", 1)):
+    gap = difference(cubic, compare(mixture, ["cosine"], ["halton"], [8], samples=SAMPLES, seed=seed).cells[0], "kl")
+    print(f"1 - u^3 less cosine, {name:11} {gap.mean:+.5f} ± {gap.half:.5f}")
 
 # %% [markdown]
 r"""
