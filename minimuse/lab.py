@@ -133,9 +133,9 @@ class Report:
         return "\n".join(rows)
 
     def plot(self, ax=None, measure: str | None = None):
-        """A measure against the mean forward passes, 95% bars -> the axes. Colours are orders, or schedules if there is one order; dashes schedules.
+        """A measure against the mean forward passes, 95% bars -> the axes. Dashes are schedules, colours orders.
 
-        Schedules whose names begin with "bound" make one line: its points are the bounds.
+        Of one order, colours are schedules too. Schedules whose names begin with "bound" make one line: its points are the bounds.
         """
         import matplotlib.pyplot as plt
 
