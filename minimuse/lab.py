@@ -135,7 +135,7 @@ class Report:
     def plot(self, ax=None, measure: str | None = None):
         """A measure against the mean forward passes, 95% bars -> the axes. Dashes are schedules, colours orders.
 
-        Of one order, colours are schedules too. Schedules whose names begin with "bound" make one line: its points are the bounds.
+        Of one order, colours are schedules too. Those whose names begin with "bound" make one line, a point a bound.
         """
         import matplotlib.pyplot as plt
 
