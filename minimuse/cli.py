@@ -356,13 +356,16 @@ def average(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Print the table; with --out also write figures and tables there."""
+    """Print the table, and paired differences to its first row's sampler; with --out also write figures and tables."""
     from minimuse import lab
 
     settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": args.out}
     steps = [int(t) for t in args.steps]
     report = lab.compare(_compared(args), args.schedule, args.order, steps, **settings)
     print(report.table())
+    if len(args.schedule) * len(args.order) > 1:
+        print(f"\nless {args.schedule[0]}, {args.order[0]}; paired, bold where 0 is left out")
+        print(report.table((args.schedule[0], args.order[0])))
     if args.out:
         print(report.save(args.out, overwrite=args.force))
 

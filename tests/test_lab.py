@@ -548,8 +548,11 @@ def test_the_command(tmp_path, capsys):
     words = "compare --world potts --schedule cosine,bound2 --order halton --preset muse --steps 2 --samples 64"
     assert cli.main([*words.split(), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("halton") == 2
-    assert "as muse" in printed
+    assert "less cosine, halton" in printed
+    figures, paired = printed.split("less cosine, halton")
+    assert figures.count("halton") == 2
+    assert paired.count("| halton |") == 1, "bound2 less cosine"
+    assert "as muse" in figures
     assert (tmp_path / "out" / "report.csv").is_file()
     assert cli.main([*words.replace("halton", "raster").split(), "--out", str(tmp_path / "out")]) == 1
     assert "another folder" in capsys.readouterr().err
