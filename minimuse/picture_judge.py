@@ -10,7 +10,7 @@
 Picture i has prompt i and seed i in every cell, so that cells compare pair by pair. As in `judge.py` each measure is
 kept as GROUPS values: means of groups, or jackknife pseudo-values of the distance, whose mean is free of a bias c / n.
 That asks for n well above the number of features (192 of the reader); with fewer, compare only equal n. Where all
-pictures are right, or all wrong, the accuracy's interval is 0, since no error can be seen: `intervals.share` does better.
+pictures are right, or all wrong, the accuracy's interval is 0: no error can be seen, and `intervals.share` does better.
 Not here: the whole cascade and its prompt sets, the comparison of many samplers (`lab.py`).
 """
 

@@ -148,7 +148,7 @@ def train_critic(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> Iterator[tuple[float, Transformer]]:
-    """Real tokens (n, N) and their texts -> (loss, network) a step; the last network is trained.
+    """Real tokens (n, N) and their texts, all in float32 on one device -> (loss, network) a step; the last is trained.
 
     2209.04439: mask at the cosine's rates, let the frozen `base` fill in, and tell by binary cross-entropy which tokens
     are real and which drawn. Deviation: it begins as a copy of `base`, and reads no text, so that one order serves
