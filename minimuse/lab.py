@@ -11,7 +11,6 @@ Not here: the worlds (`worlds.py`), what is measured, how known code bases sampl
 """
 
 import csv
-import hashlib
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minimuse import __version__, variants
+from minimuse.cache import fingerprint
 from minimuse.judge import Estimate, Judge, Outcome, WorldJudge, estimate
 from minimuse.masking import get_schedule, reveal_counts
 from minimuse.sampler import ORDERS, Order, _is_adaptive, entropy_bound
@@ -89,7 +89,7 @@ def compare(
     plain = all(isinstance(v, str | int | float | tuple | None) for v in sampling.values())
     cells = []
     for label, settings, key in trials:
-        kept = out and key and plain and Path(out) / "cells" / (_digest({**about, **key, **sampling}) + ".json")
+        kept = out and key and plain and Path(out) / "cells" / f"{fingerprint(about, key, sampling)[:24]}.json"
         if kept and kept.is_file():
             outcome = Outcome(**json.loads(kept.read_text(encoding="utf-8")))
         else:
@@ -279,10 +279,6 @@ def _preset(judge: Judge, name: str, t: int, sampling: dict[str, Any]) -> Trial:
     if isinstance(settings["order"], str):
         settings["order"] = judge.order(settings["order"])
     return (f"as {name}", "", t), settings, {"preset": name, "steps": t}
-
-
-def _digest(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _write(path: Path, text: str) -> None:

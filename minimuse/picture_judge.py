@@ -75,6 +75,7 @@ class PictureJudge:
         self.about["real pictures"] = {k: round(x.double().mean().item(), 4) for k, x in levels.items()}
 
     def order(self, name: str) -> str | Order:
+        """Grids are square here, as `sampler.halton` asks."""
         return name
 
     def draw(self, prompts: list[str], sampling: dict[str, Any], draws: Any) -> tuple[Tensor, int]:
@@ -83,6 +84,7 @@ class PictureJudge:
 
     @torch.no_grad()
     def __call__(self, **sampling: Any) -> Outcome:
+        """What `draw` takes -> the groups' means of the score, and the distance's pseudo-values."""
         scores, seen, passes = [], [], 0
         for start in range(0, len(self.prompts), self.batch):
             prompts = self.prompts[start : start + self.batch]

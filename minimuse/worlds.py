@@ -120,6 +120,7 @@ class MixtureWorld(World):
         return cls((sharpness * logits).softmax(-1), grid=grid)
 
     def log_evidence(self, e: Tensor) -> Tensor:
+        """(B, N, V) -> (B,): a product over tokens within each mode, then the sum over modes."""
         each = torch.einsum("bnv,knv->bnk", e, self.tables).log()  # (B, N, K)
         return (each.sum(1) + self.weights.log()).logsumexp(1)
 
@@ -163,6 +164,7 @@ class ChainWorld(World):
         return cls(stay * eye + (1 - stay) / (codebook_size - 1) * (1 - eye), n)
 
     def log_evidence(self, e: Tensor) -> Tensor:
+        """(B, N, V) -> (B,): the forward messages of a hidden Markov model."""
         first, *rest = e.unbind(1)
         message, log_scale = self.initial * first, 0.0  # (B, V) p(x_i, evidence up to i), less a scale
         for i, here in enumerate(rest):
@@ -223,6 +225,7 @@ class PottsWorld(World):
         return message.logsumexp(0)
 
     def log_evidence(self, e: Tensor) -> Tensor:
+        """(B, N, V) -> (B,): the transfer matrix, a column at a time, its evidence site by site."""
         transfer, within = self._between.exp(), self._within.exp()
         message, log_scale = within[None], -self.log_z
         for c, sites in enumerate(e.view(-1, *self.grid, self.v).unbind(2)):  # a column at a time, (B, h, V)
