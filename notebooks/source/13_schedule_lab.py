@@ -584,8 +584,8 @@ r"""
 ## What failure looks like
 
 **A grid of progress that ends too early.** With `linspace(0, 1, T)` the first step sees $u = 0$ and leaves everything
-masked, so that $T$ steps do the work of $T - 1$ (mistake 9 of the zoo; our decoder reveals one token even then). The
-pictures look fine, and an FID of some thousand of them would hardly tell. The lab does.
+masked, so that $T$ steps do the work of $T - 1$ (mistake 9 of the zoo; our decoder reveals one token even then). A
+decode that does so still ends with no token masked, and nothing looks amiss; the counts and the lab tell.
 
 **Comparing without pairing.** The intervals of two figures, added up as if they had nothing in common, against the
 interval of their paired difference. What is hard for one sampler is mostly hard for the other, and drops out.
@@ -733,8 +733,8 @@ r"""
 
 - Parallel decoding errs even with a perfect network: each step loses the total correlation of the tokens drawn in it.
 - In an exact world that loss is measured in nats, with an interval, and agrees with enumeration where that is possible.
-- Which schedule is best depends on how dependence is spread: the cosine is good nearly everywhere, and best nowhere in
-  particular. A slow start pays where a few tokens settle everything.
+- Which schedule is best depends on how dependence is spread: of those tried here the cosine is never bad, and not always
+  best. A slow start pays where a few tokens settle everything.
 - Halton order wins where near means dependent. Confidence seeks modes; noise in its ranking mends most of that.
 - A claim about samplers needs pairs, an interval, and a sampler named before looking.
 """
