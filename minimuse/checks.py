@@ -383,3 +383,38 @@ def check_token_mask(fn: Given) -> Iterator[str]:
                 repaint[0, y, x] = True
             found = _shaped("fn(4 x 6 pixels, f=2)", fn(repaint, 2), (1, 6))[0].nonzero().flatten().tolist()
             _expect(found == sorted(want), f"4 x 6 pixels, f=2: {pixels} mask {found}; expected {sorted(want)}")
+
+
+# --- the schedule lab -------------------------------------------------------------------------------------------------
+
+
+@_check
+def check_order(fn: Given) -> Iterator[str]:
+    """fn(logits (B, N, V), drawn (B, N), masked (B, N), u) -> scores (B, N): all black fields of a board come first."""
+    logits, drawn = torch.zeros(2, 16, 3), torch.zeros(2, 16, dtype=torch.long)
+    yield "a score for each place"
+    scores = _shaped("fn(logits 2 x 16 x 3, ...)", fn(logits, drawn, drawn == 0, 0.5), (2, 16)).double()
+    yield "every black field scores above every white one"
+    black = (torch.arange(16) // 4 + torch.arange(16) % 4) % 2 == 0
+    low, high = scores[:, black].amin(1), scores[:, ~black].amax(1)
+    _expect(
+        (low > high).all(), f"4 x 4 fields, the first one black: the least black {low[0]}, the most white {high[0]}"
+    )
+
+
+@_check
+def check_world(fn: Given) -> Iterator[str]:
+    """fn() -> a `worlds.World` of 4 tokens of 2 codes: the first and the last agree in 9 of 10, others are coins."""
+    yield "all pictures together have probability 1"
+    world, every = fn(), torch.cartesian_prod(*[torch.arange(2)] * 4)  # (16, 4)
+    log_p = _shaped("log_evidence(e of 16 pictures)", world.log_prob(every), (16,)).double()
+    _near("the sum of p over all 16 pictures", log_p.exp().sum(), 1.0, 1e-4)
+    yield "the first and the last agree in 9 of 10"
+    _near("p(x_1 = x_4)", log_p.exp()[every[:, 0] == every[:, 3]].sum(), 0.9, 1e-4)
+    yield "the others are fair coins"
+    for i in (1, 2):
+        _near(f"p(x_{i + 1} = 1)", log_p.exp()[every[:, i] == 1].sum(), 0.5, 1e-4)
+    yield "evidence weighs pictures: log of the sum over x of p(x) e_1(x_1) ... e_N(x_N)"
+    e = torch.rand(1, 4, 2, generator=_seeded()).double()
+    weights = e[0, torch.arange(4), every].prod(1)  # (16,)
+    _same("log_evidence(e) of random e", world.log_evidence(e), (log_p.exp() * weights).sum().log()[None])

@@ -98,8 +98,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     p.add_argument("--decay", type=float, default=0.7, help="of the moving average (default: 0.7, the paper's)")
     p.add_argument("--half", action="store_true", help="save the weights in half precision")
-    p = command("compare", compare, "measure masking schedules and orders in an exact world")
+    p = command("compare", compare, "measure masking schedules and orders in an exact world or a trained model")
     p.add_argument("--world", default="mixture", help="mixture, chain or potts (default: mixture)")
+    p.add_argument("--muse", metavar="MODEL", help="instead of a world: nano, a folder or a hub id; its base model")
+    p.add_argument("--amused", metavar="MODEL", help="instead: published weights, with --data and --clip")
+    p.add_argument("--data", metavar="FOLDER", help="for --amused: captioned pictures, for prompts and FID")
+    p.add_argument("--clip", metavar="MODEL", help="for --amused: any CLIP of transformers")
+    p.add_argument("--device")
     p.add_argument(
         "--schedule",
         type=_names,
@@ -109,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--order", type=_names, default=["confidence"], help="comma-separated, as of generate")
     p.add_argument("--preset", type=_names, default=[], help="muse, maskgit, amused, halton, lucidrains")
     p.add_argument("--steps", type=_names, default=["4", "8", "16"], help="comma-separated (default: 4,8,16)")
-    p.add_argument("--samples", type=int, default=4096)
+    p.add_argument("--samples", type=int, help="(default: 4096 of a world, 512 pictures)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="folder for the report; finished cells are kept there and used again")
     p.add_argument("--force", action="store_true", help="overwrite another report")
@@ -399,15 +404,16 @@ def average(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Print the table; with --out also write figures and tables there."""
+    """Print the table, and paired differences to its first row's sampler; with --out also write figures and tables."""
     from minimuse import lab
 
-    if args.world not in lab.WORLDS:
-        raise ValueError(f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
     settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": args.out}
     steps = [int(t) for t in args.steps]
-    report = lab.compare(lab.WORLDS[args.world](), args.schedule, args.order, steps, **settings)
+    report = lab.compare(_compared(args), args.schedule, args.order, steps, **settings)
     print(report.table())
+    if len(args.schedule) * len(args.order) > 1:
+        print(f"\nless {args.schedule[0]}, {args.order[0]}; paired, bold where 0 is left out")
+        print(report.table((args.schedule[0], args.order[0])))
     if args.out:
         print(report.save(args.out, overwrite=args.force))
 
@@ -418,6 +424,30 @@ def eval_(args: argparse.Namespace) -> None:
 
     measure(**{name: value for name, value in vars(args).items() if name != "run"})
     print((args.out / "eval.md").read_text(encoding="utf-8"))
+
+
+def _compared(args: argparse.Namespace) -> Any:
+    """A world, a Muse, or the judge of published weights."""
+    from minimuse import lab
+
+    if args.muse:
+        from minimuse.muse import Muse
+
+        return Muse.from_pretrained(args.muse, device=args.device)
+    if args.amused:
+        from minimuse.amused import Amused
+        from minimuse.metrics import ClipScorer
+        from minimuse.muse import pick_device
+        from minimuse.picture_judge import AmusedJudge
+
+        if not (args.data and args.clip):
+            raise ValueError("--amused needs --data, a folder of captioned pictures, and --clip, a CLIP's name")
+        device = pick_device(args.device)
+        amused, score = Amused.from_pretrained(args.amused).to(device), ClipScorer(args.clip, device)
+        return AmusedJudge(amused, args.data, score, samples=args.samples or 512, seed=args.seed)
+    if args.world not in lab.WORLDS:
+        raise ValueError(f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
+    return lab.WORLDS[args.world]()
 
 
 def doctor(args: argparse.Namespace) -> None:

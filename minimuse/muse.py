@@ -93,7 +93,7 @@ class Muse:
     Every method that makes pictures takes, besides what it names:
         negative_prompt       a text, or one for each prompt, to guide away from (Muse 2.7)
         guidance              t: a number, a pair (first, last) rising linearly, or a function of u; 0 is none
-        steps, schedule, order, sampling_temperature, choice_temperature, top_k    as in `sampler.decode`
+        steps, schedule, order, sampling_temperature, choice_temperature, top_k, remask    as in `sampler.decode`
         superres              a dict of the same that holds for super-resolution alone, such as {"steps": 4}
     What is not given comes from the checkpoint. With another `order` the ranking noise is 0 unless you give it.
     """
@@ -333,7 +333,7 @@ def _is_json(value: Any) -> bool:
 
 def _settings(defaults: SamplingConfig, given: dict[str, Any]) -> tuple[Callable[[float], float], dict[str, Any]]:
     """A checkpoint's defaults and what the user gave -> guidance as a function of u, arguments for `sampler.decode`."""
-    known = {f.name for f in fields(SamplingConfig)} | {"top_k"}
+    known = {f.name for f in fields(SamplingConfig)} | {"top_k", "remask"}
     if unknown := given.keys() - known:
         raise TypeError(f"unknown setting {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
     values = asdict(defaults) | {k: v for k, v in given.items() if v is not None}

@@ -4,6 +4,7 @@ Fixtures for everyone:
     tiny_lm       folder of a tiny T5 (both halves, D_lm = 16) with its tokenizer: TextEncoder(tiny_lm)
     tiny_lms      {"t5" | "bert" | "albert" | "clip": folder}, all of D_lm = 16
     tiny_text     a TextEncoder over tiny_lm, shared by the session
+    tiny_clip     folder of a tiny random CLIP, both towers: ClipScorer(tiny_clip)
     tiny_muse     a whole Muse over tiny_lm with random weights, shared by the session
     tiny_run      the folder of a finished run of it, two steps a stage, shared by the session
     no_network    any attempt to make a socket or to resolve a name fails the test at once
@@ -144,6 +145,24 @@ def tiny_text(tiny_lm):
     from minimuse.text import TextEncoder
 
     return TextEncoder(tiny_lm)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> str:
+    """Folder of a tiny random CLIP of `transformers`, both towers and the processor."""
+    import transformers as tf
+
+    folder = tmp_path_factory.mktemp("clip")
+    save_tiny_lm(folder, "clip")
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    blocks = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {**blocks, "vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3}
+    cfg = tf.CLIPConfig(text_config=text, vision_config={**blocks, "image_size": 32, "patch_size": 8}, projection_dim=8)
+    torch.manual_seed(0)
+    tf.CLIPModel(cfg).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    tf.CLIPProcessor(tf.CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

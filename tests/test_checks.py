@@ -10,6 +10,7 @@ from minimuse import cfg, checks, editing, masking, sampler, transformer
 from minimuse.muse import Muse
 from minimuse.text import Context
 from minimuse.vqgan import VectorQuantizer
+from minimuse.worlds import World
 
 
 def pool(context):
@@ -24,6 +25,36 @@ def nearest(z, codebook):
 
 def straight_through(z, q):
     return z + (q - z).detach()
+
+
+def board(logits, drawn, masked, u):
+    side = math.isqrt(drawn.shape[1])
+    place = torch.arange(drawn.shape[1])
+    return ((place // side + place % side) % 2 == 0).float().expand_as(drawn)
+
+
+class Corners(World):
+    agree, coin, mend = 0.9, 0.5, 1.0
+
+    def __init__(self):
+        super().__init__((2, 2), 2)
+
+    def log_evidence(self, e):
+        p = torch.tensor([[self.agree, 1 - self.agree], [1 - self.agree, self.agree]], dtype=torch.double) / 2
+        coin = torch.tensor([1 - self.coin, self.coin], dtype=torch.double)
+        ends = torch.einsum("ba,bc,ac->b", e[:, 0], e[:, 3], p)
+        return self.mend * (ends * (e[:, 1] @ coin) * (e[:, 2] @ coin)).log()
+
+
+def corners(**change):
+    return type("Wrong", (Corners,), change)
+
+
+class Deaf(Corners):
+    """Hears what is known for sure, and nothing between."""
+
+    def log_evidence(self, e):
+        return super().log_evidence(e.round())
 
 
 OURS = {
@@ -41,6 +72,8 @@ OURS = {
     "check_decode": sampler.decode,
     "check_multi_axis": transformer.multi_axis_attention,
     "check_token_mask": editing.token_mask,
+    "check_order": board,
+    "check_world": Corners,
 }
 
 
@@ -106,6 +139,13 @@ def ce(logits, targets):
 
 
 WRONG = [
+    ("check_order", lambda logits, drawn, masked, u: None, "a score for each place"),
+    ("check_order", lambda l, d, m, u: -board(l, d, m, u), "every black field scores above every white one"),
+    ("check_order", sampler.raster, "every black field scores above every white one"),
+    ("check_world", corners(mend=1.1), "all pictures together have probability 1"),
+    ("check_world", corners(agree=0.5), "the first and the last agree in 9 of 10"),
+    ("check_world", corners(coin=0.4), "the others are fair coins"),
+    ("check_world", Deaf, "evidence weighs pictures: log of the sum over x of p(x) e_1(x_1) ... e_N(x_N)"),
     ("check_pool", lambda c: None, "one token is its own mean"),
     ("check_pool", lambda c: c.embeds.mean((0, 1))[None].expand(len(c.embeds), -1), "each prompt has its own"),
     ("check_pool", lambda c: c.embeds.mean(1), "padding does not count"),

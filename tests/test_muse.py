@@ -252,7 +252,7 @@ def test_the_default_order_by_name_keeps_its_noise(tiny_muse, monkeypatch):
 
 
 def test_unknown_settings_list_the_known(tiny_muse):
-    known = "choice_temperature, guidance, order, sampling_temperature, schedule, steps, top_k"
+    known = "choice_temperature, guidance, order, remask, sampling_temperature, schedule, steps, top_k"
     with pytest.raises(TypeError, match=f"unknown setting strength, temperature; known: {known}"):
         tiny_muse.generate(A, temperature=1.0, strength=0.5)
     with pytest.raises(TypeError, match="unknown setting stages"):
