@@ -60,7 +60,8 @@ scene = Scene(
 )
 CAPTION = "a red cube left of a small blue sphere"
 with torch.inference_mode():
-    pixels = halve(render([scene], 4 * SIZE), 4)
+    high = muse.cfg.high_tokenizer.image_size
+    pixels = halve(render([scene], high), high // SIZE)
     x = muse.low_tokenizer.encode(pixels)  # (1, N)
 print(f"{SIZE} px -> tokens", tuple(x.shape), f"of {V} codes; [MASK] is {base.mask_id}")
 
@@ -206,16 +207,16 @@ seen_corner[0, -1] = x[0, -1]
 with torch.inference_mode():
     memory = memory_of(CAPTION)
     before, after = (base(t, memory).log_softmax(-1) for t in (seen_corner, other))
-change = (before.exp() * (before - after)).sum(-1)[0]  # (N,) nats
+change = (before - after).abs().amax(-1)[0]  # (N,) the largest change of a log-probability
 masked = seen_corner[0] == base.mask_id
-print(f"predictions that changed: {int((change[masked] > 1e-6).sum())} of {int(masked.sum())}")
+print(f"predictions that changed: {int((change[masked] > 1e-5).sum())} of {int(masked.sum())}")
 figure, axes = plt.subplots(1, 2, figsize=(8, 3))
 axes[0].imshow(mask_overlay(to_pil(muse.low_tokenizer.decode(x))[0], masked))
 axes[0].set_title("hidden: gray")
-shown = axes[1].imshow(change.masked_fill(~masked, float("nan")).view(g, g).clamp(min=1e-6).log10())
+shown = axes[1].imshow(change.masked_fill(~masked, float("nan")).view(g, g).clamp(min=1e-5).log10())
 axes[1].plot(g - 1, g - 1, "x", color="red", ms=12, mew=3)
 axes[1].set_title("change of each prediction")
-figure.colorbar(shown, ax=axes[1], label="log10 of nats")
+figure.colorbar(shown, ax=axes[1], label="log10 of the change")
 for ax in axes:
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
@@ -223,9 +224,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-All of them. Nothing here is causal: there is no order of tokens, so every hidden place may use every visible one, on
-all sides. That is what an autoregressive model gives up, and why this one can repaint a hole in the middle. The
-neighbours of the cross hear most of it.
+Far from none: nothing here is causal. There is no order of tokens, so every hidden place may use every visible one, on
+all sides; those far from the cross just make less of it. That is what an autoregressive model gives up, and why this
+one can repaint a hole in the middle.
 
 ## 3. Tokens read the text
 
@@ -309,9 +310,13 @@ sizes = {
     "MLP": [layer.mlp for layer in base.layers],
     "head": base.head,
 }
-count = lambda m: sum(
-    p.numel() for p in torch.nn.ModuleList(m if isinstance(m, list) else [m]).parameters()
-)  # noqa: E731
+
+
+def count(part):
+    modules = torch.nn.ModuleList(part if isinstance(part, list) else [part])
+    return sum(p.numel() for p in modules.parameters())
+
+
 figure, ax = plt.subplots(figsize=(7, 2.6))
 ax.barh(list(sizes), [count(m) / 1e6 for m in sizes.values()])
 ax.invert_yaxis()
@@ -373,6 +378,8 @@ print(
     tuple(reading.shape),
 )
 pieces = ["[begin]", *CAPTION.split(), "[end]"]
+if len(pieces) != reading.shape[-1]:  # a language model that cuts words otherwise
+    pieces = [f"piece {i + 1}" for i in range(reading.shape[-1])]
 figure, axes = plt.subplots(1, len(pieces) + 1, figsize=(12, 1.7))
 axes[0].imshow(mask_overlay(to_pil(muse.low_tokenizer.decode(x))[0], half[0]))
 for ax, piece, shown in zip(axes[1:], pieces, reading.mean((0, 1)).T, strict=True):
@@ -419,8 +426,8 @@ r"""
 A word moves the predictions where its thing may be, and leaves the far floor alone. Where the visible tokens already
 say it, a swap changes little.
 
-Now the tokens among themselves: one hidden place on the right edge of the cube, and where each head of each layer looks
-from there.
+Now the tokens among themselves: one place on the right side of the cube (the cross), and where each head of each layer
+looks from there.
 """
 
 # %%
@@ -442,8 +449,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-Each picture has a scale of its own. Some heads look near the cross, some along the rim of the thing, some at far places
-that tell which kind of floor or light this is. Nobody told them to share the work in this way.
+Each picture has a scale of its own. The heads differ: some look close by, some far off, some spread over much of the
+picture. Nobody told them to share the work; it is what training made of them.
 
 ## 6. Before the first step
 
@@ -498,25 +505,17 @@ class Captions(list):
 
 
 def prepare(data):
+    """Scenes -> pictures (n, 3, H, W), their tokens (n, N), their captions as vectors."""
     images, texts = data.images(), Captions()
     with torch.inference_mode():
-        tokens = torch.cat(
-            [muse.low_tokenizer.encode(to_float(part)) for part in images.split(250)]
-        )
-    for i in range(len(data)):
-        context = muse.encoder.encode(data.captions(i)) if i % 100 else encode_ahead(data, i)
-        texts.append(
-            [embeds[mask] for embeds, mask in zip(context.embeds, context.mask, strict=True)]
-        )
-    return images, tokens, texts
-
-
-def encode_ahead(data, i):
-    """The captions of a hundred pictures in one batch, which the encoder remembers; those of picture i."""
-    muse.encoder.encode(
-        [text for j in range(i, min(i + 100, len(data))) for text in data.captions(j)]
-    )
-    return muse.encoder.encode(data.captions(i))
+        tokens = [muse.low_tokenizer.encode(to_float(part)) for part in images.split(250)]
+    for start in range(0, len(data), 100):
+        told = [data.captions(i) for i in range(start, min(start + 100, len(data)))]
+        context = muse.encoder.encode([text for captions in told for text in captions])
+        rows = zip(context.embeds, context.mask, strict=True)
+        rows = iter([embeds[mask] for embeds, mask in rows])
+        texts += [[next(rows) for _ in captions] for captions in told]
+    return images, torch.cat(tokens).clone(), texts
 
 
 shares = preset("nano").shares  # of scenes with 1, 2 and 3 things
@@ -550,17 +549,17 @@ torch.manual_seed(0)
 sizes = {"codebook_size": V, "grid": g, "text_width": muse.cfg.base.text_width}
 student = Transformer(replace(preset("nano").base, **sizes))
 codebook = muse.low_tokenizer.codebook
-with torch.inference_mode():
-    far = torch.cdist(codebook, codebook)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
-    for ax, title in zip(axes, ("fresh embeddings", "after begin_from"), strict=True):
-        E = student.embed.codes.weight[:-1]
-        alike = torch.cosine_similarity(E[:, None], E[None], dim=-1)
-        some = torch.randint(V * V, (1500,), generator=torch.Generator().manual_seed(0))
-        ax.plot(far.flatten()[some], alike.flatten()[some], ".", ms=3)
-        ax.set(title=title, xlabel="distance of two codes in the codebook")
-        student.begin_from(codebook)  # what the second plot shows
-    axes[0].set_ylabel("cosine of their embeddings")
+some = torch.randint(V * V, (1500,), generator=torch.Generator().manual_seed(0))  # pairs of codes
+figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
+for ax, title in zip(axes, ("fresh embeddings", "after begin_from"), strict=True):
+    if title == "after begin_from":
+        student.begin_from(codebook)
+    unit = torch.nn.functional.normalize(student.embed.codes.weight.detach()[:-1], dim=1)  # (V, D)
+    ax.plot(
+        torch.cdist(codebook, codebook).flatten()[some], (unit @ unit.T).flatten()[some], ".", ms=3
+    )
+    ax.set(title=title, xlabel="distance of two codes in the codebook")
+axes[0].set_ylabel("cosine of their embeddings")
 plt.show()
 print("random features (V, D):", tuple(random_features(codebook, student.cfg.width).shape))
 
@@ -580,8 +579,8 @@ show(MaskedLoss, Progress, train_transformer)
 
 # %% [markdown]
 r"""
-**Predict, then run.** Before the first step: what is the loss of the fresh student? Write the number down, to one
-decimal.
+**Predict, then run.** Before the first step: what is the loss of the fresh student, roughly? And is it higher with 90%
+hidden than with 10%? Write the numbers down.
 """
 
 # %%
@@ -606,7 +605,7 @@ print(f"\nln V = {math.log(V):.3f}; unigram entropy {unigram_entropy(tokens, V):
 
 # %% [markdown]
 r"""
-$\ln V$, whatever is hidden: the head begins near zero, so all codes get about the same logit. If a training of yours
+About $\ln V$, whatever is hidden: the head begins near zero, so all codes get about the same logit. If a training of yours
 begins anywhere else, look for the reason before you go on.
 
 Now train. We look at it again and again: the held-out loss, and a few sketches, drawn in 12 steps from the same seeds.
@@ -721,8 +720,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-Between the two lines of the checkpoint lies what the text is worth: little where much is visible, most where little
-is. A *false* text can cost more than none at all: the model believes it. The right picture looks bad for a network that draws
+Between the two lines of the checkpoint lies what the right text is worth: little where much is visible, most where
+little is. A *false* text can cost more than none at all: the model believes it. The right picture looks bad for a network that draws
 well: most guesses name another code than the true one. Many codes look alike, so which one it was cannot be known, and
 need not be.
 
@@ -737,7 +736,9 @@ with torch.inference_mode():
     cost = torch.zeros(2, N)
     seen_by = torch.zeros(N)
     for seed in range(2 if FAST else 8):
-        m = random_mask(held_tokens, torch.full((64,), 0.7), torch.Generator().manual_seed(seed))
+        m = random_mask(
+            held_tokens, torch.full((len(held_tokens),), 0.7), torch.Generator().manual_seed(seed)
+        )
         for k, memory in enumerate((base.memory(null_text(said)), base.memory(said))):
             logits = base(held_tokens.masked_fill(m, base.mask_id), memory)
             each = torch.nn.functional.cross_entropy(
@@ -806,8 +807,8 @@ grid(
 
 # %% [markdown]
 r"""
-The *better* loss is the broken one. It learned to copy, and `[MASK]`, which it never saw, tells it nothing. The
-curve is the symptom: a masked loss that falls through the floor within minutes is no success. `minimuse doctor` has a
+Given some time, the *better* loss is the broken one. It learns to copy, and `[MASK]`, which it never sees, tells it
+nothing. The curve is the symptom: a masked loss that falls through the floor within minutes is no success. `minimuse doctor` has a
 test that needs no second training: hide one token, let its *true* value be each code in turn, and add up the
 probabilities that the model gives to what is true. They are one distribution, so the sum is 1, unless the model peeks.
 """

@@ -49,15 +49,9 @@ from minimuse.wants import matches, parse_prompt
 
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
 reader = Reader.from_pretrained()
-PROMPTS = [
-    f"a large {looks}" for looks in ("red cube", "blue sphere", "green cylinder", "yellow cube")
-]
-PROMPTS += [
-    "a large purple cylinder",
-    "a large gray sphere",
-    "a large cyan cube",
-    "a large red metal sphere",
-]
+PROMPTS = ["two red cubes", "a yellow cube left of a blue sphere", "a small red metal cube"]
+PROMPTS += ["two green cylinders", "a gray sphere and a red cylinder", "a small blue rubber sphere"]
+PROMPTS += ["a large brown metal cylinder", "a small yellow cylinder"]
 PROMPTS = PROMPTS[:3] if FAST else PROMPTS
 SIDE = 96 // muse.cfg.low_tokenizer.image_size  # pictures of sheets are drawn about 96 pixels wide
 
@@ -66,8 +60,9 @@ def coarse(prompts, n=1, seed=0, negative=None, **how):
     """Prompts -> n pictures of each by the base model alone, and their tokens."""
     with torch.inference_mode():
         for step in muse.decode(muse.jobs(prompts, n, seed, negative, {}), **how):
-            if not step.masked.any():
-                return muse.picture(step), step.tokens
+            if not step.masked.any():  # the base model is done
+                break
+        return muse.picture(step), step.tokens
 
 
 def is_right(images, prompts):
@@ -94,8 +89,9 @@ grid(plain, captions, columns=6, scale=SIDE)
 
 # %% [markdown]
 r"""
-Good pictures of *something*, most of them of what was asked for. Where one is wrong, it is often not by far: a shape
-that is neither quite a cube nor a cylinder, a second thing in a corner, a colour that changes halfway.
+Pictures of *something*, and a good part of them not of what was asked for. They are seldom wrong by far: one cube where
+there should be two, the wrong material, a colour that changes halfway. (The reader errs too, above all with small
+things at this resolution.)
 """
 
 # %% [markdown]
@@ -110,12 +106,16 @@ we shall see in section 3.
 # %%
 prompt = "a large red cube"
 with torch.inference_mode():
-    steps = (s for s in muse.steps(prompt, seed=1) if s.stage == "base")
-    half = next(s for s in steps if s.masked.float().mean() < 0.55)
+    steps = []
+    for step in muse.steps(prompt, seed=1):
+        steps.append(step)
+        if not step.masked.any():  # the base model is done
+            break
+    half, done = next(s for s in steps if s.masked.float().mean() < 0.55), steps[-1]
     text = muse.encoder.encode([prompt])
     cond, uncond = muse.base.memory(text), muse.base.memory(null_text(text))
     l_c, l_u = muse.base(half.tokens, cond), muse.base(half.tokens, uncond)
-p_c, p_u = l_c.softmax(-1), l_u.softmax(-1)
+p_c, p_u, g = l_c.softmax(-1), l_u.softmax(-1), muse.cfg.base.grid
 print("logits (B, N, V) with the text:", tuple(l_c.shape), "- and without:", tuple(l_u.shape))
 
 # %% [markdown]
@@ -126,7 +126,7 @@ without the text is, on average, by what the model with the text would draw ther
 $$D_i = \sum_{v} p_c(x_i = v)\,\log \frac{p_c(x_i = v)}{p_u(x_i = v)}$$
 
 We also take the place where it is largest, and look at the codes that either prediction likes there. A code has no
-name, but it has a look: we draw a small piece of a picture that is made of this code alone.
+name, but it has a look: below the bars is the piece of the finished picture that this code makes at that place.
 """
 
 
@@ -136,18 +136,26 @@ def told(p_c, p_u):
     return (p_c * (p_c.clamp(min=1e-12) / p_u.clamp(min=1e-12)).log()).sum(-1)
 
 
-def looks(codes):
-    """Codes (K,) -> one strip, a square a code."""
+def looks(codes, place):
+    """Codes (K,) -> one strip, a square a code: how it looks at this place of the finished picture."""
     with torch.inference_mode():
-        pictures = muse.low_tokenizer.decode(codes[:, None].expand(-1, muse.cfg.base.tokens))
-    a, b = pictures.shape[-1] // 2 - 4, pictures.shape[-1] // 2 + 4
-    return (pictures[:, :, a:b, a:b].clamp(-1, 1) / 2 + 0.5).permute(2, 0, 3, 1).flatten(1, 2)
+        pictures = muse.low_tokenizer.decode(
+            done.tokens.expand(len(codes), -1)
+            .index_fill(1, place, 0)
+            .scatter(1, place.expand(len(codes), 1), codes[:, None])
+        )
+    f = muse.low_tokenizer.downsampling
+    a, b = int(place) // g * f, int(place) % g * f
+    return (
+        (pictures[:, :, a : a + f, b : b + f].clamp(-1, 1) / 2 + 0.5)
+        .permute(2, 0, 3, 1)
+        .flatten(1, 2)
+    )
 
 
 kl = told(p_c, p_u)[0].masked_fill(~half.masked[0], float("nan"))
 place = int(kl.nan_to_num(-1).argmax())
 codes = (p_c + p_u)[0, place].topk(7).indices.sort().values
-g = muse.cfg.base.grid
 figure, axes = plt.subplot_mosaic(
     [["seen", "kl", "bars"], ["seen", "kl", "looks"]],
     figsize=(11, 3),
@@ -166,7 +174,7 @@ for k, (p, label) in enumerate([(p_u, "$p_u$, no text"), (p_c, "$p_c$, with text
     )
 axes["bars"].set(title="at the marked place", ylabel="probability", xticks=[], xlim=(-0.5, 6.5))
 axes["bars"].legend(fontsize=9)
-axes["looks"].imshow(looks(codes), extent=(-0.5, 6.5, 0, 1), aspect="auto")
+axes["looks"].imshow(looks(codes, torch.tensor([place])), extent=(-0.5, 6.5, 0, 1), aspect="auto")
 axes["looks"].set(
     yticks=[], xticks=range(7), xticklabels=codes.tolist(), xlabel="code, and its look"
 )
@@ -275,16 +283,20 @@ r"""
 ### Exercise 6.1: the other convention
 
 You have code that was written for $s$, and want to call it with it. Write guidance with the scale $s$, so that 1 is
-the plain conditional model. (The check asks in Muse's $t$, so the last line translates.) The stub confuses the two.
+the plain conditional model. (The check asks in Muse's $t$, so `in_muses_t` translates.) The stub confuses the two.
 """
 
 
 # %%
+def in_muses_t(fn):
+    return lambda cond, uncond, t: fn(cond, uncond, 1 + t)
+
+
 def my_guide(cond, uncond, s):
     return cond + s * (cond - uncond)  # your code: what should s = 1 give?
 
 
-check_guide(lambda cond, uncond, t: my_guide(cond, uncond, 1 + t))
+check_guide(in_muses_t(my_guide))
 
 
 # %% tags=["solution"]
@@ -292,7 +304,7 @@ def my_guide(cond, uncond, s):
     return uncond + s * (cond - uncond)
 
 
-check_guide(lambda cond, uncond, t: my_guide(cond, uncond, 1 + t))
+check_guide(in_muses_t(my_guide))
 
 # %% [markdown]
 r"""
@@ -392,25 +404,44 @@ grid(sheet, [f"t = {t:g}" for t in SCALES for _ in range(7)], columns=7, scale=S
 
 # %% [markdown]
 r"""
-Two things happen at once: more of the pictures show what was asked for, and they become alike. We measure both over
-several prompts. **Right** is the share that the reader agrees with. **Diversity** is the mean distance of two
-pictures of the same prompt, in the reader's features (its units mean nothing; compare, do not quote). Bars are 95%
-intervals.
+Two things happen at once: more of the pictures show what was asked for, and they become alike. Further up, damage sets
+in. We measure it.
+
+- **Right** is the share of pictures with everything that the prompt names, over the prompts above.
+- **Variety** needs something that a prompt leaves *open*. For prompts with a single large thing, we take the place where
+  it stands, as the reader sees it, and average the distance of two pictures of the same prompt (`metrics.diversity`
+  takes any features; these are x and depth).
+
+Bars are 95% intervals.
 """
 
 # %%
-asked = [p for p in PROMPTS for _ in range(PICTURES)]
+SINGLE = [
+    f"a large {looks}" for looks in ("red cube", "blue sphere", "green cylinder", "yellow cube")
+]
+SINGLE += [
+    "a large cyan cube",
+    "a large gray sphere",
+    "a large brown cylinder",
+    "a large red sphere",
+]
+SINGLE = SINGLE[:3] if FAST else SINGLE
 
 
 def measure(**how):
-    """How the base model draws -> (share right, diversity), each with its interval."""
-    images, _ = coarse(PROMPTS, n=PICTURES, seed=100, **how)
-    return share(is_right(images, asked), groups=asked), diversity(reader.features(images), asked)
+    """How the base model draws -> (share right, variety of place), each with its interval."""
+    asked = [p for p in PROMPTS for _ in range(PICTURES)]
+    verdicts = is_right(coarse(PROMPTS, n=PICTURES, seed=100, **how)[0], asked)
+    single = [p for p in SINGLE for _ in range(PICTURES)]
+    read = reader.read(coarse(SINGLE, n=PICTURES, seed=100, **how)[0])
+    best = [max(r.things, key=lambda thing: thing.confidence, default=None) for r in read]
+    places = torch.tensor([[t.x, t.depth] if t else [0.0, 0.0] for t in best])  # (n, 2)
+    return share(verdicts, groups=asked), diversity(places, single)
 
 
 constant = {t: measure(guidance=t) for t in SCALES}
 figure, axes = plt.subplots(1, 2, figsize=(9, 3))
-for k, (ax, name) in enumerate(zip(axes, ("share right", "diversity"), strict=True)):
+for k, (ax, name) in enumerate(zip(axes, ("share right", "variety of place"), strict=True)):
     found = [constant[t][k] for t in SCALES]
     reach = [[m.value - m.low for m in found], [m.high - m.value for m in found]]
     ax.errorbar(SCALES, [m.value for m in found], yerr=reach, fmt="o-", capsize=3, color=f"C{k}")
@@ -421,9 +452,10 @@ plt.show()
 
 # %% [markdown]
 r"""
-The price of guidance is diversity. That is no accident of this model: each step raises what is typical for the text
-and cuts off the rest. Past some point there is little left to gain on the left, and the right goes on falling. In the
-fast setting the intervals are wide; the full one tells more.
+Left, a hill: some guidance helps a lot, and too much undoes it. Right, what it costs. Each step raises what is typical
+for the text and cuts off the rest, and that takes places along that the text said nothing of. In the fast setting the
+intervals are wide; the full one tells more. Be careful with measures of variety at large scales: damage is varied, too,
+so a distance in pixels or features may well *rise* there.
 """
 
 # %% [markdown]
@@ -452,34 +484,53 @@ check_rising(my_rising)
 
 # %% [markdown]
 r"""
-**Predict, then run.** Three ways to spend the same mean scale: constant $t$; rising from 0 to $2t$; falling from $2t$
-to 0. One of them keeps far more diversity than the others. Which, and what does it pay?
+**Predict, then run.** Three ways to spend the same mean scale: constant at 3; rising from 0 to 6; falling from 6 to 0.
+The seeds are those of an unguided decode. Which of the three stays nearest to the unguided picture, and which parts from
+it first?
 """
 
 # %%
 from minimuse.cfg import rising
 
-MEANS = [3.0] if FAST else [1.5, 3.0, 6.0]
+ramps = {
+    "none": 0.0,
+    "rising, 0 to 6": rising(6.0),
+    "constant, 3": 3.0,
+    "falling, 6 to 0": rising(0.0, start=6.0),
+}
+drawn = {name: coarse(SINGLE, n=PICTURES, seed=50, guidance=t) for name, t in ramps.items()}
+free = drawn["none"][1]
+for name, (_, tokens) in drawn.items():
+    print(
+        f"{name:>15}: {(tokens == free).double().mean():5.1%} of the tokens are those of no guidance"
+    )
+few = min(7, len(free))
+sheet = [image for images, _ in drawn.values() for image in images[:few]]
+grid(sheet, [name for name in drawn for _ in range(few)], columns=few, scale=SIDE)
+
+# %% [markdown]
+r"""
+The first tokens decide where the thing will stand, and what is fixed stays fixed. A ramp that begins at 0 draws them as
+the plain model would, so the variety of the plain model is kept; guidance then sees to it that what was begun becomes
+what was asked for. A scale that begins high has the first word. The price of rising: what went wrong before guidance
+spoke up stays wrong. So neither number alone says which is better. Draw both:
+"""
+
+# %%
+MEANS = [3.0] if FAST else [1.0, 3.0, 6.0]
 series = {
     "constant": {f"{t:g}": measure(guidance=t) for t in MEANS},
     "rising": {f"0 to {2 * t:g}": measure(guidance=rising(2 * t)) for t in MEANS},
     "falling": {f"{2 * t:g} to 0": measure(guidance=rising(0.0, start=2 * t)) for t in MEANS},
     "none": {"0": constant[0.0]},
 }
-tradeoff(series, "share right", "diversity", lower=(False, False))
-
-# %%
-for name, points in series.items():
-    for label, (right, varied) in points.items():
-        print(f"{name:>9} {label:>8}: right {right}; diversity {varied.value:.2f}")
+tradeoff(series, "share right", "variety of place", lower=(False, False))
 
 # %% [markdown]
 r"""
-What is guided *early* decides. A picture's layout is fixed in the first steps, so a scale that begins high makes
-pictures alike, and one that begins at 0 leaves them as varied as they can be: falling and constant stand below,
-rising above. What rising pays is the pictures that went wrong before guidance spoke up: a token that is fixed stays
-fixed. Which point is best is no question of mathematics but of what you want. So a fair comparison of models shows the
-whole front, as notebook 11 does, and never one point.
+Up and right is better; points that nobody beats make the gray front. Mind the bars before you name a winner: so few
+pictures tell good from bad, and hardly one ramp from another. A fair comparison of models shows the whole front, as
+notebook 11 does, and never one point.
 """
 
 # %% [markdown]
@@ -530,8 +581,10 @@ guidance pushes away from that:
 
 $$\ell_g = (1 + t)\,\ell_c - t\,\ell_{\text{negative}} .$$
 
-We ask for a large sphere of no particular colour, many times, and count the colours. Then again, away from "a red
-sphere". The scale is constant here: a ramp that begins at 0 would listen to no negative prompt in the first steps.
+The scale is constant here: a ramp that begins at 0 would listen to no negative prompt in the first steps.
+
+**Predict, then run.** We ask for a large sphere of no particular colour, many times, and count the colours. Then again,
+away from "a red sphere". Which colours take red's place: all others alike, or some of them?
 """
 
 
@@ -577,9 +630,10 @@ grid(
 
 # %% [markdown]
 r"""
-Red goes. But see what else the pictures do: a negative prompt says "a red *sphere*", and a part of what is pushed
-away is *sphere*. What the two texts share is weakened too, so that shapes become less clear. Name in a negative
-prompt only what you do not want.
+Not all others alike. A negative prompt says nothing of what is wanted instead; the pictures move *away*, and so they
+arrive at what is farthest: the colours that are least like red, whatever there was of red before. And "a red
+*sphere*" also pushes away from *sphere*: what both texts share is weakened, so that shapes become less clear. Name in a
+negative prompt only what you do not want.
 
 **Predict, then run.** What does a model draw if the negative prompt is *the prompt itself*, at a scale of 5? Noise?
 Anything but the prompt? The opposite of it?
@@ -616,20 +670,17 @@ its distributions, where it has learned little.
 """
 
 # %%
-extreme = [3.0, 20.0, 100.0, 1000.0]
-sheet, perplexity = [], []
-for t in extreme:
-    images, tokens = coarse("a large blue sphere", n=6, seed=11, guidance=t)
-    sheet += images
-    p = torch.bincount(tokens.flatten(), minlength=muse.cfg.base.codebook_size) / tokens.numel()
-    perplexity.append(torch.special.entr(p).sum().exp().item())
+extreme = [0.0, 3.0, 20.0, 1000.0]
+WANTED = "a large blue sphere"
+made = {t: coarse(WANTED, n=6, seed=11, guidance=t) for t in extreme}
+sheet = [image for images, _ in made.values() for image in images]
 grid(sheet, [f"t = {t:g}" for t in extreme for _ in range(6)], columns=6, scale=SIDE)
 
 # %% [markdown]
 r"""
-Colours saturate, surfaces turn into patches of few codes, edges break. Two numbers make it plain: what the model
-*itself*, without guidance, thinks of these pictures (the bound of notebook 4, in nats a token: higher is stranger),
-and how many codes they amount to.
+Edges fray, scraps lie on the floor, and the rows for 20 and 1000 are nearly the same: the limit is reached. What does
+the model *itself*, without guidance, think of these pictures? We take the bound of notebook 4, in nats a token; higher
+is stranger. The dotted line is what tokens cost that are drawn with closed eyes, all codes alike: $\ln V$.
 """
 
 # %%
@@ -637,34 +688,24 @@ from minimuse.masking import likelihood_bound
 
 strange = []
 with torch.inference_mode():
-    for t in extreme:
-        _, tokens = coarse("a large blue sphere", n=6, seed=11, guidance=t)
-        memory = muse.base.memory(muse.encoder.encode(["a large blue sphere"] * 6))
-        draws = [
-            likelihood_bound(
-                lambda x, memory=memory: muse.base(x, memory),
-                tokens,
-                muse.base.mask_id,
-                torch.Generator().manual_seed(seed),
-            )
-            for seed in range(2 if FAST else 16)
-        ]
-        strange.append(torch.stack(draws).mean().item())
-figure, axes = plt.subplots(1, 2, figsize=(9, 2.8))
-for k, (ax, values, label) in enumerate(
-    [
-        (axes[0], strange, "nats a token, plain model"),
-        (axes[1], perplexity, "codes in use (perplexity)"),
-    ]
-):
-    ax.plot(extreme, values, "o-", color=f"C{k}")
-    ax.set(xscale="log", xlabel="guidance scale t", ylabel=label, ylim=(0, None))
+    memory = muse.base.memory(muse.encoder.encode([WANTED] * 6))
+    for _, tokens in made.values():
+        draws = [torch.Generator().manual_seed(seed) for seed in range(4 if FAST else 32)]
+        plain = lambda x: muse.base(x, memory)  # noqa: E731
+        each = [likelihood_bound(plain, tokens, muse.base.mask_id, draw) for draw in draws]
+        strange.append(torch.stack(each).mean().item())
+figure, ax = plt.subplots(figsize=(6, 3))
+ax.plot(extreme, strange, "o-")
+ax.axhline(torch.tensor(float(muse.cfg.base.codebook_size)).log(), color="k", lw=1, ls=":")
+ax.set_xscale("symlog", linthresh=1)
+ax.set_xticks(extreme, [f"{t:g}" for t in extreme])
+ax.set(xlabel="guidance scale t", ylabel="nats a token, plain model", ylim=(0, None))
 plt.show()
 
 # %% [markdown]
 r"""
-The model finds its own strongly guided pictures hard to believe. Where exactly it tips over depends on the model:
-one that was trained longer stands more. The paper's models end at a $t$ of a few.
+The model finds its own strongly guided pictures hard to believe, and far out about as hard as noise. Where it tips over
+depends on the model: one that was trained longer stands more.
 
 ### The wrong convention
 
@@ -706,9 +747,9 @@ r"""
 - The network predicts with the text and without it, since in training 10% of the texts were removed.
 - Guidance adds the difference of the logits $t$ more times. In probabilities: it multiplies with the $t$-th power of
   an implied classifier, so codes win that are *telling*, not those that are likely.
-- More of it makes pictures more faithful and more alike. A ramp that begins at 0 keeps the variety, since layouts are
-  decided early.
-- A negative prompt takes the place of "no text". A prompt against itself cancels.
+- Some of it makes pictures more faithful, and costs variety. A ramp that begins at 0 leaves the first steps alone, in
+  which layouts are decided.
+- A negative prompt takes the place of "no text", and leads to what is farthest from it. A prompt against itself cancels.
 - Far too much of it leaves what the model knows.
 - There are two conventions, $s = 1 + t$.
 """

@@ -76,7 +76,7 @@ world = MixtureWorld(0.97 * right + 0.03 * (1 - right))
 
 def tiles(rows, titles):
     """A list of tokens (6, 64) each -> a row of six icons under each title."""
-    figure, axes = plt.subplots(len(rows), 6, figsize=(6, 1.05 * len(rows)))
+    _, axes = plt.subplots(len(rows), 6, figsize=(6, 1.05 * len(rows)))
     for line, tokens, title in zip(axes, rows, titles, strict=True):
         for ax, one in zip(line, tokens, strict=True):
             ax.imshow(one.view(8, 8), cmap="gray_r", vmin=0, vmax=1.3)
@@ -170,8 +170,9 @@ def base_steps(prompt, seed=0, **how):
     found = []
     for step in muse.steps(prompt, seed=seed, **how):
         found.append(step)
-        if not step.masked.any():
-            return found
+        if not step.masked.any():  # the base model is done; super-resolution would follow
+            break
+    return found
 
 
 steps = base_steps("a large blue cube", seed=5)
@@ -240,7 +241,7 @@ for name in names:
 r"""
 The first step works blind: what it fixes together is drawn independently, and the fewer there are, the less can
 clash. In the last, most of the picture stands, hardly anything is left to decide, and many tokens at once do no harm.
-`sqrt` does the opposite: more than half is decided in the dark. We count what that costs. The reader of notebook 1
+`sqrt` does the opposite: half of all is decided in the first step. We count what that costs. The reader of notebook 1
 says which pictures show what was asked for; bars are 95% intervals.
 """
 
@@ -250,9 +251,24 @@ from minimuse.reader import Reader
 from minimuse.wants import matches, parse_prompt
 
 reader = Reader.from_pretrained()
-PROMPTS = ["a large red cube", "two gray spheres", "a small yellow cylinder", "a yellow cube left of a blue sphere"]
-PROMPTS += ["a blue sphere", "two red cubes", "a small cyan cube", "a gray sphere and a red cylinder"]
-PROMPTS += ["a small red metal cube", "two green cylinders", "a large brown metal cylinder", "a small blue rubber sphere"]
+PROMPTS = [
+    "a large red cube",
+    "two gray spheres",
+    "a small yellow cylinder",
+    "a yellow cube left of a blue sphere",
+]
+PROMPTS += [
+    "a blue sphere",
+    "two red cubes",
+    "a small cyan cube",
+    "a gray sphere and a red cylinder",
+]
+PROMPTS += [
+    "a small red metal cube",
+    "two green cylinders",
+    "a large brown metal cylinder",
+    "a small blue rubber sphere",
+]
 PROMPTS = PROMPTS[:3] if FAST else PROMPTS
 asked = [p for p in PROMPTS for _ in range(PICTURES)]
 
@@ -261,8 +277,9 @@ def coarse(prompts, n=1, seed=0, **how):
     """Prompts -> n pictures of each by the base model alone."""
     with torch.inference_mode():
         for step in muse.decode(muse.jobs(prompts, n, seed, None, {}), **how):
-            if not step.masked.any():
-                return muse.picture(step)
+            if not step.masked.any():  # the base model is done
+                break
+        return muse.picture(step)
 
 
 def right_share(**how):
@@ -360,7 +377,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-It jumps from 1 step to a few, and then it is over: the rest lies within the intervals. More steps can only mend what
+It rises steeply within the first few steps, and then it is over: the rest lies within the intervals. More steps can only mend what
 comes from drawing together. The errors that are left are the model's own, and no sampler mends those. That is why
 Muse is fast: a good part of the passes that a one-by-one decoder makes are spent on tokens that nobody doubted.
 """
@@ -443,14 +460,16 @@ bars(axes[0], list(found.values()), fmt="o")
 axes[0].set_xticks(range(len(found)), list(found), fontsize=8)
 axes[0].set(title="the trained model, 6 steps", xlim=(-0.5, len(found) - 0.5))
 chain = ChainWorld.sticky(n=64, codebook_size=4, stay=0.8)
-cost = compare(chain, orders=["raster", "random", "halton"], steps=[4, 8, 16, 32], samples=64 if FAST else 1024)
+cost = compare(
+    chain, orders=["raster", "random", "halton"], steps=[4, 8, 16, 32], samples=64 if FAST else 1024
+)
 cost.plot(ax=axes[1])
 axes[1].set_title("an exact world of like neighbours", fontsize=11)
 plt.show()
 
 # %% [markdown]
 r"""
-Left, intervals overlap: so many pictures tell bad from good, but not good from best. Right, an exact world again: a
+Left, the intervals overlap: this many pictures tell good from bad, but not good from better. Right, an exact world again: a
 chain in which a token mostly repeats the one before it. There the sampler's error can be computed (KL divergence from
 the world, nats a token). **Raster** fixes *neighbours* together, and they need each other most: its error is by far
 the largest. Halton's places lie far apart, so its is the least. One token a step, every order is exact. Which order is
@@ -513,8 +532,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-**Predict, then run.** With no noise at all, and the same number of steps: will pictures be better, since the model
-always fixes what it is surest of? Look at shapes and at how much there is to see.
+**Predict, then run.** With no noise at all, and the same seeds: will the pictures of a row be more alike, less, or just
+as much? After all, codes are drawn at random in each of them either way.
 """
 
 # %%
@@ -530,7 +549,9 @@ from minimuse.metrics import diversity
 by_noise, varied = [], []
 for tau in TAUS:
     images = coarse(PROMPTS, n=PICTURES, seed=100, choice_temperature=tau)
-    verdicts = [matches(r, parse_prompt(p)).right for r, p in zip(reader.read(images), asked, strict=True)]
+    verdicts = [
+        matches(r, parse_prompt(p)).right for r, p in zip(reader.read(images), asked, strict=True)
+    ]
     by_noise.append(share(verdicts, groups=asked))
     varied.append(diversity(reader.features(images), asked))
 figure, axes = plt.subplots(1, 2, figsize=(10, 3))
@@ -545,7 +566,12 @@ print("this checkpoint's own:", muse.cfg.base_sampling.choice_temperature)
 
 # %% [markdown]
 r"""
-NOISE_TEXT
+Look at the rows first. Without noise, different seeds make much the same picture: the surest places are always the same
+ones, and among the codes that were drawn there, the likely ones win. Noise gives the others a chance, so that things
+come to stand elsewhere. At $\tau = 50$ hardly anything but chance is left of the ranking: that is the order *random*.
+
+So noise is a dial for variety, and what it costs in right pictures is for your intervals to say. But note what "without
+noise" did: it *changed what is drawn*, not only when. The next section catches that in the exact world.
 """
 
 # %% [markdown]
@@ -766,7 +792,9 @@ for name, fn in (("as it is", decode), ("noise on p", on_p)):
     blank, g0 = torch.full((4000, 2), 100), torch.Generator().manual_seed(0)
     how = {"mask_id": 100, "steps": 2, "choice_temperature": 1.0, "sampling_temperature": 0.0}
     begun = next(fn(lambda tokens, u: unsure, blank, generator=g0, **how))
-    print(f"{name:>11}: the unsure place is first in {begun.revealed[:, 1].double().mean():.1%} of 4000 decodes")
+    print(
+        f"{name:>11}: the unsure place is first in {begun.revealed[:, 1].double().mean():.1%} of 4000 decodes"
+    )
 
 # %% [markdown]
 r"""
