@@ -118,7 +118,10 @@ r"""
 Where tokens are visible, they mostly win: they say more about their neighbours than a sentence can. The text decides
 where nothing is seen. (The two pictures on the right are blurred for a reason that notebook 7 is about: the likeliest
 code of each place *by itself* is no picture.)
+"""
 
+# %% [markdown]
+r"""
 ## 1. Tokens get places
 
 A transformer treats its input as a *set*. So each token brings its place along: the vector of code $x_i$, plus one
@@ -175,7 +178,10 @@ plt.show()
 r"""
 Blue is alike. The comparison makes a cross, since a place shares its row vector with its row and its column vector
 with its column; it is most like itself and its neighbours. Training keeps that, and moves it to where it helps.
+"""
 
+# %% [markdown]
+r"""
 ## 2. Tokens look at each other
 
 In **self-attention** every token asks a question $q$, offers a key $k$ and a value $v$, each a linear map of its vector,
@@ -227,7 +233,10 @@ r"""
 Far from none: nothing here is causal. There is no order of tokens, so every hidden place may use every visible one, on
 all sides; those far from the cross just make less of it. That is what an autoregressive model gives up, and why this
 one can repaint a hole in the middle.
+"""
 
+# %% [markdown]
+r"""
 ## 3. Tokens read the text
 
 **Cross-attention** is the same formula, but keys and values come from the *memory*: the vectors of the text, projected
@@ -261,7 +270,10 @@ print("         attend (B, 1, 1, M), the second prompt:", memory.attend[1, 0, 0]
 # %% [markdown]
 r"""
 `memory` is computed once for a picture, and used in all steps of its decode: the text does not change while tokens do.
+"""
 
+# %% [markdown]
+r"""
 ### Exercise 5.1: attention
 
 Write it for several heads, with padding: `attend` is `True` where the memory may be looked at. The stub has the
@@ -328,7 +340,10 @@ plt.show()
 # %% [markdown]
 r"""
 The paper's 3B model has the same parts: 48 layers of width 2048. Nearly all of it is in the layers there.
+"""
 
+# %% [markdown]
+r"""
 ## 5. What attention sees
 
 Weights of attention can be looked at. Hooks on the layers catch the questions and keys as they pass by; the softmax is
@@ -451,7 +466,10 @@ plt.show()
 r"""
 Each picture has a scale of its own. The heads differ: some look close by, some far off, some spread over much of the
 picture. Nobody told them to share the work; it is what training made of them.
+"""
 
+# %% [markdown]
+r"""
 ## 6. Before the first step
 
 Now we train one. It has nano's size, and learns the tokens of the tokenizer above. Two numbers say what its loss can
@@ -461,7 +479,10 @@ be compared with.
 picture, costs the entropy of the tokens' histogram, the *unigram entropy*
 
 $$H = -\sum_{v} p(v) \ln p(v) .$$
+"""
 
+# %% [markdown]
+r"""
 ### Exercise 5.2: unigram entropy
 
 Write it, in nats, for tokens $(n, N)$ of $n$ pictures. Codes that never occur must do no harm. The stub answers with
@@ -764,7 +785,10 @@ plt.show()
 r"""
 The picture's rim is cheap: sky above, floor below. The price is paid in the middle, where things stand, and that is
 also where the text earns its keep.
+"""
 
+# %% [markdown]
+r"""
 ## What failure looks like
 
 A line of `MaskedLoss` puts `[MASK]` where tokens are hidden. Forget it, and the model is *shown* the answers. Nothing
@@ -826,7 +850,10 @@ for name, loss in (("right", MaskedLoss(student)), ("leaky", broken.MaskedLoss(l
 # %% [markdown]
 r"""
 (In the fast setting the leaky one has hardly begun to copy; in full its sum runs far above 1.)
+"""
 
+# %% [markdown]
+r"""
 ## Summary
 
 - The base transformer turns tokens, some of them `[MASK]`, and a text into logits for every place, in one pass.

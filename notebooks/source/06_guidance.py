@@ -139,13 +139,11 @@ def told(p_c, p_u):
 def looks(codes, place):
     """Codes (K,) -> one strip, a square a code: how it looks at this place of the finished picture."""
     with torch.inference_mode():
-        pictures = muse.low_tokenizer.decode(
-            done.tokens.expand(len(codes), -1)
-            .index_fill(1, place, 0)
-            .scatter(1, place.expand(len(codes), 1), codes[:, None])
-        )
+        tokens = done.tokens.repeat(len(codes), 1)
+        tokens[:, place] = codes
+        pictures = muse.low_tokenizer.decode(tokens)
     f = muse.low_tokenizer.downsampling
-    a, b = int(place) // g * f, int(place) % g * f
+    a, b = place // g * f, place % g * f
     return (
         (pictures[:, :, a : a + f, b : b + f].clamp(-1, 1) / 2 + 0.5)
         .permute(2, 0, 3, 1)
@@ -174,7 +172,7 @@ for k, (p, label) in enumerate([(p_u, "$p_u$, no text"), (p_c, "$p_c$, with text
     )
 axes["bars"].set(title="at the marked place", ylabel="probability", xticks=[], xlim=(-0.5, 6.5))
 axes["bars"].legend(fontsize=9)
-axes["looks"].imshow(looks(codes, torch.tensor([place])), extent=(-0.5, 6.5, 0, 1), aspect="auto")
+axes["looks"].imshow(looks(codes, place), extent=(-0.5, 6.5, 0, 1), aspect="auto")
 axes["looks"].set(
     yticks=[], xticks=range(7), xticklabels=codes.tolist(), xlabel="code, and its look"
 )
@@ -186,8 +184,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-Gray (left) and white (middle) places do not matter: gray ones are still to be filled, white ones are fixed. Over most
-of the floor the text says nothing at all. What it says, it says where the cube may be, and there it moves probability
+Gray (left) and white (middle) places do not matter: gray ones are still to be filled, white ones are fixed. On
+the far floor the text says next to nothing. What it says, it says where the cube may be, and there it moves probability
 to other codes. The model uses the text; the question is whether it uses it *enough*.
 """
 
@@ -253,7 +251,7 @@ plt.show()
 # %% [markdown]
 r"""
 The second. The first is as likely without the text, so it is no sign of the text: its ratio is 1, and guidance
-leaves it where it was. The second becomes three times as likely by the text. In the limit only the *ratio* counts,
+gives it no lift. The second becomes three times as likely by the text. In the limit only the *ratio* counts,
 not the probability: guidance does not make the model surer, it makes it more telling. Keep that in mind for what
 happens at large $t$.
 """
@@ -462,7 +460,7 @@ so a distance in pixels or features may well *rise* there.
 r"""
 ### Exercise 6.3: a ramp
 
-Muse lets $t$ rise linearly through the decode, "diversity at first, fidelity at the end". Progress $u$ goes from 0 at
+Muse lets $t$ rise linearly through the decode: diversity at first, fidelity at the end. Progress $u$ goes from 0 at
 the first step to 1 at the last. Write a function that makes such a ramp from `start` to `t`.
 """
 
@@ -678,7 +676,7 @@ grid(sheet, [f"t = {t:g}" for t in extreme for _ in range(6)], columns=6, scale=
 
 # %% [markdown]
 r"""
-Edges fray, scraps lie on the floor, and the rows for 20 and 1000 are nearly the same: the limit is reached. What does
+Edges fray, scraps lie on the floor, and the rows for 20 and 1000 look much the same: the limit is near. What does
 the model *itself*, without guidance, think of these pictures? We take the bound of notebook 4, in nats a token; higher
 is stranger. The dotted line is what tokens cost that are drawn with closed eyes, all codes alike: $\ln V$.
 """

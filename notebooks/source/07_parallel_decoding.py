@@ -56,7 +56,10 @@ Half of what is drawn does not exist. Nothing is wrong with the model; what is w
 $$p(x_1, x_2) \;\neq\; p(x_1)\,p(x_2).$$
 
 Draw the first, *look again*, draw the second, and all is well: $p(x_1)\,p(x_2 \mid x_1)$ is exact.
+"""
 
+# %% [markdown]
+r"""
 Now in pictures. Here is a world of four icons on a grid of 8 x 8 tokens, two codes each; every token of a
 picture is the wrong one with a probability of 3%. `MixtureWorld` knows *every* conditional probability of it exactly,
 so it can play the part of a perfectly trained network.
