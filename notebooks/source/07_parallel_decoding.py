@@ -156,7 +156,7 @@ Four questions are answered in it, each by an argument that you can replace:
 |---|---|---|
 | *how many* are fixed | `schedule` | a cosine |
 | *which* | `order` | those that the model is surest of |
-| *how noisy* is the ranking | `choice_temperature` | noisy at first, then less and less |
+| *how noisy* is the ranking | `choice_temperature` | none in the paper; our checkpoints take MaskGIT's, which falls to 0 |
 | *what* is drawn | `sampling_temperature`, `top_k` | a fair draw |
 
 The next sections take them one by one. First, a whole decode of the trained base model.
@@ -243,7 +243,7 @@ for name in names:
 # %% [markdown]
 r"""
 The first step works blind: what it fixes together is drawn independently, and the fewer there are, the less can
-clash. In the last, most of the picture stands, hardly anything is left to decide, and many tokens at once do no harm.
+clash. In the last, most of the picture stands, hardly anything is left to decide, and many tokens at once do little harm.
 `sqrt` does the opposite: half of all is decided in the first step. We count what that costs. The reader of notebook 1
 says which pictures show what was asked for; bars are 95% intervals.
 """
@@ -259,14 +259,10 @@ PROMPTS = [
     "two gray spheres",
     "a small yellow cylinder",
     "a yellow cube left of a blue sphere",
-]
-PROMPTS += [
     "a blue sphere",
     "two red cubes",
     "a small cyan cube",
     "a gray sphere and a red cylinder",
-]
-PROMPTS += [
     "a small red metal cube",
     "two green cylinders",
     "a large brown metal cylinder",
@@ -380,9 +376,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-It rises steeply within the first few steps, and then it is over: the rest lies within the intervals. More steps can only mend what
-comes from drawing together. The errors that are left are the model's own, and no sampler mends those. That is why
-Muse is fast: a good part of the passes that a one-by-one decoder makes are spent on tokens that nobody doubted.
+It rises steeply within the first few steps, and then it is over: the rest lies within the intervals. More steps can
+only mend what comes from drawing together. The errors that are left are the model's own, and no number of steps mends
+those. That is why Muse is fast: most passes of a one-by-one decoder are spent on tokens that nobody doubted.
 """
 
 # %% [markdown]
@@ -509,7 +505,7 @@ check_margin(my_margin)
 r"""
 ## 6. How noisy
 
-A strict ranking is the same in every decode of a prompt: the surest places are always the empty ones. So MaskGIT adds
+A strict ranking is much the same in every decode of a prompt: the surest places are the empty ones. So MaskGIT adds
 noise to the scores,
 
 $$\text{score}_i = \log p(\text{drawn}_i) + \tau\, g_i, \qquad g_i = -\log(-\log \text{uniform}_i),$$
@@ -780,8 +776,9 @@ grid(sheet, ["as it is"] * 7 + ["redrawn"] * 7 + ["noise on p"] * 7, columns=7, 
 
 # %% [markdown]
 r"""
-*Redrawn* is a one-step decode in disguise: whatever was agreed upon is drawn again at the end, all at once. (When
-inpainting, it paints over the picture that was given.) *Noise on p* does not show at all: it is nearly a random
+*Redrawn* asks the model about tokens that it can see. The loss never counted those (notebook 4), so the answers are
+arbitrary, and they take the place of what was fixed. (When inpainting, they paint over the picture that was given.)
+*Noise on p* does not show at all: it is nearly a random
 order, since probabilities lie between 0 and 1, and noise does not. Pictures tell the first and hide the second. What
 finds both is a check of the property that is broken. For the second: two places, one sure (90%), one with 100 codes
 alike (1% each). How often is the *unsure* one fixed first?
