@@ -418,3 +418,57 @@ def check_world(fn: Given) -> Iterator[str]:
     e = torch.rand(1, 4, 2, generator=_seeded()).double()
     weights = e[0, torch.arange(4), every].prod(1)  # (16,)
     _same("log_evidence(e) of random e", world.log_evidence(e), (log_p.exp() * weights).sum().log()[None])
+
+
+# --- orders -----------------------------------------------------------------------------------------------------------
+
+
+@_check
+def check_margin(fn: Given) -> Iterator[str]:
+    """fn(logits (B, N, V), drawn (B, N), masked (B, N), u) -> scores (B, N): as `sampler.margin`."""
+    for name, p, drawn in [
+        ("two codes alike are no margin", [[0.4, 0.4, 0.2]], 0),
+        ("it is the first less the second", [[0.6, 0.3, 0.1]], 0),
+        ("codes may come in any order", [[0.1, 0.3, 0.6]], 2),
+        ("what was drawn does not count", [[0.6, 0.3, 0.1]], 2),
+        ("each token has its own", [[0.6, 0.3, 0.1], [0.5, 0.5, 0.0]], 0),
+    ]:
+        yield name
+        logits, tokens = torch.tensor([p]).clamp(min=1e-9).log() + 3, torch.full((1, len(p)), drawn)
+        first, second = torch.tensor([p]).topk(2).values.unbind(-1)
+        call = f"fn(logits log {p} + 3, drawn {tokens.tolist()})"
+        _same(call, fn(logits, tokens, tokens >= 0, 0.5), first - second)
+
+
+# --- the base transformer ---------------------------------------------------------------------------------------------
+
+
+@_check
+def check_attention(fn: Given) -> Iterator[str]:
+    """fn(q (B, H, N, d), k, v (B, H, M, d), attend (B, 1, 1, M) bool) -> (B, H, N, d), True = may be looked at."""
+    for name, q, k, v, attend in [
+        ("keys alike: the mean of the values", [[0.0]], [[1.0], [1.0]], [[2.0], [4.0]], [1, 1]),
+        ("weights are a softmax over the memory", [[1.0]], [[2.0], [0.0]], [[1.0], [0.0]], [1, 1]),
+        ("scores are divided by sqrt(d)", [[1.0] * 4], [[1.0] * 4, [0.0] * 4], [[1.0] * 4, [0.0] * 4], [1, 1]),
+        ("each query has its own weights", [[1.0], [-1.0]], [[2.0], [0.0]], [[1.0], [0.0]], [1, 1]),
+        ("what is not attended does not count", [[1.0]], [[0.0], [9.0]], [[3.0], [5.0]], [1, 0]),
+    ]:
+        yield name
+        given = [torch.tensor(x)[None, None] for x in (q, k, v)]
+        may = torch.tensor(attend).bool()[None, None, None]
+        call = f"fn(q {q}, k {k}, v {v}, attend {attend})"
+        _same(call, fn(*given, may), F.scaled_dot_product_attention(*given, attn_mask=may))
+
+
+@_check
+def check_unigram(fn: Given) -> Iterator[str]:
+    """fn(tokens (n, N), codebook_size) -> nats: as `validation.unigram_entropy`."""
+    for name, tokens, size, want in [
+        ("one code alone has none", [[0, 0]], 1, 0.0),
+        ("two codes, equally common, have log 2", [[0, 1]], 2, math.log(2)),
+        ("codes that never occur do no harm", [[0, 3]], 8, math.log(2)),
+        ("how common each is counts", [[0, 0, 0, 1]], 2, 2 * math.log(2) - 0.75 * math.log(3)),
+        ("it is of all pictures together", [[0, 0], [1, 1]], 2, math.log(2)),
+    ]:
+        yield name
+        _same(f"fn(tokens {tokens}, {size})", fn(torch.tensor(tokens), size), want)

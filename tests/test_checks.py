@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimuse import cfg, checks, editing, masking, sampler, transformer
+from minimuse import cfg, checks, editing, masking, sampler, transformer, validation
 from minimuse.muse import Muse
 from minimuse.text import Context
 from minimuse.vqgan import VectorQuantizer
@@ -74,6 +74,9 @@ OURS = {
     "check_token_mask": editing.token_mask,
     "check_order": board,
     "check_world": Corners,
+    "check_margin": sampler.margin,
+    "check_attention": lambda q, k, v, attend: F.scaled_dot_product_attention(q, k, v, attn_mask=attend),
+    "check_unigram": validation.unigram_entropy,
 }
 
 
@@ -304,6 +307,54 @@ WRONG = [
         "check_token_mask",
         lambda repaint, f: editing.token_mask(repaint.transpose(1, 2), f),
         "one pixel masks its token",
+    ),
+    ("check_margin", lambda logits, *_: logits.softmax(-1).amax(-1), "two codes alike are no margin"),
+    ("check_margin", lambda logits, *_: logits.topk(2).values.diff().neg()[..., 0], "it is the first less the second"),
+    ("check_margin", lambda logits, *_: logits[..., 0].exp() - logits[..., 1].exp(), "it is the first less the second"),
+    (
+        "check_margin",
+        lambda logits, *_: (logits.softmax(-1)[..., 0] - logits.softmax(-1)[..., 1]).abs(),
+        "codes may come in any order",
+    ),
+    (
+        "check_margin",
+        lambda logits, drawn, *_: sampler.margin(logits, drawn, None, 0.0) * (drawn == logits.argmax(-1)),
+        "what was drawn does not count",
+    ),
+    ("check_attention", lambda q, k, v, attend: (q @ k.mT).sigmoid() @ v, "weights are a softmax over the memory"),
+    ("check_attention", lambda q, k, v, attend: (q @ k.mT).softmax(-1) @ v, "scores are divided by sqrt(d)"),
+    ("check_attention", lambda q, k, v, attend: v.mean(2, keepdim=True), "weights are a softmax over the memory"),
+    (
+        "check_attention",
+        lambda q, k, v, attend: F.scaled_dot_product_attention(q[:, :, :1], k, v).expand(*q.shape[:3], v.shape[-1]),
+        "each query has its own weights",
+    ),
+    (
+        "check_attention",
+        lambda q, k, v, attend: F.scaled_dot_product_attention(q, k, v),
+        "what is not attended does not count",
+    ),
+    (
+        "check_attention",
+        lambda q, k, v, attend: F.scaled_dot_product_attention(q, k * attend.mT, v * attend.mT),
+        "what is not attended does not count",
+    ),
+    ("check_unigram", lambda tokens, size: math.log(size), "codes that never occur do no harm"),
+    (
+        "check_unigram",
+        lambda tokens, size: -sum(p * p.log2() for p in tokens.unique(return_counts=True)[1] / tokens.numel()),
+        "two codes, equally common, have log 2",
+    ),
+    (
+        "check_unigram",
+        lambda tokens, size: -sum(p * p.log() for p in tokens.flatten().bincount(minlength=size) / tokens.numel()),
+        "codes that never occur do no harm",
+    ),
+    ("check_unigram", lambda tokens, size: math.log(len(tokens.unique())), "how common each is counts"),
+    (
+        "check_unigram",
+        lambda tokens, size: sum(validation.unigram_entropy(row, size) for row in tokens) / len(tokens),
+        "it is of all pictures together",
     ),
 ]
 
