@@ -39,7 +39,7 @@ def show(*things: Any) -> Source:
     """Functions, classes or methods of the package -> their source, each under the name of its file."""
     parts = []
     for thing in things:
-        path = Path(inspect.getsourcefile(thing))
+        path = Path(inspect.getsourcefile(inspect.unwrap(thing)))
         parts.append(f"# {path.parent.name}/{path.name}\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}")
     return Source("\n\n\n".join(parts))
 

@@ -130,19 +130,24 @@ def film(muse: "Muse", steps: Sequence["Step"], row: int = 0, most: int = 12) ->
 class Animation(bytes):
     """A GIF: frames of one size, `ms` milliseconds each, the last for a second and a half; then again.
 
-    In a notebook it plays. >>> Path("film.gif").write_bytes(Animation(frames))
+    In a notebook it plays, about 240 pixels wide. >>> Path("film.gif").write_bytes(Animation(frames))
     """
 
-    def __new__(cls, frames: Sequence[Image.Image], ms: int = 250):
+    def __new__(cls, frames: Sequence[Image.Image], ms: int = 250) -> "Animation":
         if not frames or len({frame.size for frame in frames}) > 1:
             raise ValueError(f"frames of {sorted({f.size for f in frames})} pixels: expected at least one, of one size")
-        frames, file = [frame.convert("RGB").quantize(128) for frame in frames], io.BytesIO()
-        times = [ms] * (len(frames) - 1) + [1500]
-        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
-        return super().__new__(cls, file.getvalue())
+        few, file = [frame.convert("RGB").quantize(128, dither=0) for frame in frames], io.BytesIO()
+        few[0].save(file, "GIF", save_all=True, append_images=few[1:], loop=0, duration=[ms] * (len(few) - 1) + [1500])
+        made = super().__new__(cls, file.getvalue())
+        made.width = frames[0].width * max(1, round(240 / frames[0].width))
+        return made
+
+    def __repr__(self) -> str:
+        return f"<Animation, a GIF of {len(self):,} bytes>"
 
     def _repr_html_(self) -> str:
-        return f'<img alt="animation" src="data:image/gif;base64,{base64.b64encode(self).decode()}">'
+        source = f"data:image/gif;base64,{base64.b64encode(self).decode()}"
+        return f'<img alt="animation" width="{self.width}" style="image-rendering: pixelated" src="{source}">'
 
 
 def style() -> None:

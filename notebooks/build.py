@@ -1,4 +1,4 @@
-"""Notebooks from their sources: python notebooks/build.py [01_tour ...] [--fast]
+"""Notebooks from their sources: python notebooks/build.py [01_tour ...] [--fast | --text]
 
     source/NN_name.py, cells in percent format --notebook--> cells --execute--> NN_name.ipynb with its outputs
 
@@ -28,7 +28,7 @@ import importlib.util
 import subprocess
 import sys
 
-SOURCE = "..[offline]"  # the clone that this notebook lies in; or "minimuse[offline] @ git+https://" and its address
+SOURCE = "..[offline]"  # this notebook's clone; or "minimuse[offline] @ git+https://" and where it is
 if importlib.util.find_spec("minimuse") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", SOURCE], check=True)"""
 
@@ -89,13 +89,20 @@ def notebook(name: str) -> nbformat.NotebookNode:
 
 
 def execute(nb: nbformat.NotebookNode, fast: bool = False, timeout: int = 1800) -> nbformat.NotebookNode:
-    """Run all cells in a fresh kernel and an empty folder, in place; CellExecutionError at the first that fails."""
+    """Run all cells in a fresh kernel and an empty folder, in place; CellExecutionError at the first that fails.
+
+    The kernel imports the minimuse beside this folder, whatever is installed.
+    """
     env = {k: v for k, v in os.environ.items() if k not in ("MINIMUSE_FAST", "MPLBACKEND")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), env.get("PYTHONPATH")]))
     env |= {"MINIMUSE_FAST": "1"} if fast else {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run = {"timeout": timeout, "kernel_name": "python3", "resources": {"metadata": {"path": folder}}}
         tidy = {"store_widget_state": False, "record_timing": False, "coalesce_streams": True}
         NotebookClient(nb, **run, **tidy).execute(env=env)
+    for out in (out for cell in nb.cells for out in cell.get("outputs", [])):
+        if "image/png" in out.get("data", {}):
+            out["data"].pop("image/jpeg", None)  # Jupyter stores pictures of PIL twice
     nb.metadata = {
         "kernelspec": nb.metadata["kernelspec"],
         "language_info": {"name": "python"},
@@ -104,14 +111,29 @@ def execute(nb: nbformat.NotebookNode, fast: bool = False, timeout: int = 1800) 
     return nb
 
 
+def retext(name: str) -> nbformat.NotebookNode:
+    """The stored notebook with the texts of its source, and the outputs it has; ValueError where code has changed."""
+    old, new = nbformat.read(HERE / f"{name}.ipynb", as_version=4), notebook(name)
+    code = [[cell.source for cell in nb.cells if cell.cell_type == "code"] for nb in (old, new)]
+    if code[0] != code[1]:
+        raise ValueError(f"the code of {name} has changed since it was executed; build it without --text")
+    ran = iter(cell for cell in old.cells if cell.cell_type == "code")
+    for cell in (cell for cell in new.cells if cell.cell_type == "code"):
+        was = next(ran)
+        cell.outputs, cell.execution_count = was.outputs, was.execution_count
+    new.metadata = old.metadata
+    return new
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="build notebooks from source/, execute them and store them")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which; none is all of {', '.join(names())}")
     parser.add_argument("--fast", action="store_true", help="the tests' setting: fewer pictures, fewer steps")
+    parser.add_argument("--text", action="store_true", help="renew texts and what was measured; run nothing")
     args = parser.parse_args()
     for name in args.names or names():
         began = time.monotonic()
-        nb = execute(notebook(name), args.fast)
+        nb = retext(name) if args.text else execute(notebook(name), args.fast)
         path = HERE / f"{name}.ipynb"
         new = path.with_suffix(".new")  # a new name, then renamed: a stopped build leaves the old notebook whole
         nbformat.write(nb, new)

@@ -2,7 +2,7 @@
 
 Each is executed in the full setting, once in fp32 and once in bf16 (where this CPU multiplies bf16 fast), by itself:
 run it on a machine that does nothing else. Minutes are wall time with the kernel's start; memory is the kernel's peak.
-Nothing is stored in the notebooks; `build.py` writes what was measured into their headers. Needs Linux or macOS.
+Nothing is stored in the notebooks; `build.py --text` writes what was measured into their headers. Needs Linux or macOS.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
         MEASURED.write_text(json.dumps(rows, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
     README.write_text(before + BEGIN + table(rows) + END + rest.split(END, 1)[1], encoding="utf-8")
-    print("now: make notebooks, which writes what was measured into their headers")
+    print("now: python notebooks/build.py --text, which writes what was measured into their headers")
 
 
 if __name__ == "__main__":

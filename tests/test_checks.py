@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from minimuse import cfg, checks, editing, masking, metrics, sampler, transformer
+from minimuse.muse import Muse
 from minimuse.text import Context
 from minimuse.vqgan import VectorQuantizer
 
@@ -372,5 +373,6 @@ def test_show_gives_source_under_its_file():
     source = checks.show(cfg.guide, VectorQuantizer.nearest)
     assert source.startswith("# minimuse/cfg.py\ndef guide(")
     assert "\n\n\n# minimuse/vqgan.py\ndef nearest(self" in source, "methods are dedented"
+    assert checks.show(Muse.decode).startswith("# minimuse/muse.py\n@torch.inference_mode()"), "decorated ones too"
     assert source._repr_markdown_().startswith("```python\n# minimuse/cfg.py")
     assert repr(source) == str(source)

