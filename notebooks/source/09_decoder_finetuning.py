@@ -449,7 +449,7 @@ show(VectorQuantizer.forward)
 
 # %% [markdown]
 r"""
-See the second line of `forward`: a codebook that takes no gradient never learns, whatever mode someone puts the module into.
+See the first line of its body: a codebook that takes no gradient never learns, whatever mode someone puts the module into.
 """
 
 

@@ -70,9 +70,7 @@ show(infill, inpaint)
 
 # %%
 at = torch.arange(size)
-mask = (at < 0.72 * size).expand(size, size) & (
-    at[:, None] > 0.12 * size
-)  # True, or white: repaint
+mask = (at < 0.72 * size)[None] & (at > 0.12 * size)[:, None]  # True, or white: repaint
 seen = []
 prompt = "a large red cube"
 inpainted = muse.inpaint(source, mask, prompt, n=PICTURES, seed=0, watch=seen.append)
@@ -145,9 +143,7 @@ def pixels(image):
 with torch.inference_mode():
     plain = muse.high_tokenizer.decode(muse.high_tokenizer.encode(pixels(source)[None]))[0]
 dotted = [pixels(i) for i in muse.inpaint(source, dot, prompt, n=8, seed=0, keep=False)]
-change = torch.stack([(x - plain).abs().amax(0) for x in dotted]).amax(
-    0
-)  # (H, W), the largest of 8 seeds
+change = torch.stack([(x - plain).abs().amax(0) for x in dotted]).amax(0)  # (H, W)
 changed = int((change > 2 / 255).sum())
 print(f"pixels that changed by more than one of 255 levels: {changed}")
 figure, ax = plt.subplots(figsize=(4.4, 3.4))
@@ -176,9 +172,8 @@ import torch.nn.functional as F
 
 
 def my_token_mask(repaint, f):
-    return (
-        F.avg_pool2d(repaint.float(), f).flatten(1) >= 0.5
-    )  # your code: one word and one sign are wrong
+    covered = F.avg_pool2d(repaint.float(), f)  # your code: this word is wrong,
+    return covered.flatten(1) >= 0.5  # and this sign
 
 
 check_token_mask(my_token_mask)
@@ -346,7 +341,7 @@ little = muse.outpaint(source, (0, 0, size // 4, 0), "a large green sphere", see
 much = muse.outpaint(source, (0, 0, pad, 0), "a large green sphere", seed=0)[0]
 around = muse.outpaint(source, pad, "a large green sphere", seed=0)[0]
 own = around.crop((pad, pad, pad + size, pad + size))
-print("your own pixels are untouched:", list(own.getdata()) == list(source.getdata()))
+print("your own pixels are untouched:", own.tobytes() == source.tobytes())
 grid(
     [source, little, much, around],
     ["the source", "a quarter wider", "half as wide again", "half a picture on all sides"],
@@ -394,13 +389,13 @@ film_strip(
 
 # %% [markdown]
 r"""
-The iterations work on the coarse grid; super-resolution draws all of the fine grid anew at the end. Colour comes first, since one token can change
-it alone; then the neighbours fall into line.
+The iterations work on the coarse grid; super-resolution draws all of the fine grid anew at the end. Watch when
+the colour turns, and when the shape has settled.
 """
 
 # %%
 every = max(1, len(states) // 25)
-Animation([muse.picture(s)[0].resize((3 * size, 3 * size), 0) for s in states[::every]], ms=160)
+Animation([muse.picture(s)[0] for s in states[::every]], ms=160)
 
 # %% [markdown]
 r"""
@@ -409,9 +404,9 @@ share is still equal to the source?
 """
 
 # %%
-with torch.inference_mode():
-    from minimuse.editing import tokenize
+from minimuse.editing import tokenize
 
+with torch.inference_mode():
     start = tokenize(muse, source)[0]  # (1, N) coarse tokens
 never = torch.ones_like(start, dtype=torch.bool)
 untouched, equal = [1.0], [1.0]
@@ -503,11 +498,8 @@ for offset, (name, mark) in enumerate(ways.items()):
     for iterations in few:
         found = []
         for (old, new, _), image in zip(sources, scenes_of, strict=True):
-            how = (
-                {"guidance": 0.0}
-                if name == "no guidance"
-                else {"negative_prompt": old if "old" in name else None}
-            )
+            how = {"guidance": 0.0 if name == "no guidance" else 4.0}
+            how["negative_prompt"] = old if "old caption" in name else None
             made = muse.edit(image, new, n=COUNTED, seed=0, iterations=iterations, **how)
             found += [right(i, new) for i in made]
         rates.append(share_of(found))
@@ -633,11 +625,9 @@ def inpaint_where(at_low, at_high, prompt, n=1, seed=0):
     """Inpainting with token masks of our own: what `muse.inpaint` does after it has made them."""
     low, high = tokenize(muse, source)
     jobs = muse.jobs(prompt, n, seed, None, {})
-    low, high = (
-        low.masked_fill(at_low, muse.base.mask_id),
-        high.masked_fill(at_high, muse.superres.mask_id),
-    )
-    *_, last = muse.decode(jobs, low=low.repeat(n, 1), high=high.repeat(n, 1))
+    low = low.masked_fill(at_low, muse.base.mask_id).repeat(n, 1)
+    high = high.masked_fill(at_high, muse.superres.mask_id).repeat(n, 1)
+    *_, last = muse.decode(jobs, low=low, high=high)
     return muse.picture(last)
 
 
