@@ -290,8 +290,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-In the middle picture one entry has changed, as it must. On the right the others have heard of it: faintly, a few percent
-of its own change, and some more than others. A fine token that reads one entry now reads a little of the whole grid. A deeper
+In the middle picture one entry has changed, as it must. On the right the others have heard of it: faintly, by a small
+fraction of its own change, and some more than others. A fine token that reads one entry now reads a little of the whole grid. A deeper
 encoder passes on more; the paper's has 16 layers.
 """
 
@@ -531,8 +531,8 @@ threads. Both masks are equally full; they meet only on the diagonal, where a to
 
 # %% [markdown]
 r"""
-**Predict, then run.** In one layer a token hears of 31 others at most: 16 + 16, counting itself once, of 256. In a
-second layer it hears of whatever *those* have heard. How many of the 256 tokens can have reached it after **two** layers:
+**Predict, then run.** In one layer a token sees 31 of the 256: 16 + 16, itself counted once. In a second
+layer it hears of whatever *those* have seen. How many of the 256 tokens can have reached it after **two** layers:
 if all heads were local, if all were dilated, and with half of each?
 """
 
@@ -624,8 +624,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-On small grids the reshapes eat the gain: for nano it hardly matters, for the paper's size it decides whether the model
-is affordable at all.
+For nano's grid either would do. At the paper's size the difference decides whether the model is affordable at all.
 """
 
 # %% [markdown]
@@ -812,7 +811,7 @@ r"""
 ## What failure looks like
 
 The classic mistake of this model is silent: the coarse tokens are encoded, and then never passed on. It has happened in
-public code more than once. Training runs, the loss falls, pictures come out: from the text alone. A second one forgets
+public code. Training runs, the loss falls, pictures come out: from the text alone. A second one forgets
 the *positions* of the coarse tokens, so that the model knows what is in the picture but not where.
 
 How to find out? **Change the condition, and see whether the loss notices.** We measure the masked loss on held-out scenes

@@ -60,8 +60,8 @@ for name, part in (
 r"""
 ## 1. Tokens are a language
 
-The encoder writes a picture as tokens, the decoder reads them. The transformers have learned this language from many
-millions of examples: which token follows from which text, which tokens stand side by side.
+The encoder writes a picture as tokens, the decoder reads them. The transformers have learned this language in all of
+their training: which token follows from which text, which tokens stand side by side.
 """
 
 # %%
@@ -434,7 +434,7 @@ outputs nobody cares yet, so $A$ and $B$ stand still; one step later the zeros a
 r"""
 ## 4. Frozen, bit for bit
 
-"Frozen" is easily said. Optimizers with weight decay shrink weights without a gradient; layers that count things change
+"Frozen" is easily said. Weight decay shrinks a weight even where its gradient is zero; layers that count things change
 while they only look on. Our quantizer counts idle codes and restarts dead ones: frozen, it must not. So we take fingerprints
 of every byte.
 """
@@ -511,8 +511,7 @@ plt.show()
 # %% [markdown]
 r"""
 All curves leave from one point: that is what growing without changing buys. A dip in the first steps is the optimizer's doing; it
-has no history yet. The gap between the lowest and the upper curves is what *size* brought, and the rise of the lowest is what
-*more steps* would have brought anyway. Was it luck? The same pictures are measured before and after, so we look at the gain of each:
+has no history yet. The rise of the small one is what *more steps* would have brought anyway; what the others have beyond it is due to *size*. Was it luck? The same pictures are measured before and after, so we look at the gain of each:
 """
 
 # %%
@@ -612,7 +611,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-Each step up costs more and brings less, for what is missing is more and more what the tokens never said. No decoder gets past the mean of
+Each step up costs more, and in the end it brings less, for what is missing is more and more what the tokens never said. No decoder gets past the mean of
 all pictures that share them. (In such a short race the widest may even be behind: it has most to learn.)
 """
 
