@@ -406,6 +406,11 @@ their own, and both are learned. Ours begin as waves of the place in the picture
 the match easy to learn.
 """
 
+# %%
+from minimuse.transformer import TokenEmbedding, sinusoids
+
+show(sinusoids, TokenEmbedding)
+
 # %% [markdown]
 r"""
 ### Guidance removes the text alone

@@ -286,6 +286,11 @@ Three more details make it work, each a line in [`vqgan.py`](../minimuse/vqgan.p
   leading ones belong to the old outputs.
 """
 
+# %%
+from minimuse.vqgan import Level, ResBlock
+
+show(ResBlock, Level)
+
 # %% [markdown]
 r"""
 **Predict, then run.** The grown decoder has several times the parameters, most of them random. How far are its pictures from those
