@@ -448,7 +448,7 @@ def check_attention(fn: Given) -> Iterator[str]:
     """fn(q (B, H, N, d), k, v (B, H, M, d), attend (B, 1, 1, M) bool) -> (B, H, N, d), True = may be looked at."""
     for name, q, k, v, attend in [
         ("keys alike: the mean of the values", [[0.0]], [[1.0], [1.0]], [[2.0], [4.0]], [1, 1]),
-        ("weights are a softmax over the memory", [[1.0]], [[2.0], [0.0]], [[1.0], [0.0]], [1, 1]),
+        ("weights are a softmax over the memory", [[1.0]], [[2.0], [1.0]], [[1.0], [0.0]], [1, 1]),
         ("scores are divided by sqrt(d)", [[1.0] * 4], [[1.0] * 4, [0.0] * 4], [[1.0] * 4, [0.0] * 4], [1, 1]),
         ("each query has its own weights", [[1.0], [-1.0]], [[2.0], [0.0]], [[1.0], [0.0]], [1, 1]),
         ("what is not attended does not count", [[1.0]], [[0.0], [9.0]], [[3.0], [5.0]], [1, 0]),
