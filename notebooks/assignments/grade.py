@@ -1,6 +1,6 @@
 """Grade a folder of submissions: python notebooks/assignments/grade.py COURSE NAME SUBMISSIONS --out marks.csv
 
-    SUBMISSIONS/anna.ipynb or SUBMISSIONS/anna/NAME.ipynb --nbgrader autograde, limited--> COURSE/gradebook.db --> marks.csv
+    SUBMISSIONS/anna.ipynb or .../anna/NAME.ipynb --nbgrader autograde, limited--> COURSE/gradebook.db --> marks.csv
 
 nbgrader does the grading: it puts tests back, runs the notebook, stops a cell that takes too long, and keeps the marks.
 What it lacks stands here: a limit of time and of memory on each submission, the stubs, and marks cell by cell. A

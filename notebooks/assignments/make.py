@@ -35,7 +35,8 @@ CONFIG = """\
 c = get_config()
 c.CourseDirectory.course_id = "minimuse"
 c.Execute.startup_timeout = 600
-c.Execute.extra_arguments = ["--HistoryManager.hist_file=:memory:", "--IPKernelApp.exec_lines=__import__('stubs').place()"]
+stubs = "--IPKernelApp.exec_lines=__import__('stubs').place()"  # before the first cell
+c.Execute.extra_arguments = ["--HistoryManager.hist_file=:memory:", stubs]
 """
 
 
