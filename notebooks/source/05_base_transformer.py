@@ -432,7 +432,7 @@ with torch.inference_mode():
             changes[rate, old] = nats.masked_fill(~hidden[0], float("nan"))
 top = max(nats.nan_to_num().max() for nats in changes.values())
 figure, axes = plt.subplots(2, len(swaps), figsize=(10, 4.2))
-for ax, ((rate, old), nats) in zip(axes.flat, changes.items(), strict=True):
+for ax, ((_, old), nats) in zip(axes.flat, changes.items(), strict=True):
     shown = ax.imshow(nats.view(g, g), cmap="viridis", vmin=0, vmax=top)
     ax.set_title(f"{old} to {swaps[old]}: {nats.nanmean():.2f}", fontsize=10)
     ax.set(xticks=[], yticks=[])
