@@ -565,7 +565,7 @@ r"""
 The student begins with one piece of knowledge. Many codes of a codebook look alike, and codes that look alike have
 near vectors in it. `begin_from` makes the embeddings of like codes alike before the first step (random features of
 their vectors), so that what is learned of one code holds for its relatives. The paper is silent about this; for a short
-training it helps a lot.
+training it helps a lot. Each dot below is a pair of codes.
 """
 
 # %%
