@@ -115,9 +115,10 @@ grid(
 
 # %% [markdown]
 r"""
-Where tokens are visible, they mostly win: they say more about their neighbours than a sentence can. The text decides
-where nothing is seen. (The two pictures on the right are blurred for a reason that notebook 7 is about: the likeliest
-code of each place *by itself* is no picture.)
+Something between. The visible tokens settle where a thing stands and how large it is, and no sentence talks the model
+out of that; but the text repaints what is hidden. Both are evidence, and the model weighs them place by place. Where
+nothing is seen, the text alone decides. (The two pictures on the right are no good pictures, for a reason that notebook
+7 is about: the likeliest code of each place *by itself* does not make one.)
 """
 
 # %% [markdown]
@@ -304,7 +305,8 @@ r"""
 ## 4. The whole network
 
 A **layer** is three small steps, each *added* to what is there: look at the other tokens, read the text, think it over
-(an MLP, each token by itself). Before each step the vectors are normalized. Layers are stacked; a last linear map,
+(an MLP: two linear maps with a bend between, each token by itself). Before each step the vectors are normalized. Layers
+are stacked; a last linear map,
 the *head*, turns each vector into $V$ logits.
 """
 
@@ -418,28 +420,33 @@ no look inside, it is an experiment.
 
 # %%
 swaps = {"red": "yellow", "cube": "cylinder", "left": "right", "blue": "green", "sphere": "cube"}
-hidden = random_mask(x, torch.tensor([0.85]), torch.Generator().manual_seed(6))
-most_hidden = x.masked_fill(hidden, base.mask_id)
-figure, axes = plt.subplots(1, len(swaps) + 1, figsize=(12, 2.3))
-axes[0].imshow(mask_overlay(to_pil(muse.low_tokenizer.decode(x))[0], hidden[0]))
-axes[0].set_title("what it sees")
+changes = {}
 with torch.inference_mode():
-    own = base(most_hidden, memory_of(CAPTION)).log_softmax(-1)
-    for ax, (old, new) in zip(axes[1:], swaps.items(), strict=True):
-        swapped = base(most_hidden, memory_of(CAPTION.replace(old, new, 1))).log_softmax(-1)
-        moved = (own.exp() * (own - swapped)).sum(-1)[0].masked_fill(~hidden[0], float("nan"))
-        shown = ax.imshow(moved.view(g, g), cmap="viridis", vmin=0, vmax=2)
-        ax.set_title(f"{old} to {new}", fontsize=10)
-figure.colorbar(shown, ax=axes, label="nats", shrink=0.8)
-for ax in axes:
+    for rate in (0.85, 1.0):
+        hidden = random_mask(x, torch.tensor([rate]), torch.Generator().manual_seed(6))
+        tokens = x.masked_fill(hidden, base.mask_id)
+        own = base(tokens, memory_of(CAPTION)).log_softmax(-1)
+        for old, new in swaps.items():
+            swapped = base(tokens, memory_of(CAPTION.replace(old, new, 1))).log_softmax(-1)
+            nats = (own.exp() * (own - swapped)).sum(-1)[0]  # (N,)
+            changes[rate, old] = nats.masked_fill(~hidden[0], float("nan"))
+top = max(nats.nan_to_num().max() for nats in changes.values())
+figure, axes = plt.subplots(2, len(swaps), figsize=(10, 4.2))
+for ax, ((_, old), nats) in zip(axes.flat, changes.items(), strict=True):
+    shown = ax.imshow(nats.view(g, g), cmap="viridis", vmin=0, vmax=top)
+    ax.set_title(f"{old} to {swaps[old]}: {nats.nanmean():.2f}", fontsize=10)
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
+for ax, label in zip(axes[:, 0], ("15% is visible", "nothing is visible"), strict=True):
+    ax.set_ylabel(label)
+figure.colorbar(shown, ax=axes, label="nats", shrink=0.8)
 plt.show()
 
 # %% [markdown]
 r"""
-A word moves the predictions where its thing may be, and leaves the far floor alone. Where the visible tokens already
-say it, a swap changes little.
+White places are visible; the number is the mean over the hidden ones. Colours move predictions where their thing is, or
+may be, and leave far places alone. Where visible tokens say already what a word says (top row), swapping it changes
+little; with nothing to see (bottom row), every word counts more.
 
 Now the tokens among themselves: one place on the right side of the cube (the cross), and where each head of each layer
 looks from there.
@@ -536,7 +543,7 @@ def prepare(data):
         rows = zip(context.embeds, context.mask, strict=True)
         rows = iter([embeds[mask] for embeds, mask in rows])
         texts += [[next(rows) for _ in captions] for captions in told]
-    return images, torch.cat(tokens).clone(), texts
+    return images, torch.cat(tokens), texts
 
 
 shares = preset("nano").shares  # of scenes with 1, 2 and 3 things
@@ -558,7 +565,7 @@ r"""
 The student begins with one piece of knowledge. Many codes of a codebook look alike, and codes that look alike have
 near vectors in it. `begin_from` makes the embeddings of like codes alike before the first step (random features of
 their vectors), so that what is learned of one code holds for its relatives. The paper is silent about this; for a short
-training it helps a lot.
+training it helps a lot. Each dot below is a pair of codes.
 """
 
 # %%
