@@ -112,14 +112,15 @@ def mask_overlay(image: Image.Image | Tensor, masked: Tensor) -> Image.Image:
 def film(muse: "Muse", steps: Sequence["Step"], row: int = 0, most: int = 12) -> Image.Image:
     """The Steps of a Muse's decode -> a film strip of at most `most` of them, evenly spread, ends kept.
 
-    Base and super-resolution stand side by side at one size; `row` picks the picture of the batch.
+    Base and super-resolution stand side by side, 128 pixels wide or as wide as the finished picture; `row` picks the
+    picture of the batch.
     """
     if not steps:
         raise ValueError("no step came: collect them from muse.steps(...), or with watch=list.append")
     count = min(most, len(steps))
     picks = [round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)]
     picks = [steps[i] for i in picks]
-    side = 2 * muse.cfg.high_tokenizer.image_size
+    side = max(128, muse.cfg.high_tokenizer.image_size)
     frames = [
         mask_overlay(muse.picture(s)[row], s.masked[row]).resize((side, side), Image.Resampling.NEAREST) for s in picks
     ]
@@ -151,10 +152,12 @@ class Animation(bytes):
 
 
 def style() -> None:
-    """How figures of matplotlib look from now on: small enough for a notebook, legible on a projector."""
+    """How figures of matplotlib look from now on: small enough for a notebook, legible, also to the colour-blind."""
     import matplotlib
 
+    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
     matplotlib.rcParams |= {
+        "axes.prop_cycle": matplotlib.cycler(color=colors),
         "figure.dpi": 80, "savefig.dpi": 80, "figure.figsize": (8, 3.2), "figure.constrained_layout.use": True,
         "font.size": 11, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
         "legend.frameon": False, "lines.linewidth": 2, "image.cmap": "viridis", "image.interpolation": "nearest",

@@ -1,15 +1,18 @@
 """The course: each notebook is in form, is what its source makes, and runs; together they teach every function."""
 
 import ast
+import base64
 import importlib
 import importlib.util
 import inspect
+import io
 import re
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
@@ -91,7 +94,7 @@ def test_form(name):
 def test_what_is_stored(name):
     nb, size = stored(name), (FOLDER / f"{name}.ipynb").stat().st_size
     assert size <= 1_000_000, f"{size / 1e6:.2f} MB stored; 1 MB is the most"
-    pictures = sum("image/png" in out.get("data", {}) for out in outputs(nb))
+    pictures = sum(bool({"image/png", "image/jpeg"} & set(out.get("data", {}))) for out in outputs(nb))
     assert pictures >= 5, f"{pictures} pictures are stored; at least 5 are wanted"
     assert not [out for out in outputs(nb) if out.output_type == "error"], "an error is stored"
     assert not {"widgets"} & set(nb.metadata), "widget state is stored"
@@ -192,6 +195,24 @@ def test_a_notebook_of_one_source(tmp_path, monkeypatch):
     assert x.source == "x = 1"
     assert solution.metadata["jupyter"]["source_hidden"] is True
     assert build.notebook("01_x") == build.notebook("01_x"), "cell ids are the same each time"
+
+
+def test_large_pictures_are_stored_as_jpeg_where_that_spares_much():
+    def output(image):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return {"image/png": base64.b64encode(file.getvalue()).decode(), "image/jpeg": "coarse"}
+
+    noise = Image.effect_noise((300, 300), 30).convert("RGB")
+    for image, kept in (
+        (noise, "image/jpeg"),
+        (Image.new("RGB", (900, 900)), "image/png"),
+        (noise.crop((0, 0, 9, 9)), "image/png"),
+    ):
+        data = output(image)
+        build.slim(data)
+        assert list(data) == [kept]
+        assert Image.open(io.BytesIO(base64.b64decode(data[kept]))).size == image.size
 
 
 def test_texts_are_renewed_without_a_run(tmp_path, monkeypatch):

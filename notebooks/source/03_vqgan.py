@@ -207,8 +207,8 @@ plt.show()
 # %% [markdown]
 r"""
 A neighbourhood: most in the token's own square, and a rim around it, as far as the decoder's convolutions reach (the
-normalization layers also spread a faint trace over the whole picture). This is why inpainting can leave a seam
-untouched, and why the pixels right at a mask's edge may still change.
+normalization layers also spread a faint trace over the whole picture). So when a region is repainted, what is far from
+it stays as it is, and pixels just outside of its edge may still change a little.
 """
 
 # %% [markdown]
