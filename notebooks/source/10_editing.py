@@ -512,7 +512,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-@NEGATIVE@
+Read the intervals before the lines: with so few pictures only large differences count. What the formula promises is this. Pushing away from *no text*
+strengthens everything that the new caption says, also what is right already, and so it disturbs what could stay. Pushing away from the *old caption*
+strengthens the difference alone. The price: where the two captions hardly differ for the model, a large $t$ amplifies noise.
 """
 
 # %% [markdown]
@@ -575,7 +577,11 @@ grid(gallery, marks, columns=len(sources) * 2, scale=scale)
 
 # %% [markdown]
 r"""
-@FAILS@
+Looks mostly come out as asked. That the thing *stays where it stood* is less sure: nobody asked it to, and only its neighbours hold it. Strong guidance
+makes it wander more; try `guidance=0.0`, which is slower to persuade.
+
+*One more* asks for something else. A new thing has to begin on plain floor, and its first token there stands alone among neighbours that say "floor": at
+its next turn it is outvoted. Small random holes change what is there. To put something where nothing is, hide a region (section 1).
 """
 
 # %% [markdown]
