@@ -106,7 +106,7 @@ show(token_mask)
 # %%
 f_high = muse.high_tokenizer.downsampling
 f_low = muse.low_tokenizer.downsampling * size // muse.cfg.low_tokenizer.image_size
-round_mask = ((at[:, None] - 0.44 * size) ** 2 + (at[None] - 0.42 * size) ** 2) < (0.27 * size) ** 2
+round_mask = ((at[:, None] - 0.44 * size) ** 2 + (at[None] - 0.37 * size) ** 2) < (0.27 * size) ** 2
 low_mask, high_mask = token_mask(round_mask[None], f_low), token_mask(round_mask[None], f_high)
 print(f"a coarse token covers {f_low} x {f_low} pixels, a fine one {f_high} x {f_high}")
 for name, m in (("pixels", round_mask), ("fine tokens", high_mask), ("coarse tokens", low_mask)):
@@ -300,7 +300,8 @@ r"""
 ## 2. Outpainting
 
 New canvas is a hole like any other. But the model knows pictures of one size only, so a larger canvas is filled **window by window**: square
-windows that overlap by half, those that know most first. What one window has painted, the next one sees.
+windows that overlap by half, those that know most first. What one window has painted, the next one
+sees. Blue below is your picture, on a canvas of twice its side.
 """
 
 # %%
@@ -332,7 +333,7 @@ for i, (top, left) in enumerate(windows(known, size)):
         weight="bold",
     )
     known[top : top + size, left : left + size] = True
-ax.set(xlabel="pixel", ylabel="pixel", title="blue: your picture; numbers: order of windows")
+ax.set(xlabel="pixel", ylabel="pixel", title="the order of the windows")
 ax.grid(False)
 plt.show()
 
