@@ -509,11 +509,11 @@ for offset, (name, mark) in enumerate(ways.items()):
             made = muse.edit(image, new, n=COUNTED, seed=0, iterations=iterations, **how)
             found += [right(i, new) for i in made]
         rates.append(share_of(found))
-    xs = [x * (1 + 0.04 * offset) for x in few]
+    xs = [x + 0.2 * offset for x in few]
     reach = [[r.value - r.low for r in rates], [r.high - r.value for r in rates]]
     ax.errorbar(xs, [r.value for r in rates], yerr=reach, fmt=mark, capsize=3, label=name)
 ax.set(xlabel="iterations of 8%", ylabel="reader: as the new prompt", ylim=(-0.03, 1.03))
-ax.legend()
+ax.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
@@ -586,11 +586,13 @@ grid(gallery, marks, columns=len(sources) * 2, scale=scale)
 
 # %% [markdown]
 r"""
-Looks mostly come out as asked. That the thing *stays where it stood* is less sure: nobody asked it to, and only its neighbours hold it. Strong guidance
-makes it wander more; try `guidance=0.0`, which is slower to persuade.
+Colour and shape mostly come out as asked; look at the bars of size for yourself. (The reader names what is *nearest*: a lump counts, if it is nearest to the right
+thing.) That the thing *stays where it stood* is less sure: nobody asked it to, and only its neighbours hold it. Strong guidance makes it wander more; try
+`guidance=0.0`, which is slower to persuade.
 
-*One more* asks for something else. A new thing has to begin on plain floor, and its first token there stands alone among neighbours that say "floor": at
-its next turn it is outvoted. Small random holes change what is there. To put something where nothing is, hide a region (section 1).
+*One more* asks for something else. A new thing has to begin on plain floor, where its first token stands alone among neighbours that say "floor", and is outvoted at
+its next turn. It is easier to grow the old thing, often to a lump. Small random holes change what is there. To put something where nothing is, hide a region
+(section 1).
 """
 
 # %% [markdown]
@@ -669,7 +671,7 @@ grid(tries, names, columns=3, scale=scale)
 
 # %% [markdown]
 r"""
-Rims of the old sphere are evidence, and the model finishes what it sees: the cube becomes round, or green. That is why one pixel must be enough, and why a mask
+Rims of the old sphere are evidence, and the model finishes what it sees: in the first row the cube becomes round, though the prompt says cube. That is why one pixel must be enough, and why a mask
 is better too large than too small.
 
 **Fixed tokens are drawn again.** A sampler that redraws *all* tokens at each step, given ones included, is the classic. It generates fine pictures from
