@@ -515,7 +515,7 @@ tokens, the two halves look like this:
 
 # %%
 masks = []
-for mask, colour in zip(sees, ((31, 119, 180), (214, 110, 20)), strict=True):
+for mask, colour in zip(sees, ((0, 114, 178), (213, 94, 0)), strict=True):
     pixels_of = torch.where(mask[..., None], torch.tensor(colour), torch.tensor(245)).byte()
     masks.append(Image.fromarray(pixels_of.numpy()))
 grid(
