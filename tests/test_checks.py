@@ -41,6 +41,9 @@ OURS = {
     "check_decode": sampler.decode,
     "check_multi_axis": transformer.multi_axis_attention,
     "check_token_mask": editing.token_mask,
+    "check_layer_parameters": lambda width, mlp_width: 8 * width**2 + 2 * width * mlp_width,
+    "check_training_flops": lambda parameters, tokens: 6 * parameters * tokens,
+    "check_sharded_bytes": lambda parameters, processes, sharded: 18 * parameters / (processes if sharded else 1),
 }
 
 
@@ -265,6 +268,21 @@ WRONG = [
         lambda repaint, f: editing.token_mask(repaint.transpose(1, 2), f),
         "one pixel masks its token",
     ),
+    ("check_layer_parameters", lambda width, mlp_width: 12 * width**2, "the MLP goes up and down"),
+    (
+        "check_layer_parameters",
+        lambda width, mlp_width: 4 * width**2 + 2 * width * mlp_width,
+        "attention to itself and to the text: four square matrices each",
+    ),
+    (
+        "check_training_flops",
+        lambda parameters, tokens: 2 * parameters * tokens,
+        "a multiplication and an addition forwards, and two such products backwards",
+    ),
+    ("check_training_flops", lambda parameters, tokens: 6 * parameters, "each parameter meets each token"),
+    ("check_sharded_bytes", lambda p, n, sharded: 16 * p / n, "weight 4, gradient 4, two moments 8, bf16 copy 2"),
+    ("check_sharded_bytes", lambda p, n, sharded: 18 * p / n, "without sharding each process holds all"),
+    ("check_sharded_bytes", lambda p, n, sharded: 18 * p, "sharded, each holds its part"),
 ]
 
 
