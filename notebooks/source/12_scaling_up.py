@@ -61,7 +61,7 @@ refuses what does not fit together. As plain values it goes into a checkpoint's 
 # %%
 from minimuse.config import changed, from_dict
 
-wider = changed(configs["nano"], ["base.width=128", "base.mlp_width=512", "base.heads=4"])
+wider = changed(configs["nano"], ["base.width=192", "base.mlp_width=768", "base.heads=6"])
 print(
     "a wider nano:",
     wider.base.width,
@@ -241,8 +241,7 @@ for name, b in base.items():
 
 # %% [markdown]
 r"""
-The rule is good to some ten or twenty percent: attention adds to it, and the keys and values of the text are computed for $L$ pieces of text, not for
-$N$ tokens.
+The rule is good to about ten percent: attention adds to it, and the embedding of codes and the keys and values of a short text take away.
 
 **Predict, then run.** Super-resolution has 4,096 tokens in the paper, 16 times the base model's 256. In a layer of width 1,024, which costs more:
 all matrices together, or the $N^2$ products of full attention?
@@ -263,7 +262,8 @@ for costs, label, mark in [
     ax.loglog(tokens, costs, mark, label=label, base=2)
 for n, model in [(256, "base"), (4096, "super-resolution")]:
     ax.axvline(n, color="0.7", lw=1, zorder=0)
-    ax.annotate(model, (n, 2.0**13), rotation=90, va="bottom", ha="right", fontsize=9, color="0.4")
+    at = {"xycoords": ("data", "axes fraction"), "rotation": 90, "va": "bottom", "ha": "right"}
+    ax.annotate(model, (n, 0.03), fontsize=9, color="0.4", **at)
 ax.set(xlabel="tokens of a picture", ylabel="FLOPs a token, forward")
 ax.legend(fontsize=9)
 plt.show()
@@ -375,14 +375,11 @@ print(
 
 # %% [markdown]
 r"""
-A handful becomes many, for a third more arithmetic: forward once more, $8P$ instead of $6P$. In practice somewhat fewer fit, since gradients of
-activations and workspaces want room too.
+Checkpointing buys room for many more, for a third more arithmetic: forward once more, $8P$ instead of $6P$. In practice somewhat fewer fit than
+counted here, since gradients of activations and workspaces want room too.
 
 If a batch does not fit, **accumulate**: run part after part, add up the gradients, and step once. Time stays, memory shrinks. Or use more accelerators.
 """
-
-# %%
-show(stage_budget)
 
 # %% [markdown]
 r"""
@@ -474,20 +471,20 @@ hours; by its price, money. No run reaches the peak of the data sheet. 40% is go
 
 
 # %%
+from minimuse.budget import duration
+
+
 def bill(budget):
     """Accelerator hours and money for a stage."""
     hours = budget.flops / (PEAK * USED) / 3600
     return hours, hours * PRICE
 
 
-print(
-    f"{'base model':12}{'steps':>11}{'batch':>7}{'all FLOPs':>14}{'hours of one':>15}{'money':>13}"
-)
+print(f"{'base model':12}{'steps':>11}{'batch':>7}{'all FLOPs':>14}{'on one':>12}{'money':>13}")
 for name, budget in base.items():
     hours, money = bill(budget)
-    print(
-        f"{name:12}{budget.steps:>11,}{budget.batch:>7}{si(budget.flops, 'FLOP'):>14}{hours:>15,.4g}{money:>13,.2f}"
-    )
+    scale = f"{budget.steps:>11,}{budget.batch:>7}{si(budget.flops, 'FLOP'):>14}"
+    print(f"{name:12}{scale}{duration(3600 * hours):>12}{money:>13,.2f}")
 
 # %% [markdown]
 r"""
@@ -503,9 +500,10 @@ print(
 
 # %% [markdown]
 r"""
-A plausible share: the paper does not say whether the week holds the text encoder (4.6 billion parameters, run on every caption unless its outputs are kept), the other stages, or waiting
-for data. An envelope is right if it is wrong by a factor of two or three; off by a hundred, and you have found a mistake, in the
-plan or in the envelope.
+The count is well below what was rented, as it should be: no run reaches the peak, and the paper does not say whether the week also holds
+the text encoder (4.6 billion parameters, run on every caption unless its outputs are kept), the other stages, or waiting for data. An
+envelope may be wrong by a factor of a few. Had it come out *above* what was rented, or a hundred times below, you would have found a mistake, in the plan
+or in the envelope.
 
 The bill, drawn. Both axes are powers of ten:
 """
@@ -550,7 +548,7 @@ share of the ceiling does it reach?
 # %%
 import time
 
-from minimuse.budget import duration, matmul_ceiling
+from minimuse.budget import matmul_ceiling
 from minimuse.masking import masked_cross_entropy
 from minimuse.text import Context
 
@@ -623,15 +621,14 @@ then uses them for one token or for 256. With $f$ FLOPs and $m$ bytes, a step ta
 
 $$\max\Big(\frac{f}{\text{peak}},\ \frac{m}{\text{bandwidth}}\Big).$$
 
-This is called the *roofline*. With one token the cores wait for the memory nearly all of the time.
+This is called the *roofline*. With one token a step the cores wait for the memory nearly all of the time; with 256 both take about as long.
 """
 
 
 # %%
-def seconds(steps, each, pictures=1, branches=1):
-    """A lower bound for `pictures` pictures together; guidance has two branches."""
-    arithmetic = 2 * parameters * each * pictures * branches / PEAK
-    return steps * max(arithmetic, 2 * parameters / BANDWIDTH)
+def seconds(steps, each, pictures=1):
+    """A lower bound for `pictures` pictures together, without guidance."""
+    return steps * max(2 * parameters * each * pictures / PEAK, 2 * parameters / BANDWIDTH)
 
 
 pictures = [2**k for k in range(11)]
@@ -650,11 +647,11 @@ plt.show()
 
 # %% [markdown]
 r"""
-Left: for one picture, the one with fewer steps wins, since both wait for memory. Right: with hundreds of pictures at a time the weights
-are read once for all of them, arithmetic decides, and the lines cross: a busy server may well prefer the autoregressive model. (It also
-has to read keys and values, which grow with the batch; we left that out.)
+Left: for one picture the fewer steps win by far. Right: with more pictures at a time the autoregressive model reads its weights once for
+all of them, so that each becomes cheaper; Muse's cores were busy already, so its price stays. The lines cross: a server with many requests
+at once may well prefer the autoregressive model. (It also has to read keys and values, which grow with the batch; we left that out.)
 
-So parallel decoding buys *latency* with arithmetic. Guidance doubles the arithmetic and, where memory is the bound, costs nothing.
+So parallel decoding buys *latency* with arithmetic. And guidance, which doubles the arithmetic, is not for nothing.
 """
 
 # %%
@@ -674,8 +671,8 @@ print("the paper's measurement on TPUv4: 1.3 s")
 
 # %% [markdown]
 r"""
-Look at the row of the 3B cascade: super-resolution, a quarter of the parameters and a third of the steps, costs about as much as the base model or more,
-since it has 16 times the tokens. What is counted in tokens is not small because its network is.
+Look at the row of the 3B cascade: super-resolution has a quarter of the base model's parameters and a third of its steps, and costs nearly as much,
+since it has 16 times the tokens. And the decoder, which has the fewest parameters of all, works on every pixel.
 """
 
 # %% [markdown]
@@ -743,9 +740,9 @@ r"""
 ## Summary
 
 A layer holds $16 D^2$ numbers. Training costs $6P$ FLOPs a token, using the model $2P$; attention's own products matter from about $N = 8D$ tokens on.
-Memory is 18 bytes a parameter with AdamW, 10 with Adafactor, and activations, which checkpointing exchanges for a third more arithmetic. FSDP divides what is fixed, never the activations. One picture waits for memory, not for arithmetic,
-so few parallel steps are fast although they compute more. An envelope is right within a factor of two or three; that is enough to find most mistakes before
-they cost money.
+Memory is 18 bytes a parameter with AdamW, 10 with Adafactor, and activations, which checkpointing exchanges for a third more arithmetic. FSDP divides what is fixed, never the activations. One token at a time waits for memory, not for arithmetic, so few parallel
+steps are fast although they compute more. An envelope may be wrong by a factor of a few; that is good enough to find most mistakes before they cost
+money.
 """
 
 # %% [markdown]
