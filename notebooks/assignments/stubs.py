@@ -2,8 +2,8 @@
 
     MINIMUSE_STUBS=masking,lab.difference    place() turns all functions of masking, and one of lab, to stubs that raise
 
-Calls from within the package pass, and whatever the zoo runs: worlds and mutants need the true functions. `checks` keeps
-its own, and calls no stub: what it calls is what a student handed in.
+Calls from within the package pass, and whatever the zoo runs: worlds and mutants need the true functions. `checks`
+keeps its own, and may call no stub: what it calls is what a student handed in.
 This keeps a call from being an answer. It does not, and cannot, keep the source from being copied: it is public.
 """
 
