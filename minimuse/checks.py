@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minimuse.masking import reveal_counts
 from minimuse.text import Context
+from minimuse.transformer import Layer
 
 Given = Callable[..., Any]  # what a student wrote
 
@@ -544,3 +545,43 @@ def check_psnr(fn: Given) -> Iterator[str]:
     yield "the error is squared before it is averaged"
     half = torch.tensor([0.0, 2.0]).repeat(6).view(1, 3, 2, 2)
     _same("fn(0 everywhere, 2 in every other pixel)", fn(zeros, half), [10 * math.log10(2)])
+
+
+# --- scaling ----------------------------------------------------------------------------------------------------------
+
+
+@_check
+def check_layer_parameters(fn: Given) -> Iterator[str]:
+    """fn(width, mlp_width) -> how many numbers the matrices of one `transformer.Layer` hold."""
+
+    def held(width: int, mlp_width: int) -> int:
+        return sum(p.numel() for p in Layer(width, 2, mlp_width, 0, 0.0).parameters() if p.ndim == 2)
+
+    yield "the MLP goes up and down"
+    _same("fn(8, 33) - fn(8, 32)", fn(8, 33) - fn(8, 32), held(8, 33) - held(8, 32))
+    yield "attention to itself and to the text: four square matrices each"
+    for size in ((2, 8), (8, 32)):
+        _same(f"fn{size}", fn(*size), held(*size))
+
+
+@_check
+def check_training_flops(fn: Given) -> Iterator[str]:
+    """fn(parameters, tokens) -> FLOPs of training a model of matrices, without attention's products."""
+    for name, size, want in [
+        ("a multiplication and an addition forwards, and two such products backwards", (1, 1), 6),
+        ("each parameter meets each token", (100, 7), 4200),
+    ]:
+        yield name
+        _same(f"fn(parameters={size[0]}, tokens={size[1]})", fn(*size), want)
+
+
+@_check
+def check_sharded_bytes(fn: Given) -> Iterator[str]:
+    """fn(parameters, processes, sharded) -> bytes on each before any example: AdamW in fp32, and bf16 copies."""
+    for name, given, want in [
+        ("weight 4, gradient 4, two moments 8, bf16 copy 2", (100, 1, False), 1800),
+        ("without sharding each process holds all", (100, 8, False), 1800),
+        ("sharded, each holds its part", (100, 8, True), 225),
+    ]:
+        yield name
+        _same(f"fn(parameters={given[0]}, processes={given[1]}, sharded={given[2]})", fn(*given), want)

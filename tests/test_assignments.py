@@ -195,18 +195,20 @@ def test_nonsense(lib):
 TESTS = [test_rates, test_table, test_nonsense]
 """
 
-# assignment -> what is handed in, and what it costs: tests that give nothing, or less
+VARIANTS = {GUIDANCE: {"guidance": "across", "editing": "kept"}}  # where the price of a mistake depends on them
+
+# assignment -> what is handed in, and what it costs: tests that give nothing, or {test: marks}
 WRONG = {
     MASKING: [
-        ({"mask_rate": "from minimuse.masking import sample_mask_rate as mask_rate"}, {"test_mask_rate": 0}),
-        ({"mask_rate": ("torch.cos(", "2 / math.pi * torch.acos(2 / math.pi * ")}, {"test_mask_rate": 0}),
-        ({"random_mask": ("count[:, None]", "count.max()")}, {"test_random_mask": 0}),
-        ({"random_mask": (".ceil()", ".round()")}, {"test_random_mask": 0}),
-        ({"masked_loss": ("(loss * masked).sum()", "loss.sum()")}, {"test_masked_loss": 0}),
-        ({"masked_loss": ("    ### BEGIN", "    torch.zeros(10**12)\n    ### BEGIN")}, {"test_masked_loss": 0}),
+        ({"mask_rate": "from minimuse.masking import sample_mask_rate as mask_rate"}, ["test_mask_rate"]),
+        ({"mask_rate": ("torch.cos(", "2 / math.pi * torch.acos(2 / math.pi * ")}, ["test_mask_rate"]),
+        ({"random_mask": ("count[:, None]", "count.max()")}, ["test_random_mask"]),
+        ({"random_mask": (".ceil()", ".round()")}, ["test_random_mask"]),
+        ({"masked_loss": ("(loss * masked).sum()", "loss.sum()")}, ["test_masked_loss"]),
+        ({"masked_loss": ("    ### BEGIN", "    torch.zeros(10**12)\n    ### BEGIN")}, ["test_masked_loss"]),
         (
             {"reveal_counts": ("(i + 1) / steps", "i / max(steps - 1, 1)")},
-            ["test_reveal_counts", "test_decode", "test_choose_in_decode"],
+            ["test_reveal_counts", "test_decode", "test_decode_draws", "test_choose_in_decode"],
         ),
         (
             {
@@ -229,9 +231,9 @@ WRONG = {
         ({"decode": ("p.gather(-1, drawn[..., None])[..., 0].log()", "p.amax(-1).log()")}, ["test_decode_draws"]),
         ({"decode": ("keep & masked", "keep & masked | ~masked")}, ["test_decode", "test_choose_in_decode"]),
         ({"choose": "choose = surest"}, ["test_choose"]),
-        ({"zoo_tests": ZOO}, {"test_zoo": 2.0}),
-        ({"zoo_tests": "TESTS = []"}, {"test_zoo": 0}),
-        ({"zoo_tests": "def test_always(lib):\n    assert False\n\n\nTESTS = [test_always]"}, {"test_zoo": 0}),
+        ({"zoo_tests": ZOO}, {"test_zoo": 4.0}),
+        ({"zoo_tests": "TESTS = []"}, ["test_zoo"]),
+        ({"zoo_tests": "def test_always(lib):\n    assert False\n\n\nTESTS = [test_always]"}, ["test_zoo"]),
     ],
     GUIDANCE: [
         ({"guide": ("return cond + t", "return uncond + t")}, ["test_guide", "test_guided"]),
@@ -242,7 +244,7 @@ WRONG = {
                     "from minimuse.cfg import guide as theirs\n    return theirs(cond, uncond, t)",
                 )
             },
-            None,
+            ["test_guide", "test_guided"],
         ),
         ({"drop_text": ("< p", ">= p")}, ["test_drop_text"]),
         (
@@ -290,10 +292,11 @@ WRONG = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_submissions_get_what_they_deserve(name):
-    source = make.notebook(name, keys(name)[0])
+    key = next(f"key {i}" for i in range(200) if options(name, f"key {i}").items() >= VARIANTS.get(name, {}).items())
+    source = make.notebook(name, key)
     found = run(name, [edited(source, changes) for changes, _ in WRONG[name]])
     for (changes, costs), marks in zip(WRONG[name], found, strict=True):
-        costs = costs if isinstance(costs, dict) else dict.fromkeys(costs or [], 0)
+        costs = costs if isinstance(costs, dict) else dict.fromkeys(costs, 0)
         got = {test: mark for test, (mark, _) in marks.items()}
         assert got == points(source) | costs, f"{changes}: {marks}"
 
@@ -336,16 +339,11 @@ def test_the_release_tells_nothing(name):
     assert "BEGIN" not in told
     parts = [regions(cell.source) for cell in source.cells if cell.cell_type == "code"]
     secret = set().union(*(a for a, _ in parts)) - set().union(*(b for _, b in parts))
-    secret |= {
-        line
-        for c in source.cells
-        if "written" not in c.source and about(c).get("grade") and c.cell_type == "markdown"
-        for line in c.source.splitlines()
-    }
+    written = [cell for cell in source.cells if cell.cell_type == "markdown" and about(cell).get("grade")]
+    secret |= {line for cell in written for line in cell.source.splitlines()}
     secret = {line for line in secret if len(line) >= 16}
     assert len(secret) > 50
-    leaks = [line for line in secret if line in told.splitlines() or f"    {line}" in told]
-    assert not leaks
+    assert not secret & {line.strip() for line in told.splitlines()}
     assert [about(c).get("grade_id") for c in release.cells] == [about(c).get("grade_id") for c in source.cells]
     assert not any(cell.get("outputs") for cell in release.cells)
 

@@ -110,6 +110,9 @@ OURS = {
     "check_join_memory": join_memory,
     "check_grow": grow,
     "check_psnr": metrics.psnr,
+    "check_layer_parameters": lambda width, mlp_width: 8 * width**2 + 2 * width * mlp_width,
+    "check_training_flops": lambda parameters, tokens: 6 * parameters * tokens,
+    "check_sharded_bytes": lambda parameters, processes, sharded: 18 * parameters / (processes if sharded else 1),
 }
 
 
@@ -418,6 +421,21 @@ WRONG = [
         lambda x, y: -20 * ((x - y) / 2).abs().mean((1, 2, 3)).clamp(min=1e-5).log10(),
         "the error is squared",
     ),
+    ("check_layer_parameters", lambda width, mlp_width: 12 * width**2, "the MLP goes up and down"),
+    (
+        "check_layer_parameters",
+        lambda width, mlp_width: 4 * width**2 + 2 * width * mlp_width,
+        "attention to itself and to the text: four square matrices each",
+    ),
+    (
+        "check_training_flops",
+        lambda parameters, tokens: 2 * parameters * tokens,
+        "a multiplication and an addition forwards, and two such products backwards",
+    ),
+    ("check_training_flops", lambda parameters, tokens: 6 * parameters, "each parameter meets each token"),
+    ("check_sharded_bytes", lambda p, n, sharded: 16 * p / n, "weight 4, gradient 4, two moments 8, bf16 copy 2"),
+    ("check_sharded_bytes", lambda p, n, sharded: 18 * p / n, "without sharding each process holds all"),
+    ("check_sharded_bytes", lambda p, n, sharded: 18 * p, "sharded, each holds its part"),
 ]
 
 

@@ -104,20 +104,20 @@ def marks(course: Path, name: str) -> list[dict[str, object]]:
     path = course / "source" / name / f"{name}.ipynb"
     about = [cell.metadata.get("nbgrader", {}) for cell in nbformat.read(path, as_version=4).cells]
     cells = {a["grade_id"]: a["points"] for a in about if a.get("grade")}
+    notes = {p.stem: p.read_text(encoding="utf-8") for p in (course / "logs" / name).glob("*.note")}
     rows = []
     with Gradebook(f"sqlite:///{(course / 'gradebook.db').resolve()}") as book:
-        for submission in book.assignment_submissions(name):
-            student = submission.student.id
-            grades = {grade.name: grade for grade in submission.notebooks[0].grades}
-            note = course / "logs" / name / f"{student}.note"
-            why = note.read_text(encoding="utf-8") if note.is_file() else ""
+        graded = {s.student.id: s.notebooks[0].grades for s in book.assignment_submissions(name)}
+        for student in sorted({*notes, *graded}):  # one that was stopped early may be in no gradebook
+            grades = {grade.name: grade for grade in graded.get(student, [])}
+            why = notes.get(student, "")
             left = [] if why else [g for g in cells if g in grades and grades[g].needs_manual_grade]
             scored = {g: 0.0 if why or g not in grades else grades[g].score or 0.0 for g in cells}
             row = {"student": student, **{g: "" if g in left else scored[g] for g in cells}}
             row |= {"total": sum(scored.values()), "of": sum(cells.values()), "to grade by hand": " ".join(left)}
             row["note"] = why or errors(course / "autograded" / student / name / f"{name}.ipynb")
             rows.append(row)
-    return sorted(rows, key=lambda row: row["student"])
+    return rows
 
 
 def main() -> None:

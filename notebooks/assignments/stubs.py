@@ -2,7 +2,8 @@
 
     MINIMUSE_STUBS=masking,lab.difference    place() turns all functions of masking, and one of lab, to stubs that raise
 
-Calls from within the package pass, as do tests that the zoo runs: checks, worlds and mutants need the true functions.
+Calls from within the package pass, and whatever the zoo runs: worlds and mutants need the true functions. `checks`
+keeps its own, and may call no stub: what it calls is what a student handed in.
 This keeps a call from being an answer. It does not, and cannot, keep the source from being copied: it is public.
 """
 
@@ -22,9 +23,10 @@ class Packaged(RuntimeError):
 
 
 def _from_within() -> bool:
-    """Is the stub's caller the package, or anything that the zoo runs?"""
+    """Is the stub called by the package, or by anything that the zoo runs?"""
     frame = sys._getframe(2)
-    if frame.f_globals.get("__name__", "").startswith("minimuse."):
+    caller = frame.f_globals.get("__name__", "")
+    if caller.startswith("minimuse.") and caller != "minimuse.checks":
         return True
     while frame is not None and frame.f_globals.get("__name__") != "zoo":
         frame = frame.f_back
@@ -56,7 +58,8 @@ def place(rooms: str | None = None) -> None:
     stubs = {f: _stub(f) for f in own}
     for user in USERS if stubs else ():
         importlib.import_module(f"minimuse.{user}")
-    holders = [vars(module) for name, module in sys.modules.items() if name.startswith("minimuse.")]
+    names = [name for name in sys.modules if name.startswith("minimuse.") and name != "minimuse.checks"]
+    holders = [vars(sys.modules[name]) for name in names]
     holders += [table for held in holders for table in held.values() if type(table) is dict]  # sampler.ORDERS
     for held in holders:
         held.update({name: stubs[f] for name, f in held.items() if inspect.isfunction(f) and f in stubs})
