@@ -186,11 +186,13 @@ class Denoised(NamedTuple):
     clean: Tensor  # (B, d, h, w) the picture that the network now believes in
 
 
-def ddim(noise_fn: NoiseFn, x: Tensor, *, steps: int = 50) -> Iterator[Denoised]:
+def ddim(noise_fn: NoiseFn, x: Tensor, *, steps: int = 50, clip: float = 5.0) -> Iterator[Denoised]:
     """Noise x ~ N(0, I) (B, d, h, w) -> a Denoised at a time; the last one's x is the sample (DDIM, arXiv 2010.02502).
 
     x0 = (x - sqrt(1 - a_s) e) / sqrt(a_s), x' = sqrt(a_s') x0 + sqrt(1 - a_s') e: equation 12 with eta = 0, no noise is
     added. Choice: the steps begin at S - 1, where there is noise alone ("trailing", arXiv 2305.08891); a' ends at 1.
+    Choice: x0 is clipped at so many standard deviations, and e is what follows from it (ADM, arXiv 2105.05233): where
+    all is noise an error of e is 157 times as large in x0, and guidance multiplies it again.
     """
     total = len(LEVELS)
     if not 1 <= steps <= total:
@@ -201,7 +203,8 @@ def ddim(noise_fn: NoiseFn, x: Tensor, *, steps: int = 50) -> Iterator[Denoised]
         u = i / (steps - 1) if steps > 1 else 1.0
         noise = noise_fn(x, u, torch.tensor(s, device=x.device)).float()
         now, then = levels[i], levels[i + 1]
-        clean = (x - (1 - now) ** 0.5 * noise) / now**0.5
+        clean = ((x - (1 - now) ** 0.5 * noise) / now**0.5).clamp(-clip, clip)
+        noise = (x - now**0.5 * clean) / (1 - now) ** 0.5
         x = then**0.5 * clean + (1 - then) ** 0.5 * noise
         yield Denoised(i, u, s, x, clean)
 

@@ -361,7 +361,7 @@ def _work(name: str, work: Iterator[tuple[int, int]], parts: nn.ModuleDict) -> I
 
 def _perceptual(cfg: MuseConfig, engine: Engine, n: int = 2000) -> Perceptual | None:
     """Features trained on scenes, whatever the data, where a tokenizer stage weighs a perceptual loss."""
-    if not any(cfg.stages[name].perceptual_weight for name in ("low_tokenizer", "high_tokenizer", "decoder")):
+    if not any(s.perceptual_weight for name, s in cfg.stages.items() if name not in ("base", "superres")):
         return None
     scenes, kinds = SceneDataset(n, cfg.low_tokenizer.image_size, seed=engine.seed), [*product(COLORS, SHAPES)]
     there = [{(t.color, t.shape) for t in scenes.scene(i).things} for i in range(n)]

@@ -208,22 +208,25 @@ def bent(x, u, step):
     return torch.tanh(x + step / 1000) + 0.1 * x.flip(-1)
 
 
+@pytest.mark.parametrize("clip", [math.inf, 1.0])
 @pytest.mark.parametrize("steps", [1, 4, 10, 50])
-def test_ddim_is_diffusers_step_by_step(steps):
+def test_ddim_is_diffusers_step_by_step(steps, clip):
     schedulers = pytest.importorskip("diffusers.schedulers")
-    how = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False}
+    how = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    how |= {"clip_sample": clip < math.inf, "clip_sample_range": clip}
     theirs = schedulers.DDIMScheduler(**how, timestep_spacing="trailing", set_alpha_to_one=True)
     theirs.set_timesteps(steps)
     expected = noisy()
     seen = 0
-    for d, s in zip(ddim(bent, noisy(), steps=steps), theirs.timesteps, strict=True):
+    for d, s in zip(ddim(bent, noisy(), steps=steps, clip=clip), theirs.timesteps, strict=True):
         assert d.step == s.item()
-        made = theirs.step(bent(expected, 0.0, s), s, expected)
+        made = theirs.step(bent(expected, 0.0, s), s, expected, use_clipped_model_output=True)
         expected, seen = made.prev_sample, seen + 1
         assert torch.allclose(d.x, expected, atol=2e-3, rtol=1e-3), f"step {d.index}: another picture"
         assert torch.allclose(d.clean, made.pred_original_sample, atol=2e-3 * (1 / LEVELS[s].item() ** 0.5), rtol=1e-3)
     assert seen == steps
     assert d.x.equal(d.clean), "the last step leaves no noise"
+    assert d.x.abs().max() <= clip
 
 
 def test_ddim_finds_the_picture_where_the_noise_is_known():
