@@ -449,6 +449,7 @@ def rival(cfg: MuseConfig, model: str) -> MuseConfig:
 
     Choice: a DiT's adaLN-Zero takes 6 D^2 a layer beside the 16 D^2 of ours, so it is narrower: D sqrt(16 / 22).
     """
+    _require(cfg.model == "muse", f"{cfg.name} is a rival already; begin from a whole Muse's configuration")
     base, sampling = cfg.base, cfg.base_sampling
     if model == "ar":
         base = replace(base, causal=True)
