@@ -13,7 +13,7 @@ point has the same prompt and seed, so that points are compared in pairs.
     stages       two token grids (base, then the shipped super-resolution) against one model of the fine grid at 64 px
     guidance     rising from 0 to 2 t against t throughout, for the base model and for the DiT
 
-Stopped, it goes on where it was. It writes race.json, race.md and race.png into --out. Seconds are this machine's, of
+Stopped, it goes on where it was. It writes race.json, race.md, race.png and the entrants' checkpoints into --out. Seconds are this machine's, of
 batches of 50 with the tokenizer's decoder and without the language model: let it be idle.
 """
 
@@ -58,6 +58,7 @@ TUNE = {  # six settings each
     "ar": [{"guidance": t, "sampling_temperature": x} for t in (1.0, 2.0, 4.0) for x in (0.7, 1.0)],
     "dit": [{"guidance": t} for t in (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)],
 }
+FINE = {"guidance": (1.0, 3.0), "sampling_temperature": 0.4, "choice_temperature": 0.5}  # nano's own super-resolution
 TUNING_STEPS = {"masked": {"steps": 16}, "ar": {}, "dit": {"steps": 32}}
 
 
@@ -136,7 +137,8 @@ class Race:
             parts = build(cfg)
             parts["low_tokenizer"] = self.nano.high_tokenizer if fine else self.nano.low_tokenizer
             model, stage = parts["base"], replace(cfg.stages["base"], steps=self.train_steps(name), look_every=10**9)
-            how = {"engine": Engine(device="cpu", folder=self.out / "runs" / name.replace(", ", "-").replace(" ", "-"))}
+            slug = name.replace(", ", "-").replace(" ", "-")
+            how = {"engine": Engine(device="cpu", folder=self.out / "runs" / slug)}
             texts = self.corpus.split(self.corpus.texts)
             if cfg.model == "dit":
                 images = Decimated(self.corpus.split(self.corpus.images), self.factor)
@@ -146,7 +148,8 @@ class Race:
                 tokens = self.corpus.split(self.corpus.tokens["high" if fine else "low"])
                 run = train_transformer(model, stage, tokens, texts, **how)
             watched(run, name)
-            self.muses[name] = LowRes(cfg, parts, self.nano.encoder)
+            self.muses[name] = LowRes(cfg, parts, self.nano.encoder, **self.corpus.words())
+            self.muses[name].save_pretrained(self.out / "checkpoints" / slug, overwrite=True)
         return self.muses[name]
 
     @property
@@ -294,7 +297,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def figures_table(found: dict[str, dict[str, Measured]]) -> str:
-    rows = [[name, *(str(f.get(c, "-")).replace(", n =", "; n =") for c in COLUMNS)] for name, f in found.items()]
+    rows = [[name, *(str(f.get(c, "-")) for c in COLUMNS)] for name, f in found.items()]
     return markdown(HEAD, rows)
 
 
@@ -400,7 +403,6 @@ def run_guidance(race: Race) -> tuple[str, dict[str, Any]]:
     return "\n".join([figures_table(found), told]), {"figures": found, "differences": gaps}
 
 
-FINE = {"guidance": (1.0, 3.0), "sampling_temperature": 0.4, "choice_temperature": 0.5}  # nano's own super-resolution
 RUN = {"race": run_race, "likelihood": run_likelihood, "identity": run_identity, "stages": run_stages}
 RUN |= {"guidance": run_guidance}
 
@@ -415,7 +417,7 @@ def run(race: Race, parts: list[str]) -> dict[str, Any]:
     for part in parts:
         text, found = RUN[part](race)
         report["versions"] = {"minimuse": __version__, "torch": str(torch.__version__)}
-        report["parts"][part] = {"text": text, "found": plain(found)}
+        report["parts"][part] = {"text": text, "found": json.loads(json.dumps(plain(found)))}
         tables = [f"## {name}\n\n{report['parts'][name]['text']}" for name in PARTS if name in report["parts"]]
         head = f"{race.steps:,} training steps of the base model, {race.n} pictures a point, 95% intervals.\n"
         for file, told in (
