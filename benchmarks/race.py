@@ -13,8 +13,9 @@ point has the same prompt and seed, so that points are compared in pairs.
     stages       two token grids (base, then the shipped super-resolution) against one model of the fine grid at 64 px
     guidance     rising from 0 to 2 t against t throughout, for the base model and for the DiT
 
-Stopped, it goes on where it was. It writes race.json, race.md, race.png and the entrants' checkpoints into --out. Seconds are this machine's, of
-batches of 50 with the tokenizer's decoder and without the language model: let it be idle.
+Stopped, it goes on where it was. It writes race.json, race.md, race.png and the entrants' checkpoints into --out.
+Seconds are this machine's, of batches of 50 with the tokenizer's decoder and without the language model: let it be
+idle.
 """
 
 import argparse
