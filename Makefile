@@ -9,7 +9,7 @@ BIN   := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast coverage lint format train clean
+.PHONY: help install demo test fast coverage lint format notebooks train clean
 
 help:  ## show this list
 	@echo "make TARGET, one of:"
@@ -53,6 +53,9 @@ lint: $(STAMP)  ## ruff: rules and format
 format: $(STAMP)  ## ruff: mend what can be mended
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+notebooks: $(STAMP)  ## build the course's notebooks from their sources and execute them all, in full
+	$(BIN)/python notebooks/build.py
 
 train: $(STAMP)  ## train the nano preset from nothing into runs/nano
 	$(BIN)/minimuse train nano --out runs/nano

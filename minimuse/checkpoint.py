@@ -118,6 +118,19 @@ def check_weights(
         raise ValueError(f"the weights of {str(name)!r} do not fit {cfg}: {'; '.join(sorted(wrong)[:3])}, ...")
 
 
+def fingerprint(cfg: MuseConfig, weights: Mapping[str, Tensor]) -> str:
+    """-> 16 hex digits, others wherever weights or defaults of drawing differ; how it was trained does not count.
+
+    Choice: of each tensor at most 2**17 numbers, evenly spread, as float32, so that the paper's 3B takes no longer.
+    """
+    drawing = {k: v for k, v in to_dict(cfg).items() if k not in ("stages", "scenes", "captions", "shares")}
+    sha = hashlib.sha256(json.dumps(drawing, sort_keys=True).encode())
+    for name, tensor in sorted(weights.items()):
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() >> 16)]
+        sha.update(name.encode() + some.float().cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
 def save(
     folder: str | Path, cfg: MuseConfig, weights: dict[str, Tensor], about: dict[str, Any], *, overwrite: bool = False
 ) -> Path:
@@ -168,9 +181,12 @@ def card(cfg: MuseConfig, weights: Mapping[str, Tensor], about: Mapping[str, Any
         "",
         f"Data: {about.get('data', f'{cfg.scenes:,} scenes of minimuse, {cfg.captions} captions each')}.",
         "",
-        "| Stage | Steps | Batch | Learning rate |",
-        "|---|---|---|---|",
-        *(f"| {name} | {s.steps:,} | {s.batch} | {s.learning_rate:g} |" for name, s in cfg.stages.items()),
+        "| Stage | Steps | Batch | Learning rate | Optimizer |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {name} | {s.steps:,} | {s.batch} | {s.learning_rate:g} | {s.optimizer} |"
+            for name, s in cfg.stages.items()
+        ),
         "",
         "```python",
         "from minimuse import Muse",

@@ -1,4 +1,4 @@
-"""The `minimuse` command: generate, inpaint, outpaint, edit, train, doctor, average, compare, info. No own logic.
+"""The `minimuse` command: generate, inpaint, edit, app, train, eval, doctor, compare and others. No logic of its own.
 
 minimuse generate "two small red cubes" --n 4 --seed 0 --film
 minimuse inpaint picture.png mask.png "a green sphere"
@@ -6,13 +6,14 @@ minimuse info paper_3b
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+SAMPLING = ("guidance", "steps", "schedule", "order", "sampling_temperature", "choice_temperature")  # options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         return p
 
     p = command("generate", generate, "turn prompts into pictures")
-    p.add_argument("prompts", nargs="+", metavar="PROMPT")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("prompts", nargs="*", default=[], metavar="PROMPT")
+    what.add_argument("--like", type=Path, metavar="PNG", help="draw this picture again: its prompt, seed and settings")
     _drawing(p)
     p = command("inpaint", inpaint, "repaint the white part of a mask after a prompt")
     p.add_argument("image", type=Path)
@@ -68,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--iterations", type=int, default=100)
     p.add_argument("--share", type=float, default=0.08, help="of the tokens resampled an iteration (default: 0.08)")
     _drawing(p, sampling=False)
+    p = command("app", app, "a page to play with, in the browser, on this machine (extra `app`)")
+    p.add_argument("--checkpoint", "--model", help="shipped name, folder or hub id (default: the last shipped one)")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    p.add_argument("--port", type=int, help="(default: the first free one from 7860)")
+    p.add_argument("--device")
     p = command("train", train, "train a Muse from nothing, or go on with a run")
     p.add_argument("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     p.add_argument("--out", type=Path, required=True, help="folder for the run: states, log, pictures, checkpoint")
@@ -91,8 +99,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     p.add_argument("--decay", type=float, default=0.7, help="of the moving average (default: 0.7, the paper's)")
     p.add_argument("--half", action="store_true", help="save the weights in half precision")
-    p = command("compare", compare, "measure masking schedules and orders in an exact world")
+    p = command("compare", compare, "measure masking schedules and orders in an exact world or a trained model")
     p.add_argument("--world", default="mixture", help="mixture, chain or potts (default: mixture)")
+    p.add_argument("--muse", metavar="MODEL", help="instead of a world: nano, a folder or a hub id; its base model")
+    p.add_argument("--amused", metavar="MODEL", help="instead: published weights, with --data and --clip")
+    p.add_argument("--data", metavar="FOLDER", help="for --amused: captioned pictures, for prompts and FID")
+    p.add_argument("--clip", metavar="MODEL", help="for --amused: any CLIP of transformers")
+    p.add_argument("--device")
     p.add_argument(
         "--schedule",
         type=_names,
@@ -102,10 +115,29 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--order", type=_names, default=["confidence"], help="comma-separated, as of generate")
     p.add_argument("--preset", type=_names, default=[], help="muse, maskgit, amused, halton, lucidrains")
     p.add_argument("--steps", type=_names, default=["4", "8", "16"], help="comma-separated (default: 4,8,16)")
-    p.add_argument("--samples", type=int, default=4096)
+    p.add_argument("--samples", type=int, help="(default: 4096 of a world, 512 pictures)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="folder for the report; finished cells are kept there and used again")
     p.add_argument("--force", action="store_true", help="overwrite another report")
+    p = command(
+        "eval", eval_, "how often a checkpoint is right: prompts, edits, tokenizers, with intervals and pictures"
+    )
+    p.add_argument("name", nargs="?", default="nano", metavar="CHECKPOINT", help="shipped name, folder or hub id")
+    p.add_argument("--out", type=Path, required=True, help="folder for the report; a stopped evaluation goes on there")
+    p.add_argument("--kinds", type=_names, default=[], help="comma-separated, such as seen,counts,edit (default: all)")
+    p.add_argument("--n", type=int, help="pictures a kind (default: 1000), or a point of the sweep (300)")
+    p.add_argument("--sweep", action="store_true", help="guidance, temperature, steps, order: Muse's figure 8")
+    p.add_argument("--base-only", action="store_true", help="the base model alone, at its low size; sweeps always are")
+    p.add_argument("--seed", type=int, default=1000, help="picture i draws with seed + i (default: 1000)")
+    p.add_argument("--batch", type=int, default=50, help="pictures drawn at once (default: 50)")
+    p.add_argument(
+        "--run",
+        dest="training",
+        type=Path,
+        metavar="RUN",
+        help="folder of its training, for the decoder before fine-tuning",
+    )
+    p.add_argument("--device")
     p = command("doctor", doctor, "is my loss right? examine a run, finished or under way; exit code 1 if not")
     p.add_argument("folder", type=Path, metavar="RUN", help="made by train; nothing in it is changed")
     p.add_argument("--stage", choices=STAGES, help="this one alone (default: all that have a state)")
@@ -117,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _drawing(p: argparse.ArgumentParser, sampling: bool = True) -> None:
     """Options that all commands share that draw pictures."""
-    p.add_argument("--model", default="nano", help="shipped name, folder or hub id (default: nano)")
+    p.add_argument("--model", help="shipped name, folder or hub id (default: nano; of --like, the one that it names)")
     p.add_argument("--n", type=int, default=1, help="pictures a prompt")
     p.add_argument("--seed", type=int, help="picture i draws with seed + i (default: a random one, told)")
     p.add_argument("--negative-prompt")
@@ -146,36 +178,55 @@ def _names(text: str) -> list[str]:
 
 
 def generate(args: argparse.Namespace) -> None:
-    _draw(args, lambda muse, **settings: muse.generate(args.prompts, **settings))
+    if args.like is not None:
+        _like(args)
+    else:
+        _draw(args, lambda muse, **settings: muse.generate(args.prompts, **settings))
+
+
+def _like(args: argparse.Namespace) -> None:
+    """A picture of `minimuse generate` or `minimuse app`, drawn again, and whether its pixels are the same."""
+    import numpy as np
+
+    from minimuse.checkpoint import shipped
+    from minimuse.pictures import again, open_picture, settings_of
+
+    if args.n != 1 or any(getattr(args, k) is not None for k in ("seed", "negative_prompt", *SAMPLING)):
+        raise ValueError("--like takes seed and settings from the picture; give none beside it")
+    old = open_picture(args.like)
+    told = settings_of(old)
+    if args.model is None and told["model"] not in shipped():
+        raise ValueError(f"{args.like} was made by {told['model']!r}, which is not shipped; name its folder by --model")
+    args.model, args.prompts, new = args.model or told["model"], [told["prompt"]], []
+    _draw(args, lambda muse, *, watch, **_: new.append(again(muse, told, watch=watch)) or new)
+    if new[0].size == old.size:
+        off = np.abs(np.asarray(new[0], dtype=int) - np.asarray(old.convert("RGB"))).max(2)
+        differ = f"{(off > 0).sum()} of {off.size} pixels differ from {args.like}, by at most {off.max()} of 255"
+        print(f"{differ}: other hardware rounds otherwise" if off.any() else f"the same pixels as {args.like}")
 
 
 def inpaint(args: argparse.Namespace) -> None:
-    image, mask = _open(args.image), _open(args.mask)
+    from minimuse.pictures import open_picture
+
+    image, mask = open_picture(args.image), open_picture(args.mask)
     _draw(args, lambda muse, **settings: muse.inpaint(image, mask, args.prompts[0], **settings))
 
 
 def outpaint(args: argparse.Namespace) -> None:
+    from minimuse.pictures import open_picture
+
     if len(args.padding) not in (1, 4):
         raise ValueError(f"--padding has {len(args.padding)} numbers; give 1, or 4: left top right bottom")
     padding = tuple(args.padding) if len(args.padding) == 4 else args.padding[0]
-    image = _open(args.image)
+    image = open_picture(args.image)
     _draw(args, lambda muse, **settings: muse.outpaint(image, padding, args.prompts[0], **settings))
 
 
 def edit(args: argparse.Namespace) -> None:
-    image, iterating = _open(args.image), {"iterations": args.iterations, "share": args.share}
+    from minimuse.pictures import open_picture
+
+    image, iterating = open_picture(args.image), {"iterations": args.iterations, "share": args.share}
     _draw(args, lambda muse, **settings: muse.edit(image, args.prompts[0], **iterating, **settings))
-
-
-def _open(path: Path):
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        image = Image.open(path)
-        image.load()
-    except UnidentifiedImageError as e:
-        raise ValueError(f"{path} is no picture that can be read; give a PNG or JPEG") from e
-    return image
 
 
 def _draw(args: argparse.Namespace, method) -> None:
@@ -184,11 +235,11 @@ def _draw(args: argparse.Namespace, method) -> None:
     from tqdm import tqdm
 
     from minimuse.muse import Muse
+    from minimuse.pictures import save_png
     from minimuse.plots import film
 
-    muse = Muse.from_pretrained(args.model, device=args.device)
-    names = ("guidance", "steps", "schedule", "order", "sampling_temperature", "choice_temperature")
-    settings = {k: v for k in names if (v := getattr(args, k, None)) is not None}
+    muse = Muse.from_pretrained(args.model or "nano", device=args.device)
+    settings = {k: v for k in SAMPLING if (v := getattr(args, k, None)) is not None}
     seen = []
     with tqdm(desc="decoding", unit="step") as bar:
 
@@ -204,7 +255,9 @@ def _draw(args: argparse.Namespace, method) -> None:
         print(f"{path}  ({image.info['minimuse']['prompt']!r}, seed {image.info['minimuse']['seed']})")
     if args.film:
         path = paths[0].with_stem(paths[0].stem + "-film")
-        film(muse, seen).save(path)
+        strip = film(muse, seen)
+        strip.info = images[0].info
+        save_png(strip, path)
         print(path)
 
 
@@ -234,13 +287,11 @@ def _paths(args: argparse.Namespace) -> list[Path]:
     return files()
 
 
-def save_png(image, path: Path) -> None:
-    """A PIL image of Muse -> PNG whose text chunk `minimuse` holds prompt, seed and settings as JSON."""
-    from PIL.PngImagePlugin import PngInfo
+def app(args: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    from minimuse.app import serve
 
-    chunks = PngInfo()
-    chunks.add_text("minimuse", json.dumps(image.info.get("minimuse", {}), default=repr))
-    image.save(path, pnginfo=chunks)
+    serve(args.checkpoint, host=args.host, port=args.port, device=args.device)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -252,6 +303,7 @@ def train(args: argparse.Namespace) -> None:
     from minimuse.engine import Engine, Stopped
     from minimuse.folders import open_source
     from minimuse.train import train_muse
+    from minimuse.watch import add_record
 
     cfg = _configuration(args)
     source = open_source(args.data, cfg, seed=args.seed)
@@ -274,6 +326,7 @@ def train(args: argparse.Namespace) -> None:
         raise SystemExit(_stopped(args, engine)) from None
     if engine.is_main:
         folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
+        add_record(folder, cfg)
         print(f"trained in {p.figures['minutes']:.1f} minutes: {folder}")
         print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
 
@@ -356,17 +409,50 @@ def average(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Print the table; with --out also write figures and tables there."""
+    """Print the table, and paired differences to its first row's sampler; with --out also write figures and tables."""
     from minimuse import lab
 
-    if args.world not in lab.WORLDS:
-        raise ValueError(f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
     settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": args.out}
     steps = [int(t) for t in args.steps]
-    report = lab.compare(lab.WORLDS[args.world](), args.schedule, args.order, steps, **settings)
+    report = lab.compare(_compared(args), args.schedule, args.order, steps, **settings)
     print(report.table())
+    if len(args.schedule) * len(args.order) > 1:
+        print(f"\nless {args.schedule[0]}, {args.order[0]}; paired, bold where 0 is left out")
+        print(report.table((args.schedule[0], args.order[0])))
     if args.out:
         print(report.save(args.out, overwrite=args.force))
+
+
+def eval_(args: argparse.Namespace) -> None:
+    """Print the tables, and where they and the pictures are."""
+    from minimuse.evaluate import measure
+
+    measure(**{name: value for name, value in vars(args).items() if name != "run"})
+    print((args.out / "eval.md").read_text(encoding="utf-8"))
+
+
+def _compared(args: argparse.Namespace) -> Any:
+    """A world, a Muse, or the judge of published weights."""
+    from minimuse import lab
+
+    if args.muse:
+        from minimuse.muse import Muse
+
+        return Muse.from_pretrained(args.muse, device=args.device)
+    if args.amused:
+        from minimuse.amused import Amused
+        from minimuse.metrics import ClipScorer
+        from minimuse.muse import pick_device
+        from minimuse.picture_judge import AmusedJudge
+
+        if not (args.data and args.clip):
+            raise ValueError("--amused needs --data, a folder of captioned pictures, and --clip, a CLIP's name")
+        device = pick_device(args.device)
+        amused, score = Amused.from_pretrained(args.amused).to(device), ClipScorer(args.clip, device)
+        return AmusedJudge(amused, args.data, score, samples=args.samples or 512, seed=args.seed)
+    if args.world not in lab.WORLDS:
+        raise ValueError(f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
+    return lab.WORLDS[args.world]()
 
 
 def doctor(args: argparse.Namespace) -> None:

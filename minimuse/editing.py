@@ -73,10 +73,10 @@ def resample(
 
 
 @torch.inference_mode()
-def tokenize(muse: "Muse", image: Image.Image) -> tuple[Tensor, Tensor]:
-    """A picture -> low tokens (1, N_low) of the decimated picture and high tokens (1, N) (Muse 3.3.1)."""
+def tokenize(muse: "Muse", *images: Image.Image) -> tuple[Tensor, Tensor]:
+    """B pictures -> low tokens (B, N_low) of the decimated pictures and high tokens (B, N) (Muse 3.3.1)."""
     side, low_side = muse.cfg.high_tokenizer.image_size, muse.cfg.low_tokenizer.image_size
-    pixels = from_pil(image, side).to(muse.device)
+    pixels = torch.cat([from_pil(image, side) for image in images]).to(muse.device)
     low, high = halve(pixels, side // low_side).to(muse.dtype), pixels.to(muse.dtype)
     return muse.low_tokenizer.encode(low), muse.high_tokenizer.encode(high)
 
@@ -99,22 +99,30 @@ def inpaint(
     Both token grids are masked where a token overlaps the region; the base model fills the low one, super-resolution
     the high one. With `keep` your pixels outside the mask come back bit for bit. `sampling` is as in `Muse`.
     """
-    low, high = tokenize(muse, image)
+    tokens = tokenize(muse, image)
     repaint = mask_from(mask, image.size)
     if not repaint.any():
         raise ValueError("the mask is empty: no pixel is white; white is what to repaint")
     jobs = muse.jobs(prompt, n, seed, negative_prompt, sampling)
-    scale = muse.cfg.high_tokenizer.image_size // muse.cfg.low_tokenizer.image_size
-    at_low = token_mask(repaint[None], muse.low_tokenizer.downsampling * scale).to(muse.device)
-    at_high = token_mask(repaint[None], muse.high_tokenizer.downsampling).to(muse.device)
-    low = low.masked_fill(at_low, muse.base.mask_id).repeat(len(jobs), 1)
-    high = high.masked_fill(at_high, muse.superres.mask_id).repeat(len(jobs), 1)
-    images = muse.finish(muse.decode(jobs, low=low, high=high, **sampling), jobs, sampling | {"task": "inpaint"}, watch)
+    steps = _inpaint(muse, tokens, repaint[None], jobs, **sampling)
+    images = muse.finish(steps, jobs, sampling | {"task": "inpaint"}, watch)
     if keep:
         kept = Image.fromarray((~repaint).numpy().astype("uint8") * 255)
         for new in images:
             new.paste(to_rgb(image), mask=kept)
     return images
+
+
+def _inpaint(
+    muse: "Muse", tokens: tuple[Tensor, Tensor], repaint: Tensor, jobs: list[dict[str, Any]], **sampling
+) -> Iterator[Step]:
+    """Tokens of one picture or of one a job, repaint (1 or B, H, W) bool -> Steps."""
+    scale = muse.cfg.high_tokenizer.image_size // muse.cfg.low_tokenizer.image_size
+    at_low = token_mask(repaint, muse.low_tokenizer.downsampling * scale).to(muse.device)
+    at_high = token_mask(repaint, muse.high_tokenizer.downsampling).to(muse.device)
+    low, high = tokens[0].masked_fill(at_low, muse.base.mask_id), tokens[1].masked_fill(at_high, muse.superres.mask_id)
+    low, high = (grid.repeat(len(jobs) // len(grid), 1) for grid in (low, high))
+    return muse.decode(jobs, low=low, high=high, **sampling)
 
 
 def windows(known: Tensor, side: int) -> Iterator[tuple[int, int]]:
@@ -183,7 +191,7 @@ def edit(
 ) -> list[Image.Image]:
     """Change the picture towards the prompt, without a mask (Muse 3.3.2). `settings` as in `edit_steps`."""
     jobs = muse.jobs(prompt, n, seed, negative_prompt, settings)
-    return muse.finish(_edit(muse, image, jobs, **settings), jobs, settings | {"task": "edit"}, watch)
+    return muse.finish(_edit(muse, tokenize(muse, image), jobs, **settings), jobs, settings | {"task": "edit"}, watch)
 
 
 def edit_steps(
@@ -193,13 +201,13 @@ def edit_steps(
 
     The paper: iterations=100 of a random share=0.08 of the tokens, guidance=4, top_k=3.
     """
-    return _edit(muse, image, muse.jobs(prompt, 1, seed, negative_prompt, settings), **settings)
+    return _edit(muse, tokenize(muse, image), muse.jobs(prompt, 1, seed, negative_prompt, settings), **settings)
 
 
 @torch.inference_mode()
 def _edit(
     muse: "Muse",
-    image: Image.Image,
+    tokens: tuple[Tensor, Tensor],
     jobs: list[dict[str, Any]],
     *,
     iterations: int = 100,
@@ -208,7 +216,7 @@ def _edit(
     top_k: int | None = 3,
     superres: dict[str, Any] | None = None,
 ) -> Iterator[Step]:
-    low = tokenize(muse, image)[0].repeat(len(jobs), 1)
+    low = tokens[0].repeat(len(jobs) // len(tokens[0]), 1)
     text, null = muse.contexts(jobs)
     t = get_guidance(guidance)
     logits_fn = guided(muse.base, muse.base.memory(text), muse.base.memory(null), t)

@@ -147,6 +147,8 @@ class Engine:
 
         self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
+        if self.device.type == "cpu":  # several processes get "cpu:0", "cpu:1": moving there would copy each tensor
+            self.device = torch.device("cpu")
         self.processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         told = self.accelerator.mixed_precision  # by `accelerate launch`; fp16 and fp8 are accelerate's own affair
         self.bf16 = bf16 if told == "no" else told == "bf16"

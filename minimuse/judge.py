@@ -14,10 +14,9 @@ p is the world, q the sampler's distribution; nothing is a network, so nothing b
 
 Each is kept as GROUPS values from groups of samples (jackknife pseudo-values for the last two): their mean estimates,
 their spread tells the error, and two samplers that share samples are compared group by group.
-Not here: the worlds (`worlds.py`), the comparison of many samplers (`lab.py`), metrics of pictures.
+Not here: the worlds (`worlds.py`), the comparison of many samplers (`lab.py`), trained models (`picture_judge.py`).
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimuse.cache import fingerprint
 from minimuse.sampler import ORDERS, LogitsFn, Order, by_rank, confidence, decode, halton_rank
 from minimuse.worlds import World
 
@@ -44,6 +44,20 @@ def estimate(groups: Sequence[float]) -> Estimate:
     """Values of independent groups -> their mean and Student's interval."""
     values = torch.tensor(groups, dtype=torch.double)
     return Estimate(values.mean().item(), T_QUANTILE * (values.std() / math.sqrt(len(values))).item())
+
+
+def check_samples(samples: int) -> None:
+    """ValueError unless they fall into GROUPS groups of at least two."""
+    if samples < 2 * GROUPS or samples % GROUPS:
+        raise ValueError(f"{samples} samples do not fall into {GROUPS} groups; give a multiple of {GROUPS}, from 64 up")
+
+
+def drawn(logits_fn: LogitsFn, start: Tensor, mask_id: int, **sampling: Any) -> tuple[Tensor, int]:
+    """`decode` from start (B, N) to its end -> tokens (B, N), and how many passes its pictures took together."""
+    passes = 0
+    for step in decode(logits_fn, start, mask_id=mask_id, **sampling):
+        passes += len(start) if sampling.get("remask") else int(step.revealed.any(1).sum())
+    return step.tokens, passes
 
 
 @torch.no_grad()
@@ -115,7 +129,7 @@ class Outcome(NamedTuple):
 
 
 class Judge(Protocol):
-    """What `compare` asks of: an exact world here; anything that decodes and measures fits, a trained Muse too."""
+    """What `compare` asks of: an exact world here, a trained model in `picture_judge.py`; whatever measures fits."""
 
     n: int
     v: int
@@ -137,10 +151,7 @@ class WorldJudge:
     }
 
     def __init__(self, world: World, samples: int = 4096, seed: int = 0):
-        if samples < 2 * GROUPS or samples % GROUPS:
-            raise ValueError(
-                f"{samples} samples do not fall into {GROUPS} groups; give a multiple of {GROUPS}, from 64 up"
-            )
+        check_samples(samples)
         self.world, self.samples, self.seed, self.n, self.v = world, samples, seed, world.n, world.v
         self.x = world.sample(samples, self._generator(0))
         self.log_p = world.log_prob(self.x)
@@ -152,43 +163,32 @@ class WorldJudge:
 
     def identity(self) -> dict[str, Any]:
         """A world of your own is code, which cannot be compared: its identity is never met again."""
-        digest = hashlib.sha256(b"" if type(self.world).__module__ == World.__module__ else os.urandom(16))
-        for _, value in sorted(vars(self.world).items()):
-            digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
+        own = type(self.world).__module__ != World.__module__
+        parameters = os.urandom(8).hex() if own else fingerprint(vars(self.world))[:16]
         name = f"{type(self.world).__name__} {self.world.grid[0]}x{self.world.grid[1]}, {self.v} codes"
-        return {"target": name, "parameters": digest.hexdigest()[:16], "samples": self.samples, "seed": self.seed}
+        return {"target": name, "parameters": parameters, "samples": self.samples, "seed": self.seed}
 
     def order(self, name: str) -> str | Order:
         """The grid is known here, square or not."""
         return by_rank(halton_rank(*self.world.grid)) if name == "halton" else name
 
     def __call__(self, **sampling: Any) -> Outcome:
-        y, passes = self._decode(sampling)
-        each = self.minus_entropy - self.world.log_prob(y)
-        singles, pairs = distances(
-            self.truth, features(y[:, self.places], self.v), self.samples // GROUPS, len(self.places)
-        )
+        """What `decode` takes -> what the sampler costs; "kl" where its q is a product along a path."""
+        world, start = self.world, torch.full_like(self.x, self.world.mask_id)
+        chunks = enumerate(start.split(world.batch))
+        parts = [drawn(world, x, world.mask_id, generator=self._generator(4 + i), **sampling) for i, x in chunks]
+        y, passes = torch.cat([tokens for tokens, _ in parts]), sum(took for _, took in parts) / self.samples
+        each = self.minus_entropy - world.log_prob(y)
+        seen = features(y[:, self.places], self.v)
+        singles, pairs = distances(self.truth, seen, self.samples // GROUPS, len(self.places))
         groups = {"surprise": self._grouped(each), "singles": singles.tolist(), "pairs": pairs.tolist()}
-        plain = not sampling.get("remask") and sampling.get("top_k") is None
-        if (
-            not plain
-            or sampling.get("sampling_temperature", 1) != 1
-            or not ignores_draws(sampling["order"], self.n, self.v)
-        ):
+        get = sampling.get
+        plain = not get("remask") and get("top_k") is None and get("sampling_temperature", 1) == 1
+        if not plain or not ignores_draws(sampling["order"], self.n, self.v):
             return Outcome(passes, groups)
         log_q, when = self._paths(self.x, sampling, 2)
         few, again = self.x[:64], self._paths(self.x[:64], sampling, 3)[1]
         return Outcome(passes, {"kl": self._grouped(self.log_p - log_q), **groups}, not again.equal(when[: len(few)]))
-
-    def _decode(self, sampling: dict[str, Any]) -> tuple[Tensor, float]:
-        """-> samples (samples, N) and the mean number of steps in which a picture was not yet done."""
-        world, pictures, passes = self.world, [], 0
-        for i, size in enumerate(len(part) for part in self.x.split(world.batch)):
-            start = torch.full((size, self.n), world.mask_id)
-            for step in decode(world, start, mask_id=world.mask_id, generator=self._generator(4 + i), **sampling):
-                passes += int(step.revealed.any(1).sum() if not sampling.get("remask") else size)
-            pictures.append(step.tokens)
-        return torch.cat(pictures), passes / self.samples
 
     def _paths(self, x: Tensor, sampling: dict[str, Any], stream: int) -> tuple[Tensor, Tensor]:
         draws = {"mask_id": self.world.mask_id, "generator": self._generator(stream)}

@@ -5,13 +5,12 @@
     report.plot()
     report.save("out")
 
-A grid of schedules x orders x steps, each decoded in one exact world and measured by a Judge (`judge.py`), all with the
-same truth and the same seeds.
-Not here: the worlds (`worlds.py`), what is measured (`judge.py`), how known code bases sample (`variants.py`).
+A grid of schedules x orders x steps, each decoded and measured by a Judge, all with the same truth and the same seeds:
+in an exact world (`judge.py`), in a trained Muse or with published weights (`picture_judge.py`).
+Not here: the worlds (`worlds.py`), what is measured, how known code bases sample (`variants.py`).
 """
 
 import csv
-import hashlib
 import json
 import math
 import os
@@ -19,15 +18,19 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from minimuse import __version__, variants
+from minimuse.cache import fingerprint
 from minimuse.judge import Estimate, Judge, Outcome, WorldJudge, estimate
 from minimuse.masking import get_schedule, reveal_counts
 from minimuse.sampler import ORDERS, Order, _is_adaptive, entropy_bound
 from minimuse.worlds import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World
+
+if TYPE_CHECKING:
+    from minimuse.muse import Muse
 
 __all__ = ["WORLDS", "Cell", "ChainWorld", "MixtureWorld", "PottsWorld", "Report", "World", "compare", "difference"]
 
@@ -44,6 +47,7 @@ class Cell:
     bound: bool
 
     def __getitem__(self, measure: str) -> Estimate:
+        """cell["kl"] -> its mean and 95% interval."""
         return estimate(self.groups[measure])
 
 
@@ -53,25 +57,26 @@ def difference(a: Cell, b: Cell, measure: str) -> Estimate:
 
 
 def compare(
-    target: World | Judge,
+    target: "World | Muse | Judge",
     schedules: Iterable[str] | Mapping[str, Any] = ("cosine",),
     orders: Iterable[str] | Mapping[str, str | Order] = ("confidence",),
     steps: Iterable[int] = (4, 8, 16),
     *,
     presets: Iterable[str] = (),
-    samples: int = 4096,
+    samples: int | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     **sampling: Any,
 ) -> "Report":
-    """Measure every schedule x order x steps, and every preset x steps, in a world or by a Judge of your own.
+    """Measure every schedule x order x steps, and every preset x steps, in a world, a Muse, or by a Judge of your own.
 
     Schedules and orders are names, or names with functions; an adaptive rule is a schedule, "bound0.5" the
-    entropy-bounded one of 0.5 nats. `sampling` is what `decode` takes besides. With `out`, finished cells are kept
-    there and used again where all settings are the same; a cell with functions of your own, but curves, is always
-    measured anew, since code cannot be compared.
+    entropy-bounded one of 0.5 nats. `samples` are 4096 in a world, 512 pictures of a Muse; a Judge brings its own and
+    its own seed. `sampling` is what `decode` takes besides. With `out`, finished cells are kept there and used again
+    where all settings are the same; a cell with functions of your own, but curves, is always measured anew, since code
+    cannot be compared.
     """
-    judge = WorldJudge(target, samples, seed) if isinstance(target, World) else target
+    judge = _judge(target, samples, seed)
     trials = [
         _trial(judge, name, other, t, schedule, order, sampling)
         for name, schedule in _named(schedules).items()
@@ -81,9 +86,10 @@ def compare(
     if not trials:
         raise ValueError("nothing to compare: give at least one schedule, order and number of steps, or a preset")
     about = {"minimuse": __version__, "torch": str(torch.__version__), **judge.identity()}
+    plain = all(isinstance(v, str | int | float | tuple | None) for v in sampling.values())
     cells = []
     for label, settings, key in trials:
-        kept = out and key and Path(out) / "cells" / (_digest({**about, **key}) + ".json")
+        kept = out and key and plain and Path(out) / "cells" / f"{fingerprint(about, key, sampling)[:24]}.json"
         if kept and kept.is_file():
             outcome = Outcome(**json.loads(kept.read_text(encoding="utf-8")))
         else:
@@ -110,30 +116,26 @@ class Report:
                 return cell
         raise KeyError(f"no cell {key}; there are {[(c.schedule, c.order, c.steps) for c in self.cells]}")
 
-    def table(self) -> str:
-        """Markdown: a line a cell, 95% intervals; "<=" marks a KL that is an upper bound."""
+    def table(self, against: tuple[str, str] | None = None) -> str:
+        """Markdown: a line a cell, 95% intervals; "<=" marks a KL that is an upper bound.
 
-        def figure(cell: Cell, measure: str) -> str:
-            if measure not in cell.groups:
-                return ""
-            mean, half = cell[measure]
-            digits = min(7, max(2, 1 - math.floor(math.log10(half)))) if half > 0 else 4
-            return (
-                f"{'<= ' * (cell.bound and measure == 'kl')}{round(mean, digits) + 0.0:.{digits}f} ± {half:.{digits}f}"
-            )
-
+        against a (schedule, order): each cell less that one's in as many steps, paired, in bold where 0 is left out.
+        """
         lines = [["schedule", "order", "steps", "passes", *self.titles]]
         for c in self.cells:
-            lines.append([c.schedule, c.order, str(c.steps), f"{c.passes:.1f}", *(figure(c, m) for m in self.titles)])
+            base = against and self[(*against, c.steps)]
+            if c is not base:
+                shown = (_shown(c, m, base) for m in self.titles)
+                lines.append([c.schedule, c.order, str(c.steps), f"{c.passes:.1f}", *shown])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = ["| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in lines]
         rows.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
         return "\n".join(rows)
 
     def plot(self, ax=None, measure: str | None = None):
-        """A measure against the mean forward passes, 95% bars -> the axes. Colours are orders, dashes schedules.
+        """A measure against the mean forward passes, 95% bars -> the axes. Dashes are schedules, colours orders.
 
-        Schedules whose names begin with "bound" make one line: its points are the bounds.
+        Of one order, colours are schedules too. Those whose names begin with "bound" make one line, a point a bound.
         """
         import matplotlib.pyplot as plt
 
@@ -152,33 +154,16 @@ class Report:
             points, i = sorted(points, key=lambda c: c.passes), dashes.index(name)
             mean, half = zip(*(c[measure] for c in points), strict=True)
             bound = " (upper bound)" if measure == "kl" and any(c.bound for c in points) else ""
-            label = ", ".join(dict.fromkeys((order, name))) + bound
-            style = {
-                "color": f"C{colours.index(order)}",
-                "marker": "osD^vP"[i % 6],
-                "ls": ("-", "--", ":", "-.")[i % 4],
-            }
-            ax.errorbar([c.passes for c in points], mean, half, label=label, capsize=3, markersize=4, lw=1.4, **style)
-        ax.axhline(0, color="0.6", lw=0.8, zorder=0)
-        ends = [end for c in cells for end in (c[measure].mean - c[measure].half, c[measure].mean + c[measure].half)]
-        typical = sorted(c[measure].half for c in cells)[len(cells) // 2]
-        if min(c[measure].mean for c in cells) > -typical:  # a distance: powers of ten, down to what tells from 0
-            ax.set_yscale("symlog", linthresh=max(typical, 1e-9))
-            ax.set_ylim(min(*ends, 0) - typical / 5, 1.5 * max(ends))
-        ax.set_xscale("log", base=2)
-        ticks = sorted({c.steps for c in cells if c.passes == c.steps} or {round(c.passes) for c in cells})
-        ax.set_xticks(ticks, [str(t) for t in ticks])
-        ax.minorticks_off()
-        ax.set_xlabel("forward passes a picture")
-        ax.set_ylabel(self.titles[measure])
+            hue = colours.index(order) if len(colours) > 1 else i
+            look = {"color": f"C{hue}", "marker": "osD^vP"[i % 6], "ls": ("-", "--", ":", "-.")[i % 4]}
+            look |= {"label": ", ".join(dict.fromkeys((order, name))) + bound, "capsize": 3, "ms": 4, "lw": 1.4}
+            ax.errorbar([c.passes for c in points], mean, half, **look)
+        _scales(ax, cells, measure)
+        ax.set(xlabel="forward passes a picture", ylabel=self.titles[measure])
         ax.set_title(f"{self.about['target']}", fontsize=10)
         ax.grid(alpha=0.25)
-        ax.legend(
-            fontsize=7,
-            frameon=False,
-            handlelength=3.5,
-            **({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}),
-        )
+        outside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}
+        ax.legend(fontsize=7, frameon=False, handlelength=3.5, **outside)
         return ax
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
@@ -211,6 +196,35 @@ class Report:
         return folder
 
 
+def _shown(cell: Cell, measure: str, base: Cell | None = None) -> str:
+    """A figure and its interval as text, or its difference to that of `base`; "" where it was not measured."""
+    if measure not in cell.groups or (base and measure not in base.groups):
+        return ""
+    mean, half = difference(cell, base, measure) if base else cell[measure]
+    digits = min(7, max(2, 1 - math.floor(math.log10(half)))) if half > 0 else 4
+    text = f"{round(mean, digits) + 0.0:.{digits}f} ± {half:.{digits}f}"
+    if base:
+        return f"**{text}**" if abs(mean) > max(half, 1e-5) else text
+    return f"<= {text}" if cell.bound and measure == "kl" else text
+
+
+def _scales(ax: Any, cells: list[Cell], measure: str) -> None:
+    """Passes in powers of two; a distance that spans a power of ten in powers of ten, down to what tells from 0."""
+    values = [c[measure] for c in cells]
+    typical = sorted(v.half for v in values)[len(values) // 2]
+    least, most = min(v.mean for v in values), max(v.mean for v in values)
+    if least > -typical and most > 10 * max(least, typical):
+        ax.set_yscale("symlog", linthresh=max(typical, 1e-9))
+        lowest, highest = min(v.mean - v.half for v in values), max(v.mean + v.half for v in values)
+        ax.set_ylim(min(0, lowest) - typical / 5, 1.5 * highest)
+    if least - typical < 0 or most > 10 * least:
+        ax.axhline(0, color="0.6", lw=0.8, zorder=0)
+    ax.set_xscale("log", base=2)
+    ticks = sorted({c.steps for c in cells if c.passes == c.steps} or {round(c.passes) for c in cells})
+    ax.set_xticks(ticks, [str(t) for t in ticks])
+    ax.minorticks_off()
+
+
 def _refuse_loss(folder: Path, files: list[str], cells: list[dict[str, Any]]) -> None:
     """FileExistsError where a file would go whose figures are not all among `cells`."""
     if not (there := [f for f in files if (folder / f).exists()]):
@@ -229,6 +243,16 @@ def _refuse_loss(folder: Path, files: list[str], cells: list[dict[str, Any]]) ->
 Trial = tuple[tuple[str, str, int], dict[str, Any], dict[str, Any] | None]  # label, for `decode`, what it depends on
 
 
+def _judge(target: Any, samples: int | None, seed: int) -> Judge:
+    if isinstance(target, World):
+        return WorldJudge(target, samples or 4096, seed)
+    if hasattr(target, "generate"):  # a Muse; only now are networks imported
+        from minimuse.picture_judge import MuseJudge
+
+        return MuseJudge(target, samples or 512, seed)
+    return target
+
+
 def _named(x: Iterable[str] | Mapping[str, Any]) -> Mapping[str, Any]:
     """Names -> each its own; a mapping as it is. A lone name is one name, not its letters."""
     return x if isinstance(x, Mapping) else {name: name for name in ([x] if isinstance(x, str) else x)}
@@ -244,29 +268,17 @@ def _trial(judge: Judge, name: str, other: str, t: int, schedule: Any, order: An
         rule = get_schedule(schedule, judge.n)
         mark = reveal_counts(judge.n, t, rule)
     if isinstance(order, str) and order not in ORDERS:
-        raise ValueError(
-            f"unknown order {order!r}; known: {', '.join(ORDERS)}; or give a mapping of names to functions"
-        )
+        raise ValueError(f"unknown order {order!r}; known: {', '.join(ORDERS)}; or a mapping of names to functions")
     key = {"schedule": mark, "order": order, "steps": t} if mark and isinstance(order, str) else None
     by = judge.order(order) if isinstance(order, str) else order
-    return (name, other, t), {"schedule": rule, "order": by, **sampling, "steps": t}, _with(key, sampling)
+    return (name, other, t), {"schedule": rule, "order": by, **sampling, "steps": t}, key
 
 
 def _preset(judge: Judge, name: str, t: int, sampling: dict[str, Any]) -> Trial:
     settings = {**variants.settings(name, judge.n, judge.v, t), **sampling}
     if isinstance(settings["order"], str):
         settings["order"] = judge.order(settings["order"])
-    return (f"as {name}", "", t), settings, _with({"preset": name, "steps": t}, sampling)
-
-
-def _with(key: dict[str, Any] | None, sampling: dict[str, Any]) -> dict[str, Any] | None:
-    """The key with `sampling`, or None where that holds functions."""
-    plain = all(isinstance(v, str | int | float | None) for v in sampling.values())
-    return {**key, **sampling} if key and plain else None
-
-
-def _digest(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    return (f"as {name}", "", t), settings, {"preset": name, "steps": t}
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,11 +7,13 @@ chosen has its default in the checkpoint's configuration.
 Glossary: B images, t guidance, u progress. Not here: training (`train.py`), files (`checkpoint.py`).
 """
 
+import json
 import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -109,7 +111,7 @@ class Muse:
     Every method that makes pictures takes, besides what it names:
         negative_prompt       a text, or one for each prompt, to guide away from (Muse 2.7)
         guidance              t: a number, a pair (first, last) rising linearly, or a function of u; 0 is none
-        steps, schedule, order, sampling_temperature, choice_temperature, top_k    as in `sampler.decode`
+        steps, schedule, order, sampling_temperature, choice_temperature, top_k, remask    as in `sampler.decode`
         superres              a dict of the same that holds for super-resolution alone, such as {"steps": 4}
     What is not given comes from the checkpoint. With another `order` the ranking noise is 0 unless you give it.
     """
@@ -232,7 +234,9 @@ class Muse:
         device = pick_device(device)
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-        return kind(cfg)(cfg, parts, encoder, **about).to(device, dtype)
+        muse = kind(cfg)(cfg, parts, encoder, **about)
+        _ = muse.fingerprint  # of the weights as they are stored, before a dtype rounds them
+        return muse.to(device, dtype)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
         """config.json, model.safetensors and a model card (README.md) into a folder; `dtype` None changes none.
@@ -248,6 +252,11 @@ class Muse:
         weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in found.items()}
         about = {"words": self.words, "examples": self.examples}
         return checkpoint.save(folder, self.cfg, weights, about, overwrite=overwrite)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that stand for configuration and weights: pictures tell by them which checkpoint made them."""
+        return checkpoint.fingerprint(self.cfg, self.parts.state_dict())
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Muse":
         """Move the networks and the language model; returns itself."""
@@ -279,18 +288,21 @@ class Muse:
         pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(n)]
         return [{"prompt": p, "negative_prompt": q, "seed": s} for (p, q), s in zip(pairs, seeds, strict=True)]
 
+    def unfamiliar(self, prompt: str) -> str:
+        """A sentence where most of a prompt's words were in no training caption, else ""."""
+        words = list(dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))) if self.words else []
+        unknown = [w for w in words if w not in self.words]
+        if 2 * len(unknown) <= len(words):
+            return ""
+        tries = "; ".join(f'"{x}"' for x in self.examples[:3])
+        return f"{self.cfg.name} never saw {', '.join(unknown)} in training. Try {tries}"
+
     def _tell_unknown_words(self, prompts: Sequence[str]) -> None:
-        """One line to stderr where most of a prompt's words were in no training caption."""
-        for prompt in dict.fromkeys(prompts) if self.words else ():
-            words = list(dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower())))
-            unknown = [w for w in words if w not in self.words]
-            if 2 * len(unknown) > len(words) and prompt not in self._told:
+        """One line to stderr for each unfamiliar prompt, once."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._told and (sentence := self.unfamiliar(prompt)):
                 self._told.add(prompt)
-                tries = "; ".join(f'"{x}"' for x in self.examples[:3])
-                print(
-                    f"minimuse: {self.cfg.name} never saw {', '.join(unknown)} in training. Try {tries}",
-                    file=sys.stderr,
-                )
+                print(f"minimuse: {sentence}", file=sys.stderr)
 
     def contexts(self, jobs: list[dict[str, Any]]) -> tuple[Context, Context]:
         """Jobs -> their texts, and what to guide away from: nothing, or the negative prompts."""
@@ -312,20 +324,34 @@ class Muse:
         settings: dict[str, Any],
         watch: Callable[[Step], None] | None = None,
     ) -> list[Image.Image]:
-        """Walk through the steps, showing each to `watch`; the last one's tokens -> pictures with their settings."""
+        """Walk through the steps, showing each to `watch`; the last one's tokens -> pictures with their settings.
+
+        JSON holds them, so of functions only that there were some: `pictures.again` then refuses.
+        """
         for step in steps:
             if watch is not None:
                 watch(step)
-        told = {k: v for k, v in settings.items() if isinstance(v, str | int | float | tuple | list | dict)}
+        given = {k: v for k, v in settings.items() if v is not None}
+        told = {k: v for k, v in given.items() if _is_json(v)}
+        functions = {"functions": sorted(given.keys() - told.keys())} if given.keys() - told.keys() else {}
         images = self.picture(step)
         for image, job in zip(images, jobs, strict=True):
-            image.info["minimuse"] = {"model": self.cfg.name, **job, **told}
+            about = {"model": self.cfg.name, "fingerprint": self.fingerprint}
+            image.info["minimuse"] = {**about, **job, **told, **functions}
         return images
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _settings(defaults: SamplingConfig, given: dict[str, Any]) -> tuple[Callable[[float], float], dict[str, Any]]:
     """A checkpoint's defaults and what the user gave -> guidance as a function of u, arguments for `sampler.decode`."""
-    known = {f.name for f in fields(SamplingConfig)} | {"top_k"}
+    known = {f.name for f in fields(SamplingConfig)} | {"top_k", "remask"}
     if unknown := given.keys() - known:
         raise TypeError(f"unknown setting {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
     values = asdict(defaults) | {k: v for k, v in given.items() if v is not None}

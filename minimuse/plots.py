@@ -1,14 +1,17 @@
-"""Contact sheets of pictures: grids with captions, film strips of a decode, masks drawn over a picture; trade-offs.
+"""Contact sheets of pictures: grids, films of a decode, its tokens, masks over a picture; curves and trade-offs.
 
-All return a PIL image, and sheets are drawn with PIL alone, which is fast. `B` pictures, `h w` token grid, `N` = h w
-tokens.
+All but `Animation` return a PIL image, and sheets are drawn with PIL alone, which is fast. `B` pictures, `h w` token
+grid, `N` = h w tokens.
 
 Not here: saving, which is the image's own `.save(path)`.
 """
 
+import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -107,22 +110,74 @@ def mask_overlay(image: Image.Image | Tensor, masked: Tensor) -> Image.Image:
     return Image.composite(Image.new("RGB", picture.size, _MASKED), picture, cover)
 
 
+def token_map(step: "Step", row: int = 0, side: int = 384) -> Image.Image:
+    """A Step -> its token grid, about `side` pixels wide: a colour a code, gray where masked, the new ones framed."""
+    cells = math.isqrt(step.tokens.shape[1])
+    tokens, size = step.tokens[row].view(cells, cells).cpu(), max(1, side // cells)
+    masked, revealed = (x[row].view(cells, cells).cpu() for x in (step.masked, step.revealed))
+    hue = (tokens * 0.618034 % 1 * 255).byte()  # the golden ratio: neighbouring codes get colours far apart
+    value = 130 + (tokens % 5 * 25).byte()
+    bands = [Image.fromarray(band.numpy()) for band in (hue, torch.full_like(hue, 130), value)]
+    sheet = mask_overlay(Image.merge("HSV", bands), masked).resize((cells * size,) * 2, Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(sheet)
+    for y, x in revealed.nonzero().tolist():
+        draw.rectangle((x * size, y * size, (x + 1) * size - 1, (y + 1) * size - 1), outline=_INK, width=1 + size // 16)
+    return sheet
+
+
 def film(muse: "Muse", steps: Sequence["Step"], row: int = 0, most: int = 12) -> Image.Image:
     """The Steps of a Muse's decode -> a film strip of at most `most` of them, evenly spread, ends kept.
 
-    Base and super-resolution stand side by side at one size; `row` picks the picture of the batch.
+    Base and super-resolution stand side by side, 128 pixels wide or as wide as the finished picture; `row` picks the
+    picture of the batch.
     """
     if not steps:
         raise ValueError("no step came: collect them from muse.steps(...), or with watch=list.append")
     count = min(most, len(steps))
     picks = [round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)]
     picks = [steps[i] for i in picks]
-    side = 2 * muse.cfg.high_tokenizer.image_size
+    side = max(128, muse.cfg.high_tokenizer.image_size)
     frames = [
         mask_overlay(muse.picture(s)[row], s.masked[row]).resize((side, side), Image.Resampling.NEAREST) for s in picks
     ]
     titles = [f"{s.stage} {s.index + 1}: {int(s.masked[row].sum())} left" for s in picks]
     return film_strip(frames, titles, scale=1)
+
+
+class Animation(bytes):
+    """A GIF: frames of one size, `ms` milliseconds each, the last for a second and a half; then again.
+
+    In a notebook it plays, about 240 pixels wide. >>> Path("film.gif").write_bytes(Animation(frames))
+    """
+
+    def __new__(cls, frames: Sequence[Image.Image], ms: int = 250) -> "Animation":
+        if not frames or len({frame.size for frame in frames}) > 1:
+            raise ValueError(f"frames of {sorted({f.size for f in frames})} pixels: expected at least one, of one size")
+        few, file = [frame.convert("RGB").quantize(128, dither=0) for frame in frames], io.BytesIO()
+        few[0].save(file, "GIF", save_all=True, append_images=few[1:], loop=0, duration=[ms] * (len(few) - 1) + [1500])
+        made = super().__new__(cls, file.getvalue())
+        made.width = frames[0].width * max(1, round(240 / frames[0].width))
+        return made
+
+    def __repr__(self) -> str:
+        return f"<Animation, a GIF of {len(self):,} bytes>"
+
+    def _repr_html_(self) -> str:
+        source = f"data:image/gif;base64,{base64.b64encode(self).decode()}"
+        return f'<img alt="animation" width="{self.width}" style="image-rendering: pixelated" src="{source}">'
+
+
+def style() -> None:
+    """How figures of matplotlib look from now on: small enough for a notebook, legible, also to the colour-blind."""
+    import matplotlib
+
+    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
+    matplotlib.rcParams |= {
+        "axes.prop_cycle": matplotlib.cycler(color=colors),
+        "figure.dpi": 80, "savefig.dpi": 80, "figure.figsize": (8, 3.2), "figure.constrained_layout.use": True,
+        "font.size": 11, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+        "legend.frameon": False, "lines.linewidth": 2, "image.cmap": "viridis", "image.interpolation": "nearest",
+    }  # fmt: skip
 
 
 def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool] = (True, False)) -> list[int]:
@@ -150,7 +205,6 @@ def tradeoff(
     """
     if not any(series.values()):
         raise ValueError("no point came: expected {series: {label: (x, y)}} with at least one")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
@@ -172,6 +226,38 @@ def tradeoff(
     axes.set_xscale("log" if log_x else "linear")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
+    return _drawn(figure)
+
+
+def curves(log: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """The lines of a run's log.jsonl -> a plot a stage beside each other: its loss, smoothed, and held-out figures.
+
+    Tokenizers show PSNR in dB, transformers nats a masked token.
+    """
+    stages = list(dict.fromkeys(line["stage"] for line in log))
+    if not stages:
+        raise ValueError("the log holds no line of a stage yet; a run writes one every ten steps")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(stages), 2.6), dpi=100, layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        lines = [line for line in log if line["stage"] == stage]
+        shown = "psnr" if "psnr" in lines[-1] else "loss"
+        for name, look in ((shown, {"lw": 1, "label": "training"}), (f"held_out_{shown}", {"marker": "o", "ms": 3})):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            few = max(1, len(points) // 50) if name == shown else 1  # smoothed over so many lines
+            values = [mean(value for _, value in points[max(0, i - few + 1) : i + 1]) for i in range(len(points))]
+            axes.plot([step for step, _ in points], values, **({"label": "held out"} | look))
+        axes.set(title=stage.replace("_", " "), xlabel="step", ylabel={"psnr": "PSNR (dB)"}.get(shown, "nats a token"))
+        axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    return _drawn(figure)
+
+
+def _drawn(figure: Any) -> Image.Image:
+    """A matplotlib figure -> its picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")

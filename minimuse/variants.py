@@ -9,16 +9,24 @@ Glossary: n tokens masked at the start, steps T, u = i / (T - 1) progress.
 Not here: remasking, which is `decode(remask=True)`; guidance, which is part of the LogitsFn (`cfg.py`).
 """
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minimuse.cfg import from_guidance_scale
-from minimuse.masking import SCHEDULES
-from minimuse.sampler import Order
+from minimuse.config import StageConfig
+from minimuse.engine import batch_indices, make_optimizers
+from minimuse.engine import learning_rate as rate_at
+from minimuse.masking import SCHEDULES, random_mask, sample_mask_rate, uniforms
+from minimuse.sampler import Order, draw
+from minimuse.text import Context
+from minimuse.transformer import Transformer
+from minimuse.worlds import World
 
 
 def muse(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
@@ -89,25 +97,82 @@ PRESETS = {
 
 
 def settings(name: str, n: int, codebook_size: int, steps: int | None = None) -> dict[str, Any]:
-    """What `decode` takes to sample n tokens as the named code base does; its own number of steps by default."""
+    """What `decode` takes to sample n tokens as the named code base does; its own number of steps by default.
+
+    Both temperatures are told even where they are `decode`'s defaults: those of a checkpoint must not take their place.
+    """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     steps = steps or PRESETS[name].steps
-    return {"steps": steps, **PRESETS[name].settings(n, codebook_size, steps)}
+    plain = {"steps": steps, "sampling_temperature": 1.0, "choice_temperature": 0.0}
+    return plain | PRESETS[name].settings(n, codebook_size, steps)
+
+
+# --- a ranker as an order ---------------------------------------------------------------------------------------------
 
 
 def critic(score: Callable[[Tensor], Tensor]) -> Order:
     """score: picture filled in (B, N) -> (B, N), high where a token looks real; -> an order (Token-Critic, 2209.04439).
 
     Any network that scores tokens fits; with `decode(remask=True)` it is Token-Critic's sampler. One more call a step.
-    In a world, `critic(exact_score(world))` is what a perfect ranker would say.
     """
     return lambda logits, drawn, masked, u: score(drawn)
 
 
-def exact_score(world) -> Callable[[Tensor], Tensor]:
-    """log p(x_i | all other tokens), (B, N): does the token fit the rest of the picture?
+def exact_score(world: World) -> Callable[[Tensor], Tensor]:
+    """log p(x_i | all other tokens), (B, N): does the token fit the rest of the picture? What a perfect ranker says.
 
     Choice: Token-Critic is trained to tell drawn from real tokens, whose optimum depends on the sampler; this does not.
     """
     return lambda tokens: world.leave_one_out(tokens).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def learned_score(net: Transformer) -> Callable[[Tensor], Tensor]:
+    """A network of `train_critic` -> its scores (B, N): the logit of the very token that stands there."""
+
+    def score(tokens: Tensor) -> Tensor:
+        nothing = torch.zeros(len(tokens), 1, net.cfg.text_width, device=tokens.device, dtype=net.head.weight.dtype)
+        memory = net.memory(Context(nothing, torch.ones_like(nothing[..., 0], dtype=torch.bool)))
+        return net(tokens, memory).gather(-1, tokens[..., None]).squeeze(-1)
+
+    return score
+
+
+def train_critic(
+    base: Transformer,
+    tokens: Tensor,
+    texts: Context,
+    *,
+    steps: int = 300,
+    batch: int = 32,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> Iterator[tuple[float, Transformer]]:
+    """Real tokens (n, N) and their texts, all in float32 on one device -> (loss, network) a step; the last is trained.
+
+    2209.04439: mask at the cosine's rates, let the frozen `base` fill in, and tell by binary cross-entropy which tokens
+    are real and which drawn. Deviation: it begins as a copy of `base`, and reads no text, so that one order serves
+    whatever batch; that the prompt is met stays the base model's affair.
+
+    >>> *_, (loss, net) = train_critic(muse.base, tokens, muse.encoder.encode(captions))
+    >>> base_alone = {"order": None, "remask": False}  # None: the checkpoint's
+    >>> muse.generate("a red cube", order=critic(learned_score(net)), remask=True, superres=base_alone)
+    """
+    net, draws = copy.deepcopy(base).train().requires_grad_(True), torch.Generator().manual_seed(seed)
+    cfg = StageConfig(steps, batch, learning_rate, warmup=max(1, steps // 20), weight_decay=0.045)
+    (optimizer,), score = make_optimizers(net, cfg), learned_score(net)
+    for step in range(steps):
+        at = batch_indices(len(tokens), batch, step, seed)
+        x, text = tokens[at], Context(texts.embeds[at], texts.mask[at])
+        masked = random_mask(x, sample_mask_rate(len(x), generator=draws), draws)
+        with torch.no_grad():
+            logits = base(x.masked_fill(masked, base.mask_id), base.memory(text))
+            made = draw(logits.float(), uniforms(*x.shape, generator=draws).to(x.device), 1.0)
+        loss = F.binary_cross_entropy_with_logits(score(torch.where(masked, made, x)), (~masked).float())
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(cfg, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item(), net
+    net.eval().requires_grad_(False)

@@ -8,20 +8,23 @@ Not here: what the figures mean (`doctor.py`), the progress bar (`cli.py`).
 
 import json
 import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import nn
 
+from minimuse.checkpoint import CARD
 from minimuse.config import MuseConfig
 from minimuse.data import to_float
 from minimuse.engine import Engine
 from minimuse.muse import kind
-from minimuse.plots import grid
+from minimuse.plots import curves, grid
 from minimuse.validation import at_rest, validate
 
 if TYPE_CHECKING:
@@ -120,7 +123,7 @@ class Watch:
             if self.folder:  # a resumed stage first tells where it stands, without figures
                 self._forget(p.stage, p.step - bool(figures))
         elif figures:
-            tokens = self.cfg.stages[stage].batch * self._tokens(stage)
+            tokens = self.cfg.stages[stage].batch * tokens_of(self.cfg, stage)
             figures["tokens_per_s"] = tokens * (p.step - step) / (now - then)
         due = p.step % EVERY == 0 or p.step == p.steps or any(k.startswith("held_out") for k in figures)
         if self.folder and figures and due:
@@ -130,10 +133,6 @@ class Watch:
             for key, value in figures.items() if self.board else ():
                 self.board.add_scalar(f"{p.stage}/{key}", value, p.step)
         return figures
-
-    def _tokens(self, stage: str) -> int:
-        low = stage in ("low_tokenizer", "base")
-        return (self.cfg.low_tokenizer if low else self.cfg.high_tokenizer).grid ** 2
 
     def _forget(self, stage: str, step: int) -> None:
         """Drop the lines of steps that a resumed run does again, and what a dead run left half written."""
@@ -146,6 +145,11 @@ class Watch:
             os.replace(new, path)
 
 
+def tokens_of(cfg: MuseConfig, stage: str) -> int:
+    """An image's tokens in a stage."""
+    return (cfg.low_tokenizer if stage in ("low_tokenizer", "base") else cfg.high_tokenizer).grid ** 2
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """log.jsonl -> its lines; one that a dead run left half written is passed over."""
     lines = []
@@ -155,6 +159,33 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def add_record(folder: Path, cfg: MuseConfig) -> None:
+    """A finished run -> curves.png, and in its model card how each stage went and on what machine."""
+    log = read_log(folder / "log.jsonl")
+    lines = ["", "| Stage | Minutes | Training, last lines | Held out |", "|---|---|---|---|"]
+    for stage in dict.fromkeys(line["stage"] for line in log):
+        of = [line for line in log if line["stage"] == stage]
+        name, unit = ("psnr", "dB") if "psnr" in of[-1] else ("loss", "nats a token")
+        speeds = [line["tokens_per_s"] for line in of if "tokens_per_s" in line]
+        tokens = cfg.stages[stage].steps * cfg.stages[stage].batch * tokens_of(cfg, stage)
+        minutes = f"{tokens * mean(1 / v for v in speeds) / 60:.1f}" if speeds else ""
+        last = [line[name] for line in of[-10:]]
+        held_out = [f"{line[f'held_out_{name}']:.2f} {unit}" for line in of if f"held_out_{name}" in line][-1:]
+        lines.append(f"| {stage} | {minutes} | {mean(last):.2f} {unit} | {''.join(held_out)} |")
+    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    lines += [
+        "",
+        f"Trained on {machine}, torch {torch.__version__}. Minutes are of the steps alone.",
+        "",
+        "![](curves.png)",
+    ]
+    with (folder / CARD).open("a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    curves(log).save(folder / "curves.png")
 
 
 def _tensorboard(folder: Path) -> Any:

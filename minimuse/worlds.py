@@ -33,7 +33,10 @@ class World:
         self.grid, self.n, self.v, self.mask_id = tuple(grid), grid[0] * grid[1], codebook_size, codebook_size
 
     def log_evidence(self, e: Tensor) -> Tensor:
-        """e (B, N, V) float64, not negative -> (B,): log of the sum over x of p(x) prod_i e_i(x_i)."""
+        """e (B, N, V) float64, not negative -> (B,): log of the sum over x of p(x) prod_i e_i(x_i), in nats.
+
+        e_i(v) weighs that token i is v: 1 for a known token's code and 0 for others, all 1 where nothing is known.
+        """
         raise NotImplementedError
 
     def __call__(self, tokens: Tensor, u: float = 0.0) -> Tensor:
@@ -117,6 +120,7 @@ class MixtureWorld(World):
         return cls((sharpness * logits).softmax(-1), grid=grid)
 
     def log_evidence(self, e: Tensor) -> Tensor:
+        """(B, N, V) -> (B,): a product over tokens within each mode, then the sum over modes."""
         each = torch.einsum("bnv,knv->bnk", e, self.tables).log()  # (B, N, K)
         return (each.sum(1) + self.weights.log()).logsumexp(1)
 
@@ -160,6 +164,7 @@ class ChainWorld(World):
         return cls(stay * eye + (1 - stay) / (codebook_size - 1) * (1 - eye), n)
 
     def log_evidence(self, e: Tensor) -> Tensor:
+        """(B, N, V) -> (B,): the forward messages of a hidden Markov model."""
         first, *rest = e.unbind(1)
         message, log_scale = self.initial * first, 0.0  # (B, V) p(x_i, evidence up to i), less a scale
         for i, here in enumerate(rest):
@@ -220,6 +225,7 @@ class PottsWorld(World):
         return message.logsumexp(0)
 
     def log_evidence(self, e: Tensor) -> Tensor:
+        """(B, N, V) -> (B,): the transfer matrix, a column at a time, its evidence site by site."""
         transfer, within = self._between.exp(), self._within.exp()
         message, log_scale = within[None], -self.log_z
         for c, sites in enumerate(e.view(-1, *self.grid, self.v).unbind(2)):  # a column at a time, (B, h, V)

@@ -4,6 +4,7 @@ Fixtures for everyone:
     tiny_lm       folder of a tiny T5 (both halves, D_lm = 16) with its tokenizer: TextEncoder(tiny_lm)
     tiny_lms      {"t5" | "bert" | "albert" | "clip": folder}, all of D_lm = 16
     tiny_text     a TextEncoder over tiny_lm, shared by the session
+    tiny_clip     folder of a tiny random CLIP, both towers: ClipScorer(tiny_clip)
     tiny_muse     a whole Muse over tiny_lm with random weights, shared by the session
     tiny_run      the folder of a finished run of it, two steps a stage, shared by the session
     no_network    any attempt to make a socket or to resolve a name fails the test at once
@@ -11,7 +12,9 @@ Fixtures for everyone:
 
 import os
 import socket
+import struct
 import tempfile
+import zlib
 from pathlib import Path
 
 # Before transformers and matplotlib are imported: they read these once. An empty hub cache, so that a developer's own
@@ -78,6 +81,19 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+def giant_png(side: int = 20_000) -> bytes:
+    """A valid PNG of side x side black and white pixels, in some kilobytes."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    pack = zlib.compressobj(9)
+    row = bytes(1 + side // 8)
+    rows = b"".join(pack.compress(row) for _ in range(side)) + pack.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
 def save_tiny_lm(folder: Path, kind: str) -> Path:
     """A random LM of D_lm = 16 with a tokenizer of WORDS; other words fall apart into letters."""
     import transformers as tf
@@ -129,6 +145,24 @@ def tiny_text(tiny_lm):
     from minimuse.text import TextEncoder
 
     return TextEncoder(tiny_lm)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> str:
+    """Folder of a tiny random CLIP of `transformers`, both towers and the processor."""
+    import transformers as tf
+
+    folder = tmp_path_factory.mktemp("clip")
+    save_tiny_lm(folder, "clip")
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    blocks = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {**blocks, "vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3}
+    cfg = tf.CLIPConfig(text_config=text, vision_config={**blocks, "image_size": 32, "patch_size": 8}, projection_dim=8)
+    torch.manual_seed(0)
+    tf.CLIPModel(cfg).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    tf.CLIPProcessor(tf.CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

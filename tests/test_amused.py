@@ -13,12 +13,18 @@ import torch
 import transformers
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import scheduling_amused
+from PIL import Image
 from safetensors.torch import load_file
 
+from minimuse import cli, picture_judge
 from minimuse.amused import Amused, VQTokenizer, _load, settings
 from minimuse.engine import Engine
+from minimuse.judge import estimate
+from minimuse.lab import compare
 from minimuse.masking import uniforms as draw_uniforms
+from minimuse.metrics import ClipScorer
 from minimuse.muse import Muse, ready_tokenizer
+from minimuse.picture_judge import AmusedJudge
 from minimuse.precompute import tokenize
 from minimuse.sampler import decode, draw
 from minimuse.train import train_muse, train_transformer
@@ -454,3 +460,59 @@ def test_a_muse_names_the_tokenizer_that_others_trained(tiny_muse, folder, tmp_p
     wrong = replace(cfg, **{name: replace(getattr(cfg, name), **change) for name, change in vocabulary.items()})
     with pytest.raises(ValueError, match="codebook_size 16, but low_tokenizer says 32"):
         ready_tokenizer(wrong)
+
+
+# --- in the lab -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A captioned folder of 70 noisy pictures."""
+    path = tmp_path_factory.mktemp("pictures")
+    for i in range(70):
+        Image.fromarray(torch.randint(256, (40, 40, 3), dtype=torch.uint8).numpy()).save(path / f"{i:02}.png")
+        (path / f"{i:02}.txt").write_text(f"a {['red', 'blue'][i % 2]} cube")
+    return path
+
+
+def test_a_schedule_judged_by_fid_and_clip_score(amused, pictures, tiny_clip):
+    features = lambda images: images.float().mean((2, 3))  # noqa: E731
+    score = ClipScorer(tiny_clip)
+    judge = AmusedJudge(amused, pictures, score, features, samples=64)
+    assert judge.real.shape == (64, 3)
+    report = compare(judge, ["cosine"], ["confidence", "halton"], [2], presets=["amused"])
+    assert list(report.titles) == ["clip", "fid"]
+    ours, halton = report["cosine", "confidence", 2], report["cosine", "halton", 2]
+    theirs = report["as amused", "", 2]
+    assert ours.groups == theirs.groups, "by name, the model's own order has the model's own noise"
+    assert ours.groups != halton.groups
+    draws = [torch.Generator().manual_seed(i) for i in range(2)]
+    images, passes = judge.draw(judge.prompts[:2], {"order": "confidence", **settings(2)}, draws)
+    tokens = torch.full((2, N), MASK)
+    draws = [torch.Generator().manual_seed(i) for i in range(2)]
+    *_, last = decode(
+        amused.logits_fn(judge.prompts[:2]), tokens, mask_id=amused.mask_id, generator=draws, **settings(2)
+    )
+    assert images.equal(amused.decode(last.tokens)), "as in amused.py's own example"
+    assert passes == 4
+    first = estimate(ours.groups["clip"]).mean
+    assert first == pytest.approx(score(*_drawn(judge)).mean().item(), abs=1e-6), "the mean over all pictures"
+    other = AmusedJudge(amused, pictures, lambda images, prompts: score(images, prompts) / 2, features, samples=64)
+    assert other.identity() != judge.identity(), "another CLIP is another judge"
+    with pytest.raises(ValueError, match="give samples=64"):
+        AmusedJudge(amused, pictures, score, features, samples=96)
+
+
+def _drawn(judge):
+    """All pictures of a judge's cell cosine, confidence, 2 steps, and their prompts."""
+    draws = [torch.Generator().manual_seed(i) for i in range(64)]
+    sampling = {"schedule": "cosine", "order": "confidence", "steps": 2}
+    return judge.draw(judge.prompts, sampling, draws)[0], judge.prompts
+
+
+def test_the_command_compares_published_weights(folder, pictures, tiny_clip, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(picture_judge, "inception_features", lambda: lambda images: images.float().mean((2, 3)))
+    words = f"compare --amused {folder} --data {pictures} --clip {tiny_clip} --steps 1 --samples 64 --device cpu"
+    assert cli.main([*words.split(), "--out", str(tmp_path)]) == 0
+    assert "fid" in capsys.readouterr().out
+    assert (tmp_path / "clip.png").is_file()

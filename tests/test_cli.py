@@ -1,6 +1,8 @@
 """cli.py: every command from its words to its files, in this process, on a tiny saved Muse."""
 
+import hashlib
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import giant_png
 from PIL import Image
 
 import minimuse
@@ -16,6 +19,7 @@ import minimuse.config
 from minimuse import cli
 from minimuse.checkpoint import shipped
 from minimuse.muse import Muse
+from minimuse.pictures import save_png
 
 ROOT = Path(__file__).resolve().parent.parent
 A = "a red cube"
@@ -63,7 +67,9 @@ def files(folder: Path) -> list[str]:
 
 
 def told(path: Path) -> dict:
-    return json.loads(Image.open(path).text["minimuse"])
+    settings = json.loads(Image.open(path).text["minimuse"])
+    assert re.fullmatch("[0-9a-f]{16}", settings.pop("fingerprint")), "which checkpoint drew it"
+    return settings
 
 
 def refused(result, match: str) -> None:
@@ -220,6 +226,7 @@ def test_guidance_is_a_number_or_first_to_last(text, value):
         ["paint", A],
         ["generate"],
         ["generate", A, "--guidance", "strong"],
+        ["generate", A, "--like", "picture.png"],
         ["generate", A, "--n", "two"],
         ["inpaint", "picture.png", A],
         ["edit", "picture.png", A, "--steps", "3"],
@@ -233,12 +240,58 @@ def test_wrong_usage_shows_how(words, capsys):
     assert "usage: minimuse" in capsys.readouterr().err, "it shows how the command is used"
 
 
-@pytest.mark.parametrize("command", ["", "generate", "inpaint", "outpaint", "edit", "train", "info"])
+@pytest.mark.parametrize("command", ["", "generate", "inpaint", "outpaint", "edit", "app", "train", "info"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.split(), "--help"])
     assert stop.value.code == 0, "help is no error"
     assert f"usage: minimuse {command}".strip() in capsys.readouterr().out, "help shows the usage"
+
+
+# --- like a picture ---------------------------------------------------------------------------------------------------
+
+
+def test_like_draws_the_same_pixels(run, here):
+    words = ["--negative-prompt", "a blue ball", "--guidance", "0:2", "--steps", 3, "--schedule", "linear"]
+    run("generate", A, *words, "--seed", 4, "--out", "x.png", "--film")
+    code, out, err = run("generate", "--like", "x.png", "--out", "y.png")
+    assert (code, err) == (0, []), f"{code} {err}"
+    one, two = (hashlib.sha256(Image.open(name).tobytes()).hexdigest() for name in ("x.png", "y.png"))
+    assert one == two, "the same pixels"
+    assert out[-1] == "the same pixels as x.png", f"and it says so: {out}"
+    assert told(here / "x.png") == told(here / "y.png"), "the copy tells the same"
+    assert told(here / "x.png") == told(here / "x-film.png"), "a film tells what it is the film of"
+
+
+def test_like_says_how_many_pixels_differ(run, here):
+    run("generate", A, "--steps", 1, "--seed", 4, "--out", "x.png")
+    with Image.open(here / "x.png") as old:
+        old.load()
+        red, *others = old.getpixel((5, 7))
+        old.putpixel((5, 7), (red + 3 if red < 250 else red - 3, *others))
+        old.info["minimuse"] = json.loads(old.text["minimuse"])
+        save_png(old, here / "touched.png")
+    code, out, _ = run("generate", "--like", "touched.png", "--out", "y.png")
+    assert code == 0, "it is drawn all the same"
+    assert out[-1].startswith("1 of 4096 pixels differ from touched.png, by at most 3 of 255"), f"{out}"
+
+
+def test_like_refuses_what_it_cannot_draw_again(run, here, image, folder):
+    run("generate", A, "--steps", 1, "--seed", 4, "--out", "x.png")
+    run("inpaint", "x.png", "mask.png", A, "--steps", 1, "--out", "inpainted.png")
+    (here / "text.png").write_text("no picture")
+    before = files(here)
+    refused(run("generate", "--like", "picture.png"), "picture.png holds no settings of minimuse")
+    refused(run("generate", "--like", "text.png"), "text.png is no picture that can be read")
+    refused(run("generate", "--like", "none.png"), "none.png")
+    refused(run("generate", "--like", "inpainted.png"), "made by inpaint from another picture")
+    refused(run("generate", "--like", "x.png", "--seed", 5), "--like takes seed and settings from the picture")
+    refused(run("generate", "--like", "x.png", "--n", 2), "--like takes seed and settings from the picture")
+    refused(run("generate", "--like", "x.png", model=False), "x.png was made by 'tiny', which is not shipped")
+    if "nano" in shipped():
+        other = run("generate", "--like", "x.png", "--model", "nano", "--device", "cpu", model=False)
+        refused(other, "another checkpoint, tiny with the fingerprint")
+    assert files(here) == before, f"nothing is written: {files(here)}"
 
 
 # --- editing ----------------------------------------------------------------------------------------------------------
@@ -291,6 +344,8 @@ def test_pictures_that_cannot_be_read(run, here, image):
     refused(run("inpaint", "picture.png", "small.png", A), f"x {9} came")
     refused(run("outpaint", "picture.png", A, "--padding", 1, 2), "--padding has 2 numbers")
     refused(run("outpaint", "picture.png", A, "--padding", 0), "padding 0")
+    (here / "giant.png").write_bytes(giant_png())
+    refused(run("edit", "giant.png", A), "giant.png is no picture that can be read, it is too huge")
     for keep in (20, 40, 100, len(whole) // 2):
         (here / "cut.png").write_bytes(whole[:keep])
         refused(run("edit", "cut.png", A), "")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from minimuse import checkpoint
 from minimuse import transformer as transformer_module
-from minimuse.config import StageConfig, TransformerConfig
+from minimuse.config import StageConfig, TransformerConfig, to_dict
 from minimuse.engine import Engine, Stage, Stopped, batch_indices, generator, mix
 from minimuse.train import train_transformer
 from minimuse.transformer import SuperRes, Transformer
@@ -356,3 +356,26 @@ def test_an_engine_leaves_the_model_alone_that_it_is_not_given():
     other = copy.deepcopy(model)
     run(model, steps=1)
     assert all(a.equal(b) for a, b in zip(other.parameters(), transformer().parameters(), strict=True))
+
+
+WATCHED = """
+import json, sys
+from minimuse.config import from_dict
+from minimuse.engine import Engine
+from minimuse.train import train_muse
+
+engine = Engine(bf16=False, folder=sys.argv[1])
+*_, last = train_muse(from_dict(json.load(open(sys.argv[1] + "/cfg.json"))), engine=engine)
+assert engine.device.index is None, "moving to cpu:0 copies what is on cpu"
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_after_a_look(tiny_muse, tmp_path):
+    """Sample grids are drawn in inference mode by the first process; its parameters must stay ordinary tensors."""
+    stages = {name: replace(stage, steps=4, look_every=2) for name, stage in tiny_muse.cfg.stages.items()}
+    (tmp_path / "cfg.json").write_text(json.dumps(to_dict(replace(tiny_muse.cfg, stages=stages))))
+    (tmp_path / "two.py").write_text(WATCHED)
+    launch(tmp_path / "two.py", tmp_path)
+    drawn = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert len(drawn) == 2 * len(stages), f"two looks a stage: {drawn}"

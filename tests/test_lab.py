@@ -223,17 +223,17 @@ def test_which_orders_look_at_the_draws():
 
 
 @given(
-    world=st.sampled_from([CHAIN, MIXTURE, PottsWorld((2, 2), 3)]),
+    world=st.sampled_from([CHAIN, MIXTURE, PottsWorld((2, 2), 3), ChainWorld.sticky(16, 3)]),
     order=st.sampled_from([*ORDERS, "critic"]),
     schedule=st.sampled_from([*SCHEDULES, "log", "pow2.5", entropy_bound(0.7)]),
-    steps=st.integers(1, 6),
-    known=st.lists(st.integers(0, 2), min_size=4, max_size=4),
+    steps=st.integers(1, 20),
+    known=st.lists(st.integers(0, 2), min_size=16, max_size=16),
     remask=st.booleans(),
     temperature=st.sampled_from([0.0, 2.0, lambda u: 2 * (1 - u)]),
 )
 @OFF
 def test_invariants_of_every_schedule_and_order(world, order, schedule, steps, known, remask, temperature):
-    start = torch.tensor([known, [2, 2, 2, 2], [0, 2, 1, 2]]).clamp(max=world.v)
+    start = torch.tensor([known, [2] * 16, [0, 2, 1, 2] * 4])[:, : world.n].clamp(max=world.v)
     start[start == 2] = world.mask_id
     by = variants.critic(variants.exact_score(world)) if order == "critic" else order
     sampling = {"mask_id": world.mask_id, "steps": steps, "schedule": schedule, "order": by, "remask": remask}
@@ -270,6 +270,25 @@ def test_remasking_takes_back_what_does_not_fit():
     trace = list(decode(world, start, mask_id=4, steps=4, order=critic, remask=True, generator=seeded()))
     changed = sum(int((~a.masked & b.masked).sum()) for a, b in itertools.pairwise(trace))
     assert changed > 0, "nothing was ever masked again"
+
+
+def test_a_critic_learns_to_tell_drawn_from_real(tiny_muse):
+    """Rows of one code each, from a model that knows nothing: what differs from its row was drawn."""
+    base = tiny_muse.base
+    tokens = torch.arange(16).repeat(8)[:, None].expand(-1, 64)
+    texts = tiny_muse.encoder.encode(["a red cube"] * len(tokens))
+    losses, nets = zip(*variants.train_critic(base, tokens, texts, steps=80, learning_rate=3e-3), strict=True)
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), f"it learns: {losses[::10]}"
+    odd = torch.arange(16)[:, None].expand(-1, 64).clone()
+    odd[:, [3, 20, 41]] = (odd[:, [3, 20, 41]] + torch.tensor([1, 5, 9])) % 16
+    score = variants.learned_score(nets[-1])
+    lowest = score(odd).topk(3, largest=False).indices.sort(1).values
+    assert (lowest == torch.tensor([3, 20, 41])).float().mean() > 0.8, "the odd ones out look least real"
+    order = variants.critic(score)
+    how = {"order": order, "steps": 4, "superres": {"order": None, "remask": False}}
+    first, second = (tiny_muse.generate("a red cube", seed=0, remask=r, **how)[0] for r in (False, True))
+    assert first.tobytes() != second.tobytes(), "a critic may take tokens back"
+    assert not any(p.requires_grad for p in [*base.parameters(), *nets[-1].parameters()])
 
 
 # --- presets ----------------------------------------------------------------------------------------------------------
@@ -315,12 +334,21 @@ def test_amused_against_diffusers(n, steps):
     assert noise == pytest.approx(scheduler.temperatures.tolist(), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", variants.PRESETS)
-def test_presets_decode(name):
-    world = MIXTURE
-    start = torch.full((3, 4), world.mask_id)
-    *_, last = decode(world, start, mask_id=world.mask_id, generator=seeded(), **variants.settings(name, 4, 3, 3))
-    assert not last.masked.any()
+@given(name=st.sampled_from([*variants.PRESETS]), steps=st.integers(1, 20), known=st.integers(0, 16))
+@OFF
+def test_presets_keep_the_invariants(name, steps, known):
+    world = ChainWorld.sticky(16, 3)
+    start = torch.full((2, 16), world.mask_id)
+    start[0, :known] = 1
+    sampling = variants.settings(name, 16, 3, steps)
+    trace = list(decode(world, start, mask_id=world.mask_id, generator=[seeded(), seeded(1)], **sampling))
+    for row, free in enumerate((16 - known, 16)):
+        took = [c for s in trace if (c := int(s.revealed[row].sum()))]
+        assert took == reveal_counts(free, steps, sampling["schedule"]), "counts of its schedule"
+    assert trace[-1].tokens[0, :known].eq(1).all(), "a known token was touched"
+    assert not trace[-1].masked.any(), "a mask is left"
+    *_, alone = decode(world, start[1:], mask_id=world.mask_id, generator=[seeded(1)], **sampling)
+    assert alone.tokens[0].equal(trace[-1].tokens[1]), "an image depends on its neighbours"
 
 
 def test_guidance_of_the_presets_is_in_muses_convention():
@@ -520,8 +548,11 @@ def test_the_command(tmp_path, capsys):
     words = "compare --world potts --schedule cosine,bound2 --order halton --preset muse --steps 2 --samples 64"
     assert cli.main([*words.split(), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("halton") == 2
-    assert "as muse" in printed
+    assert "less cosine, halton" in printed
+    figures, paired = printed.split("less cosine, halton")
+    assert figures.count("halton") == 2
+    assert paired.count("| halton |") == 1, "bound2 less cosine"
+    assert "as muse" in figures
     assert (tmp_path / "out" / "report.csv").is_file()
     assert cli.main([*words.replace("halton", "raster").split(), "--out", str(tmp_path / "out")]) == 1
     assert "another folder" in capsys.readouterr().err

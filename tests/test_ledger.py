@@ -207,8 +207,9 @@ LEDGER: list[tuple[str, str, str, str]] = [
     (
         "Fig. 8",
         "FID against CLIP score over guidance and temperature: the Pareto front",
-        "plots.tradeoff",
-        "test_plots.py::test_pareto_front_by_hand test_plots.py::test_tradeoff_draws_points_intervals_and_front",
+        "evaluate.evaluate",
+        "test_evaluate.py::test_a_sweep_is_one_call_and_two_plots test_plots.py::test_pareto_front_by_hand "
+        "test_plots.py::test_tradeoff_draws_points_intervals_and_front",
     ),
     (
         "3.3",

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from conftest import WORDS, save_tiny_lm
+from conftest import WORDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg, ndimage
@@ -235,23 +235,6 @@ def test_shuffled_captions_score_badly(scenes):
 
 
 # ---------------------------------------------------------------- CLIP, Inception
-
-
-@pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory) -> str:
-    import transformers as tf
-
-    folder = tmp_path_factory.mktemp("clip")
-    save_tiny_lm(folder, "clip")
-    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
-    blocks = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    text = {**blocks, "vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3}
-    cfg = tf.CLIPConfig(text_config=text, vision_config={**blocks, "image_size": 32, "patch_size": 8}, projection_dim=8)
-    torch.manual_seed(0)
-    tf.CLIPModel(cfg).save_pretrained(folder)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    tf.CLIPProcessor(tf.CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
-    return str(folder)
 
 
 def test_clip_score_is_transformers_own_logit(tiny_clip):

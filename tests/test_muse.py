@@ -94,7 +94,8 @@ def test_info_tells_what_made_a_picture(tiny_muse):
     (picture,) = tiny_muse.generate(A, seed=3, negative_prompt=B, steps=2, guidance=(0, 2), superres={"steps": 1})
     told = picture.info["minimuse"]
     expected = {"model": "tiny", "prompt": A, "negative_prompt": B, "seed": 3, "steps": 2, "guidance": (0, 2)}
-    assert told == expected | {"superres": {"steps": 1}}, f"what was given, and no more: {told}"
+    expected |= {"superres": {"steps": 1}, "fingerprint": tiny_muse.fingerprint}
+    assert told == expected, f"what was given and which checkpoint it was given to, no more: {told}"
     assert json.loads(json.dumps(told))["guidance"] == [0, 2], "info must be plain JSON"
     (picture,) = tiny_muse.generate(A, steps=1)
     assert isinstance(picture.info["minimuse"]["seed"], int), "without a seed, the random one is told"
@@ -251,7 +252,7 @@ def test_the_default_order_by_name_keeps_its_noise(tiny_muse, monkeypatch):
 
 
 def test_unknown_settings_list_the_known(tiny_muse):
-    known = "choice_temperature, guidance, order, sampling_temperature, schedule, steps, top_k"
+    known = "choice_temperature, guidance, order, remask, sampling_temperature, schedule, steps, top_k"
     with pytest.raises(TypeError, match=f"unknown setting strength, temperature; known: {known}"):
         tiny_muse.generate(A, temperature=1.0, strength=0.5)
     with pytest.raises(TypeError, match="unknown setting stages"):
@@ -602,8 +603,8 @@ def test_edit_gives_pictures(tiny_muse, image):
     assert [i.size for i in images] == [image.size] * 2, f"{images}"
     assert images[0].tobytes() != images[1].tobytes(), "two seeds, two pictures"
     told = images[1].info["minimuse"]
-    expected = {"model": "tiny", "prompt": A, "negative_prompt": B, "seed": 2, "task": "edit"}
-    assert told == expected | settings, f"{told}"
+    expected = {"model": "tiny", "fingerprint": tiny_muse.fingerprint, "task": "edit"}
+    assert told == expected | {"prompt": A, "negative_prompt": B, "seed": 2} | settings, f"{told}"
     assert image.tobytes() == before, "the user's image is never written to"
     seen = []
     again = tiny_muse.edit(image, A, n=2, seed=1, negative_prompt=B, watch=seen.append, **settings)

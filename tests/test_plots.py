@@ -1,12 +1,28 @@
 """plots.py: sheets have the right shape, captions are drawn, masks cover what they say."""
 
+import base64
+import io
+
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from minimuse.intervals import Measured
-from minimuse.plots import film, film_strip, grid, mask_overlay, pareto_front, tradeoff
+from minimuse.plots import (
+    Animation,
+    curves,
+    film,
+    film_strip,
+    grid,
+    mask_overlay,
+    pareto_front,
+    style,
+    token_map,
+    tradeoff,
+)
+from minimuse.sampler import Step
 
 PICTURES = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -127,3 +143,54 @@ def test_tradeoff_draws_points_intervals_and_front():
     assert blue[0] > blue[1] + 500, f"intervals take ink: {blue}"
     with pytest.raises(ValueError, match="at least one"):
         tradeoff({"rising": {}}, "FID", "CLIP")
+
+
+def test_curves_draw_each_stage():
+    log = [{"stage": "low_tokenizer", "step": i, "psnr": 20.0 + i} for i in range(10, 60, 10)]
+    log += [
+        {"stage": "base", "step": i, "loss": 5 - i / 60} | ({"held_out_loss": 5.0} if i == 50 else {}) for i in (10, 50)
+    ]
+    one, two = curves(log[:5]), curves(log)
+    assert two.size == (2 * one.width, one.height), "a plot a stage, side by side"
+    dots = sum(abs(r - 255) + abs(g - 127) + abs(b - 14) < 30 for r, g, b in np.asarray(two).reshape(-1, 3).astype(int))
+    assert dots > 10, "the held-out point is drawn in matplotlib's second colour"
+    with pytest.raises(ValueError, match="no line of a stage yet"):
+        curves([])
+
+
+def test_token_map_has_a_colour_a_code_gray_where_masked_and_frames_what_is_new():
+    tokens = torch.tensor([[7, 7, 8, 16]])  # 16 is [MASK]
+    masked, revealed = tokens == 16, torch.tensor([[False, True, False, False]])
+    step = Step(0, 0.0, tokens, masked, revealed, torch.zeros(1, 4))
+    pixels = np.asarray(token_map(step, side=64)).astype(int)
+    assert pixels.shape == (64, 64, 3), f"{pixels.shape}"
+    old, new, other, hidden = (pixels[y : y + 32, x : x + 32] for y in (0, 32) for x in (0, 32))
+    for cell in (old, other, hidden):
+        assert (cell == cell[0, 0]).all(), "a cell is of one colour"
+    assert (new[16, 16] == old[0, 0]).all(), "one code, one colour"
+    assert np.abs(other[0, 0] - old[0, 0]).max() > 60, f"neighbouring codes are told apart: {other[0, 0]} {old[0, 0]}"
+    assert np.ptp(hidden[0, 0]) < 10, f"masked is gray: {hidden[0, 0]}"
+    assert (new[0] < 60).all(), "what is new is framed"
+    assert (new[:, -1] < 60).all(), "all around"
+
+
+def test_an_animation_is_a_gif_that_plays():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    made = Animation(frames, ms=100)
+    back = Image.open(io.BytesIO(made))
+    assert (back.format, back.n_frames, back.info["loop"]) == ("GIF", 3, 0)
+    times = []
+    for i in range(3):
+        back.seek(i)
+        times.append(back.info["duration"])
+    assert times == [100, 100, 1500]
+    assert base64.b64encode(made).decode() in made._repr_html_()
+    for wrong in ([], [frames[0], Image.new("RGB", (9, 8))]):
+        with pytest.raises(ValueError, match="of one size"):
+            Animation(wrong)
+
+
+def test_style_is_small_and_says_only_what_matplotlib_knows():
+    with matplotlib.rc_context():
+        style()
+        assert matplotlib.rcParams["figure.dpi"] == 80

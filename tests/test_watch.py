@@ -14,7 +14,7 @@ from PIL import Image
 from minimuse.config import STAGES
 from minimuse.engine import Engine
 from minimuse.train import Progress
-from minimuse.watch import EVERY, Watch, read_log
+from minimuse.watch import EVERY, Watch, add_record, read_log
 
 
 @pytest.fixture
@@ -223,3 +223,17 @@ def test_real_tensorboard_writes_its_files(cfg, tmp_path):
         pytest.skip("TensorBoard is not installed")
     walk(watch(cfg, tmp_path), "base", range(1, 11))
     assert list((tmp_path / "tensorboard").glob("events.*")), "an event file"
+
+
+def test_the_model_card_tells_how_it_went(cfg, tmp_path):
+    """By hand: two lines of a stage at 64 tokens a second, so that its steps took batch x tokens / 64 seconds each."""
+    tokens = cfg.base.tokens * cfg.stages["base"].batch
+    lines = [{"stage": "base", "step": s, "loss": 3.0, "tokens_per_s": 64.0} for s in (10, 20)]
+    lines[1] |= {"loss": 2.0, "held_out_loss": 2.75}
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "README.md").write_text("# a card\n")
+    add_record(tmp_path, cfg)
+    text, minutes = (tmp_path / "README.md").read_text(), cfg.stages["base"].steps * tokens / 64 / 60
+    assert text.startswith("# a card\n"), "what stood there stays"
+    assert f"| base | {minutes:.1f} | 2.50 nats a token | 2.75 nats a token |" in text, text
+    assert (tmp_path / "curves.png").stat().st_size > 1000, "and the curves are drawn"

@@ -1,0 +1,211 @@
+"""Does it matter at which rates a model is trained to fill in masks? Densities at equal compute, on nano's base model.
+
+    python benchmarks/training_densities.py [--out runs/densities] [--steps 800] [--seeds 3] [--docs]
+
+Muse 2.6 draws a mask rate for each example, r = curve(u) with u uniform; the curve is the density. Each density trains
+nano's base model from nothing, as often as there are seeds, on the same scenes, tokens and texts in the same order.
+Judged by what no density is favoured in, both on scenes of split "test":
+    bound      nats a token, masks of uniform counts, 8 a scene (`masking.likelihood_bound`); lower is better
+    accuracy   share of sampled pictures with all that is asked for, in 4 and in 16 steps (`picture_judge.MuseJudge`)
+Intervals are 95%, those of test scenes and of training runs added up as independent errors; differences are paired.
+Whatever is done is kept in --out and used again. Writes densities.json, .md and .png there, with --docs here as well.
+"""
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from minimuse import Muse, checkpoint
+from minimuse.cache import fingerprint
+from minimuse.corpus import Corpus
+from minimuse.data import SceneDataset, halve, to_float
+from minimuse.engine import Engine, generator
+from minimuse.folders import open_source
+from minimuse.intervals import mean
+from minimuse.judge import GROUPS, Estimate, estimate
+from minimuse.masking import SCHEDULES, Schedule, likelihood_bound, sample_mask_rate
+from minimuse.picture_judge import MuseJudge
+from minimuse.text import Context
+from minimuse.train import train_transformer
+from minimuse.transformer import Transformer
+
+DENSITIES: dict[str, Schedule] = {
+    "cosine (Muse)": SCHEDULES["cosine"],
+    "arccos, the other reading": SCHEDULES["arccos"],
+    "uniform": SCHEDULES["linear"],
+    "15% always (BERT)": lambda u: 0.15,
+}
+DECODING = (4, 16)
+Result = dict[str, list[float]]  # measure -> GROUPS values, as of a lab's cell
+
+
+def train(cfg: Any, name: str, curve: Schedule, corpus: Corpus, codebook: Any, engine: Engine) -> Transformer:
+    """The base model from nothing under a density; goes on with what `engine.folder` holds."""
+    SCHEDULES[name] = curve  # so that the stage's configuration can name it
+    stage = replace(cfg.stages["base"], mask_schedule=name, save_every=250, look_every=10**9)
+    torch.manual_seed(engine.seed)
+    base = Transformer(cfg.base)
+    base.begin_from(codebook)
+    rows = corpus.split(corpus.tokens["low"]), corpus.split(corpus.texts)
+    for p in train_transformer(base, stage, *rows, engine=engine):
+        if p.step % 100 == 0:
+            print(f"  {name}, seed {engine.seed}: step {p.step} of {p.steps}", flush=True)
+    return base
+
+
+def bounder(muse: Muse, samples: int, draws: int = 8, batch: int = 128) -> Callable[[Transformer], list[float]]:
+    """-> base model -> GROUPS means of its bound on held-out scenes, the same masks for every model."""
+    side, low = (getattr(muse.cfg, f"{name}_tokenizer").image_size for name in ("high", "low"))
+    scenes = SceneDataset(samples, side, "test", seed=1, shares=muse.cfg.shares, k=1)
+    images, captions = to_float(halve(scenes.images(), side // low)), [scenes.captions(i)[0] for i in range(samples)]
+    tokens, texts = torch.cat([muse.low_tokenizer.encode(x) for x in images.split(256)]), muse.encoder.encode(captions)
+
+    @torch.inference_mode()
+    def bound(base: Transformer) -> list[float]:
+        each = []
+        for start in range(0, samples, batch):
+            rows = slice(start, start + batch)
+            memory = base.memory(Context(texts.embeds[rows], texts.mask[rows]))
+            masks = [generator(start, k) for k in range(draws)]
+            found = [likelihood_bound(lambda t, m=memory: base(t, m), tokens[rows], base.mask_id, g) for g in masks]
+            each.append(torch.stack(found).mean(0))
+        return torch.cat(each).double().view(GROUPS, -1).mean(1).tolist()
+
+    return bound
+
+
+def study(
+    muse: Muse, out: Path, densities: Mapping[str, Schedule], *, steps: int, seeds: int, samples: int
+) -> dict[str, list[Result]]:
+    """Densities by name, any function of u -> the results of each, seed by seed. What `out` holds is not done again."""
+    stage = replace(muse.cfg.stages["base"], steps=steps)
+    cfg = replace(muse.cfg, stages={**muse.cfg.stages, "base": stage})
+    engine = Engine(folder=out)
+    corpus = Corpus(out / "cache", open_source("scenes", cfg), cfg, engine, muse.encoder)
+    for work in (corpus.read, lambda: corpus.tokenize("low", muse.low_tokenizer), corpus.embed):
+        for done, of in work():
+            print(f"  cache: {done} of {of}", flush=True)
+    trained = Muse(cfg, nn.ModuleDict({**muse.parts, "base": Transformer(cfg.base)}), muse.encoder)
+    judge, bound, results = MuseJudge(trained, samples), bounder(muse, samples), {name: [] for name in densities}
+    shared = {"steps": steps, "samples": samples, "tokens": fingerprint(muse.low_tokenizer.state_dict())}
+    for seed in range(seeds):  # all densities first, so that a stopped study compares them already
+        for name, curve in densities.items():
+            folder = out / "runs" / f"{''.join(c for c in name if c.isalnum())}-{seed}"
+            about = {**shared, "density": name, "curve": [curve(i / 16) for i in range(17)]}
+            run = {"config": about, "seed": seed, "data": "scenes"}
+            checkpoint.open_run(folder, run, resume=(folder / checkpoint.RUN).exists())
+            path = folder / "result.json"
+            if not path.exists():
+                engine = Engine(seed=seed, folder=folder, keep=1)
+                base = train(cfg, name, curve, corpus, muse.low_tokenizer.codebook, engine)
+                trained.base.load_state_dict(base.state_dict())
+                found = {"bound": bound(trained.base)}
+                for t in DECODING:
+                    groups = judge(schedule="cosine", order="confidence", steps=t).groups
+                    found |= {f"{measure}@{t}": values for measure, values in groups.items()}
+                path.with_suffix(".new").write_text(json.dumps(found), encoding="utf-8")
+                path.with_suffix(".new").replace(path)
+            results[name].append(json.loads(path.read_text(encoding="utf-8")))
+            print(f"{name}, seed {seed}: bound {estimate(results[name][-1]['bound']).mean:.4f}", flush=True)
+    return results
+
+
+def combined(groups: list[list[float]]) -> Estimate:
+    """GROUPS values of each training run -> their mean; test scenes and training runs both may err."""
+    values = torch.tensor(groups, dtype=torch.double)  # (seeds, GROUPS)
+    found = estimate(values.mean(0).tolist())
+    if len(values) == 1:
+        return found
+    runs = mean(values.mean(1))
+    return Estimate(found.mean, math.hypot(found.half, (runs.high - runs.low) / 2))
+
+
+def versus(results: list[Result], others: list[Result], measure: str) -> Estimate:
+    """results - others, run by run and group by group: the same seeds, data order and test scenes."""
+    pairs = zip(results, others, strict=True)
+    return combined([[x - y for x, y in zip(a[measure], b[measure], strict=True)] for a, b in pairs])
+
+
+def table(results: dict[str, list[Result]], densities: Mapping[str, Schedule]) -> str:
+    """Markdown: a line a density; in bold where it differs from the first one."""
+    first, t = next(iter(results.values())), DECODING[-1]
+    measures = ("bound", *(f"accuracy@{n}" for n in DECODING), f"frechet@{t}")
+    head = ["density", "mean rate"]
+    head += [x for m in measures for x in (m, "- cosine")]
+    rows = [head, ["---"] * len(head)]
+    for name, runs in results.items():
+        rate = sum(densities[name]((i + 0.5) / 1000) for i in range(1000)) / 1000
+        row = [name, f"{rate:.2f}"]
+        for m in measures:
+            e, gap = combined([r[m] for r in runs]), versus(runs, first, m)
+            shown = f"{gap.mean:+.3f} ± {gap.half:.3f}" if runs is not first else ""
+            row += [f"{e.mean:.3f} ± {e.half:.3f}", f"**{shown}**" if abs(gap.mean) > max(gap.half, 1e-9) else shown]
+        rows.append(row)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def figure(results: dict[str, list[Result]], densities: Mapping[str, Schedule]) -> Figure:
+    """Left the densities, then the bound, right the accuracy by decoding steps; 95% bars."""
+    drawn = Figure(figsize=(12, 3.8), dpi=120, layout="constrained")
+    left, middle, right = drawn.subplots(1, 3)
+    for i, (name, runs) in enumerate(results.items()):
+        rates = sample_mask_rate(20_000, schedule=densities[name], generator=generator(0))
+        left.hist(rates.numpy(), bins=50, range=(0, 1), density=True, histtype="step", color=f"C{i}", label=name)
+        e = combined([r["bound"] for r in runs])
+        middle.errorbar(i, e.mean, e.half, fmt="o", color=f"C{i}", capsize=4)
+        middle.plot([i + 0.15] * len(runs), [estimate(r["bound"]).mean for r in runs], "_", color=f"C{i}")
+        means, halves = zip(*(combined([r[f"accuracy@{t}"] for r in runs]) for t in DECODING), strict=True)
+        right.errorbar([t * 1.02**i for t in DECODING], means, halves, marker="o", color=f"C{i}", capsize=3)
+    left.set(xlabel="mask rate r", ylabel="density p(r)", yscale="log")
+    left.legend(fontsize=7)
+    middle.set(ylabel="bound on -log p, nats a token (lower is better)", xticks=[])
+    middle.set_xlabel("density, in the legend's order; dashes: single runs")
+    right.set(xlabel="decoding steps", ylabel="pictures with all that is asked for", xscale="log")
+    right.set_xticks(DECODING, [str(t) for t in DECODING])
+    right.minorticks_off()
+    return drawn
+
+
+def write(out: Path, results: dict[str, list[Result]], densities: Mapping[str, Schedule], settings: dict) -> None:
+    """densities.json, densities.md, densities.png."""
+    runs = len(next(iter(results.values())))
+    said = f"{settings['steps']} steps of nano's base model, {runs} runs a density, {settings['samples']} test scenes"
+    text = f"# Training densities at equal compute\n\nMade by `python benchmarks/training_densities.py`: {said}.\n\n"
+    text += f"{table(results, densities)}\n![Densities, bounds and accuracies](densities.png)\n"
+    (out / "densities.md").write_text(text, encoding="utf-8")
+    values = {"settings": settings, "torch": str(torch.__version__), "results": results}
+    (out / "densities.json").write_text(json.dumps(values) + "\n", encoding="utf-8")
+    figure(results, densities).savefig(out / "densities.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/densities"))
+    parser.add_argument("--steps", type=int, default=800, help="of training, the same for all (default: 800)")
+    parser.add_argument("--seeds", type=int, default=3, help="training runs a density (default: 3)")
+    parser.add_argument("--samples", type=int, default=512, help="test scenes, a multiple of 32 (default: 512)")
+    parser.add_argument("--own", default="1 - u ** 3", help="a density of your own: r as an expression of u and math")
+    parser.add_argument("--docs", action="store_true", help="also write the findings beside this script")
+    args = parser.parse_args()
+    own = eval(f"lambda u: {args.own}", {"math": math})  # the user's own command line
+    densities = {**DENSITIES, f"r = {args.own}": own}
+    how = {"steps": args.steps, "seeds": args.seeds, "samples": args.samples}
+    results = study(Muse.from_pretrained("nano", device="cpu"), args.out, densities, **how)
+    write(args.out, results, densities, how)
+    print(table(results, densities))
+    if args.docs:
+        for name in ("densities.md", "densities.png", "densities.json"):
+            shutil.copy(args.out / name, Path(__file__).with_name(name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,474 @@
+"""What notebooks lean on: `show` the package's source, and instant checks for exercises.
+
+    check_guide(my_guide) -> a Verdict: all properties hold, or which one fails, with a small counter-example
+
+A check takes a function of yours, called with the arguments of the package's own, and raises nothing: what it raises is
+part of the verdict, and `assert check_guide(my_guide)` works. Properties are tried from the simplest up.
+Not here: the exercises (`notebooks/`).
+"""
+
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import wraps
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimuse.masking import reveal_counts
+from minimuse.text import Context
+
+Given = Callable[..., Any]  # what a student wrote
+
+
+class Source(str):
+    """Python source that Jupyter shows in colour, and `print` as it is."""
+
+    def _repr_markdown_(self) -> str:
+        return f"```python\n{self}\n```"
+
+    __repr__ = str.__str__
+
+
+def show(*things: Any) -> Source:
+    """Functions, classes or methods of the package -> their source, each under the name of its file."""
+    parts = []
+    for thing in things:
+        path = Path(inspect.getsourcefile(inspect.unwrap(thing)))
+        parts.append(f"# {path.parent.name}/{path.name}\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}")
+    return Source("\n\n\n".join(parts))
+
+
+class Verdict(NamedTuple):
+    """True where all holds; Jupyter shows what it says."""
+
+    check: str
+    properties: int  # tried
+    failed: str = ""  # the first that does not hold
+    found: str = ""  # its counter-example
+
+    def __bool__(self) -> bool:
+        return not self.failed
+
+    def __repr__(self) -> str:
+        if self:
+            return f"{self.check}: all {self.properties} properties hold"
+        return f"{self.check} FAILS: {self.failed}\n    {self.found}"
+
+
+class _Wrong(Exception):
+    """A counter-example."""
+
+
+def _check(properties: Callable[[Given], Iterator[str]]) -> Callable[[Given], Verdict]:
+    """A generator that names each property, then raises where it does not hold -> a check."""
+
+    @wraps(properties)
+    def check(fn: Given) -> Verdict:
+        tried = []
+        try:
+            for name in properties(fn):
+                tried.append(name)
+        except _Wrong as wrong:
+            return Verdict(properties.__name__, len(tried), tried[-1], str(wrong))
+        except Exception as error:
+            found = f"your function, or what was done with its result, raised {type(error).__name__}: {error}"
+            return Verdict(properties.__name__, len(tried), tried[-1], found)
+        return Verdict(properties.__name__, len(tried))
+
+    return check
+
+
+def _expect(holds: Any, wrong: str) -> None:
+    if not holds:
+        raise _Wrong(wrong)
+
+
+def _shaped(call: str, got: Any, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    none = " (is its body still to be written?)" if got is None or got is ... else ""
+    _expect(isinstance(got, Tensor), f"{call} gave {got!r}, no tensor{none}")
+    _expect(got.shape == shape, f"{call} has shape {tuple(got.shape)}; expected {shape}")
+    _expect(dtype in (None, got.dtype), f"{call} is of {got.dtype}; expected {dtype}")
+    return got
+
+
+def _same(call: str, got: Any, want: Any) -> None:
+    """Numbers or tensors that should agree, in shape too."""
+    want = torch.as_tensor(want)
+    got = torch.as_tensor(got) if isinstance(got, int | float) else got
+    _shaped(call, got, tuple(want.shape))
+    said = [[round(v, 3) for v in x.flatten().tolist()] for x in (got.double(), want.double())]
+    _expect(torch.allclose(got.double(), want.double(), atol=1e-4), f"{call} gave {said[0]}; expected {said[1]}")
+
+
+def _near(what: str, got: Any, want: float, within: float) -> None:
+    _expect(abs(got - want) <= within, f"{what} is {float(got):.3f}; expected {want:.3f}, give or take {within:g}")
+
+
+def _seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- texts, VQGAN -----------------------------------------------------------------------------------------------------
+
+
+@_check
+def check_pool(fn: Given) -> Iterator[str]:
+    """fn(context) -> (B, D), one vector a prompt: the mean of its real text tokens."""
+    for name, embeds, mask, want in [
+        ("one token is its own mean", [[[3.0, 1.0]]], [[True]], [[3.0, 1.0]]),
+        ("each prompt has its own", [[[3.0]], [[1.0]]], [[True], [True]], [[3.0], [1.0]]),
+        ("padding does not count", [[[2.0], [4.0], [0.0]]], [[True, True, False]], [[3.0]]),
+    ]:
+        yield name
+        _same(f"fn(embeds {embeds}, mask {mask})", fn(Context(torch.tensor(embeds), torch.tensor(mask))), want)
+
+
+@_check
+def check_nearest(fn: Given) -> Iterator[str]:
+    """fn(z (B, d, h, w), codebook (V, d)) -> tokens (B, h*w), row by row: as `VectorQuantizer.nearest`."""
+    grid = torch.randn(2, 3, 4, generator=_seeded()).round(decimals=1).tolist()  # h, w, d
+    for name, places, codes in [
+        ("a code is nearest to itself", [[[1.0]]], [[0.0], [1.0]]),
+        ("nearest by distance, not by product", [[[2.0]]], [[1.0], [9.0]]),
+        ("tokens are read row by row, a vector from each place", grid, grid[1] + grid[0]),
+    ]:
+        yield name
+        z, book = torch.tensor(places), torch.tensor(codes)
+        call = f"fn(z of places {places}, codebook {codes})"
+        got = _shaped(call, fn(z.permute(2, 0, 1)[None], book), (1, z.shape[0] * z.shape[1]), torch.long)
+        _same(call, got, torch.cdist(z.flatten(0, 1), book).argmin(1)[None])
+
+
+@_check
+def check_straight_through(fn: Given) -> Iterator[str]:
+    """fn(z, q) -> the value of q with the gradient of z."""
+    z, q = torch.tensor([0.3, 2.0], requires_grad=True), torch.tensor([0.0, 3.0], requires_grad=True)
+    yield "forwards it is q"
+    out, sent = fn(z, q), torch.tensor([1.0, 5.0])
+    _same("fn(z=[0.3, 2.0], q=[0.0, 3.0])", out, q.detach())
+    yield "backwards the gradient passes to z as it is"
+    _expect(out.requires_grad, "nothing in the result has a gradient: what is detached?")
+    grads = torch.autograd.grad((out * sent).sum(), (z, q), allow_unused=True)
+    got = [torch.zeros(2) if g is None else g for g in grads]
+    _same("a gradient of [1, 5] at the result: z's", got[0], sent)
+    yield "on this way no gradient reaches q"
+    _same("a gradient of [1, 5] at the result: q's", got[1], 0 * sent)
+
+
+# --- masking ----------------------------------------------------------------------------------------------------------
+
+
+@_check
+def check_schedule(fn: Given) -> Iterator[str]:
+    """fn(u) -> the ratio still masked: any curve that falls from 1 to 0."""
+    for name, u, want in [("at u = 0 all is masked", 0.0, 1.0), ("at u = 1 nothing is", 1.0, 0.0)]:
+        yield name
+        _same(f"fn({u})", fn(u), want)
+    yield "it never rises"
+    for u, v in pairwise(i / 20 for i in range(21)):
+        _expect(fn(v) <= fn(u) + 1e-6, f"fn({u}) = {fn(u):.4f}, and fn({v}) = {fn(v):.4f} is more")
+
+
+@_check
+def check_mask_rate(fn: Given) -> Iterator[str]:
+    """fn(n, generator=...) -> (n,) rates, one an example, of Muse's density: as `masking.sample_mask_rate`."""
+    yield "one rate an example"
+    few = _shaped("fn(3)", fn(3, generator=_seeded()), (3,))
+    yield "rates differ within a batch"
+    _expect(len(set(few.tolist())) == 3, f"fn(3) gave {few.tolist()}")
+    yield "the generator decides"
+    again, other = fn(3, generator=_seeded()), fn(3, generator=_seeded(1))
+    _expect(few.equal(again), f"the same seed gave {few.tolist()}, then {again.tolist()}")
+    _expect(not few.equal(other), f"seeds 0 and 1 both gave {few.tolist()}")
+    yield "rates lie in [0, 1]"
+    rates = fn(20_000, generator=_seeded()).double()
+    low, high = rates.min(), rates.max()
+    _expect(low >= 0 and high <= 1, f"rates reach from {low:.3f} to {high:.3f}")
+    yield "the mean is 2 / pi"
+    _near("the mean of 20,000 rates", rates.mean(), 2 / math.pi, 0.01)
+    yield "P(r > 0.9) = 0.287"
+    _near("the share of 20,000 rates above 0.9", (rates > 0.9).double().mean(), 0.287, 0.015)
+
+
+@_check
+def check_random_mask(fn: Given) -> Iterator[str]:
+    """fn(tokens (B, N), rate (B,), generator=...) -> (B, N) bool, True = masked: as `masking.random_mask`."""
+
+    def masks(n: int, *rate: float) -> Tensor:
+        shape, call = (len(rate), n), f"fn({len(rate)} x {n} tokens, rates {list(rate)[:3]})"
+        made = fn(torch.zeros(shape, dtype=torch.long), torch.tensor(rate), generator=_seeded())
+        return _shaped(call, made, shape, torch.bool)
+
+    yield "True says masked"
+    _same("fn(one token, rate 1)", masks(1, 1.0), torch.tensor([[True]]))
+    yield "exactly ceil(r N) are masked"
+    for n, r in product(range(1, 9), (0.01, 0.3, 0.5, 0.75, 1.0)):
+        _same(f"of {n} tokens at rate {r} the number masked", masks(n, r).sum(), math.ceil(r * n - 1e-6))
+    yield "each row has its own rate"
+    _same("of 8 tokens at rates 0.25 and 1 the numbers masked", masks(8, 0.25, 1.0).sum(1), [2, 8])
+    yield "each row has its own places"
+    rows = masks(16, *[0.5] * 8).tolist()
+    _expect(len({tuple(row) for row in rows}) > 1, "8 rows of 16 tokens all mask the same places")
+    yield "all places are as likely"
+    for place, share in enumerate(masks(4, *[0.25] * 4000).double().mean(0)):
+        _near(f"of 4,000 rows at rate 0.25, the share that masks place {place} of 4", share, 0.25, 0.04)
+
+
+@_check
+def check_masked_loss(fn: Given) -> Iterator[str]:
+    """fn(logits (B, N, V), targets (B, N), masked (B, N)) -> (): as `masking.masked_cross_entropy`."""
+    sure, good, bad = [2.0, 0.0], math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))  # cost of targets 0 and 1
+    for name, logits, targets, masked, want in [
+        ("equal logits cost log V", [[[0.0, 0.0]]], [[1]], [[1]], math.log(2)),
+        ("it is the cross-entropy of the target", [[sure]], [[1]], [[1]], bad),
+        ("tokens that are not masked do not count", [[sure] * 2], [[0, 1]], [[1, 0]], good),
+        ("the mean is over the batch's masked tokens", [[sure] * 2] * 2, [[1, 0], [0, 0]], [[1, 0], [1, 1]], None),
+        ("nothing masked costs 0", [[sure]], [[0]], [[0]], 0.0),
+    ]:
+        yield name
+        given = (torch.tensor(logits), torch.tensor(targets), torch.tensor(masked).bool())
+        want = (bad + 2 * good) / 3 if want is None else want
+        _same(f"fn(logits {logits}, targets {targets}, masked {masked})", fn(*given), want)
+
+
+# --- text dropped, guidance, decoding ---------------------------------------------------------------------------------
+
+
+@_check
+def check_drop_text(fn: Given) -> Iterator[str]:
+    """fn(context, p, generator=...) -> the same shape, a share p of the texts removed: as `cfg.drop_text`."""
+
+    def run(b: int, p: float) -> Context:
+        made = Context(*fn(Context(torch.ones(b, 2, 1), torch.ones(b, 2, dtype=torch.bool)), p, generator=_seeded()))
+        call = f"fn({b} texts of 2 tokens, p={p})"
+        return Context(_shaped(call, made.embeds, (b, 2, 1)), _shaped(call, made.mask, (b, 2), torch.bool))
+
+    yield "p = 0 leaves all as it is"
+    _same("p = 0: the embeddings of a text", run(1, 0.0).embeds, torch.ones(1, 2, 1))
+    _same("p = 0: its mask", run(1, 0.0).mask, [[True, True]])
+    yield "a share p is removed, each text by itself"
+    _near("p = 0.1: of 4,000 texts the share removed", (run(4000, 0.1).embeds == 0).all(1).double().mean(), 0.1, 0.03)
+    yield "removed text is one attended zero, never an empty softmax"
+    _same("p = 1: the mask of a removed text", run(1, 1.0).mask, [[True, False]])
+
+
+@_check
+def check_guide(fn: Given) -> Iterator[str]:
+    """fn(cond, uncond, t) -> guided logits: as `cfg.guide`."""
+    for name, c, u, t, want in [
+        ("t = 0 gives the conditional logits", 2.0, 1.0, 0.0, 2.0),
+        ("cond = uncond gives cond, whatever t", 2.0, 2.0, 3.0, 2.0),
+        ("l_g = (1 + t) l_c - t l_u", 2.0, 1.0, 3.0, 5.0),
+    ]:
+        yield name
+        _same(f"fn(cond=[{c}], uncond=[{u}], t={t})", fn(torch.tensor([c]), torch.tensor([u]), t), [want])
+
+
+@_check
+def check_rising(fn: Given) -> Iterator[str]:
+    """fn(t, start) -> a function of u: as `cfg.rising`."""
+    for name, u, want in [("it begins at start", 0.0, 1.0), ("it ends at t", 1.0, 4.0), ("it is linear", 0.5, 2.5)]:
+        yield name
+        ramp = fn(4.0, 1.0)
+        _expect(callable(ramp), f"fn(4.0, 1.0) gave {ramp!r}; expected a function of u")
+        _same(f"fn(4.0, 1.0)({u})", ramp(u), want)
+
+
+@_check
+def check_reveal_counts(fn: Given) -> Iterator[str]:
+    """fn(n, steps) -> how many tokens each step of the cosine reveals: as `masking.reveal_counts`."""
+    for name, holds in [
+        ("counts sum to n", lambda counts, n, steps: sum(counts) == n),
+        ("each step reveals at least one", lambda counts, n, steps: min(counts) >= 1),
+        ("as many steps as asked for, or as tokens", lambda counts, n, steps: len(counts) == min(n, steps)),
+    ]:
+        yield name
+        for n, steps in product(range(1, 9), range(1, 9)):
+            _expect(holds(fn(n, steps), n, steps), f"fn({n}, {steps}) gave {fn(n, steps)}")
+    yield "after step i, floor(n cos(pi/2 (i+1)/T)) stay masked"
+    for n, steps in [(4, 2), (16, 4), (256, 12)]:
+        _same(f"fn({n}, {steps})", torch.tensor(fn(n, steps)), reveal_counts(n, steps))
+
+
+@_check
+def check_decode(fn: Given) -> Iterator[str]:
+    """fn(logits_fn, tokens (B, N), mask_id=, steps=, generator=) -> after each step the tokens, or a `sampler.Step`."""
+    n, steps, mask, widths = 8, 4, 8, torch.tensor([3, 1, 8, 6, 2, 5, 7, 4])
+    among = torch.where(torch.arange(8) < widths[:, None], 0.0, -1e4)  # (N, V): place i draws among widths[i] alike
+    blank, given, seen = torch.full((1, n), mask), torch.tensor([[mask, 3, mask, mask, 1, mask, mask, mask]]), []
+
+    def model(tokens: Tensor, u: float) -> Tensor:
+        seen.append(tokens.clone())
+        return among.expand(len(tokens), n, 8)
+
+    def fickle(tokens: Tensor, u: float) -> Tensor:  # wants another code at each step
+        return 50.0 * F.one_hot((tokens == mask).sum(1, keepdim=True).expand(-1, n) % 8, 8)
+
+    def coin(tokens: Tensor, u: float) -> Tensor:
+        return torch.tensor([0.8, 0.2]).log().expand(len(tokens), 1, 2)
+
+    def run(logits_fn: Given, start: Tensor, steps: int = steps) -> list[Tensor]:
+        made = fn(logits_fn, start.clone(), mask_id=mask, steps=steps, generator=_seeded())
+        states = [getattr(state, "tokens", state) for state in made]
+        return [start, *(_shaped("a state", state, tuple(start.shape), torch.long).clone() for state in states)]
+
+    yield "in the end nothing is masked"
+    _same("the number of [MASK] left", (run(model, blank)[-1] == mask).sum(), 0)
+    yield "each step reveals what the cosine says"
+    left = [int((state == mask).sum()) for state in run(model, blank)]
+    _same("8 tokens in 4 steps: counts", torch.tensor([a - b for a, b in pairwise(left)]), reveal_counts(n, steps))
+    for name, start in [("what is revealed stays", blank), ("what was given stays", given)]:
+        yield name
+        for i, (a, b) in enumerate(pairwise(run(fickle, start))):
+            _expect((a == b)[a != mask].all(), f"step {i}: {a.tolist()} became {b.tolist()}, where {mask} is [MASK]")
+    yield "the surest are revealed first"
+    states, surest = run(model, blank), widths.argsort().tolist()
+    for i, (a, b) in enumerate(pairwise(states)):
+        places = ((a == mask) & (b != mask))[0].nonzero().flatten().tolist()
+        best, surest = sorted(surest[: len(places)]), surest[len(places) :]
+        _expect(places == best, f"step {i} fixed places {places} of {n}; the model is surest at {best}")
+    yield "the model sees what was revealed"
+    seen.clear()
+    states = run(model, blank)
+    same = len(seen) == steps and all(a.equal(b) for a, b in zip(states, seen, strict=False))
+    _expect(same, f"it was asked {len(seen)} times in {steps} steps, not always about the tokens of the step before")
+    yield "tokens are drawn, each with its probability"
+    share = (run(coin, torch.full((2000, 1), mask), 1)[-1] == 0).double().mean()
+    _near("a token of probability 0.8: its share of 2,000 draws", share, 0.8, 0.05)
+
+
+# --- attention, editing -----------------------------------------------------------------------------------------------
+
+
+@_check
+def check_multi_axis(fn: Given) -> Iterator[str]:
+    """fn(q, k, v (B, H, N, d), block) -> (B, H, N, d): as `transformer.multi_axis_attention`."""
+    row, column, q, v = torch.arange(16) // 4, torch.arange(16) % 4, torch.zeros(1, 2, 16, 16), torch.eye(16)
+    got = None
+    for head, name, group in [
+        (0, "the first half of the heads sees its own block", row // 2 * 2 + column // 2),
+        (1, "the second half sees its own place in every block", row % 2 * 2 + column % 2),
+    ]:
+        yield name
+        if got is None:  # all weights alike and values that tell tokens apart: the output says who is seen
+            got = _shaped("fn(1 x 2 heads x 16 tokens)", fn(q, q, v.expand(1, 2, 16, 16), 2), (1, 2, 16, 16))
+        for i in range(16):
+            sees, want = ((x.nonzero().flatten().tolist()) for x in (got[0, head, i] > 1e-6, group == group[i]))
+            _expect(sees == want, f"4 x 4 tokens, block 2: token {i} of head {head} sees {sees}; expected {want}")
+    yield "weights are softmax(q k / sqrt(d))"
+    q, k, v = torch.randn(3, 1, 2, 4, 2, generator=_seeded())
+    _same(
+        "one block of 4 tokens: the first head", fn(q, k, v, 2)[:, :1], F.scaled_dot_product_attention(q, k, v)[:, :1]
+    )
+
+
+@_check
+def check_token_mask(fn: Given) -> Iterator[str]:
+    """fn(repaint (B, H, W) bool, f) -> (B, h*w) bool: as `editing.token_mask`."""
+    for name, cases in [
+        ("nothing to repaint masks nothing", [()]),
+        ("one pixel masks its token", [(pixel,) for pixel in product(range(4), range(6))]),
+        ("a region masks all that it overlaps", [((1, 1), (1, 2), (2, 1), (2, 2))]),
+    ]:
+        yield name
+        for pixels in cases:
+            repaint, want = torch.zeros(1, 4, 6, dtype=torch.bool), {y // 2 * 3 + x // 2 for y, x in pixels}
+            for y, x in pixels:
+                repaint[0, y, x] = True
+            found = _shaped("fn(4 x 6 pixels, f=2)", fn(repaint, 2), (1, 6))[0].nonzero().flatten().tolist()
+            _expect(found == sorted(want), f"4 x 6 pixels, f=2: {pixels} mask {found}; expected {sorted(want)}")
+
+
+# --- the schedule lab -------------------------------------------------------------------------------------------------
+
+
+@_check
+def check_order(fn: Given) -> Iterator[str]:
+    """fn(logits (B, N, V), drawn (B, N), masked (B, N), u) -> scores (B, N): all black fields of a board come first."""
+    logits, drawn = torch.zeros(2, 16, 3), torch.zeros(2, 16, dtype=torch.long)
+    yield "a score for each place"
+    scores = _shaped("fn(logits 2 x 16 x 3, ...)", fn(logits, drawn, drawn == 0, 0.5), (2, 16)).double()
+    yield "every black field scores above every white one"
+    black = (torch.arange(16) // 4 + torch.arange(16) % 4) % 2 == 0
+    low, high = scores[:, black].amin(1), scores[:, ~black].amax(1)
+    _expect(
+        (low > high).all(), f"4 x 4 fields, the first one black: the least black {low[0]}, the most white {high[0]}"
+    )
+
+
+@_check
+def check_world(fn: Given) -> Iterator[str]:
+    """fn() -> a `worlds.World` of 4 tokens of 2 codes: the first and the last agree in 9 of 10, others are coins."""
+    yield "all pictures together have probability 1"
+    world, every = fn(), torch.cartesian_prod(*[torch.arange(2)] * 4)  # (16, 4)
+    log_p = _shaped("log_evidence(e of 16 pictures)", world.log_prob(every), (16,)).double()
+    _near("the sum of p over all 16 pictures", log_p.exp().sum(), 1.0, 1e-4)
+    yield "the first and the last agree in 9 of 10"
+    _near("p(x_1 = x_4)", log_p.exp()[every[:, 0] == every[:, 3]].sum(), 0.9, 1e-4)
+    yield "the others are fair coins"
+    for i in (1, 2):
+        _near(f"p(x_{i + 1} = 1)", log_p.exp()[every[:, i] == 1].sum(), 0.5, 1e-4)
+    yield "evidence weighs pictures: log of the sum over x of p(x) e_1(x_1) ... e_N(x_N)"
+    e = torch.rand(1, 4, 2, generator=_seeded()).double()
+    weights = e[0, torch.arange(4), every].prod(1)  # (16,)
+    _same("log_evidence(e) of random e", world.log_evidence(e), (log_p.exp() * weights).sum().log()[None])
+
+
+# --- orders -----------------------------------------------------------------------------------------------------------
+
+
+@_check
+def check_margin(fn: Given) -> Iterator[str]:
+    """fn(logits (B, N, V), drawn (B, N), masked (B, N), u) -> scores (B, N): as `sampler.margin`."""
+    for name, p, drawn in [
+        ("two codes alike are no margin", [[0.4, 0.4, 0.2]], 0),
+        ("it is the first less the second", [[0.6, 0.3, 0.1]], 0),
+        ("codes may come in any order", [[0.1, 0.3, 0.6]], 2),
+        ("what was drawn does not count", [[0.6, 0.3, 0.1]], 2),
+        ("each token has its own", [[0.6, 0.3, 0.1], [0.5, 0.5, 0.0]], 0),
+    ]:
+        yield name
+        logits, tokens = torch.tensor([p]).clamp(min=1e-9).log() + 3, torch.full((1, len(p)), drawn)
+        first, second = torch.tensor([p]).topk(2).values.unbind(-1)
+        call = f"fn(logits log {p} + 3, drawn {tokens.tolist()})"
+        _same(call, fn(logits, tokens, tokens >= 0, 0.5), first - second)
+
+
+# --- the base transformer ---------------------------------------------------------------------------------------------
+
+
+@_check
+def check_attention(fn: Given) -> Iterator[str]:
+    """fn(q (B, H, N, d), k, v (B, H, M, d), attend (B, 1, 1, M) bool) -> (B, H, N, d), True = may be looked at."""
+    for name, q, k, v, attend in [
+        ("keys alike: the mean of the values", [[0.0]], [[1.0], [1.0]], [[2.0], [4.0]], [1, 1]),
+        ("weights are a softmax over the memory", [[1.0]], [[2.0], [0.0]], [[1.0], [0.0]], [1, 1]),
+        ("scores are divided by sqrt(d)", [[1.0] * 4], [[1.0] * 4, [0.0] * 4], [[1.0] * 4, [0.0] * 4], [1, 1]),
+        ("each query has its own weights", [[1.0], [-1.0]], [[2.0], [0.0]], [[1.0], [0.0]], [1, 1]),
+        ("what is not attended does not count", [[1.0]], [[0.0], [9.0]], [[3.0], [5.0]], [1, 0]),
+    ]:
+        yield name
+        given = [torch.tensor(x)[None, None] for x in (q, k, v)]
+        may = torch.tensor(attend).bool()[None, None, None]
+        call = f"fn(q {q}, k {k}, v {v}, attend {attend})"
+        _same(call, fn(*given, may), F.scaled_dot_product_attention(*given, attn_mask=may))
+
+
+@_check
+def check_unigram(fn: Given) -> Iterator[str]:
+    """fn(tokens (n, N), codebook_size) -> nats: as `validation.unigram_entropy`."""
+    for name, tokens, size, want in [
+        ("one code alone has none", [[0, 0]], 1, 0.0),
+        ("two codes, equally common, have log 2", [[0, 1]], 2, math.log(2)),
+        ("codes that never occur do no harm", [[0, 3]], 8, math.log(2)),
+        ("how common each is counts", [[0, 0, 0, 1]], 2, 2 * math.log(2) - 0.75 * math.log(3)),
+        ("it is of all pictures together", [[0, 0], [1, 1]], 2, math.log(2)),
+    ]:
+        yield name
+        _same(f"fn(tokens {tokens}, {size})", fn(torch.tensor(tokens), size), want)

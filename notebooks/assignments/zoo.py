@@ -1,0 +1,226 @@
+"""The bug zoo: mistakes that real implementations of this family made, as mutants of our own functions.
+
+    library()            -> the true modules: lib.masking, lib.sampler, lib.cfg, ...
+    library(MUTANTS[0])  -> the same with one line of one of them changed
+    score(tests)         -> which mutants a set of tests kills, which survive, which tests cry wolf on the truth
+
+A test is a function of one argument, the library, that raises where something is wrong:
+
+    def test_the_loss_is_finite(lib):
+        assert lib.masking.masked_cross_entropy(logits, targets, masked).isfinite()
+
+A mutant is made of the module's source as it stands, so that it never lags behind. Each looks fine at a glance: it
+runs, shapes are right, pictures come out. Time and memory of tests are the grader's to limit, not ours.
+"""
+
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+ROOMS = ("masking", "sampler", "cfg", "transformer", "vqgan", "editing", "train", "muse")
+Test = Callable[[types.SimpleNamespace], None]
+
+
+class Mutant(NamedTuple):
+    """One line of `minimuse/<room>.py` changed."""
+
+    name: str
+    room: str
+    old: str
+    new: str
+    story: str  # what was done, and what one sees of it
+
+
+MUTANTS = [
+    Mutant(
+        "rate_inverted",
+        "masking",
+        "return torch.tensor([curve(u) for u",
+        "return torch.tensor([1 - curve(u) for u",
+        "The rate counts what is kept: training seldom sees the empty pictures that decoding begins from.",
+    ),
+    Mutant(
+        "rate_thin_tail",
+        "masking",
+        "    curve = get_schedule(schedule)\n    return torch.tensor",
+        '    curve = get_schedule("arccos" if schedule == "cosine" else schedule)\n    return torch.tensor',
+        'The other reading of "truncated arccos": the same mean, and half as many nearly empty pictures.',
+    ),
+    Mutant(
+        "rate_shared",
+        "masking",
+        "[curve(u) for u in uniforms(n, generator=generator).tolist()]",
+        "[curve(u) for u in uniforms(n, generator=generator)[:1].tolist() * n]",
+        "One rate for the whole batch: right on average, and a gradient that jumps from step to step.",
+    ),
+    Mutant(
+        "loss_everywhere",
+        "masking",
+        "hidden = targets.masked_fill(~masked, -100).flatten()",
+        "hidden = targets.flatten()",
+        "The loss counts tokens that the model was shown: it falls quickly, and copying is what is learned.",
+    ),
+    Mutant(
+        "schedule_falls_through",
+        "masking",
+        '    known = ", ".join([*SCHEDULES, "log", "powP (such as pow2.5)"])',
+        '    return SCHEDULES["cosine"]',
+        "A misspelt schedule is the cosine: whole comparisons come out equal.",
+    ),
+    Mutant(
+        "schedule_off_by_one",
+        "masking",
+        "ratio = curve((i + 1) / steps)",
+        "ratio = curve(i / max(1, steps - 1))",
+        "linspace(0, 1, T): the first step has nothing to reveal, and the others make up for it.",
+    ),
+    Mutant(
+        "draws_shared",
+        "masking",
+        "return torch.stack([torch.rand(shape[1:], generator=g) for g in each])",
+        "return torch.stack([torch.rand(shape[1:], generator=each[0]) for g in each])",
+        "All images draw from the first one's generator: a picture depends on its neighbours in the batch.",
+    ),
+    Mutant(
+        "fixed_tokens_redrawn",
+        "sampler",
+        "drawn = torch.where(masked, draw(logits, draws[:, i, 0], heat(u), top_k), tokens)",
+        "drawn = draw(logits, draws[:, i, 0], heat(u), top_k)",
+        "Every step draws all tokens anew: what was fixed changes, and inpainting repaints the whole picture.",
+    ),
+    Mutant(
+        "noise_on_probabilities",
+        "sampler",
+        "scores = rank_by(logits, drawn, masked, u) + noise * gumbel",
+        "scores = rank_by(logits, drawn, masked, u).exp() + noise * gumbel",
+        "Gumbel noise is added to p, not to log p: the ranking is nearly random, and pictures are patchy.",
+    ),
+    Mutant(
+        "noise_not_annealed",
+        "sampler",
+        "choice_temperature * (1 - (i + 1) / steps)",
+        "choice_temperature",
+        "The ranking stays as noisy at the end as it was at the beginning.",
+    ),
+    Mutant(
+        "text_drop_inverted",
+        "cfg",
+        "torch.rand(1, generator=g) < p",
+        "torch.rand(1, generator=g) >= p",
+        "p = 0.1 removes 90% of the texts: pictures are good, and have little to do with their prompts.",
+    ),
+    Mutant(
+        "guidance_of_another_convention",
+        "cfg",
+        "return cond + t * (cond - uncond)",
+        "return uncond + t * (cond - uncond)",
+        "t is read as the scale of l_u + s (l_c - l_u): no guidance is not conditional, and t = 1 does nothing.",
+    ),
+    Mutant(
+        "removed_text_is_nothing",
+        "cfg",
+        "mask=torch.ones_like(embeds[:, :, 0], dtype=torch.bool)",
+        "mask=torch.zeros_like(embeds[:, :, 0], dtype=torch.bool)",
+        "Removed text leaves nothing to attend to: an empty softmax, NaN or 0 by attention backend.",
+    ),
+    Mutant(
+        "padding_attended",
+        "transformer",
+        "attend = F.pad(context.mask, (0,",
+        "attend = F.pad(torch.ones_like(context.mask), (0,",
+        "Padding is zeroed and attended to: a prompt means something else beside a longer one.",
+    ),
+    Mutant(
+        "condition_lost",
+        "transformer",
+        "return super().memory(context, self.low_norm(low))",
+        "return super().memory(context)",
+        "The low-res tokens are encoded and never passed on: super-resolution paints from the text alone.",
+    ),
+    Mutant(
+        "condition_without_positions",
+        "transformer",
+        "low = self.low_embed(low_tokens)  # (B, N_low, D)",
+        "low = self.low_embed.codes(low_tokens)",
+        "Low-res tokens have no place: super-resolution knows what is in the picture, and not where.",
+    ),
+    Mutant(
+        "truth_leaks",
+        "train",
+        "logits = self.model(x.masked_fill(masked, self.model.mask_id), memory)",
+        "logits = self.model(x, memory)",
+        "The true tokens stand where [MASK] should: the loss falls to nothing, and so do the pictures.",
+    ),
+    Mutant(
+        "dead_codes_stay_dead",
+        "vqgan",
+        "dead = (self.idle >= self.patience).nonzero().squeeze(1)",
+        "dead = (self.idle > 1e9).nonzero().squeeze(1)",
+        "Codes that are never nearest never learn: the codebook collapses onto a few.",
+    ),
+    Mutant(
+        "half_covered_tokens_kept",
+        "editing",
+        "return F.max_pool2d(repaint[:, None].float(), downsampling).flatten(1) > 0",
+        "return F.avg_pool2d(repaint[:, None].float(), downsampling).flatten(1) > 0.5",
+        "A token that the region covers by less than half is kept: the rim of the old thing stays.",
+    ),
+    Mutant(
+        "negative_prompt_ignored",
+        "muse",
+        "null = Context.cat(Context(*(x[i : i + 1] for x in row)) for i, row in enumerate(rows))",
+        "Context.cat(Context(*(x[i : i + 1] for x in row)) for i, row in enumerate(rows))",
+        "The negative prompt is encoded, and thrown away: it changes nothing.",
+    ),
+]
+
+
+def library(mutant: Mutant | None = None) -> types.SimpleNamespace:
+    """The modules of ROOMS by name; with a mutant one of them is a changed copy, and the others call the true one."""
+    lib = types.SimpleNamespace(**{room: importlib.import_module(f"minimuse.{room}") for room in ROOMS})
+    if mutant is not None:
+        source = inspect.getsource(getattr(lib, mutant.room))
+        if source.count(mutant.old) != 1:
+            raise ValueError(
+                f"{mutant.name}: {mutant.old!r} stands {source.count(mutant.old)} times in {mutant.room}.py"
+            )
+        changed = types.ModuleType(f"minimuse.{mutant.room}")
+        exec(
+            compile(source.replace(mutant.old, mutant.new), f"{mutant.room}.py with {mutant.name}", "exec"),
+            vars(changed),
+        )
+        setattr(lib, mutant.room, changed)
+    return lib
+
+
+def raises(test: Test, lib: types.SimpleNamespace) -> bool:
+    """Does the test say that something is wrong with this library?"""
+    torch.manual_seed(0)
+    try:
+        test(lib)
+    except Exception:
+        return True
+    return False
+
+
+class Score(NamedTuple):
+    killed: dict[str, list[str]]  # mutant -> the tests that kill it
+    survived: list[str]
+    false_alarms: list[str]  # tests that raise on the true code; they kill nothing
+
+
+def score(tests: Iterable[Test], mutants: Iterable[Mutant] = MUTANTS) -> Score:
+    """Run each test against the truth and against each mutant."""
+    tests, truth = list(tests), library()
+    false_alarms = [test.__name__ for test in tests if raises(test, truth)]
+    sound = [test for test in tests if test.__name__ not in false_alarms]
+    kills = {}
+    for mutant in mutants:
+        lib = library(mutant)
+        kills[mutant.name] = [test.__name__ for test in sound if raises(test, lib)]
+    killed = {name: by for name, by in kills.items() if by}
+    return Score(killed, [name for name in kills if name not in killed], false_alarms)

@@ -1,0 +1,65 @@
+"""What each notebook takes: python notebooks/measure.py [01_tour ...] -> measured.json and the table of README.md
+
+Each is executed in the full setting, once in fp32 and once in bf16 (where this CPU multiplies bf16 fast), by itself:
+run it on a machine that does nothing else. Minutes are wall time with the kernel's start; memory is the kernel's peak.
+Nothing is stored in the notebooks; `build.py --text` writes what was measured into their headers. Needs Linux or macOS.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+
+from build import HERE, MEASURED, cells, execute, names, notebook
+from nbformat.v4 import new_code_cell
+
+README = HERE / "README.md"
+BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->"
+FP32 = "import minimuse.engine\nminimuse.engine.fast_bf16 = lambda device: False"
+PEAK = "import resource\nprint('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+
+
+def measure(name: str, precision: str) -> dict[str, float]:
+    """A notebook's minutes and the peak of its kernel's memory in GiB."""
+    nb = notebook(name)
+    if precision == "fp32":
+        nb.cells.insert(2, new_code_cell(FP32))
+    nb.cells.append(new_code_cell(PEAK))
+    began = time.monotonic()
+    execute(nb)
+    minutes = (time.monotonic() - began) / 60
+    peak = int(nb.cells[-1].outputs[0].text.split()[1])
+    return {"minutes": round(minutes, 2), "gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)}
+
+
+def title(name: str) -> str:
+    return cells((HERE / "source" / f"{name}.py").read_text(encoding="utf-8"))[0][1].splitlines()[0].lstrip("# ")
+
+
+def table(rows: dict) -> str:
+    """measured.json -> README's table, in the order of the course."""
+    lines = ["| Notebook | Minutes, fp32 | Minutes, bf16 | Memory |", "|---|---|---|---|"]
+    for name in names():
+        if name in rows:
+            fp32, bf16 = rows[name]["fp32"], rows[name]["bf16"]
+            figures = f"{fp32['minutes']:.1f} | {bf16['minutes']:.1f} | {max(fp32['gib'], bf16['gib']):.1f} GiB"
+            lines.append(f"| [{title(name)}]({name}.ipynb) | {figures} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="measure notebooks; write measured.json and README's table")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which; none is all")
+    rows = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
+    for name in parser.parse_args().names or names():
+        rows[name] = {p: measure(name, p) for p in ("fp32", "bf16")} | {"cores": os.cpu_count()}
+        print(name, rows[name])
+        MEASURED.write_text(json.dumps(rows, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    README.write_text(before + BEGIN + table(rows) + END + rest.split(END, 1)[1], encoding="utf-8")
+    print("now: python notebooks/build.py --text, which writes what was measured into their headers")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,659 @@
+# %% [markdown]
+r"""
+# 2. Scenes, captions, and what a language model knows
+
+*Two things that Muse does not learn: the world that it draws, which we make ourselves, and the language, which others
+have taught a network before us.*
+
+|  |  |
+|---|---|
+| **Paper** | Muse 2.1 |
+| **You will learn** | what is in the data and what is held out · how a frozen language model turns a prompt into vectors · which words it understands that no caption contains, and which it does not · that any text encoder fits |
+| **Before this** | [1. The tour](01_tour.ipynb); a linear classifier |
+| **Takes** | @takes@ |
+| **Files** | [`scenes.py`](../minimuse/scenes.py), [`captions.py`](../minimuse/captions.py), [`text.py`](../minimuse/text.py) |
+"""
+
+# %% knobs
+import os
+from random import Random
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+
+from minimuse import Muse
+from minimuse.checks import check_drop_text, check_pool, show
+from minimuse.data import to_pil
+from minimuse.plots import grid, style
+
+FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer prompts
+CHECKPOINT = "nano"  # a shipped name or a folder
+EACH = 2 if FAST else 6  # prompts for each unseen word
+CAPTIONS = 300 if FAST else 3000  # read for statistics
+SIZE = 96  # pixels of rendered scenes
+style()
+
+# %% [markdown]
+r"""
+## 1. A world that is known exactly
+
+Photographs and their captions come by the hundred million (Muse was trained on 460 million pairs, which nobody
+outside of its lab has). Ours come from a program. That has one great advantage besides its size: for each picture we
+know what is in it, so that "is this picture right?" has an answer.
+"""
+
+# %%
+from minimuse.scenes import HELD_OUT, Scene, Thing, is_novel, relations, render, sample_scene, truth
+
+show(Thing, Scene)
+
+# %%
+scene = Scene(
+    (
+        Thing("red", "cube", x=-0.9, depth=0.2),
+        Thing("cyan", "sphere", size="small", material="metal", x=0.9, depth=-0.5),
+    )
+)
+pixels = render([scene], 192)
+print("render: (B, 3, H, W) =", tuple(pixels.shape), f"in [{pixels.min():.2f}, {pixels.max():.2f}]")
+for thing in truth(scene):
+    print(thing)
+to_pil(pixels)[0]
+
+# %% [markdown]
+r"""
+Eight colours, three shapes, two sizes, two materials. Rays are traced from the camera through each pixel; there is one
+lamp, shadows, and metal mirrors a simple sky. All in torch, at any size.
+"""
+
+# %%
+from minimuse.scenes import COLORS, MATERIALS, SHAPES, SIZES
+
+pairs = [(color, shape) for shape in SHAPES for color in COLORS]
+sheet = render([Scene((Thing(color, shape),)) for color, shape in pairs], SIZE)
+names = [
+    f"{color} {shape}" + (" (held out)" if is_novel(Thing(color, shape)) else "")
+    for color, shape in pairs
+]
+grid(to_pil(sheet), names, columns=len(COLORS), scale=1)
+
+# %% [markdown]
+r"""
+Three of the 24 pairs are **held out**: no training scene shows them. Whoever draws a brown cube has put together what
+was learned of brown and of cubes. Scenes come from a seed, in three *splits*:
+"""
+
+# %%
+print("held out:", sorted(f"{color} {shape}" for color, shape in HELD_OUT))
+splits = ("train", "test", "novel")
+drawn = [sample_scene(seed, split=split) for split in splits for seed in range(6)]
+grid(
+    to_pil(render(drawn, SIZE)),
+    [f"{s}, seed {i}" for s in splits for i in range(6)],
+    columns=6,
+    scale=1,
+)
+
+# %% [markdown]
+r"""
+*test* has the same pairs as *train* in other scenes; *novel* has a held-out pair in every scene. All else is random,
+within limits: things stand apart, within the frame, and hide little of each other.
+
+### Left of, behind
+
+A relation is called true where it is *clearly* true. Between "left" and "not left" lies a gap of which no caption speaks.
+"""
+
+# %%
+places = [(-1.2, 0.0), (-0.4, 0.0), (0.0, 1.6), (1.0, 1.4)]
+still = Thing("yellow", "cylinder", size="small", x=0.0, depth=-0.4)
+cases = [Scene((Thing("blue", "sphere", size="small", x=x, depth=d), still)) for x, d in places]
+said = [
+    f"sphere: {', '.join(sorted(relations(*case.things))) or 'nothing clear'}" for case in cases
+]
+grid(to_pil(render(cases, 128)), said, columns=4, scale=1)
+
+# %% [markdown]
+r"""
+## 2. What is said of a scene
+
+Captions are true of the picture, and say more or less: attributes, numbers ("two red cubes"), relations, and several
+of these at once. Each scene has many:
+"""
+
+# %%
+from minimuse.captions import PARAPHRASES, caption, vocabulary
+
+scene = sample_scene(12, split="train", n_things=3)
+for seed in range(6):
+    print("-", caption(scene, seed))
+print("in other words:", caption(scene, 0, paraphrase=True))
+to_pil(render([scene], 160))[0]
+
+# %%
+show(caption)
+
+# %% [markdown]
+r"""
+**Predict, then run.** How many different words do all training captions together contain: about 40, about 200, or
+about 1,000?
+"""
+
+# %%
+from collections import Counter
+
+words = Counter(
+    word for i in range(CAPTIONS) for word in caption(sample_scene(i), i).replace(",", "").split()
+)
+print(len(vocabulary()), "words are possible; in", CAPTIONS, "captions there are", len(words))
+figure, ax = plt.subplots(figsize=(10, 3))
+common = words.most_common()
+ax.bar([w for w, _ in common], [n / CAPTIONS for _, n in common])
+ax.tick_params(axis="x", rotation=90, labelsize=9)
+ax.set(ylabel="times in a caption", title="how often each word comes")
+ax.margins(x=0.01)
+plt.show()
+
+# %% [markdown]
+r"""
+About forty. A model that learns language from these captions knows forty words and nothing else. And these are kept
+from it on purpose, in every training caption:
+"""
+
+# %%
+for word, others in PARAPHRASES.items():
+    print(f"{word:>9}: {', '.join(others)}")
+
+# %% [markdown]
+r"""
+## 3. A language model that is there already
+
+Muse does not learn language either. It takes a **pre-trained** language model, trained by others on very much text,
+and keeps it **frozen**: no gradient ever changes it. It turns a prompt into one vector for each piece of text,
+
+$$\text{prompt} \;\longrightarrow\; e_1, \dots, e_L \in \mathbb{R}^{D_{LM}},$$
+
+and the transformers attend to all of them. Muse takes T5-XXL, 4.6 billion parameters. Ours is *all-MiniLM-L6-v2*, 200
+times smaller, which comes along as a package.
+"""
+
+# %%
+from minimuse.text import Context, TextEncoder, pad_contexts
+
+show(Context, TextEncoder.encode, pad_contexts)
+
+# %%
+encoder = TextEncoder()
+context = encoder.encode(["a red cube", "two small cyan metal spheres behind a large gray cube"])
+print(
+    "embeds (B, L, D_lm):", tuple(context.embeds.shape), " mask (B, L):", tuple(context.mask.shape)
+)
+print("real tokens in each:", context.mask.sum(1).tolist())
+print(
+    f"parameters of the language model: {sum(w.numel() for w in encoder.weights.values()) / 1e6:.1f} million"
+)
+
+# %% [markdown]
+r"""
+The mask is `True` at a real token. Padding is zero *and* masked: zero vectors are no absence, attention would give them
+weight. (At the end of this notebook you see what happens otherwise.)
+
+The language model is no part of a checkpoint, which keeps its name alone. Nothing of it can be trained by accident:
+"""
+
+# %%
+muse = Muse.from_pretrained(CHECKPOINT)
+print("parts of the checkpoint:", list(muse.parts), "- language model:", muse.cfg.text_encoder)
+print("its weights want a gradient:", any(w.requires_grad for w in encoder.weights.values()))
+
+# %% [markdown]
+r"""
+### Exercise 2.1: one vector for a prompt
+
+To compare prompts we want one vector each: the mean over the real tokens. Write it. The stub takes the mean over
+all $L$ places.
+"""
+
+
+# %%
+def pool(context):
+    return context.embeds.mean(1)  # your code: (B, L, D) -> (B, D)
+
+
+check_pool(pool)
+
+
+# %% tags=["solution"]
+def pool(context):
+    total = (context.embeds * context.mask[..., None]).sum(1)
+    return total / context.mask.sum(1, keepdim=True)
+
+
+check_pool(pool)
+
+# %% [markdown]
+r"""
+Which prompts does it find alike? The cosine of two vectors is 1 where they point the same way.
+"""
+
+# %%
+prompts = [
+    "a red cube",
+    "a red box",
+    "a crimson cube",
+    "a blue cube",
+    "a large ball",
+    "a huge sphere",
+    "a tiny sphere",
+]
+unit = F.normalize(pool(encoder.encode(prompts)), dim=1)
+figure, ax = plt.subplots(figsize=(5.6, 4.4))
+shown = ax.imshow(unit @ unit.T, vmin=0.4, vmax=1)
+figure.colorbar(shown, label="cosine")
+ax.set_xticks(range(len(prompts)), prompts, rotation=45, ha="right")
+ax.set_yticks(range(len(prompts)), prompts)
+ax.grid(False)
+plt.show()
+
+# %% [markdown]
+r"""
+Nearest to *a red box* is *a red cube*, and to *a large ball*, *a huge sphere*: nobody told it here. But look at the row
+of *a red cube*: is *a crimson cube* nearer to it than *a blue cube* is? Let us count such cases.
+
+## 4. Which words come along?
+
+A test that needs no picture. From the vector of a prompt, a linear classifier shall read the colour, the shape, the
+size and the material. It is trained on prompts in training words. Then it reads prompts in which *one word was
+replaced by one that no caption contains*.
+"""
+
+# %%
+FIELDS = {"size": SIZES, "color": tuple(COLORS), "material": MATERIALS, "shape": SHAPES}
+combinations = [(s, c, m, h) for s in SIZES for c in COLORS for m in MATERIALS for h in SHAPES]
+known = ["a " + " ".join(look) for look in combinations]
+answers = {
+    field: torch.tensor([values.index(look[i]) for look in combinations])
+    for i, (field, values) in enumerate(FIELDS.items())
+}
+
+draw, unseen = Random(0), []  # (field, right answer, new word, prompt)
+for i, (field, values) in enumerate(FIELDS.items()):
+    for answer, value in enumerate(values):
+        for word in PARAPHRASES[value]:
+            for look in draw.sample([look for look in combinations if look[i] == value], EACH):
+                unseen.append(
+                    (
+                        field,
+                        answer,
+                        word,
+                        "a " + " ".join(word if j == i else w for j, w in enumerate(look)),
+                    )
+                )
+print(len(known), "prompts in known words, such as", repr(known[5]))
+print(len(unseen), "with one new word, such as", repr(unseen[0][-1]), "and", repr(unseen[-1][-1]))
+
+# %% [markdown]
+r"""
+For comparison we need somebody who learned language *from scratch*: a table with a random vector for each word, trained
+along with the classifier, as many small text-to-image models do it. A word that was never seen keeps the vector that it
+was born with.
+
+**Predict, then run.** The table will read known words perfectly and new ones by chance. What will the frozen language
+model do with the new ones: colours (8 to choose from), shapes (3), sizes (2)? Which of these is easiest to know from
+text alone?
+"""
+
+
+# %%
+class WordTable:
+    """A text encoder from scratch: a learned vector a word, random for words never seen."""
+
+    def __init__(self, texts, width=64):
+        torch.manual_seed(0)
+        self.number = {
+            word: i for i, word in enumerate(sorted({w for t in texts for w in t.split()}))
+        }
+        self.table = torch.nn.Embedding(len(self.number), width)
+
+    def encode(self, prompts):
+        ids = [torch.tensor([self.number[word] for word in prompt.split()]) for prompt in prompts]
+        return pad_contexts([self.table(row) for row in ids])
+
+
+def train_probe(encode, weights=()):
+    """-> a linear reader of each field, trained on prompts in known words."""
+    torch.manual_seed(0)
+    width = pool(encode(known[:1])).shape[1]
+    probe = torch.nn.ModuleDict(
+        {field: torch.nn.Linear(width, len(values)) for field, values in FIELDS.items()}
+    )
+    optimizer = torch.optim.AdamW([*probe.parameters(), *weights], lr=1e-2, weight_decay=0.1)
+    fixed = None if weights else pool(encode(known))
+    for _ in range(200):
+        x = pool(encode(known)) if fixed is None else fixed
+        loss = sum(F.cross_entropy(probe[field](x), answers[field]) for field in FIELDS)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return probe
+
+
+def standardized(encode):
+    """Vectors of mean 0 and variance 1 on the known prompts, which a linear reader likes."""
+    x = pool(encode(known))
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    return lambda prompts: Context(
+        (pool(encode(prompts)) - mean)[:, None] / std, torch.ones(len(prompts), 1, dtype=torch.bool)
+    )
+
+
+# %%
+table = WordTable([*known, *(prompt for *_, prompt in unseen)])
+lm = standardized(encoder.encode)
+readers = {
+    "word table, from scratch": (table.encode, train_probe(table.encode, table.table.parameters())),
+    "frozen language model": (lm, train_probe(lm)),
+}
+
+
+@torch.no_grad()
+def right(encode, probe):
+    """-> the share read right of known words and of new ones, by field; and by new word."""
+    x = pool(encode(known))
+    seen = {
+        field: (probe[field](x).argmax(1) == answers[field]).float().mean().item()
+        for field in FIELDS
+    }
+    x, by_word = pool(encode([prompt for *_, prompt in unseen])), {}
+    for (field, answer, word, _), row in zip(unseen, x, strict=True):
+        by_word.setdefault((field, word), []).append(float(probe[field](row).argmax() == answer))
+    by_word = {key: sum(hits) / len(hits) for key, hits in by_word.items()}
+    new = {
+        f: torch.tensor([share for (field, _), share in by_word.items() if field == f])
+        .mean()
+        .item()
+        for f in FIELDS
+    }
+    return seen, new, by_word
+
+
+found = {name: right(*reader) for name, reader in readers.items()}
+
+# %%
+figure, ax = plt.subplots(figsize=(8, 3.4))
+at = torch.arange(len(FIELDS)).float()
+for i, (name, (seen, new, _)) in enumerate(found.items()):
+    ax.bar(
+        at + 0.4 * i - 0.3,
+        seen.values(),
+        0.18,
+        color=f"C{i}",
+        alpha=0.35,
+        label=f"{name}, known words",
+    )
+    ax.bar(at + 0.4 * i - 0.1, new.values(), 0.18, color=f"C{i}", label=f"{name}, new words")
+chance = [1 / len(values) for values in FIELDS.values()]
+ax.hlines(chance, at - 0.42, at + 0.42, color="k", ls=":", label="chance")
+ax.set_xticks(at, FIELDS)
+ax.set(ylabel="share read right", ylim=(0, 1.5), yticks=[0, 0.5, 1])
+ax.legend(fontsize=9, ncols=2, loc="upper center")
+plt.show()
+
+# %%
+for field in FIELDS:
+    shares = {
+        word: share for (f, word), share in found["frozen language model"][2].items() if f == field
+    }
+    print(f"{field:>9}:", ", ".join(f"{word} {share:.0%}" for word, share in shares.items()))
+
+# %% [markdown]
+r"""
+The language model knows that a *ball* is a sphere and that *huge* is large, from text alone; the word table has no
+idea. **But colours hardly come along.** Is the knowledge missing, or only hard to read? Another test: which *known*
+word makes the nearest prompt?
+"""
+
+# %%
+frames = {"size": "a {} cube", "color": "a {} cube", "material": "a {} cube", "shape": "a red {}"}
+for field, values in FIELDS.items():
+    new = [(word, value) for value in values for word in PARAPHRASES[value]]
+    a, b = (
+        pool(encoder.encode([frames[field].format(w) for w in ws]))
+        for ws in ([w for w, _ in new], values)
+    )
+    nearest = [
+        values[i] for i in (F.normalize(a, dim=1) @ F.normalize(b, dim=1).T).argmax(1).tolist()
+    ]
+    wrong = [
+        f"{word} -> {got}" for (word, value), got in zip(new, nearest, strict=True) if got != value
+    ]
+    print(
+        f"{field:>9}: {len(new) - len(wrong)} of {len(new)} right"
+        + (f"; {', '.join(wrong)}" if wrong else "")
+    )
+
+# %% [markdown]
+r"""
+Of the colours about half. So something is there. But a reader that was trained on eight colour words looks along the
+few directions that tell those eight apart, and a new word need not lie along them. That holds for a linear classifier
+*and* for the transformers that draw. *Crimson* and *azure* stand in texts where any colour word may stand: that
+they are colours is easy to learn from text, which ones is not. A model of 4.6 billion parameters may have read
+more about it; with ours this is a limit that we inherit, and it will show in the pictures.
+"""
+
+# %% [markdown]
+r"""
+## 5. And the pictures?
+
+The base model was trained on the vectors of known words. What does it draw for new ones? The reader says what came out.
+"""
+
+# %%
+from minimuse.reader import Reader
+from minimuse.wants import matches, parse_prompt
+
+reader = Reader.from_pretrained()
+asked = [
+    "a large red cube",
+    "a huge red box",
+    "a large crimson cube",
+    "a small blue sphere",
+    "a tiny blue ball",
+    "a small azure sphere",
+]
+n = 1 if FAST else 3
+images = muse.generate(asked, n=n, seed=0)
+wanted = [parse_prompt(prompt) for prompt in asked for _ in range(n)]  # knows the synonyms, too
+verdicts = [
+    matches(reading, want) for reading, want in zip(reader.read(images), wanted, strict=True)
+]
+labels = [
+    f"{prompt}: {'right' if v.right else v.wrong[0]}"
+    for prompt, v in zip([p for p in asked for _ in range(n)], verdicts, strict=True)
+]
+order = [i * n + j for j in range(n) for i in range(len(asked))]
+grid(
+    [images[i] for i in order],
+    [labels[i] for i in order],
+    columns=len(asked),
+    scale=128 // images[0].width,
+)
+
+# %% [markdown]
+r"""
+Columns 2 and 5 change shape and size words, columns 3 and 6 colour words. Few pictures prove little; `minimuse eval`
+counts hundreds, with intervals. Compare them with the bars above.
+"""
+
+# %% [markdown]
+r"""
+## 6. Any text encoder fits
+
+`TextEncoder` takes the name of any encoder that `transformers` knows: `"google/t5-v1_1-xxl"`, Muse's own, of which the
+encoder half is loaded; `"albert/albert-base-v2"`; CLIP; BERT. With a network they are downloaded. Here we make tiny
+ones with random weights, to see that T5 and ALBERT fit the same socket, and what they know *without* having read anything.
+"""
+
+# %%
+import tempfile
+from pathlib import Path
+
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+
+def save_untrained(folder, kind):
+    """A random T5 or ALBERT of width 64, whose tokenizer knows the words of our prompts."""
+    words = sorted({w for text in [*known, *(u[-1] for u in unseen)] for w in text.split()})
+    vocab = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=64, **names
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    if kind == "t5":
+        sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+        lm = transformers.T5Model(
+            transformers.T5Config(vocab_size=len(vocab), decoder_start_token_id=0, **sizes)
+        )
+    else:
+        sizes = {
+            "hidden_size": 64,
+            "embedding_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+        }
+        lm = transformers.AlbertModel(
+            transformers.AlbertConfig(vocab_size=len(vocab), pad_token_id=0, **sizes)
+        )
+    lm.save_pretrained(folder)
+    return str(folder)
+
+
+transformers.utils.logging.disable_progress_bar()
+root = Path(tempfile.mkdtemp())
+others = {kind: TextEncoder(save_untrained(root / kind, kind)) for kind in ("t5", "albert")}
+for kind, other in others.items():
+    context = other.encode(["a large red metal cube", "a small blue rubber sphere"])
+    print(f"{kind:>6}: embeds {tuple(context.embeds.shape)}, width {other.width}")
+
+# %%
+for kind, other in others.items():
+    encode = standardized(other.encode)
+    seen, new, _ = right(encode, train_probe(encode))
+    print(
+        f"untrained {kind:>6}: known words {sum(seen.values()) / 4:.0%}; new words "
+        + ", ".join(f"{f} {s:.0%}" for f, s in new.items())
+    )
+print("chance:", ", ".join(f"{field} {1 / len(values):.0%}" for field, values in FIELDS.items()))
+
+# %% [markdown]
+r"""
+The socket is the same and so are the architectures, but new words are read about by chance: what carried over above was
+the *training* of the language model, not its being a transformer.
+"""
+
+# %% [markdown]
+r"""
+## 7. No text at all
+
+Guidance (notebook 6) needs the model to know pictures without a text. In training, the text of 10% of the examples
+is removed. That is not the empty prompt: `""` still has its two special tokens. Removed text is a single zero vector
+that *is* attended to. If nothing could be attended to, the softmax would be taken over nothing: 0 / 0.
+"""
+
+# %%
+from minimuse.cfg import drop_text, null_text
+
+empty, removed = encoder.encode([""]), null_text(context)
+print("the empty prompt:", tuple(empty.embeds.shape), "mask", empty.mask.tolist())
+print("removed text:    ", tuple(removed.embeds.shape), "mask", removed.mask[:1].tolist())
+show(drop_text, null_text)
+
+# %% [markdown]
+r"""
+### Exercise 2.2: remove texts
+
+Write `drop_text`. Each example loses its text with probability $p$, by itself; what is left is one attended zero
+vector, in the same shape. The stub has a mistake that real code has made.
+"""
+
+
+# %%
+def my_drop_text(context, p, generator=None):
+    keep = torch.rand(len(context.mask), generator=generator) < p  # your code
+    return Context(context.embeds * keep[:, None, None], context.mask & keep[:, None])
+
+
+check_drop_text(my_drop_text)
+
+
+# %% tags=["solution"]
+def my_drop_text(context, p, generator=None):
+    drop = torch.rand(len(context.mask), generator=generator) < p
+    null = torch.zeros_like(context.mask)
+    null[:, 0] = True  # one token is attended to, and it is zero
+    return Context(
+        context.embeds * ~drop[:, None, None], torch.where(drop[:, None], null, context.mask)
+    )
+
+
+check_drop_text(my_drop_text)
+
+# %% [markdown]
+r"""
+## What failure looks like
+
+**Padding that is attended to.** Zeros look harmless. But a transformer that attends to them sees a different prompt
+when the same prompt stands in a batch beside a longer one. Below, the logits of the trained base model for *a red cube*
+with more and more padding: masked as it should be, and with the mask set to `True` everywhere.
+"""
+
+# %%
+text = muse.encoder.encode(["a large red cube"])
+blank = torch.full((1, muse.cfg.base.tokens), muse.base.mask_id)
+pads, change = [0, 1, 2, 4, 8, 16], {"padding masked": [], "padding attended": []}
+with torch.inference_mode():
+    plain = muse.base(blank, muse.base.memory(text)).softmax(-1)
+    for pad in pads:
+        embeds, mask = F.pad(text.embeds, (0, 0, 0, pad)), F.pad(text.mask, (0, pad))
+        for name, m in (("padding masked", mask), ("padding attended", torch.ones_like(mask))):
+            p = muse.base(blank, muse.base.memory(Context(embeds, m))).softmax(-1)
+            change[name].append((p - plain).abs().sum(-1).mean().item() / 2)
+figure, ax = plt.subplots(figsize=(6, 3))
+for name, values in change.items():
+    ax.plot(pads, values, "o-", label=name)
+ax.set(xlabel="tokens of padding", ylabel="probability that moved", title="the same prompt, padded")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+r"""
+One line stays at zero; with the other, what is drawn depends on who shares the batch. No error is raised, and no loss
+looks odd, since training had the same mistake. The test is the picture above: more padding must change nothing.
+"""
+
+# %% [markdown]
+r"""
+## Summary
+
+- Scenes are made by a program, with exact truth; three pairs of colour and shape are kept out of training.
+- Captions have about forty words. Synonyms are in none of them.
+- A frozen language model turns prompts into vectors. It brings along what it read: many words for shapes and sizes,
+  hardly any for colours. A word table from scratch brings nothing.
+- Any encoder fits: T5, ALBERT, BERT, CLIP. Padding is masked, and removed text is one attended zero vector.
+"""
+
+# %% [markdown]
+r"""
+## Further reading
+
+- Raffel et al. 2019, *T5*, [arXiv 1910.10683](https://arxiv.org/abs/1910.10683); Lan et al. 2019, *ALBERT*, [arXiv 1909.11942](https://arxiv.org/abs/1909.11942).
+- Saharia et al. 2022, *Imagen*, [arXiv 2205.11487](https://arxiv.org/abs/2205.11487): why a large frozen text encoder.
+- Johnson et al. 2016, *CLEVR*, [arXiv 1612.06890](https://arxiv.org/abs/1612.06890): the world that ours is modelled after.
+- Next: [3. VQGAN](03_vqgan.ipynb), where pictures become tokens.
+"""

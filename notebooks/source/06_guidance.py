@@ -1,0 +1,763 @@
+# %% [markdown]
+r"""
+# 6. Guidance: saying the text louder
+
+*Why a model that knows your prompt may still ignore it, and what one line of arithmetic on the logits does about it.*
+
+|  |  |
+|---|---|
+| **Paper** | [Muse](https://arxiv.org/abs/2301.00704) 2.7; classifier-free guidance ([arXiv 2207.12598](https://arxiv.org/abs/2207.12598)) |
+| **You will learn** | what the two predictions are · why their difference is a classifier · what a scale and a ramp buy, and what they cost · negative prompts · what too much of it does |
+| **Before this** | [1. The tour](01_tour.ipynb), [5. The base transformer](05_base_transformer.ipynb); softmax and Bayes' rule |
+| **Takes** | @takes@ |
+| **Files** | [`cfg.py`](../minimuse/cfg.py), all of it |
+"""
+
+# %% knobs
+import os
+
+import matplotlib.pyplot as plt
+import torch
+
+from minimuse import Muse
+from minimuse.checks import check_drop_text, check_guide, check_rising, show
+from minimuse.plots import grid, mask_overlay, style, tradeoff
+
+FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
+CHECKPOINT = "nano"  # a shipped name or a folder
+PICTURES = 2 if FAST else 8  # of each prompt, wherever something is counted
+MANY = 6 if FAST else 64  # pictures of the one prompt of section 5
+style()
+
+# %% [markdown]
+r"""
+A text-to-image model predicts what pictures *with this caption* look like. Much of that has nothing to do with the
+caption: floors are gray, things cast shadows. A model that does well on all this, and not so well on the colour
+that you asked for, still has a low loss. **Guidance** compares the prediction with the text to one without it, and
+exaggerates the difference.
+
+First some tools. All of this notebook happens in the base model, so we draw with it alone, at low resolution. The
+reader of notebook 1 says whether a picture shows what its prompt asks for.
+"""
+
+# %%
+from minimuse.cfg import null_text
+from minimuse.intervals import share
+from minimuse.metrics import diversity
+from minimuse.reader import Reader
+from minimuse.wants import matches, parse_prompt
+
+muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
+reader = Reader.from_pretrained()
+PROMPTS = ["two red cubes", "a yellow cube left of a blue sphere", "a small red metal cube"]
+PROMPTS += ["two green cylinders", "a gray sphere and a red cylinder", "a small blue rubber sphere"]
+PROMPTS += ["a large brown metal cylinder", "a small yellow cylinder"]
+PROMPTS = PROMPTS[:3] if FAST else PROMPTS
+SIDE = 96 // muse.cfg.low_tokenizer.image_size  # pictures of sheets are drawn about 96 pixels wide
+
+
+def coarse(prompts, n=1, seed=0, negative=None, **how):
+    """Prompts -> n pictures of each by the base model alone, and their tokens."""
+    with torch.inference_mode():
+        for step in muse.decode(muse.jobs(prompts, n, seed, negative, {}), **how):
+            if not step.masked.any():  # the base model is done
+                break
+        return muse.picture(step), step.tokens
+
+
+def is_right(images, prompts):
+    read = zip(reader.read(images), prompts, strict=True)
+    return [matches(reading, parse_prompt(prompt)).right for reading, prompt in read]
+
+
+# %% [markdown]
+r"""
+## 1. Without guidance
+
+A row is a prompt, a column a seed. A **?** marks what the reader does not find right.
+"""
+
+# %%
+asked = [p for p in PROMPTS[:3] for _ in range(6)]
+plain, _ = coarse(PROMPTS[:3], n=6, seed=0, guidance=0.0)
+verdicts = is_right(plain, asked)
+captions = [
+    p.removeprefix("a ") + ("" if ok else " ?") for p, ok in zip(asked, verdicts, strict=True)
+]
+print(f"right: {sum(verdicts)} of {len(verdicts)}")
+grid(plain, captions, columns=6, scale=SIDE)
+
+# %% [markdown]
+r"""
+Pictures of *something*, and a good part of them not of what was asked for. They are seldom wrong by far: one cube where
+there should be two, the wrong material, a colour that changes halfway. (The reader errs too, above all with small
+things at this resolution.)
+"""
+
+# %% [markdown]
+r"""
+## 2. Two predictions
+
+Let us stop a decode when about half of the tokens are fixed, and ask the model for its logits twice: once with the
+prompt, $\ell_c$ (*conditional*), and once with the text removed, $\ell_u$ (*unconditional*). What "removed" means,
+we shall see in section 3.
+"""
+
+# %%
+prompt = "a large red cube"
+with torch.inference_mode():
+    steps = []
+    for step in muse.steps(prompt, seed=1):
+        steps.append(step)
+        if not step.masked.any():  # the base model is done
+            break
+    half, done = next(s for s in steps if s.masked.float().mean() < 0.55), steps[-1]
+    text = muse.encoder.encode([prompt])
+    cond, uncond = muse.base.memory(text), muse.base.memory(null_text(text))
+    l_c, l_u = muse.base(half.tokens, cond), muse.base(half.tokens, uncond)
+p_c, p_u, g = l_c.softmax(-1), l_u.softmax(-1), muse.cfg.base.grid
+print("logits (B, N, V) with the text:", tuple(l_c.shape), "- and without:", tuple(l_u.shape))
+
+# %% [markdown]
+r"""
+How far do the two differ? At place $i$ we take the Kullback-Leibler divergence, in nats: how surprised the model
+without the text is, on average, by what the model with the text would draw there.
+
+$$D_i = \sum_{v} p_c(x_i = v)\,\log \frac{p_c(x_i = v)}{p_u(x_i = v)}$$
+
+We also take the place where it is largest, and look at the codes that either prediction likes there. A code has no
+name, but it has a look: below the bars is the piece of the finished picture that this code makes at that place.
+"""
+
+
+# %%
+def told(p_c, p_u):
+    """(B, N, V) twice -> (B, N): how much the text says at each place, in nats."""
+    return (p_c * (p_c.clamp(min=1e-12) / p_u.clamp(min=1e-12)).log()).sum(-1)
+
+
+def looks(codes, place):
+    """Codes (K,) -> one strip, a square a code: how it looks at this place of the finished picture."""
+    with torch.inference_mode():
+        tokens = done.tokens.repeat(len(codes), 1)
+        tokens[:, place] = codes
+        pictures = muse.low_tokenizer.decode(tokens)
+    f = muse.low_tokenizer.downsampling
+    a, b = place // g * f, place % g * f
+    return (
+        (pictures[:, :, a : a + f, b : b + f].clamp(-1, 1) / 2 + 0.5)
+        .permute(2, 0, 3, 1)
+        .flatten(1, 2)
+    )
+
+
+kl = told(p_c, p_u)[0].masked_fill(~half.masked[0], float("nan"))
+place = int(kl.nan_to_num(-1).argmax())
+codes = (p_c + p_u)[0, place].topk(7).indices.sort().values
+figure, axes = plt.subplot_mosaic(
+    [["seen", "kl", "bars"], ["seen", "kl", "looks"]],
+    figsize=(11, 3),
+    width_ratios=[1, 1.15, 1.6],
+    height_ratios=[5, 1],
+)
+axes["seen"].imshow(mask_overlay(muse.picture(half)[0], half.masked[0]))
+axes["seen"].set_title("known so far")
+shown = axes["kl"].imshow(kl.view(g, g), cmap="viridis")
+axes["kl"].plot(place % g, place // g, "s", ms=15, mfc="none", mec="red", mew=2)
+axes["kl"].set_title("what the text says, nats")
+figure.colorbar(shown, ax=axes["kl"], shrink=0.8)
+for k, (p, label) in enumerate([(p_u, "$p_u$, no text"), (p_c, "$p_c$, with text")]):
+    axes["bars"].bar(
+        torch.arange(7) + 0.4 * k - 0.2, p[0, place, codes], 0.4, label=label, color=f"C{1 - k}"
+    )
+axes["bars"].set(title="at the marked place", ylabel="probability", xticks=[], xlim=(-0.5, 6.5))
+axes["bars"].legend(fontsize=9)
+axes["looks"].imshow(looks(codes, place), extent=(-0.5, 6.5, 0, 1), aspect="auto")
+axes["looks"].set(
+    yticks=[], xticks=range(7), xticklabels=codes.tolist(), xlabel="code, and its look"
+)
+for name in ("seen", "kl"):
+    axes[name].set(xticks=[], yticks=[])
+for name in ("seen", "kl", "looks"):
+    axes[name].grid(False)
+plt.show()
+
+# %% [markdown]
+r"""
+Gray (left) and white (middle) places do not matter: gray ones are still to be filled, white ones are fixed. On
+the far floor the text says next to nothing. What it says, it says where the cube may be, and there it moves probability
+to other codes. The model uses the text; the question is whether it uses it *enough*.
+"""
+
+# %% [markdown]
+r"""
+### The formula
+
+Muse takes the difference that the text makes to the logits, and adds it $t$ more times:
+
+$$\ell_g \;=\; \ell_c + t\,(\ell_c - \ell_u) \;=\; (1 + t)\,\ell_c - t\,\ell_u .$$
+
+$t$ is the **guidance scale**. At $t = 0$ nothing is added: $\ell_g = \ell_c$. We write the first form, not the second:
+where the two predictions agree, rounding cannot make a difference of its own.
+"""
+
+# %%
+from minimuse.cfg import guide
+
+show(guide)
+
+# %% [markdown]
+r"""
+### Why "classifier-free"?
+
+Logits are log-probabilities up to a constant. So in probabilities the sum is a product:
+
+$$p_g(x) \;\propto\; p_c(x)\left(\frac{p_c(x)}{p_u(x)}\right)^{t}.$$
+
+And what is the ratio? $p_c(x)$ is $p(x \mid \text{text})$, $p_u(x)$ is $p(x)$, and Bayes' rule says
+
+$$\frac{p(x \mid \text{text})}{p(x)} = \frac{p(\text{text} \mid x)}{p(\text{text})}.$$
+
+That is a *classifier*: how well a picture with $x$ in it tells that this was its caption. Guidance multiplies the
+model with the $t$-th power of it, and nobody had to train it: it is a quotient of two predictions of one network.
+Let us check the first equation with the logits above.
+"""
+
+# %%
+for t in (0.0, 1.0, 3.0):
+    by_logits = guide(l_c, l_u, t).softmax(-1)
+    by_bayes = p_c.double() * (p_c.double() / p_u.double()) ** t
+    by_bayes = by_bayes / by_bayes.sum(-1, keepdim=True)
+    print(f"t = {t:g}: largest difference {(by_logits - by_bayes).abs().max():.1e}")
+
+# %% [markdown]
+r"""
+**Predict, then run.** Three codes. With the text the model gives them 50%, 30% and 20%; without it 50%, 10% and 40%.
+As $t$ grows, which code gets all the probability: the first, which is the likeliest? Or another?
+"""
+
+# %%
+three_c, three_u = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.5, 0.1, 0.4])
+scales = torch.linspace(0, 6, 61)
+guided_p = torch.stack([guide(three_c.log(), three_u.log(), float(t)).softmax(-1) for t in scales])
+figure, ax = plt.subplots(figsize=(7, 3))
+for i, dash in enumerate(("-", "--", ":")):
+    name = f"code {i + 1}: {three_c[i]:.0%} with the text, {three_u[i]:.0%} without"
+    ax.plot(scales, guided_p[:, i], dash, label=name)
+ax.set(xlabel="guidance scale t", ylabel="guided probability", ylim=(0, 1))
+ax.legend(fontsize=9, loc="center right")
+plt.show()
+
+# %% [markdown]
+r"""
+The second. The first is as likely without the text, so it is no sign of the text: its ratio is 1, and guidance
+gives it no lift. The second becomes three times as likely by the text. In the limit only the *ratio* counts,
+not the probability: guidance does not make the model surer, it makes it more telling. Keep that in mind for what
+happens at large $t$.
+"""
+
+# %% [markdown]
+r"""
+### Mind the convention
+
+Half of the world writes $\ell_u + s\,(\ell_c - \ell_u)$ and calls $s$ the guidance scale. It is the same line with
+$s = 1 + t$: there 1 is no guidance, and 0 is *no text*. A number from a paper or a program means nothing until you
+know which it is.
+"""
+
+# %%
+from minimuse.cfg import from_guidance_scale
+
+print("diffusers' guidance_scale s  ->  our t")
+for s in (0.0, 1.0, 4.0, 7.5):
+    t = from_guidance_scale(s)
+    theirs = l_u + s * (l_c - l_u)
+    print(
+        f"{s:>28g}      {t:g}    same logits: {torch.allclose(theirs, guide(l_c, l_u, t), atol=1e-3)}"
+    )
+
+# %% [markdown]
+r"""
+### Exercise 6.1: the other convention
+
+You have code that was written for $s$, and want to call it with it. Write guidance with the scale $s$, so that 1 is
+the plain conditional model. (The check asks in Muse's $t$, so `in_muses_t` translates.) The stub confuses the two.
+"""
+
+
+# %%
+def in_muses_t(fn):
+    return lambda cond, uncond, t: fn(cond, uncond, 1 + t)
+
+
+def my_guide(cond, uncond, s):
+    return cond + s * (cond - uncond)  # your code: what should s = 1 give?
+
+
+check_guide(in_muses_t(my_guide))
+
+
+# %% tags=["solution"]
+def my_guide(cond, uncond, s):
+    return uncond + s * (cond - uncond)
+
+
+check_guide(in_muses_t(my_guide))
+
+# %% [markdown]
+r"""
+## 3. One network, both predictions
+
+Where does $\ell_u$ come from? From the same weights. In training the text is removed from 10% of the examples, so the
+network learns both jobs. Removed text must still be *something* to attend to: a softmax over nothing is $0/0$, and
+which value that becomes depends on the attention kernel. We leave one token, a vector of zeros, which stands for "no
+text". (The paper does not say what it does.)
+"""
+
+# %%
+from minimuse.cfg import drop_text
+
+show(null_text, drop_text)
+
+# %%
+from minimuse.text import Context
+
+crowd = Context(text.embeds.expand(5000, -1, -1), text.mask.expand(5000, -1))
+dropped = drop_text(crowd, 0.1, torch.Generator().manual_seed(0))
+gone = dropped.mask.sum(1) == 1
+print(
+    "a prompt   (B, L, D_lm):", tuple(text.embeds.shape), "- pieces of text:", int(text.mask.sum())
+)
+print("no prompt  (B, 1, D_lm):", tuple(null_text(text).embeds.shape), "- attended: 1 zero vector")
+print(f"of 5000 texts {gone.double().mean():.1%} were removed; what is left of the first: ", end="")
+print(f"{dropped.mask[gone][0].tolist()}, largest number {dropped.embeds[gone][0].abs().max():g}")
+
+# %% [markdown]
+r"""
+### Exercise 6.2: remove texts
+
+Write `drop_text`. Each text is removed with probability $p$, by itself. The stub forgets what the paragraph above is
+about; see how the check puts it.
+"""
+
+
+# %%
+def my_drop_text(context, p, generator=None):
+    drop = torch.rand(len(context.mask), generator=generator) < p  # (B,)
+    embeds = torch.where(drop[:, None, None], 0, context.embeds)
+    mask = context.mask & ~drop[:, None]  # your code: what is left to attend to?
+    return Context(embeds, mask)
+
+
+check_drop_text(my_drop_text)
+
+
+# %% tags=["solution"]
+def my_drop_text(context, p, generator=None):
+    drop = torch.rand(len(context.mask), generator=generator) < p  # (B,)
+    embeds = torch.where(drop[:, None, None], 0, context.embeds)
+    first = torch.arange(context.mask.shape[1]) == 0  # (L,) one place stays
+    return Context(embeds, torch.where(drop[:, None], first, context.mask))
+
+
+check_drop_text(my_drop_text)
+
+# %% [markdown]
+r"""
+When drawing, both branches run side by side as one batch of $2B$ rows: the same tokens twice, once with the memory of
+the prompt, once with that of no prompt. So guidance costs twice the work. `guided` makes the function that the
+sampler calls; where $t = 0$ it leaves the second branch out.
+"""
+
+# %%
+from minimuse.cfg import get_guidance, guided
+
+show(guided, get_guidance)
+
+# %%
+rows = []
+hook = muse.base.register_forward_pre_hook(lambda model, args: rows.append(len(args[0])))
+with torch.inference_mode():
+    for guidance in (0.0, 3.0, (0.0, 3.0)):
+        logits_fn = guided(muse.base, cond, uncond, guidance)
+        for u in (0.0, 1.0):
+            logits_fn(half.tokens, u)
+        print(f"guidance {guidance!s:>10}: rows at the first and at the last step {rows}")
+        rows.clear()
+hook.remove()
+
+# %% [markdown]
+r"""
+## 4. How much?
+
+The same seeds under rising scales, each constant through the decode. Follow a column from top to bottom.
+"""
+
+# %%
+SCALES = [0.0, 3.0, 20.0] if FAST else [0.0, 1.0, 3.0, 8.0, 20.0]
+sheet = []
+for t in SCALES:
+    sheet += coarse("a large yellow cube", n=7, seed=3, guidance=t)[0]
+grid(sheet, [f"t = {t:g}" for t in SCALES for _ in range(7)], columns=7, scale=SIDE)
+
+# %% [markdown]
+r"""
+Two things happen at once: more of the pictures show what was asked for, and they become alike. Further up, damage sets
+in. We measure it.
+
+- **Right** is the share of pictures with everything that the prompt names, over the prompts above.
+- **Variety** needs something that a prompt leaves *open*. For prompts with a single large thing, we take the place where
+  it stands, as the reader sees it, and average the distance of two pictures of the same prompt (`metrics.diversity`
+  takes any features; these are x and depth).
+
+Bars are 95% intervals.
+"""
+
+# %%
+SINGLE = [
+    f"a large {looks}" for looks in ("red cube", "blue sphere", "green cylinder", "yellow cube")
+]
+SINGLE += [
+    "a large cyan cube",
+    "a large gray sphere",
+    "a large brown cylinder",
+    "a large red sphere",
+]
+SINGLE = SINGLE[:3] if FAST else SINGLE
+
+
+def measure(**how):
+    """How the base model draws -> (share right, variety of place), each with its interval."""
+    asked = [p for p in PROMPTS for _ in range(PICTURES)]
+    verdicts = is_right(coarse(PROMPTS, n=PICTURES, seed=100, **how)[0], asked)
+    single = [p for p in SINGLE for _ in range(PICTURES)]
+    read = reader.read(coarse(SINGLE, n=PICTURES, seed=100, **how)[0])
+    best = [max(r.things, key=lambda thing: thing.confidence, default=None) for r in read]
+    places = torch.tensor([[t.x, t.depth] if t else [0.0, 0.0] for t in best])  # (n, 2)
+    return share(verdicts, groups=asked), diversity(places, single)
+
+
+constant = {t: measure(guidance=t) for t in SCALES}
+figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+for k, (ax, name) in enumerate(zip(axes, ("share right", "variety of place"), strict=True)):
+    found = [constant[t][k] for t in SCALES]
+    reach = [[m.value - m.low for m in found], [m.high - m.value for m in found]]
+    ax.errorbar(SCALES, [m.value for m in found], yerr=reach, fmt="o-", capsize=3, color=f"C{k}")
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set_xticks(SCALES, [f"{t:g}" for t in SCALES])
+    ax.set(xlabel="guidance scale t", ylabel=name, ylim=(0, None))
+plt.show()
+
+# %% [markdown]
+r"""
+Left, a hill: some guidance helps a lot, and too much undoes it. Right, what it costs. Each step raises what is typical
+for the text and cuts off the rest, and that takes places along that the text said nothing of. In the fast setting the
+intervals are wide; the full one tells more. Be careful with measures of variety at large scales: damage is varied, too,
+so a distance in pixels or features may well *rise* there.
+"""
+
+# %% [markdown]
+r"""
+### Exercise 6.3: a ramp
+
+Muse lets $t$ rise linearly through the decode: diversity at first, fidelity at the end. Progress $u$ goes from 0 at
+the first step to 1 at the last. Write a function that makes such a ramp from `start` to `t`.
+"""
+
+
+# %%
+def my_rising(t, start=0.0):
+    return start + (t - start) * 0.5  # your code: a ramp is a function of u
+
+
+check_rising(my_rising)
+
+
+# %% tags=["solution"]
+def my_rising(t, start=0.0):
+    return lambda u: start + (t - start) * u
+
+
+check_rising(my_rising)
+
+# %% [markdown]
+r"""
+**Predict, then run.** Three ways to spend the same mean scale: constant at 3; rising from 0 to 6; falling from 6 to 0.
+The seeds are those of an unguided decode. Which of the three stays nearest to the unguided picture, and which parts from
+it first?
+"""
+
+# %%
+from minimuse.cfg import rising
+
+ramps = {
+    "none": 0.0,
+    "rising, 0 to 6": rising(6.0),
+    "constant, 3": 3.0,
+    "falling, 6 to 0": rising(0.0, start=6.0),
+}
+drawn = {name: coarse(SINGLE, n=PICTURES, seed=50, guidance=t) for name, t in ramps.items()}
+free = drawn["none"][1]
+for name, (_, tokens) in drawn.items():
+    print(
+        f"{name:>15}: {(tokens == free).double().mean():5.1%} of the tokens are those of no guidance"
+    )
+few = min(7, len(free))
+sheet = [image for images, _ in drawn.values() for image in images[:few]]
+grid(sheet, [name for name in drawn for _ in range(few)], columns=few, scale=SIDE)
+
+# %% [markdown]
+r"""
+The first tokens decide where the thing will stand, and what is fixed stays fixed. A ramp that begins at 0 draws them as
+the plain model would, so the variety of the plain model is kept; guidance then sees to it that what was begun becomes
+what was asked for. A scale that begins high has the first word. The price of rising: what went wrong before guidance
+spoke up stays wrong. So neither number alone says which is better. Draw both:
+"""
+
+# %%
+MEANS = [3.0] if FAST else [1.0, 3.0, 6.0]
+series = {
+    "constant": {f"{t:g}": measure(guidance=t) for t in MEANS},
+    "rising": {f"0 to {2 * t:g}": measure(guidance=rising(2 * t)) for t in MEANS},
+    "falling": {f"{2 * t:g} to 0": measure(guidance=rising(0.0, start=2 * t)) for t in MEANS},
+    "none": {"0": constant[0.0]},
+}
+tradeoff(series, "share right", "variety of place", lower=(False, False))
+
+# %% [markdown]
+r"""
+Up and right is better; points that nobody beats make the gray front. Mind the bars before you name a winner: so few
+pictures tell good from bad, and hardly one ramp from another. A fair comparison of models shows the whole front, as
+notebook 11 does, and never one point.
+"""
+
+# %% [markdown]
+r"""
+### When does the text speak?
+
+We can watch it. At every step of an unguided decode, how much does the text still say about a token that is not
+fixed yet (the divergence $D_i$ of section 2, averaged)?
+"""
+
+# %%
+speaks = []
+with torch.inference_mode():
+    for prompt in PROMPTS:
+        text = muse.encoder.encode([prompt]).to(muse.device)
+        cond, uncond = muse.base.memory(text), muse.base.memory(null_text(text))
+        tokens = torch.full((1, muse.cfg.base.tokens), muse.base.mask_id)
+        curve = []
+        for step in muse.steps(prompt, seed=7, guidance=0.0):
+            masked = tokens == muse.base.mask_id  # before the step
+            a, b = (muse.base(tokens, m).softmax(-1) for m in (cond, uncond))
+            curve.append(told(a, b)[masked].mean().item())
+            tokens = step.tokens
+            if not step.masked.any():
+                break
+        speaks.append(curve)
+speaks = torch.tensor(speaks)
+figure, ax = plt.subplots(figsize=(7, 3))
+ax.plot(range(1, speaks.shape[1] + 1), speaks.T, color="0.8", lw=1)
+ax.plot(range(1, speaks.shape[1] + 1), speaks.mean(0), "o-", label="mean over prompts")
+ax.set(xlabel="step", ylabel="nats a masked token", ylim=(0, None))
+ax.legend()
+plt.show()
+
+# %% [markdown]
+r"""
+A gray line is one prompt. In the first step nothing is visible and the text is all there is to go by; once part of
+the thing stands there in its colour, the tokens themselves say what the text would say. Single prompts wander, since
+what is left to fill in changes from step to step: now the thing, now the floor.
+"""
+
+# %% [markdown]
+r"""
+## 5. Negative prompts
+
+Nothing forces $\ell_u$ to be the prediction without any text. Put the prediction for *another text* in its place, and
+guidance pushes away from that:
+
+$$\ell_g = (1 + t)\,\ell_c - t\,\ell_{\text{negative}} .$$
+
+The scale is constant here: a ramp that begins at 0 would listen to no negative prompt in the first steps.
+
+**Predict, then run.** We ask for a large sphere of no particular colour, many times, and count the colours. Then again,
+away from "a red sphere". Which colours take red's place: all others alike, or some of them?
+"""
+
+
+# %%
+def colours(images):
+    """Pictures -> how often the largest thing in each has each colour."""
+    area = lambda thing: (thing.box[2] - thing.box[0]) * (thing.box[3] - thing.box[1])  # noqa: E731
+    seen = [max(r.things, key=area).color for r in reader.read(images) if r.things]
+    return {name: seen.count(name) / len(images) for name in COLORS}
+
+
+from minimuse.scenes import COLORS
+
+wanted = "a large sphere"
+freely, _ = coarse(wanted, n=MANY, seed=0, guidance=2.0)
+away, _ = coarse(wanted, n=MANY, seed=0, guidance=2.0, negative="a red sphere")
+figure, ax = plt.subplots(figsize=(8, 3))
+for k, (name, images) in enumerate(
+    [("no negative prompt", freely), ('away from "a red sphere"', away)]
+):
+    heights = colours(images).values()
+    ax.bar(
+        torch.arange(len(COLORS)) + 0.4 * k - 0.2,
+        heights,
+        0.4,
+        label=name,
+        hatch=["", "//"][k],
+        ec="w",
+    )
+ax.set_xticks(range(len(COLORS)), list(COLORS))
+ax.set(ylabel=f"share of {MANY} pictures", xlabel="colour of the largest thing")
+ax.legend(fontsize=9)
+plt.show()
+
+# %%
+few = 6
+grid(
+    [*freely[:few], *away[:few]],
+    ["no negative prompt"] * few + ["away from red"] * few,
+    columns=few,
+    scale=SIDE,
+)
+
+# %% [markdown]
+r"""
+Not all others alike. A negative prompt says nothing of what is wanted instead; the pictures move *away*, and so they
+arrive at what is farthest: the colours that are least like red, whatever there was of red before. And "a red
+*sphere*" also pushes away from *sphere*: what both texts share is weakened, so that shapes become less clear. Name in a
+negative prompt only what you do not want.
+
+**Predict, then run.** What does a model draw if the negative prompt is *the prompt itself*, at a scale of 5? Noise?
+Anything but the prompt? The opposite of it?
+"""
+
+# %%
+same = {"prompts": PROMPTS[:2], "n": 2, "seed": 4}
+cancelled, a = coarse(**same, guidance=5.0, negative=PROMPTS[:2])
+plain, b = coarse(**same, guidance=0.0)
+print(f"tokens that agree with no guidance at all: {(a == b).double().mean():.1%}")
+grid(
+    [*cancelled, *plain],
+    ["negative = prompt, t = 5"] * 4 + ["t = 0"] * 4,
+    columns=4,
+    scale=SIDE,
+)
+
+# %% [markdown]
+r"""
+The pictures of $t = 0$ (where a token differs, rounding has tipped a draw): $\ell_c - \ell_c = 0$, whatever $t$ is.
+A handy test of any implementation of negative prompts, too: a path that never ran, or that compares with the wrong
+text, does not cancel.
+"""
+
+# %% [markdown]
+r"""
+## What failure looks like
+
+### Too much
+
+Section 2 told us what to expect for $t \to \infty$: only the ratio counts, and the likeliest codes are no longer those
+that are drawn. The model is asked for what is *most telling* at each place, and gets its answer from the far ends of
+its distributions, where it has learned little.
+"""
+
+# %%
+extreme = [0.0, 3.0, 20.0, 1000.0]
+WANTED = "a large blue sphere"
+made = {t: coarse(WANTED, n=6, seed=11, guidance=t) for t in extreme}
+sheet = [image for images, _ in made.values() for image in images]
+grid(sheet, [f"t = {t:g}" for t in extreme for _ in range(6)], columns=6, scale=SIDE)
+
+# %% [markdown]
+r"""
+Edges fray, scraps lie on the floor, and the rows for 20 and 1000 look much the same: the limit is near. What does
+the model *itself*, without guidance, think of these pictures? We take the bound of notebook 4, in nats a token; higher
+is stranger. The dotted line is what tokens cost that are drawn with closed eyes, all codes alike: $\ln V$.
+"""
+
+# %%
+from minimuse.masking import likelihood_bound
+
+strange = []
+with torch.inference_mode():
+    memory = muse.base.memory(muse.encoder.encode([WANTED] * 6))
+    for _, tokens in made.values():
+        draws = [torch.Generator().manual_seed(seed) for seed in range(4 if FAST else 32)]
+        plain = lambda x: muse.base(x, memory)  # noqa: E731
+        each = [likelihood_bound(plain, tokens, muse.base.mask_id, draw) for draw in draws]
+        strange.append(torch.stack(each).mean().item())
+figure, ax = plt.subplots(figsize=(6, 3))
+ax.plot(extreme, strange, "o-")
+ax.axhline(torch.tensor(float(muse.cfg.base.codebook_size)).log(), color="k", lw=1, ls=":")
+ax.set_xscale("symlog", linthresh=1)
+ax.set_xticks(extreme, [f"{t:g}" for t in extreme])
+ax.set(xlabel="guidance scale t", ylabel="nats a token, plain model", ylim=(0, None))
+plt.show()
+
+# %% [markdown]
+r"""
+The model finds its own strongly guided pictures hard to believe, and far out about as hard as noise. Where it tips over
+depends on the model: one that was trained longer stands more.
+
+### The wrong convention
+
+Code that was written for $s$ and is called with $t$: `uncond + t * (cond - uncond)`. Nothing crashes; pictures are a
+little less guided than one thinks, until someone asks for $t = 0$, "no guidance".
+"""
+
+# %%
+wrong = lambda cond, uncond, t: uncond + t * (cond - uncond)  # noqa: E731
+drawn = []
+with torch.inference_mode():
+    text = muse.encoder.encode(["a large red cube"] * 6)
+    cond, uncond = muse.base.memory(text), muse.base.memory(null_text(text))
+    from minimuse.sampler import decode
+
+    for t, how in [(0.0, guide), (0.0, wrong)]:
+        logits_fn = lambda x, u, t=t, how=how: how(muse.base(x, cond), muse.base(x, uncond), t)  # noqa: E731
+        start = torch.full((6, muse.cfg.base.tokens), muse.base.mask_id)
+        draws = [torch.Generator().manual_seed(i) for i in range(6)]
+        *_, last = decode(logits_fn, start, mask_id=muse.base.mask_id, steps=8, generator=draws)
+        drawn += muse.picture(last._replace(stage="base"))
+grid(
+    drawn, ["t = 0: large red cube"] * 6 + ["the same, wrong convention"] * 6, columns=6, scale=SIDE
+)
+
+# %% [markdown]
+r"""
+The second row is good pictures of anything: at $t = 0$ the wrong line gives the *unconditional* model. `check_guide`
+looks for just that, first of all.
+"""
+
+# %%
+check_guide(wrong)
+
+# %% [markdown]
+r"""
+## Summary
+
+- The network predicts with the text and without it, since in training 10% of the texts were removed.
+- Guidance adds the difference of the logits $t$ more times. In probabilities: it multiplies with the $t$-th power of
+  an implied classifier, so codes win that are *telling*, not those that are likely.
+- Some of it makes pictures more faithful, and costs variety. A ramp that begins at 0 leaves the first steps alone, in
+  which layouts are decided.
+- A negative prompt takes the place of "no text", and leads to what is farthest from it. A prompt against itself cancels.
+- Far too much of it leaves what the model knows.
+- There are two conventions, $s = 1 + t$.
+"""
+
+# %% [markdown]
+r"""
+## Further reading
+
+- Ho and Salimans 2022, *Classifier-free diffusion guidance*, [arXiv 2207.12598](https://arxiv.org/abs/2207.12598): where it comes from.
+- Chang et al. 2023, *Muse*, [arXiv 2301.00704](https://arxiv.org/abs/2301.00704): 2.7 on the ramp and on negative prompts; figure 8 for the trade-off.
+- Kynkäänniemi et al. 2024, *Applying guidance in a limited interval*, [arXiv 2404.07724](https://arxiv.org/abs/2404.07724): when to guide, in diffusion.
+- Next: [7. Parallel decoding](07_parallel_decoding.ipynb). The trade-off in full: [11. Evaluation](11_evaluation.ipynb).
+"""

@@ -1,0 +1,407 @@
+"""checks.py: the package's own functions pass, and each usual mistake fails by the name of what it breaks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minimuse import cfg, checks, editing, masking, sampler, transformer, validation
+from minimuse.muse import Muse
+from minimuse.text import Context
+from minimuse.vqgan import VectorQuantizer
+from minimuse.worlds import World
+
+
+def pool(context):
+    return (context.embeds * context.mask[..., None]).sum(1) / context.mask.sum(1, keepdim=True)
+
+
+def nearest(z, codebook):
+    quantizer = VectorQuantizer(*codebook.shape)
+    quantizer.codebook.data = codebook
+    return quantizer.nearest(z)
+
+
+def straight_through(z, q):
+    return z + (q - z).detach()
+
+
+def board(logits, drawn, masked, u):
+    side = math.isqrt(drawn.shape[1])
+    place = torch.arange(drawn.shape[1])
+    return ((place // side + place % side) % 2 == 0).float().expand_as(drawn)
+
+
+class Corners(World):
+    agree, coin, mend = 0.9, 0.5, 1.0
+
+    def __init__(self):
+        super().__init__((2, 2), 2)
+
+    def log_evidence(self, e):
+        p = torch.tensor([[self.agree, 1 - self.agree], [1 - self.agree, self.agree]], dtype=torch.double) / 2
+        coin = torch.tensor([1 - self.coin, self.coin], dtype=torch.double)
+        ends = torch.einsum("ba,bc,ac->b", e[:, 0], e[:, 3], p)
+        return self.mend * (ends * (e[:, 1] @ coin) * (e[:, 2] @ coin)).log()
+
+
+def corners(**change):
+    return type("Wrong", (Corners,), change)
+
+
+class Deaf(Corners):
+    """Hears what is known for sure, and nothing between."""
+
+    def log_evidence(self, e):
+        return super().log_evidence(e.round())
+
+
+OURS = {
+    "check_pool": pool,
+    "check_nearest": nearest,
+    "check_straight_through": straight_through,
+    "check_schedule": masking.SCHEDULES["cosine"],
+    "check_mask_rate": masking.sample_mask_rate,
+    "check_random_mask": masking.random_mask,
+    "check_masked_loss": masking.masked_cross_entropy,
+    "check_drop_text": cfg.drop_text,
+    "check_guide": cfg.guide,
+    "check_rising": cfg.rising,
+    "check_reveal_counts": masking.reveal_counts,
+    "check_decode": sampler.decode,
+    "check_multi_axis": transformer.multi_axis_attention,
+    "check_token_mask": editing.token_mask,
+    "check_order": board,
+    "check_world": Corners,
+    "check_margin": sampler.margin,
+    "check_attention": lambda q, k, v, attend: F.scaled_dot_product_attention(q, k, v, attn_mask=attend),
+    "check_unigram": validation.unigram_entropy,
+}
+
+
+def cosine_rates(n, generator):
+    return masking.sample_mask_rate(n, generator=generator)
+
+
+def mask_rows_alike(tokens, rate, generator):
+    return masking.random_mask(tokens[:1], rate[:1], generator).expand_as(tokens)
+
+
+def decode_with(**change):
+    """Our decode with other arguments, or with each state changed by `after`."""
+    after = change.pop("after", lambda state, before: state)
+
+    def decode(logits_fn, tokens, **how):
+        before = tokens
+        for step in sampler.decode(logits_fn, tokens, **how | change):
+            before = after(step.tokens, before)
+            yield before
+
+    return decode
+
+
+def blind(logits_fn, tokens, **how):
+    return sampler.decode(lambda _, u: logits_fn(tokens, u), tokens, **how)
+
+
+def all_at_once(logits_fn, tokens, *, mask_id, steps, generator):
+    yield tokens.masked_fill(tokens == mask_id, 0)
+
+
+def redraw(logits_fn, tokens, *, mask_id, steps, generator):
+    """Pitfall 8: what was fixed is drawn again at each step."""
+    for step in sampler.decode(logits_fn, tokens, mask_id=mask_id, steps=steps, generator=generator):
+        tokens = torch.where(
+            step.masked, mask_id, logits_fn(step.tokens, 0.0).argmax(-1) if step.index else step.tokens
+        )
+        yield tokens
+
+
+def drop(share=lambda p: p, null=cfg.null_text, whole=False):
+    def drop_text(context, p, generator=None):
+        u = torch.rand(1 if whole else len(context.mask), generator=generator)
+        gone = (u < share(p)).expand(len(context.mask))
+        mask = torch.where(gone[:, None], False, context.mask)
+        return Context(torch.where(gone[:, None, None], 0, context.embeds), mask)
+
+    return drop_text
+
+
+def attention(block_of):
+    def fn(q, k, v, block):
+        local, dilated = block_of
+        out = transformer.multi_axis_attention(q, k, v, block)
+        return torch.cat([out[:, :1] if local else out[:, 1:], out[:, 1:] if dilated else out[:, :1]], 1)
+
+    return fn
+
+
+def ce(logits, targets):
+    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+
+
+WRONG = [
+    ("check_order", lambda logits, drawn, masked, u: None, "a score for each place"),
+    ("check_order", lambda l, d, m, u: -board(l, d, m, u), "every black field scores above every white one"),
+    ("check_order", sampler.raster, "every black field scores above every white one"),
+    ("check_world", corners(mend=1.1), "all pictures together have probability 1"),
+    ("check_world", corners(agree=0.5), "the first and the last agree in 9 of 10"),
+    ("check_world", corners(coin=0.4), "the others are fair coins"),
+    ("check_world", Deaf, "evidence weighs pictures: log of the sum over x of p(x) e_1(x_1) ... e_N(x_N)"),
+    ("check_pool", lambda c: None, "one token is its own mean"),
+    ("check_pool", lambda c: c.embeds.mean((0, 1))[None].expand(len(c.embeds), -1), "each prompt has its own"),
+    ("check_pool", lambda c: c.embeds.mean(1), "padding does not count"),
+    ("check_nearest", lambda z, book: nearest(z, book).float(), "a code is nearest to itself"),
+    (
+        "check_nearest",
+        lambda z, book: (z.flatten(2).transpose(1, 2) @ book.T).argmax(-1),
+        "nearest by distance, not by product",
+    ),
+    (
+        "check_nearest",
+        lambda z, book: torch.cdist(z.reshape(1, -1, book.shape[1]), book).argmin(-1),
+        "tokens are read row by row, a vector from each place",
+    ),
+    (
+        "check_nearest",
+        lambda z, book: nearest(z.transpose(2, 3), book),
+        "tokens are read row by row, a vector from each place",
+    ),
+    ("check_straight_through", lambda z, q: z, "forwards it is q"),
+    ("check_straight_through", lambda z, q: q.detach(), "backwards the gradient passes to z as it is"),
+    ("check_straight_through", lambda z, q: q, "backwards the gradient passes to z as it is"),
+    ("check_straight_through", lambda z, q: z - z.detach() + q, "on this way no gradient reaches q"),
+    ("check_schedule", lambda u: u, "at u = 0 all is masked"),
+    ("check_schedule", lambda u: 1.0, "at u = 1 nothing is"),
+    ("check_schedule", lambda u: (1 - u) * (1 + 5 * u), "it never rises"),
+    ("check_mask_rate", lambda n, generator: torch.rand((), generator=generator), "one rate an example"),
+    (
+        "check_mask_rate",
+        lambda n, generator: cosine_rates(1, generator).expand(n),
+        "rates differ within a batch",
+    ),
+    ("check_mask_rate", lambda n, generator: masking.sample_mask_rate(n), "the generator decides"),
+    ("check_mask_rate", lambda n, generator: 1.4 * cosine_rates(n, generator), "rates lie in [0, 1]"),
+    ("check_mask_rate", lambda n, generator: 1 - cosine_rates(n, generator), "the mean is 2 / pi"),
+    ("check_mask_rate", lambda n, generator: torch.rand(n, generator=generator), "the mean is 2 / pi"),
+    (
+        "check_mask_rate",
+        lambda n, generator: 2 / math.pi * torch.rand(n, generator=generator).acos(),
+        "P(r > 0.9) = 0.287",
+    ),
+    (
+        "check_mask_rate",
+        lambda n, generator: masking.sample_mask_rate(n, schedule="arccos", generator=generator),
+        "P(r > 0.9) = 0.287",
+    ),
+    ("check_random_mask", lambda tokens, rate, generator: rate, "True says masked"),
+    (
+        "check_random_mask",
+        lambda tokens, rate, generator: ~masking.random_mask(tokens, rate, generator),
+        "True says masked",
+    ),
+    (
+        "check_random_mask",
+        lambda tokens, rate, generator: torch.rand(tokens.shape, generator=generator) < rate[:, None],
+        "exactly ceil(r N) are masked",
+    ),
+    (
+        "check_random_mask",
+        lambda tokens, rate, generator: masking.random_mask(tokens, rate[:1].expand(len(rate)), generator),
+        "each row has its own rate",
+    ),
+    (
+        "check_random_mask",
+        lambda tokens, rate, generator: (
+            masking.uniforms(1, tokens.shape[1], generator=generator).argsort(1).argsort(1)
+            < masking.masked_counts(rate, tokens.shape[1])[:, None]
+        ),
+        "each row has its own places",
+    ),
+    (
+        "check_random_mask",
+        lambda tokens, rate, generator: (
+            masking.random_mask(tokens, rate, generator).sort(1, descending=bool(tokens.shape[1] < 16)).values
+            if tokens.shape[1] != 16
+            else masking.random_mask(tokens, rate, generator)
+        ),
+        "all places are as likely",
+    ),
+    ("check_masked_loss", lambda logits, targets, masked: ce(logits, targets).mean(), "tokens that are not masked"),
+    (
+        "check_masked_loss",
+        lambda logits, targets, masked: (ce(logits, targets) * ~masked).sum() / (~masked).sum(),
+        "equal logits cost log V",
+    ),
+    (
+        "check_masked_loss",
+        lambda logits, targets, masked: masking.masked_cross_entropy(-logits, targets, masked),
+        "it is the cross-entropy of the target",
+    ),
+    (
+        "check_masked_loss",
+        lambda logits, targets, masked: ((ce(logits, targets) * masked).sum(1) / masked.sum(1)).mean(),
+        "the mean is over the batch's masked tokens",
+    ),
+    (
+        "check_masked_loss",
+        lambda logits, targets, masked: (ce(logits, targets) * masked).sum() / masked.sum(),
+        "nothing masked costs 0",
+    ),
+    ("check_drop_text", lambda context, p, generator: None, "p = 0 leaves all as it is"),
+    ("check_drop_text", drop(lambda p: 1 - p), "p = 0 leaves all as it is"),
+    ("check_drop_text", drop(whole=True), "a share p is removed, each text by itself"),
+    ("check_drop_text", drop(), "removed text is one attended zero, never an empty softmax"),
+    ("check_guide", lambda c, u, t: ..., "t = 0 gives the conditional logits"),
+    ("check_guide", lambda c, u, t: u + t * (c - u), "t = 0 gives the conditional logits"),
+    ("check_guide", lambda c, u, t: (1 + t) * c + t * u, "cond = uncond gives cond, whatever t"),
+    ("check_guide", lambda c, u, t: c + t * (u - c), "l_g = (1 + t) l_c - t l_u"),
+    ("check_rising", lambda t, start: t, "it begins at start"),
+    ("check_rising", lambda t, start: lambda u: t * u, "it begins at start"),
+    ("check_rising", lambda t, start: lambda u: start + t * u, "it ends at t"),
+    ("check_rising", lambda t, start: lambda u: start + (t - start) * u**2, "it is linear"),
+    ("check_reveal_counts", lambda n, steps: [1] * min(n, steps), "counts sum to n"),
+    ("check_reveal_counts", lambda n, steps: [0] * (steps - 1) + [n], "each step reveals at least one"),
+    ("check_reveal_counts", lambda n, steps: [n], "as many steps as asked for, or as tokens"),
+    (
+        "check_reveal_counts",
+        lambda n, steps: masking.reveal_counts(n, steps, "linear"),
+        "after step i, floor(n cos(pi/2 (i+1)/T)) stay masked",
+    ),
+    ("check_decode", lambda logits_fn, tokens, mask_id, steps, generator: [tokens], "in the end nothing is masked"),
+    ("check_decode", all_at_once, "each step reveals what the cosine says"),
+    ("check_decode", decode_with(schedule="linear"), "each step reveals what the cosine says"),
+    ("check_decode", redraw, "what is revealed stays"),
+    (
+        "check_decode",
+        decode_with(after=lambda state, before: state.index_fill(1, torch.tensor([1]), 5) if 3 in before else state),
+        "what was given stays",
+    ),
+    ("check_decode", decode_with(order="random"), "the surest are revealed first"),
+    ("check_decode", decode_with(order=lambda *x: -sampler.confidence(*x)), "the surest are revealed first"),
+    ("check_decode", blind, "the model sees what was revealed"),
+    ("check_decode", decode_with(sampling_temperature=0.0), "tokens are drawn, each with its probability"),
+    ("check_decode", decode_with(sampling_temperature=3.0), "tokens are drawn, each with its probability"),
+    ("check_multi_axis", lambda q, k, v, block: v, "the first half of the heads sees its own block"),
+    (
+        "check_multi_axis",
+        lambda q, k, v, block: F.scaled_dot_product_attention(q, k, v),
+        "the first half of the heads sees its own block",
+    ),
+    ("check_multi_axis", attention((False, True)), "the first half of the heads sees its own block"),
+    ("check_multi_axis", attention((True, False)), "the second half sees its own place in every block"),
+    (
+        "check_multi_axis",
+        lambda q, k, v, block: transformer.multi_axis_attention(q, k * 2, v, block),
+        "weights are softmax(q k / sqrt(d))",
+    ),
+    ("check_token_mask", lambda repaint, f: repaint, "nothing to repaint masks nothing"),
+    ("check_token_mask", lambda repaint, f: repaint[:, ::f, ::f].flatten(1), "one pixel masks its token"),
+    (
+        "check_token_mask",
+        lambda repaint, f: F.avg_pool2d(repaint.float(), f).flatten(1) >= 0.5,
+        "one pixel masks its token",
+    ),
+    (
+        "check_token_mask",
+        lambda repaint, f: editing.token_mask(repaint.transpose(1, 2), f),
+        "one pixel masks its token",
+    ),
+    ("check_margin", lambda logits, *_: logits.softmax(-1).amax(-1), "two codes alike are no margin"),
+    ("check_margin", lambda logits, *_: logits.topk(2).values.diff().neg()[..., 0], "it is the first less the second"),
+    ("check_margin", lambda logits, *_: logits[..., 0].exp() - logits[..., 1].exp(), "it is the first less the second"),
+    (
+        "check_margin",
+        lambda logits, *_: (logits.softmax(-1)[..., 0] - logits.softmax(-1)[..., 1]).abs(),
+        "codes may come in any order",
+    ),
+    (
+        "check_margin",
+        lambda logits, drawn, *_: sampler.margin(logits, drawn, None, 0.0) * (drawn == logits.argmax(-1)),
+        "what was drawn does not count",
+    ),
+    ("check_attention", lambda q, k, v, attend: (q @ k.mT).sigmoid() @ v, "weights are a softmax over the memory"),
+    ("check_attention", lambda q, k, v, attend: (q @ k.mT).softmax(-1) @ v, "scores are divided by sqrt(d)"),
+    ("check_attention", lambda q, k, v, attend: v.mean(2, keepdim=True), "weights are a softmax over the memory"),
+    (
+        "check_attention",
+        lambda q, k, v, attend: F.scaled_dot_product_attention(q[:, :, :1], k, v).expand(*q.shape[:3], v.shape[-1]),
+        "each query has its own weights",
+    ),
+    (
+        "check_attention",
+        lambda q, k, v, attend: F.scaled_dot_product_attention(q, k, v),
+        "what is not attended does not count",
+    ),
+    (
+        "check_attention",
+        lambda q, k, v, attend: F.scaled_dot_product_attention(q, k * attend.mT, v * attend.mT),
+        "what is not attended does not count",
+    ),
+    ("check_unigram", lambda tokens, size: math.log(size), "codes that never occur do no harm"),
+    (
+        "check_unigram",
+        lambda tokens, size: -sum(p * p.log2() for p in tokens.unique(return_counts=True)[1] / tokens.numel()),
+        "two codes, equally common, have log 2",
+    ),
+    (
+        "check_unigram",
+        lambda tokens, size: -sum(p * p.log() for p in tokens.flatten().bincount(minlength=size) / tokens.numel()),
+        "codes that never occur do no harm",
+    ),
+    ("check_unigram", lambda tokens, size: math.log(len(tokens.unique())), "how common each is counts"),
+    (
+        "check_unigram",
+        lambda tokens, size: sum(validation.unigram_entropy(row, size) for row in tokens) / len(tokens),
+        "it is of all pictures together",
+    ),
+]
+
+
+def test_all_checks_are_here():
+    assert set(OURS) == {name for name in vars(checks) if name.startswith("check_")}
+    assert {check for check, *_ in WRONG} == set(OURS)
+
+
+@pytest.mark.parametrize("check", OURS)
+def test_our_own_functions_pass(check):
+    verdict = getattr(checks, check)(OURS[check])
+    assert verdict, repr(verdict)
+    assert repr(verdict) == f"{check}: all {verdict.properties} properties hold"
+
+
+@pytest.mark.parametrize(("check", "fn", "failed"), WRONG, ids=[f"{c}-{i}" for i, (c, *_) in enumerate(WRONG)])
+def test_a_mistake_fails_by_name(check, fn, failed):
+    verdict = getattr(checks, check)(fn)
+    assert not verdict
+    assert verdict.failed.startswith(failed), repr(verdict)
+    assert len(verdict.found) > 10, "no counter-example is shown"
+    assert failed in repr(verdict)
+
+
+@pytest.mark.parametrize("check", OURS)
+@pytest.mark.parametrize("stub", [lambda *a, **k: None, lambda: None, lambda *a, **k: 1 / 0])
+def test_stubs_and_errors_are_verdicts(check, stub):
+    verdict = getattr(checks, check)(stub)
+    assert not verdict
+    assert verdict.found
+
+
+def test_counter_examples_are_small():
+    said = repr(checks.check_guide(lambda c, u, t: u + t * (c - u)))
+    assert said == (
+        "check_guide FAILS: t = 0 gives the conditional logits\n"
+        "    fn(cond=[2.0], uncond=[1.0], t=0.0) gave [1.0]; expected [2.0]"
+    )
+    said = checks.check_reveal_counts(lambda n, steps: [0] * (steps - 1) + [n]).found
+    assert said == "fn(1, 2) gave [0, 1]", "the smallest n first"
+
+
+def test_show_gives_source_under_its_file():
+    source = checks.show(cfg.guide, VectorQuantizer.nearest)
+    assert source.startswith("# minimuse/cfg.py\ndef guide(")
+    assert "\n\n\n# minimuse/vqgan.py\ndef nearest(self" in source, "methods are dedented"
+    assert checks.show(Muse.decode).startswith("# minimuse/muse.py\n@torch.inference_mode()"), "decorated ones too"
+    assert source._repr_markdown_().startswith("```python\n# minimuse/cfg.py")
+    assert repr(source) == str(source)

