@@ -48,7 +48,7 @@ from minimuse.plots import grid, tradeoff
 from minimuse.reader import Reader
 from minimuse.rivals import LowRes
 from minimuse.text import Context, pad_contexts
-from minimuse.train import Decimated, MaskedLoss, train_dit, train_transformer
+from minimuse.train import Decimated, MaskedLoss, NextLoss, train_dit, train_transformer
 from minimuse.wants import matches, parse_prompt
 
 PARTS = ("race", "likelihood", "identity", "stages", "guidance")
@@ -256,7 +256,8 @@ def flops(cfg: MuseConfig, text_tokens: int = 16) -> int:
             a = torch.zeros(1)
             return count_flops(lambda: (model(z, model.memory(context), a).sum() / z.numel()).backward())
         x = torch.zeros(1, cfg.base.tokens, dtype=torch.long)
-        return count_flops(lambda: MaskedLoss(model)(x, x == 0, context, None, x.numel())[0].backward())
+        loss = (NextLoss if cfg.model == "ar" else MaskedLoss)(model)
+        return count_flops(lambda: loss(x, x == 0, context, None, x.numel())[0].backward())
 
 
 def superres_flops(cfg: MuseConfig, text_tokens: int = 16) -> int:

@@ -234,7 +234,7 @@ class Muse:
         device = pick_device(device)
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-        muse = kind(cfg)(cfg, parts, encoder, **about)
+        muse = (cls if cfg.model == "muse" else kind(cfg))(cfg, parts, encoder, **about)
         _ = muse.fingerprint  # of the weights as they are stored, before a dtype rounds them
         return muse.to(device, dtype)
 

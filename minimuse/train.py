@@ -153,13 +153,26 @@ class MaskedLoss(nn.Module):
         count: int,
         label_smoothing: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """True tokens and masked (B, N), texts, low-res tokens -> shares of loss and accuracy of `count` tokens, ().
-
-        A causal model sees no token that it is asked for, so nothing is hidden: its loss is -log p itself.
-        """
+        """True tokens and masked (B, N), texts, low-res tokens -> shares of loss and accuracy of `count` tokens, ()."""
         memory = self.model.memory(context, *([] if low_tokens is None else [low_tokens]))
-        seen = x if self.model.cfg.causal else x.masked_fill(masked, self.model.mask_id)
-        logits = self.model(seen, memory)
+        logits = self.model(x.masked_fill(masked, self.model.mask_id), memory)
+        right = ((logits.detach().argmax(-1) == x) & masked).sum() / count
+        return masked_cross_entropy(logits, x, masked, label_smoothing, count), right
+
+
+class NextLoss(MaskedLoss):
+    """The same of a causal model. It sees no token that it is asked for, so none is hidden; asked for all, -log p."""
+
+    def forward(
+        self,
+        x: Tensor,
+        masked: Tensor,
+        context: Context,
+        low_tokens: None,
+        count: int,
+        label_smoothing: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        logits = self.model(x, self.model.memory(context))
         right = ((logits.detach().argmax(-1) == x) & masked).sum() / count
         return masked_cross_entropy(logits, x, masked, label_smoothing, count), right
 
@@ -186,7 +199,8 @@ def train_transformer(
     model.train()
     torch.manual_seed(engine.seed)
     schedule = (lambda u: 1.0) if model.cfg.causal else cfg.mask_schedule
-    job = Stage(engine, stage, cfg, {"model": MaskedLoss(model)}, shard=True)
+    loss_of = NextLoss if model.cfg.causal else MaskedLoss
+    job = Stage(engine, stage, cfg, {"model": loss_of(model)}, shard=True)
     if job.first:
         yield Progress(stage, job.first, cfg.steps, {}, model)
     for step in job.steps():

@@ -16,7 +16,7 @@ from minimuse.muse import Muse, build, parameter_counts
 from minimuse.rivals import KNOWN, LowRes, cached
 from minimuse.sampler import decode
 from minimuse.text import Context
-from minimuse.train import MaskedLoss, train_dit, train_muse, train_transformer
+from minimuse.train import NextLoss, train_dit, train_muse, train_transformer
 from minimuse.transformer import Transformer
 
 V, D_LM = 8, 6
@@ -106,7 +106,7 @@ def test_a_causal_models_loss_is_its_likelihood():
     model, x = causal().eval(), torch.randint(V, (2, 16))
     text = Context(torch.randn(2, 5, D_LM), torch.ones(2, 5, dtype=torch.bool))
     every = torch.ones_like(x, dtype=torch.bool)
-    loss, _ = MaskedLoss(model)(x, every, text, None, 32)
+    loss, _ = NextLoss(model)(x, every, text, None, 32)
     memory, total = model.memory(text), 0.0
     for i in range(16):
         seen = torch.cat([x[:, :i], torch.full((2, 16 - i), V)], 1)  # the rest is not there yet
