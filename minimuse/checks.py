@@ -448,7 +448,7 @@ def check_attention(fn: Given) -> Iterator[str]:
     """fn(q (B, H, N, d), k, v (B, H, M, d), attend (B, 1, 1, M) bool) -> (B, H, N, d), True = may be looked at."""
     for name, q, k, v, attend in [
         ("keys alike: the mean of the values", [[0.0]], [[1.0], [1.0]], [[2.0], [4.0]], [1, 1]),
-        ("weights are a softmax over the memory", [[1.0]], [[2.0], [0.0]], [[1.0], [0.0]], [1, 1]),
+        ("weights are a softmax over the memory", [[1.0]], [[2.0], [1.0]], [[1.0], [0.0]], [1, 1]),
         ("scores are divided by sqrt(d)", [[1.0] * 4], [[1.0] * 4, [0.0] * 4], [[1.0] * 4, [0.0] * 4], [1, 1]),
         ("each query has its own weights", [[1.0], [-1.0]], [[2.0], [0.0]], [[1.0], [0.0]], [1, 1]),
         ("what is not attended does not count", [[1.0]], [[0.0], [9.0]], [[3.0], [5.0]], [1, 0]),
@@ -472,6 +472,78 @@ def check_unigram(fn: Given) -> Iterator[str]:
     ]:
         yield name
         _same(f"fn(tokens {tokens}, {size})", fn(torch.tensor(tokens), size), want)
+
+
+@_check
+def check_resample_step(fn: Given) -> Iterator[str]:
+    """fn(logits_fn, tokens (1, N), mask_id=, share=, generator=) -> (1, N): an iteration as of `editing.resample`."""
+    start, seen = torch.zeros(1, 8, dtype=torch.long), []
+
+    def other(tokens: Tensor, u: float) -> Tensor:  # sure that code 1 stands everywhere
+        seen.append(tokens.clone())
+        return torch.tensor([-50.0, 50.0]).expand(1, 8, 2)
+
+    def run(share: float, seed: int = 0) -> Tensor:
+        made = fn(other, start.clone(), mask_id=2, share=share, generator=_seeded(seed))
+        return _shaped(f"fn(8 tokens, share={share})", made, (1, 8), torch.long)
+
+    yield "every state is a whole picture"
+    _same("share 0.5: the number of [MASK] left", (run(0.5) == 2).sum(), 0)
+    yield "exactly ceil(share N) tokens are drawn again"
+    for share in (0.5, 0.25, 0.08, 1.0):
+        _same(f"8 tokens of code 0, a model sure of 1, share {share}: changed", run(share).sum(), math.ceil(8 * share))
+    yield "the model sees [MASK] there, and all the other tokens"
+    _expect((got := seen[-1].tolist()) == [[2] * 8], f"share 1: the model saw {got}, where 2 is [MASK]")
+    yield "the places are random"
+    _expect(len({tuple(run(0.25, seed)[0].tolist()) for seed in range(8)}) > 1, "8 seeds chose the same places")
+
+
+# --- super-resolution's memory, a bigger decoder ----------------------------------------------------------------------
+
+
+@_check
+def check_join_memory(fn: Given) -> Iterator[str]:
+    """fn(text (B, L, D), mask (B, L), low (B, K, D)) -> entries (B, L + K, D), attend (B, L + K): as in `memory`."""
+    text, low = torch.tensor([[[1.0], [0.0]], [[5.0], [6.0]]]), torch.tensor([[[2.0], [3.0], [4.0]]] * 2)
+    mask, call = torch.tensor([[True, False], [True, True]]), "fn(2 texts of 2 tokens, 3 low-res entries)"
+    yield "along the sequence, the text first, then the low-res entries"
+    entries, attend = fn(text, mask, low)
+    _same(f"{call}: entries", entries, [[[1.0], [0.0], [2.0], [3.0], [4.0]], [[5.0], [6.0], [2.0], [3.0], [4.0]]])
+    yield "padding is not attended to, low-res entries always are"
+    _shaped(f"{call}: attend", attend, (2, 5), torch.bool)
+    _same(f"{call}: attend", attend, [[True, False, True, True, True], [True] * 5])
+
+
+@_check
+def check_grow(fn: Given) -> Iterator[str]:
+    """fn(weight (O, I), outputs, inputs) -> (outputs, inputs), at least as large: as `VQGAN.grow_decoder`."""
+    old, old_inputs, new_inputs = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, -1.0]), torch.ones(3)
+    torch.manual_seed(0)
+    yield "the old weights fill the leading block"
+    new = _shaped("fn(2 x 2, 4, 5)", fn(old.clone(), 4, 5), (4, 5))
+    _same("fn([[1, 2], [3, 4]], 4, 5)[:2, :2]", new[:2, :2], old)
+    yield "old outputs stay, whatever the new inputs bring"
+    _same(
+        "inputs [1, -1] and new ones of 1: the old outputs", (new @ torch.cat([old_inputs, new_inputs]))[:2], [-1, -1]
+    )
+    yield "new outputs are not all zero, or they would never learn"
+    _expect(new[2:].abs().sum() > 0, f"the new rows are {new[2:].tolist()}")
+
+
+@_check
+def check_psnr(fn: Given) -> Iterator[str]:
+    """fn(images, again), both (B, C, H, W) in [-1, 1] -> (B,) dB of pixels in [0, 1]: as `metrics.psnr`."""
+    zeros = torch.zeros(1, 3, 2, 2)
+    for name, again, want in [
+        ("10 log10(1 / MSE), pixels in [0, 1]", [0.2], [20.0]),  # a tenth of the range
+        ("one figure an image, not of the batch", [0.2, 2.0], [20.0, 0.0]),
+    ]:
+        yield name
+        shifted = torch.cat([zeros + by for by in again])
+        _same(f"fn(B gray images, the same + {again})", fn(torch.zeros_like(shifted), shifted), want)
+    yield "the error is squared before it is averaged"
+    half = torch.tensor([0.0, 2.0]).repeat(6).view(1, 3, 2, 2)
+    _same("fn(0 everywhere, 2 in every other pixel)", fn(zeros, half), [10 * math.log10(2)])
 
 
 # --- diffusion --------------------------------------------------------------------------------------------------------

@@ -334,7 +334,7 @@ def toy() -> MuseConfig:
         look_every=1000,
     )
     masked = StageConfig(
-        steps=5000,
+        steps=3500,
         batch=64,
         learning_rate=5e-3,
         warmup=100,
@@ -363,10 +363,10 @@ def toy() -> MuseConfig:
         stages={
             "low_tokenizer": tokenizing,
             "base": masked,
-            "high_tokenizer": replace(tokenizing, steps=3500, batch=8),
-            "superres": replace(masked, steps=4000, batch=8),
+            "high_tokenizer": replace(tokenizing, steps=2500, batch=8),
+            "superres": replace(masked, steps=3000, batch=8),
             "decoder": replace(
-                tokenizing, steps=800, batch=8, learning_rate=1e-3, adversarial_weight=0.1, adversarial_start=300
+                tokenizing, steps=500, batch=8, learning_rate=1e-3, adversarial_weight=0.1, adversarial_start=200
             ),
         },
     )

@@ -12,6 +12,7 @@ Glossary: `repaint` is True where something new shall stand.
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -156,6 +157,7 @@ def outpaint(
     """Extend the picture by `padding` pixels: one number, or (left, top, right, bottom) (Muse 3.3.1).
 
     New canvas is inpainted window by window from the picture outwards; its own pixels come back bit for bit.
+    Choice: until it is painted, the canvas repeats the picture's edge; black would leak into the tokens beside it.
     """
     sides = tuple(padding) if isinstance(padding, tuple | list) else (padding,) * 4
     if len(sides) != 4 or min(sides) < 0 or max(sides) == 0:
@@ -164,8 +166,7 @@ def outpaint(
     tokenize(muse, image)  # refuses what is no picture of the right size
     side, images = image.width, []
     for job in muse.jobs(prompt, n, seed, negative_prompt, sampling):
-        canvas = Image.new("RGB", (left + side + right, top + side + bottom))
-        canvas.paste(to_rgb(image), (left, top))
+        canvas = Image.fromarray(np.pad(np.asarray(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge"))
         known = torch.zeros(canvas.height, canvas.width, dtype=torch.bool)
         known[top : top + side, left : left + side] = True
         for i, (y, x) in enumerate(windows(known, side)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimuse import cfg, checks, editing, masking, sampler, transformer, validation
+from minimuse import cfg, checks, editing, masking, metrics, sampler, transformer, validation
 from minimuse.muse import Muse
 from minimuse.text import Context
 from minimuse.vqgan import VectorQuantizer
@@ -57,6 +57,35 @@ class Deaf(Corners):
         return super().log_evidence(e.round())
 
 
+def resample_step(logits_fn, tokens, *, mask_id, share, generator):
+    how = {"mask_id": mask_id, "iterations": 1, "share": share, "top_k": None, "generators": [generator]}
+    (step,) = editing.resample(logits_fn, tokens, **how)
+    return step.tokens
+
+
+def redrawn(mask_of, shown=lambda tokens, masked: tokens.masked_fill(masked, 2)):
+    def fn(logits_fn, tokens, *, mask_id, share, generator):
+        masked = mask_of(tokens, share, generator)
+        return torch.where(masked, logits_fn(shown(tokens, masked), 1.0).argmax(-1), tokens)
+
+    return fn
+
+
+def mask_of(tokens, share, generator):
+    return masking.random_mask(tokens, torch.tensor([share]), generator)
+
+
+def join_memory(text, mask, low):
+    return torch.cat([text, low], 1), F.pad(mask, (0, low.shape[1]), value=True)
+
+
+def grow(weight, outputs, inputs, hears=0.0, says=1.0):
+    new = says * torch.randn(outputs, inputs)
+    new[: len(weight)] = hears
+    new[: len(weight), : weight.shape[1]] = weight
+    return new
+
+
 def ddim_step(x, noise, now, then):
     clean = (x - (1 - now) ** 0.5 * noise) / now**0.5
     return then**0.5 * clean + (1 - then) ** 0.5 * noise
@@ -82,6 +111,10 @@ OURS = {
     "check_margin": sampler.margin,
     "check_attention": lambda q, k, v, attend: F.scaled_dot_product_attention(q, k, v, attn_mask=attend),
     "check_unigram": validation.unigram_entropy,
+    "check_resample_step": resample_step,
+    "check_join_memory": join_memory,
+    "check_grow": grow,
+    "check_psnr": metrics.psnr,
     "check_add_noise": lambda x, noise, a: a**0.5 * x + (1 - a) ** 0.5 * noise,
     "check_ddim_step": ddim_step,
 }
@@ -372,6 +405,35 @@ WRONG = [
         "check_unigram",
         lambda tokens, size: sum(validation.unigram_entropy(row, size) for row in tokens) / len(tokens),
         "it is of all pictures together",
+    ),
+    ("check_resample_step", lambda _, tokens, **how: tokens.masked_fill(mask_of(tokens, 0.5, None), 2), "every state"),
+    (
+        "check_resample_step",
+        redrawn(lambda t, share, g: torch.rand(t.shape, generator=g) < share),
+        "exactly ceil(share",
+    ),
+    ("check_resample_step", redrawn(mask_of, lambda tokens, masked: tokens), "the model sees [MASK] there"),
+    (
+        "check_resample_step",
+        redrawn(lambda t, share, g: torch.arange(8)[None] < math.ceil(8 * share)),
+        "the places are",
+    ),
+    ("check_join_memory", lambda text, mask, low: join_memory(low, mask, text), "along the sequence"),
+    ("check_join_memory", lambda text, mask, low: (text + low.mean(1, keepdim=True), mask), "along the sequence"),
+    (
+        "check_join_memory",
+        lambda text, mask, low: (torch.cat([text, low], 1), torch.ones(2, 5).bool()),
+        "padding is not attended to",
+    ),
+    ("check_grow", lambda weight, o, i: torch.randn(o, i), "the old weights fill the leading block"),
+    ("check_grow", lambda weight, o, i: grow(weight, o, i, hears=0.1), "old outputs stay"),
+    ("check_grow", lambda weight, o, i: grow(weight, o, i, says=0.0), "new outputs are not all zero"),
+    ("check_psnr", lambda x, y: -10 * (x - y).square().mean((1, 2, 3)).log10(), "10 log10(1 / MSE)"),
+    ("check_psnr", lambda x, y: metrics.psnr(x, y).mean().expand(len(x)), "one figure an image"),
+    (
+        "check_psnr",
+        lambda x, y: -20 * ((x - y) / 2).abs().mean((1, 2, 3)).clamp(min=1e-5).log10(),
+        "the error is squared",
     ),
 ]
 

@@ -41,7 +41,7 @@ def test_a_swapped_caption_is_false_and_differs_in_one_word():
         except ValueError as error:
             assert "asks for 4 things" in str(error), "more than any scene holds: false too"  # noqa: PT017
     assert kinds == {"color", "shape", "size", "material", "relation or number"}
-    assert swap("two red cubes", Random(0)) == ("two red spheres", "shape"), "as its docstring says"
+    assert swap("two red cubes", Random(0)) == ("two yellow cubes", "color"), "as its docstring says"
 
 
 def test_its_seeds_are_its_own():

@@ -1,0 +1,456 @@
+"""Assignments: the source earns all marks, the release none and tells nothing, wrong submissions what they deserve."""
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "notebooks" / "assignments"
+SELF_STUDY = "self-study"  # the key of the releases that are stored
+
+
+def load(name: str):
+    """A script of notebooks/assignments as a module."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make = load("make")
+grade = load("grade")
+NAMES = make.names()
+MASKING, GUIDANCE, SCHEDULE = NAMES
+
+
+def options(name: str, key: str) -> dict[str, str]:
+    return make.chosen(make.cells((make.SOURCES / f"{name}.py").read_text(encoding="utf-8")), key)
+
+
+def keys(name: str) -> list[str]:
+    """A few keys that together choose every variant of an assignment."""
+    every = {f"key {i}": set(options(name, f"key {i}").items()) for i in range(200)}
+    found, left = [], set().union(*every.values())
+    while left:
+        found.append(max(every, key=lambda key: len(every[key] & left)))
+        left -= every[found[-1]]
+    return found
+
+
+def about(cell) -> dict:
+    return cell.metadata.get("nbgrader", {})
+
+
+def points(nb) -> dict[str, float]:
+    """What a computer grades: test -> points."""
+    return {
+        about(c)["grade_id"]: about(c)["points"] for c in nb.cells if about(c).get("grade") and c.cell_type == "code"
+    }
+
+
+# --- the sources ------------------------------------------------------------------------------------------------------
+
+
+def test_cells_by_hand():
+    text = '# %% [markdown] written=why points=5 only=g:a\nr"""\nWhy?\n"""\n# %% test=t points=3\nassert x\n'
+    assert make.cells(text) == [
+        ({"markdown": "", "written": "why", "points": "5", "only": "g:a"}, "Why?"),
+        ({"test": "t", "points": "3"}, "assert x"),
+    ]
+    with pytest.raises(ValueError, match="begins with"):
+        make.cells("x = 1\n# %%\ny")
+
+
+def test_the_key_chooses():
+    found = [({"only": f"g:{option}"}, "") for option in "abab"] + [({"only": "h:x"}, "")]
+    chosen = [make.chosen(found, f"key {i}") for i in range(60)]
+    assert {tuple(c) for c in chosen} == {("g", "h")}
+    assert {c["g"] for c in chosen} == {"a", "b"}
+    assert 15 < sum(c["g"] == "a" for c in chosen) < 45
+    assert make.chosen(found, "key 1") == chosen[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_form(name):
+    assert len(keys(name)) >= 3
+    for key in keys(name):
+        nb = make.notebook(name, key)
+        nbformat.validate(nb)
+        ids = [about(c)["grade_id"] for c in nb.cells if about(c)]
+        assert len(set(ids)) == len(ids), "a cell's name stands twice"
+        assert sum(about(c).get("points", 0) for c in nb.cells) == 100
+        told = sum(int(n) for n in re.findall(r"^\| \d\. .* \| (\d+) \|$", nb.cells[0].source, flags=re.MULTILINE))
+        assert told == 100, "the table of points at the top"
+        assert sum(about(c).get("points", 0) for c in nb.cells if c.cell_type == "markdown") == 15, "the written part"
+        for cell in nb.cells:
+            text = cell.source
+            assert text.count("BEGIN SOLUTION") == text.count("END SOLUTION") <= 2
+            assert ("BEGIN HIDDEN" in text) <= bool(about(cell).get("grade"))
+            assert len(text.split()) <= 220 or cell.cell_type == "code" or "written" in str(about(cell))
+        assert [about(c)["solution"] for c in nb.cells if about(c)].count(True) >= 5
+
+
+# --- marks, as nbgrader gives them ------------------------------------------------------------------------------------
+
+RUNNER = """
+import ast, json, os, resource, signal, sys
+import stubs, torch
+stubs.place()
+torch.set_num_threads(1)
+resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30,) * 2)
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+def run(source, names):
+    tree = ast.parse(source)
+    value = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "cell", "exec"), names)
+    return None if value is None else eval(compile(ast.Expression(value.value), "cell", "eval"), names)
+
+signal.signal(signal.SIGVTALRM, stop)
+out, sys.stdout = sys.stdout, open(os.devnull, "w")
+for seconds, cells in json.load(sys.stdin):
+    names, marks = {"__name__": "__main__"}, {}
+    for name, points, source in cells:
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        try:
+            value = run(source, names)
+            got, why = value if isinstance(value, float) else points, ""
+        except (Exception, KeyboardInterrupt) as error:
+            got, why = 0, f"{type(error).__name__}: {error}"
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        if points:
+            marks[name] = got, why
+    print(json.dumps(marks), file=out, flush=True)
+"""
+
+
+def run(name: str, notebooks: list, seconds: float = 120) -> list[dict[str, tuple[float, str]]]:
+    """Notebooks of one assignment, in one process with its stubs -> test -> (marks, what it raised) of each."""
+    jobs = [
+        (
+            seconds,
+            [
+                (about(c).get("grade_id", ""), points(nb).get(about(c).get("grade_id")), c.source)
+                for c in nb.cells
+                if c.cell_type == "code"
+            ],
+        )
+        for nb in notebooks
+    ]
+    env = make.environment(name, SELF_STUDY) | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RUNNER]
+    done = subprocess.run(command, input=json.dumps(jobs), env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def edited(nb, changes: dict[str, str | tuple[str, str]]):
+    """A copy with cells changed: a new text, or (old, new) within it."""
+    nb = nbformat.from_dict(json.loads(json.dumps(nb)))
+    left = dict(changes)
+    for cell in nb.cells:
+        change = left.pop(about(cell).get("grade_id"), None)
+        if isinstance(change, tuple):
+            assert change[0] in cell.source, f"{change[0]!r} is not there"
+            cell.source = cell.source.replace(*change)
+        elif change is not None:
+            cell.source = change
+    assert not left, f"no cells {list(left)}"
+    return nb
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_source_earns_all_marks_and_the_release_none(name):
+    source = [make.notebook(name, key) for key in keys(name)]
+    *earned, nothing = run(name, [*source, stored(name)])
+    for nb, marks in zip(source, earned, strict=True):
+        assert {test: got for test, (got, _) in marks.items()} == points(nb), [why for _, why in marks.values() if why]
+    assert len(nothing) >= 6
+    assert all(got == 0 and why for got, why in nothing.values()), f"the release earns {nothing}"
+
+
+ZOO = """
+def test_rates(lib):
+    r = lib.masking.sample_mask_rate(20_000, generator=seeded())
+    assert abs(r.mean() - 2 / math.pi) < 0.01
+
+def test_table(lib):
+    assert lib.masking.reveal_counts(256, 12)[:3] == [3, 6, 11]
+
+def test_nonsense(lib):
+    assert lib.masking.reveal_counts(4, 2) == [1, 1]
+
+TESTS = [test_rates, test_table, test_nonsense]
+"""
+
+# assignment -> what is handed in, and what it costs: tests that give nothing, or less
+WRONG = {
+    MASKING: [
+        ({"mask_rate": "from minimuse.masking import sample_mask_rate as mask_rate"}, {"test_mask_rate": 0}),
+        ({"mask_rate": ("torch.cos(", "2 / math.pi * torch.acos(2 / math.pi * ")}, {"test_mask_rate": 0}),
+        ({"random_mask": ("count[:, None]", "count.max()")}, {"test_random_mask": 0}),
+        ({"random_mask": (".ceil()", ".round()")}, {"test_random_mask": 0}),
+        ({"masked_loss": ("(loss * masked).sum()", "loss.sum()")}, {"test_masked_loss": 0}),
+        ({"masked_loss": ("    ### BEGIN", "    torch.zeros(10**12)\n    ### BEGIN")}, {"test_masked_loss": 0}),
+        (
+            {"reveal_counts": ("(i + 1) / steps", "i / max(steps - 1, 1)")},
+            ["test_reveal_counts", "test_decode", "test_choose_in_decode"],
+        ),
+        (
+            {
+                "decode": (
+                    "(scores, masked, torch.tensor([plan[i] for plan in plans]))",
+                    "(scores, masked, torch.tensor([plans[0][i]] * len(tokens)))",
+                )
+            },
+            ["test_decode"],
+        ),
+        (
+            {
+                "decode": (
+                    "torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(tokens.shape)",
+                    "p.argmax(-1)",
+                )
+            },
+            ["test_decode", "test_decode_draws"],
+        ),
+        ({"decode": ("p.gather(-1, drawn[..., None])[..., 0].log()", "p.amax(-1).log()")}, ["test_decode_draws"]),
+        ({"decode": ("keep & masked", "keep & masked | ~masked")}, ["test_decode", "test_choose_in_decode"]),
+        ({"choose": "choose = surest"}, ["test_choose"]),
+        ({"zoo_tests": ZOO}, {"test_zoo": 2.0}),
+        ({"zoo_tests": "TESTS = []"}, {"test_zoo": 0}),
+        ({"zoo_tests": "def test_always(lib):\n    assert False\n\n\nTESTS = [test_always]"}, {"test_zoo": 0}),
+    ],
+    GUIDANCE: [
+        ({"guide": ("return cond + t", "return uncond + t")}, ["test_guide", "test_guided"]),
+        (
+            {
+                "guide": (
+                    "return cond + t * (cond - uncond)",
+                    "from minimuse.cfg import guide as theirs\n    return theirs(cond, uncond, t)",
+                )
+            },
+            None,
+        ),
+        ({"drop_text": ("< p", ">= p")}, ["test_drop_text"]),
+        (
+            {"drop_text": ("torch.where(drop[:, None], null, context.mask)", "context.mask & ~drop[:, None]")},
+            ["test_drop_text"],
+        ),
+        ({"guided": ("if t == 0", "if t == -1")}, ["test_guided"]),
+        ({"token_mask": (".any(4).any(2)", ".all(4).all(2)")}, ["test_token_mask"]),
+        ({"infill": ("tokens.masked_fill(repaint, mask_id)", "tokens")}, ["test_infill", "test_resample", "test_edit"]),
+        (
+            {
+                "resample": (
+                    "random_mask(tokens, torch.full((len(tokens),), share), generator)",
+                    "random_mask(tokens, torch.full((len(tokens),), share), seeded())",
+                )
+            },
+            ["test_resample"],
+        ),
+        ({"zoo_tests": ("    assert model(torch", "    assert not model(torch")}, {"test_zoo": 13.0}),
+    ],
+    SCHEDULE: [
+        ({"paired": ("student_t(len(d) - 1)", "1.96")}, ["test_paired"]),
+        (
+            {"paired": "from minimuse.lab import difference\n\n\ndef paired(a, b):\n    return difference(a, b, 'kl')"},
+            ["test_paired"],
+        ),
+        (
+            {"my_schedule": "def my_schedule(u):\n    return math.cos(math.pi / 2 * u)"},
+            ["test_my_schedule", "test_it_wins"],
+        ),
+        ({"make_rule": "from minimuse.sampler import entropy_bound as make_rule"}, ["test_rule"]),
+        (
+            {
+                "interval_tests": (
+                    "TESTS += [test_by_hand, test_pairs_matter, test_shrinks_with_the_root_of_n]",
+                    "TESTS += [test_pairs_matter]",
+                )
+            },
+            {"test_interval_tests": 2.1},
+        ),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_submissions_get_what_they_deserve(name):
+    source = make.notebook(name, keys(name)[0])
+    found = run(name, [edited(source, changes) for changes, _ in WRONG[name]])
+    for (changes, costs), marks in zip(WRONG[name], found, strict=True):
+        costs = costs if isinstance(costs, dict) else dict.fromkeys(costs or [], 0)
+        got = {test: mark for test, (mark, _) in marks.items()}
+        assert got == points(source) | costs, f"{changes}: {marks}"
+
+
+@pytest.mark.slow
+def test_what_never_ends_costs_only_its_own_marks():
+    source = make.notebook(MASKING, SELF_STUDY)
+    loop = {"reveal_counts": ("    steps, left", "    while True:\n        pass\n    steps, left")}
+    (marks,) = run(MASKING, [edited(source, loop)], seconds=5)
+    got = {test: mark for test, (mark, _) in marks.items()}
+    lost = ["test_reveal_counts", "test_decode", "test_decode_draws", "test_choose_in_decode"]
+    assert got == points(source) | dict.fromkeys(lost, 0)
+
+
+# --- the releases that are stored, for self-study ---------------------------------------------------------------------
+
+
+def stored(name: str):
+    path = FOLDER / f"{name}.ipynb"
+    how = f"make.py COURSE --key {SELF_STUDY}, then copy COURSE/release/{name}/{name}.ipynb"
+    assert path.is_file(), f"{name} has no stored release; run {how} to notebooks/assignments"
+    return nbformat.read(path, as_version=4)
+
+
+def regions(text: str) -> tuple[set[str], set[str]]:
+    """Lines within BEGIN ... END, and lines outside."""
+    inside, found = False, (set(), set())
+    for line in text.splitlines():
+        if "### BEGIN" in line or "### END" in line:
+            inside = "### BEGIN" in line
+        else:
+            found[0 if inside else 1].add(line.strip())
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_release_tells_nothing(name):
+    source, release = make.notebook(name, SELF_STUDY), stored(name)
+    told = "\n".join(cell.source for cell in release.cells)
+    assert "BEGIN" not in told
+    parts = [regions(cell.source) for cell in source.cells if cell.cell_type == "code"]
+    secret = set().union(*(a for a, _ in parts)) - set().union(*(b for _, b in parts))
+    secret |= {
+        line
+        for c in source.cells
+        if "written" not in c.source and about(c).get("grade") and c.cell_type == "markdown"
+        for line in c.source.splitlines()
+    }
+    secret = {line for line in secret if len(line) >= 16}
+    assert len(secret) > 50
+    leaks = [line for line in secret if line in told.splitlines() or f"    {line}" in told]
+    assert not leaks
+    assert [about(c).get("grade_id") for c in release.cells] == [about(c).get("grade_id") for c in source.cells]
+    assert not any(cell.get("outputs") for cell in release.cells)
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sessions and limits are POSIX")
+def test_a_submission_that_takes_too_long_is_stopped_with_all_that_it_started(tmp_path):
+    child = f"import time, pathlib; pathlib.Path({str(tmp_path / 'started')!r}).touch(); time.sleep(600)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    why = grade.limited([sys.executable, "-c", parent], tmp_path, os.environ, tmp_path / "log", 5, 4)
+    assert why == "stopped after 5 s"
+    if (tmp_path / "started").exists():
+        assert not [p for p in psutil.process_iter(["cmdline"]) if child in (p.info["cmdline"] or [])]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to a limit of memory")
+def test_memory_is_limited(tmp_path):
+    hog = [sys.executable, "-c", "x = bytearray(3 * 2**30)"]
+    assert grade.limited(hog, tmp_path, os.environ, tmp_path / "log", 60, 1).startswith("did not end well")
+    assert "MemoryError" in (tmp_path / "log").read_text()
+    assert grade.limited([sys.executable, "-c", "pass"], tmp_path, os.environ, tmp_path / "log", 60, 1) == ""
+
+
+def test_submissions_are_found(tmp_path):
+    for path in ("anna.ipynb", "ben/x.ipynb", "ben/y.ipynb", "Zoë Q.ipynb"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    assert list(grade.submissions(tmp_path, "x")) == ["Zoë_Q", "anna", "ben"]
+    (tmp_path / "ben.ipynb").touch()
+    with pytest.raises(ValueError, match="both of 'ben'"):
+        grade.submissions(tmp_path, "x")
+    with pytest.raises(ValueError, match="neither"):
+        grade.submissions(tmp_path / "ben", "z")
+
+
+# --- the whole way, by nbgrader ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    pytest.importorskip("nbgrader", reason="the extra `grading` is not installed")
+    folder = tmp_path_factory.mktemp("course")
+    make.write_sources(folder, SELF_STUDY)
+    for name in NAMES:
+        make.nbgrader(folder, name, "generate_assignment", name)
+    return folder
+
+
+@pytest.mark.slow
+def test_stored_releases_are_what_nbgrader_makes(course):
+    for name in NAMES:
+        made = nbformat.read(course / "release" / name / f"{name}.ipynb", as_version=4)
+        assert [(c.source, c.metadata) for c in stored(name).cells] == [(c.source, c.metadata) for c in made.cells]
+    with pytest.raises(SystemExit, match="another key"):
+        make.write_sources(course, "other")
+
+
+@pytest.mark.slow
+def test_from_a_folder_of_submissions_to_marks(course, tmp_path, monkeypatch):
+    source = make.notebook(MASKING, SELF_STUDY)
+    release = nbformat.read(course / "release" / MASKING / f"{MASKING}.ipynb", as_version=4)
+    answers = {about(c)["grade_id"]: c.source for c in source.cells if about(c).get("solution")}
+    perfect = edited(release, answers)
+    wrong = {
+        "mask_rate": "from minimuse.masking import sample_mask_rate as mask_rate",
+        "masked_loss": ("    ### BEGIN", "    torch.zeros(10**12)\n    ### BEGIN"),
+        "decode": ("    for i in range(steps):", "    while True:\n        pass\n    for i in range(steps):"),
+        "test_batch_rates": "assert True  # tampered with",
+        "batch_rates": "def batch_rates(*args, **settings):\n    return torch.zeros(4)",
+    }
+    handed_in = {
+        "anna": perfect,
+        "ben": release,
+        "carl": edited(perfect, wrong),
+        "dora": edited(perfect, {"mask_rate": "import os\n\nos._exit(1)"}),
+    }
+    for student, nb in handed_in.items():
+        nbformat.write(nb, tmp_path / f"{student}.ipynb")
+    (tmp_path / "emil.ipynb").write_text("no notebook")
+    out = tmp_path / "marks.csv"
+    command = ["grade.py", str(course), MASKING, str(tmp_path), "--out", str(out), "--cell-seconds", "15"]
+    monkeypatch.setattr(sys, "argv", command)
+    grade.main()
+    with open(out, encoding="utf-8") as file:
+        rows = {row["student"]: row for row in csv.DictReader(file)}
+    full = {test: str(float(n)) for test, n in points(source).items()}
+    got = {student: {test: row[test] for test in full} for student, row in rows.items()}
+    assert got["anna"] == full, rows["anna"]["note"]
+    assert [rows["anna"][x] for x in ("total", "of", "to grade by hand")] == ["85.0", "100", "explanation"]
+    assert set(got["ben"].values()) == {"0.0"}
+    assert rows["ben"]["to grade by hand"] == "", "what was not answered needs no reading"
+    lost = [
+        "test_mask_rate",
+        "test_masked_loss",
+        "test_batch_rates",
+        "test_decode",
+        "test_decode_draws",
+        "test_choose_in_decode",
+    ]
+    assert got["carl"] == full | dict.fromkeys(lost, "0.0"), rows["carl"]["note"]
+    assert "test_decode: CellTimeoutError" in rows["carl"]["note"]
+    for student in ("dora", "emil"):
+        assert set(got[student].values()) == {"0.0"}
+        assert rows[student]["note"].startswith("did not end well")
+    with pytest.raises(SystemExit, match="exists"):
+        grade.main()
