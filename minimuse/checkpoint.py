@@ -170,7 +170,9 @@ def card(cfg: MuseConfig, weights: Mapping[str, Tensor], about: Mapping[str, Any
         "---",
         f"# {cfg.name}",
         "",
-        f"A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {size} to {high}.",
+        f"A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {size} to {high}."
+        if cfg.model == "muse"
+        else f"A rival of Muse's base model made by minimuse ({cfg.model}): {size}, no super-resolution.",
         f"Text: {cfg.text_encoder}, frozen.",
         "",
         "| Part | Parameters |",
@@ -384,10 +386,15 @@ def open_run(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
         raise FileExistsError(
             f"{folder} holds a run already; --resume goes on with it, another folder begins a new one"
         )
-    elif changed := differences(read_run(folder), json.loads(json.dumps(values))):
+    elif changed := differences(_filled(read_run(folder), path), json.loads(json.dumps(values))):
         raise ValueError(
             f"the run in {folder} is another one: {'; '.join(changed[:4])}. Put it back, or begin a new run"
         )
+
+
+def _filled(run: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A run of an older version: what its configuration did not know yet has its default."""
+    return run | {"config": json.loads(json.dumps(to_dict(configuration(run, path))))}
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -585,3 +585,31 @@ def check_sharded_bytes(fn: Given) -> Iterator[str]:
     ]:
         yield name
         _same(f"fn(parameters={given[0]}, processes={given[1]}, sharded={given[2]})", fn(*given), want)
+
+
+# --- diffusion --------------------------------------------------------------------------------------------------------
+
+
+@_check
+def check_add_noise(fn: Given) -> Iterator[str]:
+    """fn(x, noise, a) -> x at level a, noise in it: as `dit.add_noise`, told a itself."""
+    for name, a, want in [
+        ("a = 1 leaves the picture", 1.0, 3.0),
+        ("a = 0 is noise alone", 0.0, 5.0),
+        ("the variance stays: amounts are square roots", 0.36, 5.8),
+    ]:
+        yield name
+        _same(f"fn(x=[3.0], noise=[5.0], a={a})", fn(torch.tensor([3.0]), torch.tensor([5.0]), a), [want])
+
+
+@_check
+def check_ddim_step(fn: Given) -> Iterator[str]:
+    """fn(x, noise, now, then) -> x at level `then`: one step of `dit.ddim`, nothing clipped."""
+    for name, now, then, want in [
+        ("then = 1 gives the picture", 0.36, 1.0, 2.0),
+        ("nothing moves where then = now", 0.36, 0.36, 0.4),
+        ("the same picture and noise, in another ratio", 0.36, 0.64, 1.0),
+    ]:
+        yield name
+        call = f"fn(x=[0.4], noise=[-1.0], now={now}, then={then}), of a picture [2.0],"
+        _same(call, fn(torch.tensor([0.4]), torch.tensor([-1.0]), now, then), [want])

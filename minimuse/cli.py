@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     from minimuse import __version__
-    from minimuse.config import STAGES
+    from minimuse.config import RIVALS, STAGES
 
     top = argparse.ArgumentParser(
         prog="minimuse", description="Text-to-image by masked generative transformers (Muse)."
@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     p = command("train", train, "train a Muse from nothing, or go on with a run")
     p.add_argument("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     p.add_argument("--out", type=Path, required=True, help="folder for the run: states, log, pictures, checkpoint")
+    p.add_argument("--model", choices=RIVALS, help="another one for low resolution, of the base's size (default: Muse)")
     p.add_argument("--data", default="scenes", help="a folder of captioned images, or tar shards (default: scenes)")
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="such as stages.base.steps=500")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, where it was stopped")
@@ -333,7 +334,7 @@ def train(args: argparse.Namespace) -> None:
 def _configuration(args: argparse.Namespace) -> Any:
     """Preset, file or, to resume, the run's own; then what --set changes."""
     from minimuse import checkpoint
-    from minimuse.config import PRESETS, changed, preset
+    from minimuse.config import PRESETS, changed, preset, rival
 
     if args.resume and args.preset is None:
         if not (args.out / checkpoint.RUN).exists():
@@ -344,10 +345,12 @@ def _configuration(args: argparse.Namespace) -> Any:
     if args.preset is None:
         raise ValueError(f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
     if args.preset in PRESETS or not Path(args.preset).is_file():
-        return changed(preset(args.preset), args.set)
-    values = checkpoint.read_json(Path(args.preset))
-    whole = values if isinstance(values, dict) and "config" in values else {"config": values}
-    return changed(checkpoint.configuration(whole, Path(args.preset)), args.set)
+        cfg = preset(args.preset)
+    else:
+        values = checkpoint.read_json(Path(args.preset))
+        whole = values if isinstance(values, dict) and "config" in values else {"config": values}
+        cfg = checkpoint.configuration(whole, Path(args.preset))
+    return changed(rival(cfg, args.model) if args.model else cfg, args.set)
 
 
 def _dry_run(cfg: Any, source: Any, args: argparse.Namespace) -> None:
@@ -357,6 +360,8 @@ def _dry_run(cfg: Any, source: Any, args: argparse.Namespace) -> None:
     from minimuse.engine import Engine
     from minimuse.text import TextEncoder
 
+    if cfg.model != "muse":
+        raise ValueError(f"--dry-run counts a whole Muse; {cfg.name} is a rival of its base model: leave out --model")
     engine, encoder = Engine(device=args.device), TextEncoder(cfg.text_encoder, max_tokens=cfg.text_tokens)
     print(Corpus(args.out / "cache", source, cfg, engine, encoder.to(engine.device)).preview())
     ceiling = args.ceiling and args.ceiling * 1e12
@@ -394,7 +399,7 @@ def average(args: argparse.Namespace) -> None:
 
     checkpoint.refuse_existing(args.out)
     muse = Muse.from_pretrained(args.folder, device="cpu")
-    for name in ("base", "superres"):
+    for name in (n for n in ("base", "superres") if n in muse.parts):
         states = checkpoint.states(args.folder / name)
         if not states:
             raise FileNotFoundError(f"{args.folder / name} holds no states; `minimuse train` writes them there")
@@ -481,16 +486,15 @@ def info(args: argparse.Namespace) -> None:
         for part, tokenizer, sampling in [
             ("base", cfg.low_tokenizer, cfg.base_sampling),
             ("superres", cfg.high_tokenizer, cfg.superres_sampling),
-        ]:
+        ][: 2 if cfg.model == "muse" else 1]:
             model: Any = getattr(cfg, part)
             print(
                 f"  {part:9} {sizes[part] / 1e6:8,.1f}M  {model.layers} layers x {model.width}, MLP {model.mlp_width}; "
                 f"{tokenizer.image_size} px, f={tokenizer.downsampling}: {model.grid}x{model.grid} tokens of "
                 f"{model.codebook_size} codes; {sampling.steps} steps"
             )
-        print(
-            f"  tokenizers {sizes['low_tokenizer'] / 1e6:,.1f}M and, fine-tuned, {sizes['high_tokenizer'] / 1e6:,.1f}M"
-        )
+        high = f" and, fine-tuned, {sizes['high_tokenizer'] / 1e6:,.1f}M" if cfg.model == "muse" else ""
+        print(f"  tokenizers {sizes['low_tokenizer'] / 1e6:,.1f}M{high}")
     if not args.names:
         print(f"shipped checkpoints: {', '.join(checkpoint.shipped()) or 'none'}")
 

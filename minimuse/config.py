@@ -84,6 +84,9 @@ class TransformerConfig:
     low_grid: int = 0
     low_codebook_size: int = 0
     dropout: float = 0.0  # Choice: the paper is silent
+    identity: bool = False  # residual blocks begin as the identity, as DiT's (arXiv 2212.09748)
+    causal: bool = False  # an autoregressive model: each token sees those before it, row by row
+    patch: int = 1  # of a DiT alone: side of a token in the latent grid
 
     @property
     def tokens(self) -> int:
@@ -96,7 +99,10 @@ class TransformerConfig:
         return self.codebook_size
 
     def __post_init__(self):
-        _positive(self, "codebook_size", "grid", "text_width", "width", "layers", "heads", "mlp_width")
+        _positive(self, "codebook_size", "grid", "text_width", "width", "layers", "heads", "mlp_width", "patch")
+        ok = self.grid % self.patch == 0
+        _require(ok, f"a latent grid of {self.grid} is not divisible into patches of {self.patch}; give a divisor")
+        _require(not (self.causal and self.block), "causal attention is not multi-axis attention; give block=0")
         ok = self.width % self.heads == 0
         mend = f"take {max(1, self.width // self.heads) * self.heads}, or a number of heads that divides it"
         _require(ok, f"width {self.width} is not divisible by {self.heads} heads; {mend}")
@@ -184,6 +190,7 @@ class MuseConfig:
     low_tokenizer_from: str = ""  # a diffusers VQModel, hub id or folder, in place of training one (`amused.py`)
     pixels_gib: float = 32.0  # Choice: images kept as pixels, enough to train tokenizers on; the rest is read once more
     text_gib: float = 64.0  # embedded captions kept on disk; where they need more, they are encoded at every step
+    model: str = "muse"  # or one of RIVALS in the base model's place: the low-resolution stage alone (`rivals.py`)
 
     @property
     def finetuned_tokenizer(self) -> VQGANConfig:
@@ -209,11 +216,17 @@ class MuseConfig:
         ok = self.finetuned_width >= high.decoder_width and all(
             a >= b for a, b in zip(self.finetuned_blocks, high.decoder_blocks, strict=True)
         )
+        known = ("muse", *RIVALS)
+        _require(self.model in known, f"unknown model {self.model!r}; known: {', '.join(known)}")
+        ok = self.model != "dit" or not self.low_tokenizer_from
+        _require(ok, "a dit draws what our own encoder gives before quantization; leave low_tokenizer_from empty")
+        _require(self.base.causal == (self.model == "ar"), f"a base with causal={self.base.causal} is no {self.model}")
         _require(0 <= self.synonyms <= 1, f"synonyms {self.synonyms} is not in [0, 1]; give a share")
         _require(ok, "the fine-tuned decoder is smaller than high_tokenizer's; give at least its width and blocks")
 
 
 STAGES = ("low_tokenizer", "base", "high_tokenizer", "superres", "decoder")
+RIVALS = ("masked", "ar", "dit")  # Muse's base model by itself, autoregression, diffusion
 
 
 def _square(width: int, multiplier: int = 4) -> dict[str, int]:
@@ -429,6 +442,24 @@ def preset(name: str) -> MuseConfig:
     """A preset by name."""
     _require(name in PRESETS, f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+def rival(cfg: MuseConfig, model: str) -> MuseConfig:
+    """`cfg`'s low-resolution stage with another model of its size: "masked" (the base itself), "ar" or "dit".
+
+    Choice: a DiT's adaLN-Zero takes 6 D^2 a layer beside the 16 D^2 of ours, so it is narrower: D sqrt(16 / 22).
+    """
+    _require(cfg.model == "muse", f"{cfg.name} is a rival already; begin from a whole Muse's configuration")
+    base, sampling = cfg.base, cfg.base_sampling
+    if model == "ar":
+        base = replace(base, causal=True)
+        sampling = replace(sampling, steps=base.tokens, order="raster", guidance=(1.0, 1.0), choice_temperature=0.0)
+    elif model == "dit":
+        width = round(base.width * (16 / 22) ** 0.5 / (2 * base.heads)) * 2 * base.heads
+        base = replace(base, width=width, mlp_width=4 * width, identity=True)
+        sampling = replace(sampling, steps=50, guidance=(2.0, 2.0))
+    stages = {name: cfg.stages[name] for name in ("low_tokenizer", "base") if name in cfg.stages}
+    return replace(cfg, model=model, name=f"{cfg.name}-{model}", base=base, base_sampling=sampling, stages=stages)
 
 
 def changed(cfg: MuseConfig, changes: list[str]) -> MuseConfig:

@@ -26,6 +26,7 @@ from minimuse import checkpoint, editing
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import MuseConfig, SamplingConfig
 from minimuse.data import to_pil
+from minimuse.dit import DiT
 from minimuse.sampler import Step, decode
 from minimuse.text import Context, TextEncoder
 from minimuse.transformer import SuperRes, Transformer
@@ -53,8 +54,16 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def build(cfg: MuseConfig) -> nn.ModuleDict:
-    """The four networks with fresh weights; the high tokenizer has its fine-tuned decoder's size."""
-    low, high = VQGAN(cfg.low_tokenizer), VQGAN(cfg.finetuned_tokenizer)
+    """The four networks with fresh weights; the high tokenizer has its fine-tuned decoder's size.
+
+    Two of them where `cfg.model` names a rival of the base model (`rivals.py`).
+    """
+    low = VQGAN(cfg.low_tokenizer)
+    if cfg.model != "muse":
+        dit = cfg.model == "dit"
+        base = DiT(cfg.base, cfg.low_tokenizer.code_dim) if dit else Transformer(cfg.base)
+        return nn.ModuleDict({"low_tokenizer": low, "base": base})
+    high = VQGAN(cfg.finetuned_tokenizer)
     return nn.ModuleDict(
         {
             "low_tokenizer": low,
@@ -63,6 +72,15 @@ def build(cfg: MuseConfig) -> nn.ModuleDict:
             "superres": SuperRes(cfg.superres),
         }
     )
+
+
+def kind(cfg: MuseConfig) -> "type[Muse]":
+    """The class that draws with a configuration's networks: Muse, or what takes its place for a rival."""
+    if cfg.model == "muse":
+        return Muse
+    from minimuse.rivals import LowRes
+
+    return LowRes
 
 
 def ready_tokenizer(cfg: MuseConfig) -> nn.Module | None:
@@ -111,7 +129,7 @@ class Muse:
         self.words, self.examples = sorted(words), list(examples)  # words of the training captions; prompts to try
         self._told: set[str] = set()
         self.low_tokenizer, self.base = parts["low_tokenizer"], parts["base"]
-        self.high_tokenizer, self.superres = parts["high_tokenizer"], parts["superres"]
+        self.high_tokenizer, self.superres = (getattr(parts, k, None) for k in ("high_tokenizer", "superres"))
         self.device, self.dtype = torch.device("cpu"), torch.float32
 
     # --- the flow -----------------------------------------------------------------------------------------------------
@@ -216,7 +234,7 @@ class Muse:
         device = pick_device(device)
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-        muse = cls(cfg, parts, encoder, **about)
+        muse = (cls if cfg.model == "muse" else kind(cfg))(cfg, parts, encoder, **about)
         _ = muse.fingerprint  # of the weights as they are stored, before a dtype rounds them
         return muse.to(device, dtype)
 

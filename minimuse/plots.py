@@ -196,6 +196,8 @@ def tradeoff(
     x: str,
     y: str,
     lower: tuple[bool, bool] = (True, False),
+    *,
+    log_x: bool = False,
 ) -> Image.Image:
     """{series: {label: (x, y)}}, each measured with its interval -> a plot of 900 x 600 pixels, as Muse's figure 8.
 
@@ -221,6 +223,7 @@ def tradeoff(
             axes.annotate(label, (px, py), textcoords="offset points", fontsize=8, color=look["color"], **where)
     for less, set_label, text in zip(lower, (axes.set_xlabel, axes.set_ylabel), (x, y), strict=True):
         set_label(f"{text} ({'lower' if less else 'higher'} is better)")
+    axes.set_xscale("log" if log_x else "linear")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     return _drawn(figure)

@@ -26,10 +26,11 @@ from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.corpus import Corpus
 from minimuse.data import SceneDataset, Source, halve, to_float
+from minimuse.dit import LEVELS, DiT, NoiseLoss, gaussians, latents
 from minimuse.engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizers
 from minimuse.folders import open_source
-from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
-from minimuse.muse import Muse, build, ready_tokenizer
+from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate, uniforms
+from minimuse.muse import Muse, build, kind, ready_tokenizer
 from minimuse.scenes import COLORS, SHAPES
 from minimuse.text import Context, TextEncoder, pad_contexts
 from minimuse.transformer import SuperRes, Transformer
@@ -159,6 +160,23 @@ class MaskedLoss(nn.Module):
         return masked_cross_entropy(logits, x, masked, label_smoothing, count), right
 
 
+class NextLoss(MaskedLoss):
+    """The same of a causal model. It sees no token that it is asked for, so none is hidden; asked for all, -log p."""
+
+    def forward(
+        self,
+        x: Tensor,
+        masked: Tensor,
+        context: Context,
+        low_tokens: None,
+        count: int,
+        label_smoothing: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        logits = self.model(x, self.model.memory(context))
+        right = ((logits.detach().argmax(-1) == x) & masked).sum() / count
+        return masked_cross_entropy(logits, x, masked, label_smoothing, count), right
+
+
 def train_transformer(
     model: Transformer,
     cfg: StageConfig,
@@ -173,23 +191,25 @@ def train_transformer(
     """Masked training of the base (Muse 2.3) or, with `low_tokens`, the super-resolution transformer (2.4).
 
     tokens (n, N), low_tokens (n, N_low): tensors, or whatever gives such rows for indices. texts: for each example its
-    captions, each as unpadded embeddings (L, D_lm).
+    captions, each as unpadded embeddings (L, D_lm). A causal model is asked for every token at every step.
     The loss is the mean over the masked tokens of the whole batch, whatever number of processes and micro-batches.
     """
     engine = engine or Engine()
     device = engine.device
     model.train()
     torch.manual_seed(engine.seed)
-    job = Stage(engine, stage, cfg, {"model": MaskedLoss(model)}, shard=True)
+    schedule = (lambda u: 1.0) if model.cfg.causal else cfg.mask_schedule
+    loss_of = NextLoss if model.cfg.causal else MaskedLoss
+    job = Stage(engine, stage, cfg, {"model": loss_of(model)}, shard=True)
     if job.first:
         yield Progress(stage, job.first, cfg.steps, {}, model)
     for step in job.steps():
-        rates = sample_mask_rate(cfg.batch, schedule=cfg.mask_schedule, generator=job.draws(job.places(step)))
+        rates = sample_mask_rate(cfg.batch, schedule=schedule, generator=job.draws(job.places(step)))
         count = int(masked_counts(rates, tokens.shape[1]).sum())  # of the whole batch: an example's rate comes first
         shares = []
         for at, draws in job.micro_batches(len(tokens), step):
             x = tokens[at]
-            rates = sample_mask_rate(len(x), schedule=cfg.mask_schedule, generator=draws)  # one an example (Muse 2.6)
+            rates = sample_mask_rate(len(x), schedule=schedule, generator=draws)  # one an example (Muse 2.6)
             masked = random_mask(x, rates, draws)
             context = drop_text(pad_contexts(pick(texts, at, draws)), cfg.text_drop, draws)  # Muse 2.7
             low = None if low_tokens is None else low_tokens[at].to(device)
@@ -199,6 +219,45 @@ def train_transformer(
                 )
             job.backward(loss)
             shares.append({"loss": loss, "accuracy": right})
+        job.update(step)
+        figures = job.total(shares)
+        job.end(step)
+        if look and (step + 1) % cfg.look_every == 0:
+            figures |= look(job.modules["model"], step + 1)
+        yield Progress(stage, step + 1, cfg.steps, figures, model)
+    model.eval()
+
+
+def train_dit(
+    model: DiT,
+    cfg: StageConfig,
+    z: Tensor,
+    texts: Any,
+    *,
+    stage: str = "base",
+    engine: Engine | None = None,
+    look: Look | None = None,
+) -> Iterator[Progress]:
+    """Noise prediction (`dit.py`) on latents z (n, d, h, w) as the encoder gives them; texts as `train_transformer`."""
+    engine = engine or Engine()
+    device = engine.device
+    model.train().observe(z)
+    torch.manual_seed(engine.seed)
+    job = Stage(engine, stage, cfg, {"model": NoiseLoss(model)}, shard=True)
+    if job.first:
+        yield Progress(stage, job.first, cfg.steps, {}, model)
+    for step in job.steps():
+        shares = []
+        for at, draws in job.micro_batches(len(z), step):
+            x = z[at]
+            when = (uniforms(len(x), generator=draws) * len(LEVELS)).long()  # one an example, uniform on 0 .. S-1
+            noise = gaussians(*x.shape, generator=draws)
+            context = drop_text(pad_contexts(pick(texts, at, draws)), cfg.text_drop, draws)
+            with engine.precision():
+                inputs = (t.to(device) for t in (x, noise, when, context))
+                loss = job.modules["model"](*inputs, cfg.batch * x[0].numel())
+            job.backward(loss)
+            shares.append({"loss": loss})
         job.update(step)
         figures = job.total(shares)
         job.end(step)
@@ -280,10 +339,20 @@ def _stages(cfg: MuseConfig, data: str | Path | Source, engine: Engine, watch: W
         yield from _work("embed captions", corpus.embed(), parts)
         low_tokens, texts = corpus.split(corpus.tokens["low"]), corpus.split(corpus.texts)
         torch.manual_seed(engine.seed)  # whatever ran before: a resumed run begins each stage as a whole one does
-        parts["base"].begin_from(parts["low_tokenizer"].codebook)
-        yield from transformer("base", low_tokens)
-        parts["base"] = engine.whole(parts["base"], lambda: Transformer(cfg.base))
+        if cfg.model == "dit":
+            z, seen = latents(parts["low_tokenizer"], small[0]), {"engine": engine, "look": watch.dit(corpus, parts)}
+            yield from train_dit(parts["base"], cfg.stages["base"], z, texts, **seen)
+        else:
+            parts["base"].begin_from(parts["low_tokenizer"].codebook)
+            yield from transformer("base", low_tokens)
+        parts["base"] = engine.whole(parts["base"], lambda: build(cfg)["base"])
 
+        def finished() -> Muse:
+            return kind(cfg)(cfg, parts, encoder, **corpus.words()).to(engine.device, torch.float32)
+
+        if cfg.model != "muse":
+            yield Progress("all", 1, 1, {}, finished())
+            return
         yield from tokenizer("high_tokenizer", high, images, held_out)
         parts["high_tokenizer"] = high
         yield from _work("high tokens", corpus.tokenize("high", high), parts)
@@ -295,7 +364,7 @@ def _stages(cfg: MuseConfig, data: str | Path | Source, engine: Engine, watch: W
         torch.manual_seed(engine.seed)
         parts["high_tokenizer"] = high.grow_decoder(cfg.finetuned_tokenizer)
         yield from tokenizer("decoder", parts["high_tokenizer"], images, held_out)
-        yield Progress("all", 1, 1, {}, Muse(cfg, parts, encoder, **corpus.words()).to(engine.device, torch.float32))
+        yield Progress("all", 1, 1, {}, finished())
 
 
 def _work(name: str, work: Iterator[tuple[int, int]], parts: nn.ModuleDict) -> Iterator[Progress]:
@@ -306,7 +375,7 @@ def _work(name: str, work: Iterator[tuple[int, int]], parts: nn.ModuleDict) -> I
 
 def _perceptual(cfg: MuseConfig, engine: Engine, n: int = 2000) -> Perceptual | None:
     """Features trained on scenes, whatever the data, where a tokenizer stage weighs a perceptual loss."""
-    if not any(cfg.stages[name].perceptual_weight for name in ("low_tokenizer", "high_tokenizer", "decoder")):
+    if not any(s.perceptual_weight for name, s in cfg.stages.items() if name not in ("base", "superres")):
         return None
     scenes, kinds = SceneDataset(n, cfg.low_tokenizer.image_size, seed=engine.seed), [*product(COLORS, SHAPES)]
     there = [{(t.color, t.shape) for t in scenes.scene(i).things} for i in range(n)]

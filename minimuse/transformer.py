@@ -12,7 +12,7 @@ Not here: masking (`masking.py`), guidance (`cfg.py`), decoding (`sampler.py`).
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,17 +73,27 @@ def multi_axis_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """x (B, N, D) -> (B, N, D): full attention, or multi-axis attention in blocks of side `block`."""
+    """x (B, N, D) -> (B, N, D): full attention, multi-axis in blocks of side `block`, or causal: to those before alone.
 
-    def __init__(self, width: int, heads: int, block: int = 0):
+    `past` (empty, or [keys, values] of earlier places) grows by the N places of x, which see it too.
+    """
+
+    def __init__(self, width: int, heads: int, block: int = 0, causal: bool = False):
         super().__init__()
-        self.heads, self.block = heads, block
+        self.heads, self.block, self.causal = heads, block, causal
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
-        y = multi_axis_attention(q, k, v, self.block) if self.block else F.scaled_dot_product_attention(q, k, v)
+        if past is not None:
+            k, v = past[:] = [torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True)] if past else [k, v]
+        if self.block:
+            y = multi_axis_attention(q, k, v, self.block)
+        else:
+            n, m = q.shape[2], k.shape[2]
+            see = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m - n) if self.causal else None
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=see)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
@@ -115,9 +125,18 @@ class CrossAttention(nn.Module):
 class Layer(nn.Module):
     """x (B, N, D) -> (B, N, D): self-attention, cross-attention (where there is a memory), MLP."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int, block: int, dropout: float, cross: bool = True):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        block: int,
+        dropout: float,
+        cross: bool = True,
+        causal: bool = False,
+    ):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(width, bias=False), SelfAttention(width, heads, block)
+        self.norm1, self.attention = nn.LayerNorm(width, bias=False), SelfAttention(width, heads, block, causal)
         if cross:
             self.norm2, self.cross = nn.LayerNorm(width, bias=False), CrossAttention(width, heads)
         self.norm3 = nn.LayerNorm(width, bias=False)
@@ -126,8 +145,10 @@ class Layer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, memory: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x)))
+    def forward(
+        self, x: Tensor, memory: tuple[Tensor, Tensor, Tensor] | None = None, past: list[Tensor] | None = None
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), past))
         if memory is not None:
             x = x + self.dropout(self.cross(self.norm2(x), *memory))
         return x + self.dropout(self.mlp(self.norm3(x)))
@@ -172,7 +193,7 @@ class TokenEmbedding(nn.Module):
         self.codes.weight.data[:-1].copy_(0.5 * random_features(codebook, self.codes.embedding_dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.codes(tokens) + (self.rows + self.columns).flatten(0, 1)
+        return self.codes(tokens) + (self.rows + self.columns).flatten(0, 1)[: tokens.shape[1]]
 
 
 class Transformer(nn.Module):
@@ -186,7 +207,8 @@ class Transformer(nn.Module):
         self.text = nn.Linear(cfg.text_width, cfg.width, bias=False)  # Muse 2.1: linearly projected to the width
         self.text_norm = nn.LayerNorm(cfg.width, bias=False)  # Choice: any LM's scale fits, and zero text stays zero
         self.layers = nn.ModuleList(
-            Layer(cfg.width, cfg.heads, cfg.mlp_width, cfg.block, cfg.dropout) for _ in range(cfg.layers)
+            Layer(cfg.width, cfg.heads, cfg.mlp_width, cfg.block, cfg.dropout, causal=cfg.causal)
+            for _ in range(cfg.layers)
         )
         self.norm = nn.LayerNorm(cfg.width, bias=False)
         self.head = nn.Linear(cfg.width, cfg.codebook_size, bias=False)
@@ -199,7 +221,7 @@ class Transformer(nn.Module):
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
         elif isinstance(module, Layer):  # `apply` visits children first
-            scale = (2 * self.cfg.layers) ** -0.5
+            scale = 0.0 if self.cfg.identity else (2 * self.cfg.layers) ** -0.5
             outputs = [module.attention.out, module.mlp[2], *([module.cross.out] if hasattr(module, "cross") else [])]
             for linear in outputs:
                 linear.weight.data.mul_(scale)
@@ -231,16 +253,25 @@ class Transformer(nn.Module):
         keys, values = zip(*(layer.cross.project(entries) for layer in self.layers), strict=True)
         return Memory(keys, values, attend[:, None, None])
 
-    def _run(self, layer: Layer, x: Tensor, *memory: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def _run(self, layer: Layer, x: Tensor, *memory: Any) -> Tensor:
         """A layer; with `recompute` what it computes inside is thrown away, and computed again for the gradient."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(layer, x, *memory, use_reentrant=False)
         return layer(x, *memory)
 
-    def forward(self, tokens: Tensor, memory: Memory) -> Tensor:
-        x = self.embed(tokens)  # (B, N, D)
-        for layer, k, v in zip(self.layers, memory.keys, memory.values, strict=True):
-            x = self._run(layer, x, (k, v, memory.attend))
+    def forward(self, tokens: Tensor, memory: Memory, past: list[list[Tensor]] | None = None) -> Tensor:
+        """tokens (B, N) -> logits (B, N, V); where causal, place i sees the tokens before it, and [MASK] for the first.
+
+        `past` (causal only), an empty list a layer at first, keeps keys and values from one call to the next: give the
+        first n tokens, and the logits are those of the places that are new since, (B, new, V).
+        """
+        if self.cfg.causal:
+            tokens = F.pad(tokens, (1, -1), value=self.mask_id)
+        done = past[0][0].shape[2] if past and past[0] else 0
+        x = self.embed(tokens)[:, done:]  # (B, N, D)
+        kept = [past] if past is not None else []
+        for layer, k, v, *own in zip(self.layers, memory.keys, memory.values, *kept, strict=True):
+            x = self._run(layer, x, (k, v, memory.attend), *own)
         return self.head(self.norm(x))  # (B, N, V)
 
 

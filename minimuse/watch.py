@@ -23,7 +23,7 @@ from minimuse.checkpoint import CARD
 from minimuse.config import MuseConfig
 from minimuse.data import to_float
 from minimuse.engine import Engine
-from minimuse.muse import Muse
+from minimuse.muse import kind
 from minimuse.plots import curves, grid
 from minimuse.validation import at_rest, validate
 
@@ -79,12 +79,24 @@ class Watch:
 
         return look
 
+    def dit(self, corpus: "Corpus", parts: nn.ModuleDict) -> "Look":
+        """What a diffusion draws for the same prompts and seeds."""
+        prompts = self.prompts or corpus.words()["examples"]
+
+        def look(loss: nn.Module, step: int) -> dict[str, float]:
+            if self.folder and not self.engine.sharded:
+                with at_rest(parts), self.engine.precision():
+                    self.picture("base", step, lambda: grid(self._draw("base", parts, corpus, prompts), prompts, 3))
+            return {}
+
+        return look
+
     def _draw(self, stage: str, parts: nn.ModuleDict, corpus: "Corpus", prompts: list[str]) -> list[Any]:
         wakened = [p for p in parts.parameters() if p.requires_grad]
-        muse = Muse(self.cfg, parts, corpus.encoder).to(self.engine.device)
+        muse = kind(self.cfg)(self.cfg, parts, corpus.encoder).to(self.engine.device)
         for p in wakened:  # a Muse is frozen; the training goes on
             p.requires_grad_(True)
-        if stage != "base":
+        if stage != "base" or self.cfg.model != "muse":
             return muse.generate(prompts, seed=0)
         for step in muse.decode(muse.jobs(prompts, 1, 0, None, {})):
             if not step.masked.any():  # the last of the base model

@@ -86,6 +86,11 @@ def grow(weight, outputs, inputs, hears=0.0, says=1.0):
     return new
 
 
+def ddim_step(x, noise, now, then):
+    clean = (x - (1 - now) ** 0.5 * noise) / now**0.5
+    return then**0.5 * clean + (1 - then) ** 0.5 * noise
+
+
 OURS = {
     "check_pool": pool,
     "check_nearest": nearest,
@@ -113,6 +118,8 @@ OURS = {
     "check_layer_parameters": lambda width, mlp_width: 8 * width**2 + 2 * width * mlp_width,
     "check_training_flops": lambda parameters, tokens: 6 * parameters * tokens,
     "check_sharded_bytes": lambda parameters, processes, sharded: 18 * parameters / (processes if sharded else 1),
+    "check_add_noise": lambda x, noise, a: a**0.5 * x + (1 - a) ** 0.5 * noise,
+    "check_ddim_step": ddim_step,
 }
 
 
@@ -185,6 +192,16 @@ WRONG = [
     ("check_world", corners(agree=0.5), "the first and the last agree in 9 of 10"),
     ("check_world", corners(coin=0.4), "the others are fair coins"),
     ("check_world", Deaf, "evidence weighs pictures: log of the sum over x of p(x) e_1(x_1) ... e_N(x_N)"),
+    ("check_add_noise", lambda x, noise, a: (1 - a) ** 0.5 * x + a**0.5 * noise, "a = 1 leaves the picture"),
+    ("check_add_noise", lambda x, noise, a: x + (1 - a) ** 0.5 * noise, "a = 0 is noise alone"),
+    ("check_add_noise", lambda x, noise, a: a * x + (1 - a) * noise, "the variance stays: amounts are square roots"),
+    ("check_ddim_step", lambda x, noise, now, then: x, "then = 1 gives the picture"),
+    ("check_ddim_step", lambda *given: given[3] ** 0.5 * ddim_step(*given[:3], 1.0), "nothing moves where then = now"),
+    (
+        "check_ddim_step",
+        lambda x, noise, now, then: x if then == now else ddim_step(x, noise, now, 1.0),
+        "the same picture and noise, in another ratio",
+    ),
     ("check_pool", lambda c: None, "one token is its own mean"),
     ("check_pool", lambda c: c.embeds.mean((0, 1))[None].expand(len(c.embeds), -1), "each prompt has its own"),
     ("check_pool", lambda c: c.embeds.mean(1), "padding does not count"),

@@ -370,7 +370,16 @@ def test_train_writes_a_checkpoint_that_draws(run, here, tiny_muse, monkeypatch)
     monkeypatch.setitem(minimuse.config.PRESETS, "tiny", lambda: tiny_muse.cfg)
     code, out, err = run("train", "tiny", "--out", "runs/tiny", "--seed", 1, "--device", "cpu", model=False)
     assert (code, err) == (0, []), f"{code} {err}"
-    made = {"README.md", "curves.png", "config.json", "model.safetensors", "run.json", "log.jsonl", "cache", *tiny_muse.cfg.stages}
+    made = {
+        "README.md",
+        "curves.png",
+        "config.json",
+        "model.safetensors",
+        "run.json",
+        "log.jsonl",
+        "cache",
+        *tiny_muse.cfg.stages,
+    }
     assert set(files(here / "runs/tiny")) - {"tensorboard"} == made, f"{files(here / 'runs/tiny')}"
     muse = Muse.from_pretrained(here / "runs/tiny", device="cpu")
     assert muse.cfg == tiny_muse.cfg, "it is what the preset says"

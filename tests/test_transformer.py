@@ -1,6 +1,7 @@
 """transformer.py: tokens + memory -> logits; base and super-resolution (Muse 2.3, 2.4)."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -379,3 +380,44 @@ def test_like_codes_begin_alike():
     assert differ(model.low_embed.codes.weight[9], model.low_embed.codes.weight[0]), "nor is the low grid's"
     logits = model(tokens(n=64), model.memory(context(), tokens(high=9)))
     assert logits.abs().max() < 2, "the first logits are as mild as before"
+
+
+# --- the causal switch ------------------------------------------------------------------------------------------------
+
+
+def causal():
+    return Transformer(replace(BASE, causal=True)).eval()
+
+
+def test_causal_logits_depend_on_earlier_tokens_alone():
+    model, x = causal(), tokens(high=V)
+    memory = model.memory(context())
+    out = model(x, memory)
+    for i in (0, 5, 15):
+        other = x.clone()
+        other[:, i] = (x[:, i] + 1) % V
+        changed = (model(other, memory) - out).abs().amax((0, 2)) > 1e-5
+        assert changed.tolist() == [False] * (i + 1) + [True] * (15 - i), f"token {i} is seen by those after it alone"
+
+
+def test_a_cache_changes_nothing():
+    model, x = causal(), tokens(high=V)
+    memory, past = model.memory(context()), [[] for _ in range(2)]
+    out = model(x, memory)
+    pieces = [model(x[:, :n], memory, past) for n in (1, 2, 7, 16)]
+    assert [p.shape[1] for p in pieces] == [1, 1, 5, 9], "only what is new is computed"
+    assert_same(torch.cat(pieces, 1), out, "with kept keys and values the logits are others")
+
+
+def test_causal_and_multi_axis_do_not_go_together():
+    with pytest.raises(ValueError, match="causal"):
+        replace(BASE, causal=True, block=2)
+
+
+def test_residual_blocks_may_begin_as_the_identity():
+    model = Transformer(replace(BASE, identity=True)).eval()
+    memory, x = model.memory(context()), torch.randn(2, 16, 32)
+    for layer, k, v in zip(model.layers, memory.keys, memory.values, strict=True):
+        assert layer(x, (k, v, memory.attend)).equal(x)
+    model(tokens(), memory).sum().backward()
+    assert model.layers[0].mlp[2].weight.grad.abs().sum() > 0, "they can be left"

@@ -1,0 +1,448 @@
+"""Muse's base model, autoregression and diffusion, trained alike: who draws better, in how many steps and seconds?
+
+    python benchmarks/race.py [--out runs/race] [--steps 5000] [--n 300] [--parts race,likelihood,identity,...]
+
+Data, text, tokenizers (the shipped nano's), training loop, optimizer and, within 5%, parameters are the same; the base
+model takes --steps steps, the others as many as make the same FLOPs. All draw 32 px. Prompts are captions of held-out
+scenes of one thing. Each model's guidance and temperature are the best of six on 96 other prompts; picture i of every
+point has the same prompt and seed, so that points are compared in pairs.
+
+    race         accuracy and Frechet distance against steps and seconds; the base model one token a step as a contrast
+    likelihood   D3PM's bound of the base model, the exact likelihood of the autoregressive one, in nats a token
+    identity     residual blocks that begin as the identity, or not: in the DiT and in the masked transformer
+    stages       two token grids (base, then the shipped super-resolution) against one model of the fine grid at 64 px
+    guidance     rising from 0 to 2 t against t throughout, for the base model and for the DiT
+
+Stopped, it goes on where it was. It writes race.json, race.md, race.png and the entrants' checkpoints into --out.
+Seconds are this machine's, of batches of 50 with the tokenizer's decoder and without the language model: let it be
+idle.
+"""
+
+import argparse
+import json
+import time
+from collections import deque
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from minimuse import Muse, __version__
+from minimuse.budget import count_flops
+from minimuse.checkpoint import _replace
+from minimuse.config import MuseConfig, rival
+from minimuse.corpus import Corpus
+from minimuse.data import SceneDataset, halve, to_float
+from minimuse.dit import latents
+from minimuse.engine import Engine, generator
+from minimuse.folders import open_source
+from minimuse.intervals import Measured, difference, mean, share
+from minimuse.masking import likelihood_bound
+from minimuse.metrics import frechet
+from minimuse.muse import build
+from minimuse.plots import grid, tradeoff
+from minimuse.reader import Reader
+from minimuse.rivals import LowRes
+from minimuse.text import Context, pad_contexts
+from minimuse.train import Decimated, MaskedLoss, NextLoss, train_dit, train_transformer
+from minimuse.wants import matches, parse_prompt
+
+PARTS = ("race", "likelihood", "identity", "stages", "guidance")
+STEPS = (1, 2, 4, 8, 16, 32, 64)
+SEED = 1000  # pictures draw with SEED + i; tuning with seeds from 0, on prompts of its own
+TUNE = {  # six settings each
+    "masked": [{"guidance": (0.0, t), "sampling_temperature": x} for t in (2.0, 4.0, 8.0) for x in (0.7, 1.0)],
+    "ar": [{"guidance": t, "sampling_temperature": x} for t in (1.0, 2.0, 4.0) for x in (0.7, 1.0)],
+    "dit": [{"guidance": t} for t in (0.0, 1.0, 2.0, 3.0, 4.0, 6.0)],
+}
+FINE = {"guidance": (1.0, 3.0), "sampling_temperature": 0.4, "choice_temperature": 0.5}  # nano's own super-resolution
+TUNING_STEPS = {"masked": {"steps": 16}, "ar": {}, "dit": {"steps": 32}}
+
+
+class Point(NamedTuple):
+    """A model and how it draws."""
+
+    entrant: str
+    sampling: dict[str, Any]
+
+
+class Race:
+    """What all entrants share, and what is kept of each in `out`."""
+
+    def __init__(
+        self,
+        out: Path,
+        steps: int,
+        n: int,
+        *,
+        real: int = 1000,
+        tuning: int = 96,
+        batch: int = 50,
+        nano: Muse | None = None,
+    ):
+        self.out, self.steps, self.n, self.tuning, self.batch = out, steps, n, tuning, batch
+        self.nano = nano or Muse.from_pretrained("nano", device="cpu", dtype=torch.float32)
+        self.cfg, self.reader, self.muses = self.nano.cfg, Reader.from_pretrained(), {}
+        self.scenes = SceneDataset(max(n, real) + tuning, self.cfg.high_tokenizer.image_size, "test", 1, (1, 0, 0))
+        self.real = self.scenes.images(range(max(n, real)))
+        masked, dit = rival(self.cfg, "masked"), rival(self.cfg, "dit")
+        self.entrants = {
+            "masked": masked,
+            "ar": rival(self.cfg, "ar"),
+            "dit": dit,
+            "masked, identity": replace(masked, base=replace(masked.base, identity=True)),
+            "dit, open gates": replace(dit, base=replace(dit.base, identity=False)),
+            "one stage": one_stage(self.cfg),
+        }
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """nano's scenes, the tokens of its own tokenizers, its captions' embeddings: computed once."""
+        source = open_source("scenes", self.cfg, seed=0)
+        corpus = Corpus(self.out / "cache", source, self.cfg, Engine(device="cpu"), self.nano.encoder)
+        for work in (
+            corpus.read(),
+            corpus.tokenize("low", self.nano.low_tokenizer),
+            corpus.tokenize("high", self.nano.high_tokenizer),
+            corpus.embed(),
+        ):
+            deque(work, maxlen=0)
+        return corpus
+
+    def flops(self, name: str) -> int:
+        """Of one example's forward and backward pass."""
+        return flops(self.entrants[name])
+
+    def train_steps(self, name: str) -> int:
+        """As many as make the FLOPs of --steps steps of the base model; "one stage" has super-resolution's as well."""
+        total = self.steps * flops(rival(self.cfg, "masked"))
+        if name == "one stage":
+            stage = self.cfg.stages["superres"]
+            total += stage.steps * stage.batch / self.cfg.stages["base"].batch * superres_flops(self.cfg)
+        return max(1, round(total / self.flops(name)))
+
+    def muse(self, name: str) -> Muse:
+        """A trained entrant; its training goes on where it was stopped."""
+        if name == "two stages":
+            parts = {**self.nano.parts, "base": self.muse("masked").base}
+            return Muse(self.cfg, nn.ModuleDict(parts), self.nano.encoder)
+        if name not in self.muses:
+            cfg, fine = self.entrants[name], name == "one stage"
+            torch.manual_seed(0)
+            parts = build(cfg)
+            parts["low_tokenizer"] = self.nano.high_tokenizer if fine else self.nano.low_tokenizer
+            model, stage = parts["base"], replace(cfg.stages["base"], steps=self.train_steps(name), look_every=10**9)
+            slug = name.replace(", ", "-").replace(" ", "-")
+            how = {"engine": Engine(device="cpu", folder=self.out / "runs" / slug)}
+            texts = self.corpus.split(self.corpus.texts)
+            if cfg.model == "dit":
+                images = Decimated(self.corpus.split(self.corpus.images), self.factor)
+                run = train_dit(model, stage, latents(self.nano.low_tokenizer, images), texts, **how)
+            else:
+                model.begin_from(parts["low_tokenizer"].codebook)
+                tokens = self.corpus.split(self.corpus.tokens["high" if fine else "low"])
+                run = train_transformer(model, stage, tokens, texts, **how)
+            watched(run, name)
+            self.muses[name] = LowRes(cfg, parts, self.nano.encoder, **self.corpus.words())
+            self.muses[name].save_pretrained(self.out / "checkpoints" / slug, overwrite=True)
+        return self.muses[name]
+
+    @property
+    def factor(self) -> int:
+        return self.cfg.high_tokenizer.image_size // self.cfg.low_tokenizer.image_size
+
+    # --- drawing ------------------------------------------------------------------------------------------------------
+
+    def prompts(self, tuning: bool = False) -> list[str]:
+        first = len(self.real) if tuning else 0
+        return [self.scenes.captions(first + i, 1)[0] for i in range(self.tuning if tuning else self.n)]
+
+    def measure(self, point: Point, tuning: bool = False) -> dict[str, Tensor]:
+        """-> right, clear (n,), reader's features (n, D), seconds a picture of each batch; kept in `out`."""
+        label = " ".join([point.entrant, *(f"{k}={v}" for k, v in point.sampling.items()), "tuning" * tuning])
+        path = (
+            self.out
+            / "points"
+            / f"{''.join(c if c.isalnum() or c in '.=' else '-' for c in label.strip())}.safetensors"
+        )
+        if path.exists() and len((kept := load_file(path))["right"]) == (self.tuning if tuning else self.n):
+            return kept
+        muse, prompts, seed = self.muse(point.entrant), self.prompts(tuning), 0 if tuning else SEED
+        muse.contexts(muse.jobs(prompts, 1, 0, None, {}))  # the language model keeps what it has read
+        muse.generate(prompts[: self.batch], seed=seed, batch_size=self.batch, **point.sampling)  # the first is slow
+        images, seconds = [], []
+        for i in range(0, len(prompts), self.batch):
+            few, began = prompts[i : i + self.batch], time.perf_counter()
+            images += muse.generate(few, seed=seed + i, batch_size=self.batch, **point.sampling)
+            seconds.append((time.perf_counter() - began) / len(few))
+        found = self.read(images, prompts) | {"seconds": torch.tensor(seconds)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, partial(save_file, found))
+        if not tuning:
+            marks = [f"{p}{'' if ok else '  WRONG'}" for p, ok in zip(prompts, found["right"].tolist(), strict=True)]
+            grid(images[:24], marks[:24], columns=8).save(path.with_suffix(".png"))
+        return found
+
+    def read(self, images: Any, prompts: list[str]) -> dict[str, Tensor]:
+        readings, wants = self.reader.read(images), [parse_prompt(p) for p in prompts]
+        found = {
+            name: torch.tensor([matches(r, w, sure=sure).right for r, w in zip(readings, wants, strict=True)])
+            for name, sure in (("right", 0.0), ("clear", 0.5))
+        }
+        return found | {"features": self.reader.features(images)}
+
+    def tuned(self, entrant: str) -> dict[str, Any]:
+        """The best of six by the share that is clearly right; the first where several are."""
+        model = self.entrants[entrant].model
+        trials = [Point(entrant, how | TUNING_STEPS[model]) for how in TUNE[model]]
+        shares = [self.measure(p, tuning=True)["clear"].float().mean().item() for p in trials]
+        return TUNE[model][shares.index(max(shares))]
+
+    def figures(self, point: Point | None, side: int) -> dict[str, Measured]:
+        """Measured of a point, or of what the low tokenizer makes of real scenes; `side` of the real ones in pixels."""
+        real = halve(self.real, self.cfg.high_tokenizer.image_size // side)
+        found = self.ceiling() if point is None else self.measure(point)
+        result = {name: share(found[name].bool()) for name in ("right", "clear")}
+        result["frechet"] = frechet(self.reader.features(real), found["features"])
+        return result if point is None else result | {"seconds": mean(found["seconds"])}
+
+    def ceiling(self) -> dict[str, Tensor]:
+        images, tokenizer = to_float(halve(self.real[: self.n], self.factor)), self.nano.low_tokenizer
+        with torch.inference_mode():
+            again = torch.cat([tokenizer.decode(tokenizer.encode(x)) for x in images.split(64)])
+        return self.read(again, self.prompts())
+
+    # --- likelihood ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def nats(self, name: str, draws: int = 64) -> Measured:
+        """Held-out pictures in nats a token: D3PM's bound, mean of so many draws each; of "ar" the exact figure."""
+        model, corpus = self.muse(name).base, self.corpus
+        tokens, texts = (corpus.split(r, held_out=True) for r in (corpus.tokens["low"], corpus.texts))
+        at = torch.arange(len(tokens))
+        x, memory = tokens[at], model.memory(pad_contexts([t.float() for t in texts.pick(at, [0.0] * len(at))]))
+        if model.cfg.causal:
+            nll = -model(x, memory).log_softmax(-1).gather(-1, x[..., None])[..., 0].mean(1)
+            return mean(nll)
+        seeds = [[generator(k, i) for i in at.tolist()] for k in range(draws)]
+        bounds = [likelihood_bound(lambda t: model(t, memory), x, model.mask_id, g) for g in seeds]
+        return mean(torch.stack(bounds).mean(0))
+
+
+def one_stage(cfg: MuseConfig) -> MuseConfig:
+    """A masked transformer of the fine grid from the text alone, with the parameters of base and super-resolution."""
+    cfg, layers = rival(cfg, "masked"), cfg.base.layers + cfg.superres.layers + cfg.superres.low_layers
+    high, sr = cfg.finetuned_tokenizer, cfg.superres
+    base = replace(cfg.base, grid=sr.grid, block=sr.block, codebook_size=sr.codebook_size, layers=layers)
+    low = {"low_grid": sr.grid, "low_codebook_size": sr.codebook_size}
+    return replace(cfg, name="one stage", low_tokenizer=high, base=base, superres=replace(sr, **low))
+
+
+def flops(cfg: MuseConfig, text_tokens: int = 16) -> int:
+    """Forward and backward pass of one example of a rival's own loss."""
+    with torch.device("meta"):
+        model = build(cfg)["base"]
+        context = Context(
+            torch.zeros(1, text_tokens, cfg.base.text_width), torch.ones(1, text_tokens, dtype=torch.bool)
+        )
+        if cfg.model == "dit":
+            z = torch.zeros(1, len(model.mean), cfg.low_tokenizer.grid, cfg.low_tokenizer.grid)
+            a = torch.zeros(1)
+            return count_flops(lambda: (model(z, model.memory(context), a).sum() / z.numel()).backward())
+        x = torch.zeros(1, cfg.base.tokens, dtype=torch.long)
+        loss = (NextLoss if cfg.model == "ar" else MaskedLoss)(model)
+        return count_flops(lambda: loss(x, x == 0, context, None, x.numel())[0].backward())
+
+
+def superres_flops(cfg: MuseConfig, text_tokens: int = 16) -> int:
+    with torch.device("meta"):
+        model = build(cfg)["superres"]
+        context = Context(
+            torch.zeros(1, text_tokens, cfg.base.text_width), torch.ones(1, text_tokens, dtype=torch.bool)
+        )
+        x, low = (torch.zeros(1, c.tokens, dtype=torch.long) for c in (cfg.superres, cfg.base))
+        return count_flops(lambda: MaskedLoss(model)(x, x == 0, context, low, x.numel())[0].backward())
+
+
+def watched(run: Any, name: str) -> None:
+    from tqdm import tqdm
+
+    with tqdm(desc=f"train {name}") as bar:
+        for p in run:
+            bar.total = p.steps
+            bar.update(p.step - bar.n)
+            bar.set_postfix({k: f"{v:.3g}" for k, v in p.figures.items()}, refresh=False)
+
+
+# --- what is measured and told ----------------------------------------------------------------------------------------
+
+
+def plain(found: Any) -> Any:
+    """Figures as JSON values."""
+    if isinstance(found, Measured):
+        return {k: v for k, v in found._asdict().items() if k != "shown"}
+    return {k: plain(v) for k, v in found.items()} if isinstance(found, dict) else found
+
+
+COLUMNS = ("right", "clear", "frechet", "seconds")
+HEAD = ["", "all right", "clear", "Frechet distance", "seconds a picture"]
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def figures_table(found: dict[str, dict[str, Measured]]) -> str:
+    rows = [[name, *(str(f.get(c, "-")) for c in COLUMNS)] for name, f in found.items()]
+    return markdown(HEAD, rows)
+
+
+def entrants_table(race: Race, names: list[str]) -> str:
+    rows = []
+    for name in names:
+        cfg, steps = race.entrants[name], race.train_steps(name)
+        size = sum(p.numel() for p in race.muse(name).base.parameters())
+        total = steps * cfg.stages["base"].batch * race.flops(name)
+        rows.append([name, f"{size:,}", f"{cfg.base.layers} x {cfg.base.width}", f"{steps:,}", f"{total:.3g}"])
+    return markdown(["", "parameters", "layers x width", "training steps", "training FLOPs"], rows)
+
+
+def paired(race: Race, pairs: dict[str, tuple[Point, Point]]) -> tuple[str, dict[str, Measured]]:
+    """Point against point on the same prompts and seeds: the difference of what is right, first less second."""
+    found = {
+        f"{name}: {kind}": difference(*(race.measure(p)[kind].bool() for p in pair))
+        for name, pair in pairs.items()
+        for kind in ("right", "clear")
+    }
+    return markdown(["difference", "95% interval"], [[k, str(v)] for k, v in found.items()]), found
+
+
+def run_race(race: Race) -> tuple[str, dict[str, Any]]:
+    points: dict[str, dict[str, Point]] = {"masked": {}, "ar": {}, "dit": {}, "masked, raster": {}}
+    best = {name: race.tuned(name) for name in ("masked", "ar", "dit")}
+    for name in ("masked", "dit"):
+        points[name] = {str(t): Point(name, best[name] | {"steps": t}) for t in STEPS}
+    tokens = race.cfg.base.tokens
+    points["ar"] = {str(tokens): Point("ar", best["ar"])}
+    raster = {"steps": tokens, "order": "raster", "choice_temperature": 0.0}
+    points["masked, raster"] = {str(tokens): Point("masked", best["masked"] | raster)}
+    side = race.cfg.low_tokenizer.image_size
+    found = {name: {t: race.figures(p, side) for t, p in row.items()} for name, row in points.items()}
+    plots = []
+    for measure, lower, label in (("right", False, "everything right"), ("frechet", True, "Frechet distance")):
+        series = {name: {t: (f["seconds"], f[measure]) for t, f in row.items()} for name, row in found.items()}
+        plots.append(tradeoff(series, "seconds a picture", label, lower=(True, lower), log_x=True))
+    grid(plots, columns=2, scale=1).save(race.out / "race.png")
+    top = {n: max(row, key=lambda t, row=row: found[n][t]["clear"].value) for n, row in points.items()}
+    pairs = {
+        f"{n} ({top[n]} steps) - masked ({top['masked']})": (points[n][top[n]], points["masked"][top["masked"]])
+        for n in ("ar", "dit", "masked, raster")
+    }
+    flat = {f"{name}, {t} steps": f for name, row in found.items() for t, f in row.items()}
+    flat["real scenes through the tokenizer"] = race.figures(None, side)
+    told, gaps = paired(race, pairs)
+    text = [entrants_table(race, ["masked", "ar", "dit"]), figures_table(flat), told]
+    text.append("Sampling, the best of six on other prompts: " + "; ".join(f"{n} {how}" for n, how in best.items()))
+    return "\n".join(text), {"figures": flat, "differences": gaps, "sampling": best}
+
+
+def run_likelihood(race: Race) -> tuple[str, dict[str, Any]]:
+    found = {"masked (an upper bound)": race.nats("masked"), "ar (exact)": race.nats("ar")}
+    return markdown(["", "nats a token"], [[k, str(v)] for k, v in found.items()]), found
+
+
+def run_identity(race: Race) -> tuple[str, dict[str, Any]]:
+    points = {
+        name: Point(name, race.tuned(name.split(",")[0]) | {"steps": steps})
+        for name, steps in (("masked", 16), ("masked, identity", 16), ("dit", 32), ("dit, open gates", 32))
+    }
+    found = {name: race.figures(p, race.cfg.low_tokenizer.image_size) for name, p in points.items()}
+    pairs = {
+        "masked, identity - masked": ("masked, identity", "masked"),
+        "dit - dit, open gates": ("dit", "dit, open gates"),
+    }
+    told, gaps = paired(race, {k: (points[a], points[b]) for k, (a, b) in pairs.items()})
+    nats = {name: race.nats(name) for name in ("masked", "masked, identity")}
+    bounds = markdown(["", "bound, nats a token"], [[k, str(v)] for k, v in nats.items()])
+    text = [entrants_table(race, list(points)), figures_table(found), told, bounds]
+    return "\n".join(text), {"figures": found, "differences": gaps, "bounds": nats}
+
+
+def run_stages(race: Race) -> tuple[str, dict[str, Any]]:
+    how = race.tuned("masked")
+    points = {
+        "two stages, 16 + 16 steps": Point("two stages", how | {"steps": 16, "superres": FINE | {"steps": 16}}),
+        "two stages, 16 + 4 steps": Point("two stages", how | {"steps": 16, "superres": FINE | {"steps": 4}}),
+        "one stage, 16 steps": Point("one stage", how | {"steps": 16}),
+        "one stage, 32 steps": Point("one stage", how | {"steps": 32}),
+    }
+    found = {name: race.figures(p, race.cfg.high_tokenizer.image_size) for name, p in points.items()}
+    first, _, one, long = points.values()
+    told, gaps = paired(race, {"one stage, 16 - two": (one, first), "one stage, 32 - two": (long, first)})
+    return "\n".join([entrants_table(race, ["one stage"]), figures_table(found), told]), {
+        "figures": found,
+        "differences": gaps,
+    }
+
+
+def run_guidance(race: Race) -> tuple[str, dict[str, Any]]:
+    points, pairs = {}, {}
+    for name, steps in (("masked", 16), ("dit", 32)):
+        rest = {k: v for k, v in race.tuned(name).items() if k != "guidance"} | {"steps": steps}
+        for t in (1.0, 2.0, 4.0):
+            rising, constant = f"{name}, 0 to {2 * t:g}", f"{name}, {t:g}"
+            points[rising] = Point(name, rest | {"guidance": (0.0, 2 * t)})
+            points[constant] = Point(name, rest | {"guidance": t})
+            pairs[f"{rising} - {constant}"] = (points[rising], points[constant])
+    found = {name: race.figures(p, race.cfg.low_tokenizer.image_size) for name, p in points.items()}
+    told, gaps = paired(race, pairs)
+    return "\n".join([figures_table(found), told]), {"figures": found, "differences": gaps}
+
+
+RUN = {"race": run_race, "likelihood": run_likelihood, "identity": run_identity, "stages": run_stages}
+RUN |= {"guidance": run_guidance}
+
+
+def run(race: Race, parts: list[str]) -> dict[str, Any]:
+    """One part after the other; race.json and race.md hold what is done so far."""
+    settings = {"steps": race.steps, "n": race.n, "seed": SEED}
+    path = race.out / "race.json"
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": settings, "parts": {}}
+    if report["settings"] != settings:
+        raise SystemExit(f"{race.out} holds a race of {report['settings']}, not {settings}; give another --out")
+    for part in parts:
+        text, found = RUN[part](race)
+        report["versions"] = {"minimuse": __version__, "torch": str(torch.__version__)}
+        report["parts"][part] = {"text": text, "found": json.loads(json.dumps(plain(found)))}
+        tables = [f"## {name}\n\n{report['parts'][name]['text']}" for name in PARTS if name in report["parts"]]
+        head = f"{race.steps:,} training steps of the base model, {race.n} pictures a point, 95% intervals.\n"
+        for file, told in (
+            (path, json.dumps(report, indent=1) + "\n"),
+            (race.out / "race.md", "\n".join([head, *tables])),
+        ):
+            _replace(file, lambda new, told=told: new.write_text(told, encoding="utf-8"))
+        print(f"## {part}\n\n{text}", flush=True)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/race"))
+    parser.add_argument("--steps", type=int, default=5000, help="of the base model; the others' follow")
+    parser.add_argument("--n", type=int, default=300, help="pictures a point")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated (default: {','.join(PARTS)})")
+    args = parser.parse_args()
+    if unknown := set(args.parts.split(",")) - set(PARTS):
+        raise SystemExit(f"unknown parts {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    run(Race(args.out, args.steps, args.n), args.parts.split(","))
+
+
+if __name__ == "__main__":
+    main()

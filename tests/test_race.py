@@ -1,0 +1,62 @@
+"""benchmarks/race.py: the race from training to tables, tiny."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from minimuse.config import preset, rival
+
+spec = importlib.util.spec_from_file_location("race", Path(__file__).parent.parent / "benchmarks" / "race.py")
+race = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(race)
+
+
+def start(out, muse, **changes):
+    how = {"steps": 2, "n": 8, "real": 12, "tuning": 4, "batch": 4, "nano": muse}
+    return race.Race(out, **(how | changes))
+
+
+@pytest.mark.slow
+def test_a_race_from_training_to_tables(tiny_muse, tmp_path, monkeypatch):
+    monkeypatch.setattr(race, "STEPS", (1, 4))
+    found = race.run(start(tmp_path, tiny_muse), list(race.PARTS))
+    assert set(found["parts"]) == set(race.PARTS)
+    parts = found["parts"]
+    assert {"masked, 4 steps", "dit, 1 steps", "ar, 64 steps", "masked, raster, 64 steps"} <= set(
+        parts["race"]["found"]["figures"]
+    )
+    for part in parts.values():
+        for row in part["found"].get("figures", {}).values():
+            assert all(f["low"] <= f["value"] <= f["high"] for f in row.values()), "an interval holds its figure"
+    bound, exact = parts["likelihood"]["found"].values()
+    assert math.log(16) * 0.5 < exact["value"] < math.log(16) * 1.5, "two steps of training: about log V"
+    assert bound["value"] == pytest.approx(math.log(16), rel=0.5)
+    assert Image.open(tmp_path / "race.png").width > 1500
+    assert all(f"## {part}" in (tmp_path / "race.md").read_text(encoding="utf-8") for part in race.PARTS)
+
+    monkeypatch.setattr(race.LowRes, "generate", lambda *a, **k: pytest.fail("drawn again"))
+    again = race.run(start(tmp_path, tiny_muse), ["race"])
+    assert again["parts"] == parts == json.loads((tmp_path / "race.json").read_text(encoding="utf-8"))["parts"]
+    with pytest.raises(SystemExit, match="holds a race of"):
+        race.run(start(tmp_path, tiny_muse, n=9), ["race"])
+
+
+def test_all_get_the_same_training_compute(tiny_muse, tmp_path):
+    it = start(tmp_path, tiny_muse, steps=1000)
+    total = 1000 * it.flops("masked")
+    for name in ("masked", "ar", "dit", "masked, identity", "dit, open gates"):
+        assert it.train_steps(name) * it.flops(name) == pytest.approx(total, rel=0.01), name
+    cfg = preset("nano")
+    assert race.flops(rival(cfg, "ar")) == race.flops(rival(cfg, "masked"))
+    assert 0.6 < race.flops(rival(cfg, "dit")) / race.flops(rival(cfg, "masked")) < 1, "narrower, so more steps"
+
+
+def test_one_stage_is_as_large_as_two():
+    from minimuse.muse import parameter_counts
+
+    sizes, one = parameter_counts(preset("nano")), parameter_counts(race.one_stage(preset("nano")))
+    assert one["base"] == pytest.approx(sizes["base"] + sizes["superres"], rel=0.1)
