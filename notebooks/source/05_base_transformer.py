@@ -711,7 +711,8 @@ Three things to read here.
 
 - The batches scatter widely, and not because training is rough: each has other rates, and a nearly empty picture is
   harder than a nearly full one. Judge by the held-out lines.
-- First all lines fall together to the unigram entropy: how common codes are needs no context. Below it they *fan out*.
+- First all lines fall together, and past the unigram entropy: *where* a place lies (sky above, floor below) and what
+  the text says help without any visible token. Then they *fan out*.
 - With 10% hidden the neighbours tell nearly all. With 90% hidden the text must. The distance between the lines is what
   the visible tokens are worth.
 """
@@ -790,8 +791,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-The picture's rim is cheap: sky above, floor below. The price is paid in the middle, where things stand, and that is
-also where the text earns its keep.
+The picture's rim is cheap: sky above, floor below. The price is paid in the middle, where things stand, and there the
+text earns most of its keep.
 """
 
 # %% [markdown]
