@@ -260,10 +260,10 @@ for costs, label, mark in [
     (axis, "multi-axis attention, blocks of 8 x 8", "^-"),
 ]:
     ax.loglog(tokens, costs, mark, label=label, base=2)
-for n, model in [(256, "base"), (4096, "super-resolution")]:
+for n, model, height in [(256, "base", 0.45), (4096, "super-resolution", 0.3)]:
     ax.axvline(n, color="0.7", lw=1, zorder=0)
     at = {"xycoords": ("data", "axes fraction"), "rotation": 90, "va": "bottom", "ha": "right"}
-    ax.annotate(model, (n, 0.03), fontsize=9, color="0.4", **at)
+    ax.annotate(model, (n, height), fontsize=9, color="0.4", **at)
 ax.set(xlabel="tokens of a picture", ylabel="FLOPs a token, forward")
 ax.legend(fontsize=9)
 plt.show()
@@ -375,8 +375,8 @@ print(
 
 # %% [markdown]
 r"""
-Checkpointing buys room for many more, for a third more arithmetic: forward once more, $8P$ instead of $6P$. In practice somewhat fewer fit than
-counted here, since gradients of activations and workspaces want room too.
+Dozens, then hundreds. The price is part of the forward pass, once more: at most $2P$ on top of $6P$, a third, and less here, since running again
+stops as soon as all that the backward pass needs is there. In practice somewhat fewer fit than counted, since gradients of activations and workspaces want room too.
 
 If a batch does not fit, **accumulate**: run part after part, add up the gradients, and step once. Time stays, memory shrinks. Or use more accelerators.
 """
@@ -418,8 +418,8 @@ for budget, optimizer, mark in [(b, "adafactor", "o"), (b, "adamw", "s")]:
 ax.axhline(MEMORY / 1e9, color="k", ls="--", lw=1, label="the accelerator")
 ax.set_xscale("log", base=2)
 ax.set_xticks(sharded, sharded)
-ax.set(xlabel="accelerators", ylabel="GB on each, before any example")
-ax.legend(fontsize=9, ncols=2)
+ax.set(xlabel="accelerators", ylabel="GB on each, before any example", ylim=(0, 1.1 * MEMORY / 1e9))
+ax.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 plt.show()
 
 # %% [markdown]
@@ -515,8 +515,9 @@ for name, budget in base.items():
     ax.annotate(
         name,
         (budget.parameters, bill(budget)[0]),
-        xytext=(8, -10),
+        xytext=(-6, 6),
         textcoords="offset points",
+        ha="right",
         fontsize=9,
     )
 for hours, word in [(1, "an hour"), (24, "a day"), (24 * 365, "a year")]:
@@ -582,7 +583,7 @@ print(
 
 # %% [markdown]
 r"""
-Small matrices never reach the ceiling: there is more to do around each product than in it. The larger the model, the nearer it comes.
+Small matrices stay below the ceiling: there is much to do around each product. The larger the model, the nearer it comes.
 
 `report` puts all of this notebook into one table, for any configuration; on the command line it is `minimuse train paper_3b --dry-run`.
 """
@@ -679,23 +680,22 @@ since it has 16 times the tokens. And the decoder, which has the fewest paramete
 r"""
 ## What failure looks like
 
-**The envelope that forgets activations.** "16 bytes a parameter, 80 GB: a model of 5 billion fits." It does, with a batch of nothing.
+**The envelope that forgets activations.** "AdamW, 16 bytes a parameter, 80 GB: a model of 5 billion fits." It does, with a batch of nothing.
+For 3 billion, the same envelope promises room to spare; here is what happens as the batch grows.
 """
 
 # %%
-examples = list(range(0, 65, 4))
+examples = list(range(0, 33, 2))
 figure, ax = plt.subplots(figsize=(7, 3.2))
-ax.axhline(16 * b.parameters / 1e9, color="C6", ls=":", label="16 bytes a parameter, and no more")
+ax.axhline(16 * b.parameters / 1e9, color="C3", ls=":", label="16 bytes a parameter")
 for budget, label, color in [(b, "as it is", "C1"), (lean, "checkpointed", "C0")]:
+    fixed = budget.fixed - budget.optimizer + states["adamw"]
     ax.plot(
-        examples,
-        [(budget.fixed + k * budget.activations) / 1e9 for k in examples],
-        color=color,
-        label=label,
+        examples, [(fixed + k * budget.activations) / 1e9 for k in examples], color, label=label
     )
 ax.axhline(MEMORY / 1e9, color="k", ls="--", lw=1, label="the accelerator")
-ax.set(xlabel="pictures at a time", ylabel="GB, 3B base with Adafactor", ylim=(0, 3 * MEMORY / 1e9))
-ax.legend(fontsize=9)
+ax.set(xlabel="pictures at a time", ylabel="GB, the 3B base with AdamW", ylim=(0, None))
+ax.legend(fontsize=9, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 plt.show()
 
 # %% [markdown]
@@ -740,7 +740,7 @@ r"""
 ## Summary
 
 A layer holds $16 D^2$ numbers. Training costs $6P$ FLOPs a token, using the model $2P$; attention's own products matter from about $N = 8D$ tokens on.
-Memory is 18 bytes a parameter with AdamW, 10 with Adafactor, and activations, which checkpointing exchanges for a third more arithmetic. FSDP divides what is fixed, never the activations. One token at a time waits for memory, not for arithmetic, so few parallel
+Memory is 18 bytes a parameter with AdamW, 10 with Adafactor, and activations, which checkpointing exchanges for up to a third more arithmetic. FSDP divides what is fixed, never the activations. One token at a time waits for memory, not for arithmetic, so few parallel
 steps are fast although they compute more. An envelope may be wrong by a factor of a few; that is good enough to find most mistakes before they cost
 money.
 """
