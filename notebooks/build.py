@@ -92,7 +92,7 @@ def notebook(name: str) -> nbformat.NotebookNode:
 
 
 def slim(data: dict) -> None:
-    """An output with a PNG: Jupyter adds a coarse JPEG, which goes; where a fine one spares a third of much, it stays."""
+    """An output with a PNG: Jupyter's coarse JPEG goes; a fine one takes its place where it spares a third of much."""
     data.pop("image/jpeg", None)
     png, jpeg = base64.b64decode(data["image/png"]), io.BytesIO()
     Image.open(io.BytesIO(png)).convert("RGB").save(jpeg, "JPEG", quality=90, subsampling=0, optimize=True)
