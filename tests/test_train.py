@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,6 +271,7 @@ class Spy(torch.nn.Module):
     """Keeps what a training step shows a transformer."""
 
     mask_id = V
+    cfg = SimpleNamespace(causal=False)
 
     def __init__(self):
         super().__init__()
