@@ -28,8 +28,7 @@ def sheet(name: str):
 
 
 def main() -> None:
-    for name in ("toy", "nano"):
-        sheet(name).save(ASSETS / f"{name}.png")
+    sheet("toy").save(ASSETS / "toy.png")
     muse = Muse.from_pretrained("toy")
     film(muse, list(muse.steps("a large red cube", seed=0)), most=9).save(ASSETS / "film.png")
 

@@ -2,7 +2,7 @@
 
     python benchmarks/scratch_text.py --out runs/scratch/text
     minimuse train toy --out runs/scratch --set text_encoder=runs/scratch/text
-    minimuse eval runs/scratch --base-only --kinds "one object" paraphrases
+    minimuse eval runs/scratch --base-only --kinds seen,paraphrases
 
 It writes a folder that `TextEncoder` reads as any other: the tokenizer of all-MiniLM-L6-v2, a random vector for each of
 its word pieces and for each place, no layer. They stay as they are, and nothing is lost by it: what the base model

@@ -1,7 +1,7 @@
 """minimuse: the readable reference implementation of Muse (arXiv 2301.00704) in PyTorch.
 
     from minimuse import Muse
-    Muse.from_pretrained("nano").generate("two small red cubes", seed=0)[0].show()
+    Muse.from_pretrained("toy").generate("two small red cubes", seed=0)[0].show()
 
 To read Muse, go in this order; each file is one part of the paper:
 

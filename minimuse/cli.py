@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     p = command(
         "eval", eval_, "how often a checkpoint is right: prompts, edits, tokenizers, with intervals and pictures"
     )
-    p.add_argument("name", nargs="?", default="nano", metavar="CHECKPOINT", help="shipped name, folder or hub id")
+    p.add_argument("name", nargs="?", default="toy", metavar="CHECKPOINT", help="shipped name, folder or hub id")
     p.add_argument("--out", type=Path, required=True, help="folder for the report; a stopped evaluation goes on there")
     p.add_argument("--kinds", type=_names, default=[], help="comma-separated, such as seen,counts,edit (default: all)")
     p.add_argument("--n", type=int, help="pictures a kind (default: 1000), or a point of the sweep (300)")
@@ -149,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _drawing(p: argparse.ArgumentParser, sampling: bool = True) -> None:
     """Options that all commands share that draw pictures."""
-    p.add_argument("--model", help="shipped name, folder or hub id (default: nano; of --like, the one that it names)")
+    p.add_argument("--model", help="shipped name, folder or hub id (default: toy; of --like, the one that it names)")
     p.add_argument("--n", type=int, default=1, help="pictures a prompt")
     p.add_argument("--seed", type=int, help="picture i draws with seed + i (default: a random one, told)")
     p.add_argument("--negative-prompt")
@@ -238,7 +238,7 @@ def _draw(args: argparse.Namespace, method) -> None:
     from minimuse.pictures import save_png
     from minimuse.plots import film
 
-    muse = Muse.from_pretrained(args.model or "nano", device=args.device)
+    muse = Muse.from_pretrained(args.model or "toy", device=args.device)
     settings = {k: v for k in SAMPLING if (v := getattr(args, k, None)) is not None}
     seen = []
     with tqdm(desc="decoding", unit="step") as bar:

@@ -351,7 +351,7 @@ def toy() -> MuseConfig:
         high_tokenizer=replace(low, image_size=128, **fine),
         base=base,
         superres=superres,
-        base_sampling=SamplingConfig(steps=16, guidance=(0.0, 3.0), sampling_temperature=0.7),
+        base_sampling=SamplingConfig(steps=16, guidance=(0.0, 3.0), sampling_temperature=0.5),
         superres_sampling=SamplingConfig(
             steps=8, guidance=(1.0, 3.0), sampling_temperature=0.4, choice_temperature=0.5
         ),

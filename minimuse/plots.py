@@ -9,6 +9,7 @@ Not here: saving, which is the image's own `.save(path)`.
 import base64
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -171,6 +172,7 @@ def style() -> None:
     """How figures of matplotlib look from now on: small enough for a notebook, legible, also to the colour-blind."""
     import matplotlib
 
+    warnings.filterwarnings("ignore", "Creating legend with loc")  # on a busy machine; it would stand in the notebook
     colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
     matplotlib.rcParams |= {
         "axes.prop_cycle": matplotlib.cycler(color=colors),
@@ -232,7 +234,7 @@ def tradeoff(
 def curves(log: Sequence[Mapping[str, Any]]) -> Image.Image:
     """The lines of a run's log.jsonl -> a plot a stage beside each other: its loss, smoothed, and held-out figures.
 
-    Tokenizers show PSNR in dB, transformers nats a masked token.
+    Tokenizers show PSNR in dB, transformers nats a masked token, and held out the likelihood bound.
     """
     stages = list(dict.fromkeys(line["stage"] for line in log))
     if not stages:
@@ -243,7 +245,8 @@ def curves(log: Sequence[Mapping[str, Any]]) -> Image.Image:
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
         lines = [line for line in log if line["stage"] == stage]
         shown = "psnr" if "psnr" in lines[-1] else "loss"
-        for name, look in ((shown, {"lw": 1, "label": "training"}), (f"held_out_{shown}", {"marker": "o", "ms": 3})):
+        held_out = "held_out_psnr" if shown == "psnr" else "held_out_bound"
+        for name, look in ((shown, {"lw": 1, "label": "training"}), (held_out, {"marker": "o", "ms": 3})):
             points = [(line["step"], line[name]) for line in lines if name in line]
             few = max(1, len(points) // 50) if name == shown else 1  # smoothed over so many lines
             values = [mean(value for _, value in points[max(0, i - few + 1) : i + 1]) for i in range(len(points))]

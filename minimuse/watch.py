@@ -168,11 +168,12 @@ def add_record(folder: Path, cfg: MuseConfig) -> None:
     for stage in dict.fromkeys(line["stage"] for line in log):
         of = [line for line in log if line["stage"] == stage]
         name, unit = ("psnr", "dB") if "psnr" in of[-1] else ("loss", "nats a token")
-        speeds = [line["tokens_per_s"] for line in of if "tokens_per_s" in line]
+        held = "held_out_psnr" if name == "psnr" else "held_out_bound"
+        speeds = [line["tokens_per_s"] for line in of if "tokens_per_s" in line and held not in line]
         tokens = cfg.stages[stage].steps * cfg.stages[stage].batch * tokens_of(cfg, stage)
         minutes = f"{tokens * mean(1 / v for v in speeds) / 60:.1f}" if speeds else ""
         last = [line[name] for line in of[-10:]]
-        held_out = [f"{line[f'held_out_{name}']:.2f} {unit}" for line in of if f"held_out_{name}" in line][-1:]
+        held_out = [f"{line[held]:.2f} {unit}" for line in of if held in line][-1:]
         lines.append(f"| {stage} | {minutes} | {mean(last):.2f} {unit} | {''.join(held_out)} |")
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     if torch.cuda.is_available():

@@ -346,16 +346,13 @@ def test_shipped_are_the_folders_with_a_config(tmp_path, monkeypatch):
     assert find("nano") == find(Path("nano")) == tmp_path / "nano", "a shipped name is found"
 
 
-needs_nano = pytest.mark.skipif("nano" not in shipped(), reason="no nano checkpoint in this tree yet")
-
-
-@needs_nano
-def test_the_shipped_nano_is_small_and_draws():
-    folder = find("nano")
+@pytest.mark.parametrize(("name", "most"), [("nano", 8e6), ("toy", 32e6)])
+def test_the_shipped_are_small_and_draw(name, most):
+    folder = find(name)
     size = (folder / WEIGHTS).stat().st_size
-    assert size <= 8e6, f"nano's weights take {size / 1e6:.1f} MB, at most 8 are allowed"
+    assert size <= most, f"{name}'s weights take {size / 1e6:.1f} MB, at most {most / 1e6:.0f} are allowed"
     assert {w.dtype for w in load_file(folder / WEIGHTS).values()} == {torch.float16}, "half-precision safetensors"
-    muse = Muse.from_pretrained("nano", device="cpu")
+    muse = Muse.from_pretrained(name, device="cpu")
     assert muse.words, "it knows the words that it was trained on"
     assert len(muse.examples) >= 3, f"it has prompts to try: {muse.examples}"
     if muse.encoder.name == "all-MiniLM-L6-v2":
@@ -367,10 +364,10 @@ def test_the_shipped_nano_is_small_and_draws():
     assert share > 0.02, f"a red cube should show some red: {share:.1%} of the pixels"
 
 
-@needs_nano
-def test_the_shipped_nano_has_the_shape_of_its_preset():
+@pytest.mark.parametrize("name", ["nano", "toy"])
+def test_the_shipped_have_the_shape_of_their_presets(name):
     from minimuse.config import preset
 
-    cfg, named = load("nano")[0], preset("nano")
+    cfg, named = load(name)[0], preset(name)
     for part in ("base", "superres", "low_tokenizer", "high_tokenizer", "text_encoder"):
-        assert getattr(cfg, part) == getattr(named, part), f"{part} of the shipped nano differs from the preset's"
+        assert getattr(cfg, part) == getattr(named, part), f"{part} of the shipped {name} differs from the preset's"

@@ -148,7 +148,8 @@ def test_tradeoff_draws_points_intervals_and_front():
 def test_curves_draw_each_stage():
     log = [{"stage": "low_tokenizer", "step": i, "psnr": 20.0 + i} for i in range(10, 60, 10)]
     log += [
-        {"stage": "base", "step": i, "loss": 5 - i / 60} | ({"held_out_loss": 5.0} if i == 50 else {}) for i in (10, 50)
+        {"stage": "base", "step": i, "loss": 5 - i / 60} | ({"held_out_bound": 5.0} if i == 50 else {})
+        for i in (10, 50)
     ]
     one, two = curves(log[:5]), curves(log)
     assert two.size == (2 * one.width, one.height), "a plot a stage, side by side"

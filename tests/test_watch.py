@@ -229,7 +229,7 @@ def test_the_model_card_tells_how_it_went(cfg, tmp_path):
     """By hand: two lines of a stage at 64 tokens a second, so that its steps took batch x tokens / 64 seconds each."""
     tokens = cfg.base.tokens * cfg.stages["base"].batch
     lines = [{"stage": "base", "step": s, "loss": 3.0, "tokens_per_s": 64.0} for s in (10, 20)]
-    lines[1] |= {"loss": 2.0, "held_out_loss": 2.75}
+    lines[1] |= {"loss": 2.0, "held_out_bound": 2.75}
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "README.md").write_text("# a card\n")
     add_record(tmp_path, cfg)

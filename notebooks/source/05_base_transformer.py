@@ -23,9 +23,7 @@ from minimuse import Muse
 from minimuse.checks import check_attention, check_unigram, show
 from minimuse.plots import film_strip, grid, mask_overlay, style
 
-FAST = bool(
-    os.environ.get("MINIMUSE_FAST")
-)  # the tests' setting: the same cells, hardly any training
+FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: fewer pictures and steps
 CHECKPOINT = "nano"  # a shipped name or a folder
 SCENES, STEPS, EVERY = (
     (96, 24, 12) if FAST else (2500, 1200, 100)
