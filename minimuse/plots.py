@@ -9,6 +9,7 @@ Not here: saving, which is the image's own `.save(path)`.
 import base64
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -155,6 +156,7 @@ def style() -> None:
     """How figures of matplotlib look from now on: small enough for a notebook, legible, also to the colour-blind."""
     import matplotlib
 
+    warnings.filterwarnings("ignore", "Creating legend with loc")  # it comes by the clock, where a machine is busy
     colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
     matplotlib.rcParams |= {
         "axes.prop_cycle": matplotlib.cycler(color=colors),
