@@ -857,11 +857,6 @@ for name, loss in (("right", MaskedLoss(student)), ("leaky", broken.MaskedLoss(l
 
 # %% [markdown]
 r"""
-(In the fast setting the leaky one has hardly begun to copy; in full its sum runs far above 1.)
-"""
-
-# %% [markdown]
-r"""
 ## Summary
 
 - The base transformer turns tokens, some of them `[MASK]`, and a text into logits for every place, in one pass.
