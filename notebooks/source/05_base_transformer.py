@@ -442,9 +442,11 @@ plt.show()
 
 # %% [markdown]
 r"""
-White places are visible; the number is the mean over the hidden ones. Colours move predictions where their thing is, or
-may be, and leave far places alone. Where visible tokens say already what a word says (top row), swapping it changes
-little; with nothing to see (bottom row), every word counts more.
+White places are visible; the number is the mean over the hidden ones. Colours move predictions where their thing is
+(top row) or may be (bottom row), and leave other places alone. And a column that stays dark in both rows? Either the
+word shows only in how tokens fit *together*, as a shape does, while each prediction is about one token by itself,
+averaged over all places where the thing may stand. Or the model has not learned to read it: small ones have trouble
+with *left* and *right*. From outside, the two look the same.
 
 Now the tokens among themselves: one place on the right side of the cube (the cross), and where each head of each layer
 looks from there.
@@ -852,11 +854,6 @@ for name, loss in (("right", MaskedLoss(student)), ("leaky", broken.MaskedLoss(l
     )
     leak = next(f for f in found if f.check == "leakage")
     print(f"{name}: {leak.verdict}. The sum is {leak.number:.2f}")
-
-# %% [markdown]
-r"""
-(In the fast setting the leaky one has hardly begun to copy; in full its sum runs far above 1.)
-"""
 
 # %% [markdown]
 r"""

@@ -556,7 +556,9 @@ for tau in TAUS:
 figure, axes = plt.subplots(1, 2, figsize=(10, 3))
 bars(axes[0], by_noise, fmt="o-")
 bars(axes[1], varied, fmt="s--", color="C1")
-axes[1].set(ylabel="difference of two pictures\nof one prompt", ylim=(0, None))
+axes[1].set(
+    ylabel="difference of two pictures\nof one prompt", ylim=(0, 1.5 * max(m.value for m in varied))
+)
 for ax in axes:
     ax.set_xticks(range(len(TAUS)), [f"{tau:g}" for tau in TAUS])
     ax.set_xlabel(r"ranking noise $\tau$ at the start")
