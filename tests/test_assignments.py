@@ -378,7 +378,7 @@ def test_submissions_are_found(tmp_path):
     with pytest.raises(ValueError, match="both of 'ben'"):
         grade.submissions(tmp_path, "x")
     with pytest.raises(ValueError, match="neither"):
-        grade.submissions(tmp_path / "ben", "z")
+        grade.submissions(tmp_path / "nobody", "x")
 
 
 # --- the whole way, by nbgrader ---------------------------------------------------------------------------------------
