@@ -172,11 +172,7 @@ def style() -> None:
     """How figures of matplotlib look from now on: small enough for a notebook, legible, also to the colour-blind."""
     import matplotlib
 
-<<<<<<< HEAD
     warnings.filterwarnings("ignore", "Creating legend with loc")  # on a busy machine; it would stand in the notebook
-=======
-    warnings.filterwarnings("ignore", "Creating legend with loc")  # it comes by the clock, where a machine is busy
->>>>>>> 41897ac89074060c98020c8ccb79b99b3704c28c
     colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
     matplotlib.rcParams |= {
         "axes.prop_cycle": matplotlib.cycler(color=colors),
