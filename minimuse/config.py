@@ -216,13 +216,13 @@ class MuseConfig:
         ok = self.finetuned_width >= high.decoder_width and all(
             a >= b for a, b in zip(self.finetuned_blocks, high.decoder_blocks, strict=True)
         )
+        _require(ok, "the fine-tuned decoder is smaller than high_tokenizer's; give at least its width and blocks")
         known = ("muse", *RIVALS)
         _require(self.model in known, f"unknown model {self.model!r}; known: {', '.join(known)}")
         ok = self.model != "dit" or not self.low_tokenizer_from
         _require(ok, "a dit draws what our own encoder gives before quantization; leave low_tokenizer_from empty")
         _require(self.base.causal == (self.model == "ar"), f"a base with causal={self.base.causal} is no {self.model}")
         _require(0 <= self.synonyms <= 1, f"synonyms {self.synonyms} is not in [0, 1]; give a share")
-        _require(ok, "the fine-tuned decoder is smaller than high_tokenizer's; give at least its width and blocks")
 
 
 STAGES = ("low_tokenizer", "base", "high_tokenizer", "superres", "decoder")

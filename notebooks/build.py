@@ -95,7 +95,7 @@ def slim(data: dict) -> None:
     """An output with a PNG: Jupyter's coarse JPEG goes; a fine one takes its place where that spares a quarter."""
     data.pop("image/jpeg", None)
     png, jpeg = base64.b64decode(data["image/png"]), io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(jpeg, "JPEG", quality=90, subsampling=0, optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").save(jpeg, "JPEG", quality=80, subsampling=0, optimize=True)
     if len(png) > 20_000 and len(jpeg.getvalue()) < len(png) * 3 / 4:
         del data["image/png"]
         data["image/jpeg"] = base64.b64encode(jpeg.getvalue()).decode()

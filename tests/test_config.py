@@ -360,3 +360,9 @@ def test_several_changes_must_fit_together_in_the_end():
 def test_changes_that_are_refused(text, match):
     with pytest.raises(ValueError, match=match):
         changed(NANO, [text])
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_of_synonyms_is_a_share(share):
+    with pytest.raises(ValueError, match="synonyms .* give a share"):
+        replace(NANO, synonyms=share)
