@@ -393,7 +393,9 @@ def open_run(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
 
 
 def _filled(run: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A run of an older version: what its configuration did not know yet has its default."""
+    """A run of an older version: what its configuration did not know yet has its default. Others stay as they are."""
+    if "text_encoder" not in run["config"]:
+        return run
     return run | {"config": json.loads(json.dumps(to_dict(configuration(run, path))))}
 
 

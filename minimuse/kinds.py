@@ -170,7 +170,7 @@ def inpainted(studio: Studio, judge: Judge, asks: list[Ask], seeds: list[int]) -
 def outpainted(studio: Studio, judge: Judge, asks: list[Ask], seeds: list[int]) -> Batch:
     """The window half beyond the right edge, as `Muse.outpaint` paints it; how sharp is the step at the edge?"""
     before, region, half = studio.real([ask.before for ask in asks]), regions(asks, studio.side), studio.side // 2
-    window = torch.cat([before[..., half:], torch.zeros_like(before[..., half:])], 3)
+    window = torch.cat([before[..., half:], before[..., -1:].expand_as(before[..., half:])], 3)
     made = studio.inpaint(window, region, [ask.prompt for ask in asks], seeds)
     after, real = torch.where(region[:, None], made, window), studio.real([ask.scene for ask in asks])
     rows = judge.rows(after, asks)
