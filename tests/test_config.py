@@ -364,5 +364,5 @@ def test_changes_that_are_refused(text, match):
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_of_synonyms_is_a_share(share):
-    with pytest.raises(ValueError, match="synonyms .* give a share"):
+    with pytest.raises(ValueError, match=r"synonyms .* give a share"):
         replace(NANO, synonyms=share)
