@@ -244,7 +244,7 @@ def test_guidance_rises_in_every_preset():
         cfg = preset(name)
         for sampling in (cfg.base_sampling, cfg.superres_sampling):
             first, last = sampling.guidance
-            assert first < last, f"{name}: t falls from {first} to {last} (Muse 2.7: it rises)"
+            assert first < last or first == last == 0, f"{name}: t goes from {first} to {last} (Muse 2.7: it rises)"
     assert SamplingConfig(steps=8, guidance=(0.0, 1.0)).choice_temperature == 4.5, "MaskGIT's released value"
 
 
