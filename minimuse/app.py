@@ -115,6 +115,7 @@ class Page:
         yield from self._show(asked, lambda prompt, **how: self.muse.outpaint(begun(start), padding, prompt, **how))
 
     def change(self, start, iterations, share, guidance, *asked) -> Iterator[tuple]:
+        """A picture and the dials of a mask-free edit -> what the page shows, an iteration at a time."""
         settings = {"iterations": iterations, "share": share, "guidance": guidance}
 
         def job(prompt, *, seed, negative_prompt, superres, watch, **_):

@@ -213,6 +213,7 @@ def inpaint(args: argparse.Namespace) -> None:
 
 
 def outpaint(args: argparse.Namespace) -> None:
+    """A picture, wider or higher by --padding."""
     from minimuse.pictures import open_picture
 
     if len(args.padding) not in (1, 4):

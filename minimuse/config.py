@@ -323,26 +323,8 @@ def toy() -> MuseConfig:
         low_grid=8,
         low_codebook_size=512,
     )
-    tokenizing = StageConfig(
-        steps=7000,
-        batch=16,
-        learning_rate=3e-3,
-        warmup=30,
-        weight_decay=1e-4,
-        betas=(0.9, 0.99),
-        adversarial_weight=0.0,
-        look_every=1000,
-    )
-    masked = StageConfig(
-        steps=3500,
-        batch=64,
-        learning_rate=5e-3,
-        warmup=100,
-        weight_decay=0.045,
-        betas=(0.9, 0.99),
-        optimizer="muon",
-        look_every=1000,
-    )
+    tokenizing = replace(nano().stages["low_tokenizer"], steps=7000, perceptual_weight=0.05)
+    masked = replace(nano().stages["base"], steps=3500, batch=64)
     return MuseConfig(
         name="toy",
         text_encoder="all-MiniLM-L6-v2",

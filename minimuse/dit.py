@@ -114,6 +114,7 @@ class DiT(nn.Module):
                 block.condition.bias.data.view(6, d)[[2, 5]] = 1.0
 
     def forward(self, x: Tensor, memory: Memory, step: Tensor) -> Tensor:
+        """Noisy latents x (B, d, h, w), memory, noise level `step` (B,) or () -> the noise in x, (B, d, h, w)."""
         p, grid, dtype = self.cfg.patch, x.shape[-1] // self.cfg.patch, self.head.weight.dtype
         c = self.time(time_waves(step.expand(len(x)), self.cfg.width).to(dtype))[:, None]  # (B, 1, D)
         x = F.pixel_unshuffle(x.to(dtype), p).flatten(2).transpose(1, 2)  # (B, N, d p^2)

@@ -125,6 +125,7 @@ class MuseJudge(PictureJudge):
         return {"target": f"{muse.cfg.name}, base model alone", "weights": weights, **self.about}
 
     def draw(self, prompts: list[str], sampling: dict[str, Any], draws: Any) -> tuple[Tensor, int]:
+        """B prompts -> the base model's images (B, 3, H, W), and how many forward passes they took."""
         muse, base = self.muse, self.muse.base
         text, null = muse.contexts([{"prompt": p, "negative_prompt": None} for p in prompts])
         t, sampling = _settings(muse.cfg.base_sampling, sampling)
@@ -174,6 +175,7 @@ class AmusedJudge(PictureJudge):
         return {"target": "aMUSEd", "weights": fingerprint(self.amused.state_dict())[:16], **self.about}
 
     def draw(self, prompts: list[str], sampling: dict[str, Any], draws: Any) -> tuple[Tensor, int]:
+        """B prompts -> images of the published weights (B, 3, H, W), and how many forward passes they took."""
         from minimuse.amused import settings
 
         amused, how = self.amused, dict(sampling)

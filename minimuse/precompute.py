@@ -152,6 +152,7 @@ class CachedPixels:
         self.parts = len(self._records)
 
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
+        """Part -> its examples, as the source gave them when they were cached."""
         record = self._records[part]
         pixels = self.shards.open(record["arrays"]["pixels"])
         if len(pixels) and pixels.shape[-1] != size:
