@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, giant_png
 from PIL import Image
 
@@ -80,6 +81,15 @@ class Server:
             assert self.process.poll() is None, f"it ended: {self.log.read_text()}"
             time.sleep(0.2)
         pytest.fail(f"it did not start: {self.log.read_text()}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the server has: sums in another order may round to another token, and "the same pixels" are compared here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
