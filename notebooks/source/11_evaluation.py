@@ -25,7 +25,7 @@ from minimuse.plots import grid, style, tradeoff
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
 CHECKPOINT = "nano"  # a shipped name or a folder
-PICTURES = 24 if FAST else 150  # of everything that is measured
+PICTURES = 18 if FAST else 150  # of everything that is measured
 SCENES = 96 if FAST else 640  # real ones, where distances between distributions are studied
 MANY = 12 if FAST else 60  # pictures of one prompt, to pick from
 style()
@@ -55,14 +55,17 @@ studio, judge = Studio(muse, base_only=True), Judge()
 SIDE = 96 // muse.cfg.low_tokenizer.image_size  # pictures of sheets are drawn about 96 pixels wide
 ASKS = asks("mixed", PICTURES)  # one thing, two in a relation, two or three alike, in turn
 for ask in ASKS[:6:2]:
-    print(f"{ask.prompt!r}: one scene that has it is {[t.color + ' ' + t.shape for t in ask.scene.things]}")
+    print(
+        f"{ask.prompt!r}: one scene that has it is {[t.color + ' ' + t.shape for t in ask.scene.things]}"
+    )
 
 # %% [markdown]
 r"""
 ## 1. What "right" can mean
 
 A prompt set is a list of fixed prompts, each with a scene that has all it asks for. What a prompt asks for is worked out
-by a small grammar, so that "a tiny crimson ball" and "a small red sphere" are the same wish:
+by a small grammar, so that "a tiny crimson ball" and "a small red sphere" are the same wish. Which words can be *judged* is one
+question, and which the model has *read* in training another; `unfamiliar` answers the second.
 """
 
 # %%
@@ -76,6 +79,7 @@ for prompt in (
     wants = parse_prompt(prompt)
     told = ", ".join(f"{group.number} x {group}" for group in wants.groups)
     print(f"{prompt!r} -> {told}; relation: {wants.relation or 'none'}")
+    print("      ", muse.unfamiliar(prompt) or "most of its words were in training captions")
 show(matches)
 
 # %% [markdown]
@@ -102,7 +106,10 @@ trials = {
     "another colour": (cube, replace(sphere, color="green")),
     "swapped": (replace(cube, x=0.8), replace(sphere, x=-0.9)),
     "one too many": (cube, sphere, Thing("gray", "cylinder", size="small", x=0.4, depth=-0.9)),
-    "hardly right of it": (replace(cube, size="small", x=-0.4, depth=-0.9), replace(sphere, x=0.1, depth=1.6)),
+    "hardly right of it": (
+        replace(cube, size="small", x=-0.4, depth=-0.9),
+        replace(sphere, x=0.1, depth=1.6),
+    ),
 }
 pictures = studio.real([Scene(things) for things in trials.values()])
 verdicts = [matches(seen, parse_prompt(WISH)) for seen in judge.reader.read(pictures)]
@@ -139,19 +146,26 @@ SEEDS = list(range(1000, 1000 + PICTURES))
 def measured(asks, **how):
     """Draw and judge -> rows (verdicts and scores) and tensors (pictures, features), with real ones beside them."""
     batch = drawn(studio, judge, asks, SEEDS[: len(asks)], **how)
-    rows = [a | {"prompt": ask.prompt, "group": ask.group} for a, ask in zip(batch.rows, asks, strict=True)]
+    rows = [
+        a | {"prompt": ask.prompt, "group": ask.group}
+        for a, ask in zip(batch.rows, asks, strict=True)
+    ]
     return batch._replace(rows=rows)
 
 
 own = measured(ASKS)
 readings = judge.reader.read(own.tensors["images"])
 figure, axes = plt.subplots(1, 6, figsize=(11, 2.5))
-for ax, image, seen, row in zip(axes, own.tensors["images"][::2], readings[::2], own.rows[::2], strict=False):
+for ax, image, seen, row in zip(
+    axes, own.tensors["images"][::2], readings[::2], own.rows[::2], strict=False
+):
     ax.imshow(image.permute(1, 2, 0))
     side = image.shape[-1]
     for thing in seen.things:
         left, top, right, bottom = (v * side - 0.5 for v in thing.box)
-        ax.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, ec="w", lw=1.5))
+        ax.add_patch(
+            plt.Rectangle((left, top), right - left, bottom - top, fill=False, ec="w", lw=1.5)
+        )
         ax.text(left, top - 1, f"{thing.color} {thing.shape}", fontsize=8, color="w")
     title = row["prompt"] + ("" if row["right"] else " (wrong)")
     ax.set_title(textwrap.fill(title, 24), fontsize=9)
@@ -191,7 +205,9 @@ ceiling = {
 }
 figure, ax = plt.subplots(figsize=(8, 2.6))
 for y, (name, m) in enumerate(ceiling.items()):
-    ax.errorbar(m.value, -y, xerr=[[m.value - m.low], [m.high - m.value]], fmt="o", capsize=4, color=f"C{y}")
+    ax.errorbar(
+        m.value, -y, xerr=[[m.value - m.low], [m.high - m.value]], fmt="o", capsize=4, color=f"C{y}"
+    )
     print(f"{name:>28}: {m}")
 ax.set_yticks([0, -1, -2, -3], list(ceiling))
 ax.set(xlabel="share right, and its 95% interval", xlim=(0, 1.02))
@@ -243,9 +259,6 @@ $|\hat p - p| \le z \sqrt{p (1 - p) / n}$. Squared, that is a quadratic in $p$, 
 $$\frac{\hat p + \frac{z^2}{2n} \pm z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \frac{z^2}{4 n^2}}}{1 + \frac{z^2}{n}} .$$
 """
 
-# %%
-show(share)
-
 # %% [markdown]
 r"""
 **Predict, then run.** A model draws 20 pictures, and all 20 are right. How bad may it be all the same: where does the 95%
@@ -255,6 +268,7 @@ interval begin, at 99%, at 95%, or at less than 90%? And after 200 of 200?
 # %%
 for n in (20, 200, 1000):
     print(f"{n:4} of {n}: {share(torch.ones(n))}")
+show(share)
 
 # %% [markdown]
 r"""
@@ -267,7 +281,13 @@ pictures that can be computed: sum the binomial probability of every $k$ whose i
 
 # %%
 n, k = 20, torch.arange(21, dtype=torch.double)
-wald = [(x / n - 1.96 * (x / n * (1 - x / n) / n) ** 0.5, x / n + 1.96 * (x / n * (1 - x / n) / n) ** 0.5) for x in k]
+wald = [
+    (
+        x / n - 1.96 * (x / n * (1 - x / n) / n) ** 0.5,
+        x / n + 1.96 * (x / n * (1 - x / n) / n) ** 0.5,
+    )
+    for x in k
+]
 wilson = [share(torch.arange(n) < x)[1:3] for x in k]
 truths = torch.linspace(0.5, 0.999, 300, dtype=torch.double)
 weight = torch.distributions.Binomial(n, truths[:, None]).log_prob(k).exp()  # (300, 21)
@@ -277,7 +297,12 @@ for name, ends, dash in (("schoolbook", wald, "--"), ("Wilson", wilson, "-")):
     kept = weight * ((low <= truths[:, None]) & (truths[:, None] <= high))
     ax.plot(truths, kept.sum(1), dash, label=name)
 ax.axhline(0.95, color="k", lw=1, ls=":")
-ax.set(xlabel="true share", ylabel="how often the interval holds it", title=f"{n} pictures", ylim=(0, 1.02))
+ax.set(
+    xlabel="true share",
+    ylabel="how often the interval holds it",
+    title=f"{n} pictures",
+    ylim=(0, 1.02),
+)
 ax.legend(loc="lower left")
 plt.show()
 
@@ -368,7 +393,11 @@ for ax, ((m1, s1), (m2, s2)) in zip(axes, pairs, strict=True):
     by_hand = (m1 - m2) ** 2 + (s1 - s2) ** 2
     noise = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(0))
     samples = m1 + s1 * noise[:1].T, m2 + s2 * noise[1:].T  # (20000, 1) each
-    ax.set(xlabel="one feature", title=f"by hand {by_hand}; of samples {frechet_distance(*samples):.2f}", ylim=(0, 0.55))
+    ax.set(
+        xlabel="one feature",
+        title=f"by hand {by_hand}; of samples {frechet_distance(*samples):.2f}",
+        ylim=(0, 0.55),
+    )
     ax.legend(fontsize=8, loc="upper right")
 axes[0].set_ylabel("density")
 plt.show()
@@ -381,11 +410,8 @@ $$d^2 = |m_1 - m_2|^2 + \mathrm{tr}\,\big(C_1 + C_2 - 2\,(C_1 C_2)^{1/2}\big).$$
 
 For $D = 1$ that is $s_1^2 + s_2^2 - 2 s_1 s_2$, the square above. $(C_1 C_2)^{1/2}$ is a *matrix* root: the matrix whose square is
 $C_1 C_2$. Its trace is the sum of the square roots of the eigenvalues of $C_1 C_2$. The package gets at it by singular values, which
-is the same number and bears few pictures better:
+is the same number and bears few pictures better; its source stands below the next figure.
 """
-
-# %%
-show(frechet_distance)
 
 # %% [markdown]
 r"""
@@ -404,10 +430,14 @@ for ax, r in zip(axes, (0.0, 0.9), strict=True):
         ax.plot(*clouds[-1][:600].T, ".", ms=3, alpha=0.5, color=c)
     # eigenvalues of both are 1 + r and 1 - r, along the two diagonals, where the other has them swapped
     by_hand = 2 * ((1 + r) ** 0.5 - (1 - r) ** 0.5) ** 2
-    ax.set(title=f"by hand {by_hand:.2f}; of samples {frechet_distance(*clouds):.2f}", xlabel="feature 1")
+    ax.set(
+        title=f"by hand {by_hand:.2f}; of samples {frechet_distance(*clouds):.2f}",
+        xlabel="feature 1",
+    )
     ax.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
 axes[0].set_ylabel("feature 2")
 plt.show()
+show(frechet_distance)
 
 # %% [markdown]
 r"""
@@ -498,7 +528,9 @@ shuffled = torch.randperm(PICTURES, generator=torch.Generator().manual_seed(0))
 drawn_features, real_features = own.tensors["features"], own.tensors["real"]
 print(f"as drawn: {frechet_distance(real_features, drawn_features):.4f}")
 print(f"shuffled: {frechet_distance(real_features, drawn_features[shuffled]):.4f}")
-before, after = (share(is_right(own.tensors["images"][at], prompts)) for at in (range(PICTURES), shuffled))
+before, after = (
+    share(is_right(own.tensors["images"][at], prompts)) for at in (range(PICTURES), shuffled)
+)
 print(f"share right, before: {before}\nshare right, after:  {after}")
 
 # %% [markdown]
@@ -521,7 +553,9 @@ for n in sizes:
     floor[n] = torch.tensor([frechet_distance(ours[a], theirs[b]) for a, b in picks])
 means = torch.stack([floor[n].mean() for n in sizes])
 figure, axes = plt.subplots(1, 2, figsize=(10, 3))
-for ax, at, label in zip(axes, (sizes, [1 / n for n in sizes]), ("n, pictures in each heap", "1 / n"), strict=True):
+for ax, at, label in zip(
+    axes, (sizes, [1 / n for n in sizes]), ("n, pictures in each heap", "1 / n"), strict=True
+):
     for x, n in zip(at, sizes, strict=True):
         ax.plot([x] * 8, floor[n], ".", color="0.6", ms=4)
     ax.plot(at, means, "o-")
@@ -545,13 +579,11 @@ line through the origin: the bias is about $c / n$. Three rules follow:
 # %%
 from minimuse.metrics import frechet
 
-show(frechet)
-
-# %%
 print("drawn, as measured:      ", frechet(real_features, drawn_features, groups))
 print("drawn, for infinite n:   ", frechet(real_features, drawn_features, groups, extrapolate=True))
 print("real, as measured:       ", frechet(base, features["untouched"]))
 print("real, for infinite n:    ", frechet(base, features["untouched"], extrapolate=True))
+show(frechet)
 
 # %% [markdown]
 r"""
@@ -568,10 +600,13 @@ $$\text{score} = \frac{1}{L} \sum_{j=1}^{L} \max_i \, \cos(w_j, z_i).$$
 # %%
 from minimuse.scorer import Network
 
-show(Network.forward)
-
-# %%
-some = ["a red cube", "a red sphere", "a blue cube", "a small blue metal cylinder", "two green spheres"]
+some = [
+    "a red cube",
+    "a red sphere",
+    "a blue cube",
+    "a small blue metal cylinder",
+    "two green spheres",
+]
 some += ["a yellow cube left of a gray cylinder"]
 looks = [("red", "cube"), ("red", "sphere"), ("blue", "cube")]
 shown = [Scene((Thing(c, s),)) for c, s in looks]
@@ -579,18 +614,28 @@ shown.append(Scene((Thing("blue", "cylinder", "small", "metal"),)))
 shown.append(Scene((Thing("green", "sphere", x=-1.0), Thing("green", "sphere", x=1.0))))
 shown.append(Scene((Thing("yellow", "cube", x=-1.0), Thing("gray", "cylinder", x=1.0))))
 images = studio.real(shown)
-scores = torch.stack([judge.scorer(images, [text] * len(images)) for text in some])  # (texts, images)
+scores = torch.stack(
+    [judge.scorer(images, [text] * len(images)) for text in some]
+)  # (texts, images)
 figure, ax = plt.subplots(figsize=(9, 4))
 plot = ax.imshow(scores, cmap="viridis")
 figure.colorbar(plot, label="CLIP-like score")
 for i, row in enumerate(scores):
     for j, value in enumerate(row):
-        ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="w" if value < scores.mean() else "k")
+        ax.text(
+            j,
+            i,
+            f"{value:.2f}",
+            ha="center",
+            va="center",
+            color="w" if value < scores.mean() else "k",
+        )
 ax.set_yticks(range(6), some)
 ax.set_xticks(range(6), range(1, 7))
 ax.set(xlabel="picture made for text number", ylabel="text")
 ax.grid(False)
 plt.show()
+show(Network.forward)
 
 # %% [markdown]
 r"""
@@ -607,19 +652,35 @@ from minimuse.scenes import COLORS, SHAPES
 
 other = lambda names, name: names[(names.index(name) + 1) % len(names)]  # noqa: E731
 colors, truths, lies = list(COLORS), {}, {}
-pool, words = SceneDataset(PICTURES, muse.cfg.low_tokenizer.image_size, "test", seed=12, shares=(0, 1, 0)), {}
+pool, words = (
+    SceneDataset(PICTURES, muse.cfg.low_tokenizer.image_size, "test", seed=12, shares=(0, 1, 0)),
+    {},
+)
 for name in ("colour", "shape", "number", "left or right", "whose colour"):
     truths[name], lies[name], words[name] = [], [], []
 for i in range(PICTURES):
     a, b = pool.scene(i).things
     first, second = (a, b) if a.x < b.x else (b, a)
     said = f"a {first.color} {first.shape} and a {second.color} {second.shape}"
-    pairs = {"colour": (said, f"a {other(colors, first.color)} {first.shape} and a {second.color} {second.shape}")}
-    pairs["shape"] = (said, f"a {first.color} {other(SHAPES, first.shape)} and a {second.color} {second.shape}")
+    pairs = {
+        "colour": (
+            said,
+            f"a {other(colors, first.color)} {first.shape} and a {second.color} {second.shape}",
+        )
+    }
+    pairs["shape"] = (
+        said,
+        f"a {first.color} {other(SHAPES, first.shape)} and a {second.color} {second.shape}",
+    )
     if (first.color, first.shape) == (second.color, second.shape):
-        pairs = {"number": (f"two {first.color} {first.shape}s", f"three {first.color} {first.shape}s")}
+        pairs = {
+            "number": (f"two {first.color} {first.shape}s", f"three {first.color} {first.shape}s")
+        }
     elif second.x - first.x > 0.9:
-        sides = [f"a {p.color} {p.shape} left of a {q.color} {q.shape}" for p, q in ((first, second), (second, first))]
+        sides = [
+            f"a {p.color} {p.shape} left of a {q.color} {q.shape}"
+            for p, q in ((first, second), (second, first))
+        ]
         pairs["left or right"] = tuple(sides)
     if first.color != second.color and first.shape != second.shape:
         crossed = f"a {second.color} {first.shape} and a {first.color} {second.shape}"
@@ -634,7 +695,9 @@ for name in truths:
     print(f"{name:>14}: the truth scores higher in {told[name]}")
 figure, ax = plt.subplots(figsize=(8, 2.6))
 for y, m in enumerate(told.values()):
-    ax.errorbar(m.value, -y, xerr=[[m.value - m.low], [m.high - m.value]], fmt="o", capsize=4, color="C0")
+    ax.errorbar(
+        m.value, -y, xerr=[[m.value - m.low], [m.high - m.value]], fmt="o", capsize=4, color="C0"
+    )
 ax.axvline(0.5, color="k", ls=":", lw=1)
 ax.set_yticks([-y for y in range(len(told))], list(told))
 ax.set(xlabel="share in which the truth beats the lie (dotted: a coin)", xlim=(0, 1.02))
@@ -642,32 +705,26 @@ plt.show()
 
 # %% [markdown]
 r"""
-It knows a wrong colour, a wrong shape, a wrong number. Of *left* and *right* it knows next to nothing: each word looks for its place by
-itself, and both texts have the same words. Published CLIPs have the same weakness, for reasons of their own. A
-model whose relations are all wrong keeps its CLIP score; our exact count finds it out.
+It knows a wrong colour, a wrong shape, a wrong number. Who is left of whom, and which colour is whose, it knows less well or hardly: each word
+looks for its place by itself, and truth and lie have the same words. Published CLIPs have the same weakness. A model may
+mix up all that, and keep most of its score; the exact count finds it out.
+
+## 6. The trade-off: figure 8
+
+More guidance, better fit, but at a price. So the paper draws fit against realness, a point for each scale, and compares whole curves.
+Here is ours, by the same functions as `minimuse eval --sweep`: for each scale all prompts are drawn with the same seeds, and
+four figures are taken, each with its interval.
 """
 
 # %% [markdown]
 r"""
-## 6. The trade-off: figure 8
-
-Guidance makes pictures fit and makes them alike. So the paper draws fit against realness, a point for each scale, and compares whole curves.
-Here is ours, by the same functions as `minimuse eval --sweep`: for each scale all prompts are drawn with the same seeds, and
-four figures are taken, each with its interval.
+**Predict, then run.** As the scale grows from 0, the curve moves through the plane. Up is farther from real, right is better fit. Does it
+run to the upper right, ever better fit for ever less realness? Or does it turn round somewhere?
 """
 
 # %%
 from minimuse.evaluate import SWEEP
 
-show(quality)
-
-# %% [markdown]
-r"""
-**Predict, then run.** As the scale grows from 0, the score of fit should rise. And the Frechet distance: does it rise from the
-start, since guidance takes variety away? Or fall at first? Or fall throughout?
-"""
-
-# %%
 FEW = ["0", "2", "8"] if FAST else list(SWEEP["guidance"])
 sweep = {"constant": {f"{t}": measured(ASKS, **SWEEP["guidance"][t]) for t in FEW}}
 if not FAST:
@@ -680,27 +737,40 @@ tradeoff(series, "CLIP-like score", "Frechet distance", lower=(False, True))
 
 # %% [markdown]
 r"""
-It falls at first. Without guidance many pictures are no good pictures of anything, and those are far from real ones too. Then the curve turns
-round: more guidance, better fit, less like real pictures. At the far end both get worse, which notebook 6 showed as scraps and frayed
-edges. Down and to the right is better; who wants to compare two models, compares such fronts, at equal $n$.
+It turns. First it goes to the right: the text counts more. Then distance grows and fit gains nothing any more; at the largest
+scales both get worse, which the sheet below shows as scraps and frayed edges. The trade-off of the paper is the part in between, the gray front:
+no point of it beats another. Where the turn is depends on the model: one that was trained longer stands more. Down and to the right
+is better, and whoever compares two models, compares such fronts, at equal $n$, and looks at the bars first.
 
 The four figures one by one, dotted where real renders of the same prompts lie:
 """
 
 # %%
-names = {"right": "share right", "score": "CLIP-like score", "frechet": "Frechet distance", "diversity": "diversity"}
+names = {
+    "right": "share right",
+    "score": "CLIP-like score",
+    "frechet": "Frechet distance",
+    "diversity": "diversity",
+}
 figure, axes = plt.subplots(1, 4, figsize=(12, 2.9))
 line = points["constant"]
 for ax, (key, name) in zip(axes, names.items(), strict=True):
     m = [q[key] for q in line.values()]
     x = [float(t) for t in line]
-    ax.errorbar(x, [v.value for v in m], yerr=[[v.value - v.low for v in m], [v.high - v.value for v in m]], fmt="o-", capsize=3)
+    ax.errorbar(
+        x,
+        [v.value for v in m],
+        yerr=[[v.value - v.low for v in m], [v.high - v.value for v in m]],
+        fmt="o-",
+        capsize=3,
+    )
     if f"{key}, real" in line[FEW[0]]:
         ax.axhline(line[FEW[0]][f"{key}, real"].value, color="k", ls=":", lw=1)
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xticks(x, list(line))
     ax.set(xlabel="guidance scale t", title=name, ylim=(0, None))
 plt.show()
+show(quality)
 
 # %%
 shown = FEW if FAST else [FEW[0], FEW[2], FEW[-1]]
@@ -722,11 +792,12 @@ $$\text{Vendi} = \exp\Big(-\sum_i \lambda_i \ln \lambda_i\Big).$$
 # %%
 from minimuse.metrics import diversity, pairwise, vendi
 
-show(pairwise, vendi)
-
-# %%
 square = torch.eye(4)
-for name, rows in (("four alike", square[[0, 0, 0, 0]]), ("two kinds", square[[0, 0, 1, 1]]), ("four kinds", square)):
+for name, rows in (
+    ("four alike", square[[0, 0, 0, 0]]),
+    ("two kinds", square[[0, 0, 1, 1]]),
+    ("four kinds", square),
+):
     print(f"{name:>10}: Vendi {vendi(rows):.2f}, mean distance {pairwise(rows):.2f}")
 pairs = PICTURES - PICTURES % 2
 print("\nmean distance of two pictures of one prompt")
@@ -734,11 +805,13 @@ for t in FEW:
     tensors = sweep["constant"][t].tensors
     print(f"   t = {t}: {diversity(tensors['features'][:pairs], prompts[:pairs])}")
 print(f"    real: {diversity(tensors['real'][:pairs], prompts[:pairs])}")
+show(pairwise, vendi)
 
 # %% [markdown]
 r"""
-Mind what is *not* said here. Scraps differ as well as good pictures do, so a model that draws rubbish may be the most diverse of all. Diversity is
-good only together with fit.
+Did you expect guidance to take variety away? It does: notebook 6 counted the places in which a thing may stand. But features see everything, and
+scraps differ more than good pictures do, so that a model that draws rubbish may be the most "diverse" of all, more than reality.
+Diversity is good only together with fit.
 """
 
 # %% [markdown]
@@ -786,8 +859,6 @@ for name, images in models.items():
         "diversity": diversity(f[:pairs], prompts[:pairs]),
     }
     print(f"{name:>18}: " + "; ".join(f"{k} {m.value:.3g}" for k, m in table[name].items()))
-
-# %%
 figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), sharey=True)
 for ax, (key, title) in zip(axes, names.items(), strict=True):
     m = [table[name][key] for name in models][::-1]
@@ -795,28 +866,29 @@ for ax, (key, title) in zip(axes, names.items(), strict=True):
     ax.set(xlabel=title)
 plt.show()
 grid(
-    torch.stack([image for images in models.values() for image in images[:8]]),
-    [name for name in models for _ in range(8)],
-    columns=8,
+    torch.stack([image for images in models.values() for image in images[:7]]),
+    [name for name in models for _ in range(7)],
+    columns=7,
     scale=SIDE,
 )
 
 # %% [markdown]
 r"""
-Every one of them escapes at least one figure. Shuffled captions have the model's own Frechet distance and its diversity; fit finds them out.
-One idea is as right as the model is, and only diversity drops to half or less. One picture is caught by the distance. The untrained model is as
-diverse as you like. So whoever shows one number has chosen which mistakes you do not see.
+No figure catches all of them. Shuffled captions have the model's own Frechet distance, and more diversity than it; fit finds them out. One idea
+is about as right as the model is and hardly farther from real pictures; diversity alone drops, to 0. The untrained model is far from everything and still
+diverse. So whoever shows one number has chosen which mistakes you will not see.
 
-(In the real paper there is a fifth: a model that learned its training pictures by heart passes *all* of these. Held-out
-combinations, as in the set `novel`, are the test for that.)
+There is a fifth that passes them all: a model that has learned its training pictures by heart. Held-out combinations, the set `novel`, are the
+test for that.
 """
 
 # %% [markdown]
 r"""
 ### Cherry-picking
 
-Draw many, show the best. With $k$ tries each, the share of prompts with at least one right picture is $1 - (1 - p)^k$ if tries are
-independent. Here is a prompt that the model often gets wrong, and the same pictures after somebody chose:
+Draw many, show the best. With $k$ tries for each picture that is shown, the share of prompts with at least one right picture is
+$1 - (1 - p)^k$ if tries are independent. Here is a prompt that the model often gets wrong: its first six seeds, and the six of all that fit best, by
+the scorer.
 """
 
 # %%
@@ -826,22 +898,24 @@ ok = is_right(many, [HARD] * MANY)
 best = judge.scorer(many, [HARD] * MANY).argsort(descending=True)[:6]
 mark = lambda i: f"seed {i}{'' if ok[i] else ' (wrong)'}"  # noqa: E731
 print(f"right: {share(ok)}; of the six that score highest: {int(ok[best].sum())} of 6")
+ks, p = range(1, 17), ok.double().mean().item()
+figure, ax = plt.subplots(figsize=(7, 2.8))
+for chance in (0.2, 0.5, 0.8):
+    ax.plot(ks, [1 - (1 - chance) ** k for k in ks], label=f"right in {chance:.0%}")
+ax.plot(ks, [1 - (1 - p) ** k for k in ks], "k:", label=f"this prompt, {p:.0%}")
+ax.set(
+    xlabel="pictures drawn for each that is shown",
+    ylabel="share of shown that can be right",
+    ylim=(0, 1.03),
+)
+ax.legend(fontsize=9, loc="lower right")
+plt.show()
 grid(
     torch.cat([many[:6], many[best]]),
     ["first six: " + mark(i) for i in range(6)] + ["picked: " + mark(i) for i in best.tolist()],
     columns=6,
     scale=SIDE,
 )
-
-# %%
-ks, p = range(1, 17), ok.double().mean().item()
-figure, ax = plt.subplots(figsize=(7, 2.8))
-for chance in (0.2, 0.5, 0.8):
-    ax.plot(ks, [1 - (1 - chance) ** k for k in ks], label=f"right in {chance:.0%}")
-ax.plot(ks, [1 - (1 - p) ** k for k in ks], "k:", label=f"this prompt, {p:.0%}")
-ax.set(xlabel="pictures drawn for each that is shown", ylabel="share of shown that can be right", ylim=(0, 1.03))
-ax.legend(fontsize=9, loc="lower right")
-plt.show()
 
 # %% [markdown]
 r"""
@@ -876,7 +950,8 @@ are chosen on seeds from 0.
 ## 7. All of it in one command
 
 `minimuse eval` does what this notebook did, kind by kind, and can be stopped at any time: batches that are done lie on disk. From
-Python it is `evaluate`; ten pictures of two kinds, into a temporary folder:
+Python it is `evaluate`; ten pictures of two kinds, into a temporary folder. Do not read the values, read the brackets: ten pictures
+say next to nothing.
 """
 
 # %%
@@ -889,15 +964,12 @@ from IPython.display import Markdown
 from minimuse.evaluate import evaluate
 
 with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # the bar
-    evaluate(studio, folder, {"checkpoint": CHECKPOINT}, kinds=["seen", "counts"], n=10, judge=judge)
+    evaluate(
+        studio, folder, {"checkpoint": CHECKPOINT}, kinds=["seen", "counts"], n=10, judge=judge
+    )
     with open(os.path.join(folder, "eval.md"), encoding="utf-8") as file:
         report = file.read()
 Markdown(report)
-
-# %% [markdown]
-r"""
-Ten pictures, and intervals as wide as they must be. Do not read the values: read the brackets.
-"""
 
 # %% [markdown]
 r"""

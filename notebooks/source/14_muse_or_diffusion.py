@@ -733,11 +733,7 @@ rows = [
     ("latent space", (latents, "vqgan.encoder("), (VectorQuantizer.nearest, "argmin(1)")),
     ("image tokens", (DiT.forward, "pixel_unshuffle"), (Transformer.forward, "self.embed(tokens)")),
     ("architecture", (DiT, "nn.ModuleList(Block"), (build, '"superres": SuperRes')),
-    (
-        "transformer",
-        (SelfAttention, "if self.causal"),
-    )
-    * 2,
+    ("transformer", (SelfAttention, "if self.causal"), (SelfAttention, "if self.causal")),
     ("it predicts", (DiT, "self.head = "), (Transformer, "self.head = ")),
     ("a picture begins as", (LowRes._denoise, "gaussians("), (Muse._all_masked, "torch.full")),
     ("guidance", (LowRes.decode, "self._denoise(guided"), (Muse.decode, "guided(self.base")),
