@@ -215,7 +215,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-The third line is the **ceiling** of this base model: with perfect tokens it would score so much and no more. The distance
+The third line is the **ceiling** of this base model: with the tokens of real pictures it would score about so much. The distance
 from there to the last line is what the transformer has still to learn; the distance from the first to the third was never its fault. A
 figure without its ceiling says little.
 

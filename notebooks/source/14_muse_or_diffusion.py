@@ -259,7 +259,8 @@ film_strip(
 
 # %% [markdown]
 r"""
-Noise spoils everything a little, everywhere; a mask spoils some places wholly and leaves the others as they are. The
+A colour outlives masks as long as one token of the thing is visible; noise drowns it about half-way. Noise
+spoils everything a little, everywhere; a mask spoils some places wholly and leaves the others as they are. The
 diffusion model sees all of a bad picture, Muse a part of a good one. That is the root of nearly every other difference: Muse
 can be *sure* of a part and keep it, while a diffusion model revises the whole at each step.
 """
@@ -564,7 +565,7 @@ gone.
 # %% [markdown]
 r"""
 **Predict, then run.** The *sampler* of absorbing diffusion reveals tokens at random places, each drawn from its probabilities as
-they are. Muse reveals the surest first and is guided; let both do it in 16 steps with the shipped base model. Does the
+they are. Muse reveals the surest first, at a lower temperature, and is guided. Let both do it in 16 steps with the shipped base model. Does the
 sampler make a difference at all, when the network is the same?
 """
 
@@ -603,7 +604,7 @@ for name, how in settings.items():
 
 # %% [markdown]
 r"""
-It does: the same network, asked in another way. (With few pictures the intervals overlap; the full setting tells more.) So the answer to the
+It does: the same network, asked in another way. (Mind the intervals: few pictures tell little.) So the answer to the
 table's "looks like just a discrete diffusion model" is: in training yes, up to a weight; in sampling no. What Muse adds there is what
 a discrete space allows: to be *sure* of a token, to keep it, and to rank by it.
 """
@@ -641,8 +642,8 @@ tradeoff(by_distance, "seconds a picture", "Frechet distance", lower=(True, True
 # %% [markdown]
 r"""
 What you can count on, whatever the machine: Muse's and the DiT's time goes with their steps, each of which computes all places; the
-autoregressive model computes each place once, but in $N$ steps, one after the other. Here, in small batches on a CPU, that is no disadvantage. On an
-accelerator it is: there a step of one place costs hardly less than one of all places (notebook 12, section 7), and $N$ grows
+autoregressive model computes each place once, but in $N$ steps, one after the other. With so few tokens, on a CPU, that need be no disadvantage. On an
+accelerator it is one: there a step of one place costs hardly less than one of all places (notebook 12, section 7), and $N$ grows
 with the picture, while Muse's steps do not.
 """
 
@@ -675,8 +676,8 @@ print("the same tokens:", drawn["with"].equal(drawn["without"]))
 
 # %% [markdown]
 r"""
-The same tokens for a fraction of the products. Muse cannot keep anything in this way: when a token is revealed, what every other place has computed
-changes. Its way to save is to take fewer steps.
+The same tokens for a fraction of the products. Muse cannot keep what it computed for the picture: when a token is revealed, all other places look at
+it, and change. Its way to save is to take fewer steps. (What comes from the text is computed once, in all three.)
 
 ## 8. What the full race found
 
@@ -758,7 +759,7 @@ r"""
 ## What failure looks like
 
 **Latents that were not standardized.** Noise of variance 1 on latents of another scale is another schedule. Where they are large, the
-picture survives nearly to the last step: the network never learns to begin from noise, and what it draws has wrong colours.
+picture survives nearly to the last step: the network never learns to begin from noise, which is what it must do when it draws.
 """
 
 # %%
@@ -796,7 +797,6 @@ what comes later. DiT works on continuous latents, must be told the time, and re
 tokens, reads the time off its masks, and keeps what it is sure of, which is why few steps suffice. Its training is that of
 absorbing diffusion with another weight, and bounds the likelihood; its sampler is not. Guidance, the text's way in and the tokenizer are the same
 for all.
-
 """
 
 # %% [markdown]
