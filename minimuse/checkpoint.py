@@ -21,6 +21,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ SHIPPED = Path(__file__).parent / "checkpoints"
 FORMAT = "minimuse-1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 STATE, TENSORS, RUN = "state.json", "state.safetensors", "run.json"
+# fields of a configuration that say nothing of what is drawn
+NOT_DRAWN = ("name", "stages", "scenes", "captions", "shares", "synonyms", "pixels_gib", "text_gib", "dropout")
 MODEL = "model.model."  # names of a transformer's weights in a state: MaskedLoss holds it
 log = logging.getLogger("minimuse")
 
@@ -119,16 +122,22 @@ def check_weights(
 
 
 def fingerprint(cfg: MuseConfig, weights: Mapping[str, Tensor]) -> str:
-    """-> 16 hex digits, others wherever weights or defaults of drawing differ; how it was trained does not count.
+    """-> 16 hex digits, others wherever weights or defaults of drawing differ; name and training do not count.
 
+    Fields at their defaults are left out, so that pictures stay known when a later version brings a field.
     Choice: of each tensor at most 2**17 numbers, evenly spread, as float32, so that the paper's 3B takes no longer.
     """
-    drawing = {k: v for k, v in to_dict(cfg).items() if k not in ("stages", "scenes", "captions", "shares")}
-    sha = hashlib.sha256(json.dumps(drawing, sort_keys=True).encode())
+    sha = hashlib.sha256(json.dumps(_set(cfg), sort_keys=True).encode())
     for name, tensor in sorted(weights.items()):
         some = tensor.detach().flatten()[:: max(1, tensor.numel() >> 16)]
         sha.update(name.encode() + some.float().cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def _set(cfg: Any) -> dict[str, Any]:
+    """The fields of a configuration that decide what is drawn and are not at their defaults, parts included."""
+    found = {f.name: (getattr(cfg, f.name), f.default) for f in fields(cfg) if f.name not in NOT_DRAWN}
+    return {k: _set(v) if is_dataclass(v) else v for k, (v, default) in found.items() if v != default}
 
 
 def save(
