@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -31,6 +32,7 @@ from safetensors.torch import load as parse_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minimuse.cache import write_whole
 from minimuse.config import MuseConfig, from_dict, to_dict
 
 SHIPPED = Path(__file__).parent / "checkpoints"
@@ -149,9 +151,9 @@ def save(
         refuse_existing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = {"format": FORMAT, "config": to_dict(cfg), **about}
-    _replace(folder / WEIGHTS, lambda path: _save(weights, path))
-    _replace(folder / CONFIG, lambda path: path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8"))
-    _replace(folder / CARD, lambda path: path.write_text(card(cfg, weights, about), encoding="utf-8"))
+    write_whole(folder / WEIGHTS, lambda path: _save(weights, path))
+    write_whole(folder / CONFIG, json.dumps(values, indent=1) + "\n")
+    write_whole(folder / CARD, card(cfg, weights, about))
     return folder
 
 
@@ -165,52 +167,42 @@ def refuse_existing(folder: Path) -> None:
 
 def card(cfg: MuseConfig, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
     """The model card: what it is, its sizes, how it was trained, how to use it."""
-    parts: dict[str, int] = {}
+    parts: Counter[str] = Counter()
     for key, value in weights.items():
-        part = key.split(".")[0]
-        parts[part] = parts.get(part, 0) + value.numel()
-    size = f"{cfg.low_tokenizer.image_size} px ({cfg.base.grid}x{cfg.base.grid} tokens)"
+        parts[key.split(".")[0]] += value.numel()
+    low = f"{cfg.low_tokenizer.image_size} px ({cfg.base.grid}x{cfg.base.grid} tokens)"
     high = f"{cfg.high_tokenizer.image_size} px ({cfg.superres.grid}x{cfg.superres.grid} tokens)"
-    lines = [
-        "---",
-        "library_name: minimuse",
-        "pipeline_tag: text-to-image",
-        "license: apache-2.0",
-        "---",
-        f"# {cfg.name}",
-        "",
-        f"A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {size} to {high}."
-        if cfg.model == "muse"
-        else f"A rival of Muse's base model made by minimuse ({cfg.model}): {size}, no super-resolution.",
-        f"Text: {cfg.text_encoder}, frozen.",
-        "",
-        "| Part | Parameters |",
-        "|---|---|",
-        *(f"| {name} | {n:,} |" for name, n in parts.items()),
-        "",
-        f"Data: {about.get('data', f'{cfg.scenes:,} scenes of minimuse, {cfg.captions} captions each')}.",
-        "",
-        "| Stage | Steps | Batch | Learning rate | Optimizer |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {name} | {s.steps:,} | {s.batch} | {s.learning_rate:g} | {s.optimizer} |"
-            for name, s in cfg.stages.items()
-        ),
-        "",
-        "```python",
-        "from minimuse import Muse",
-        f'Muse.from_pretrained("path/to/this/folder").generate("{(about.get("examples") or ["a red cube"])[0]}")',
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
+    what = f"A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {low} to {high}."
+    if cfg.model != "muse":
+        what = f"A rival of Muse's base model made by minimuse ({cfg.model}): {low}, no super-resolution."
+    sizes = "\n".join(f"| {name} | {n:,} |" for name, n in parts.items())
+    rows = [(name, f"{s.steps:,}", s.batch, f"{s.learning_rate:g}", s.optimizer) for name, s in cfg.stages.items()]
+    stages = "\n".join("| {} | {} | {} | {} | {} |".format(*row) for row in rows)
+    return f"""---
+library_name: minimuse
+pipeline_tag: text-to-image
+license: apache-2.0
+---
+# {cfg.name}
 
+{what}
+Text: {cfg.text_encoder}, frozen.
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path`, then rename: never half a file, never one changed under a reader's memory map."""
-    new = path.with_name(path.name + ".new")
-    write(new)
-    _stamp(new, flush=True)
-    os.replace(new, path)
+| Part | Parameters |
+|---|---|
+{sizes}
+
+Data: {about.get("data", f"{cfg.scenes:,} scenes of minimuse, {cfg.captions} captions each")}.
+
+| Stage | Steps | Batch | Learning rate | Optimizer |
+|---|---|---|---|---|
+{stages}
+
+```python
+from minimuse import Muse
+Muse.from_pretrained("path/to/this/folder").generate("{(about.get("examples") or ["a red cube"])[0]}")
+```
+"""
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -259,8 +251,7 @@ def save_state(
             wait()
         if main:
             files = {p.name: _stamp(p, flush=True) for p in sorted(new.iterdir())}
-            text = json.dumps({"step": step, "about": about, "files": files}, indent=1)
-            _replace(new / STATE, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+            write_whole(new / STATE, json.dumps({"step": step, "about": about, "files": files}, indent=1) + "\n")
             if path.exists():  # a damaged one, which load_state passed over
                 path.rename(_free(path))
             new.rename(path)
@@ -390,7 +381,7 @@ def open_run(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
         if resume:
             raise FileNotFoundError(f"{folder} holds no {RUN}: nothing to resume there; without --resume a run begins")
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(path, lambda new: new.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8"))
+        write_whole(path, json.dumps(values, indent=1) + "\n")
     elif not resume:
         raise FileExistsError(
             f"{folder} holds a run already; --resume goes on with it, another folder begins a new one"
