@@ -589,6 +589,11 @@ def test_edit_changes_a_share_of_the_tokens_at_a_time(exact, image):
     assert trace[-1].tokens.shape[1] == exact.cfg.superres.tokens, "it ends with a high-resolution picture"
 
 
+def test_edit_tells_a_rising_guidance(exact, image):
+    steps = exact.edit_steps(image, A, seed=0, iterations=3, guidance=(0, 4), superres={"steps": 1})
+    assert [s.guidance for s in steps][:3] == [0, 2, 4], "it rises along the iterations"
+
+
 def test_edit_superres_reads_the_edited_tokens(exact, image, monkeypatch):
     read, memory = [], exact.superres.memory
     monkeypatch.setattr(exact.superres, "memory", lambda text, low: (read.append(low), memory(text, low))[1])
