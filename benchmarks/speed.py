@@ -166,7 +166,8 @@ def measure(shapes: dict[str, Shape], *, rounds: int, seconds: float, checkpoint
     for title, shape in shapes.items():
         found: dict[str, Any] = {"shape": shape._asdict(), "ceiling": ceilings(seconds)}
         for work, flops in (("sampling", sampling_flops), ("training", training_flops)):
-            found[work] = compete(work, shape, rounds) | {"flops": flops(shape)}
+            turns = rounds if work == "sampling" else 3 * rounds  # a step is short
+            found[work] = compete(work, shape, turns) | {"flops": flops(shape)}
             print(work_table(title, work, found), flush=True)
         report["shapes"][title] = found
     first = next(iter(report["shapes"].values()))
@@ -206,7 +207,8 @@ def told(report: dict[str, Any]) -> str:
     """speed.md, and README's tables."""
     at, rounds = report["machine"], report["rounds"]
     works = [(t, w, f) for t, f in report["shapes"].items() for w in ("sampling", "training")]
-    head = f"{at['device']}, {at['threads']} threads, torch {at['torch']}; medians of {rounds} alternating rounds.\n"
+    head = f"{at['device']}, {at['threads']} threads, torch {at['torch']}; medians of {rounds} alternating "
+    head += f"rounds, {3 * rounds} of training.\n"
     names = list(report["memory"]["sampling"])
     held = [[w, *(f"{report['memory'][w][n] / 2**20:,.0f} MiB" for n in names)] for w in report["memory"]]
     first = next(iter(report["shapes"]))
@@ -221,7 +223,9 @@ def write_readme(text: str, readme: Path) -> None:
     if BEGIN not in content:
         section = "## Speed\n\nMeasured by `python benchmarks/speed.py --peers runs/peers --docs`, which says what is "
         section += "compared with what; random weights, the language model left out. The peers run as they are "
-        section += f"installed, each with its own attention.\n\n{BEGIN}{END}\n\n"
+        section += "installed, each with its own attention. Where many pictures are drawn, `muse.compile()` compiles "
+        section += "what draws; `dtype` is bf16 where the device is fast at it and the model is not small "
+        section += f"([`pick_dtype`](minimuse/muse.py)).\n\n{BEGIN}{END}\n\n"
         if (HERE / "scaling.md").exists():
             section += "[How cost grows](benchmarks/scaling.md) with tokens, steps, batch and width.\n\n"
         content = content.replace("## In and not in\n", section + "## In and not in\n", 1)
@@ -233,7 +237,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", default="", help="folder that muse-maskgit-pytorch was installed into")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"))
-    parser.add_argument("--rounds", type=int, default=3, help="alternating runs (default: 3)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="alternating decodes, and three times as many training steps (default: 3)"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one round: does it all run?")
     parser.add_argument("--docs", action="store_true", help="also write README's section")
     parser.add_argument("--alone", help=argparse.SUPPRESS)

@@ -211,7 +211,8 @@ def decode(
         gumbel = -torch.log(-torch.log(draws[:, i, 1].clamp(1e-20, 1 - 1e-7)))
         noise = choice_temperature(u) if callable(choice_temperature) else choice_temperature * (1 - (i + 1) / steps)
         sure = confidence(logits, drawn, masked, u)
-        scores = (sure if rank_by is confidence else rank_by(logits, drawn, masked, u)) + noise * gumbel
+        judged = sure if rank_by is confidence else rank_by(logits, drawn, masked, u)
+        scores = judged + noise * gumbel
         pool, keep = (free, reveal + (free & ~masked).sum(1)) if remask else (masked, reveal)
         kept = _highest(scores.clamp(min=-1e30).masked_fill(~pool, -math.inf), gumbel, keep) & pool
         p = sure.exp().masked_fill(~masked, 0)

@@ -211,6 +211,23 @@ def test_plain_products_are_torchs_attention(mask, monkeypatch):
         assert_same(a.grad.float(), b.grad, "gradients of plain products", atol=0.15)
 
 
+@pytest.mark.parametrize("make", [base, superres])
+def test_bf16_logits_are_those_of_float32(make):
+    """Guided batches, padded text: within 3% of their length, five of bf16's roundings."""
+    model, text = make(), context()
+    x, low = tokens(n=model.cfg.tokens), [tokens(high=9)] if make is superres else []
+
+    def logits(dtype):
+        given = [Context(c.embeds.to(dtype), c.mask) for c in (text, null_text(text))]
+        cond, uncond = (model.to(dtype).memory(c, *low) for c in given)
+        return model(torch.cat([x, x]), cond.cat(uncond)).float()
+
+    single, half = logits(torch.float32), logits(torch.bfloat16)
+    assert half.isfinite().all(), "bf16 overflows"
+    error = ((single - half).norm() / single.norm()).item()
+    assert 0 < error < 0.03, f"bf16 is off by {error:.1%}"
+
+
 def test_long_attention_is_fused(monkeypatch):
     """4,096 tokens' weights, 4,096^2 a head, are never in memory at once."""
     q, k, v = torch.randn(3, 1, 1, 1025, 4).bfloat16()
