@@ -105,11 +105,11 @@ def grow(start: Shape, axes: dict[str, list[dict[str, int]]], rounds: int, ceili
 
 
 @torch.inference_mode()
-def attentions(grids: dict[int, int], rounds: int) -> list[dict[str, Any]]:
+def attentions(grids: dict[int, int], rounds: int, size: int) -> list[dict[str, Any]]:
     """Full and multi-axis attention in turn, for each grid and precision."""
     rows = []
     for dtype in precisions(CPU):
-        ceiling = matmul_ceiling(CPU, dtype)
+        ceiling = matmul_ceiling(CPU, dtype, size)
         for grid, block in grids.items():
             q, k, v = torch.randn(3, 1, HEADS, grid**2, CHANNELS, dtype=dtype)
             runs = {"full": partial(attention, q, k, v), "multi-axis": partial(multi_axis_attention, q, k, v, block)}
@@ -183,10 +183,13 @@ def figure(report: dict[str, Any]) -> Figure:
     return drawn
 
 
-def measure(start: Shape, axes: dict[str, list[dict[str, int]]], grids: dict[int, int], rounds: int) -> dict[str, Any]:
-    ceiling = matmul_ceiling(CPU, torch.float32)
+def measure(
+    start: Shape, axes: dict[str, list[dict[str, int]]], grids: dict[int, int], *, rounds: int, size: int
+) -> dict[str, Any]:
+    """The whole report; `size` of the ceiling's matrices."""
+    ceiling = matmul_ceiling(CPU, torch.float32, size)
     report = {"machine": machine(CPU), "rounds": rounds, "ceiling": ceiling, "start": start._asdict()}
-    return report | {"axes": grow(start, axes, rounds, ceiling), "attention": attentions(grids, rounds)}
+    return report | {"axes": grow(start, axes, rounds, ceiling), "attention": attentions(grids, rounds, size)}
 
 
 def main() -> None:
@@ -202,8 +205,10 @@ def main() -> None:
         print(json.dumps(point(Shape(*numbers), rounds)))
         return
     began = time.monotonic()
-    sizes = (TINY, TINY_AXES, {4: 2, 8: 4}) if args.quick else (START, AXES, GRIDS)
-    report = measure(*sizes, rounds=1 if args.quick else args.rounds)
+    if args.quick:
+        report = measure(TINY, TINY_AXES, {4: 2, 8: 4}, rounds=1, size=256)
+    else:
+        report = measure(START, AXES, GRIDS, rounds=args.rounds, size=2048)
     save(args.out, "scaling", report, told(report))
     figure(report).savefig(args.out / "scaling.png")
     if args.docs:
