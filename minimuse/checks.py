@@ -599,3 +599,41 @@ def check_ddim_step(fn: Given) -> Iterator[str]:
         yield name
         call = f"fn(x=[0.4], noise=[-1.0], now={now}, then={then}), of a picture [2.0],"
         _same(call, fn(torch.tensor([0.4]), torch.tensor([-1.0]), now, then), [want])
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@_check
+def check_wilson(fn: Given) -> Iterator[str]:
+    """fn(right, n) -> (low, high): Wilson's 95% interval of the share right / n, as `intervals.share`."""
+    yield "it holds the share itself"
+    for right, n in [(1, 2), (9, 10), (0, 3)]:
+        low, high = fn(right, n)
+        _expect(low - 1e-6 <= right / n <= high + 1e-6, f"fn({right}, {n}) gave {float(low):.3f} to {float(high):.3f}")
+    for name, right, n in [
+        ("all right is not yet 100%", 2, 2),
+        ("none right is not yet 0%", 0, 2),
+        ("more pictures make it narrower", 180, 200),
+        ("its middle is (p + z^2 / 2n) / (1 + z^2 / n), z = 1.96", 9, 10),
+    ]:
+        yield name
+        p, z2 = right / n, 1.959964**2
+        reach = (z2 * (p * (1 - p) / n + z2 / (4 * n * n))) ** 0.5
+        want = [(p + z2 / (2 * n) + sign * reach) / (1 + z2 / n) for sign in (-1, 1)]
+        _same(f"fn({right}, {n})", torch.tensor([float(end) for end in fn(right, n)]), want)
+
+
+@_check
+def check_frechet(fn: Given) -> Iterator[str]:
+    """fn(m1 (D,), C1 (D, D), m2, C2) -> the Frechet distance of two Gaussians, as `metrics.frechet_distance`."""
+    zero, unit, plus, minus = [0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], [[5.0, 4.0], [4.0, 5.0]], [[5.0, -4.0], [-4.0, 5.0]]
+    for name, m1, c1, m2, c2, want in [
+        ("a Gaussian is at 0 from itself", [1.0], [[4.0]], [1.0], [[4.0]], 0.0),
+        ("means count by their squared distance", zero, unit, [3.0, 4.0], unit, 25.0),
+        ("so do standard deviations, not variances", [0.0], [[1.0]], [0.0], [[9.0]], 4.0),
+        ("and correlations", zero, plus, zero, minus, 8.0),
+        ("the root is of the matrix C1 C2", zero, [[4.0, 0.0], [0.0, 1.0]], zero, [[2.0, 1.0], [1.0, 2.0]], 0.77122),
+    ]:
+        yield name
+        _same(f"fn({m1}, {c1}, {m2}, {c2})", fn(*map(torch.tensor, (m1, c1, m2, c2))), want)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimuse import cfg, checks, editing, masking, metrics, sampler, transformer, validation
+from minimuse import cfg, checks, editing, intervals, masking, metrics, sampler, transformer, validation
 from minimuse.muse import Muse
 from minimuse.text import Context
 from minimuse.vqgan import VectorQuantizer
@@ -91,6 +91,14 @@ def ddim_step(x, noise, now, then):
     return then**0.5 * clean + (1 - then) ** 0.5 * noise
 
 
+def wilson(right, n):
+    return intervals.share(torch.arange(n) < right)[1:3]
+
+
+def frechet(m1, c1, m2, c2, root=lambda c1, c2: torch.linalg.eigvals(c1 @ c2).real.clamp(min=0).sqrt().sum()):
+    return (m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * root(c1, c2)
+
+
 OURS = {
     "check_pool": pool,
     "check_nearest": nearest,
@@ -120,7 +128,20 @@ OURS = {
     "check_sharded_bytes": lambda parameters, processes, sharded: 18 * parameters / (processes if sharded else 1),
     "check_add_noise": lambda x, noise, a: a**0.5 * x + (1 - a) ** 0.5 * noise,
     "check_ddim_step": ddim_step,
+    "check_wilson": wilson,
+    "check_frechet": frechet,
 }
+
+
+def wald(right, n):
+    p = right / n
+    return p - 1.96 * (p * (1 - p) / n) ** 0.5, p + 1.96 * (p * (1 - p) / n) ** 0.5
+
+
+def roots_apart(c1, c2):
+    """tr(C1^(1/2) C2^(1/2)), which is as large only where the two commute."""
+    parts = [torch.linalg.eigh(c) for c in (c1, c2)]
+    return torch.trace(torch.linalg.multi_dot([m for w, v in parts for m in (v * w.sqrt(), v.T)]))
 
 
 def cosine_rates(n, generator):
@@ -453,6 +474,16 @@ WRONG = [
     ("check_sharded_bytes", lambda p, n, sharded: 16 * p / n, "weight 4, gradient 4, two moments 8, bf16 copy 2"),
     ("check_sharded_bytes", lambda p, n, sharded: 18 * p / n, "without sharding each process holds all"),
     ("check_sharded_bytes", lambda p, n, sharded: 18 * p, "sharded, each holds its part"),
+    ("check_wilson", lambda k, n: (k / n + 0.1, k / n + 0.2), "it holds the share itself"),
+    ("check_wilson", wald, "all right is not yet 100%"),
+    ("check_wilson", lambda k, n: wilson(k, n) if k else (0.0, 0.0), "none right is not yet 0%"),
+    ("check_wilson", lambda k, n: wilson(k, n) if n < 30 else wilson(9, 10), "more pictures make it narrower"),
+    ("check_wilson", lambda k, n: wald(k, n) if n == 10 else wilson(k, n), "its middle is"),
+    ("check_frechet", lambda m1, c1, m2, c2: c1.trace() + c2.trace(), "a Gaussian is at 0 from itself"),
+    ("check_frechet", lambda m1, c1, m2, c2: frechet(m1, c1, m2, c2) - (m1 - m2).square().sum(), "means count"),
+    ("check_frechet", lambda m1, c1, m2, c2: (m1 - m2).square().sum() + (c1 - c2).square().sum(), "so do standard"),
+    ("check_frechet", lambda *given: frechet(*given, lambda c1, c2: (c1.diag() * c2.diag()).sqrt().sum()), "and corr"),
+    ("check_frechet", lambda *given: frechet(*given, roots_apart), "the root is of the matrix"),
 ]
 
 

@@ -510,7 +510,30 @@ r"""
 ## 6. Train three, watch them
 
 Training is a generator: it yields a `Progress` at each step, with the figures and the model as it stands, so that a
-notebook can look at any moment. Three tokenizers of the `nano` size for 32 pixels, which differ in their loss alone,
+notebook can look at any moment. In training both halves run in one pass: pictures in, a `Reconstruction` out, with the two
+losses of section 3. Large pictures may be cut to a random square of each batch first: it costs less, and networks that are
+convolutions throughout do not mind.
+"""
+
+# %%
+from minimuse.train import random_crop
+from minimuse.vqgan import Reconstruction
+
+side = muse.cfg.high_tokenizer.image_size // 2
+cut = random_crop(held_out[:5], side, torch.Generator().manual_seed(0))
+with torch.inference_mode():
+    made = muse.high_tokenizer(cut)
+print(type(made).__name__, {k: tuple(v.shape) for k, v in made._asdict().items()})
+print(f"codebook loss {made.codebook_loss:.4f}, commitment loss {made.commitment_loss:.4f}")
+show(Reconstruction, random_crop)
+
+# %%
+cuts = [*to_pil(cut), *to_pil(made.images.clamp(-1, 1))]
+grid(cuts, ["a random square"] * 5 + ["and back"] * 5, columns=5, scale=max(1, 96 // side))
+
+# %% [markdown]
+r"""
+Now three tokenizers of the `nano` size for 32 pixels, which differ in their loss alone,
 from the same start, on the same pictures.
 """
 

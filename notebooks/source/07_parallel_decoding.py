@@ -108,7 +108,7 @@ probabilities. Will each picture be one of the icons, perhaps with some noise mo
 """
 
 # %%
-from minimuse.sampler import decode
+from minimuse.sampler import Step, decode
 
 
 def from_world(steps, n=6, order="random", seed=0):
@@ -146,7 +146,7 @@ this is one generator: it knows nothing of networks, and yields a `Step` at a ti
 """
 
 # %%
-show(decode)
+show(Step, decode)
 
 # %% [markdown]
 r"""

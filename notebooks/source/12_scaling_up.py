@@ -45,18 +45,33 @@ laptop and the one that took 512 TPU cores a week. Let us see which numbers diff
 from minimuse.config import to_dict
 
 configs = {name: preset(name) for name in PRESETS}
-fields = ["grid", "codebook_size", "text_width", "layers", "heads", "width", "mlp_width"]
+sizes = ["grid", "codebook_size", "text_width", "layers", "heads", "width", "mlp_width"]
 print(f"{'base model':16}" + "".join(f"{name:>14}" for name in configs))
-for field in fields:
+for field in sizes:
     print(
         f"{field:16}" + "".join(f"{to_dict(cfg)['base'][field]:>14,}" for cfg in configs.values())
     )
 
 # %% [markdown]
 r"""
+There is one dataclass a component. A `MuseConfig` holds them all, and a `StageConfig` for each of the five stages of training, which
+`train_muse` goes through in turn.
+
 A configuration is frozen: nobody changes it on the way. `changed` makes a new one, from the same texts that the command line takes, and
 refuses what does not fit together. As plain values it goes into a checkpoint's `config.json`, and comes back.
 """
+
+# %%
+from dataclasses import fields
+
+from minimuse.config import MuseConfig, SamplingConfig, StageConfig, TransformerConfig, VQGANConfig
+from minimuse.train import train_muse
+
+for part in (VQGANConfig, TransformerConfig, SamplingConfig, StageConfig, MuseConfig):
+    print(f"{part.__name__:18}{len(fields(part)):>3} fields. {part.__doc__.splitlines()[0]}")
+for name, stage in configs["nano"].stages.items():
+    print(f"nano, stage {name}: {stage.steps:,} steps of {stage.batch} examples")
+show(train_muse)
 
 # %%
 from minimuse.config import changed, from_dict
