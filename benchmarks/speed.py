@@ -19,7 +19,7 @@ all of it runs. Writes speed.json and speed.md into --out; with --docs, README's
 
 Tried and left out, since it saves a few percent and a room reads better without: guidance in one pass (torch.lerp in
 place of Muse's formula), Newton-Schulz of equal shapes as one batch (a Muon of our own). Not tried: logits of masked
-places alone (orders may look at all), Newton-Schulz shared out among processes (a state saved by one lacks the others').
+places alone (orders may look at all), Newton-Schulz shared out among processes (one saves the state for all).
 """
 
 import argparse
