@@ -112,6 +112,11 @@ def compete(work: str, shape: Shape, rounds: int) -> dict[str, Any]:
             except ImportError as error:
                 absent[name] = str(error)
                 break
+            except RuntimeError as error:  # a peer may not know bf16
+                if name == OURS:
+                    raise
+                absent[label] = str(error)
+                continue
             runs[label] = run
             default = entrant.default(shape) == dtype
             rows[label] = {"entrant": name, "dtype": short(dtype), "default": default, "parameters": parameters}
