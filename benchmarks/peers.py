@@ -4,7 +4,8 @@
 
 All have random weights, the same text embeddings, steps and guidance (l_u + 3 (l_c - l_u), t = 2 here), and no language
 model. Each takes its own defaults for attention; fp32 is the peers' default for numbers, `muse.pick_dtype` says ours.
-bf16 is what their users would do: autocast, and for sampling with diffusers weights in bf16.
+bf16 is what their users would do: autocast, and for sampling with diffusers weights in bf16. muse-maskgit-pytorch's own
+attention cannot: it masks by float32's lowest number, which bf16 does not hold.
 
 aMUSEd comes with the extra `amused`; its U-ViT has as many layers as make our number of parameters. The other peer is
 found in a folder of its own, which --peers names:

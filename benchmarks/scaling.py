@@ -154,33 +154,34 @@ def told(report: dict[str, Any]) -> str:
 def figure(report: dict[str, Any]) -> Figure:
     """Above time, below memory; at the right attention alone."""
     drawn = Figure(figsize=(16, 6), dpi=100, layout="constrained")
-    panels = drawn.subplots(2, len(report["axes"]) + 1)
-    for column, (axis, points) in enumerate(report["axes"].items()):
+    above, below = drawn.subplots(2, len(report["axes"]) + 1)
+    for i, (axis, points) in enumerate(report["axes"].items()):
         xs = [p["at"] for p in points]
-        for panel, real, line, unit in (
-            (panels[0][column], "seconds", "floor", 1),
-            (panels[1][column], "bytes", "predicted", 2**20),
+        for panel, real, line, unit, label in (
+            (above[i], "seconds", "floor", 1, "seconds a decode"),
+            (below[i], "bytes", "predicted", 2**20, "MiB beyond the start"),
         ):
             panel.plot(xs, [p[real] / unit for p in points], "o-", label="measured")
             panel.plot(xs, [p[line] / unit for p in points], "k--", label="predicted")
-            panel.set_xlabel(axis)
-    panels[0][0].set_ylabel("seconds a decode")
-    panels[1][0].set_ylabel("MiB beyond the start")
-    top, bottom = panels[0][-1], panels[1][-1]
+            _finish(panel, xs, axis, label if i == 0 else "")
     for i, dtype in enumerate(dict.fromkeys(r["dtype"] for r in report["attention"])):
         rows = [r for r in report["attention"] if r["dtype"] == dtype]
         xs = [r["tokens"] for r in rows]
         for j, (name, mark) in enumerate((("full", "o-"), ("multi-axis", "s:"))):
-            top.plot(xs, [r[name] for r in rows], mark, color=f"C{i}", label=f"{name}, {dtype}")
-            top.plot(xs, [r["floors"][j] for r in rows], "k--", linewidth=0.7)
-        bottom.plot(xs, [r["ratio"] for r in rows], "o-", color=f"C{i}", label=dtype)
-    bottom.plot(xs, [r["predicted ratio"] for r in rows], "k--", label="FLOPs")
-    top.set_ylabel("seconds of attention")
-    bottom.set(xlabel="tokens", ylabel="full / multi-axis")
-    for panel in panels.flat:
-        panel.set(xscale="log", yscale="log")
-        panel.legend(fontsize=7)
+            above[-1].plot(xs, [r[name] for r in rows], mark, color=f"C{i}", label=f"{name}, {dtype}")
+            above[-1].plot(xs, [r["floors"][j] for r in rows], "k--", linewidth=0.7)
+        below[-1].plot(xs, [r["ratio"] for r in rows], "o-", color=f"C{i}", label=dtype)
+    below[-1].plot(xs, [r["predicted ratio"] for r in rows], "k--", label="FLOPs")
+    _finish(above[-1], xs, "tokens", "seconds of attention")
+    _finish(below[-1], xs, "tokens", "full / multi-axis")
     return drawn
+
+
+def _finish(panel: Any, xs: list[int], xlabel: str, ylabel: str) -> None:
+    panel.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    panel.set_xticks(xs, [f"{x:,}" for x in xs])
+    panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    panel.legend(fontsize=7)
 
 
 def measure(

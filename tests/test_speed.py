@@ -51,6 +51,10 @@ def test_all_draw_every_token(name, dtype):
     if name == "aMUSEd in diffusers":
         pytest.importorskip("diffusers")
     run, _ = ENTRANTS[name].sampling(TINY, dtype)
+    if name == "muse-maskgit-pytorch" and dtype == torch.bfloat16:
+        with pytest.raises(RuntimeError, match="BFloat16 without overflow"):
+            run(1)
+        return
     for steps in (1, 3):
         tokens = run(steps)
         assert tokens.shape == (2, 16), f"{name}: the shape's batch"
@@ -88,6 +92,24 @@ def test_an_absent_peer_is_left_out_with_the_reason(monkeypatch):
     assert default["dtype"] == "fp32", "so small a model stays in float32"
     assert default["over default"] == default["over same dtype"] == 1
     assert all(len(row["seconds"]) == 2 for row in found["rows"]), "one figure a round"
+
+
+def test_a_peer_that_does_not_know_bf16_is_left_out_there_and_ours_is_not(monkeypatch):
+    def sampling(shape, dtype):
+        if dtype == torch.bfloat16:
+            raise RuntimeError("no bf16")
+        return peers.our_sampling(shape, dtype)
+
+    entrants = {"minimuse": ENTRANTS["minimuse"], "x": peers.Entrant(sampling, None, peers.single)}
+    monkeypatch.setattr(speed, "ENTRANTS", entrants)
+    monkeypatch.setattr(speed, "precisions", lambda device: [torch.float32, torch.bfloat16])
+    found = speed.compete("sampling", TINY, 1)
+    pairs = [(row["entrant"], row["dtype"]) for row in found["rows"]]
+    assert pairs == [("minimuse", "fp32"), ("minimuse", "bf16"), ("x", "fp32")]
+    assert found["absent"] == {"x, bf16": "no bf16"}
+    entrants["minimuse"] = entrants["x"]
+    with pytest.raises(RuntimeError, match="no bf16"):
+        speed.compete("sampling", TINY, 1)
 
 
 def test_amused_has_our_number_of_parameters():
