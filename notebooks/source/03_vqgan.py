@@ -511,8 +511,8 @@ r"""
 
 Training is a generator: it yields a `Progress` at each step, with the figures and the model as it stands, so that a
 notebook can look at any moment. In training both halves run in one pass: pictures in, a `Reconstruction` out, with the two
-losses of section 3. Large pictures may be cut to a random square of each batch first: it costs less, and networks that are
-convolutions throughout do not mind.
+losses of section 3. Large pictures may be cut to a random square first, the same for a whole batch: it costs less, and networks that are
+convolutions throughout take any size.
 """
 
 # %%
@@ -533,8 +533,10 @@ grid(cuts, ["a random square"] * 5 + ["and back"] * 5, columns=5, scale=max(1, 9
 
 # %% [markdown]
 r"""
-Now three tokenizers of the `nano` size for 32 pixels, which differ in their loss alone,
-from the same start, on the same pictures.
+Any size, but not any picture: a tokenizer that saw whole pictures in training has learned that sky is at the upper edge, which convolutions know by
+the zeros around a picture, and may see some where there is none.
+
+Now three tokenizers of the `nano` size for 32 pixels, which differ in their loss alone, from the same start, on the same pictures.
 """
 
 # %%

@@ -574,6 +574,8 @@ line through the origin: the bias is about $c / n$. Three rules follow:
 - Only figures of equal $n$ compare, against the same real pictures. A paper with 30,000 pictures "beats" one with 5,000 for free.
 - The bias is known in form, so it can be estimated: $2 d^2(n) - d^2(n / 2)$ is free of any $c / n$. `frechet(..., extrapolate=True)` does that.
 - Copies of a row would make it worse, so that the usual bootstrap lies here. Our intervals come from random *halves*.
+
+Below, *drawn* and *real* are heaps of different $n$, so that only the extrapolated figures compare.
 """
 
 # %%
@@ -737,9 +739,9 @@ tradeoff(series, "CLIP-like score", "Frechet distance", lower=(False, True))
 
 # %% [markdown]
 r"""
-It turns. First it goes to the right: the text counts more. Then distance grows and fit gains nothing any more; at the largest
-scales both get worse, which the sheet below shows as scraps and frayed edges. The trade-off of the paper is the part in between, the gray front:
-no point of it beats another. Where the turn is depends on the model: one that was trained longer stands more. Down and to the right
+It turns. At first the text counts more: better fit, and farther from real. That is the paper's trade-off, the gray front, on which no point beats
+another. Then fit gains nothing any more, and at the largest scales both get worse; the sheet below shows it as scraps and frayed
+edges. Where the turn is depends on the model: one that was trained longer stands more. Down and to the right
 is better, and whoever compares two models, compares such fronts, at equal $n$, and looks at the bars first.
 
 The four figures one by one, dotted where real renders of the same prompts lie:
@@ -774,9 +776,9 @@ show(quality)
 
 # %%
 shown = FEW if FAST else [FEW[0], FEW[2], FEW[-1]]
-sheet = [image for t in shown for image in sweep["constant"][t].tensors["images"][:8]]
-captions = [f"t = {t}: {row['prompt']}" for t in shown for row in sweep["constant"][t].rows[:8]]
-grid(torch.stack(sheet), captions, columns=8, scale=SIDE)
+sheet = [image for t in shown for image in sweep["constant"][t].tensors["images"][:6]]
+captions = [f"t = {t}: {row['prompt']}" for t in shown for row in sweep["constant"][t].rows[:6]]
+grid(torch.stack(sheet), captions, columns=6, scale=SIDE)
 
 # %% [markdown]
 r"""
@@ -866,9 +868,9 @@ for ax, (key, title) in zip(axes, names.items(), strict=True):
     ax.set(xlabel=title)
 plt.show()
 grid(
-    torch.stack([image for images in models.values() for image in images[:7]]),
-    [name for name in models for _ in range(7)],
-    columns=7,
+    torch.stack([image for images in models.values() for image in images[:8:2]]),
+    [name for name in models for _ in range(4)],
+    columns=4,
     scale=SIDE,
 )
 

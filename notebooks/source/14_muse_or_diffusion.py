@@ -320,16 +320,23 @@ def influence(cfg, moved=0):
     )
 
 
-figure, axes = plt.subplots(1, 2, figsize=(7, 3.2))
-for ax, model in zip(axes, ("masked", "ar"), strict=True):
-    ax.imshow(influence(rival(muse.cfg, model).base) > 1e-6, cmap="gray_r", vmax=1.6)
-    ax.set(title=model, xlabel="logits at place", ylabel="token changed")
-    ax.grid(False)
-plt.show()
+def draw_influence(matrices):
+    """{title: (N, N)} -> gray where the logits move; the dotted line is each token's own place."""
+    _, axes = plt.subplots(1, len(matrices), figsize=(7, 3.2))
+    for ax, (title, moves) in zip(axes, matrices.items(), strict=True):
+        ax.imshow(moves > 1e-6, cmap="gray_r", vmin=0, vmax=2)
+        ax.plot([-0.5, 15.5], [-0.5, 15.5], ":", color="C1")
+        ax.set(title=title, xlabel="logits at place", ylabel="token changed")
+        ax.set(xticks=range(0, 16, 5), yticks=range(0, 16, 5))
+        ax.grid(False)
+    plt.show()
+
+
+draw_influence({name: influence(rival(muse.cfg, name).base) for name in ("masked", "ar")})
 
 # %% [markdown]
 r"""
-Left, everything sees everything. Right, a token moves the logits of *later* places alone, and not those of its own:
+Gray is where the logits move; on the dotted line is each token's own place. Left, everything sees everything. Right, a token moves the logits of *later* places alone, and not those of its own:
 place $i$ is predicted from the tokens before it. In `Transformer.forward` that is one line, which moves all tokens on by one
 place and puts [MASK] before the first.
 
@@ -780,13 +787,10 @@ first token is seen by nobody; that comes from how we move them back.)
 """
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(7, 3.2))
-for ax, moved in zip(axes, (0, -1), strict=True):
-    ax.imshow(influence(rival(muse.cfg, "ar").base, moved) > 1e-6, cmap="gray_r", vmax=1.6)
-    name = "as it should be" if moved == 0 else "not moved on by one place"
-    ax.set(title=name, xlabel="logits at place", ylabel="token changed")
-    ax.grid(False)
-plt.show()
+causal = rival(muse.cfg, "ar").base
+draw_influence(
+    {"as it should be": influence(causal), "not moved on by one place": influence(causal, -1)}
+)
 
 # %% [markdown]
 r"""
