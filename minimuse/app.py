@@ -1,33 +1,28 @@
 """`minimuse app`: a page to play with, on your own machine, over the public API alone (extra `app`).
 
 Draw: a prompt's decoding as it happens. Edit: repaint what is painted over, extend a side (Muse 3.3.1), change the
-whole without a mask (3.3.2). Tokens, mask and decoded picture appear step by step; a slider then goes back through
-them. What is saved holds its settings: `minimuse generate --like image.png` draws it again.
+whole without a mask (3.3.2). A slider goes back through the steps. What is saved holds its settings.
 
 Nothing is fetched from elsewhere and nothing is reported: the fonts are the system's, gradio's telemetry is off. One
 picture is drawn at a time; who comes meanwhile waits in a queue.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict
-from queue import SimpleQueue
-from threading import Event
+from functools import partial
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageOps
 
 from minimuse.checkpoint import shipped
+from minimuse.data import painted
 from minimuse.masking import SCHEDULES
 from minimuse.muse import Muse
-from minimuse.pictures import KEY, open_picture
+from minimuse.pictures import follow, open_picture, settings_of, with_settings
 from minimuse.plots import film, mask_overlay, token_map
 from minimuse.sampler import ORDERS, Step
 
-Draw = Callable[[Callable[[Step], None]], list[Image.Image]]  # takes `watch`, as the methods of Muse do
 STAGES = {"base": "Base model", "superres": "Super-resolution"}
 SIDES = ("left", "top", "right", "bottom")
 ABOUT = """# minimuse
@@ -43,127 +38,77 @@ CSS = """
 """
 
 
-def follow(draw: Draw) -> Iterator[Step | Image.Image]:
-    """Each Step as soon as it is made, at last the picture; an error of `draw` is raised here.
-
-    It runs in a thread of its own, and stops at its next step when nobody follows any longer.
-    """
-    steps, left = SimpleQueue(), Event()
-
-    def watch(step: Step) -> None:
-        if left.is_set():
-            raise CancelledError
-        steps.put(step)
-
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(draw, watch)
-        job.add_done_callback(steps.put)
-        try:
-            while (step := steps.get()) is not job:
-                yield step
-        finally:
-            left.set()
-    yield job.result()[0]
-
-
-def painted(canvas: dict[str, Any] | None, side: int, zoom: int) -> np.ndarray:
-    """The editor's layers, `zoom` times as large -> bool (side, side): True where a pixel is painted on, if in part."""
-    mask = np.zeros((side, side), dtype=bool)
-    for layer in (canvas or {}).get("layers", []):
-        alpha = layer.getchannel("A").resize((side * zoom, side * zoom), Image.Resampling.NEAREST)
-        mask |= (np.asarray(alpha) > 127).reshape(side, zoom, side, zoom).any((1, 3))
-    if not mask.any():
-        raise ValueError("The mask is empty: paint over the part that shall be drawn anew")
-    return mask
-
-
-def begun(start: Image.Image | None) -> Image.Image:
-    if start is None:
-        raise ValueError("There is no picture to edit yet: load one, or draw one and take it")
-    return start
-
-
-def saveable(image: Image.Image, told: dict[str, Any]) -> Image.Image:
-    """A copy whose settings gradio keeps in the PNG."""
-    image = image.copy()
-    image.info = {KEY: json.dumps(told)}
-    return image
-
-
 class Page:
-    """A Muse -> what the page's buttons do; `build` makes the page.
+    """A Muse -> a page: `build` lays it out, and the other methods are what its buttons do.
 
-    Those that draw take prompt, seed, negative prompt and dials last, and yield what the page shows after each step:
-    picture, tokens, a sentence, the film, the slider, and what the slider goes back through.
+    Those that draw take prompt, seed, negative prompt and dials last, and yield after each step what changes on it.
     """
 
     def __init__(self, muse: Muse):
         self.gr, self.muse, self.side = _gradio(), muse, muse.cfg.high_tokenizer.image_size
         self.zoom = max(1, 384 // self.side)  # of the picture to edit: a brush needs room
 
-    def draw(self, *asked) -> Iterator[tuple]:
-        yield from self._show(asked, self.muse.generate)
+    def draw(self, *asked) -> Iterator[dict]:
+        yield from self._show(asked, lambda: self.muse.generate)
 
-    def repaint(self, start, canvas, *asked) -> Iterator[tuple]:
-        def job(prompt, **how):
-            return self.muse.inpaint(begun(start), painted(canvas, self.side, self.zoom), prompt, **how)
+    def repaint(self, start, canvas, *asked) -> Iterator[dict]:
+        layers, size = (canvas or {}).get("layers", []), (self.side, self.zoom)
+        yield from self._show(asked, lambda: partial(self.muse.inpaint, _begun(start), painted(layers, *size)))
 
-        yield from self._show(asked, job)
-
-    def extend(self, start, where, by, *asked) -> Iterator[tuple]:
+    def extend(self, start, where, by, *asked) -> Iterator[dict]:
         padding = tuple(by * (where == side) for side in SIDES)
-        yield from self._show(asked, lambda prompt, **how: self.muse.outpaint(begun(start), padding, prompt, **how))
+        yield from self._show(asked, lambda: partial(self.muse.outpaint, _begun(start), padding))
 
-    def change(self, start, iterations, share, guidance, *asked) -> Iterator[tuple]:
-        """A picture and the dials of a mask-free edit -> what the page shows, an iteration at a time."""
-        settings = {"iterations": iterations, "share": share, "guidance": guidance}
+    def change(self, start, iterations, share, guidance, *asked) -> Iterator[dict]:
+        own = {"iterations": iterations, "share": share, "guidance": guidance}
+        yield from self._show(asked, lambda: partial(self.muse.edit, _begun(start)), **own)
 
-        def job(prompt, *, seed, negative_prompt, superres, watch, **_):
-            how = {"seed": seed, "negative_prompt": negative_prompt, "superres": superres, "watch": watch}
-            return self.muse.edit(begun(start), prompt, **settings, **how)
-
-        yield from self._show(asked, job)
-
-    def load(self, path) -> tuple:
+    def load(self, path) -> dict:
         """An upload -> the picture to edit, as it is and enlarged."""
         try:
             return self._start(open_picture(path, self.side))
         except ValueError as error:
             self.gr.Warning(str(error), duration=None)
-            return (self.gr.skip(),) * 2
+            return self.gr.skip()
 
-    def take(self, last) -> tuple:
+    def take(self, last) -> dict:
         """The picture that was drawn last -> the same."""
-        return self._start(last[1]) if last else (self.gr.skip(),) * 2
+        return self._start(last[1]) if last else self.gr.skip()
 
-    def look_back(self, last, at) -> tuple:
-        """The slider -> picture, tokens, sentence of that step; behind the last step stands the picture itself."""
+    def look_back(self, last, at) -> dict:
+        """The slider -> the page at that step; behind the last step stands the picture itself."""
         if not last:  # it is an hour old, and forgotten
-            return (self.gr.skip(),) * 3
+            return self.gr.skip()
         steps, made = last
         if at <= len(steps):
-            return self._frame(steps[at - 1])
-        told = made.info[KEY]
-        return saveable(made, told), token_map(steps[-1]), f"**Done**, seed {told['seed']}"
+            return self._step(steps[at - 1])
+        sentence = f"**Done**, seed {settings_of(made)['seed']}"
+        return {self.picture: made, self.tokens: token_map(steps[-1]), self.status: sentence}
 
-    def _show(self, asked: tuple, job: Callable[..., list[Image.Image]]) -> Iterator[tuple]:
-        (prompt, seed, negative, *dials), steps, same = asked, [], self.gr.skip()
-        how = {"seed": seed, "negative_prompt": negative or None} | self._settings(*dials)
-        yield same, same, "**Reading the prompt**", same, same, same
+    def _show(self, asked: tuple, begin: Callable[[], Callable], **own) -> Iterator[dict]:
+        """`begin` gives the method of Muse that draws; `own`: what a mask-free edit has in place of the dials."""
+        (prompt, seed, negative, *dials), steps = asked, []
+        settings, how = self._settings(*dials), {"seed": seed, "negative_prompt": negative or None}
+        how |= own | {"superres": settings["superres"]} if own else settings
+        yield {self.status: "**Reading the prompt**"}
         try:
-            for made in follow(lambda watch: job(prompt, watch=watch, **how)):
+            for made in follow(partial(begin(), prompt, **how)):
                 if isinstance(made, Step):
                     steps.append(made)
-                    yield *self._frame(made), same, same, same
+                    yield self._step(made)
         except (ValueError, TypeError) as error:
             self.gr.Warning(str(error), duration=None)
-            yield same, same, f"**Nothing was drawn.** {error}", same, same, same
+            yield {self.status: f"**Nothing was drawn.** {error}"}
             return
-        told, end = made.info[KEY], len(steps) + 1
-        strip = self.gr.Image(saveable(film(self.muse, steps), told), visible=True)
-        slider = self.gr.Slider(maximum=end, value=end, visible=True)
-        sentence = f"**Done** in {len(steps)} steps, seed {told['seed']}. {self.muse.unfamiliar(prompt)}"
-        yield saveable(made, told), same, sentence, strip, slider, (steps, made)
+        told, end = settings_of(made), len(steps) + 1
+        made, strip = with_settings(made, told), with_settings(film(self.muse, steps), told)
+        yield {
+            self.picture: made,
+            self.status: f"**Done** in {len(steps)} steps, seed {told['seed']}. {self.muse.unfamiliar(prompt)}",
+            self.strip: self.gr.Image(strip, visible=True),
+            self.scrub: self.gr.Slider(maximum=end, value=end, visible=True),
+            self.last: (steps, made),
+        }
 
     def _settings(self, first, final, steps, high_steps, schedule, order) -> dict[str, Any]:
         """The dials -> every setting of both decodes. What is not moved is the checkpoint's, in each decode its own."""
@@ -174,15 +119,16 @@ class Page:
             del base["choice_temperature"], high["choice_temperature"]
         return base | moved | {"superres": high | moved | {"steps": high_steps}}
 
-    def _frame(self, step: Step) -> tuple[Image.Image, Image.Image, str]:
+    def _step(self, step: Step) -> dict:
         drawn, masked, tokens = int(step.revealed[0].sum()), int(step.masked[0].sum()), step.tokens.shape[1]
         numbers = f"{drawn} of {tokens} tokens drawn, {masked} still masked, guidance {step.guidance:.1f}"
+        sentence = f"**{STAGES[step.stage]}, step {step.index + 1}**: {numbers}"
         picture = mask_overlay(self.muse.picture(step)[0], step.masked[0])
-        return picture, token_map(step), f"**{STAGES[step.stage]}, step {step.index + 1}**: {numbers}"
+        return {self.picture: picture, self.tokens: token_map(step), self.status: sentence}
 
-    def _start(self, image: Image.Image) -> tuple[Image.Image, Image.Image]:
-        square = ImageOps.fit(image, (self.side, self.side))
-        return square, square.resize((self.side * self.zoom,) * 2, Image.Resampling.NEAREST)
+    def _start(self, image: Image.Image) -> dict:
+        square, large = ImageOps.fit(image, (self.side,) * 2), (self.side * self.zoom,) * 2
+        return {self.start: square, self.canvas: square.resize(large, Image.Resampling.NEAREST)}
 
     # --- how it looks -------------------------------------------------------------------------------------------------
 
@@ -190,7 +136,7 @@ class Page:
         """-> gradio's Blocks. Its events have names, so that programs may call them: /draw, /load, /repaint, ..."""
         gr, muse = self.gr, self.muse
         with gr.Blocks(title="minimuse", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
-            start, last = gr.State(time_to_live=3600), gr.State(time_to_live=3600)
+            self.start, self.last = gr.State(time_to_live=3600), gr.State(time_to_live=3600)
             gr.Markdown(ABOUT.format(muse.cfg.name, self.side, self.side))
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
@@ -204,26 +150,26 @@ class Page:
                         if muse.examples:
                             gr.Examples(muse.examples[:5], prompt, label="Prompts to try")
                     with gr.Tab("Edit") as tab:
-                        edits = self._edits(start, last, tab)
+                        edits = self._edits(tab)
                     with gr.Accordion("How it decodes", open=False):
                         asked = [prompt, seed, *self._dials()]
                 with gr.Column(scale=3, min_width=320):
-                    shown = [*self._shown(last), last]
-            queued = {"concurrency_id": "muse", "concurrency_limit": 1, "show_progress_on": shown[2]}
-            gr.on([go.click, prompt.submit], self.draw, asked, shown, api_name="draw", **queued)
+                    shown = self._shown()
+            queued = {"concurrency_id": "muse", "concurrency_limit": 1, "show_progress_on": self.status}
             more = another.click(lambda n: (n or 0) + 1, seed, seed, api_name=False)
-            more.then(self.draw, asked, shown, api_name=False, **queued)
-            for button, method, inputs in edits:
+            for trigger in (prompt.submit, more.then):
+                trigger(self.draw, asked, shown, api_name=False, **queued)
+            for button, method, inputs in [(go, self.draw, []), *edits]:
                 button.click(method, [*inputs, *asked], shown, api_name=method.__name__, **queued)
         return blocks
 
-    def _edits(self, start, last, tab) -> list[tuple]:
+    def _edits(self, tab) -> list[tuple]:
         """The tab of edits -> its buttons, what each does, and with what."""
         gr = self.gr
         with gr.Row():
             taken = gr.Button("Take the drawn picture", size="sm", min_width=120)
             loaded = gr.UploadButton("Load a picture", file_types=["image"], size="sm", min_width=120)
-        canvas = gr.ImageEditor(
+        self.canvas = gr.ImageEditor(
             label="To edit", type="pil", format="png", sources=(), transforms=(), layers=False, buttons=[],
             brush=gr.Brush(default_size=24, colors=["#ff2d95"], color_mode="fixed"), elem_id="canvas",
             canvas_size=(self.side * self.zoom,) * 2, fixed_canvas=True,
@@ -239,16 +185,14 @@ class Page:
             gr.Markdown("No mask: a few tokens at a time are drawn again under the prompt.")
             iterations = gr.Slider(1, 100, 100, step=1, label="Iterations")
             share = gr.Slider(0.01, 0.5, 0.08, step=0.01, label="Share of the tokens, each time")
-            guidance = gr.Slider(0, 10, 4, step=0.5, label="Guidance")
+            how = [self.start, iterations, share, gr.Slider(0, 10, 4, step=0.5, label="Guidance")]
             change = gr.Button("Change", variant="primary")
-        loaded.upload(self.load, loaded, [start, canvas], api_name="load")
-        taken.click(self.take, last, [start, canvas], api_name=False)
-        tab.select(lambda old, last: self.take(None if old else last), [start, last], [start, canvas], api_name=False)
-        return [
-            (repaint, self.repaint, [start, canvas]),
-            (extend, self.extend, [start, where, by]),
-            (change, self.change, [start, iterations, share, guidance]),
-        ]
+        edited = [self.start, self.canvas]
+        loaded.upload(self.load, loaded, edited, api_name="load")
+        taken.click(self.take, self.last, edited, api_name=False)
+        tab.select(lambda old, last: self.take(None if old else last), [self.start, self.last], edited, api_name=False)
+        side = [self.start, where, by]
+        return [(repaint, self.repaint, edited), (extend, self.extend, side), (change, self.change, how)]
 
     def _dials(self) -> list:
         gr, base, high = self.gr, self.muse.cfg.base_sampling, self.muse.cfg.superres_sampling
@@ -262,19 +206,26 @@ class Page:
             gr.Dropdown([*ORDERS], value=base.order, label="Order: which tokens first"),
         ]
 
-    def _shown(self, last) -> list:
+    def _shown(self) -> list:
         gr, look = self.gr, {"format": "png", "buttons": ["download", "fullscreen"], "min_width": 140}
-        status = gr.Markdown("Press *Draw*.", elem_id="status")
+        self.status = gr.Markdown("Press *Draw*.", elem_id="status")
         with gr.Row():
-            picture = gr.Image(label="Picture", elem_id="picture", elem_classes="pixels", **look)
-            tokens = gr.Image(label="Tokens", elem_id="tokens", elem_classes="pixels", **look)
+            self.picture = gr.Image(label="Picture", elem_id="picture", elem_classes="pixels", **look)
+            self.tokens = gr.Image(label="Tokens", elem_id="tokens", elem_classes="pixels", **look)
         gr.Markdown(LEGEND)
-        scrub = gr.Slider(1, 2, 2, step=1, label="Back through the steps", elem_id="scrub", visible=False)
-        strip = gr.Image(label="Film", elem_id="film", elem_classes="film", visible=False, **look)
+        self.scrub = gr.Slider(1, 2, 2, step=1, label="Back through the steps", elem_id="scrub", visible=False)
+        self.strip = gr.Image(label="Film", elem_id="film", elem_classes="film", visible=False, **look)
         gr.Markdown(SAVED)
-        outputs, light = [picture, tokens, status], {"show_progress": "hidden", "trigger_mode": "always_last"}
-        scrub.input(self.look_back, [last, scrub], outputs, api_name=False, **light)
-        return [*outputs, strip, scrub]
+        now, back = [self.picture, self.tokens, self.status], [self.last, self.scrub]
+        light = {"show_progress": "hidden", "trigger_mode": "always_last"}
+        self.scrub.input(self.look_back, back, now, api_name=False, **light)
+        return [*now, self.strip, self.scrub, self.last]
+
+
+def _begun(start: Image.Image | None) -> Image.Image:
+    if start is None:
+        raise ValueError("There is no picture to edit yet: load one, or draw one and take it")
+    return start
 
 
 def serve(

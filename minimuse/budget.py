@@ -22,6 +22,7 @@ from contextlib import nullcontext
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from minimuse import transformer
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import STAGES, MuseConfig, SamplingConfig, StageConfig, TransformerConfig
 from minimuse.engine import fast_bf16, hidden_matrices
@@ -112,7 +114,8 @@ def saved_bytes(run: Callable[[], Any], weights: nn.Module, bf16: bool = True) -
         return x
 
     casts = (torch.autocast("cpu", torch.bfloat16), _NormInFloat()) if bf16 else (nullcontext(), nullcontext())
-    with casts[0], casts[1], torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    fused = patch.object(transformer, "attention", F.scaled_dot_product_attention)  # as an accelerator's, in bf16 too
+    with fused, casts[0], casts[1], torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         result = run()  # held: its graph owns what was saved
     for x in [*weights.parameters(), *weights.buffers()]:
         saved.pop(x.untyped_storage()._cdata, None)

@@ -73,6 +73,24 @@ def in_bytes(n: float) -> str:
     return f"{n:,.3g} TB"
 
 
+def write_whole(path: Path, content: str | Callable[[Path], Any]) -> None:
+    """A text, or what `content` writes to a path: under a new name, flushed, then renamed.
+
+    So there is never half a file, and none is changed under a reader's memory map.
+    """
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
+    try:
+        if isinstance(content, str):
+            new.write_text(content, encoding="utf-8")
+        else:
+            content(new)
+        with new.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +181,7 @@ class Shards:
                 record["arrays"][name] = {"file": files[-1].name, **_save(files[-1], array)}
             if replace or not self._json(part).exists():
                 record = json.loads(json.dumps(record))  # as it will be read: tuples are lists, keys are strings
-                _put(self._json(part), record | {"sha256": fingerprint(record)})
+                write_whole(self._json(part), json.dumps(record | {"sha256": fingerprint(record)}))
                 files = []
         except OSError as error:
             if error.errno not in FULL:
@@ -201,19 +219,6 @@ class Shards:
 
     def _json(self, part: int) -> Path:
         return self.folder / f"{part:05d}.json"
-
-
-def _put(path: Path, content: Any) -> None:
-    """JSON, flushed, then renamed: there whole or not at all."""
-    new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
-    try:
-        with new.open("w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _save(path: Path, array: np.ndarray) -> dict[str, Any]:
@@ -258,7 +263,7 @@ def fill(shards: Shards, make: Callable[[int], Made], rank: int = 0, world: int 
     shards.folder.mkdir(parents=True, exist_ok=True)
     if not (shards.folder / "about.json").exists():
         about = {"kind": shards.kind, "fingerprint": shards.fingerprint, "about": shards.about}
-        _put(shards.folder / "about.json", about)
+        write_whole(shards.folder / "about.json", json.dumps(about))
     if rank == 0:
         shards.sweep()
         for folder, n in shards.others():

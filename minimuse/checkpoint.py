@@ -19,8 +19,10 @@ import logging
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,15 @@ from safetensors.torch import load as parse_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minimuse.cache import write_whole
 from minimuse.config import MuseConfig, from_dict, to_dict
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 FORMAT = "minimuse-1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 STATE, TENSORS, RUN = "state.json", "state.safetensors", "run.json"
+# fields of a configuration that say nothing of what is drawn
+NOT_DRAWN = ("name", "stages", "scenes", "captions", "shares", "synonyms", "pixels_gib", "text_gib", "dropout")
 MODEL = "model.model."  # names of a transformer's weights in a state: MaskedLoss holds it
 log = logging.getLogger("minimuse")
 
@@ -119,16 +124,22 @@ def check_weights(
 
 
 def fingerprint(cfg: MuseConfig, weights: Mapping[str, Tensor]) -> str:
-    """-> 16 hex digits, others wherever weights or defaults of drawing differ; how it was trained does not count.
+    """-> 16 hex digits, others wherever weights or defaults of drawing differ; name and training do not count.
 
+    Fields at their defaults are left out, so that pictures stay known when a later version brings a field.
     Choice: of each tensor at most 2**17 numbers, evenly spread, as float32, so that the paper's 3B takes no longer.
     """
-    drawing = {k: v for k, v in to_dict(cfg).items() if k not in ("stages", "scenes", "captions", "shares")}
-    sha = hashlib.sha256(json.dumps(drawing, sort_keys=True).encode())
+    sha = hashlib.sha256(json.dumps(_set(cfg), sort_keys=True).encode())
     for name, tensor in sorted(weights.items()):
         some = tensor.detach().flatten()[:: max(1, tensor.numel() >> 16)]
         sha.update(name.encode() + some.float().cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def _set(cfg: Any) -> dict[str, Any]:
+    """The fields of a configuration that decide what is drawn and are not at their defaults, parts included."""
+    found = {f.name: (getattr(cfg, f.name), f.default) for f in fields(cfg) if f.name not in NOT_DRAWN}
+    return {k: _set(v) if is_dataclass(v) else v for k, (v, default) in found.items() if v != default}
 
 
 def save(
@@ -140,9 +151,9 @@ def save(
         refuse_existing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = {"format": FORMAT, "config": to_dict(cfg), **about}
-    _replace(folder / WEIGHTS, lambda path: _save(weights, path))
-    _replace(folder / CONFIG, lambda path: path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8"))
-    _replace(folder / CARD, lambda path: path.write_text(card(cfg, weights, about), encoding="utf-8"))
+    write_whole(folder / WEIGHTS, lambda path: _save(weights, path))
+    write_whole(folder / CONFIG, json.dumps(values, indent=1) + "\n")
+    write_whole(folder / CARD, card(cfg, weights, about))
     return folder
 
 
@@ -156,52 +167,42 @@ def refuse_existing(folder: Path) -> None:
 
 def card(cfg: MuseConfig, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
     """The model card: what it is, its sizes, how it was trained, how to use it."""
-    parts: dict[str, int] = {}
+    parts: Counter[str] = Counter()
     for key, value in weights.items():
-        part = key.split(".")[0]
-        parts[part] = parts.get(part, 0) + value.numel()
-    size = f"{cfg.low_tokenizer.image_size} px ({cfg.base.grid}x{cfg.base.grid} tokens)"
+        parts[key.split(".")[0]] += value.numel()
+    low = f"{cfg.low_tokenizer.image_size} px ({cfg.base.grid}x{cfg.base.grid} tokens)"
     high = f"{cfg.high_tokenizer.image_size} px ({cfg.superres.grid}x{cfg.superres.grid} tokens)"
-    lines = [
-        "---",
-        "library_name: minimuse",
-        "pipeline_tag: text-to-image",
-        "license: apache-2.0",
-        "---",
-        f"# {cfg.name}",
-        "",
-        f"A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {size} to {high}."
-        if cfg.model == "muse"
-        else f"A rival of Muse's base model made by minimuse ({cfg.model}): {size}, no super-resolution.",
-        f"Text: {cfg.text_encoder}, frozen.",
-        "",
-        "| Part | Parameters |",
-        "|---|---|",
-        *(f"| {name} | {n:,} |" for name, n in parts.items()),
-        "",
-        f"Data: {about.get('data', f'{cfg.scenes:,} scenes of minimuse, {cfg.captions} captions each')}.",
-        "",
-        "| Stage | Steps | Batch | Learning rate | Optimizer |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {name} | {s.steps:,} | {s.batch} | {s.learning_rate:g} | {s.optimizer} |"
-            for name, s in cfg.stages.items()
-        ),
-        "",
-        "```python",
-        "from minimuse import Muse",
-        f'Muse.from_pretrained("path/to/this/folder").generate("{(about.get("examples") or ["a red cube"])[0]}")',
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
+    what = f"A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {low} to {high}."
+    if cfg.model != "muse":
+        what = f"A rival of Muse's base model made by minimuse ({cfg.model}): {low}, no super-resolution."
+    sizes = "\n".join(f"| {name} | {n:,} |" for name, n in parts.items())
+    rows = [(name, f"{s.steps:,}", s.batch, f"{s.learning_rate:g}", s.optimizer) for name, s in cfg.stages.items()]
+    stages = "\n".join("| {} | {} | {} | {} | {} |".format(*row) for row in rows)
+    return f"""---
+library_name: minimuse
+pipeline_tag: text-to-image
+license: apache-2.0
+---
+# {cfg.name}
 
+{what}
+Text: {cfg.text_encoder}, frozen.
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path`, then rename: never half a file, never one changed under a reader's memory map."""
-    new = path.with_name(path.name + ".new")
-    write(new)
-    _stamp(new, flush=True)
-    os.replace(new, path)
+| Part | Parameters |
+|---|---|
+{sizes}
+
+Data: {about.get("data", f"{cfg.scenes:,} scenes of minimuse, {cfg.captions} captions each")}.
+
+| Stage | Steps | Batch | Learning rate | Optimizer |
+|---|---|---|---|---|
+{stages}
+
+```python
+from minimuse import Muse
+Muse.from_pretrained("path/to/this/folder").generate("{(about.get("examples") or ["a red cube"])[0]}")
+```
+"""
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -250,8 +251,7 @@ def save_state(
             wait()
         if main:
             files = {p.name: _stamp(p, flush=True) for p in sorted(new.iterdir())}
-            text = json.dumps({"step": step, "about": about, "files": files}, indent=1)
-            _replace(new / STATE, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+            write_whole(new / STATE, json.dumps({"step": step, "about": about, "files": files}, indent=1) + "\n")
             if path.exists():  # a damaged one, which load_state passed over
                 path.rename(_free(path))
             new.rename(path)
@@ -381,7 +381,7 @@ def open_run(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
         if resume:
             raise FileNotFoundError(f"{folder} holds no {RUN}: nothing to resume there; without --resume a run begins")
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(path, lambda new: new.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8"))
+        write_whole(path, json.dumps(values, indent=1) + "\n")
     elif not resume:
         raise FileExistsError(
             f"{folder} holds a run already; --resume goes on with it, another folder begins a new one"

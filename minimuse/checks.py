@@ -71,16 +71,15 @@ def _check(properties: Callable[[Given], Iterator[str]]) -> Callable[[Given], Ve
 
     @wraps(properties)
     def check(fn: Given) -> Verdict:
-        tried = []
+        tried, found = [], ""
         try:
             for name in properties(fn):
                 tried.append(name)
         except _Wrong as wrong:
-            return Verdict(properties.__name__, len(tried), tried[-1], str(wrong))
+            found = str(wrong)
         except Exception as error:
             found = f"your function, or what was done with its result, raised {type(error).__name__}: {error}"
-            return Verdict(properties.__name__, len(tried), tried[-1], found)
-        return Verdict(properties.__name__, len(tried))
+        return Verdict(properties.__name__, len(tried), tried[-1] if found else "", found)
 
     return check
 
@@ -162,6 +161,38 @@ def check_straight_through(fn: Given) -> Iterator[str]:
     _same("a gradient of [1, 5] at the result: q's", got[1], 0 * sent)
 
 
+@_check
+def check_psnr(fn: Given) -> Iterator[str]:
+    """fn(images, again), both (B, C, H, W) in [-1, 1] -> (B,) dB of pixels in [0, 1]: as `metrics.psnr`."""
+    zeros = torch.zeros(1, 3, 2, 2)
+    for name, again, want in [
+        ("10 log10(1 / MSE), pixels in [0, 1]", [0.2], [20.0]),  # a tenth of the range
+        ("one figure an image, not of the batch", [0.2, 2.0], [20.0, 0.0]),
+    ]:
+        yield name
+        shifted = torch.cat([zeros + by for by in again])
+        _same(f"fn(B gray images, the same + {again})", fn(torch.zeros_like(shifted), shifted), want)
+    yield "the error is squared before it is averaged"
+    half = torch.tensor([0.0, 2.0]).repeat(6).view(1, 3, 2, 2)
+    _same("fn(0 everywhere, 2 in every other pixel)", fn(zeros, half), [10 * math.log10(2)])
+
+
+@_check
+def check_grow(fn: Given) -> Iterator[str]:
+    """fn(weight (O, I), outputs, inputs) -> (outputs, inputs), at least as large: as `VQGAN.grow_decoder`."""
+    old, old_inputs, new_inputs = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, -1.0]), torch.ones(3)
+    torch.manual_seed(0)
+    yield "the old weights fill the leading block"
+    new = _shaped("fn(2 x 2, 4, 5)", fn(old.clone(), 4, 5), (4, 5))
+    _same("fn([[1, 2], [3, 4]], 4, 5)[:2, :2]", new[:2, :2], old)
+    yield "old outputs stay, whatever the new inputs bring"
+    _same(
+        "inputs [1, -1] and new ones of 1: the old outputs", (new @ torch.cat([old_inputs, new_inputs]))[:2], [-1, -1]
+    )
+    yield "new outputs are not all zero, or they would never learn"
+    _expect(new[2:].abs().sum() > 0, f"the new rows are {new[2:].tolist()}")
+
+
 # --- masking ----------------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +269,75 @@ def check_masked_loss(fn: Given) -> Iterator[str]:
         _same(f"fn(logits {logits}, targets {targets}, masked {masked})", fn(*given), want)
 
 
-# --- text dropped, guidance, decoding ---------------------------------------------------------------------------------
+@_check
+def check_unigram(fn: Given) -> Iterator[str]:
+    """fn(tokens (n, N), codebook_size) -> nats: as `validation.unigram_entropy`."""
+    for name, tokens, size, want in [
+        ("one code alone has none", [[0, 0]], 1, 0.0),
+        ("two codes, equally common, have log 2", [[0, 1]], 2, math.log(2)),
+        ("codes that never occur do no harm", [[0, 3]], 8, math.log(2)),
+        ("how common each is counts", [[0, 0, 0, 1]], 2, 2 * math.log(2) - 0.75 * math.log(3)),
+        ("it is of all pictures together", [[0, 0], [1, 1]], 2, math.log(2)),
+    ]:
+        yield name
+        _same(f"fn(tokens {tokens}, {size})", fn(torch.tensor(tokens), size), want)
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+@_check
+def check_attention(fn: Given) -> Iterator[str]:
+    """fn(q (B, H, N, d), k, v (B, H, M, d), attend (B, 1, 1, M) bool) -> (B, H, N, d), True = may be looked at."""
+    for name, q, k, v, attend in [
+        ("keys alike: the mean of the values", [[0.0]], [[1.0], [1.0]], [[2.0], [4.0]], [1, 1]),
+        ("weights are a softmax over the memory", [[1.0]], [[2.0], [1.0]], [[1.0], [0.0]], [1, 1]),
+        ("scores are divided by sqrt(d)", [[1.0] * 4], [[1.0] * 4, [0.0] * 4], [[1.0] * 4, [0.0] * 4], [1, 1]),
+        ("each query has its own weights", [[1.0], [-1.0]], [[2.0], [0.0]], [[1.0], [0.0]], [1, 1]),
+        ("what is not attended does not count", [[1.0]], [[0.0], [9.0]], [[3.0], [5.0]], [1, 0]),
+    ]:
+        yield name
+        given = [torch.tensor(x)[None, None] for x in (q, k, v)]
+        may = torch.tensor(attend).bool()[None, None, None]
+        call = f"fn(q {q}, k {k}, v {v}, attend {attend})"
+        _same(call, fn(*given, may), F.scaled_dot_product_attention(*given, attn_mask=may))
+
+
+@_check
+def check_multi_axis(fn: Given) -> Iterator[str]:
+    """fn(q, k, v (B, H, N, d), block) -> (B, H, N, d): as `transformer.multi_axis_attention`."""
+    row, column, q = torch.arange(16) // 4, torch.arange(16) % 4, torch.zeros(1, 2, 16, 16)
+    v = torch.eye(16).expand_as(q)  # all weights alike and values that tell tokens apart: the output says who is seen
+    for head, name, group in [
+        (0, "the first half of the heads sees its own block", row // 2 * 2 + column // 2),
+        (1, "the second half sees its own place in every block", row % 2 * 2 + column % 2),
+    ]:
+        yield name
+        got = _shaped("fn(1 x 2 heads x 16 tokens)", fn(q, q, v, 2), (1, 2, 16, 16))
+        for i in range(16):
+            sees, want = ((x.nonzero().flatten().tolist()) for x in (got[0, head, i] > 1e-6, group == group[i]))
+            _expect(sees == want, f"4 x 4 tokens, block 2: token {i} of head {head} sees {sees}; expected {want}")
+    yield "weights are softmax(q k / sqrt(d))"
+    q, k, v = torch.randn(3, 1, 2, 4, 2, generator=_seeded())
+    _same(
+        "one block of 4 tokens: the first head", fn(q, k, v, 2)[:, :1], F.scaled_dot_product_attention(q, k, v)[:, :1]
+    )
+
+
+@_check
+def check_join_memory(fn: Given) -> Iterator[str]:
+    """fn(text (B, L, D), mask (B, L), low (B, K, D)) -> entries (B, L + K, D), attend (B, L + K): as in `memory`."""
+    text, low = torch.tensor([[[1.0], [0.0]], [[5.0], [6.0]]]), torch.tensor([[[2.0], [3.0], [4.0]]] * 2)
+    mask, call = torch.tensor([[True, False], [True, True]]), "fn(2 texts of 2 tokens, 3 low-res entries)"
+    yield "along the sequence, the text first, then the low-res entries"
+    entries, attend = fn(text, mask, low)
+    _same(f"{call}: entries", entries, [[[1.0], [0.0], [2.0], [3.0], [4.0]], [[5.0], [6.0], [2.0], [3.0], [4.0]]])
+    yield "padding is not attended to, low-res entries always are"
+    _shaped(f"{call}: attend", attend, (2, 5), torch.bool)
+    _same(f"{call}: attend", attend, [[True, False, True, True, True], [True] * 5])
+
+
+# --- guidance, decoding -----------------------------------------------------------------------------------------------
 
 
 @_check
@@ -344,29 +443,7 @@ def check_decode(fn: Given) -> Iterator[str]:
     _near("a token of probability 0.8: its share of 2,000 draws", share, 0.8, 0.05)
 
 
-# --- attention, editing -----------------------------------------------------------------------------------------------
-
-
-@_check
-def check_multi_axis(fn: Given) -> Iterator[str]:
-    """fn(q, k, v (B, H, N, d), block) -> (B, H, N, d): as `transformer.multi_axis_attention`."""
-    row, column, q, v = torch.arange(16) // 4, torch.arange(16) % 4, torch.zeros(1, 2, 16, 16), torch.eye(16)
-    got = None
-    for head, name, group in [
-        (0, "the first half of the heads sees its own block", row // 2 * 2 + column // 2),
-        (1, "the second half sees its own place in every block", row % 2 * 2 + column % 2),
-    ]:
-        yield name
-        if got is None:  # all weights alike and values that tell tokens apart: the output says who is seen
-            got = _shaped("fn(1 x 2 heads x 16 tokens)", fn(q, q, v.expand(1, 2, 16, 16), 2), (1, 2, 16, 16))
-        for i in range(16):
-            sees, want = ((x.nonzero().flatten().tolist()) for x in (got[0, head, i] > 1e-6, group == group[i]))
-            _expect(sees == want, f"4 x 4 tokens, block 2: token {i} of head {head} sees {sees}; expected {want}")
-    yield "weights are softmax(q k / sqrt(d))"
-    q, k, v = torch.randn(3, 1, 2, 4, 2, generator=_seeded())
-    _same(
-        "one block of 4 tokens: the first head", fn(q, k, v, 2)[:, :1], F.scaled_dot_product_attention(q, k, v)[:, :1]
-    )
+# --- editing, the schedule lab ----------------------------------------------------------------------------------------
 
 
 @_check
@@ -386,7 +463,45 @@ def check_token_mask(fn: Given) -> Iterator[str]:
             _expect(found == sorted(want), f"4 x 6 pixels, f=2: {pixels} mask {found}; expected {sorted(want)}")
 
 
-# --- the schedule lab -------------------------------------------------------------------------------------------------
+@_check
+def check_resample_step(fn: Given) -> Iterator[str]:
+    """fn(logits_fn, tokens (1, N), mask_id=, share=, generator=) -> (1, N): an iteration as of `editing.resample`."""
+    start, seen = torch.zeros(1, 8, dtype=torch.long), []
+
+    def other(tokens: Tensor, u: float) -> Tensor:  # sure that code 1 stands everywhere
+        seen.append(tokens.clone())
+        return torch.tensor([-50.0, 50.0]).expand(1, 8, 2)
+
+    def run(share: float, seed: int = 0) -> Tensor:
+        made = fn(other, start.clone(), mask_id=2, share=share, generator=_seeded(seed))
+        return _shaped(f"fn(8 tokens, share={share})", made, (1, 8), torch.long)
+
+    yield "every state is a whole picture"
+    _same("share 0.5: the number of [MASK] left", (run(0.5) == 2).sum(), 0)
+    yield "exactly ceil(share N) tokens are drawn again"
+    for share in (0.5, 0.25, 0.08, 1.0):
+        _same(f"8 tokens of code 0, a model sure of 1, share {share}: changed", run(share).sum(), math.ceil(8 * share))
+    yield "the model sees [MASK] there, and all the other tokens"
+    _expect((got := seen[-1].tolist()) == [[2] * 8], f"share 1: the model saw {got}, where 2 is [MASK]")
+    yield "the places are random"
+    _expect(len({tuple(run(0.25, seed)[0].tolist()) for seed in range(8)}) > 1, "8 seeds chose the same places")
+
+
+@_check
+def check_margin(fn: Given) -> Iterator[str]:
+    """fn(logits (B, N, V), drawn (B, N), masked (B, N), u) -> scores (B, N): as `sampler.margin`."""
+    for name, p, drawn in [
+        ("two codes alike are no margin", [[0.4, 0.4, 0.2]], 0),
+        ("it is the first less the second", [[0.6, 0.3, 0.1]], 0),
+        ("codes may come in any order", [[0.1, 0.3, 0.6]], 2),
+        ("what was drawn does not count", [[0.6, 0.3, 0.1]], 2),
+        ("each token has its own", [[0.6, 0.3, 0.1], [0.5, 0.5, 0.0]], 0),
+    ]:
+        yield name
+        logits, tokens = torch.tensor([p]).clamp(min=1e-9).log() + 3, torch.full((1, len(p)), drawn)
+        first, second = torch.tensor([p]).topk(2).values.unbind(-1)
+        call = f"fn(logits log {p} + 3, drawn {tokens.tolist()})"
+        _same(call, fn(logits, tokens, tokens >= 0, 0.5), first - second)
 
 
 @_check
@@ -421,133 +536,7 @@ def check_world(fn: Given) -> Iterator[str]:
     _same("log_evidence(e) of random e", world.log_evidence(e), (log_p.exp() * weights).sum().log()[None])
 
 
-# --- orders -----------------------------------------------------------------------------------------------------------
-
-
-@_check
-def check_margin(fn: Given) -> Iterator[str]:
-    """fn(logits (B, N, V), drawn (B, N), masked (B, N), u) -> scores (B, N): as `sampler.margin`."""
-    for name, p, drawn in [
-        ("two codes alike are no margin", [[0.4, 0.4, 0.2]], 0),
-        ("it is the first less the second", [[0.6, 0.3, 0.1]], 0),
-        ("codes may come in any order", [[0.1, 0.3, 0.6]], 2),
-        ("what was drawn does not count", [[0.6, 0.3, 0.1]], 2),
-        ("each token has its own", [[0.6, 0.3, 0.1], [0.5, 0.5, 0.0]], 0),
-    ]:
-        yield name
-        logits, tokens = torch.tensor([p]).clamp(min=1e-9).log() + 3, torch.full((1, len(p)), drawn)
-        first, second = torch.tensor([p]).topk(2).values.unbind(-1)
-        call = f"fn(logits log {p} + 3, drawn {tokens.tolist()})"
-        _same(call, fn(logits, tokens, tokens >= 0, 0.5), first - second)
-
-
-# --- the base transformer ---------------------------------------------------------------------------------------------
-
-
-@_check
-def check_attention(fn: Given) -> Iterator[str]:
-    """fn(q (B, H, N, d), k, v (B, H, M, d), attend (B, 1, 1, M) bool) -> (B, H, N, d), True = may be looked at."""
-    for name, q, k, v, attend in [
-        ("keys alike: the mean of the values", [[0.0]], [[1.0], [1.0]], [[2.0], [4.0]], [1, 1]),
-        ("weights are a softmax over the memory", [[1.0]], [[2.0], [1.0]], [[1.0], [0.0]], [1, 1]),
-        ("scores are divided by sqrt(d)", [[1.0] * 4], [[1.0] * 4, [0.0] * 4], [[1.0] * 4, [0.0] * 4], [1, 1]),
-        ("each query has its own weights", [[1.0], [-1.0]], [[2.0], [0.0]], [[1.0], [0.0]], [1, 1]),
-        ("what is not attended does not count", [[1.0]], [[0.0], [9.0]], [[3.0], [5.0]], [1, 0]),
-    ]:
-        yield name
-        given = [torch.tensor(x)[None, None] for x in (q, k, v)]
-        may = torch.tensor(attend).bool()[None, None, None]
-        call = f"fn(q {q}, k {k}, v {v}, attend {attend})"
-        _same(call, fn(*given, may), F.scaled_dot_product_attention(*given, attn_mask=may))
-
-
-@_check
-def check_unigram(fn: Given) -> Iterator[str]:
-    """fn(tokens (n, N), codebook_size) -> nats: as `validation.unigram_entropy`."""
-    for name, tokens, size, want in [
-        ("one code alone has none", [[0, 0]], 1, 0.0),
-        ("two codes, equally common, have log 2", [[0, 1]], 2, math.log(2)),
-        ("codes that never occur do no harm", [[0, 3]], 8, math.log(2)),
-        ("how common each is counts", [[0, 0, 0, 1]], 2, 2 * math.log(2) - 0.75 * math.log(3)),
-        ("it is of all pictures together", [[0, 0], [1, 1]], 2, math.log(2)),
-    ]:
-        yield name
-        _same(f"fn(tokens {tokens}, {size})", fn(torch.tensor(tokens), size), want)
-
-
-@_check
-def check_resample_step(fn: Given) -> Iterator[str]:
-    """fn(logits_fn, tokens (1, N), mask_id=, share=, generator=) -> (1, N): an iteration as of `editing.resample`."""
-    start, seen = torch.zeros(1, 8, dtype=torch.long), []
-
-    def other(tokens: Tensor, u: float) -> Tensor:  # sure that code 1 stands everywhere
-        seen.append(tokens.clone())
-        return torch.tensor([-50.0, 50.0]).expand(1, 8, 2)
-
-    def run(share: float, seed: int = 0) -> Tensor:
-        made = fn(other, start.clone(), mask_id=2, share=share, generator=_seeded(seed))
-        return _shaped(f"fn(8 tokens, share={share})", made, (1, 8), torch.long)
-
-    yield "every state is a whole picture"
-    _same("share 0.5: the number of [MASK] left", (run(0.5) == 2).sum(), 0)
-    yield "exactly ceil(share N) tokens are drawn again"
-    for share in (0.5, 0.25, 0.08, 1.0):
-        _same(f"8 tokens of code 0, a model sure of 1, share {share}: changed", run(share).sum(), math.ceil(8 * share))
-    yield "the model sees [MASK] there, and all the other tokens"
-    _expect((got := seen[-1].tolist()) == [[2] * 8], f"share 1: the model saw {got}, where 2 is [MASK]")
-    yield "the places are random"
-    _expect(len({tuple(run(0.25, seed)[0].tolist()) for seed in range(8)}) > 1, "8 seeds chose the same places")
-
-
-# --- super-resolution's memory, a bigger decoder ----------------------------------------------------------------------
-
-
-@_check
-def check_join_memory(fn: Given) -> Iterator[str]:
-    """fn(text (B, L, D), mask (B, L), low (B, K, D)) -> entries (B, L + K, D), attend (B, L + K): as in `memory`."""
-    text, low = torch.tensor([[[1.0], [0.0]], [[5.0], [6.0]]]), torch.tensor([[[2.0], [3.0], [4.0]]] * 2)
-    mask, call = torch.tensor([[True, False], [True, True]]), "fn(2 texts of 2 tokens, 3 low-res entries)"
-    yield "along the sequence, the text first, then the low-res entries"
-    entries, attend = fn(text, mask, low)
-    _same(f"{call}: entries", entries, [[[1.0], [0.0], [2.0], [3.0], [4.0]], [[5.0], [6.0], [2.0], [3.0], [4.0]]])
-    yield "padding is not attended to, low-res entries always are"
-    _shaped(f"{call}: attend", attend, (2, 5), torch.bool)
-    _same(f"{call}: attend", attend, [[True, False, True, True, True], [True] * 5])
-
-
-@_check
-def check_grow(fn: Given) -> Iterator[str]:
-    """fn(weight (O, I), outputs, inputs) -> (outputs, inputs), at least as large: as `VQGAN.grow_decoder`."""
-    old, old_inputs, new_inputs = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, -1.0]), torch.ones(3)
-    torch.manual_seed(0)
-    yield "the old weights fill the leading block"
-    new = _shaped("fn(2 x 2, 4, 5)", fn(old.clone(), 4, 5), (4, 5))
-    _same("fn([[1, 2], [3, 4]], 4, 5)[:2, :2]", new[:2, :2], old)
-    yield "old outputs stay, whatever the new inputs bring"
-    _same(
-        "inputs [1, -1] and new ones of 1: the old outputs", (new @ torch.cat([old_inputs, new_inputs]))[:2], [-1, -1]
-    )
-    yield "new outputs are not all zero, or they would never learn"
-    _expect(new[2:].abs().sum() > 0, f"the new rows are {new[2:].tolist()}")
-
-
-@_check
-def check_psnr(fn: Given) -> Iterator[str]:
-    """fn(images, again), both (B, C, H, W) in [-1, 1] -> (B,) dB of pixels in [0, 1]: as `metrics.psnr`."""
-    zeros = torch.zeros(1, 3, 2, 2)
-    for name, again, want in [
-        ("10 log10(1 / MSE), pixels in [0, 1]", [0.2], [20.0]),  # a tenth of the range
-        ("one figure an image, not of the batch", [0.2, 2.0], [20.0, 0.0]),
-    ]:
-        yield name
-        shifted = torch.cat([zeros + by for by in again])
-        _same(f"fn(B gray images, the same + {again})", fn(torch.zeros_like(shifted), shifted), want)
-    yield "the error is squared before it is averaged"
-    half = torch.tensor([0.0, 2.0]).repeat(6).view(1, 3, 2, 2)
-    _same("fn(0 everywhere, 2 in every other pixel)", fn(zeros, half), [10 * math.log10(2)])
-
-
-# --- scaling ----------------------------------------------------------------------------------------------------------
+# --- scaling, diffusion -----------------------------------------------------------------------------------------------
 
 
 @_check
@@ -585,9 +574,6 @@ def check_sharded_bytes(fn: Given) -> Iterator[str]:
     ]:
         yield name
         _same(f"fn(parameters={given[0]}, processes={given[1]}, sharded={given[2]})", fn(*given), want)
-
-
-# --- diffusion --------------------------------------------------------------------------------------------------------
 
 
 @_check

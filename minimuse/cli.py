@@ -6,10 +6,11 @@ minimuse info paper_3b
 """
 
 import argparse
+import itertools
 import logging
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,133 +40,109 @@ def parser() -> argparse.ArgumentParser:
     from minimuse import __version__
     from minimuse.config import RIVALS, STAGES
 
-    top = argparse.ArgumentParser(
-        prog="minimuse", description="Text-to-image by masked generative transformers (Muse)."
-    )
+    top = argparse.ArgumentParser("minimuse", description="Text-to-image by masked generative transformers (Muse).")
     top.add_argument("--version", action="version", version=f"minimuse {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
+    drawing, sampling, seed, half, device = _shared()
 
-    def command(name: str, run, help: str) -> argparse.ArgumentParser:
-        p = commands.add_parser(name, help=help, description=help)
+    def command(run: Callable, help: str, *shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        p = commands.add_parser(run.__name__.rstrip("_"), help=help, description=help, parents=shared)
         p.set_defaults(run=run)
         return p
 
-    p = command("generate", generate, "turn prompts into pictures")
+    p = command(generate, "turn prompts into pictures", drawing, sampling, device)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("prompts", nargs="*", default=[], metavar="PROMPT")
     what.add_argument("--like", type=Path, metavar="PNG", help="draw this picture again: its prompt, seed and settings")
-    _drawing(p)
-    p = command("inpaint", inpaint, "repaint the white part of a mask after a prompt")
-    p.add_argument("image", type=Path)
-    p.add_argument("mask", type=Path)
-    p.add_argument("prompts", nargs=1, metavar="PROMPT")
-    _drawing(p)
-    p = command("outpaint", outpaint, "extend a picture beyond its edges")
-    p.add_argument("image", type=Path)
-    p.add_argument("prompts", nargs=1, metavar="PROMPT")
-    p.add_argument("--padding", type=int, nargs="+", default=[16], help="pixels: one number, or left top right bottom")
-    _drawing(p)
-    p = command("edit", edit, "change a picture towards a prompt, without a mask")
-    p.add_argument("image", type=Path)
-    p.add_argument("prompts", nargs=1, metavar="PROMPT")
-    p.add_argument("--iterations", type=int, default=100)
-    p.add_argument("--share", type=float, default=0.08, help="of the tokens resampled an iteration (default: 0.08)")
-    _drawing(p, sampling=False)
-    p = command("app", app, "a page to play with, in the browser, on this machine (extra `app`)")
-    p.add_argument("--checkpoint", "--model", help="shipped name, folder or hub id (default: the last shipped one)")
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
-    p.add_argument("--port", type=int, help="(default: the first free one from 7860)")
-    p.add_argument("--device")
-    p = command("train", train, "train a Muse from nothing, or go on with a run")
-    p.add_argument("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
-    p.add_argument("--out", type=Path, required=True, help="folder for the run: states, log, pictures, checkpoint")
-    p.add_argument("--model", choices=RIVALS, help="another one for low resolution, of the base's size (default: Muse)")
-    p.add_argument("--data", default="scenes", help="a folder of captioned images, or tar shards (default: scenes)")
-    p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="such as stages.base.steps=500")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out, where it was stopped")
-    p.add_argument("--dry-run", action="store_true", help="print sizes, memory, FLOPs, bytes and hours; train nothing")
-    p.add_argument("--accelerators", type=int, default=1, help="for --dry-run: how many")
-    p.add_argument("--memory", type=float, metavar="GB", help="for --dry-run: of each, to say what does not fit")
-    p.add_argument("--ceiling", type=float, metavar="TFLOPS", help="for --dry-run: of each (default: this machine's)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--accumulate", type=int, help="micro-batches a step: less memory, the same gradient")
-    p.add_argument("--recompute", action="store_true", help="activation checkpointing: more work for less memory")
-    p.add_argument("--compile", action="store_true", help="torch.compile the models")
-    p.add_argument("--keep", type=int, default=2, help="states kept of a stage; 0: all, for `average` (default: 2)")
-    p.add_argument("--half", action="store_true", help="save the weights in half precision, as the shipped ones are")
-    p.add_argument("--device")
-    p = command("average", average, "average the states of a finished run's transformers into a checkpoint (Muse 3)")
-    p.add_argument("folder", type=Path, metavar="RUN", help="made by train --keep 0")
-    p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    p.add_argument("--decay", type=float, default=0.7, help="of the moving average (default: 0.7, the paper's)")
-    p.add_argument("--half", action="store_true", help="save the weights in half precision")
-    p = command("compare", compare, "measure masking schedules and orders in an exact world or a trained model")
-    p.add_argument("--world", default="mixture", help="mixture, chain or potts (default: mixture)")
-    p.add_argument("--muse", metavar="MODEL", help="instead of a world: nano, a folder or a hub id; its base model")
-    p.add_argument("--amused", metavar="MODEL", help="instead: published weights, with --data and --clip")
-    p.add_argument("--data", metavar="FOLDER", help="for --amused: captioned pictures, for prompts and FID")
-    p.add_argument("--clip", metavar="MODEL", help="for --amused: any CLIP of transformers")
-    p.add_argument("--device")
-    p.add_argument(
-        "--schedule",
-        type=_names,
-        default=["cosine"],
-        help="comma-separated; such as cosine,pow2,bound2 (adaptive, 2 nats)",
-    )
-    p.add_argument("--order", type=_names, default=["confidence"], help="comma-separated, as of generate")
-    p.add_argument("--preset", type=_names, default=[], help="muse, maskgit, amused, halton, lucidrains")
-    p.add_argument("--steps", type=_names, default=["4", "8", "16"], help="comma-separated (default: 4,8,16)")
-    p.add_argument("--samples", type=int, help="(default: 4096 of a world, 512 pictures)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, help="folder for the report; finished cells are kept there and used again")
-    p.add_argument("--force", action="store_true", help="overwrite another report")
-    p = command(
-        "eval", eval_, "how often a checkpoint is right: prompts, edits, tokenizers, with intervals and pictures"
-    )
-    p.add_argument("name", nargs="?", default="toy", metavar="CHECKPOINT", help="shipped name, folder or hub id")
-    p.add_argument("--out", type=Path, required=True, help="folder for the report; a stopped evaluation goes on there")
-    p.add_argument("--kinds", type=_names, default=[], help="comma-separated, such as seen,counts,edit (default: all)")
-    p.add_argument("--n", type=int, help="pictures a kind (default: 1000), or a point of the sweep (300)")
-    p.add_argument("--sweep", action="store_true", help="guidance, temperature, steps, order: Muse's figure 8")
-    p.add_argument("--base-only", action="store_true", help="the base model alone, at its low size; sweeps always are")
-    p.add_argument("--seed", type=int, default=1000, help="picture i draws with seed + i (default: 1000)")
-    p.add_argument("--batch", type=int, default=50, help="pictures drawn at once (default: 50)")
-    p.add_argument(
-        "--run",
-        dest="training",
-        type=Path,
-        metavar="RUN",
-        help="folder of its training, for the decoder before fine-tuning",
-    )
-    p.add_argument("--device")
-    p = command("doctor", doctor, "is my loss right? examine a run, finished or under way; exit code 1 if not")
-    p.add_argument("folder", type=Path, metavar="RUN", help="made by train; nothing in it is changed")
-    p.add_argument("--stage", choices=STAGES, help="this one alone (default: all that have a state)")
-    p.add_argument("--device")
-    p = command("info", info, "sizes, grids and defaults of presets and checkpoints")
-    p.add_argument("names", nargs="*", metavar="NAME")
+    add = command(inpaint, "repaint the white part of a mask after a prompt", drawing, sampling, device).add_argument
+    add("image", type=Path)
+    add("mask", type=Path)
+    add("prompts", nargs=1, metavar="PROMPT")
+    add = command(outpaint, "extend a picture beyond its edges", drawing, sampling, device).add_argument
+    add("image", type=Path)
+    add("prompts", nargs=1, metavar="PROMPT")
+    add("--padding", type=int, nargs="+", default=[16], help="pixels: one number, or left top right bottom")
+    add = command(edit, "change a picture towards a prompt, without a mask", drawing, device).add_argument
+    add("image", type=Path)
+    add("prompts", nargs=1, metavar="PROMPT")
+    add("--iterations", type=int, default=100)
+    add("--share", type=float, default=0.08, help="of the tokens resampled an iteration (default: 0.08)")
+    add = command(app, "a page to play with, in the browser, on this machine (extra `app`)", device).add_argument
+    add("--checkpoint", "--model", help="shipped name, folder or hub id (default: the last shipped one)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    add("--port", type=int, help="(default: the first free one from 7860)")
+    add = command(train, "train a Muse from nothing, or go on with a run", seed, half, device).add_argument
+    add("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
+    add("--out", type=Path, required=True, help="folder for the run: states, log, pictures, checkpoint")
+    add("--model", choices=RIVALS, help="another one for low resolution, of the base's size (default: Muse)")
+    add("--data", default="scenes", help="a folder of captioned images, or tar shards (default: scenes)")
+    add("--set", action="append", default=[], metavar="PATH=VALUE", help="such as stages.base.steps=500")
+    add("--resume", action="store_true", help="go on with the run in --out, where it was stopped")
+    add("--dry-run", action="store_true", help="print sizes, memory, FLOPs, bytes and hours; train nothing")
+    add("--accelerators", type=int, default=1, help="for --dry-run: how many")
+    add("--memory", type=float, metavar="GB", help="for --dry-run: of each, to say what does not fit")
+    add("--ceiling", type=float, metavar="TFLOPS", help="for --dry-run: of each (default: this machine's)")
+    add("--accumulate", type=int, help="micro-batches a step: less memory, the same gradient")
+    add("--recompute", action="store_true", help="activation checkpointing: more work for less memory")
+    add("--compile", action="store_true", help="torch.compile the models")
+    add("--keep", type=int, default=2, help="states kept of a stage; 0: all, for `average` (default: 2)")
+    add = command(average, "average the states of a run's transformers into a checkpoint (Muse 3)", half).add_argument
+    add("folder", type=Path, metavar="RUN", help="finished, made by train --keep 0")
+    add("--out", type=Path, required=True, help="folder for the checkpoint")
+    add("--decay", type=float, default=0.7, help="of the moving average (default: 0.7, the paper's)")
+    add = command(
+        compare, "measure schedules and orders in an exact world or a trained model", seed, device
+    ).add_argument
+    add("--world", default="mixture", help="mixture, chain or potts (default: mixture)")
+    add("--muse", metavar="MODEL", help="instead of a world: nano, a folder or a hub id; its base model")
+    add("--amused", metavar="MODEL", help="instead: published weights, with --data and --clip")
+    add("--data", metavar="FOLDER", help="for --amused: captioned pictures, for prompts and FID")
+    add("--clip", metavar="MODEL", help="for --amused: any CLIP of transformers")
+    add("--schedule", type=_names, default=["cosine"], help="such as cosine,pow2,bound2 (adaptive, 2 nats)")
+    add("--order", type=_names, default=["confidence"], help="comma-separated, as of generate")
+    add("--preset", type=_names, default=[], help="muse, maskgit, amused, halton, lucidrains")
+    add("--steps", type=_names, default=["4", "8", "16"], help="comma-separated (default: 4,8,16)")
+    add("--samples", type=int, help="(default: 4096 of a world, 512 pictures)")
+    add("--out", type=Path, help="folder for the report; finished cells are kept there and used again")
+    add("--force", action="store_true", help="overwrite another report")
+    add = command(eval_, "how often a checkpoint is right, with intervals and pictures", device).add_argument
+    add("name", nargs="?", default="toy", metavar="CHECKPOINT", help="shipped name, folder or hub id")
+    add("--out", type=Path, required=True, help="folder for the report; a stopped evaluation goes on there")
+    add("--kinds", type=_names, default=[], help="comma-separated, such as seen,counts,edit (default: all)")
+    add("--n", type=int, help="pictures a kind (default: 1000), or a point of the sweep (300)")
+    add("--sweep", action="store_true", help="guidance, temperature, steps, order: Muse's figure 8")
+    add("--base-only", action="store_true", help="the base model alone, at its low size; sweeps always are")
+    add("--seed", type=int, default=1000, help="picture i draws with seed + i (default: 1000)")
+    add("--batch", type=int, default=50, help="pictures drawn at once (default: 50)")
+    add("--run", dest="training", type=Path, metavar="RUN", help="of its training, for the decoder before fine-tuning")
+    add = command(doctor, "is my loss right? examine a run, finished or not; exit code 1 if wrong", device).add_argument
+    add("folder", type=Path, metavar="RUN", help="made by train; nothing in it is changed")
+    add("--stage", choices=STAGES, help="this one alone (default: all that have a state)")
+    command(info, "sizes and defaults of presets and checkpoints").add_argument("names", nargs="*", metavar="NAME")
     return top
 
 
-def _drawing(p: argparse.ArgumentParser, sampling: bool = True) -> None:
-    """Options that all commands share that draw pictures."""
-    p.add_argument("--model", help="shipped name, folder or hub id (default: toy; of --like, the one that it names)")
-    p.add_argument("--n", type=int, default=1, help="pictures a prompt")
-    p.add_argument("--seed", type=int, help="picture i draws with seed + i (default: a random one, told)")
-    p.add_argument("--negative-prompt")
-    p.add_argument("--guidance", type=_guidance, help="t, or FIRST:LAST for a rising one")
-    if sampling:
-        p.add_argument("--steps", type=int)
-        p.add_argument("--schedule", help="cosine, linear, square, cubic, sqrt, arccos, log, powP")
-        p.add_argument("--order", help="confidence, random, raster, halton, entropy, margin")
-        p.add_argument("--sampling-temperature", type=float)
-        p.add_argument("--choice-temperature", type=float)
-    p.add_argument(
-        "--out", type=Path, help="PNG to write; picture i > 0 gets -i before its ending (default: a free name)"
-    )
-    p.add_argument("--film", action="store_true", help="also write the film strip of the decoding, as ...-film.png")
-    p.add_argument("--force", action="store_true", help="overwrite files")
-    p.add_argument("--device")
+def _shared() -> list[argparse.ArgumentParser]:
+    """Options of several commands: of all that draw, of how they decode, --seed, --half, --device."""
+    parts = [argparse.ArgumentParser(add_help=False) for _ in range(5)]
+    drawing, sampling, seed, half, device = (part.add_argument for part in parts)
+    drawing("--model", help="shipped name, folder or hub id (default: toy; of --like, the one that it names)")
+    drawing("--n", type=int, default=1, help="pictures a prompt")
+    drawing("--seed", type=int, help="picture i draws with seed + i (default: a random one, told)")
+    drawing("--negative-prompt")
+    drawing("--guidance", type=_guidance, help="t, or FIRST:LAST for a rising one")
+    drawing("--out", type=Path, help="PNG to write; picture i > 0 gets -i before its ending (default: a free name)")
+    drawing("--film", action="store_true", help="also write the film strip of the decoding, as ...-film.png")
+    drawing("--force", action="store_true", help="overwrite files")
+    sampling("--steps", type=int)
+    sampling("--schedule", help="cosine, linear, square, cubic, sqrt, arccos, log, powP")
+    sampling("--order", help="confidence, random, raster, halton, entropy, margin")
+    sampling("--sampling-temperature", type=float)
+    sampling("--choice-temperature", type=float)
+    seed("--seed", type=int, default=0)
+    half("--half", action="store_true", help="save the weights in half precision, as the shipped ones are")
+    device("--device")
+    return parts
 
 
 def _guidance(text: str) -> float | tuple[float, float]:
@@ -270,22 +247,18 @@ def _paths(args: argparse.Namespace) -> list[Path]:
     if args.out is not None and args.out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out}: give a name that ends in .png, the format that carries the settings")
     stem = "-".join("".join(c if c.isalnum() else " " for c in args.prompts[0].lower()).split())[:60] or "picture"
-    out, number = args.out or Path(f"{stem}.png"), 1
-
-    def files() -> list[Path]:
-        return [out if i == 0 else out.with_stem(f"{out.stem}-{i}") for i in range(count)]
-
-    def taken() -> list[str]:
-        film = [out.with_stem(out.stem + "-film")] if args.film else []
-        return [str(p) for p in files() + film if p.exists()]
-
-    while args.out is None and taken():
-        out, number = Path(f"{stem}-v{number + 1}.png"), number + 1
-    if taken() and not args.force:
-        raise FileExistsError(f"{', '.join(taken())} already there; give another --out, or --force to overwrite")
+    names = [args.out] if args.out else (Path(f"{stem}{f'-v{i}' * (i > 1)}.png") for i in itertools.count(1))
+    for out in names:
+        files = [out, *(out.with_stem(f"{out.stem}-{i}") for i in range(1, count))]
+        written = files + [out.with_stem(out.stem + "-film")] * args.film
+        taken = [str(path) for path in written if path.exists()]
+        if not taken:
+            break
+    if taken and not args.force:
+        raise FileExistsError(f"{', '.join(taken)} already there; give another --out, or --force to overwrite")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"no folder {out.parent}; make it first")
-    return files()
+    return files
 
 
 def app(args: argparse.Namespace) -> None:
@@ -324,7 +297,9 @@ def train(args: argparse.Namespace) -> None:
         progress = _with_bars(train_muse(cfg, data=source, engine=engine), engine.is_main)
         p = deque(progress, maxlen=1).pop()
     except Stopped:
-        raise SystemExit(_stopped(args, engine)) from None
+        if engine.is_main:
+            print(f"\nminimuse: stopped; go on with: minimuse train --resume --out {args.out}", file=sys.stderr)
+        raise SystemExit(128 + engine.signal) from None
     if engine.is_main:
         folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
         add_record(folder, cfg)
@@ -383,12 +358,6 @@ def _with_bars(progress: Any, show: bool) -> Any:
         bar.set_postfix(told, refresh=False)
         yield p
     bar.close()
-
-
-def _stopped(args: argparse.Namespace, engine: Any) -> int:
-    if engine.is_main:
-        print(f"\nminimuse: stopped; go on with: minimuse train --resume --out {args.out}", file=sys.stderr)
-    return 128 + engine.signal
 
 
 def average(args: argparse.Namespace) -> None:
@@ -484,15 +453,12 @@ def info(args: argparse.Namespace) -> None:
         cfg = preset(name) if name in PRESETS else checkpoint.load(name)[0]
         sizes = parameter_counts(cfg)
         print(f"{name}: {sum(sizes.values()) / 1e6:,.1f}M parameters, text from {cfg.text_encoder}")
-        for part, tokenizer, sampling in [
-            ("base", cfg.low_tokenizer, cfg.base_sampling),
-            ("superres", cfg.high_tokenizer, cfg.superres_sampling),
-        ][: 2 if cfg.model == "muse" else 1]:
-            model: Any = getattr(cfg, part)
+        for part, size in (("base", "low"), ("superres", "high"))[: 2 if cfg.model == "muse" else 1]:
+            model, tokenizer = getattr(cfg, part), getattr(cfg, f"{size}_tokenizer")
             print(
                 f"  {part:9} {sizes[part] / 1e6:8,.1f}M  {model.layers} layers x {model.width}, MLP {model.mlp_width}; "
                 f"{tokenizer.image_size} px, f={tokenizer.downsampling}: {model.grid}x{model.grid} tokens of "
-                f"{model.codebook_size} codes; {sampling.steps} steps"
+                f"{model.codebook_size} codes; {getattr(cfg, f'{part}_sampling').steps} steps"
             )
         high = f" and, fine-tuned, {sizes['high_tokenizer'] / 1e6:,.1f}M" if cfg.model == "muse" else ""
         print(f"  tokenizers {sizes['low_tokenizer'] / 1e6:,.1f}M{high}")

@@ -106,10 +106,8 @@ class TransformerConfig:
         ok = self.width % self.heads == 0
         mend = f"take {max(1, self.width // self.heads) * self.heads}, or a number of heads that divides it"
         _require(ok, f"width {self.width} is not divisible by {self.heads} heads; {mend}")
-        _require(
-            self.block >= 0 and self.low_layers >= 0,
-            f"block {self.block}, low_layers {self.low_layers}; give 0 or more",
-        )
+        ok = self.block >= 0 and self.low_layers >= 0
+        _require(ok, f"block {self.block}, low_layers {self.low_layers}; give 0 or more")
         if self.block:
             ok = self.grid % self.block == 0
             _require(ok, f"a grid of {self.grid} is not divisible into blocks of {self.block}; give a divisor, or 0")
@@ -236,52 +234,30 @@ def _square(width: int, multiplier: int = 4) -> dict[str, int]:
 def nano() -> MuseConfig:
     """32 px -> 64 px, about 3.4M parameters: trains from nothing on 2 CPU cores while a student watches."""
     low = VQGANConfig(
-        image_size=32,
-        codebook_size=256,
-        code_dim=4,
-        width=16,
-        multipliers=(1, 2, 4),
-        blocks=(1, 1, 2),
-        decoder_width=16,
-        decoder_blocks=(1, 1, 2),
-    )
-    high = replace(low, image_size=64, blocks=(1, 1, 1), decoder_blocks=(1, 1, 1))
+        image_size=32, codebook_size=256, code_dim=4, width=16, multipliers=(1, 2, 4), blocks=(1, 1, 2),
+        decoder_width=16, decoder_blocks=(1, 1, 2),
+    )  # fmt: skip
     base = TransformerConfig(codebook_size=256, grid=8, text_width=384, layers=4, heads=4, **_square(128))
-    superres = replace(base, grid=16, layers=3, block=4, low_layers=1, low_grid=8, low_codebook_size=256)
     # small batches: with minutes at hand, the number of steps counts
     tokenizing = StageConfig(
-        steps=1250,
-        batch=16,
-        learning_rate=3e-3,
-        warmup=30,
-        weight_decay=1e-4,
-        betas=(0.9, 0.99),
-        perceptual_weight=0.0,
-        adversarial_weight=0.0,
-        look_every=1000,
-    )
+        steps=1250, batch=16, learning_rate=3e-3, warmup=30, weight_decay=1e-4, betas=(0.9, 0.99),
+        perceptual_weight=0.0, adversarial_weight=0.0, look_every=1000,
+    )  # fmt: skip
     masked = StageConfig(
-        steps=1700,
-        batch=16,
-        learning_rate=5e-3,
-        warmup=100,
-        weight_decay=0.045,
-        betas=(0.9, 0.99),
-        optimizer="muon",
-        look_every=1000,
-    )
+        steps=1700, batch=16, learning_rate=5e-3, warmup=100, weight_decay=0.045, betas=(0.9, 0.99),
+        optimizer="muon", look_every=1000,
+    )  # fmt: skip
+    drawing = SamplingConfig(steps=16, guidance=(0.0, 3.0), sampling_temperature=0.7)
     return MuseConfig(
         name="nano",
         text_encoder="all-MiniLM-L6-v2",
         text_tokens=64,
         low_tokenizer=low,
-        high_tokenizer=high,
+        high_tokenizer=replace(low, image_size=64, blocks=(1, 1, 1), decoder_blocks=(1, 1, 1)),
         base=base,
-        superres=superres,
-        base_sampling=SamplingConfig(steps=16, guidance=(0.0, 3.0), sampling_temperature=0.7),
-        superres_sampling=SamplingConfig(
-            steps=16, guidance=(1.0, 3.0), sampling_temperature=0.4, choice_temperature=0.5
-        ),
+        superres=replace(base, grid=16, layers=3, block=4, low_layers=1, low_grid=8, low_codebook_size=256),
+        base_sampling=drawing,
+        superres_sampling=replace(drawing, guidance=(1.0, 3.0), sampling_temperature=0.4, choice_temperature=0.5),
         finetuned_width=32,
         finetuned_blocks=(2, 2, 1),
         scenes=5000,
@@ -299,40 +275,23 @@ def nano() -> MuseConfig:
 
 def toy() -> MuseConfig:
     """64 px f=8 -> 128 px f=4: the paper's 16-fold token ratio; under two hours of training on 2 CPU cores."""
-    low = VQGANConfig(
-        image_size=64,
-        codebook_size=512,
-        code_dim=16,
-        width=16,
-        multipliers=(1, 2, 4, 8),
-        blocks=(1, 1, 1, 2),
-        decoder_width=16,
-        decoder_blocks=(1, 1, 1, 2),
-    )
+    small = nano()
+    low = replace(
+        small.low_tokenizer, image_size=64, codebook_size=512, code_dim=16,
+        multipliers=(1, 2, 4, 8), blocks=(1, 1, 1, 2), decoder_blocks=(1, 1, 1, 2),
+    )  # fmt: skip
     fine = {"multipliers": (1, 2, 4), "blocks": (0, 1, 2), "decoder_blocks": (0, 1, 2)}
-    base = TransformerConfig(codebook_size=512, grid=8, text_width=384, layers=6, heads=4, **_square(192))
-    superres = TransformerConfig(
-        codebook_size=512,
-        grid=32,
-        text_width=384,
-        layers=4,
-        heads=4,
-        **_square(128),
-        block=8,
-        low_layers=1,
-        low_grid=8,
-        low_codebook_size=512,
-    )
-    tokenizing = replace(nano().stages["low_tokenizer"], steps=7000, perceptual_weight=0.05)
-    masked = replace(nano().stages["base"], steps=3500, batch=64)
+    tokenizing = replace(small.stages["low_tokenizer"], steps=7000, perceptual_weight=0.05)
+    masked = replace(small.stages["base"], steps=3500, batch=64)
+    late = {"adversarial_weight": 0.1, "adversarial_start": 200}
     return MuseConfig(
         name="toy",
         text_encoder="all-MiniLM-L6-v2",
         text_tokens=64,
         low_tokenizer=low,
         high_tokenizer=replace(low, image_size=128, **fine),
-        base=base,
-        superres=superres,
+        base=replace(small.base, codebook_size=512, layers=6, **_square(192)),
+        superres=replace(small.superres, codebook_size=512, grid=32, layers=4, block=8, low_codebook_size=512),
         base_sampling=SamplingConfig(steps=16, guidance=(0.0, 3.0), sampling_temperature=0.5),
         # no guidance: the low tokens say what is there, and t from 1 to 3 melted outlines
         superres_sampling=SamplingConfig(steps=8, guidance=(0.0, 0.0), sampling_temperature=0.4),
@@ -346,9 +305,7 @@ def toy() -> MuseConfig:
             "base": masked,
             "high_tokenizer": replace(tokenizing, steps=2500, batch=8),
             "superres": replace(masked, steps=3000, batch=8),
-            "decoder": replace(
-                tokenizing, steps=500, batch=8, learning_rate=1e-3, adversarial_weight=0.1, adversarial_start=200
-            ),
+            "decoder": replace(tokenizing, steps=500, batch=8, learning_rate=1e-3, **late),
         },
     )
 
@@ -356,27 +313,15 @@ def toy() -> MuseConfig:
 def _paper(name: str, base: dict[str, int], superres: dict[str, int]) -> MuseConfig:
     """What the paper's models share (2.2, A.1 to A.3)."""
     low = VQGANConfig(
-        image_size=256,
-        codebook_size=8192,
-        code_dim=256,
-        width=128,
-        multipliers=(1, 1, 2, 2, 4),
-        blocks=(2, 2, 2, 2, 2),
-        decoder_width=128,
-        decoder_blocks=(2, 2, 2, 2, 2),
-    )
-    four = {"multipliers": (1, 1, 2, 4), "blocks": (2, 2, 2, 2), "decoder_blocks": (2, 2, 2, 2)}
+        image_size=256, codebook_size=8192, code_dim=256, width=128, multipliers=(1, 1, 2, 2, 4), blocks=(2,) * 5,
+        decoder_width=128, decoder_blocks=(2,) * 5,
+    )  # fmt: skip
+    fine = {"multipliers": (1, 1, 2, 4), "blocks": (2,) * 4, "decoder_blocks": (2,) * 4}
     tokens = {"codebook_size": 8192, "text_width": 4096}
     tokenizing = StageConfig(
-        steps=1_000_000,
-        batch=256,
-        learning_rate=1e-4,
-        warmup=10_000,
-        weight_decay=1e-4,
-        betas=(0.9, 0.99),
-        crop=256,
-        adversarial_start=250_000,
-    )
+        steps=1_000_000, batch=256, learning_rate=1e-4, warmup=10_000, weight_decay=1e-4, betas=(0.9, 0.99),
+        crop=256, adversarial_start=250_000,
+    )  # fmt: skip
     masked = StageConfig(
         steps=1_500_000, batch=512, learning_rate=1e-4, warmup=5_000, weight_decay=0.045, optimizer="adafactor"
     )
@@ -385,13 +330,13 @@ def _paper(name: str, base: dict[str, int], superres: dict[str, int]) -> MuseCon
         text_encoder="google/t5-v1_1-xxl",
         text_tokens=128,
         low_tokenizer=low,
-        high_tokenizer=replace(low, image_size=512, **four),
+        high_tokenizer=replace(low, image_size=512, **fine),
         base=TransformerConfig(**tokens, grid=16, **base),
         superres=TransformerConfig(**tokens, grid=64, block=8, low_grid=16, low_codebook_size=8192, **superres),
         base_sampling=SamplingConfig(steps=24, guidance=(0.0, 8.0)),
         superres_sampling=SamplingConfig(steps=8, guidance=(0.0, 4.0)),
         finetuned_width=256,
-        finetuned_blocks=(4, 4, 4, 4),
+        finetuned_blocks=(4,) * 4,
         scenes=1_000_000,
         captions=4,
         stages={
@@ -478,16 +423,8 @@ def to_dict(cfg: MuseConfig) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> MuseConfig:
     """A configuration from `to_dict`'s values. ValueError where a field is missing, unknown or nonsense."""
-    parts = {
-        "low_tokenizer": VQGANConfig,
-        "high_tokenizer": VQGANConfig,
-        "base": TransformerConfig,
-        "superres": TransformerConfig,
-        "base_sampling": SamplingConfig,
-        "superres_sampling": SamplingConfig,
-    }
     values = _fields(MuseConfig, values)
-    for name, cls in parts.items():
+    for name, cls in ((f.name, f.type) for f in fields(MuseConfig) if dataclasses.is_dataclass(f.type)):
         values[name] = cls(**_fields(cls, values[name]))
     values["stages"] = {name: StageConfig(**_fields(StageConfig, v)) for name, v in values["stages"].items()}
     return MuseConfig(**values)
@@ -497,9 +434,7 @@ def _fields(cls: type, values: Any) -> dict[str, Any]:
     """JSON values -> arguments of a dataclass, lists as tuples; refuses a missing or an unknown field."""
     _require(isinstance(values, dict), f"{cls.__name__} is {values!r}; expected an object of its fields")
     known = {f.name for f in fields(cls)}
-    needed = {
-        f.name for f in fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
+    needed = {f.name for f in fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
     for wrong, names in (("lacks", needed - set(values)), ("does not know", set(values) - known)):
         _require(not names, f"{cls.__name__} {wrong} {', '.join(sorted(names))}; was it written by another version?")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

@@ -57,7 +57,8 @@ def resample(
     """tokens (B, N) of a real image -> a Step an iteration: a random share masked and drawn again (Muse 3.3.2).
 
     Like Gibbs sampling: the image drifts towards the prompt that `logits_fn` was made with, and every state on the
-    way is a whole picture. The paper: 100 iterations of 8%, top-k 3. One forward pass an iteration.
+    way is a whole picture. The paper: 100 iterations of 8%, top-k 3. One forward pass an iteration; u, and with it a
+    guidance that rises, goes from 0 at the first to 1 at the last.
     """
     if iterations < 1 or not 0 < share <= 1:
         raise ValueError(f"{iterations} iterations of a share {share}; give at least 1, and a share in (0, 1]")
@@ -65,9 +66,10 @@ def resample(
     for i in range(iterations):
         repaint = torch.cat([random_mask(row[None], rate, g) for row, g in zip(tokens, generators, strict=True)])
         settings = {"mask_id": mask_id, "steps": 1, "top_k": top_k, "generator": generators}
-        (step,) = infill(logits_fn, tokens, repaint, **settings)
+        u = i / (iterations - 1) if iterations > 1 else 1.0
+        (step,) = infill(lambda x, _, u=u: logits_fn(x, u), tokens, repaint, **settings)
         tokens = step.tokens
-        yield step._replace(index=i, u=i / max(iterations - 1, 1))
+        yield step._replace(index=i, u=u)
 
 
 # --- over pictures: methods of Muse -----------------------------------------------------------------------------------
@@ -200,7 +202,8 @@ def edit_steps(
 ) -> Iterator[Step]:
     """The trace of `edit`: after each iteration a whole picture of low tokens, then super-resolution's Steps.
 
-    The paper: iterations=100 of a random share=0.08 of the tokens, guidance=4, top_k=3.
+    The paper: iterations=100 of a random share=0.08 of the tokens, guidance=4, top_k=3. Choice: a rising guidance rises
+    from the first iteration to the last; the paper's is constant here.
     """
     return _edit(muse, tokenize(muse, image), muse.jobs(prompt, 1, seed, negative_prompt, settings), **settings)
 
@@ -224,5 +227,5 @@ def _edit(
     draws = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
     settings = {"iterations": iterations, "share": share, "top_k": top_k, "generators": draws}
     for step in resample(logits_fn, low, mask_id=muse.base.mask_id, **settings):
-        yield step._replace(stage="base", guidance=t(1.0))
+        yield step._replace(stage="base", guidance=t(step.u))
     yield from (step for step in muse.decode(jobs, low=step.tokens, superres=superres) if step.stage != "base")

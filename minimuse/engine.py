@@ -14,7 +14,7 @@ import hashlib
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minimuse import checkpoint
 from minimuse.config import StageConfig
@@ -36,17 +35,10 @@ def fast_bf16(device: torch.device) -> bool:
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
 
-@contextmanager
-def precision(device: torch.device, bf16: bool | None = None) -> Iterator[None]:
+def precision(device: torch.device, bf16: bool | None = None) -> AbstractContextManager:
     """Matrix products in bf16 where that is fast (None), always or never; weights and losses stay fp32."""
-    if not (fast_bf16(device) if bf16 is None else bf16):
-        yield
-        return
-    with torch.autocast(device.type, torch.bfloat16), ExitStack() as stack:
-        if device.type == "cpu":  # its fused bf16 attention takes longer, above all backwards, than plain products
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
+    fast = fast_bf16(device) if bf16 is None else bf16
+    return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
 
 
 # --- what follows from seed and step ----------------------------------------------------------------------------------

@@ -157,14 +157,13 @@ def inpainted(studio: Studio, judge: Judge, asks: list[Ask], seeds: list[int]) -
     made = studio.inpaint(before, region, [ask.prompt for ask in asks], seeds)
     after = torch.where(region[:, None], made, before)
     rows, again = judge.rows(after, asks), studio.reconstruct(before)[0]
-    for name, values in {
+    columns = {
         "things": [len(ask.scene.things) for ask in asks],
         "changed outside": _changed(after, before, region),
         "psnr outside, not kept": _psnr_outside(made, before, region),
         "psnr outside, tokenizer alone": _psnr_outside(again, before, region),
-    }.items():
-        rows = [row | {name: value} for row, value in zip(rows, values, strict=True)]
-    return Batch(rows, {"images": torch.cat([before, after], 3)})
+    }
+    return Batch(_widened(rows, columns), {"images": torch.cat([before, after], 3)})
 
 
 def outpainted(studio: Studio, judge: Judge, asks: list[Ask], seeds: list[int]) -> Batch:
@@ -173,11 +172,12 @@ def outpainted(studio: Studio, judge: Judge, asks: list[Ask], seeds: list[int]) 
     window = torch.cat([before[..., half:], before[..., -1:].expand_as(before[..., half:])], 3)
     made = studio.inpaint(window, region, [ask.prompt for ask in asks], seeds)
     after, real = torch.where(region[:, None], made, window), studio.real([ask.scene for ask in asks])
-    rows = judge.rows(after, asks)
-    for name, images in (("seam", after), ("seam, real", real)):
-        step = (images[..., half].float() - images[..., half - 1].float()).abs().mean((1, 2))
-        rows = [row | {name: value} for row, value in zip(rows, step.tolist(), strict=True)]
-    rows = [row | {"changed outside": value} for row, value in zip(rows, _changed(after, window, region), strict=True)]
+
+    def seam(images: Tensor) -> list[float]:
+        return (images[..., half].float() - images[..., half - 1].float()).abs().mean((1, 2)).tolist()
+
+    columns = {"seam": seam(after), "seam, real": seam(real), "changed outside": _changed(after, window, region)}
+    rows = _widened(judge.rows(after, asks), columns)
     whole = torch.cat([before[..., :half], after], 3)
     return Batch(rows, {"images": whole, "features": judge.features(after), "real": judge.features(real)})
 
@@ -185,11 +185,9 @@ def outpainted(studio: Studio, judge: Judge, asks: list[Ask], seeds: list[int]) 
 def figures_of(rows: Rows, tensors: Tensors) -> Figures:
     """A figure a column: shares of True and False, means of numbers; and Frechet distances of features to "real"."""
     groups, found = _column(rows, "group"), {}
-    for name in (
-        name for name, value in rows[0].items() if not isinstance(value, str) and name not in ("seed", "things")
-    ):
-        values = _column(rows, name)
-        found[name] = (share if isinstance(values[0], bool) else mean)(values, groups)
+    for name, first in rows[0].items():
+        if not isinstance(first, str) and name not in ("seed", "things"):
+            found[name] = (share if isinstance(first, bool) else mean)(_column(rows, name), groups)
     for things in sorted({row["things"] for row in rows if "things" in row}):
         mine = [row for row in rows if row["things"] == things]
         found[f"right, of {things}"] = share(_column(mine, "right"), _column(mine, "group"))
@@ -256,11 +254,10 @@ def tokenized(studio: Studio, judge: Judge, asks: list[Ask], seeds: list[int]) -
     rows, tensors = judge.rows(high, asks), {"images": torch.cat([real, high, _enlarged(low, studio.side)], 3)}
     for mark, images in ((", low", low), (", real", real), (", real, low", small)):
         rows = _joined(rows, judge.rows(images, asks, mark))
-    for name, values in (("psnr", psnr(real, high)), ("psnr, low", psnr(small, low))):
-        rows = [row | {name: value} for row, value in zip(rows, values.tolist(), strict=True)]
-    for mark, images in (("", high), (", low", low)):
-        tensors |= {f"features{mark}": judge.features(images)}
-    return Batch(rows, tensors | {"real": judge.features(real)})
+    rows = _widened(rows, {"psnr": psnr(real, high).tolist(), "psnr, low": psnr(small, low).tolist()})
+    for name, images in (("features", high), ("features, low", low), ("real", real)):
+        tensors[name] = judge.features(images)
+    return Batch(rows, tensors)
 
 
 def finetuned(studio: Studio, judge: Judge, asks: list[Ask], seeds: list[int]) -> Batch:
@@ -273,8 +270,7 @@ def finetuned(studio: Studio, judge: Judge, asks: list[Ask], seeds: list[int]) -
         rows = _joined(rows, judge.rows(images, asks, mark))
         pairs = zip(to_float(real).split(1), to_float(images).split(1), strict=True)
         far = [judge.perceptual(*pair).item() for pair in pairs]
-        near = psnr(real, images).tolist()
-        rows = [row | {f"psnr{mark}": a, f"perceptual{mark}": b} for row, a, b in zip(rows, near, far, strict=True)]
+        rows = _widened(rows, {f"psnr{mark}": psnr(real, images).tolist(), f"perceptual{mark}": far})
         tensors |= _features(judge, f"features{mark}", images)
     return Batch(rows, tensors | _features(judge, "real", real))
 
@@ -290,10 +286,17 @@ def _column(rows: Rows, name: str) -> list[Any]:
     return [row[name] for row in rows]
 
 
+def _widened(rows: Rows, columns: dict[str, Sequence[Any]]) -> Rows:
+    for name, values in columns.items():
+        rows = [row | {name: value} for row, value in zip(rows, values, strict=True)]
+    return rows
+
+
 def _joined(rows: Rows, more: Rows) -> Rows:
     return [a | b for a, b in zip(rows, more, strict=True)]
 
 
+_AFTER = ", ".join(map(str, ITERATIONS))
 KINDS = {
     "seen": Kind("one object, seen combinations", "seen", drawn, quality, cascade=False),
     "novel": Kind("one object, novel combinations", "novel", drawn, quality, cascade=False),
@@ -303,30 +306,14 @@ KINDS = {
     "negative": Kind(
         "negative prompts", "negative", negative, avoidance, cascade=False, shows="without, with the negative prompt"
     ),
-    "edit": Kind(
-        "mask-free edit of a colour",
-        "edit",
-        edited,
-        figures_of,
-        shows=f"before; after {', '.join(map(str, ITERATIONS))} iterations; with super-resolution",
-    ),
+    "edit": Kind("mask-free edit of a colour", "edit", edited, figures_of,
+                 shows=f"before; after {_AFTER} iterations; with super-resolution"),
     "inpaint": Kind("inpainting, a thing replaced", "inpaint", inpainted, figures_of, shows="before, after"),
     "outpaint": Kind("outpainting, a thing beyond the edge", "outpaint", outpainted, figures_of),
-    "superres": Kind(
-        "super-resolution against plain upscaling",
-        "mixed",
-        superresolved,
-        superres_figures,
-        shows="bicubic, super-resolution, super-resolution without text",
-    ),
-    "tokenizers": Kind(
-        "real renders through the tokenizers",
-        "mixed",
-        tokenized,
-        figures_of,
-        shows="render, high tokenizer, low tokenizer",
-    ),
-    "decoder": Kind(
-        "the decoder before and after fine-tuning", "mixed", finetuned, finetuned_figures, shows="render, before, after"
-    ),
-}
+    "superres": Kind("super-resolution against plain upscaling", "mixed", superresolved, superres_figures,
+                     shows="bicubic, super-resolution, super-resolution without text"),
+    "tokenizers": Kind("real renders through the tokenizers", "mixed", tokenized, figures_of,
+                       shows="render, high tokenizer, low tokenizer"),
+    "decoder": Kind("the decoder before and after fine-tuning", "mixed", finetuned, finetuned_figures,
+                    shows="render, before, after"),
+}  # fmt: skip

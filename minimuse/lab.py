@@ -13,7 +13,6 @@ Not here: the worlds (`worlds.py`), what is measured, how known code bases sampl
 import csv
 import json
 import math
-import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minimuse import __version__, variants
-from minimuse.cache import fingerprint
+from minimuse.cache import fingerprint, write_whole
 from minimuse.judge import Estimate, Judge, Outcome, WorldJudge, estimate
 from minimuse.masking import get_schedule, reveal_counts
 from minimuse.sampler import ORDERS, Order, _is_adaptive, entropy_bound
@@ -95,7 +94,8 @@ def compare(
         else:
             outcome = judge(**settings)
             if kept:
-                _write(kept, json.dumps(outcome._asdict()))
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(kept, json.dumps(outcome._asdict()))
         cells.append(Cell(*label, *outcome))
     about |= {"python": platform.python_version(), "sampling": {k: repr(v) for k, v in sampling.items()}}
     return Report(cells, dict(judge.titles), about)
@@ -190,9 +190,9 @@ class Report:
                 for m, (mean, half) in ((m, c[m]) for m in c.groups):
                     bound = c.bound and m == "kl"
                     rows.writerow([c.schedule, c.order, c.steps, c.passes, m, mean, mean - half, mean + half, bound])
-        _write(folder / "report.md", self.table() + "\n")
+        write_whole(folder / "report.md", self.table() + "\n")
         values = {"about": self.about, "titles": self.titles, "cells": cells}
-        _write(folder / "report.json", json.dumps(values, indent=1) + "\n")
+        write_whole(folder / "report.json", json.dumps(values, indent=1) + "\n")
         return folder
 
 
@@ -279,11 +279,3 @@ def _preset(judge: Judge, name: str, t: int, sampling: dict[str, Any]) -> Trial:
     if isinstance(settings["order"], str):
         settings["order"] = judge.order(settings["order"])
     return (f"as {name}", "", t), settings, {"preset": name, "steps": t}
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)

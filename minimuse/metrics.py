@@ -85,25 +85,14 @@ def pairwise(features: Tensor) -> float:
     return torch.pdist(features.double()).mean().item()
 
 
-def vendi(features: Tensor) -> float:
-    """Features (k, D) -> how many different pictures they amount to, 1 to k (Vendi score, arXiv 2210.02410).
-
-    exp of the entropy of the eigenvalues of K / k, K the cosine similarities: squared singular values of unit rows.
-    """
-    p = torch.linalg.svdvals(F.normalize(features.double(), dim=1)).square() / len(features)
-    return math.exp(-torch.special.xlogy(p, p).sum().item())
-
-
-def diversity(
-    features: Tensor, prompts: Sequence[str], of: Callable[[Tensor], float] = pairwise, confidence: float = 0.95
-) -> Measured:
-    """Features (n, D), the prompt of each -> `of` (`pairwise`, `vendi`) within a prompt, averaged over prompts."""
+def diversity(features: Tensor, prompts: Sequence[str], confidence: float = 0.95) -> Measured:
+    """Features (n, D), the prompt of each -> `pairwise` within a prompt, averaged over prompts."""
     if len(features) != len(prompts):
         raise ValueError(f"{len(features)} pictures and {len(prompts)} prompts: give the prompt of each picture")
     rows = {prompt: [i for i, other in enumerate(prompts) if other == prompt] for prompt in dict.fromkeys(prompts)}
     if not rows or min(map(len, rows.values())) < 2:
         raise ValueError("diversity within a prompt needs at least 2 pictures of each prompt")
-    return mean([of(features[r]) for r in rows.values()], None, confidence)._replace(n=len(features))
+    return mean([pairwise(features[r]) for r in rows.values()], None, confidence)._replace(n=len(features))
 
 
 # ---------------------------------------------------------------- pictures and prompts

@@ -27,6 +27,7 @@ from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import MuseConfig, SamplingConfig
 from minimuse.data import to_pil
 from minimuse.dit import DiT
+from minimuse.engine import fast_bf16
 from minimuse.sampler import Step, decode
 from minimuse.text import Context, TextEncoder
 from minimuse.transformer import SuperRes, Transformer
@@ -51,6 +52,16 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {str(device)!r} is not on this machine, {best!r} is: {e}") from e
     return torch.device(device)
+
+
+def pick_dtype(device: torch.device, parameters: int) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster than float32, else float32.
+
+    Choice: on a CPU a model of fewer than 30 million parameters stays in float32: it is fast anyhow, and its seeds mean
+    the same pictures on a laptop that knows no bfloat16.
+    """
+    fast = fast_bf16(device) and (device.type != "cpu" or parameters >= 30_000_000)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def build(cfg: MuseConfig) -> nn.ModuleDict:
@@ -220,7 +231,7 @@ class Muse:
     ) -> "Muse":
         """A shipped name ("nano"), a folder, or a hub id -> Muse. `device` None is cuda, then mps, then cpu.
 
-        `dtype` None is bfloat16 on a cuda device that has it, else float32. The LM loads at the first prompt.
+        `dtype` None is what `pick_dtype` says. The LM loads at the first prompt.
         """
         cfg, weights, about = checkpoint.load(name)
         with torch.device("meta"):
@@ -233,7 +244,7 @@ class Muse:
         encoder = TextEncoder(cfg.text_encoder, max_tokens=cfg.text_tokens)
         device = pick_device(device)
         if dtype is None:
-            dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+            dtype = pick_dtype(device, sum(p.numel() for p in parts.parameters()))
         muse = (cls if cfg.model == "muse" else kind(cfg))(cfg, parts, encoder, **about)
         _ = muse.fingerprint  # of the weights as they are stored, before a dtype rounds them
         return muse.to(device, dtype)
@@ -263,6 +274,16 @@ class Muse:
         self.device, self.dtype = pick_device(device or self.device), dtype or self.dtype
         self.parts.to(self.device, self.dtype)
         self.encoder.to(self.device)
+        return self
+
+    def compile(self, **how: Any) -> "Muse":
+        """torch.compile what draws; returns itself. It pays where many pictures are drawn: the first ones take minutes.
+
+        `how` goes to torch.compile. CUDA graphs, which pay for one picture at a time: mode="reduce-overhead".
+        """
+        decoders = [t.decoder for t in (self.low_tokenizer, self.high_tokenizer) if isinstance(t, VQGAN)]
+        for part in filter(None, [self.base, self.superres, *decoders]):
+            part.compile(**{"dynamic": False} | how)
         return self
 
     # --- inside -------------------------------------------------------------------------------------------------------

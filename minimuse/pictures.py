@@ -1,5 +1,6 @@
 """Pictures as files: PNGs that tell what made them, the same picture drawn again, and pictures from strangers.
 
+    for step in follow(drawing)              a drawing as it happens, and then the picture
     save_png(image, "cube.png")              its text chunk `minimuse` holds prompt, seed and settings as JSON
     again(muse, settings_of("cube.png"))     the same checkpoint and settings: the same pixels
 
@@ -8,8 +9,11 @@ Not here: what the settings are (`Muse.finish` notes them), captioned pictures t
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
@@ -25,11 +29,43 @@ if TYPE_CHECKING:
 KEY = "minimuse"  # where the settings stand: a dict in a picture's `info`, JSON in a PNG's text chunk
 
 
+def follow(draw: "Callable[..., list[Image.Image]]") -> "Iterator[Step | Image.Image]":
+    """A method of Muse, called with `watch` -> each Step as soon as it is made, at last the picture.
+
+    It runs in a thread of its own, and stops at its next step when nobody follows any longer. Its error is raised here.
+
+    >>> for made in follow(partial(muse.generate, "a red cube", seed=0)): ...
+    """
+    steps, left = SimpleQueue(), Event()
+
+    def watch(step: "Step") -> None:
+        if left.is_set():
+            raise CancelledError
+        steps.put(step)
+
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(draw, watch=watch)
+        job.add_done_callback(steps.put)
+        try:
+            while (step := steps.get()) is not job:
+                yield step
+        finally:
+            left.set()
+    yield job.result()[0]
+
+
 def save_png(image: Image.Image, path: str | Path) -> None:
     """A picture of Muse -> a PNG that holds its settings, which `image.save` would drop."""
     chunks = PngInfo()
     chunks.add_text(KEY, json.dumps(image.info.get(KEY, {})))
     image.save(path, format="PNG", pnginfo=chunks)
+
+
+def with_settings(image: Image.Image, told: dict[str, Any]) -> Image.Image:
+    """A copy with `settings_of` a picture as text, which other programs too keep in a PNG."""
+    image = image.copy()
+    image.info = {KEY: json.dumps(told)}
+    return image
 
 
 def open_picture(path: str | Path, side: int | None = None) -> Image.Image:

@@ -148,11 +148,11 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None
     """logits (B, N, V), uniforms (B, N) -> tokens (B, N): inverse CDF of softmax(logits / temperature); 0 is argmax."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits / temperature if temperature != 1 else logits
     if top_k is not None and top_k < logits.shape[-1]:
         best = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
-    cdf = logits.softmax(-1).cumsum(-1)
+    cdf = logits.softmax(-1).cumsum_(-1)
     point = (
         uniforms.clamp(max=1 - 2**-22)[..., None] * cdf[..., -1:]
     )  # strictly below the last entry, rounding included
@@ -210,10 +210,12 @@ def decode(
             reveal = left if i == steps - 1 else torch.minimum(schedule(logits, masked, u).clamp(min=1), left)
         gumbel = -torch.log(-torch.log(draws[:, i, 1].clamp(1e-20, 1 - 1e-7)))
         noise = choice_temperature(u) if callable(choice_temperature) else choice_temperature * (1 - (i + 1) / steps)
-        scores = rank_by(logits, drawn, masked, u) + noise * gumbel
+        sure = confidence(logits, drawn, masked, u)
+        judged = sure if rank_by is confidence else rank_by(logits, drawn, masked, u)
+        scores = judged + noise * gumbel
         pool, keep = (free, reveal + (free & ~masked).sum(1)) if remask else (masked, reveal)
         kept = _highest(scores.clamp(min=-1e30).masked_fill(~pool, -math.inf), gumbel, keep) & pool
-        p = confidence(logits, drawn, masked, u).exp().masked_fill(~masked, 0)
+        p = sure.exp().masked_fill(~masked, 0)
         revealed, masked = kept & masked, pool & ~kept
         tokens = drawn.masked_fill(masked, mask_id)
         yield Step(i, u, tokens, masked, revealed, p)

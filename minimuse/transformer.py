@@ -45,6 +45,20 @@ class Memory(NamedTuple):
         return Memory(keys, values, join(self.attend, other.attend, -1))
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None = None) -> Tensor:
+    """q (B, H, N, d), k and v (B, H, M, d), attend (..., N or 1, M) bool -> softmax(q k^T / sqrt(d)) v, (B, H, N, d).
+
+    torch's own, but for bf16 on a CPU: there its fused kernel takes longer than plain products, above all backwards.
+    For many entries, whose N x M weights would fill the memory, it is fused nevertheless.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[2] > 1024:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, N, M)
+    if attend is not None:
+        scores = scores.masked_fill(~attend, -math.inf)
+    return scores.softmax(-1) @ v
+
+
 def multi_axis_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
     """q, k, v (B, H, N, d) -> (B, H, N, d): half of the heads attend inside b x b blocks, half across them (HiT).
 
@@ -63,7 +77,7 @@ def multi_axis_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
             x = x.permute(order)
             return x.reshape(-1, heads // 2, x.shape[4] * x.shape[5], d)
 
-        out = F.scaled_dot_product_attention(split(q), split(k), split(v))
+        out = attention(split(q), split(k), split(v))
         sizes = [(batch, heads // 2, g // block, block, g // block, block, d)[i] for i in order]
         return out.reshape(sizes).permute(back).reshape(batch, heads // 2, n, d)
 
@@ -93,7 +107,7 @@ class SelfAttention(nn.Module):
         else:
             n, m = q.shape[2], k.shape[2]
             see = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m - n) if self.causal else None
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=see)
+            y = attention(q, k, v, see)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
@@ -118,7 +132,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, attend: Tensor) -> Tensor:
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, d)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+        y = attention(q, k, v, attend)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, N, D)
 
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from minimuse.cache import write_whole
 from minimuse.checkpoint import CARD
 from minimuse.config import MuseConfig
 from minimuse.data import to_float
@@ -140,9 +141,7 @@ class Watch:
         kept = [line for line in read_log(path) if line["stage"] != stage or line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            new = path.with_name(path.name + ".new")
-            new.write_text(text, encoding="utf-8")
-            os.replace(new, path)
+            write_whole(path, text)
 
 
 def tokens_of(cfg: MuseConfig, stage: str) -> int:

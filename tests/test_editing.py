@@ -117,6 +117,19 @@ def test_the_papers_mask_free_edit():
     assert changed.float().mean() > 0.99, "in the end nearly every token has been drawn again"
 
 
+def test_a_rising_guidance_rises_along_the_iterations():
+    """The model is asked at u = 0 first and at u = 1 last, as in a decode; one iteration alone is a last one."""
+
+    def spy(x, u):
+        seen.append(u)
+        return toy(x, u)
+
+    for iterations, progress in ((5, [0.0, 0.25, 0.5, 0.75, 1.0]), (1, [1.0])):
+        seen = []
+        steps = resample(spy, picture(), mask_id=MASK, iterations=iterations, generators=seeds(1, 2))
+        assert [s.u for s in steps] == seen == progress, f"{iterations} iterations: asked at {seen}"
+
+
 def test_the_edited_places_are_random():
     """Uniform over the grid, and other ones each time and in each image."""
     steps = list(resample(toy, picture(), mask_id=MASK, iterations=400, generators=seeds(1, 2)))

@@ -18,7 +18,7 @@ from PIL import Image
 import minimuse.muse
 from minimuse import editing
 from minimuse.config import PRESETS, preset
-from minimuse.muse import FOREIGN, Muse, build, parameter_counts, pick_device
+from minimuse.muse import FOREIGN, Muse, build, parameter_counts, pick_device, pick_dtype
 from minimuse.text import TextEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -589,6 +589,11 @@ def test_edit_changes_a_share_of_the_tokens_at_a_time(exact, image):
     assert trace[-1].tokens.shape[1] == exact.cfg.superres.tokens, "it ends with a high-resolution picture"
 
 
+def test_edit_tells_a_rising_guidance(exact, image):
+    steps = exact.edit_steps(image, A, seed=0, iterations=3, guidance=(0, 4), superres={"steps": 1})
+    assert [s.guidance for s in steps][:3] == [0, 2, 4], "it rises along the iterations"
+
+
 def test_edit_superres_reads_the_edited_tokens(exact, image, monkeypatch):
     read, memory = [], exact.superres.memory
     monkeypatch.setattr(exact.superres, "memory", lambda text, low: (read.append(low), memory(text, low))[1])
@@ -653,6 +658,43 @@ def test_bf16_draws_on_a_cpu(folder, tiny_text, image):
     (picture,) = muse.generate(A, seed=0, guidance=2, negative_prompt=B)
     assert len(np.unique(pixels(picture))) > 10, "bf16 must draw a picture"
     assert muse.inpaint(image, rectangle(image), A, seed=0, steps=1)[0].size == image.size, "and inpaint"
+
+
+@pytest.mark.parametrize(
+    ("fast", "device", "parameters", "dtype"),
+    [
+        (True, "cpu", 30_000_000, torch.bfloat16),
+        (True, "cpu", 29_999_999, torch.float32),
+        (True, "cuda", 1, torch.bfloat16),
+        (False, "cpu", 10**9, torch.float32),
+        (False, "cuda", 10**9, torch.float32),
+    ],
+)
+def test_bf16_where_it_is_fast_and_worth_it(monkeypatch, fast, device, parameters, dtype):
+    monkeypatch.setattr(minimuse.muse, "fast_bf16", lambda device: fast)
+    assert pick_dtype(torch.device(device), parameters) == dtype
+
+
+def test_the_dtype_is_picked_by_size_or_told(tiny_muse, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(minimuse.muse, "pick_dtype", lambda *about: asked.append(about) or torch.bfloat16)
+    size = sum(p.numel() for p in tiny_muse.parts.parameters())
+    assert Muse.from_pretrained(folder, device="cpu").dtype == torch.bfloat16
+    assert asked == [(torch.device("cpu"), size)]
+    assert Muse.from_pretrained(folder, device="cpu", dtype=torch.float32).dtype == torch.float32
+    assert len(asked) == 1, "what the user says holds"
+
+
+@pytest.mark.slow
+def test_compiled_it_draws_the_same(tiny_muse, folder, tiny_text):
+    muse = Muse.from_pretrained(folder, device="cpu")
+    muse.encoder = tiny_text
+    assert muse.compile(backend="eager") is muse
+    pair = [list(m.steps(A, n=2, seed=0, guidance=(0.0, 2.0))) for m in (tiny_muse, muse)]
+    for plain, compiled in zip(*pair, strict=True):
+        assert plain.tokens.equal(compiled.tokens), f"{plain.stage}, step {plain.index}"
+    assert muse.base._compiled_call_impl is not None, "the switch reaches the networks"
+    assert set(muse.parts.state_dict()) == set(tiny_muse.parts.state_dict()), "and leaves their names"
 
 
 def test_pick_device(monkeypatch):

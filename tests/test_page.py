@@ -50,6 +50,8 @@ def guarded_resolve(host, *args, **kwargs):
     checked(host)
     return resolve(host, *args, **kwargs)
 socket.socket.connect, socket.getaddrinfo = guarded_connect, guarded_resolve
+"""
+COMMAND = """
 from minimuse.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -67,11 +69,11 @@ class Server:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         words = ["app", "--checkpoint", str(folder), "--port", str(port), "--device", "cpu"]
+        self.log, self.url = log, f"http://127.0.0.1:{port}/"
         env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}  # it would silence telemetry too
         env |= {"OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(log.parent / "gradio"), "PYTHONPATH": str(ROOT)}
-        self.log, self.url = log, f"http://127.0.0.1:{port}/"
         with log.open("w") as out:
-            command = [sys.executable, "-c", GUARD, *words]
+            command = [sys.executable, "-c", GUARD + COMMAND, *words]
             self.process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent)
 
     def wait(self) -> None:
@@ -137,20 +139,30 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def page(browser, server):
-    """The page, open in a tab of its own. All that it asks for must come from the server itself."""
+def opened(browser, server):
+    """-> the page in a tab of its own, and a list that grows by every address that it asks for."""
     context = browser.new_context(viewport={"width": 1280, "height": 1000})
     context.set_default_timeout(WAIT)
     page, asked = context.new_page(), []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(server.url)
     page.get_by_role("button", name="Draw", exact=True).wait_for()
+    return page, asked
+
+
+def elsewhere(asked: list[str], server: Server) -> list[str]:
+    """Of what a page asked for, the addresses that are not the server's own."""
+    return [url for url in asked if not url.removeprefix("blob:").startswith((server.url, "data:"))]
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page. All that it asks for must come from the server itself."""
+    page, asked = opened(browser, server)
     yield page
     text = page.inner_text("body")
-    context.close()
-    elsewhere = [url for url in asked if not url.removeprefix("blob:").startswith((server.url, "data:"))]
-    assert not elsewhere, f"the page asked elsewhere: {elsewhere}"
+    page.context.close()
+    assert not elsewhere(asked, server), f"the page asked elsewhere: {elsewhere(asked, server)}"
     assert len(asked) > 10, f"the requests were not seen: {asked}"
     assert "Traceback" not in text, f"a traceback is on the page: {text}"
 
@@ -211,6 +223,30 @@ def paint(page, x0: float, x1: float, y: float) -> None:
     page.mouse.down()
     page.mouse.move(*at[1], steps=12)
     page.mouse.up()
+
+
+# --- the guards -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("going", "where"),
+    [
+        ("import http.client; http.client.HTTPSConnection('elsewhere.invalid').connect()", "elsewhere.invalid"),
+        ("socket.create_connection(('192.0.2.1', 80), timeout=1)", "192.0.2.1"),
+        ("socket.socket().connect(('192.0.2.1', 80))", "192.0.2.1"),
+    ],
+)
+def test_a_server_that_asks_elsewhere_is_caught(going, where):
+    done = subprocess.run([sys.executable, "-c", GUARD + going], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (77, f"IT WENT OUT TO {where}\n"), f"{done}"
+
+
+def test_a_page_that_asks_elsewhere_is_caught(browser, server):
+    page, asked = opened(browser, server)
+    assert not elsewhere(asked, server), "so far it has not"
+    page.evaluate("fetch('http://elsewhere.invalid/font.woff').catch(() => 0)")
+    page.context.close()
+    assert elsewhere(asked, server) == ["http://elsewhere.invalid/font.woff"], f"{asked}"
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------

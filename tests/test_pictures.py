@@ -1,8 +1,10 @@
-"""pictures.py: a PNG tells what made it, and the same checkpoint draws the same pixels again; files from strangers."""
+"""pictures.py: a drawing as it happens, a PNG that tells what made it, the same pixels again, files from strangers."""
 
 import hashlib
 import json
-from dataclasses import replace
+import threading
+import time
+from dataclasses import field, make_dataclass, replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from minimuse.checkpoint import fingerprint
 from minimuse.muse import Muse
-from minimuse.pictures import again, open_picture, save_png, settings_of
+from minimuse.pictures import again, follow, open_picture, save_png, settings_of, with_settings
 
 A = "a red cube"
 SETTINGS = {"steps": 3, "guidance": (0, 2.5), "schedule": "pow1.5", "order": "halton", "superres": {"steps": 2}}
@@ -19,6 +21,58 @@ SETTINGS = {"steps": 3, "guidance": (0, 2.5), "schedule": "pow1.5", "order": "ha
 
 def sha(image: Image.Image) -> str:
     return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+
+
+# --- following a drawing ----------------------------------------------------------------------------------------------
+
+
+def test_follow_gives_the_steps_then_the_picture(tiny_muse):
+    seen = []
+
+    def draw(watch):
+        return tiny_muse.generate(A, seed=3, steps=2, watch=lambda step: (seen.append(step), watch(step)))
+
+    *steps, picture = follow(draw)
+    assert [a is b for a, b in zip(steps, seen, strict=True)] == [True] * 4, "each step, in order"
+    assert picture.tobytes() == tiny_muse.generate(A, seed=3, steps=2)[0].tobytes(), "at last the picture"
+
+
+def test_follow_gives_a_step_before_the_next_is_made():
+    go, made = threading.Semaphore(0), []
+
+    def draw(watch):
+        for i in range(3):
+            assert go.acquire(timeout=60), "nobody asked for the next step"
+            made.append(i)
+            watch(i)
+        return ["picture"]
+
+    following = follow(draw)
+    for i in range(3):
+        go.release()
+        assert (next(following), made) == (i, list(range(i + 1))), "a step comes as soon as it is made"
+    assert list(following) == ["picture"]
+
+
+def test_follow_raises_what_the_drawing_raises(tiny_muse):
+    with pytest.raises(ValueError, match="steps is 0"):
+        list(follow(lambda watch: tiny_muse.generate(A, steps=0, watch=watch)))
+
+
+def test_a_drawing_that_nobody_follows_stops():
+    made = []
+
+    def draw(watch):
+        for i in range(10_000):
+            made.append(i)
+            watch(i)
+            time.sleep(0.001)
+
+    following = follow(draw)
+    next(following)
+    following.close()  # as gradio does when the client has left; it returns when the drawing has stopped
+    assert len(made) < 10_000, "it drew to its end"
+    assert threading.active_count() < 20, "threads are left"
 
 
 # --- what made it, and again ------------------------------------------------------------------------------------------
@@ -32,6 +86,14 @@ def test_a_png_holds_its_settings(tiny_muse, tmp_path):
     assert told == settings_of(Image.open(tmp_path / "x.png")), "an opened picture tells the same"
     assert settings_of(image)["fingerprint"] == tiny_muse.fingerprint, "and so does one that was never saved"
     assert Image.open(tmp_path / "x.png").tobytes() == image.tobytes(), "the pixels are what was drawn"
+
+
+def test_settings_as_text_are_on_a_copy():
+    plain, told = Image.new("RGB", (2, 2)), {"model": "tiny", "fingerprint": "0", "prompt": A, "seed": 1}
+    marked = with_settings(plain, told)
+    assert settings_of(marked) == told, f"{marked.info}"
+    assert [type(value) for value in marked.info.values()] == [str], "a text is what other programs keep"
+    assert not plain.info, "the picture itself stays as it was"
 
 
 def test_again_is_the_same_pixels(tiny_muse, tmp_path):
@@ -104,7 +166,7 @@ def test_the_fingerprint_is_of_what_draws(tiny_muse):
     assert len(old) == 16
     assert int(old, 16) >= 0, "16 hex digits"
     assert fingerprint(cfg, dict(reversed(weights.items()))) == old, "the order of the weights says nothing"
-    trained = replace(cfg, scenes=9, captions=2, stages={})
+    trained = replace(cfg, scenes=9, captions=2, synonyms=0.5, stages={}, base=replace(cfg.base, dropout=0.1))
     assert fingerprint(trained, weights) == old, "how it was trained draws nothing"
     fewer = replace(cfg.base_sampling, steps=3)
     for other in (replace(cfg, base_sampling=fewer), replace(cfg, text_encoder="another")):
@@ -113,6 +175,15 @@ def test_the_fingerprint_is_of_what_draws(tiny_muse):
         changed = tensor.clone()
         changed.flatten()[0] += 1
         assert fingerprint(cfg, weights | {name: changed}) != old, f"{name} is not part of it"
+
+
+def test_a_field_of_a_later_version_leaves_the_fingerprint(tiny_muse):
+    """Or no version could draw an older one's pictures again."""
+    cfg, weights = tiny_muse.cfg, tiny_muse.parts.state_dict()
+    Later = make_dataclass("Later", [("tilt", float, field(default=0.0))], bases=(type(cfg),), frozen=True)
+    later = Later(**vars(cfg))
+    assert fingerprint(later, weights) == fingerprint(cfg, weights), "at its default it changes nothing"
+    assert fingerprint(replace(later, tilt=1.0), weights) != fingerprint(cfg, weights), "set, it does"
 
 
 def test_the_fingerprint_is_that_of_the_file_whatever_the_dtype(tiny_muse, tmp_path):

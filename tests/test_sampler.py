@@ -181,6 +181,16 @@ def test_the_given_tensor_is_not_written_to():
     assert tokens.eq(MASK).all(), "decode wrote into its argument"
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_models_logits_are_not_written_to(temperature):
+    logits = torch.randn(2, 9, 5)
+    kept = logits.clone()
+    for step in decode(
+        lambda t, u: logits, torch.full((2, 9), 5), mask_id=5, steps=3, sampling_temperature=temperature
+    ):
+        assert logits.equal(kept), f"step {step.index} changed what the model gave"
+
+
 def test_the_model_sees_what_stands():
     seen = []
 

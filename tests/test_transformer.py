@@ -7,12 +7,21 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minimuse import transformer
 from minimuse.cfg import null_text
 from minimuse.config import TransformerConfig, preset
 from minimuse.masking import masked_cross_entropy
 from minimuse.muse import parameter_counts
 from minimuse.text import Context
-from minimuse.transformer import Memory, SuperRes, Transformer, multi_axis_attention, random_features, sinusoids
+from minimuse.transformer import (
+    Memory,
+    SuperRes,
+    Transformer,
+    attention,
+    multi_axis_attention,
+    random_features,
+    sinusoids,
+)
 
 V, D_LM = 11, 6
 SIZES = {"codebook_size": V, "text_width": D_LM, "width": 32, "layers": 2, "heads": 4, "mlp_width": 64}
@@ -178,6 +187,57 @@ def test_memory_is_made_once_for_a_decode():
     assert all(a.equal(b) for a, b in zip(before.keys + before.values, memory.keys + memory.values, strict=True)), (
         "forward wrote into the memory"
     )
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", ["none", "padding", "causal"])
+def test_plain_products_are_torchs_attention(mask, monkeypatch):
+    """bf16 on a CPU goes a way of its own: its numbers and gradients are those of float32, to bf16's 8 bits."""
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 4, 12, 16).bfloat16())
+    see = torch.rand(2, 1, 1, 12) < 0.6
+    see[..., 0] = True
+    attend = {"none": None, "padding": see, "causal": torch.ones(12, 12, dtype=torch.bool).tril()}[mask]
+    single = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    expected = attention(*single, attend)
+    monkeypatch.setattr(transformer.F, "scaled_dot_product_attention", lambda *a, **k: pytest.fail("it is torch's"))
+    out = attention(q, k, v, attend)
+    assert out.dtype == torch.bfloat16, "bf16 stays bf16"
+    assert_same(out.float(), expected, "plain products", atol=0.03)
+    for x in (out, expected):
+        x.float().square().sum().backward()
+    for a, b in zip((q, k, v), single, strict=True):
+        assert_same(a.grad.float(), b.grad, "gradients of plain products", atol=0.15)
+
+
+@pytest.mark.parametrize("make", [base, superres])
+def test_bf16_logits_are_those_of_float32(make):
+    """Guided batches, padded text: within 3% of their length, five of bf16's roundings."""
+    model, text = make(), context()
+    x, low = tokens(n=model.cfg.tokens), [tokens(high=9)] if make is superres else []
+
+    def logits(dtype):
+        given = [Context(c.embeds.to(dtype), c.mask) for c in (text, null_text(text))]
+        cond, uncond = (model.to(dtype).memory(c, *low) for c in given)
+        return model(torch.cat([x, x]), cond.cat(uncond)).float()
+
+    single, half = logits(torch.float32), logits(torch.bfloat16)
+    assert half.isfinite().all(), "bf16 overflows"
+    error = ((single - half).norm() / single.norm()).item()
+    assert 0 < error < 0.03, f"bf16 is off by {error:.1%}"
+
+
+def test_long_attention_is_fused(monkeypatch):
+    """4,096 tokens' weights, 4,096^2 a head, are never in memory at once."""
+    q, k, v = torch.randn(3, 1, 1, 1025, 4).bfloat16()
+    calls, fused = [], transformer.F.scaled_dot_product_attention
+    spy = lambda *a, **how: calls.append(1) or fused(*a, **how)  # noqa: E731
+    monkeypatch.setattr(transformer.F, "scaled_dot_product_attention", spy)
+    attention(q, k[:, :, :1024], v[:, :, :1024])
+    assert not calls, "plain up to 1,024 entries"
+    attention(q, k, v)
+    assert calls == [1], "fused beyond"
 
 
 # --- multi-axis attention ---------------------------------------------------------------------------------------------

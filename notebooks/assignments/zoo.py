@@ -95,8 +95,8 @@ MUTANTS = [
     Mutant(
         "noise_on_probabilities",
         "sampler",
-        "scores = rank_by(logits, drawn, masked, u) + noise * gumbel",
-        "scores = rank_by(logits, drawn, masked, u).exp() + noise * gumbel",
+        "scores = judged + noise * gumbel",
+        "scores = judged.exp() + noise * gumbel",
         "Gumbel noise is added to p, not to log p: the ranking is nearly random, and pictures are patchy.",
     ),
     Mutant(

@@ -748,9 +748,7 @@ def broken(old, new):
 
 true_line = "torch.where(masked, draw(logits, draws[:, i, 0], heat(u), top_k), tokens)"
 redrawn = broken(true_line, "draw(logits, draws[:, i, 0], heat(u), top_k)")
-on_p = broken(
-    "rank_by(logits, drawn, masked, u) + noise", "rank_by(logits, drawn, masked, u).exp() + noise"
-)
+on_p = broken("judged + noise", "judged.exp() + noise")
 
 
 def drawn_by(decode, n=7, seed=60):

@@ -1,0 +1,273 @@
+"""How fast are sampling and training, beside other implementations and beside what this machine can multiply?
+
+    pip install -e ".[offline,amused]"
+    pip install --no-deps --target runs/peers muse-maskgit-pytorch==0.3.5 memory-efficient-attention-pytorch==0.1.6 \\
+        einops==0.8.2 beartype==0.23.1
+    python benchmarks/speed.py --peers runs/peers [--out runs/speed] [--rounds 3] [--quick] [--docs]
+
+`peers.py` says who runs, and how they are made equal. Of one shape all run in turn in one process, in fp32 and, where
+this CPU is fast at it, in bf16; seconds are medians of the rounds, ratios medians of the rounds' ratios.
+    sampling    a batch of pictures' tokens, guidance at every step
+    training    a step: loss, gradient, clipping, AdamW
+    ceiling     a product of two 2048 x 2048 matrices, measured beside them; a share of it counts the FLOPs of the
+                shape's arithmetic (`budget.py`): two a multiply-add, logits and attention included, and what a decode
+                computes once counted once
+    memory      the most that a process of its own held, from the start of Python on
+    start       `import minimuse` beyond `import torch`; `minimuse generate` from return to picture; drawing alone
+Let the machine be idle. A peer that is not installed is left out, with the reason. --quick: tiny shapes, to see that
+all of it runs. Writes speed.json and speed.md into --out; with --docs, README's section as well.
+
+Tried and left out, since it saves a few percent and a room reads better without: guidance in one pass (torch.lerp in
+place of Muse's formula), Newton-Schulz of equal shapes as one batch (a Muon of our own). Not tried: logits of masked
+places alone (orders may look at all), Newton-Schulz shared out among processes (one saves the state for all).
+"""
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peers import CPU, ENTRANTS, GUIDANCE, Shape
+from timing import HERE, alone, alternate, machine, markdown, peak_memory, precisions, ratio, save, short, timed
+
+from minimuse.budget import _decode_flops, count_flops, duration, matmul_ceiling, si
+from minimuse.config import SamplingConfig
+from minimuse.text import Context
+from minimuse.train import MaskedLoss
+from minimuse.transformer import Transformer
+
+SHAPES = {
+    "4 pictures of 256 tokens": Shape(batch=4, grid=16, codes=8192, width=512, layers=8, text=32, steps=24),
+    "1 picture of 256 tokens": Shape(batch=1, grid=16, codes=8192, width=512, layers=8, text=32, steps=24),
+    "16 pictures of 64 tokens": Shape(batch=16, grid=8, codes=512, width=192, layers=6, text=20, steps=16),
+}
+QUICK = {"tiny": Shape(batch=2, grid=4, codes=32, width=32, layers=2, text=5, steps=2)}
+IMPORTS = """
+import json, time
+times = [time.perf_counter()]
+import torch
+times.append(time.perf_counter())
+from minimuse import Muse
+times.append(time.perf_counter())
+print(json.dumps([b - a for a, b in zip(times, times[1:])]))
+"""
+DRAWING = """
+import json, sys, time
+from minimuse import Muse
+muse = Muse.from_pretrained(sys.argv[1], device="cpu")
+muse.encoder.encode(["a cube"])
+began = time.perf_counter()
+muse.generate("a large red cube", seed=0)
+print(json.dumps(time.perf_counter() - began))
+"""
+OURS = "minimuse"
+BEGIN, END = "<!-- speed -->\n", "<!-- /speed -->"
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def sampling_flops(shape: Shape) -> int:
+    """Of a batch's decode."""
+    how = SamplingConfig(steps=shape.steps, guidance=(GUIDANCE, GUIDANCE))
+    with torch.device("meta"), torch.no_grad():
+        return shape.batch * sum(_decode_flops(Transformer(shape.config()), how, shape.text))
+
+
+def training_flops(shape: Shape) -> int:
+    """Of a batch's forward and backward pass."""
+    with torch.device("meta"):
+        loss, x = MaskedLoss(Transformer(shape.config())), torch.zeros(1, shape.grid**2, dtype=torch.long)
+        text = Context(torch.zeros(1, shape.text, loss.model.cfg.text_width), torch.ones(1, shape.text).bool())
+        return shape.batch * count_flops(lambda: loss(x, x == 0, text, None, x.numel())[0].backward())
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def prepare(work: str, name: str, shape: Shape, dtype: torch.dtype) -> tuple[Any, int]:
+    """An entrant's run of `work`, warm, and how many parameters it has."""
+    torch.manual_seed(0)
+    run, parameters = getattr(ENTRANTS[name], work)(shape, dtype)
+    if work == "sampling":
+        run(1)
+        return partial(run, shape.steps), parameters
+    run()
+    return run, parameters
+
+
+def compete(work: str, shape: Shape, rounds: int) -> dict[str, Any]:
+    """All entrants in turn -> a row each, and why some were left out."""
+    runs, rows, absent = {}, {}, {}
+    for name, entrant in ENTRANTS.items():
+        for dtype in precisions(CPU):
+            label = f"{name}, {short(dtype)}"
+            try:
+                run, parameters = prepare(work, name, shape, dtype)
+            except ImportError as error:
+                absent[name] = str(error)
+                break
+            except RuntimeError as error:  # a peer may not know bf16
+                if name == OURS:
+                    raise
+                absent[label] = str(error)
+                continue
+            runs[label] = run
+            default = entrant.default(shape) == dtype
+            rows[label] = {"entrant": name, "dtype": short(dtype), "default": default, "parameters": parameters}
+    for label, seconds in alternate(runs, rounds, CPU).items():
+        rows[label]["seconds"] = seconds
+    ours = {row["dtype"]: row for row in rows.values() if row["entrant"] == OURS}
+    best = next(row for row in ours.values() if row["default"])
+    for row in rows.values():
+        row["over default"] = ratio(row["seconds"], best["seconds"])
+        row["over same dtype"] = ratio(row["seconds"], ours[row["dtype"]]["seconds"])
+    return {"rows": list(rows.values()), "absent": absent}
+
+
+def ceilings(seconds: float) -> dict[str, float]:
+    """FLOP/s of large products, by precision."""
+    return {short(dtype): matmul_ceiling(CPU, dtype, seconds=seconds) for dtype in precisions(CPU)}
+
+
+def hold(work: str, name: str, shape: Shape) -> int:
+    """In a process of its own: two steps of `work` by an entrant's defaults -> the most bytes that it held."""
+    dtype = ENTRANTS[name].default(shape)
+    run, _ = getattr(ENTRANTS[name], work)(shape, dtype)
+    for _ in range(2):
+        run(2) if work == "sampling" else run()
+    return peak_memory()
+
+
+def memories(shape: Shape, names: list[str], peers: str) -> dict[str, dict[str, int]]:
+    """Work -> entrant -> bytes."""
+    how = ["--peers", peers]
+    return {
+        work: {n: alone(__file__, *how, "--alone", json.dumps([work, n, *shape])) for n in names}
+        for work in ("sampling", "training")
+    }
+
+
+def starts(checkpoint: str, rounds: int) -> dict[str, float]:
+    """Seconds until a user sees something, medians."""
+    imports = [alone("-c", IMPORTS) for _ in range(max(rounds, 3))]
+    command = "import sys; from minimuse.cli import main; main(sys.argv[1:]); print(0)"
+    with TemporaryDirectory() as folder:
+        arguments = ["generate", "a large red cube", "--model", checkpoint, "--seed", "0", "--force", "--out"]
+        run = partial(alone, "-c", command, *arguments, str(Path(folder, "picture.png")))
+        pictures = [timed(run, CPU) for _ in range(rounds)]
+    return {
+        "import torch": median(a for a, _ in imports),
+        "import minimuse beyond it": median(b for _, b in imports),
+        f"minimuse generate ({checkpoint}), from return to picture": median(pictures),
+        "of which drawing": median(alone("-c", DRAWING, checkpoint) for _ in range(rounds)),
+    }
+
+
+def measure(shapes: dict[str, Shape], *, rounds: int, seconds: float, checkpoint: str, peers: str) -> dict[str, Any]:
+    """The whole report, printed as it grows."""
+    report: dict[str, Any] = {"machine": machine(CPU), "rounds": rounds, "shapes": {}}
+    for title, shape in shapes.items():
+        found: dict[str, Any] = {"shape": shape._asdict(), "ceiling": ceilings(seconds)}
+        for work, flops in (("sampling", sampling_flops), ("training", training_flops)):
+            turns = rounds if work == "sampling" else 3 * rounds  # a step is short
+            found[work] = compete(work, shape, turns) | {"flops": flops(shape)}
+            print(work_table(title, work, found), flush=True)
+        report["shapes"][title] = found
+    first = next(iter(report["shapes"].values()))
+    names = list(dict.fromkeys(row["entrant"] for row in first["sampling"]["rows"]))
+    report["memory"] = memories(next(iter(shapes.values())), names, peers)
+    report["start"] = starts(checkpoint, rounds)
+    return report
+
+
+# --- telling ----------------------------------------------------------------------------------------------------------
+
+
+def work_table(title: str, work: str, found: dict[str, Any]) -> str:
+    """One shape's sampling or training. The share of the ceiling is ours alone: peers do other arithmetic."""
+    shape, flops = Shape(**found["shape"]), found[work]["flops"]
+    rows = []
+    for row in found[work]["rows"]:
+        took = median(row["seconds"])
+        share = f"{flops / took / found['ceiling'][row['dtype']]:.0%}" if row["entrant"] == OURS else ""
+        speed = [f"{shape.batch * shape.grid**2 / took:,.0f}"] if work == "training" else []
+        cells = [row["entrant"], si(row["parameters"], "").strip(), row["dtype"] + ", default" * row["default"]]
+        rows.append(
+            [*cells, duration(took), *speed, *(f"{row[k]:.2f}" for k in ("over default", "over same dtype")), share]
+        )
+    head = ["", "parameters", "precision", "a decode" if work == "sampling" else "a step"]
+    head += ["tokens/s"] * (work == "training")
+    head += ["x ours, its default", "x ours, same precision", "of the ceiling"]
+    size = f"width {shape.width}, {shape.layers} layers, {shape.codes:,} codes, {shape.text} text tokens"
+    size += f", {shape.steps} steps" * (work == "sampling")
+    limits = ", ".join(f"{k} {si(v, 'FLOP/s')}" for k, v in found["ceiling"].items())
+    left = "".join(f"Left out: {name}, {why}.\n" for name, why in found[work]["absent"].items())
+    about = f"**{work.capitalize()}, {title}** ({size}): {si(flops, 'FLOP')}; ceiling {limits}.\n"
+    return f"{about}\n{markdown(head, rows)}{left and chr(10) + left}"
+
+
+def told(report: dict[str, Any]) -> str:
+    """speed.md, and README's tables."""
+    at, rounds = report["machine"], report["rounds"]
+    works = [(t, w, f) for t, f in report["shapes"].items() for w in ("sampling", "training")]
+    head = f"{at['device']}, {at['threads']} threads, torch {at['torch']}; medians of {rounds} alternating "
+    head += f"rounds, {3 * rounds} of training.\n"
+    names = list(report["memory"]["sampling"])
+    held = [[w, *(f"{report['memory'][w][n] / 2**20:,.0f} MiB" for n in names)] for w in report["memory"]]
+    first = next(iter(report["shapes"]))
+    memory = f"**Peak memory of a process** ({first}, each by its defaults)\n\n{markdown(['', *names], held)}"
+    start = markdown(["To begin", "seconds"], [[k, f"{v:.2f}"] for k, v in report["start"].items()])
+    return "\n".join([head, *(work_table(*work) for work in works), memory, start])
+
+
+def write_readme(text: str, readme: Path) -> None:
+    """Between README's markers; the section is made where there is none."""
+    content = readme.read_text(encoding="utf-8")
+    if BEGIN not in content:
+        section = "## Speed\n\nMeasured by `python benchmarks/speed.py --peers runs/peers --docs`, which says what is "
+        section += "compared with what; random weights, the language model left out. The peers run as they are "
+        section += "installed, each with its own attention. Where many pictures are drawn, `muse.compile()` compiles "
+        section += "what draws; `dtype` is bf16 where the device is fast at it and the model is not small "
+        section += f"([`pick_dtype`](minimuse/muse.py)).\n\n{BEGIN}{END}\n\n"
+        if (HERE / "scaling.md").exists():
+            section += "[How cost grows](benchmarks/scaling.md) with tokens, steps, batch and width.\n\n"
+        content = content.replace("## In and not in\n", section + "## In and not in\n", 1)
+    before, rest = content.split(BEGIN)
+    readme.write_text(before + BEGIN + text + END + rest.split(END, 1)[1], encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", default="", help="folder that muse-maskgit-pytorch was installed into")
+    parser.add_argument("--out", type=Path, default=Path("runs/speed"))
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="alternating decodes, and three times as many training steps (default: 3)"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, one round: does it all run?")
+    parser.add_argument("--docs", action="store_true", help="also write README's section")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peers:
+        sys.path.append(args.peers)  # last, so that nothing there takes an installed package's place
+    if args.alone:
+        work, name, *numbers = json.loads(args.alone)
+        print(hold(work, name, Shape(*numbers)))
+        return
+    began, shapes = time.monotonic(), QUICK if args.quick else SHAPES
+    how = {"rounds": 1, "seconds": 0.1, "checkpoint": "nano"} if args.quick else {}
+    how = {"rounds": args.rounds, "seconds": 2.0, "checkpoint": "toy"} | how
+    report = measure(shapes, **how, peers=args.peers)
+    save(args.out, "speed", report, told(report))
+    if args.docs:
+        write_readme(told(report), HERE.parent / "README.md")
+    print(f"{told(report)}\n{args.out / 'speed.json'}, {duration(time.monotonic() - began)}")
+
+
+if __name__ == "__main__":
+    main()

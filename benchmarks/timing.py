@@ -1,0 +1,103 @@
+"""What the benchmarks of speed share: alternating runs, processes of their own, the machine, files.
+
+A machine that does other work slows all that runs at the same time, so what is compared runs in turn, round by round,
+and a ratio is the median of the rounds' ratios.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from minimuse import __version__
+from minimuse.engine import fast_bf16
+
+HERE = Path(__file__).resolve().parent
+
+
+def precisions(device: torch.device) -> list[torch.dtype]:
+    """float32, and bfloat16 where this device is fast at it."""
+    return [torch.float32, *([torch.bfloat16] if fast_bf16(device) else [])]
+
+
+def short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of wall time, until the device has done all of it."""
+    wait = torch.get_device_module(device).synchronize
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - began
+
+
+def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Each run once a round, in turn -> its seconds, round by round. Warm them up before."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            seconds[name].append(timed(run, device))
+    return seconds
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """How many times as long: the median of the rounds' ratios."""
+    return median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def alone(script: str, *args: str) -> Any:
+    """What a script prints last, as JSON, run by a process of its own that finds this package."""
+    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = subprocess.run(
+        [sys.executable, script, *args], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    if found.returncode:
+        raise RuntimeError(f"{script} {' '.join(args)}: {found.stderr.strip().splitlines()[-1]}")
+    return json.loads(found.stdout.strip().splitlines()[-1])
+
+
+def peak_memory() -> int:
+    """Bytes, the most that this process held at once."""
+    import resource  # Linux and macOS alone
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures are of."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    versions = {"minimuse": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    return {"device": name, "threads": torch.get_num_threads(), "system": platform.system(), **versions}
+
+
+def _processor() -> str:
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def save(out: Path, name: str, report: Mapping[str, Any], text: str) -> None:
+    """`name`.json and `name`.md into a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text(text, encoding="utf-8")

@@ -1,0 +1,77 @@
+"""benchmarks/gpu.py, its dry run on the CPU at tiny size."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu
+
+from minimuse.budget import sampling_flops, stage_budget
+
+CPU = torch.device("cpu")
+HOW = {"batch": 2, "rounds": 2, "compiled": False, "training_batches": (4,), "size": 64}
+
+
+def test_a_dry_run_from_start_to_tables(tiny_muse):
+    cfg = tiny_muse.cfg
+    report = gpu.measure([cfg], CPU, **HOW)
+    assert [(r["draw"], r["batch"]) for r in report["sampling"]] == [
+        ("32 px", 1),
+        ("64 px", 1),
+        ("32 px", 2),
+        ("64 px", 2),
+    ]
+    flops = sampling_flops(cfg)
+    low, whole = (r["by flops"] * report["ceiling"] for r in report["sampling"][2:])
+    assert (low, whole) == pytest.approx((2 * flops.base, 2 * sum(flops))), "FLOPs of two pictures"
+    read = report["sampling"][0]["by bytes"] * report["bandwidth"]
+    weights = sum(p.numel() for p in tiny_muse.base.parameters())
+    assert read == pytest.approx(2 * weights * cfg.base_sampling.steps), "bf16 weights, once a step, whatever the batch"
+    assert [(r["stage"], r["batch"], len(r["seconds"])) for r in report["training"]] == [
+        ("base", 4, 1),
+        ("superres", 4, 1),
+    ]
+    budget = stage_budget(cfg, "base")
+    assert report["training"][0]["by flops"] * report["ceiling"] == pytest.approx(budget.step_flops / budget.batch * 4)
+    assert json.loads(json.dumps(report)) == report, "plain values"
+    text = gpu.told(report)
+    assert "| tiny, 64 px, plain | 2 |" in text
+    assert "| tiny, superres | 4 |" in text
+
+
+def test_random_weights_are_made_in_bf16_and_draw(tiny_muse):
+    muse = gpu.random_muse(tiny_muse.cfg, CPU, torch.bfloat16)
+    assert {p.dtype for p in muse.parts.parameters()} == {torch.bfloat16}
+    drawn = []
+    muse.picture = lambda step: drawn.append(step)
+    for run in gpu.draws(muse, 2).values():
+        run()
+    assert [(s.stage, len(s.tokens)) for s in drawn] == [("base", 2), ("superres", 2)]
+    assert not any(s.masked.any() for s in drawn), "each picture is finished"
+
+
+def test_smaller_batches_where_memory_ends(tiny_muse, monkeypatch):
+    tried = []
+
+    def steps(cfg, stage, device, batch, rounds, compiled):
+        tried.append(batch)
+        if batch > 8:
+            raise torch.OutOfMemoryError("full")
+        return [1.0]
+
+    monkeypatch.setattr(gpu, "_steps", steps)
+    row = gpu.training(tiny_muse.cfg, "base", CPU, (32, 16, 8, 4), 1, False, 1e9)
+    assert (tried, row["batch"]) == ([32, 16, 8], 8)
+    with pytest.raises(SystemExit, match="not even a batch of 16 fits"):
+        gpu.training(tiny_muse.cfg, "base", CPU, (32, 16), 1, False, 1e9)
+
+
+def test_the_best_is_whichever_bound_is_longer():
+    row = {"preset": "p", "draw": "8 px", "batch": 1, "seconds": [4.0, 2.0, 1.0], "compiled": True, "graphs": True}
+    cells = gpu._drawn(row | {"by flops": 0.5, "by bytes": 1.0, "memory": 0})
+    assert cells[:3] == ["p, 8 px, CUDA graphs", "1", "2.000"]
+    assert cells[5] == "50%", "1 s of a median of 2"
