@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimuse import __version__, checkpoint
+from minimuse.cache import write_whole
 from minimuse.config import to_dict
 from minimuse.data import digest, to_pil
 from minimuse.intervals import Measured
 from minimuse.kinds import KINDS, Batch, Figures, Kind, Rows, Tensors, drawn, quality
-from minimuse.lab import _write
 from minimuse.muse import Muse
 from minimuse.plots import grid, tradeoff
 from minimuse.prompts import asks
@@ -117,7 +117,8 @@ def _settle(out: Path, settings: dict[str, Any]) -> None:
         return
     if there := [name for name in ("eval.json", "eval.md", "kinds", "parts") if (out / name).exists()]:
         raise FileExistsError(f"{out} holds {', '.join(there)} but no settings.json; give another folder")
-    _write(path, json.dumps(settings, indent=1) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(settings, indent=1) + "\n")
 
 
 # --- one kind ---------------------------------------------------------------------------------------------------------
@@ -144,8 +145,8 @@ def _measured(
     rows, tensors = _kept(parts)
     figures = kind.figures(rows, tensors)
     path.parent.mkdir(exist_ok=True)
-    checkpoint._replace(path.with_suffix(".png"), partial(page(rows, tensors["images"]).save, format="PNG"))
-    _write(path, json.dumps({"figures": figures, "rows": rows}, indent=1) + "\n")  # last: the kind is done
+    write_whole(path.with_suffix(".png"), partial(page(rows, tensors["images"]).save, format="PNG"))
+    write_whole(path, json.dumps({"figures": figures, "rows": rows}, indent=1) + "\n")  # last: the kind is done
     shutil.rmtree(parts)
     return figures
 
@@ -153,7 +154,7 @@ def _measured(
 def _keep(file: Path, batch: Batch) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.contiguous() for k, v in batch.tensors.items()}
-    checkpoint._replace(file, partial(save_file, tensors, metadata={"rows": json.dumps(batch.rows)}))
+    write_whole(file, partial(save_file, tensors, metadata={"rows": json.dumps(batch.rows)}))
 
 
 def _kept(folder: Path) -> tuple[Rows, Tensors]:
@@ -191,10 +192,10 @@ def _report(out: Path, settings: dict[str, Any], found: dict[str, Figures]) -> d
     order = [*KINDS, *(f"{line} {label}" for line, points in SWEEP.items() for label in points)]
     found = {name: found[name] for name in order if name in found}
     report = {"settings": settings, "kinds": found} | ({"sweep": SWEEP} if settings["sweep"] else {})
-    _write(out / "eval.json", json.dumps(report, indent=1) + "\n")
-    _write(out / "eval.md", table(found) + "\n")
+    write_whole(out / "eval.json", json.dumps(report, indent=1) + "\n")
+    write_whole(out / "eval.md", table(found) + "\n")
     for x, name in (("score", "CLIP-like score"), ("right", "all right")) if settings["sweep"] else ():
-        checkpoint._replace(out / f"sweep-{x}.png", partial(_tradeoffs(found, x, name).save, format="PNG"))
+        write_whole(out / f"sweep-{x}.png", partial(_tradeoffs(found, x, name).save, format="PNG"))
     return json.loads(json.dumps(report))
 
 
