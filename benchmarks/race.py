@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from minimuse import Muse, __version__
 from minimuse.budget import count_flops
-from minimuse.checkpoint import _replace
+from minimuse.cache import write_whole
 from minimuse.config import MuseConfig, rival
 from minimuse.corpus import Corpus
 from minimuse.data import SceneDataset, halve, to_float
@@ -183,7 +183,7 @@ class Race:
             seconds.append((time.perf_counter() - began) / len(few))
         found = self.read(images, prompts) | {"seconds": torch.tensor(seconds)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, partial(save_file, found))
+        write_whole(path, partial(save_file, found))
         if not tuning:
             marks = [f"{p}{'' if ok else '  WRONG'}" for p, ok in zip(prompts, found["right"].tolist(), strict=True)]
             grid(images[:24], marks[:24], columns=8).save(path.with_suffix(".png"))
@@ -426,7 +426,7 @@ def run(race: Race, parts: list[str]) -> dict[str, Any]:
             (path, json.dumps(report, indent=1) + "\n"),
             (race.out / "race.md", "\n".join([head, *tables])),
         ):
-            _replace(file, lambda new, told=told: new.write_text(told, encoding="utf-8"))
+            write_whole(file, lambda new, told=told: new.write_text(told, encoding="utf-8"))
         print(f"## {part}\n\n{text}", flush=True)
     return report
 
