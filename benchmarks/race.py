@@ -426,7 +426,7 @@ def run(race: Race, parts: list[str]) -> dict[str, Any]:
             (path, json.dumps(report, indent=1) + "\n"),
             (race.out / "race.md", "\n".join([head, *tables])),
         ):
-            write_whole(file, told)
+            write_whole(file, lambda new, told=told: new.write_text(told, encoding="utf-8"))
         print(f"## {part}\n\n{text}", flush=True)
     return report
 

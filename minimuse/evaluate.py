@@ -117,6 +117,7 @@ def _settle(out: Path, settings: dict[str, Any]) -> None:
         return
     if there := [name for name in ("eval.json", "eval.md", "kinds", "parts") if (out / name).exists()]:
         raise FileExistsError(f"{out} holds {', '.join(there)} but no settings.json; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(settings, indent=1) + "\n")
 
 

@@ -409,7 +409,8 @@ def test_twenty_clients_each_get_their_own_seed(server, muse, tmp_path):
 
     held = []
     with ThreadPoolExecutor(20) as pool:
-        for _ in range(2):  # the first round warms up
+        for _ in range(4):  # the first round warms up, and an allocator may take some more in any one of them
             list(pool.map(ask, seeds))
             held.append(memory(server.process.pid))
-    assert held[1] - held[0] < 20, f"twenty drawings more take {held[1] - held[0]:.0f} MB more: {held}"
+    grown = [later - before for before, later in zip(held[1:], held[2:], strict=False)]
+    assert min(grown) < 20, f"every twenty drawings take more memory: {held} MB"
