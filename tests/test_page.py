@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -412,5 +413,5 @@ def test_twenty_clients_each_get_their_own_seed(server, muse, tmp_path):
         for _ in range(4):  # the first round warms up, and an allocator may take some more in any one of them
             list(pool.map(ask, seeds))
             held.append(memory(server.process.pid))
-    grown = [later - before for before, later in zip(held[1:], held[2:], strict=False)]
+    grown = [later - before for before, later in pairwise(held[1:])]
     assert min(grown) < 20, f"every twenty drawings take more memory: {held} MB"
