@@ -73,9 +73,9 @@ def peak_memory() -> int:
     status = Path("/proc/self/status")
     if status.exists():  # Linux's ru_maxrss begins at what the parent held when it forked
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024
-    import resource  # macOS
+    import resource  # macOS, which counts bytes
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def machine(device: torch.device) -> dict[str, Any]:

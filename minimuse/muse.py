@@ -277,7 +277,7 @@ class Muse:
         return self
 
     def compile(self, **how: Any) -> "Muse":
-        """torch.compile what draws; returns itself. It pays where many pictures are drawn: the first ones take minutes.
+        """torch.compile what draws; returns itself. It pays for many pictures: the first wait for a compiler.
 
         `how` goes to torch.compile. CUDA graphs, which pay for one picture at a time: mode="reduce-overhead".
         """

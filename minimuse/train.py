@@ -172,6 +172,7 @@ class NextLoss(MaskedLoss):
         count: int,
         label_smoothing: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
+        """As `MaskedLoss`, all of x given: shares of loss and accuracy of the `count` tokens asked for, ()."""
         logits = self.model(x, self.model.memory(context))
         right = ((logits.detach().argmax(-1) == x) & masked).sum() / count
         return masked_cross_entropy(logits, x, masked, label_smoothing, count), right

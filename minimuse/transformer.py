@@ -48,8 +48,8 @@ class Memory(NamedTuple):
 def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None = None) -> Tensor:
     """q (B, H, N, d), k and v (B, H, M, d), attend (..., N or 1, M) bool -> softmax(q k^T / sqrt(d)) v, (B, H, N, d).
 
-    torch's own, but for bf16 on a CPU: there its fused kernel takes longer than plain products, above all backwards.
-    For many entries, whose N x M weights would fill the memory, it is fused nevertheless.
+    torch's own, but for bf16 on a CPU: there its fused kernel makes a training step longer than plain products do.
+    Choice: beyond 1,024 entries, whose N x M weights would fill the memory, it is fused nevertheless.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[2] > 1024:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
