@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from minimuse.cfg import guided, null_text
 from minimuse.config import StageConfig, TransformerConfig
-from minimuse.engine import Engine
+from minimuse.engine import Engine, keep_pages
 from minimuse.masking import random_mask, sample_mask_rate
 from minimuse.muse import pick_dtype
 from minimuse.sampler import decode
@@ -105,6 +105,7 @@ def stepping(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype) -
 
 
 def our_sampling(shape: Shape, dtype: torch.dtype) -> tuple[Sample, int]:
+    keep_pages(CPU)  # as `Muse.to` does
     model = Transformer(shape.config()).eval().requires_grad_(False).to(dtype)
     embeds = shape.embeds().to(dtype)
     text = Context(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))

@@ -5,8 +5,9 @@
         einops==0.8.2 beartype==0.23.1
     python benchmarks/speed.py --peers runs/peers [--out runs/speed] [--rounds 3] [--quick] [--docs]
 
-`peers.py` says who runs, and how they are made equal. Of one shape all run in turn in one process, in fp32 and, where
-this CPU is fast at it, in bf16; seconds are medians of the rounds, ratios medians of the rounds' ratios.
+`peers.py` says who runs, and how they are made equal. Of one shape all run in turn, each in a process of its own that
+stays warm, in fp32 and, where this CPU is fast at it, in bf16; seconds are medians of the rounds, ratios medians of the
+rounds' ratios.
     sampling    a batch of pictures' tokens, guidance at every step
     training    a step: loss, gradient, clipping, AdamW
     ceiling     a product of two 2048 x 2048 matrices, measured beside them; a share of it counts the FLOPs of the
@@ -15,7 +16,7 @@ this CPU is fast at it, in bf16; seconds are medians of the rounds, ratios media
     memory      the most that a process of its own held, from the start of Python on
     start       `import minimuse` beyond `import torch`; `minimuse generate` from return to picture; drawing alone
 Let the machine be idle. A peer that is not installed is left out, with the reason. --quick: tiny shapes, to see that
-all of it runs. Writes speed.json and speed.md into --out; with --docs, README's section as well.
+all of it runs. Writes speed.json and speed.md into --out; with --docs, speed.md here and README's tables as well.
 
 Tried and left out, since it saves a few percent and a room reads better without: guidance in one pass (torch.lerp in
 place of Muse's formula), Newton-Schulz of equal shapes as one batch (a Muon of our own). Not tried: logits of masked
@@ -26,6 +27,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,7 +36,7 @@ from typing import Any
 
 import torch
 from peers import CPU, ENTRANTS, GUIDANCE, Shape
-from timing import HERE, alone, alternate, machine, markdown, peak_memory, precisions, ratio, save, short, timed
+from timing import HERE, Apart, alone, alternate, machine, markdown, peak_memory, precisions, ratio, save, short, timed
 
 from minimuse.budget import _decode_flops, count_flops, duration, matmul_ceiling, si
 from minimuse.config import SamplingConfig
@@ -101,7 +103,13 @@ def prepare(work: str, name: str, shape: Shape, dtype: torch.dtype) -> tuple[Any
     return run, parameters
 
 
-def compete(work: str, shape: Shape, rounds: int) -> dict[str, Any]:
+def apart(work: str, name: str, shape: Shape, dtype: torch.dtype) -> tuple[Any, int]:
+    """The same in a process of its own."""
+    run = Apart(prepare, work, name, shape, dtype)
+    return run, run.about
+
+
+def compete(work: str, shape: Shape, rounds: int, prepare: Callable[..., tuple[Any, int]] = apart) -> dict[str, Any]:
     """All entrants in turn -> a row each, and why some were left out."""
     runs, rows, absent = {}, {}, {}
     for name, entrant in ENTRANTS.items():
@@ -122,6 +130,9 @@ def compete(work: str, shape: Shape, rounds: int) -> dict[str, Any]:
             rows[label] = {"entrant": name, "dtype": short(dtype), "default": default, "parameters": parameters}
     for label, seconds in alternate(runs, rounds, CPU).items():
         rows[label]["seconds"] = seconds
+    for run in runs.values():
+        if isinstance(run, Apart):
+            run.close()
     ours = {row["dtype"]: row for row in rows.values() if row["entrant"] == OURS}
     best = next(row for row in ours.values() if row["default"])
     for row in rows.values():
@@ -226,18 +237,36 @@ def told(report: dict[str, Any]) -> str:
     return "\n".join([head, *(work_table(*work) for work in works), memory, start])
 
 
+def summary(report: dict[str, Any]) -> str:
+    """README's tables: the first shape, and what a user waits for."""
+    at, (title, found) = report["machine"], next(iter(report["shapes"].items()))
+    shape, rows = Shape(**found["shape"]), []
+    trained = {(row["entrant"], row["dtype"]): row for row in found["training"]["rows"]}
+    for drawn in found["sampling"]["rows"]:
+        took, row = median(drawn["seconds"]), trained[drawn["entrant"], drawn["dtype"]]
+        ours = drawn["entrant"] == OURS
+        share = f"{found['sampling']['flops'] / took / found['ceiling'][drawn['dtype']]:.0%}" if ours else ""
+        speed = f"{shape.batch * shape.grid**2 / median(row['seconds']):,.0f}"
+        held = [f"{report['memory'][w][drawn['entrant']] / 2**20:,.0f}" for w in ("sampling", "training")]
+        held = held if drawn["default"] else ["", ""]
+        name = f"{drawn['entrant']}, {drawn['dtype']}" + ", its default" * drawn["default"]
+        times = [f"{r['over default']:.2f}" for r in (drawn, row)]
+        rows.append([name, duration(took), times[0], share, speed, times[1], *held])
+    head = [title, "a decode", "x ours", "of the ceiling", "training, tokens/s", "1 / ours"]
+    table = markdown([*head, "MiB, drawing", "MiB, training"], rows)
+    size = f"{si(found['sampling']['rows'][0]['parameters'], '').strip()} parameters, {shape.codes:,} codes, "
+    size += f"{shape.steps} steps with guidance"
+    limits = ", ".join(f"{k} {si(v, 'FLOP/s')}" for k, v in found["ceiling"].items())
+    start = "; ".join(f"{k} {v:.2f} s" for k, v in report["start"].items())
+    on = f"{at['device']}, {at['threads']} threads, torch {at['torch']}; matrix products reach {limits}"
+    return f"{table}\n{size}. {on}. {start[0].upper() + start[1:]}.\n"
+
+
 def write_readme(text: str, readme: Path) -> None:
-    """Between README's markers; the section is made where there is none."""
+    """Between README's markers."""
     content = readme.read_text(encoding="utf-8")
-    if BEGIN not in content:
-        section = "## Speed\n\nMeasured by `python benchmarks/speed.py --peers runs/peers --docs`, which says what is "
-        section += "compared with what; random weights, the language model left out. The peers run as they are "
-        section += "installed, each with its own attention. Where many pictures are drawn, `muse.compile()` compiles "
-        section += "what draws; `dtype` is bf16 where the device is fast at it and the model is not small "
-        section += f"([`pick_dtype`](minimuse/muse.py)).\n\n{BEGIN}{END}\n\n"
-        if (HERE / "scaling.md").exists():
-            section += "[How cost grows](benchmarks/scaling.md) with tokens, steps, batch and width.\n\n"
-        content = content.replace("## In and not in\n", section + "## In and not in\n", 1)
+    if BEGIN not in content or END not in content:
+        raise ValueError(f"{readme} has no {BEGIN.strip()} and {END.strip()}; put them where the tables shall stand")
     before, rest = content.split(BEGIN)
     readme.write_text(before + BEGIN + text + END + rest.split(END, 1)[1], encoding="utf-8")
 
@@ -250,7 +279,7 @@ def main() -> None:
         "--rounds", type=int, default=3, help="alternating decodes, and three times as many training steps (default: 3)"
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one round: does it all run?")
-    parser.add_argument("--docs", action="store_true", help="also write README's section")
+    parser.add_argument("--docs", action="store_true", help="also write speed.md here, and README's tables")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peers:
@@ -265,7 +294,8 @@ def main() -> None:
     report = measure(shapes, **how, peers=args.peers)
     save(args.out, "speed", report, told(report))
     if args.docs:
-        write_readme(told(report), HERE.parent / "README.md")
+        (HERE / "speed.md").write_text(f"# Speed\n\n{told(report)}", encoding="utf-8")
+        write_readme(summary(report), HERE.parent / "README.md")
     print(f"{told(report)}\n{args.out / 'speed.json'}, {duration(time.monotonic() - began)}")
 
 

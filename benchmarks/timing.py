@@ -1,7 +1,8 @@
 """What the benchmarks of speed share: alternating runs, processes of their own, the machine, files.
 
 A machine that does other work slows all that runs at the same time, so what is compared runs in turn, round by round,
-and a ratio is the median of the rounds' ratios.
+and a ratio is the median of the rounds' ratios. What comes from different packages runs in processes of their own, kept
+warm, so that nobody gets another's memory, threads or settings.
 """
 
 import json
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,6 +44,48 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
     run()
     wait()
     return time.perf_counter() - began
+
+
+class Apart:
+    """`make(*args)` -> (run, about), in a process of its own: a call runs there, `about` is told, errors come here."""
+
+    def __init__(self, make: Callable[..., tuple[Callable[[], Any], Any]], *args: Any):
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.about = self._answer()
+
+    def __call__(self) -> None:
+        self.pipe.send(None)
+        self._answer()
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.join()
+
+    def _answer(self) -> Any:
+        answer = self.pipe.recv()
+        if isinstance(answer, Exception):
+            self.close()
+            raise answer
+        return answer
+
+
+def _serve(pipe: Connection, make: Callable[..., tuple[Callable[[], Any], Any]], args: Sequence[Any]) -> None:
+    """What `Apart` asks of the other process, until nobody asks any more."""
+    try:
+        run, about = make(*args)
+        pipe.send(about)
+        while True:
+            pipe.recv()
+            run()
+            pipe.send(None)
+    except EOFError:
+        return
+    except Exception as error:
+        pipe.send(error)
 
 
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:

@@ -27,7 +27,7 @@ from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import MuseConfig, SamplingConfig
 from minimuse.data import to_pil
 from minimuse.dit import DiT
-from minimuse.engine import fast_bf16
+from minimuse.engine import fast_bf16, keep_pages
 from minimuse.sampler import Step, decode
 from minimuse.text import Context, TextEncoder
 from minimuse.transformer import SuperRes, Transformer
@@ -272,6 +272,7 @@ class Muse:
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Muse":
         """Move the networks and the language model; returns itself."""
         self.device, self.dtype = pick_device(device or self.device), dtype or self.dtype
+        keep_pages(self.device)
         self.parts.to(self.device, self.dtype)
         self.encoder.to(self.device)
         return self

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -110,6 +111,31 @@ def test_masks_of_an_example_do_not_depend_on_the_batch():
         draws = [g for step in stage.steps() for _, gs in stage.micro_batches(24, step) for g in gs]
         seen.append(torch.stack([torch.rand(3, generator=g) for g in draws]))
     assert seen[0].equal(seen[1]), "an example's draws depend on how batches are cut"
+
+
+FAULTS = """
+import resource, sys, torch
+from minimuse.engine import keep_pages
+keep_pages(torch.device(sys.argv[1]))
+torch.zeros(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.zeros(2**24)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what was freed")
+def test_memory_of_freed_tensors_is_not_asked_for_anew():
+    def faults(device, **env):
+        plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES"))}
+        run = [sys.executable, "-c", FAULTS, device]
+        return int(subprocess.run(run, env=plain | env, capture_output=True, text=True, check=True).stdout)
+
+    each = 2**26 // 4096  # pages of a tensor
+    assert faults("cpu") <= 2 * each, "used again and again"
+    assert faults("cuda") > 9 * each, "no tensor of ours is made on the CPU there"
+    assert faults("cpu", MALLOC_MMAP_THRESHOLD_="131072") > 9 * each, "who has said how to allocate is heard"
 
 
 def test_a_batch_that_does_not_split_is_refused():

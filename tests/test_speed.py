@@ -83,7 +83,7 @@ def test_an_absent_peer_is_left_out_with_the_reason(monkeypatch):
     peers.maskgit_library.cache_clear()
     monkeypatch.setitem(sys.modules, "muse_maskgit_pytorch", None)
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    found = speed.compete("sampling", TINY, 2)
+    found = speed.compete("sampling", TINY, 2, speed.prepare)
     assert {row["entrant"] for row in found["rows"]} == {"minimuse"}
     assert set(found["absent"]) == set(ENTRANTS) - {"minimuse"}
     assert "muse_maskgit_pytorch" in found["absent"]["muse-maskgit-pytorch"]
@@ -103,13 +103,13 @@ def test_a_peer_that_does_not_know_bf16_is_left_out_there_and_ours_is_not(monkey
     entrants = {"minimuse": ENTRANTS["minimuse"], "x": peers.Entrant(sampling, None, peers.single)}
     monkeypatch.setattr(speed, "ENTRANTS", entrants)
     monkeypatch.setattr(speed, "precisions", lambda device: [torch.float32, torch.bfloat16])
-    found = speed.compete("sampling", TINY, 1)
+    found = speed.compete("sampling", TINY, 1, speed.prepare)
     pairs = [(row["entrant"], row["dtype"]) for row in found["rows"]]
     assert pairs == [("minimuse", "fp32"), ("minimuse", "bf16"), ("x", "fp32")]
     assert found["absent"] == {"x, bf16": "no bf16"}
     entrants["minimuse"] = entrants["x"]
     with pytest.raises(RuntimeError, match="no bf16"):
-        speed.compete("sampling", TINY, 1)
+        speed.compete("sampling", TINY, 1, speed.prepare)
 
 
 def test_amused_has_our_number_of_parameters():
@@ -168,17 +168,32 @@ def test_tables_by_hand():
     assert "| sampling | 1 MiB | 4 MiB |" in text
 
 
-def test_readmes_section_is_made_once_and_then_filled(tmp_path):
+def test_summary_by_hand():
+    text = speed.summary(report())
+    assert "| minimuse, fp32, its default | 1.0 s | 1.00 | 50% | 1,024 | 1.00 | 1 | 1 |" in text, "MiB of the default"
+    assert "| minimuse, bf16 | 500.0 ms | 0.50 | 50% | 2,048 | 0.50 |  |  |" in text
+    assert "| x, fp32, its default | 3.0 s | 3.00 |  | 341 | 3.00 | 4 | 4 |" in text
+
+
+def test_readmes_tables_are_filled_and_nothing_else(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("# x\n\n## In and not in\n\nend\n", encoding="utf-8")
+    readme.write_text(f"# x\n\n{speed.BEGIN}old\n{speed.END}\nend\n", encoding="utf-8")
     for text in ("one\n", "two\n"):
         speed.write_readme(text, readme)
-    content = readme.read_text(encoding="utf-8")
-    assert content.count("## Speed") == 1
-    assert "one" not in content
-    assert f"{speed.BEGIN}two\n{speed.END}" in content
-    assert content.index("## Speed") < content.index("## In and not in")
-    assert content.endswith("## In and not in\n\nend\n")
+    assert readme.read_text(encoding="utf-8") == f"# x\n\n{speed.BEGIN}two\n{speed.END}\nend\n"
+    readme.write_text("# x\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="has no <!-- speed -->"):
+        speed.write_readme("one\n", readme)
+
+
+def test_a_run_apart_is_called_there_and_its_errors_come_here():
+    run = timing.Apart(speed.prepare, "sampling", "minimuse", TINY, torch.float32)
+    assert run.about == TINY.parameters()
+    assert run() is None
+    run.close()
+    assert run.process.exitcode == 0, "nobody asks any more: it ends"
+    with pytest.raises(KeyError, match="nobody"):
+        timing.Apart(speed.prepare, "sampling", "nobody", TINY, torch.float32)
 
 
 @pytest.mark.slow
