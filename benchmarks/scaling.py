@@ -147,7 +147,10 @@ def told(report: dict[str, Any]) -> str:
     about += f"{start.grid**2} tokens, {start.codes:,} codes, width {start.width}, {start.layers} layers and "
     about += f"{start.steps} steps, one dial at a time.\n"
     columns = ["tokens", "block", "precision", "full", "multi-axis", "full / multi-axis", "FLOPs' ratio"]
-    picture = "![Time and memory on log axes, measured and predicted](scaling.png)\n"
+    picture = "![Time and memory on log axes, measured and predicted](scaling.png)\n\n"
+    picture += "Dashed is what arithmetic predicts: time, the FLOPs at the speed of a large matrix product; memory, what "
+    picture += "must be alive at once. More is held, and not always as much: what was freed stays with the process "
+    picture += "(`engine.keep_pages`), in pieces that not every tensor fits into.\n"
     return "\n".join([about, markdown(head, rows), markdown(columns, saved), picture])
 
 
@@ -181,6 +184,11 @@ def _finish(panel: Any, xs: list[int], xlabel: str, ylabel: str) -> None:
     panel.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
     panel.set_xticks(xs, [f"{x:,}" for x in xs])
     panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    low, high = panel.get_ylim()
+    steps = (1, 2, 5) if high < 300 * low else (1,)
+    ticks = [step * 10.0**k for k in range(-6, 5) for step in steps if low <= step * 10.0**k <= high]
+    panel.set_yticks(ticks, [f"{y:g}" for y in ticks])
+    panel.tick_params(axis="y", which="minor", labelleft=False)
     panel.legend(fontsize=7)
 
 

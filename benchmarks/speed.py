@@ -252,7 +252,7 @@ def summary(report: dict[str, Any]) -> str:
         name = f"{drawn['entrant']}, {drawn['dtype']}" + ", its default" * drawn["default"]
         times = [f"{r['over default']:.2f}" for r in (drawn, row)]
         rows.append([name, duration(took), times[0], share, speed, times[1], *held])
-    head = [title, "a decode", "x ours", "of the ceiling", "training, tokens/s", "1 / ours"]
+    head = [title, "a decode", "x ours", "of the ceiling", "training, tokens/s", "ours / that"]
     table = markdown([*head, "MiB, drawing", "MiB, training"], rows)
     size = f"{si(found['sampling']['rows'][0]['parameters'], '').strip()} parameters, {shape.codes:,} codes, "
     size += f"{shape.steps} steps with guidance"

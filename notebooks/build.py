@@ -139,6 +139,15 @@ def retext(name: str) -> nbformat.NotebookNode:
     return new
 
 
+def store(name: str, nb: nbformat.NotebookNode) -> Path:
+    """Write it under a new name, then rename: a stopped build leaves the old notebook whole."""
+    path = HERE / f"{name}.ipynb"
+    new = path.with_suffix(".new")
+    nbformat.write(nb, new)
+    new.replace(path)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="build notebooks from source/, execute them and store them")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which; none is all of {', '.join(names())}")
@@ -148,10 +157,7 @@ def main() -> None:
     for name in args.names or names():
         began = time.monotonic()
         nb = retext(name) if args.text else execute(notebook(name), args.fast)
-        path = HERE / f"{name}.ipynb"
-        new = path.with_suffix(".new")  # a new name, then renamed: a stopped build leaves the old notebook whole
-        nbformat.write(nb, new)
-        new.replace(path)
+        path = store(name, nb)
         size, took = path.stat().st_size / 1e3, time.monotonic() - began
         print(f"{path.name}: {len(nb.cells)} cells, {size:.0f} kB, {took:.0f} s")
 

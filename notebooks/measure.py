@@ -1,8 +1,9 @@
-"""What each notebook takes: python notebooks/measure.py [01_tour ...] -> measured.json and the table of README.md
+"""What each notebook takes: python notebooks/measure.py [01_tour ...] [--store] -> measured.json, README.md's table
 
 Each is executed in the full setting, once in fp32 and once in bf16 (where this CPU multiplies bf16 fast), by itself:
 run it on a machine that does nothing else. Minutes are wall time with the kernel's start; memory is the kernel's peak.
-Nothing is stored in the notebooks; `build.py --text` writes what was measured into their headers. Needs Linux or macOS.
+With --store the outputs of the second run are kept, as `build.py` would; else nothing in the notebooks changes.
+`build.py --text` writes what was measured into their headers. Needs Linux or macOS.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import os
 import sys
 import time
 
-from build import HERE, MEASURED, cells, execute, names, notebook
+from build import HERE, MEASURED, cells, execute, names, notebook, store
 from nbformat.v4 import new_code_cell
 
 README = HERE / "README.md"
@@ -21,8 +22,8 @@ engine.fast_bf16 = muse.fast_bf16 = lambda device: False"""
 PEAK = "import resource\nprint('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 
 
-def measure(name: str, precision: str) -> dict[str, float]:
-    """A notebook's minutes and the peak of its kernel's memory in GiB."""
+def measure(name: str, precision: str, keep: bool = False) -> dict[str, float]:
+    """A notebook's minutes and the peak of its kernel's memory in GiB; `keep` stores what was executed."""
     nb = notebook(name)
     if precision == "fp32":
         nb.cells.insert(2, new_code_cell(FP32))
@@ -30,7 +31,9 @@ def measure(name: str, precision: str) -> dict[str, float]:
     began = time.monotonic()
     execute(nb)
     minutes = (time.monotonic() - began) / 60
-    peak = int(nb.cells[-1].outputs[0].text.split()[1])
+    peak = int(nb.cells.pop().outputs[0].text.split()[1])
+    if keep:
+        store(name, nb)
     return {"minutes": round(minutes, 2), "gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)}
 
 
@@ -52,9 +55,11 @@ def table(rows: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="measure notebooks; write measured.json and README's table")
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; none is all")
-    rows = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
-    for name in parser.parse_args().names or names():
-        rows[name] = {p: measure(name, p) for p in ("fp32", "bf16")} | {"cores": os.cpu_count()}
+    parser.add_argument("--store", action="store_true", help="keep the outputs of the run in bf16")
+    args, rows = parser.parse_args(), json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
+    for name in args.names or names():
+        rows[name] = {p: measure(name, p, args.store and p == "bf16") for p in ("fp32", "bf16")}
+        rows[name]["cores"] = os.cpu_count()
         print(name, rows[name])
         MEASURED.write_text(json.dumps(rows, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
