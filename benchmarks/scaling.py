@@ -149,8 +149,8 @@ def told(report: dict[str, Any]) -> str:
     columns = ["tokens", "block", "precision", "full", "multi-axis", "full / multi-axis", "FLOPs' ratio"]
     picture = "![Time and memory on log axes, measured and predicted](scaling.png)\n\n"
     picture += "Dashed is what arithmetic predicts: time, the FLOPs at the speed of a large matrix product; memory, "
-    picture += "what must be alive at once. More is held, and not always as much: what was freed stays with the process "
-    picture += "(`engine.keep_pages`), in pieces that not every tensor fits into.\n"
+    picture += "what must be alive at once. More is held, and not always as much: what was freed stays with the "
+    picture += "process (`engine.keep_pages`), in pieces that not every tensor fits into.\n"
     return "\n".join([about, markdown(head, rows), markdown(columns, saved), picture])
 
 
