@@ -1,9 +1,14 @@
-"""README's pictures, from the shipped checkpoints: python benchmarks/readme_pictures.py
+"""README's pictures, from the shipped checkpoints: python benchmarks/readme_pictures.py [--page]
 
 Nothing is picked: the first different prompts of `minimuse eval`'s sets, each drawn once, picture i of the sheet with
-seed i. What the reader does not find right is marked.
+seed i. What the reader does not find right is marked. --page, with the extra `app`, playwright and a Chromium, takes
+the picture of `minimuse app` instead: its first prompt, seed 0; with --page PATH the same as wide as a telephone.
 """
 
+import argparse
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from minimuse import Muse
@@ -27,7 +32,36 @@ def sheet(name: str):
     return grid(images, captions, columns=6, scale=max(1, 160 // images[0].width))
 
 
+def page(path: Path, width: int = 1280, port: int = 7877) -> None:
+    """`minimuse app` after a press of Draw, in a window so wide."""
+    from playwright.sync_api import sync_playwright
+
+    command = "from minimuse.cli import main; main()"
+    words = [sys.executable, "-c", command, "app", "--checkpoint", "toy", "--port", str(port), "--device", "cpu"]
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        next(line for line in server.stdout if "http" in line)
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            tab = browser.new_page(viewport={"width": width, "height": 950})
+            tab.goto(f"http://127.0.0.1:{port}/")
+            tab.get_by_role("button", name="Draw", exact=True).click()
+            tab.get_by_text("Done in").wait_for()
+            tab.locator("#film img").wait_for()
+            tab.wait_for_timeout(1000)  # until all has faded in
+            tab.screenshot(path=path, full_page=True)
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--page", nargs="?", const="", metavar="PATH", help="the page; with a path, narrow")
+    args = parser.parse_args()
+    if args.page is not None:
+        page(*((Path(args.page), 400) if args.page else (ASSETS / "app.png",)))
+        return
     sheet("toy").save(ASSETS / "toy.png")
     muse = Muse.from_pretrained("toy")
     film(muse, list(muse.steps("a large red cube", seed=0)), most=9).save(ASSETS / "film.png")

@@ -8,6 +8,7 @@ Glossary: B images, t guidance, u progress. Not here: training (`train.py`), fil
 """
 
 import json
+import math
 import random
 import re
 import sys
@@ -216,10 +217,12 @@ class Muse:
 
     @torch.inference_mode()
     def picture(self, step: Step) -> list[Image.Image]:
-        """A Step -> its B pictures; what is still masked shows as code 0 (`plots.film` draws it gray)."""
+        """A Step -> its B pictures; what is still masked shows as the nearest known token (`plots.film` draws it gray).
+
+        Else whatever code took its place would colour its neighbours.
+        """
         tokenizer = self.low_tokenizer if step.stage == "base" else self.high_tokenizer
-        tokens = torch.where(step.masked, 0, step.tokens)
-        return to_pil(tokenizer.decode(tokens).float())
+        return to_pil(tokenizer.decode(_nearest_known(step.tokens, step.masked)).float())
 
     inpaint, outpaint, edit, edit_steps = editing.inpaint, editing.outpaint, editing.edit, editing.edit_steps
 
@@ -361,6 +364,16 @@ class Muse:
             about = {"model": self.cfg.name, "fingerprint": self.fingerprint}
             image.info["minimuse"] = {**about, **job, **told, **functions}
         return images
+
+
+def _nearest_known(tokens: Tensor, masked: Tensor) -> Tensor:
+    """tokens and masked (B, N) of a square grid -> (B, N), masked places filled; with 0 where a picture knows none."""
+    if not masked.any():
+        return tokens
+    side = math.isqrt(tokens.shape[1])
+    places = torch.cartesian_prod(*[torch.arange(side, device=tokens.device, dtype=torch.float)] * 2)
+    distance = torch.cdist(places, places) + masked[:, None] * 2.0 * side  # (B, N, N)
+    return tokens.gather(1, distance.argmin(-1)).masked_fill(masked.all(1, keepdim=True), 0)
 
 
 def _is_json(value: Any) -> bool:

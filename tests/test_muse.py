@@ -788,3 +788,15 @@ def test_pitfall_21_no_pickle_on_the_way(tiny_muse, tmp_path, monkeypatch):
     folder = tiny_muse.save_pretrained(tmp_path / "tiny")
     assert Muse.from_pretrained(folder, device="cpu").cfg == tiny_muse.cfg, "safetensors and JSON only"
     assert (folder / "model.safetensors").read_bytes()[8:9] == b"{", "a safetensors file begins with its JSON header"
+
+
+def test_what_is_masked_shows_as_the_nearest_known_token():
+    x = None  # masked
+    rows = [[7, x, x, x, 5, x, x, x, x], [x] * 9, list(range(1, 10))]
+    masked = torch.tensor([[t is x for t in row] for row in rows])
+    tokens = torch.tensor([[99 if t is x else t for t in row] for row in rows])
+    shown = minimuse.muse._nearest_known(tokens, masked)
+    assert shown[0, [0, 2, 4, 5, 6, 7, 8]].tolist() == [7, 5, 5, 5, 5, 5, 5], "the centre is nearer than the corner"
+    assert set(shown[0, [1, 3]].tolist()) <= {5, 7}, "between both, either"
+    assert shown[1].tolist() == [0] * 9, "nothing is known"
+    assert shown[2].tolist() == rows[2], "all is known"

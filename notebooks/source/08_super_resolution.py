@@ -685,8 +685,8 @@ film(muse, steps, most=8)
 # %% [markdown]
 r"""
 The first fine tokens already know where the cube will stand: the coarse grid has said so. (Fine tokens look odd while they are
-alone. The decoder is made of convolutions, and still finds a meaningless code 0 wherever a neighbour is hidden.) What is left for
-super-resolution are edges, shading and texture. How many steps does that take? We keep the coarse tokens, and give
+alone. The decoder is made of convolutions: it looks at the neighbours, and a hidden one is shown to it as the nearest token that
+is known.) What is left for super-resolution are edges, shading and texture. How many steps does that take? We keep the coarse tokens, and give
 super-resolution less and less time:
 """
 
