@@ -140,7 +140,7 @@ Training with $u$ uniform thus meets each stage of a decode about as often as a 
 there to be tried; each is at the same time a density for training.
 
 Does it matter which? At equal compute, nano's base model trained three times with each (`benchmarks/training_densities.py`,
-[its table](../benchmarks/densities.md)): the *second* reading is a little better than the paper's, 0.08 nats a token in section 5's
+[its table](../benchmarks/densities.md)): the *second* reading is a little better than the paper's, 0.08 nats a token in section 4's
 bound and 4 to 5 points in pictures that are right; the uniform density lies between them; BERT's 15% falls far behind.
 That is so in 800 steps of a small model, and says nothing of the paper's.
 """
