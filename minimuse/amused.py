@@ -186,6 +186,7 @@ class Amused(nn.Module):
 
         @torch.no_grad()
         def logits_fn(tokens: Tensor, u: float) -> Tensor:
+            """tokens (B, h*w), progress u -> guided logits (B, h*w, V)."""
             if tokens.shape != (b, h * w):
                 raise ValueError(f"tokens {tuple(tokens.shape)}; give ({b}, {h * w}), or another grid than ({h}, {w})")
             t = scale(u)

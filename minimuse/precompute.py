@@ -62,6 +62,7 @@ def make_tokens(
     dtype = np.uint16 if codebook_size <= 2**16 else np.int32
 
     def make(part: int) -> Made:
+        """A part of the source, read once -> its tokens by each encoder, captions and problems."""
         problems, captions, tokens = Problems(), [], {name: [np.empty((0, 0), dtype)] for name in encoders}
         examples = iter(source.read(part, side, problems))
         while chunk := list(islice(examples, batch)):
@@ -89,6 +90,7 @@ def make_text(shards: Shards, encode: Callable[[list[str]], Sequence[Tensor]]) -
     """
 
     def make(part: int) -> Made:
+        """A part of `shards` -> the embeddings of its captions, each text embedded once."""
         record, reason = shards.record(part)
         if record is None:
             raise ValueError(f"{reason or f'part {part} is not in {shards.folder}'}; fill() that cache first")

@@ -52,6 +52,7 @@ class Watch:
         """Held-out images above their reconstructions."""
 
         def look(model: nn.Module, step: int) -> dict[str, float]:
+            """-> the PSNR of eight held-out images in dB; their picture goes into the folder."""
             x = to_float(images[range(min(8, len(images)))]).to(self.engine.device)
             with at_rest(model), self.engine.precision():
                 made = model.decode(model.encode(x))
@@ -70,6 +71,7 @@ class Watch:
         size = getattr(self.cfg, stage).codebook_size
 
         def look(loss: nn.Module, step: int) -> dict[str, float]:
+            """-> what `validate` finds on held-out examples; pictures of the prompts go into the folder."""
             figures = validate(loss, *held_out, codebook_size=size, engine=self.engine)
             if self.folder and not self.engine.sharded:  # a sharded model works in all processes, or not at all
                 with at_rest(parts), self.engine.precision():

@@ -245,6 +245,24 @@ def test_the_table_of_what_notebooks_take(monkeypatch):
     assert measure.table(rows).splitlines()[2:] == ["| [1. A tour](01_tour.ipynb) | 1.3 | 0.5 | 1.1 GiB |"]
 
 
+def test_what_is_measured_may_be_stored_without_the_cells_that_measure(monkeypatch):
+    monkeypatch.setitem(sys.modules, "build", build)
+    measure, kept, ran = load("measure"), [], []
+
+    def execute(nb):
+        ran.append([cell.source for cell in nb.cells])
+        nb.cells[-1].outputs = [nbformat.v4.new_output("stream", text="PEAK 2097152")]
+
+    monkeypatch.setattr(measure, "execute", execute)
+    monkeypatch.setattr(measure, "store", lambda name, nb: kept.append([cell.source for cell in nb.cells]))
+    plain = [cell.source for cell in build.notebook("01_tour").cells]
+    assert measure.measure("01_tour", "fp32")["gib"] == (2 if sys.platform != "darwin" else 0)
+    assert not kept, "only where it is asked for"
+    measure.measure("01_tour", "bf16", keep=True)
+    assert kept == [plain], "what the source makes, no more"
+    assert ran == [[*plain[:2], measure.FP32, *plain[2:], measure.PEAK], [*plain, measure.PEAK]]
+
+
 def test_readme_lists_the_course():
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     for name in COURSE:
