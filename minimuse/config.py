@@ -87,6 +87,7 @@ class TransformerConfig:
     identity: bool = False  # residual blocks begin as the identity, as DiT's (arXiv 2212.09748)
     causal: bool = False  # an autoregressive model: each token sees those before it, row by row
     patch: int = 1  # of a DiT alone: side of a token in the latent grid
+    text_layers: int = 0  # Deviation: layers of our own over the LM's embeddings, see `Transformer.memory`; Muse: none
 
     @property
     def tokens(self) -> int:
@@ -106,8 +107,11 @@ class TransformerConfig:
         ok = self.width % self.heads == 0
         mend = f"take {max(1, self.width // self.heads) * self.heads}, or a number of heads that divides it"
         _require(ok, f"width {self.width} is not divisible by {self.heads} heads; {mend}")
-        ok = self.block >= 0 and self.low_layers >= 0
-        _require(ok, f"block {self.block}, low_layers {self.low_layers}; give 0 or more")
+        ok = self.block >= 0 and self.low_layers >= 0 and self.text_layers >= 0
+        given = f"block {self.block}, low_layers {self.low_layers}, text_layers {self.text_layers}"
+        _require(ok, f"{given}; give 0 or more")
+        ok = not self.text_layers or self.heads % 2 == 0
+        _require(ok, f"text_layers look ahead with half of the heads, and {self.heads} is odd; give an even number")
         if self.block:
             ok = self.grid % self.block == 0
             _require(ok, f"a grid of {self.grid} is not divisible into blocks of {self.block}; give a divisor, or 0")

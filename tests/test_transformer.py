@@ -17,6 +17,7 @@ from minimuse.transformer import (
     Memory,
     SuperRes,
     Transformer,
+    ahead_and_back,
     attention,
     multi_axis_attention,
     random_features,
@@ -26,11 +27,16 @@ from minimuse.transformer import (
 V, D_LM = 11, 6
 SIZES = {"codebook_size": V, "text_width": D_LM, "width": 32, "layers": 2, "heads": 4, "mlp_width": 64}
 BASE = TransformerConfig(**SIZES, grid=4)
+READER = replace(BASE, text_layers=2)
 SR = TransformerConfig(**SIZES, grid=8, block=4, low_layers=2, low_grid=4, low_codebook_size=9)
 
 
 def base():
     return Transformer(BASE).eval()
+
+
+def reader():
+    return Transformer(READER).eval()
 
 
 def superres():
@@ -113,7 +119,7 @@ def test_pitfall_07_masked_tokens_do_not_leak():
 # --- text: padding, removal, memories ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [base, superres])
+@pytest.mark.parametrize("make", [base, reader, superres])
 def test_pitfall_14_padding_of_the_text_does_not_matter(make):
     """More padding, and whatever stands in it, leaves the logits as they were."""
     model, text = make(), context()
@@ -155,6 +161,32 @@ def test_pitfall_24_unconditional_logits_are_finite_on_every_backend(make, backe
     assert_same(batch[2:], expected, f"{backend.name}: as the second half of a guided batch")
 
 
+def test_heads_that_read_text_look_ahead_or_back_the_nearer_the_more():
+    """By hand: four heads, two tokens and one of padding, slopes 1/2 and 1/8."""
+    inf = float("inf")
+    bias = ahead_and_back(torch.tensor([[True, True, False]]), heads=4)[0]
+    for head, slope in ((0, 0.5), (1, 0.125)):
+        assert bias[head].tolist() == [[0, -slope, -inf], [-inf, 0, -inf], [-inf, -inf, 0]], "ahead"
+        assert bias[head + 2].tolist() == [[0, -inf, -inf], [-slope, 0, -inf], [-2 * slope, -slope, 0]], "back"
+
+
+def test_text_layers_tell_who_comes_first():
+    """The same vectors in another order: to a memory without order they are the same set, to one that reads not."""
+    text = Context(torch.randn(1, 3, D_LM), torch.ones(1, 3, dtype=torch.bool))
+    turned = Context(text.embeds.flip(1), text.mask)
+    for model, reads in ((base(), False), (reader(), True)):
+        a, b = (model.memory(t).values[0] for t in (text, turned))
+        assert differ(a, b.flip(2)) == reads, (
+            f"text_layers={model.cfg.text_layers}: order is {'lost' if reads else 'read'}"
+        )
+        assert model.memory(null_text(text)).values[0].abs().max() == 0, "removed text stays zero"
+
+
+def test_no_text_layers_leave_checkpoints_as_they_were():
+    names = {name for name, _ in base().named_parameters()}
+    assert not any("text_layers" in name for name in names), "a model without them has their weights"
+
+
 def test_null_text_adds_nothing():
     """One attended zero: cross-attention gives 0, whatever the weights."""
     model = base()
@@ -192,13 +224,15 @@ def test_memory_is_made_once_for_a_decode():
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", ["none", "padding", "causal"])
+@pytest.mark.parametrize("mask", ["none", "padding", "causal", "numbers"])
 def test_plain_products_are_torchs_attention(mask, monkeypatch):
     """bf16 on a CPU goes a way of its own: its numbers and gradients are those of float32, to bf16's 8 bits."""
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 4, 12, 16).bfloat16())
     see = torch.rand(2, 1, 1, 12) < 0.6
     see[..., 0] = True
-    attend = {"none": None, "padding": see, "causal": torch.ones(12, 12, dtype=torch.bool).tril()}[mask]
+    attend = {"none": None, "padding": see, "causal": torch.ones(12, 12, dtype=torch.bool).tril()}.get(mask)
+    if mask == "numbers":
+        attend = ahead_and_back(see[:, 0, 0], heads=4)
     single = [x.detach().float().requires_grad_() for x in (q, k, v)]
     expected = attention(*single, attend)
     monkeypatch.setattr(transformer.F, "scaled_dot_product_attention", lambda *a, **k: pytest.fail("it is torch's"))
@@ -211,7 +245,7 @@ def test_plain_products_are_torchs_attention(mask, monkeypatch):
         assert_same(a.grad.float(), b.grad, "gradients of plain products", atol=0.15)
 
 
-@pytest.mark.parametrize("make", [base, superres])
+@pytest.mark.parametrize("make", [base, reader, superres])
 def test_bf16_logits_are_those_of_float32(make):
     """Guided batches, padded text: within 3% of their length, five of bf16's roundings."""
     model, text = make(), context()
@@ -336,7 +370,7 @@ def test_super_resolution_needs_a_low_encoder():
 # --- learning, numbers, compiling -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [base, superres])
+@pytest.mark.parametrize("make", [base, reader, superres])
 def test_every_parameter_learns(make):
     model = make()
     n, low = model.cfg.tokens, [tokens(high=9)] if make is superres else []
