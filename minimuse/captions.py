@@ -22,22 +22,48 @@ PARAPHRASES = {
     "cyan": ("turquoise", "teal"), "yellow": ("golden", "lemon"),
 }  # fmt: skip
 SYNONYMS = {
-    "cube": ("crate", "carton", "brick", "parcel", "chest", "case"),
-    "sphere": ("marble", "bead", "bubble", "planet", "balloon", "pearl", "pellet"),
-    "cylinder": ("tube", "pipe", "barrel", "drum", "column", "pillar", "canister", "jar", "bottle", "keg"),
-    "small": ("mini", "miniature", "petite", "compact", "wee", "minute"),
-    "large": ("giant", "massive", "enormous", "gigantic", "oversized", "vast"),
-    "rubber": ("dull", "plastic", "clay", "chalky", "soft", "unpolished"),
-    "metal": ("steel", "polished", "chrome", "mirrored", "iron", "glossy", "gleaming", "reflective"),
-    "gray": ("grey", "ash", "ashen", "stone", "smoky", "granite"),
-    "red": ("ruby", "cherry", "vermilion", "maroon", "rosy", "tomato", "strawberry"),
-    "blue": ("cobalt", "sapphire", "indigo", "ultramarine", "cerulean", "denim"),
-    "green": ("jade", "olive", "mint", "mossy", "grassy", "fern", "avocado"),
-    "brown": ("tan", "chestnut", "coffee", "mahogany", "hazel", "cocoa", "caramel"),
-    "purple": ("lavender", "magenta", "mauve", "plum", "lilac", "orchid", "amethyst"),
-    "cyan": ("aqua", "aquamarine", "lagoon", "peacock"),
-    "yellow": ("amber", "mustard", "canary", "blond", "saffron", "sunny", "banana", "honey"),
-}
+    "cube": ("crate", "carton", "brick", "parcel", "chest", "case", "container", "package", "dice", "trunk", "cabinet"),
+    "sphere": ("marble", "bead", "bubble", "planet", "balloon", "pearl", "pellet", "moon", "bauble", "football"),
+    "cylinder": (
+        "tube", "pipe", "barrel", "drum", "column", "pillar", "canister", "jar", "bottle", "keg", "mug", "bucket",
+        "flask", "log", "roller", "spool", "tub", "cup", "pot",
+    ),
+    "small": ("mini", "miniature", "petite", "compact", "wee", "minute", "teeny", "slight", "pocket-sized", "baby"),
+    "large": ("giant", "massive", "enormous", "gigantic", "oversized", "vast", "colossal", "immense", "jumbo", "bulky"),
+    "rubber": ("dull", "plastic", "clay", "chalky", "soft", "unpolished", "flat", "foam", "frosted", "velvet"),
+    "metal": (
+        "steel", "polished", "chrome", "mirrored", "iron", "glossy", "gleaming", "reflective", "brass", "aluminum",
+        "lustrous", "glittering", "sparkling", "bright",
+    ),
+    "gray": (
+        "grey", "ash", "ashen", "stone", "smoky", "granite", "cement", "concrete", "lead", "flint", "graphite",
+        "cloudy", "foggy", "rock",
+    ),
+    "red": (
+        "ruby", "cherry", "vermilion", "maroon", "rosy", "tomato", "strawberry", "blood", "burgundy", "raspberry",
+        "cranberry", "poppy", "flame",
+    ),
+    "blue": (
+        "cobalt", "sapphire", "indigo", "ultramarine", "cerulean", "denim", "sky", "ocean", "blueberry", "midnight",
+        "royal",
+    ),
+    "green": (
+        "jade", "olive", "mint", "mossy", "grassy", "fern", "avocado", "cucumber", "lettuce", "spinach", "leafy",
+        "forest", "clover", "cactus", "pickle",
+    ),
+    "brown": (
+        "tan", "chestnut", "coffee", "mahogany", "hazel", "cocoa", "caramel", "walnut", "cinnamon", "toffee", "mocha",
+        "wooden", "muddy",
+    ),
+    "purple": (
+        "lavender", "magenta", "mauve", "plum", "lilac", "orchid", "amethyst", "grape", "eggplant", "wisteria", "iris",
+    ),
+    "cyan": ("aqua", "aquamarine", "lagoon", "peacock", "seafoam", "glacier", "tropical", "pool"),
+    "yellow": (
+        "amber", "mustard", "canary", "blond", "saffron", "sunny", "banana", "honey", "corn", "butter", "sunflower",
+        "straw", "cheese",
+    ),
+}  # fmt: skip
 EXAMPLE_PROMPTS = (
     "a large red cube",
     "two small blue metal spheres",
