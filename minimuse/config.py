@@ -152,6 +152,7 @@ class StageConfig:
     crop: int = 0  # tokenizers: side of the training crops in pixels; 0 is the whole image
     label_smoothing: float = 0.0  # Choice: the paper is silent; MaskGIT takes 0.1
     text_drop: float = 0.1  # share of the examples without text (Muse 2.7)
+    text_rate: float = 1.0  # the text projection's learning rate, as a share of all others'
     mask_schedule: str = "cosine"  # r = cos(pi u / 2), u uniform (Muse 2.6)
     perceptual_weight: float = 0.05  # tokenizers (A.2)
     adversarial_weight: float = 0.1  # tokenizers (A.2)
@@ -166,6 +167,7 @@ class StageConfig:
         _require(self.optimizer in known, f"unknown optimizer {self.optimizer!r}; known: {', '.join(known)}")
         _require(self.learning_rate > 0, f"learning rate {self.learning_rate} is not positive")
         _require(0 <= self.text_drop <= 1, f"text_drop {self.text_drop} is not in [0, 1]")
+        _require(0 <= self.text_rate <= 1, f"text_rate {self.text_rate} is not in [0, 1]")
         _require(0 <= self.ema < 1, f"ema {self.ema} is not in [0, 1)")
 
 

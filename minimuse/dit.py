@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from minimuse.config import TransformerConfig
 from minimuse.data import to_float
 from minimuse.masking import Draws, uniforms
-from minimuse.transformer import CrossAttention, Memory, SelfAttention, Transformer, plain_layers, sinusoids
+from minimuse.transformer import CrossAttention, Memory, SelfAttention, TextLayer, Transformer, sinusoids
 from minimuse.vqgan import VQGAN
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class DiT(nn.Module):
         self.places = nn.Parameter(places.flatten(0, 1))  # (N, D)
         self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
         self.text = nn.Linear(cfg.text_width, d, bias=False)
-        self.text_layers = nn.ModuleList(plain_layers(cfg, cfg.text_layers))
+        self.text_layers = nn.ModuleList(TextLayer(cfg) for _ in range(cfg.text_layers))
         self.text_norm = nn.LayerNorm(d, bias=False)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.norm = nn.LayerNorm(d, elementwise_affine=False)
@@ -107,9 +107,6 @@ class DiT(nn.Module):
         for linear in (self.condition, self.head, *(block.condition for block in self.layers)):
             nn.init.zeros_(linear.weight)
         scale, d = 0.0 if self.cfg.identity else (2 * self.cfg.layers) ** -0.5, self.cfg.width
-        for layer in self.text_layers:
-            for linear in (layer.attention.out, layer.mlp[2]):
-                linear.weight.data.mul_(scale)
         for block in self.layers:
             block.cross.out.weight.data.mul_(scale)
             if not self.cfg.identity:

@@ -99,15 +99,19 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
 def make_optimizers(model: nn.Module, cfg: StageConfig) -> list[torch.optim.Optimizer]:
     """What trains a model: AdamW, Adafactor, or Muon for the matrices inside its layers and AdamW for the rest.
 
-    Vectors (norms, biases) are not decayed.
+    Vectors (norms, biases) are not decayed. A group's `share` is of the learning rate.
     """
     hidden = hidden_matrices(model) if cfg.optimizer == "muon" else []
     others = {id(p) for p in hidden}
+    slow = [p for name, p in model.named_parameters() if name.endswith("text.weight") and cfg.text_rate < 1]
+    others |= {id(p) for p in slow}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
     groups = [
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": cfg.weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if slow:
+        groups.append({"params": slow, "weight_decay": cfg.weight_decay, "share": cfg.text_rate})
     if cfg.optimizer == "adafactor":
         # Deviation: Muse sets beta1 0.9 and beta2 0.96; torch's Adafactor has no beta1, and a beta2 that rises to 1
         return [torch.optim.Adafactor(groups, lr=cfg.learning_rate)]
@@ -338,7 +342,7 @@ class Stage:
         self.engine.accelerator.clip_grad_norm_(trained, self.cfg.clip)
         for optimizer in self.optimizers[key]:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.cfg, step)
+                group["lr"] = learning_rate(self.cfg, step) * group.get("share", 1.0)
             optimizer.step()
         if self.cfg.ema and key == "model":
             torch._foreach_lerp_(self._ema(), [p.detach() for p in self.trained], 1 - self.cfg.ema)

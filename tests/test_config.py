@@ -92,6 +92,7 @@ STAGE = NANO.stages["base"]
         (STAGE, {"batch": 0}, r"batch is 0"),
         (STAGE, {"optimizer": "sgd"}, r"unknown optimizer 'sgd'; known: adamw, adafactor"),
         (STAGE, {"learning_rate": 0.0}, r"learning rate 0\.0 is not positive"),
+        (STAGE, {"text_rate": 1.5}, r"text_rate 1\.5 is not in \[0, 1\]"),
         (STAGE, {"text_drop": 1.5}, r"text_drop 1\.5 is not in \[0, 1\]"),
     ],
 )

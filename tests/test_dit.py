@@ -101,6 +101,16 @@ def test_the_noise_depends_on_picture_place_time_and_text():
     assert torch.allclose(model(x, model.memory(padded), step), out, atol=1e-5), "padding is attended to"
 
 
+def test_text_is_read_as_muse_reads_it():
+    """With text_layers the order of the words matters to the memory, as it does to the masked transformer's."""
+    text = Context(torch.randn(1, 3, D_LM), torch.ones(1, 3, dtype=torch.bool))
+    turned = Context(text.embeds.flip(1), text.mask)
+    for layers, reads in ((0, False), (1, True)):
+        model = awake(dit(text_layers=layers))
+        a, b = (model.memory(t).values[0] for t in (text, turned))
+        assert ((a - b.flip(2)).abs().max() > 1e-4) == reads, f"text_layers={layers}"
+
+
 def test_a_patch_is_a_square_of_the_grid():
     model = awake(dit(patch=2))
     assert model.places.shape == (4, 32), "four tokens of 2 x 2"

@@ -18,6 +18,7 @@ from minimuse.masking import masked_cross_entropy
 from minimuse.precompute import tokenize
 from minimuse.text import pad_contexts
 from minimuse.train import (
+    MaskedLoss,
     random_crop,
     train_features,
     train_muse,
@@ -138,6 +139,24 @@ def test_optimizer_decays_matrices_alone_and_clips(optimizer):
     assert norm == pytest.approx(1.0, abs=1e-3), f"the gradient was clipped to {norm}"
     assert stage.optimizers["model"][0].param_groups[0]["lr"] == learning_rate(cfg, 1), "the rate of the step"
     assert frozen.equal(torch.ones(2)), "a frozen parameter moved"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+def test_the_text_projection_may_learn_more_slowly(optimizer):
+    """One optimizer's groups with a share of the rate, which each step keeps; all weights still have a group."""
+    model = Transformer(TransformerConfig(**SIZES, grid=4))
+    cfg = StageConfig(10, 1, 0.1, 0, 0.5, optimizer, betas=(0.9, 0.96), text_rate=0.1)
+    stage = Stage(fp32(), "s", cfg, {"model": MaskedLoss(model)})
+    groups = [group for o in stage.optimizers["model"] for group in o.param_groups]
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters()}, (
+        "some weight is left out"
+    )
+    stage.backward(sum(p.square().sum() for p in model.parameters()))
+    stage.update(3)
+    for group in groups:
+        text = any(p is model.text.weight for p in group["params"])
+        assert group["lr"] == pytest.approx(learning_rate(cfg, 3) * (0.1 if text else 1.0)), f"text: {text}"
+        assert not text or len(group["params"]) == 1, "others learn slowly, too"
 
 
 def test_random_crop():
