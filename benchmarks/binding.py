@@ -4,9 +4,8 @@
 
 toy's base model trains from nothing on the same scenes in the same order; each time the text reaches it otherwise:
     projected        the LM's embeddings, linearly projected and no more (Muse 2.1)
-    one reader       then one layer of our own, half of its heads looking ahead and half back (`text_layers`)
-    two readers      two such layers
-    every way        one layer whose heads look everywhere alike, the way of most encoders
+    ahead and back   where to look is read by a layer of our own, half of its heads looking ahead, half back (`text_layers`)
+    every way        the same layer, its heads looking everywhere alike, the way of most encoders
     told outright    no LM: a vector a thing, with its looks and what it stands left of, behind, ...
 Judged on held-out scenes of two things, every token masked: by how many nats a picture the true caption fits better
 than the same words with the two things, or their two colours, swapped; and for how many pictures it does.
@@ -42,7 +41,7 @@ from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import train_transformer
 from minimuse.transformer import Transformer
 
-WAYS = {"projected": 0, "one reader": 1, "two readers": 2, "every way": 1, "told outright": 0}  # -> text_layers
+WAYS = {"projected": 0, "ahead and back": 1, "every way": 1, "told outright": 0}  # -> text_layers
 SWAPS = ("things", "colours")
 WORDS = (*COLORS, *SHAPES, *SIZES, *MATERIALS, "left", "right", "front", "behind", "beside")
 

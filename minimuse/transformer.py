@@ -129,9 +129,11 @@ class CrossAttention(nn.Module):
         self.kv = KeyValue(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """memory (B, M, D) -> keys and values, each (B, H, M, d)."""
+    def project(self, memory: Tensor, found: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """memory (B, M, D) -> keys and values, each (B, H, M, d); keys of `found`, where it is given."""
         k, v = self.kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if found is not None:
+            k = self.kv(found).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)[0]
         return k, v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, attend: Tensor) -> Tensor:
@@ -175,8 +177,8 @@ class Layer(nn.Module):
 class TextLayer(nn.Module):
     """x (B, L, D), `attend` as in `attention` -> (B, L, D): to each word, what stands ahead of it and behind.
 
-    Choice: no MLP. One would learn the words of training by heart: with it, a linear reader of what comes out tells
-    all looks of unseen words right in 44% of prompts, before it in 59%.
+    Choice: no MLP. One learns the words of training by heart: of toy's prompts in unseen words a linear reader told
+    all looks right in 59% before it and in 44% after it.
     """
 
     def __init__(self, cfg: TransformerConfig):
@@ -300,17 +302,19 @@ class Transformer(nn.Module):
         """context (B, L, D_lm), extra entries (B, K, D) -> Memory of M = L + K entries; padding is not attended.
 
         Deviation: with `text_layers`, the text is read by layers of our own first; Muse projects what T5-XXL gives and
-        no more. A small LM made for comparing sentences tells in a word's vector which words there are, but hardly what
-        stands left of what: 0.03% of the variance in MiniLM's. Each layer sees which words come before and after.
+        no more. A small LM made for comparing sentences tells in a word's vector what it is, but hardly who stands left
+        of whom: 0.06% of the variance in MiniLM's. Each layer sees which words stand ahead and behind. What it reads
+        makes the keys alone, by which a word is found; the values, what is found, stay the LM's own.
         """
-        text = self.text(context.embeds)  # (B, L, D)
-        see = ahead_and_back(context.mask, self.cfg.heads) if self.text_layers else None
-        for layer in self.text_layers:
-            text = self._run(layer, text, see)
-        text = self.text_norm(text)
-        entries = torch.cat([text, *extra], 1)  # (B, M, D)
-        attend = F.pad(context.mask, (0, entries.shape[1] - text.shape[1]), value=True)
-        keys, values = zip(*(layer.cross.project(entries) for layer in self.layers), strict=True)
+        plain = self.text(context.embeds)  # (B, L, D)
+        entries, found = torch.cat([self.text_norm(plain), *extra], 1), None  # (B, M, D)
+        if self.text_layers:
+            read, see = plain, ahead_and_back(context.mask, self.cfg.heads)
+            for layer in self.text_layers:
+                read = self._run(layer, read, see)
+            found = torch.cat([self.text_norm(read), *extra], 1)
+        attend = F.pad(context.mask, (0, entries.shape[1] - plain.shape[1]), value=True)
+        keys, values = zip(*(layer.cross.project(entries, found) for layer in self.layers), strict=True)
         return Memory(keys, values, attend[:, None, None])
 
     def _run(self, layer: Layer, x: Tensor, *memory: Any) -> Tensor:

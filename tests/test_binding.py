@@ -55,7 +55,7 @@ def test_study_from_training_to_table(tmp_path, monkeypatch):
     small = replace(cfg.base, layers=1)
     stage = replace(cfg.stages["base"], steps=2, batch=4)
     cfg = replace(cfg, base=small, stages={**cfg.stages, "base": stage})
-    ways = ["projected", "one reader", "told outright"]
+    ways = ["projected", "ahead and back", "told outright"]
     results = binding.study(muse, cfg, tmp_path, ways, n=12, test=6)
     assert {way: len(found["nats"]) for way, found in results.items()} == dict.fromkeys(ways, 6), "six scenes a way"
     monkeypatch.setattr(binding, "tokens_of", lambda *a: pytest.fail("finished trainings are used again"))

@@ -107,7 +107,7 @@ def test_text_is_read_as_muse_reads_it():
     turned = Context(text.embeds.flip(1), text.mask)
     for layers, reads in ((0, False), (1, True)):
         model = awake(dit(text_layers=layers))
-        a, b = (model.memory(t).values[0] for t in (text, turned))
+        a, b = (model.memory(t).keys[0] for t in (text, turned))
         assert ((a - b.flip(2)).abs().max() > 1e-4) == reads, f"text_layers={layers}"
 
 

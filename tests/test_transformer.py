@@ -175,11 +175,14 @@ def test_text_layers_tell_who_comes_first():
     text = Context(torch.randn(1, 3, D_LM), torch.ones(1, 3, dtype=torch.bool))
     turned = Context(text.embeds.flip(1), text.mask)
     for model, reads in ((base(), False), (reader(), True)):
-        a, b = (model.memory(t).values[0] for t in (text, turned))
+        a, b = (model.memory(t).keys[0] for t in (text, turned))
         assert differ(a, b.flip(2)) == reads, (
             f"text_layers={model.cfg.text_layers}: order is {'lost' if reads else 'read'}"
         )
-        assert model.memory(null_text(text)).values[0].abs().max() == 0, "removed text stays zero"
+        a, b = (model.memory(t).values[0] for t in (text, turned))
+        assert_same(a, b.flip(2), "what is found is the LM's own, whatever stands around it")
+        removed = model.memory(null_text(text))
+        assert removed.keys[0].abs().max() == removed.values[0].abs().max() == 0, "removed text stays zero"
 
 
 def test_no_text_layers_leave_checkpoints_as_they_were():
