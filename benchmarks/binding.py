@@ -4,7 +4,7 @@
 
 toy's base model trains from nothing on the same scenes in the same order; each time the text reaches it otherwise:
     projected        the LM's embeddings, linearly projected and no more (Muse 2.1)
-    ahead and back   where to look is read by a layer of our own, half of its heads looking ahead, half back (`text_layers`)
+    ahead and back   a layer of our own reads where to look, half of its heads ahead, half back (`text_layers=1`)
     every way        the same layer, its heads looking everywhere alike, the way of most encoders
     told outright    no LM: a vector a thing, with its looks and what it stands left of, behind, ...
 Judged on held-out scenes of two things, every token masked: by how many nats a picture the true caption fits better
