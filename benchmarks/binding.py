@@ -42,6 +42,7 @@ from minimuse.train import train_transformer
 from minimuse.transformer import Transformer
 
 WAYS = {"projected": 0, "ahead and back": 1, "every way": 1, "told outright": 0}  # -> text_layers
+SHARES = (25, 55, 20)  # of scenes with one, two and three things
 SWAPS = ("things", "colours")
 WORDS = (*COLORS, *SHAPES, *SIZES, *MATERIALS, "left", "right", "front", "behind", "beside")
 
@@ -128,7 +129,7 @@ def study(muse: Muse, cfg: MuseConfig, out: Path, ways: list[str], n: int, test:
         missing += [way] if not results[way] else []
     if not missing:
         return results
-    scenes = SceneDataset(n, size, seed=5, shares=cfg.shares, k=3, synonyms=cfg.synonyms)
+    scenes = SceneDataset(n, size, seed=5, shares=SHARES, k=3, synonyms=0.5)
     tokens = tokens_of(muse, scenes, list(range(n)))
     print(f"{n} scenes rendered", flush=True)
     captions = [scenes.captions(i) for i in range(n)]

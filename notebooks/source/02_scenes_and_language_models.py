@@ -535,7 +535,7 @@ figure, ax = plt.subplots(figsize=(6, 3))
 for name, x in vectors.items():
     ax.plot(counts, [reads_sides(x, n) for n in counts], "o-", label=name)
 ax.axhline(0.5, color="k", ls=":", label="chance")
-ax.set(xlabel="examples", ylabel="sides told right", xscale="log", ylim=(0.4, 1.05))
+ax.set(xlabel="examples", ylabel="sides told right", xscale="log", ylim=(0.2, 1.05))
 ax.set_xticks(counts, counts)
 ax.minorticks_off()
 ax.legend(fontsize=9)
