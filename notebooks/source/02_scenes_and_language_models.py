@@ -551,6 +551,11 @@ the words ahead, or those before; `benchmarks/binding.py` counts what that is wo
 large, needs it, we could not measure.
 """
 
+# %%
+from minimuse.transformer import TextLayer
+
+show(ahead_and_back, TextLayer)
+
 # %% [markdown]
 r"""
 ## 6. Any text encoder fits
