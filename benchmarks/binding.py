@@ -18,7 +18,6 @@ Intervals are 95%, over pictures; one training each. Finished trainings are kept
 import argparse
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -122,11 +121,13 @@ def embed(encoder: TextEncoder, texts: list[str]) -> list[Tensor]:
 def study(muse: Muse, cfg: MuseConfig, out: Path, ways: list[str], n: int, test: int) -> dict[str, dict[str, Any]]:
     """Ways of telling -> their figures, kept in `out`."""
     size, width = cfg.low_tokenizer.image_size, cfg.base.text_width
-    results, missing = {}, []
+    results, missing, settings = {}, [], {"steps": cfg.stages["base"].steps, "scenes": n, "test": test}
     for way in ways:
         path = out / f"{way.replace(' ', '-')}.json"
         results[way] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         missing += [way] if not results[way] else []
+        if (kept := {k: results[way].get(k) for k in settings}) != settings and results[way]:
+            raise ValueError(f"{path} is of {kept}, not {settings}; give the same numbers, or another --out")
     if not missing:
         return results
     scenes = SceneDataset(n, size, seed=5, shares=SHARES, k=3, synonyms=0.5)
@@ -153,7 +154,7 @@ def study(muse: Muse, cfg: MuseConfig, out: Path, ways: list[str], n: int, test:
             ]
             true, *swapped = (nats(model, truth, texts) for texts in asked)
         gains = {name: (nats_ - true).tolist() for name, nats_ in zip(SWAPS, swapped, strict=True)}
-        results[way] = {"nats": true.tolist(), "gains": gains, "steps": cfg.stages["base"].steps, "scenes": n}
+        results[way] = {"nats": true.tolist(), "gains": gains, **settings}
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / f"{way.replace(' ', '-')}.json", json.dumps(results[way]) + "\n")
     return results
@@ -218,7 +219,7 @@ def report(results: dict[str, dict[str, Any]], lm: list[tuple[float, float]], na
     )
 
 
-def main(run: Callable[..., Any] = study) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/binding"))
     parser.add_argument("--steps", type=int, default=500, help="of training, the same for all (default: 500)")
@@ -230,7 +231,7 @@ def main(run: Callable[..., Any] = study) -> None:
     muse, cfg = Muse.from_pretrained("toy", device="cpu", dtype=torch.float32), preset("toy")
     stage = replace(cfg.stages["base"], steps=args.steps, look_every=10**9, save_every=10**9)
     cfg = replace(cfg, stages={**cfg.stages, "base": stage})
-    results = run(muse, cfg, args.out, args.only or list(WAYS), args.scenes, args.test)
+    results = study(muse, cfg, args.out, args.only or list(WAYS), args.scenes, args.test)
     text = report(results, lm_tells(muse.encoder), muse.encoder.name)
     write_whole(args.out / "binding.md", text)
     print(text)

@@ -60,6 +60,8 @@ def test_study_from_training_to_table(tmp_path, monkeypatch):
     assert {way: len(found["nats"]) for way, found in results.items()} == dict.fromkeys(ways, 6), "six scenes a way"
     monkeypatch.setattr(binding, "tokens_of", lambda *a: pytest.fail("finished trainings are used again"))
     assert binding.study(muse, cfg, tmp_path, ways, n=12, test=6) == results, "what is kept is what was found"
+    with pytest.raises(ValueError, match=r"'test': 6.*not.*'test': 7.*another --out"):
+        binding.study(muse, cfg, tmp_path, ways, n=12, test=7)
     lm = binding.lm_tells(muse.encoder, 40)
     assert len(lm) == 6, "six layers"
     assert all(0 <= part <= 1 for part, _ in lm), "shares"
