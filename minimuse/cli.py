@@ -38,40 +38,55 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     from minimuse import __version__
-    from minimuse.config import RIVALS, STAGES
 
     top = argparse.ArgumentParser("minimuse", description="Text-to-image by masked generative transformers (Muse).")
     top.add_argument("--version", action="version", version=f"minimuse {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    drawing, sampling, seed, half, device = _shared()
+    shared = _shared()
 
-    def command(run: Callable, help: str, *shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        p = commands.add_parser(run.__name__.rstrip("_"), help=help, description=help, parents=shared)
+    def command(run: Callable, help: str, *options: str) -> argparse.ArgumentParser:
+        parents = [shared[name] for name in options]
+        p = commands.add_parser(run.__name__.rstrip("_"), help=help, description=help, parents=parents)
         p.set_defaults(run=run)
         return p
 
-    p = command(generate, "turn prompts into pictures", drawing, sampling, device)
+    _drawing(command)
+    _training(command)
+    _measuring(command)
+    return top
+
+
+def _drawing(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """generate, inpaint, outpaint, edit, app."""
+    p = command(generate, "turn prompts into pictures", "drawing", "sampling", "device")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("prompts", nargs="*", default=[], metavar="PROMPT")
     what.add_argument("--like", type=Path, metavar="PNG", help="draw this picture again: its prompt, seed and settings")
-    add = command(inpaint, "repaint the white part of a mask after a prompt", drawing, sampling, device).add_argument
+    says = "repaint the white part of a mask after a prompt"
+    add = command(inpaint, says, "drawing", "sampling", "device").add_argument
     add("image", type=Path)
     add("mask", type=Path)
     add("prompts", nargs=1, metavar="PROMPT")
-    add = command(outpaint, "extend a picture beyond its edges", drawing, sampling, device).add_argument
+    add = command(outpaint, "extend a picture beyond its edges", "drawing", "sampling", "device").add_argument
     add("image", type=Path)
     add("prompts", nargs=1, metavar="PROMPT")
     add("--padding", type=int, nargs="+", default=[16], help="pixels: one number, or left top right bottom")
-    add = command(edit, "change a picture towards a prompt, without a mask", drawing, device).add_argument
+    add = command(edit, "change a picture towards a prompt, without a mask", "drawing", "device").add_argument
     add("image", type=Path)
     add("prompts", nargs=1, metavar="PROMPT")
     add("--iterations", type=int, default=100)
     add("--share", type=float, default=0.08, help="of the tokens resampled an iteration (default: 0.08)")
-    add = command(app, "a page to play with, in the browser, on this machine (extra `app`)", device).add_argument
+    add = command(app, "a page to play with, in the browser, on this machine (extra `app`)", "device").add_argument
     add("--checkpoint", "--model", help="shipped name, folder or hub id (default: the last shipped one)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
     add("--port", type=int, help="(default: the first free one from 7860)")
-    add = command(train, "train a Muse from nothing, or go on with a run", seed, half, device).add_argument
+
+
+def _training(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """train, average, doctor."""
+    from minimuse.config import RIVALS, STAGES
+
+    add = command(train, "train a Muse from nothing, or go on with a run", "seed", "half", "device").add_argument
     add("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     add("--out", type=Path, required=True, help="folder for the run: states, log, pictures, checkpoint")
     add("--model", choices=RIVALS, help="another one for low resolution, of the base's size (default: Muse)")
@@ -86,13 +101,21 @@ def parser() -> argparse.ArgumentParser:
     add("--recompute", action="store_true", help="activation checkpointing: more work for less memory")
     add("--compile", action="store_true", help="torch.compile the models")
     add("--keep", type=int, default=2, help="states kept of a stage; 0: all, for `average` (default: 2)")
-    add = command(average, "average the states of a run's transformers into a checkpoint (Muse 3)", half).add_argument
+    says = "average the states of a run's transformers into a checkpoint (Muse 3)"
+    add = command(average, says, "half").add_argument
     add("folder", type=Path, metavar="RUN", help="finished, made by train --keep 0")
     add("--out", type=Path, required=True, help="folder for the checkpoint")
     add("--decay", type=float, default=0.7, help="of the moving average (default: 0.7, the paper's)")
-    add = command(
-        compare, "measure schedules and orders in an exact world or a trained model", seed, device
-    ).add_argument
+    says = "is my loss right? examine a run, finished or not; exit code 1 if wrong"
+    add = command(doctor, says, "device").add_argument
+    add("folder", type=Path, metavar="RUN", help="made by train; nothing in it is changed")
+    add("--stage", choices=STAGES, help="this one alone (default: all that have a state)")
+
+
+def _measuring(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """compare, eval, info."""
+    says = "measure schedules and orders in an exact world or a trained model"
+    add = command(compare, says, "seed", "device").add_argument
     add("--world", default="mixture", help="mixture, chain or potts (default: mixture)")
     add("--muse", metavar="MODEL", help="instead of a world: nano, a folder or a hub id; its base model")
     add("--amused", metavar="MODEL", help="instead: published weights, with --data and --clip")
@@ -105,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=int, help="(default: 4096 of a world, 512 pictures)")
     add("--out", type=Path, help="folder for the report; finished cells are kept there and used again")
     add("--force", action="store_true", help="overwrite another report")
-    add = command(eval_, "how often a checkpoint is right, with intervals and pictures", device).add_argument
+    add = command(eval_, "how often a checkpoint is right, with intervals and pictures", "device").add_argument
     add("name", nargs="?", default="toy", metavar="CHECKPOINT", help="shipped name, folder or hub id")
     add("--out", type=Path, required=True, help="folder for the report; a stopped evaluation goes on there")
     add("--kinds", type=_names, default=[], help="comma-separated, such as seen,counts,edit (default: all)")
@@ -115,17 +138,14 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1000, help="picture i draws with seed + i (default: 1000)")
     add("--batch", type=int, default=50, help="pictures drawn at once (default: 50)")
     add("--run", dest="training", type=Path, metavar="RUN", help="of its training, for the decoder before fine-tuning")
-    add = command(doctor, "is my loss right? examine a run, finished or not; exit code 1 if wrong", device).add_argument
-    add("folder", type=Path, metavar="RUN", help="made by train; nothing in it is changed")
-    add("--stage", choices=STAGES, help="this one alone (default: all that have a state)")
     command(info, "sizes and defaults of presets and checkpoints").add_argument("names", nargs="*", metavar="NAME")
-    return top
 
 
-def _shared() -> list[argparse.ArgumentParser]:
+def _shared() -> dict[str, argparse.ArgumentParser]:
     """Options of several commands: of all that draw, of how they decode, --seed, --half, --device."""
-    parts = [argparse.ArgumentParser(add_help=False) for _ in range(5)]
-    drawing, sampling, seed, half, device = (part.add_argument for part in parts)
+    names = ("drawing", "sampling", "seed", "half", "device")
+    parts = {name: argparse.ArgumentParser(add_help=False) for name in names}
+    drawing, sampling, seed, half, device = (part.add_argument for part in parts.values())
     drawing("--model", help="shipped name, folder or hub id (default: toy; of --like, the one that it names)")
     drawing("--n", type=int, default=1, help="pictures a prompt")
     drawing("--seed", type=int, help="picture i draws with seed + i (default: a random one, told)")

@@ -185,6 +185,29 @@ def test_text_layers_tell_who_comes_first():
         assert removed.keys[0].abs().max() == removed.values[0].abs().max() == 0, "removed text stays zero"
 
 
+def test_text_layers_learn_what_belongs_to_what():
+    """Texts "a X b Y" and "b X a Y", the same words: left shows what stands before X, right what stands before Y.
+
+    Without the layer the two texts are one and the same, so that it is right by chance: in half.
+    """
+    a, b, x, y = torch.randn(4, D_LM, generator=torch.Generator().manual_seed(1))
+    embeds = torch.stack([torch.stack(words) for words in ((a, x, b, y), (b, x, a, y), (b, y, a, x), (a, y, b, x))])
+    texts, shown = Context(embeds, torch.ones(4, 4, dtype=torch.bool)), torch.tensor([[0, 1], [1, 0]] * 2)
+    shown = shown[:, [0, 1, 0, 1]]  # grid of 2 x 2: both rows are alike
+    hidden = torch.full_like(shown, V)
+    for layers in (0, 1):
+        torch.manual_seed(0)
+        model = Transformer(replace(BASE, grid=2, text_layers=layers))
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(150):
+            logits = model(hidden, model.memory(texts))
+            optimizer.zero_grad()
+            masked_cross_entropy(logits, shown, hidden == V).backward()
+            optimizer.step()
+        right = (model(hidden, model.memory(texts)).argmax(-1) == shown).float().mean().item()
+        assert right == 1 if layers else right < 0.8, f"text_layers={layers}: {right:.0%} right"
+
+
 def test_no_text_layers_leave_checkpoints_as_they_were():
     names = {name for name, _ in base().named_parameters()}
     assert not any("text_layers" in name for name in names), "a model without them has their weights"
