@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="also write binding.md beside this script")
     args = parser.parse_args()
     muse, cfg = Muse.from_pretrained("toy", device="cpu", dtype=torch.float32), preset("toy")
-    stage = replace(cfg.stages["base"], steps=args.steps, look_every=10**9, save_every=10**9)
+    stage = replace(cfg.stages["base"], steps=args.steps, look_every=10**9, save_every=10**9, text_rate=1.0)
     cfg = replace(cfg, stages={**cfg.stages, "base": stage})
     results = study(muse, cfg, args.out, args.only or list(WAYS), args.scenes, args.test)
     text = report(results, lm_tells(muse.encoder), muse.encoder.name)

@@ -83,7 +83,10 @@ def write_whole(path: Path, content: str | Callable[[Path], Any]) -> None:
         if isinstance(content, str):
             new.write_text(content, encoding="utf-8")
         else:
+            new.touch()
+            mode = new.stat().st_mode  # as the user's own files; safetensors shuts out all others
             content(new)
+            new.chmod(mode)
         with new.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(new, path)

@@ -172,6 +172,10 @@ class Engine:
         self.seed, self.compile, self.recompute = seed, compile, recompute
         self.folder, self.keep = folder and Path(folder), keep
         self.signal, self.stepping = 0, False
+        if compile:  # the balance of a tokenizer's losses walks back through its network more than once
+            from torch._functorch import config as functorch
+
+            functorch.donated_buffer = False
         if self.accumulate < 1 or keep < 0:
             raise ValueError(
                 f"accumulate={accumulate}, keep={keep}; give at least one micro-batch, and 0 or more states"

@@ -487,6 +487,19 @@ def test_a_full_disk(shards, monkeypatch, at, code):
     assert np.array_equal(Rows(shards, "low")[:].numpy(), all_of("low")), "with room again it goes on"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other modes")
+def test_what_is_written_whole_is_read_by_whom_the_user_lets(tmp_path):
+    """Whatever mode the writer gives: a checkpoint that its owner alone can read fails on a shared machine."""
+
+    def closed(path):
+        path.unlink(missing_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+
+    (tmp_path / "plain").touch()
+    cache.write_whole(tmp_path / "whole", closed)
+    assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_other_errors_pass_through(shards, monkeypatch):
     def broken(fd):
         raise OSError(errno.EIO, "disk on fire")

@@ -219,6 +219,21 @@ def test_all_losses_at_once():
     assert ["critic" in p.figures for p in trace] == [False] * 3 + [True] * 2, "the discriminator joins at its step"
 
 
+@pytest.mark.slow
+def test_a_compiled_tokenizer_can_balance_its_losses():
+    """Their balance walks back through the compiled network twice more, which torch refuses unless it is told.
+
+    Of a decoder alone: where codes restart, a compiled network draws other ones.
+    """
+    cfg, made = replace(PIXELS, steps=1, adversarial_weight=0.1), []
+    for how in ({}, {"compile": True}):
+        torch.manual_seed(1)
+        grown = vqgan().grow_decoder(replace(VQ, decoder_width=32, decoder_blocks=(1, 2)))
+        *_, last = train_tokenizer(grown, cfg, plain_images(), engine=Engine(bf16=False, **how))
+        made.append(last.figures)
+    assert made[1] == pytest.approx(made[0], rel=1e-4), "torch.compile computes something else"
+
+
 def test_fine_tuning_the_decoder_alone():
     """Muse 2.5, and pitfall 18: encoder and codebook are the same bits before and after."""
     *_, last = train_tokenizer(vqgan(), replace(PIXELS, steps=10), plain_images(), engine=fp32())

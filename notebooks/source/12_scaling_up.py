@@ -256,7 +256,7 @@ for name, b in base.items():
 
 # %% [markdown]
 r"""
-The rule is good to about ten percent: attention adds to it, and the embedding of codes and the keys and values of a short text take away.
+The rule is good to about fifteen percent: attention adds to it, in `toy` also the layer that reads the text, and the embedding of codes and the keys and values of a short text take away.
 
 **Predict, then run.** Super-resolution has 4,096 tokens in the paper, 16 times the base model's 256. In a layer of width 1,024, which costs more:
 all matrices together, or the $N^2$ products of full attention?
