@@ -545,10 +545,10 @@ plt.show()
 r"""
 It is in there, and well hidden: MiniLM was made to compare whole sentences, and these two kinds of sentence are nearly
 the same to it. But *where the word left stands*, before or after, gives it away, and whoever looks at the words ahead
-and back sees it at once. The shipped `nano` projects the vectors linearly, as Muse does, and mixes up two things. `toy` has `text_layers=1`, a
-deviation from the paper: it reads the text by a layer of its own first, whose heads see the words ahead, or those
-before; `benchmarks/binding.py` counts what that is worth. Whether T5-XXL, 200 times as large, needs it, we could not
-measure.
+and back sees it at once. The shipped `nano` projects the vectors linearly, as Muse does, and mixes up two things. `toy`
+has `text_layers=1`, a deviation from the paper: it reads the text by a layer of its own first, whose heads see the
+words ahead, or those before; `benchmarks/binding.py` counts what that is worth. Whether T5-XXL, 200 times as large,
+needs it, we could not measure.
 """
 
 # %%
