@@ -61,7 +61,9 @@ def test_every_block_is_the_identity_at_the_start():
     x, c = torch.randn(2, 16, 32), torch.randn(2, 1, 32)
     for block, k, v in zip(model.layers, memory.keys, memory.values, strict=True):
         assert block(x, c, (k, v, memory.attend)).equal(x), "adaLN-Zero: bit for bit, whatever time and text say"
-    assert not model(noisy(), memory, torch.tensor([3, 900])).any(), "the head begins at zero: no noise is predicted"
+    step = torch.tensor([3, 900])
+    spread = (1 - LEVELS[step]).sqrt().float().view(2, 1, 1, 1)
+    assert torch.allclose(model(noisy(), memory, step), spread * noisy()), "the head begins at zero, and so does v"
     plain = dit(identity=False)
     memory = plain.memory(context())
     change = plain.layers[0](x, c, (memory.keys[0], memory.values[0], memory.attend)) - x
@@ -78,6 +80,20 @@ def test_the_identity_can_be_left():
     assert (gates > 0).all(), "a gate gets no gradient"
     assert block.cross.out.weight.grad.abs().sum() > 0, "the text's way in gets no gradient"
     assert block.mlp[2].weight.grad.abs().sum() == 0, "behind a closed gate"
+
+
+def test_the_noise_follows_from_the_velocity():
+    """v = sqrt(a) e - sqrt(1 - a) x0 (arXiv 2202.00512): where the head is right, the noise is, at every level."""
+    model, x, e = dit(), noisy(), noisy(seed=1)
+    for s in (0, 200, 500, 900, 998):
+        a = LEVELS[s].item()
+        velocity = a**0.5 * e - (1 - a) ** 0.5 * x
+        model.head.register_forward_hook(lambda *_, v=velocity: v.flatten(2).transpose(1, 2))  # patch 1: (B, N, d)
+        step = torch.tensor([s, s])
+        assert torch.allclose(model(add_noise(x, e, step), model.memory(context()), step), e, atol=1e-5), f"step {s}"
+    text = context()._replace(embeds=context().embeds.bfloat16())
+    half = model.bfloat16()(x.bfloat16(), model.memory(text), torch.tensor(900))
+    assert half.dtype == torch.float32, "in bf16 the picture would drown in rounding where all is noise"
 
 
 def test_the_noise_depends_on_picture_place_time_and_text():
@@ -158,17 +174,20 @@ def test_latents_are_standardized_channel_by_channel_and_back():
 
 def test_noise_levels_by_hand_and_as_diffusers():
     schedulers = pytest.importorskip("diffusers.schedulers")
-    a = noise_levels(3)
-    assert a.tolist() == pytest.approx([0.9999, 0.9999 * 0.98995, 0.9999 * 0.98995 * 0.98])
-    theirs = schedulers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear").alphas_cumprod
+    f = [math.cos(math.pi / 2 * (s / 3 + 0.008) / 1.008) ** 2 for s in (0, 1, 2)]
+    expected = [f[1] / f[0], f[2] / f[0], f[2] / f[0] * 0.001]  # the last would be 0: b is 0.999 at most
+    assert noise_levels(3).tolist() == pytest.approx(expected)
+    assert expected[:2] == pytest.approx([0.75, 0.25], abs=0.01), "about cos^2 of 30 and 60 degrees"
+    theirs = schedulers.DDIMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
     assert torch.allclose(LEVELS.float(), theirs, rtol=1e-4)
     assert LEVELS[-1] < 1e-4, "nothing is left of the picture at the last step"
+    assert ((LEVELS[1:] < LEVELS[:-1]) & (LEVELS[1:] > 0)).all(), "each step is noisier, and none is divided by zero"
 
 
 def test_add_noise_as_diffusers_does():
     schedulers = pytest.importorskip("diffusers.schedulers")
     x, e, step = noisy(), noisy(seed=1), torch.tensor([0, 700])
-    theirs = schedulers.DDIMScheduler(beta_start=1e-4, beta_end=0.02).add_noise(x, e, step)
+    theirs = schedulers.DDIMScheduler(beta_schedule="squaredcos_cap_v2").add_noise(x, e, step)
     assert torch.allclose(add_noise(x, e, step), theirs, atol=1e-4)
 
 
@@ -189,15 +208,25 @@ def test_the_loss_by_hand():
 
     model = Half()
     z, e = torch.tensor([3.0, 3.0]).view(2, 1, 1, 1), torch.tensor([1.0, -2.0]).view(2, 1, 1, 1)
-    step = torch.tensor([0, 999])
+    step = torch.tensor([0, 800])
     loss = NoiseLoss(model)(z, e, step, None, 4)
-    a = [0.9999, LEVELS[999].item()]
+    a = LEVELS[[0, 800]].tolist()
     saw = [math.sqrt(a[0]) + math.sqrt(1 - a[0]), math.sqrt(a[1]) - 2 * math.sqrt(1 - a[1])]
     assert model.saw.flatten().tolist() == pytest.approx(saw, abs=1e-5)
-    expected = ((saw[0] / 2 - 1) ** 2 + (saw[1] / 2 + 2) ** 2) / 4
-    assert loss.item() == pytest.approx(expected, abs=1e-5), "squared errors over `count`"
+    expected = ((saw[0] / 2 - 1) ** 2 / a[0] + (saw[1] / 2 + 2) ** 2 / a[1]) / 4
+    assert loss.item() == pytest.approx(expected, rel=1e-5), "squared errors / a over `count`"
     parts = [NoiseLoss(model)(z[i : i + 1], e[i : i + 1], step[i : i + 1], None, 4) for i in range(2)]
-    assert sum(parts).item() == pytest.approx(expected, abs=1e-5), "parts add up to the whole (pitfall 22)"
+    assert sum(parts).item() == pytest.approx(expected, rel=1e-5), "parts add up to the whole (pitfall 22)"
+
+
+def test_the_loss_is_the_velocitys_squared_error_at_every_level():
+    """The head begins at v = 0: the loss is the mean of (sqrt(a) e - sqrt(1 - a) x0)^2, about 1, clear or noisy."""
+    model, z, e = dit(), noisy(), noisy(seed=1)
+    for s in (0, 500, 999):
+        step, a = torch.tensor([s, s]), LEVELS[s].item()
+        loss = NoiseLoss(model)(z, e, step, context(), z.numel())
+        expected = (a**0.5 * e - (1 - a) ** 0.5 * z).square().mean()
+        assert loss.item() == pytest.approx(expected.item(), rel=2e-3), f"step {s}"
 
 
 def test_gaussians_are_normal_and_each_images_own():
@@ -222,7 +251,7 @@ def bent(x, u, step):
 @pytest.mark.parametrize("steps", [1, 4, 10, 50])
 def test_ddim_is_diffusers_step_by_step(steps, clip):
     schedulers = pytest.importorskip("diffusers.schedulers")
-    how = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    how = {"beta_schedule": "squaredcos_cap_v2"}
     how |= {"clip_sample": clip < math.inf, "clip_sample_range": clip}
     theirs = schedulers.DDIMScheduler(**how, timestep_spacing="trailing", set_alpha_to_one=True)
     theirs.set_timesteps(steps)
