@@ -16,7 +16,7 @@ spec.loader.exec_module(race)
 
 
 def start(out, muse, **changes):
-    how = {"steps": 2, "n": 8, "real": 12, "tuning": 4, "batch": 4, "nano": muse}
+    how = {"steps": 2, "scenes": 60, "n": 8, "real": 12, "tuning": 4, "batch": 4, "nano": muse}
     return race.Race(out, **(how | changes))
 
 

@@ -168,8 +168,8 @@ show(DiT.forward)
 # %% [markdown]
 r"""
 Read `forward` from top to bottom: the time becomes a vector `c`; `pixel_unshuffle` cuts the patches; the blocks; the
-head; `pixel_shuffle` puts patches back. Where Muse's transformer ends in $V$ logits a token, this one ends in $d\,p^2$
-numbers a token: no softmax, no codebook.
+head; `pixel_shuffle` puts patches back; the last two lines are section 3's. Where Muse's transformer ends in $V$ logits a token,
+this one ends in $d\,p^2$ numbers a token: no softmax, no codebook.
 
 How are the sizes made equal? adaLN, explained below, costs parameters, so the DiT is narrower:
 """
@@ -196,13 +196,19 @@ All three take a picture, spoil it, and learn to mend it. They differ in the spo
 $$x_s = \sqrt{a_s}\,x + \sqrt{1 - a_s}\,\varepsilon, \qquad \varepsilon \sim \mathcal N(0, I), \qquad
 a_s = \prod_{r \le s} (1 - b_r).$$
 
-The square roots keep the variance at 1. The network sees $x_s$, $s$ and the text, and says what $\varepsilon$ was:
+The square roots keep the variance at 1. The network sees $x_s$, $s$ and the text, and says what $\varepsilon$ was.
+
+How does it say it? Where all is noise, $\varepsilon$ is what the network sees, and to repeat it is easy; but the picture that follows from
+it, $(x_s - \sqrt{1 - a_s}\,\varepsilon) / \sqrt{a_s}$, divides by nearly nothing, so that the smallest error is
+fatal just where a picture begins. So our head says the *velocity* $v = \sqrt{a_s}\,\varepsilon - \sqrt{1 - a_s}\,x$: mostly noise where the
+picture is clear, mostly picture where all is noise. The noise follows by one line, and divided by $a_s$ its squared error is
+that of $v$, the same size at every level:
 """
 
 # %%
-from minimuse.dit import LEVELS, NoiseLoss, add_noise, gaussians, noise_levels
+from minimuse.dit import LEVELS, NoiseLoss, add_noise, amounts, gaussians, noise_levels
 
-show(noise_levels, add_noise, NoiseLoss.forward)
+show(noise_levels, amounts, add_noise, NoiseLoss.forward)
 
 # %% [markdown]
 r"""
@@ -412,7 +418,7 @@ for ax, names in zip(axes, (("masked", "ar"), ("dit",)), strict=True):
     ax.set(xlabel="step", ylim=(0, None))
     ax.legend()
 axes[0].set(ylabel="nats a token asked for")
-axes[1].set(ylabel="squared error of the noise")
+axes[1].set(ylabel="squared error of the velocity")
 plt.show()
 
 # %% [markdown]
@@ -808,7 +814,7 @@ r"""
 ## Further reading
 
 - Peebles and Xie 2022, *Scalable diffusion models with transformers* (DiT), [arXiv 2212.09748](https://arxiv.org/abs/2212.09748); text by cross-attention: PixArt, [arXiv 2310.00426](https://arxiv.org/abs/2310.00426).
-- Ho et al. 2020 (DDPM), [arXiv 2006.11239](https://arxiv.org/abs/2006.11239); Song et al. 2020 (DDIM), [arXiv 2010.02502](https://arxiv.org/abs/2010.02502); where sampling should begin: [arXiv 2305.08891](https://arxiv.org/abs/2305.08891).
+- Ho et al. 2020 (DDPM), [arXiv 2006.11239](https://arxiv.org/abs/2006.11239); Song et al. 2020 (DDIM), [arXiv 2010.02502](https://arxiv.org/abs/2010.02502); the velocity: Salimans and Ho 2022, [arXiv 2202.00512](https://arxiv.org/abs/2202.00512); cosine levels: Nichol and Dhariwal 2021, [arXiv 2102.09672](https://arxiv.org/abs/2102.09672); where sampling should begin: [arXiv 2305.08891](https://arxiv.org/abs/2305.08891).
 - Austin et al. 2021 (D3PM), [arXiv 2107.03006](https://arxiv.org/abs/2107.03006); the same link for language: [arXiv 2406.07524](https://arxiv.org/abs/2406.07524).
 - Yu et al. 2022 (Parti), [arXiv 2206.10789](https://arxiv.org/abs/2206.10789).
 - The schedule of masked decoding, measured exactly: [13. The schedule lab](13_schedule_lab.ipynb).
