@@ -1,6 +1,6 @@
 """Muse's base model, autoregression and diffusion, trained alike: who draws better, in how many steps and seconds?
 
-    python benchmarks/race.py [--out runs/race] [--steps 5000] [--scenes 20000] [--n 300] [--parts race,likelihood,...]
+    python benchmarks/race.py [--out runs/race] [--steps 5000] [--scenes 20000] [--n 300] [--parts race,...] [--docs]
 
 Data (scenes as nano's, but --scenes of them: on nano's 5,000 the autoregressive model learns them by heart), text,
 tokenizers (the shipped nano's), training loop, optimizer and, within 5%, parameters are the same; the base model takes
@@ -14,13 +14,14 @@ point has the same prompt and seed, so that points are compared in pairs.
     stages       two token grids (base, then the shipped super-resolution) against one model of the fine grid at 64 px
     guidance     rising from 0 to 2 t against t throughout, for the base model and for the DiT
 
-Stopped, it goes on where it was. It writes race.json, race.md, race.png and the entrants' checkpoints into --out.
-Seconds are this machine's, of batches of 50 with the tokenizer's decoder and without the language model: let it be
-idle.
+Stopped, it goes on where it was. It writes race.json, race.md, race.png and the entrants' checkpoints into --out; with
+--docs the first three here as well. Seconds are this machine's, of batches of 50 with the tokenizer's decoder and
+without the language model: let it be idle.
 """
 
 import argparse
 import json
+import shutil
 import time
 from collections import deque
 from dataclasses import replace
@@ -30,9 +31,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
+from timing import machine, markdown, save
 from torch import Tensor, nn
 
-from minimuse import Muse, __version__
+from minimuse import Muse
 from minimuse.budget import count_flops
 from minimuse.cache import write_whole
 from minimuse.config import MuseConfig, rival
@@ -224,19 +226,19 @@ class Race:
 
     # --- likelihood ---------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def nats(self, name: str, draws: int = 64) -> Measured:
         """Held-out pictures in nats a token: D3PM's bound, mean of so many draws each; of "ar" the exact figure."""
         model, corpus = self.muse(name).base, self.corpus
         tokens, texts = (corpus.split(r, held_out=True) for r in (corpus.tokens["low"], corpus.texts))
-        at = torch.arange(len(tokens))
-        x, memory = tokens[at], model.memory(pad_contexts([t.float() for t in texts.pick(at, [0.0] * len(at))]))
-        if model.cfg.causal:
-            nll = -model(x, memory).log_softmax(-1).gather(-1, x[..., None])[..., 0].mean(1)
-            return mean(nll)
-        seeds = [[generator(k, i) for i in at.tolist()] for k in range(draws)]
-        bounds = [likelihood_bound(lambda t: model(t, memory), x, model.mask_id, g) for g in seeds]
-        return mean(torch.stack(bounds).mean(0))
+        with torch.inference_mode():
+            at = torch.arange(len(tokens))
+            x, memory = tokens[at], model.memory(pad_contexts([t.float() for t in texts.pick(at, [0.0] * len(at))]))
+            if model.cfg.causal:
+                nll = -model(x, memory).log_softmax(-1).gather(-1, x[..., None])[..., 0].mean(1)
+                return mean(nll)
+            seeds = [[generator(k, i) for i in at.tolist()] for k in range(draws)]
+            bounds = [likelihood_bound(lambda t: model(t, memory), x, model.mask_id, g) for g in seeds]
+            return mean(torch.stack(bounds).mean(0))
 
 
 def one_stage(cfg: MuseConfig) -> MuseConfig:
@@ -294,17 +296,29 @@ def plain(found: Any) -> Any:
     return {k: plain(v) for k, v in found.items()} if isinstance(found, dict) else found
 
 
-COLUMNS = ("right", "clear", "frechet", "seconds")
-HEAD = ["", "all right", "clear", "Frechet distance", "seconds a picture"]
+COLUMNS = {  # heading: of which figure, times what, shown how
+    "all right": ("right", 1, ".1%"),
+    "clear": ("clear", 1, ".1%"),
+    "Frechet distance": ("frechet", 1, ".3f"),
+    "ms a picture": ("seconds", 1000, ".1f"),
+}
+TITLES = {
+    "race": "The race",
+    "likelihood": "Likelihood",
+    "identity": "Blocks that begin as the identity, or not",
+    "stages": "Two stages or one",
+    "guidance": "Guidance, rising or constant",
+}
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]) + "\n"
+def cell(found: Measured, times: float, shown: str) -> str:
+    value, low, high = (f"{times * x:{shown}}" for x in (found.value, found.low, found.high))
+    return f"{value} ({low.removesuffix('%')} to {high.removesuffix('%')})"
 
 
 def figures_table(found: dict[str, dict[str, Measured]]) -> str:
-    rows = [[name, *(str(f.get(c, "-")) for c in COLUMNS)] for name, f in found.items()]
-    return markdown(HEAD, rows)
+    rows = [[name, *(cell(f[c], *how) if c in f else "" for c, *how in COLUMNS.values())] for name, f in found.items()]
+    return markdown(["", *COLUMNS], rows)
 
 
 def entrants_table(race: Race, names: list[str]) -> str:
@@ -324,7 +338,7 @@ def paired(race: Race, pairs: dict[str, tuple[Point, Point]]) -> tuple[str, dict
         for name, pair in pairs.items()
         for kind in ("right", "clear")
     }
-    return markdown(["difference", "95% interval"], [[k, str(v)] for k, v in found.items()]), found
+    return markdown(["difference, in points", ""], [[k, cell(v, 100, "+.1f")] for k, v in found.items()]), found
 
 
 def run_race(race: Race) -> tuple[str, dict[str, Any]]:
@@ -358,7 +372,7 @@ def run_race(race: Race) -> tuple[str, dict[str, Any]]:
 
 def run_likelihood(race: Race) -> tuple[str, dict[str, Any]]:
     found = {"masked (an upper bound)": race.nats("masked"), "ar (exact)": race.nats("ar")}
-    return markdown(["", "nats a token"], [[k, str(v)] for k, v in found.items()]), found
+    return markdown(["", "nats a token"], [[k, cell(v, 1, ".3f")] for k, v in found.items()]), found
 
 
 def run_identity(race: Race) -> tuple[str, dict[str, Any]]:
@@ -373,7 +387,7 @@ def run_identity(race: Race) -> tuple[str, dict[str, Any]]:
     }
     told, gaps = paired(race, {k: (points[a], points[b]) for k, (a, b) in pairs.items()})
     nats = {name: race.nats(name) for name in ("masked", "masked, identity")}
-    bounds = markdown(["", "bound, nats a token"], [[k, str(v)] for k, v in nats.items()])
+    bounds = markdown(["", "bound, nats a token"], [[k, cell(v, 1, ".3f")] for k, v in nats.items()])
     text = [entrants_table(race, list(points)), figures_table(found), told, bounds]
     return "\n".join(text), {"figures": found, "differences": gaps, "bounds": nats}
 
@@ -422,18 +436,22 @@ def run(race: Race, parts: list[str]) -> dict[str, Any]:
         raise SystemExit(f"{race.out} holds a race of {report['settings']}, not {settings}; give another --out")
     for part in parts:
         text, found = RUN[part](race)
-        report["versions"] = {"minimuse": __version__, "torch": str(torch.__version__)}
+        report["machine"] = machine(torch.device("cpu"))
         report["parts"][part] = {"text": text, "found": json.loads(json.dumps(plain(found)))}
-        tables = [f"## {name}\n\n{report['parts'][name]['text']}" for name in PARTS if name in report["parts"]]
-        trained = f"{race.train_scenes:,} training scenes, {race.steps:,} training steps of the base model"
-        head = f"{trained}, {race.n} pictures a point, 95% intervals.\n"
-        for file, told in (
-            (path, json.dumps(report, indent=1) + "\n"),
-            (race.out / "race.md", "\n".join([head, *tables])),
-        ):
-            write_whole(file, lambda new, told=told: new.write_text(told, encoding="utf-8"))
+        save(race.out, "race", report, page(report))
         print(f"## {part}\n\n{text}", flush=True)
     return report
+
+
+def page(report: dict[str, Any]) -> str:
+    at, how = report["machine"], report["settings"]
+    head = (
+        f"Made by `python benchmarks/race.py`: {how['scenes']:,} training scenes, {how['steps']:,} training steps of "
+        f"the base model, {how['n']} pictures a point; 95% intervals. *Clear*: right, reader at least half sure. "
+        f"Milliseconds: {at['device']}, {at['threads']} threads, torch {at['torch']}.\n"
+    )
+    parts = [f"## {TITLES[name]}\n\n{report['parts'][name]['text']}" for name in PARTS if name in report["parts"]]
+    return "\n".join(["# Muse, diffusion and autoregression raced\n", head, *parts])
 
 
 def main() -> None:
@@ -443,11 +461,15 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=20_000, help="to train on")
     parser.add_argument("--n", type=int, default=300, help="pictures a point")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated (default: {','.join(PARTS)})")
+    parser.add_argument("--docs", action="store_true", help="also write the findings beside this script")
     args = parser.parse_args()
     if unknown := set(args.parts.split(",")) - set(PARTS):
         raise SystemExit(f"unknown parts {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     run(Race(args.out, args.steps, args.n, scenes=args.scenes), args.parts.split(","))
+    if args.docs:
+        for name in ("race.json", "race.md", "race.png"):
+            shutil.copy(args.out / name, Path(__file__).parent)
 
 
 if __name__ == "__main__":
