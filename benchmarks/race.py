@@ -366,7 +366,9 @@ def run_race(race: Race) -> tuple[str, dict[str, Any]]:
     flat["real scenes through the tokenizer"] = race.figures(None, side)
     told, gaps = paired(race, pairs)
     text = [entrants_table(race, ["masked", "ar", "dit"]), figures_table(flat), told]
-    text.append("Sampling, the best of six on other prompts: " + "; ".join(f"{n} {how}" for n, how in best.items()))
+    text.append(
+        "Sampling, the best of six on other prompts: " + "; ".join(f"{n} {how}" for n, how in best.items()) + "\n"
+    )
     return "\n".join(text), {"figures": flat, "differences": gaps, "sampling": best}
 
 
