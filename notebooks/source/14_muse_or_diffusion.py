@@ -265,7 +265,7 @@ film_strip(
 
 # %% [markdown]
 r"""
-A colour outlives masks as long as one token of the thing is visible; noise drowns it about half-way. Noise
+A colour outlives masks as long as one token of the thing is visible; noise drowns it in the last quarter. Noise
 spoils everything a little, everywhere; a mask spoils some places wholly and leaves the others as they are. The
 diffusion model sees all of a bad picture, Muse a part of a good one. That is the root of nearly every other difference: Muse
 can be *sure* of a part and keep it, while a diffusion model revises the whole at each step.
