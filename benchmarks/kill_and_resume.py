@@ -22,8 +22,9 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from minimuse.checkpoint import TENSORS, WEIGHTS, states
+from minimuse.checkpoint import WEIGHTS
 from minimuse.config import STAGES
+from minimuse.runs import TENSORS, states
 
 BAR = re.compile(r"([a-z_][a-z_ ]*): +\d+%\|[^|]*\| (\d+)/(\d+)")  # a progress bar, such as "base:  12%|#  | 12/100"
 

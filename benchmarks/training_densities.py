@@ -24,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from minimuse import Muse, checkpoint
+from minimuse import Muse
 from minimuse.cache import fingerprint
 from minimuse.corpus import Corpus
 from minimuse.data import SceneDataset, halve, to_float
@@ -34,6 +34,7 @@ from minimuse.intervals import mean
 from minimuse.judge import GROUPS, Estimate, estimate
 from minimuse.masking import SCHEDULES, Schedule, likelihood_bound, sample_mask_rate
 from minimuse.picture_judge import MuseJudge
+from minimuse.runs import RUN, open_run
 from minimuse.text import Context
 from minimuse.train import train_transformer
 from minimuse.transformer import Transformer
@@ -102,7 +103,7 @@ def study(
             folder = out / "runs" / f"{''.join(c for c in name if c.isalnum())}-{seed}"
             about = {**shared, "density": name, "curve": [curve(i / 16) for i in range(17)]}
             run = {"config": about, "seed": seed, "data": "scenes"}
-            checkpoint.open_run(folder, run, resume=(folder / checkpoint.RUN).exists())
+            open_run(folder, run, resume=(folder / RUN).exists())
             path = folder / "result.json"
             if not path.exists():
                 engine = Engine(seed=seed, folder=folder, keep=1)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minimuse import checkpoint
+from minimuse import checkpoint, runs
 from minimuse.config import STAGES, MuseConfig
 from minimuse.corpus import Corpus
 from minimuse.data import to_float
@@ -264,11 +264,11 @@ def examine(folder: str | Path, stage: str | None = None, *, device: Any = None)
     FileNotFoundError where there is no run; ValueError where the stage has no state yet.
     """
     folder = Path(folder)
-    if not (folder / checkpoint.RUN).is_file():
-        raise FileNotFoundError(f"{folder} holds no {checkpoint.RUN}; give a folder that `minimuse train --out` made")
-    run, lines = checkpoint.read_run(folder), read_log(folder / "log.jsonl")
-    cfg, engine = checkpoint.configuration(run, folder / checkpoint.RUN), Engine(seed=run["seed"], device=device)
-    started = [name for name in STAGES if checkpoint.states(folder / name)]
+    if not (folder / runs.RUN).is_file():
+        raise FileNotFoundError(f"{folder} holds no {runs.RUN}; give a folder that `minimuse train --out` made")
+    run, lines = runs.read_run(folder), read_log(folder / "log.jsonl")
+    cfg, engine = checkpoint.configuration(run, folder / runs.RUN), Engine(seed=run["seed"], device=device)
+    started = [name for name in STAGES if runs.states(folder / name)]
     if not started or stage not in (None, *started):
         there = ", ".join(started) or "none"
         raise ValueError(f"no state of {stage or 'any stage'} in {folder} yet; there are those of: {there}")
@@ -291,7 +291,7 @@ def _stage(folder: Path, name: str, cfg: MuseConfig, corpus: Corpus) -> Iterator
     def tokenizer(name: str) -> VQGAN:
         sizes = {"low_tokenizer": low, "high_tokenizer": high, "decoder": cfg.finetuned_tokenizer}
         vqgan = VQGAN(sizes[name]).to(engine.device)
-        checkpoint.load_weights(folder / name, vqgan)
+        runs.load_weights(folder / name, vqgan)
         return vqgan
 
     deque(corpus.read(), maxlen=0)
@@ -309,7 +309,7 @@ def _stage(folder: Path, name: str, cfg: MuseConfig, corpus: Corpus) -> Iterator
         deque(corpus.tokenize("high", tokenizer("high_tokenizer")), maxlen=0)
         rows, model = [corpus.tokens["high"], corpus.texts, corpus.tokens["low"]], SuperRes(cfg.superres)
     loss = MaskedLoss(model).to(engine.device)
-    early = checkpoint.load_weights(folder / name, loss) < EARLY * cfg.stages[name].steps
+    early = runs.load_weights(folder / name, loss) < EARLY * cfg.stages[name].steps
     sets = [[corpus.split(r, held_out) for r in rows] for held_out in (False, True)]
     size = model.mask_id
     yield from examine_transformer(loss, *sets, codebook_size=size, engine=engine, stage=name, early=early)

@@ -7,7 +7,7 @@ is ours makes a run repeatable:
     a stopped run goes on to the same weights, bit for bit: all there is to a state is saved, all else follows from it
 
 Glossary: P processes, A micro-batches a step, a batch is the global one; a place counts examples since the first step.
-Not here: what is trained (`train.py`), files (`checkpoint.py`).
+Not here: what is trained (`train.py`), files (`runs.py`).
 """
 
 import ctypes
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minimuse import checkpoint
+from minimuse import runs
 from minimuse.config import StageConfig
 
 
@@ -274,8 +274,8 @@ class Stage:
             self.extra |= {f"ema.{i}": p.detach().clone() for i, p in enumerate(self.trained)}
         self.folder = engine.folder and engine.folder / name
         self.first = 0
-        if self.folder and checkpoint.states(self.folder):
-            self.first = checkpoint.load_state(self.folder, self.state(), self.about(), sharded=self.sharded)
+        if self.folder and runs.states(self.folder):
+            self.first = runs.load_state(self.folder, self.state(), self.about(), sharded=self.sharded)
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that the next step depends on, alive: written to disk, and read back in place."""
@@ -378,7 +378,7 @@ class Stage:
         engine, state, about = self.engine, self.state(), self.about()
         wait = engine.accelerator.wait_for_everyone
         if self.sharded:
-            checkpoint.save_state(self.folder, done, state, about, engine.keep, main=engine.is_main, wait=wait)
+            runs.save_state(self.folder, done, state, about, engine.keep, main=engine.is_main, wait=wait)
         elif engine.is_main:
-            checkpoint.save_state(self.folder, done, state, about, engine.keep)
+            runs.save_state(self.folder, done, state, about, engine.keep)
         wait()

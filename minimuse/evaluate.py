@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimuse import __version__, checkpoint
+from minimuse import __version__, checkpoint, runs
 from minimuse.cache import write_whole
 from minimuse.config import to_dict
 from minimuse.data import digest, to_pil
@@ -110,7 +110,7 @@ def _settle(out: Path, settings: dict[str, Any]) -> None:
     path = out / "settings.json"
     settings = json.loads(json.dumps(settings))
     if path.exists():
-        if changed := checkpoint.differences(checkpoint.read_json(path), settings):
+        if changed := runs.differences(checkpoint.read_json(path), settings):
             raise ValueError(
                 f"{out} holds another evaluation: {'; '.join(changed[:4])}. Put it back, or give another folder"
             )
@@ -246,14 +246,14 @@ def measure(
     holds the high tokenizer as it was before its decoder was fine-tuned. Sweeps are of the base model alone."""
     muse = Muse.from_pretrained(name, device=device)
     folder, before = checkpoint.find(name), None
-    if training or checkpoint.states(folder / "high_tokenizer"):
+    if training or runs.states(folder / "high_tokenizer"):
         before = VQGAN(muse.cfg.high_tokenizer)
-        checkpoint.load_weights((training or folder) / "high_tokenizer", before)
+        runs.load_weights((training or folder) / "high_tokenizer", before)
         before = before.eval().requires_grad_(False).to(muse.device, muse.dtype)
         if not torch.allclose(before.codebook, muse.high_tokenizer.codebook, rtol=1e-2, atol=1e-3):  # saved in half
             raise ValueError(f"{training or folder} is not the training of {name}: its codebook is another one")
     about = {"checkpoint": muse.cfg.name, "device": muse.device.type, "dtype": str(muse.dtype)}
     about["config"] = digest(to_dict(muse.cfg))
     for part, home in (("checkpoint", folder), *((part, checkpoint.SHIPPED / part) for part in ("reader", "scorer"))):
-        about[f"weights of {part}"] = checkpoint._stamp(home / checkpoint.WEIGHTS)[1]
+        about[f"weights of {part}"] = runs.stamp(home / checkpoint.WEIGHTS)[1]
     return evaluate(Studio(muse, before=before, base_only=base_only or sweep), out, about, sweep=sweep, **how)

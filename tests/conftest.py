@@ -216,14 +216,14 @@ def tiny_run(tiny_muse, tmp_path_factory):
     """The folder of a finished run of two steps a stage, as `minimuse train` leaves it. Shared: change nothing."""
     from dataclasses import replace
 
-    from minimuse import checkpoint
+    from minimuse import runs
     from minimuse.config import to_dict
     from minimuse.engine import Engine
     from minimuse.train import train_muse
 
     cfg, folder = tiny_muse.cfg, tmp_path_factory.mktemp("runs") / "tiny"
     cfg = replace(cfg, stages={name: replace(stage, look_every=2) for name, stage in cfg.stages.items()})
-    checkpoint.open_run(folder, {"config": to_dict(cfg), "seed": 0, "data": "scenes"}, resume=False)
+    runs.open_run(folder, {"config": to_dict(cfg), "seed": 0, "data": "scenes"}, resume=False)
     *_, last = train_muse(cfg, engine=Engine(device="cpu", bf16=False, folder=folder))
     last.model.save_pretrained(folder, overwrite=True)
     return folder

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimuse import checkpoint, cli
+from minimuse import checkpoint, cli, runs
 from minimuse.config import StageConfig, TransformerConfig, VQGANConfig
 from minimuse.doctor import MENDS, Finding, examine, examine_log, examine_tokenizer, examine_transformer
 from minimuse.engine import Engine
@@ -310,7 +310,7 @@ def test_the_newest_weights_are_read(tiny_run):
 @pytest.mark.parametrize("name", ["base", "superres"])
 def test_weights_are_read_without_their_optimizer(tiny_run, tiny_muse, name):
     loss = MaskedLoss(copy.deepcopy(tiny_muse.parts[name]))
-    assert checkpoint.load_weights(tiny_run / name, loss) == 2, "the step of the newest state"
+    assert runs.load_weights(tiny_run / name, loss) == 2, "the step of the newest state"
     _, weights, _ = checkpoint.load(tiny_run)
     for key, value in loss.model.state_dict().items():
         assert value.equal(weights[f"{name}.{key}"]), f"{key} is not what the finished Muse has"

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from minimuse import checkpoint
+from minimuse import checkpoint, runs
 from minimuse import transformer as transformer_module
 from minimuse.config import StageConfig, TransformerConfig, to_dict
 from minimuse.engine import Engine, Stage, Stopped, batch_indices, generator, mix
@@ -240,9 +240,9 @@ def test_a_sharded_run_makes_the_same_weights_and_goes_on_to_the_same_bits(tmp_p
     assert all(a[k].equal(b[k]) for k in a), "a resumed sharded run parts ways"
     alone = run(superres(), replace(CFG, steps=4, ema=0.5), low=True)
     assert_close(weights(alone), a, "two shards against one process")
-    states = checkpoint.states(tmp_path / "a" / "base")
-    assert not (states[-1] / checkpoint.TENSORS).exists(), "each process writes its own part"
-    averaged = checkpoint.average(states[-1:], 0.7)
+    states = runs.states(tmp_path / "a" / "base")
+    assert not (states[-1] / runs.TENSORS).exists(), "each process writes its own part"
+    averaged = runs.average(states[-1:], 0.7)
     assert all(averaged[k].equal(a[k]) for k in a), "sharded states cannot be averaged"
 
 

@@ -1,4 +1,4 @@
-"""Runs that are stopped or killed go on to the same weights, byte for byte (damage to files: test_states.py).
+"""Runs that are stopped or killed go on to the same weights, byte for byte (damage to files: test_runs.py).
 
 The tiny runs here have all that a state must hold or a step may draw: adversarial and perceptual loss, codebook
 restarts, crops, dropout, a moving average, AdamW and Adafactor, validation and pictures in between.
@@ -21,10 +21,11 @@ from conftest import D_LM, ROOT
 from safetensors.torch import load_file
 
 from minimuse import cli, folders, train
-from minimuse.checkpoint import TENSORS, WEIGHTS, states
+from minimuse.checkpoint import WEIGHTS
 from minimuse.config import MuseConfig, SamplingConfig, StageConfig, TransformerConfig, VQGANConfig, to_dict
 from minimuse.engine import Engine, Stage, Stopped
 from minimuse.muse import Muse
+from minimuse.runs import TENSORS, states
 from minimuse.transformer import SuperRes, Transformer
 from minimuse.vqgan import VQGAN
 from minimuse.vqgan_loss import SceneFeatures, feature_distance

@@ -1,4 +1,4 @@
-"""checkpoint.py, states and runs: whatever breaks is passed over or refused by name, and nothing is lost.
+"""runs.py: whatever breaks is passed over or refused by name, and nothing is lost.
 
 What may break, and what becomes of it; each kind is a test, here or in the file named:
 
@@ -32,10 +32,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from minimuse import checkpoint, cli
-from minimuse.checkpoint import RUN, STATE, TENSORS, average, differences, states
+from minimuse import checkpoint, cli, runs
 from minimuse.config import StageConfig, to_dict
 from minimuse.engine import Engine, Stage
+from minimuse.runs import RUN, STATE, TENSORS, average, differences, states
 from minimuse.watch import read_log
 
 CFG = StageConfig(steps=8, batch=2, learning_rate=0.1, warmup=2, weight_decay=0.1, ema=0.5, save_every=2)
@@ -78,7 +78,7 @@ def rewrite(state: Path, change) -> None:
 def stamped(state: Path, write) -> None:
     """Other weights, with size and checksum as they should be."""
     write(state / TENSORS)
-    rewrite(state, lambda values: values.update(files={TENSORS: checkpoint._stamp(state / TENSORS)}))
+    rewrite(state, lambda values: values.update(files={TENSORS: runs.stamp(state / TENSORS)}))
 
 
 def cut(path: Path) -> None:
@@ -493,7 +493,7 @@ def saved(folder: Path, *values: float) -> list[Path]:
     for step, value in enumerate(values, 1):
         made = {"model.model.w": torch.full((2, 3), value), "model.model.b": torch.tensor([value, -value])}
         rest = {"ema.0": torch.zeros(2, 3), "model.state.model.w.exp_avg": torch.ones(2, 3)}
-        checkpoint.save_state(folder, step, made | rest, {"stage": "base"}, keep=0)
+        runs.save_state(folder, step, made | rest, {"stage": "base"}, keep=0)
     return states(folder)
 
 
