@@ -29,7 +29,7 @@ from minimuse import __version__, checkpoint, runs
 from minimuse.cache import write_whole
 from minimuse.config import to_dict
 from minimuse.data import digest, to_pil
-from minimuse.intervals import Measured
+from minimuse.intervals import Measured, difference
 from minimuse.kinds import KINDS, Batch, Figures, Kind, Rows, Tensors, drawn, quality
 from minimuse.muse import Muse
 from minimuse.plots import grid, tradeoff
@@ -47,6 +47,7 @@ SWEEP: dict[str, dict[str, dict[str, Any]]] = {  # a line of the plot -> its poi
     "steps": {f"{t}": {"steps": t} for t in (2, 4, 8, 16, 32)},
     "order": {name: {"order": name} for name in ORDERS},
 }
+RISING = {f"rising guidance 0-{2 * t}": f"guidance {t}" for t in (1, 2, 4, 8)}  # of the same mean t, told pair by pair
 PANELS = (("guidance", "rising guidance"), ("temperature", "steps"), ("order",))  # that are drawn together
 
 
@@ -191,12 +192,25 @@ def _report(out: Path, settings: dict[str, Any], found: dict[str, Figures]) -> d
             found[path.stem] = {k: Measured(*v) for k, v in checkpoint.read_json(path)["figures"].items()}
     order = [*KINDS, *(f"{line} {label}" for line, points in SWEEP.items() for label in points)]
     found = {name: found[name] for name in order if name in found}
+    for name, constant in RISING.items():
+        if name in found and constant in found:
+            found[name] = found[name] | _paired(out, name, constant)
     report = {"settings": settings, "kinds": found} | ({"sweep": SWEEP} if settings["sweep"] else {})
     write_whole(out / "eval.json", json.dumps(report, indent=1) + "\n")
     write_whole(out / "eval.md", table(found) + "\n")
     for x, name in (("score", "CLIP-like score"), ("right", "all right")) if settings["sweep"] else ():
         write_whole(out / f"sweep-{x}.png", partial(_tradeoffs(found, x, name).save, format="PNG"))
     return json.loads(json.dumps(report))
+
+
+def _paired(out: Path, first: str, second: str) -> Figures:
+    """What is right of one point less what is right of another, on the same prompts and seeds."""
+    rows, others = (checkpoint.read_json(out / "kinds" / f"{name}.json")["rows"] for name in (first, second))
+    groups, found = [row["group"] for row in rows], {}
+    for name in ("right", "clear"):
+        pair = (torch.tensor([row[name] for row in some]) for some in (rows, others))
+        found[f"{name}, less {second}"] = difference(*pair, groups)
+    return found
 
 
 def _tradeoffs(found: dict[str, Figures], x: str, name: str) -> Image.Image:

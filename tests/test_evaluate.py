@@ -272,6 +272,29 @@ def test_a_sweep_is_one_call_and_two_plots(tmp_path, judge, monkeypatch):
         assert Image.open(tmp_path / name).width > 2 * 900, "three plots of 900 x 600 in two columns"
 
 
+def test_a_sweep_pairs_rising_guidance_with_constant_of_the_same_mean(tmp_path, judge, monkeypatch):
+    """Muse 2.7 says that rising guidance is better; whether it is here needs pairs, not two intervals side by side."""
+    small = {"guidance": {"1": {"guidance": 1.0}}, "rising guidance": {"0-2": {"guidance": (0.0, 2.0)}}}
+    monkeypatch.setattr("minimuse.evaluate.SWEEP", small)
+
+    class Rises(Oracle):
+        base_only = True
+
+        def draw(self, prompts, seeds, negatives=(), guidance=0.0):
+            right = super().draw(prompts, seeds)
+            return right if isinstance(guidance, tuple) else torch.full_like(right, 128)  # constant: an empty floor
+
+    found = evaluate(Rises(40), tmp_path, ABOUT, n=40, sweep=True, judge=judge)["kinds"]
+    gap = Measured(*found["rising guidance 0-2"]["right, less guidance 1"])
+    right = [Measured(*found[name]["right"]).value for name in ("rising guidance 0-2", "guidance 1")]
+    assert right[1] == 0.0, "nothing is on an empty floor"
+    assert gap.value == pytest.approx(right[0]), "all pairs differ where the rising one is right"
+    assert gap.low > 0, "and the interval says so"
+    again = evaluate(Rises(40), tmp_path, ABOUT, n=40, sweep=True, judge=judge)["kinds"]
+    assert again == found, "a finished sweep tells the same from its files"
+    assert "| rising guidance 0-2 | right, less guidance 1 | +" in (tmp_path / "eval.md").read_text()
+
+
 # --- the studio does what a user would --------------------------------------------------------------------------------
 
 
