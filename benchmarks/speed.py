@@ -36,7 +36,21 @@ from typing import Any
 
 import torch
 from peers import CPU, ENTRANTS, GUIDANCE, Shape
-from timing import HERE, Apart, alone, alternate, machine, markdown, peak_memory, precisions, ratio, save, short, timed
+from timing import (
+    HERE,
+    Apart,
+    alone,
+    alternate,
+    machine,
+    markdown,
+    peak_memory,
+    precisions,
+    ratio,
+    save,
+    short,
+    timed,
+    write_readme,
+)
 
 from minimuse.budget import _decode_flops, count_flops, duration, matmul_ceiling, si
 from minimuse.config import SamplingConfig
@@ -69,7 +83,6 @@ muse.generate("a large red cube", seed=0)
 print(json.dumps(time.perf_counter() - began))
 """
 OURS = "minimuse"
-BEGIN, END = "<!-- speed -->\n", "<!-- /speed -->"
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
@@ -262,15 +275,6 @@ def summary(report: dict[str, Any]) -> str:
     return f"{table}\n{size}. {on}. {start[0].upper() + start[1:]}.\n"
 
 
-def write_readme(text: str, readme: Path) -> None:
-    """Between README's markers."""
-    content = readme.read_text(encoding="utf-8")
-    if BEGIN not in content or END not in content:
-        raise ValueError(f"{readme} has no {BEGIN.strip()} and {END.strip()}; put them where the tables shall stand")
-    before, rest = content.split(BEGIN)
-    readme.write_text(before + BEGIN + text + END + rest.split(END, 1)[1], encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", default="", help="folder that muse-maskgit-pytorch was installed into")
@@ -295,7 +299,7 @@ def main() -> None:
     save(args.out, "speed", report, told(report))
     if args.docs:
         (HERE / "speed.md").write_text(f"# Speed\n\n{told(report)}", encoding="utf-8")
-        write_readme(summary(report), HERE.parent / "README.md")
+        write_readme(summary(report), "speed")
     print(f"{told(report)}\n{args.out / 'speed.json'}, {duration(time.monotonic() - began)}")
 
 

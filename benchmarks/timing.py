@@ -1,4 +1,4 @@
-"""What the benchmarks of speed share: alternating runs, processes of their own, the machine, files.
+"""What benchmarks share: alternating runs, processes of their own, the machine, tables and where they are written.
 
 A machine that does other work slows all that runs at the same time, so what is compared runs in turn, round by round,
 and a ratio is the median of the rounds' ratios. What comes from different packages runs in processes of their own, kept
@@ -150,3 +150,12 @@ def save(out: Path, name: str, report: Mapping[str, Any], text: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def write_readme(text: str, name: str, readme: Path = HERE.parent / "README.md") -> None:
+    """Between README's markers <!-- name --> and <!-- /name -->."""
+    content, (begin, end) = readme.read_text(encoding="utf-8"), (f"<!-- {name} -->\n", f"<!-- /{name} -->")
+    if begin not in content or end not in content:
+        raise ValueError(f"{readme} has no {begin.strip()} and {end}; put them where the tables shall stand")
+    before, rest = content.split(begin)
+    readme.write_text(before + begin + text + end + rest.split(end, 1)[1], encoding="utf-8")

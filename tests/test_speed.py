@@ -176,14 +176,15 @@ def test_summary_by_hand():
 
 
 def test_readmes_tables_are_filled_and_nothing_else(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# x\n\n{speed.BEGIN}old\n{speed.END}\nend\n", encoding="utf-8")
+    readme, begin, end = tmp_path / "README.md", "<!-- speed -->\n", "<!-- /speed -->\n"
+    readme.write_text(f"# x\n\n{begin}old\n{end}\nend\n", encoding="utf-8")
     for text in ("one\n", "two\n"):
-        speed.write_readme(text, readme)
-    assert readme.read_text(encoding="utf-8") == f"# x\n\n{speed.BEGIN}two\n{speed.END}\nend\n"
-    readme.write_text("# x\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="has no <!-- speed -->"):
-        speed.write_readme("one\n", readme)
+        timing.write_readme(text, "speed", readme)
+    assert readme.read_text(encoding="utf-8") == f"# x\n\n{begin}two\n{end}\nend\n"
+    for content in ("# x\n", f"# x\n\n{begin}"):
+        readme.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match="has no <!-- speed -->"):
+            timing.write_readme("one\n", "speed", readme)
 
 
 def test_a_run_apart_is_called_there_and_its_errors_come_here():
