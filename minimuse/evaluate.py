@@ -48,7 +48,7 @@ SWEEP: dict[str, dict[str, dict[str, Any]]] = {  # a line of the plot -> its poi
     "order": {name: {"order": name} for name in ORDERS},
 }
 RISING = {f"rising guidance 0-{2 * t}": f"guidance {t}" for t in (1, 2, 4, 8)}  # of the same mean t, told pair by pair
-PANELS = (("guidance", "rising guidance"), ("temperature", "steps"), ("order",))  # that are drawn together
+PANELS = (("guidance", "rising guidance"), ("temperature",), ("steps",), ("order",))  # lines that are drawn together
 
 
 def evaluate(
@@ -214,12 +214,12 @@ def _paired(out: Path, first: str, second: str) -> Figures:
 
 
 def _tradeoffs(found: dict[str, Figures], x: str, name: str) -> Image.Image:
-    """A sweep -> x against Frechet distance: guidance, other dials, orders, and all together, each with its front."""
+    """A sweep -> x against Frechet distance: guidance, temperatures, steps and orders, each with its Pareto front."""
     series = {
         line: {label: (found[f"{line} {label}"][x], found[f"{line} {label}"]["frechet"]) for label in points}
         for line, points in SWEEP.items()
     }
-    panels = [{k: v for k, v in series.items() if k in lines} for lines in (*PANELS, tuple(SWEEP))]
+    panels = [{k: v for k, v in series.items() if k in lines} for lines in PANELS]
     return grid([tradeoff(some, name, "Frechet distance", (False, True)) for some in panels if some], None, 2, 1)
 
 

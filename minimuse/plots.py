@@ -204,6 +204,7 @@ def tradeoff(
     """{series: {label: (x, y)}}, each measured with its interval -> a plot of 900 x 600 pixels, as Muse's figure 8.
 
     `x` and `y` name the axes, `lower` says where less is better. The Pareto front of all points is a gray staircase.
+    Points with numbers in their labels are joined in their order; names have none.
     """
     if not any(series.values()):
         raise ValueError("no point came: expected {series: {label: (x, y)}} with at least one")
@@ -218,7 +219,8 @@ def tradeoff(
         columns = list(zip(*pairs.values(), strict=True)) or [(), ()]
         at = [[m.value for m in column] for column in columns]
         reach = [[[m.value - m.low for m in column], [m.high - m.value for m in column]] for column in columns]
-        look = {"marker": "osD^vPX*"[i % 8], "color": f"C{i % 10}", "lw": 0.8, "ms": 5}
+        joined = "-" if all(any(c.isdigit() for c in label) for label in pairs) else "none"
+        look = {"marker": "osD^vPX*"[i % 8], "color": f"C{i % 10}", "lw": 0.8, "ms": 5, "ls": joined}
         axes.errorbar(*at, xerr=reach[0], yerr=reach[1], label=name, **look)
         where = [{"xytext": (5, 4)}, {"xytext": (-5, -10), "ha": "right"}][i % 2]  # of two series, on either side
         for label, px, py in zip(pairs, *at, strict=True):

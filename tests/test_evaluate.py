@@ -269,7 +269,7 @@ def test_a_sweep_is_one_call_and_two_plots(tmp_path, judge, monkeypatch):
     assert list(found) == ["guidance 0", "guidance 1", "order confidence", "order random"]
     assert seen == [{"guidance": 0.0}, {"guidance": 1.0}, {"order": "confidence"}, {"order": "random"}]
     for name in ("sweep-score.png", "sweep-right.png"):
-        assert Image.open(tmp_path / name).width > 2 * 900, "three plots of 900 x 600 in two columns"
+        assert Image.open(tmp_path / name).width > 2 * 900, "two plots of 900 x 600, beside each other"
 
 
 def test_a_sweep_pairs_rising_guidance_with_constant_of_the_same_mean(tmp_path, judge, monkeypatch):

@@ -145,6 +145,19 @@ def test_tradeoff_draws_points_intervals_and_front():
         tradeoff({"rising": {}}, "FID", "CLIP")
 
 
+def test_tradeoff_joins_numbers_but_not_names():
+    ends = [(Measured(v, v, v, 9), Measured(v, v, v, 9)) for v in (0.0, 1.0)]
+    ink = {}
+    for labels in (("1", "2"), ("t = 1", "t = 2"), ("random", "halton")):
+        picture = np.asarray(tradeoff({"line": dict(zip(labels, ends, strict=True))}, "FID", "CLIP")).astype(int)
+        middle = picture[200:400, 300:600]  # between the two points
+        ink[labels] = int(((middle[..., 2] - middle[..., 0]) > 60).sum())
+    one, two, names = ink.values()
+    assert one > 200, "a line runs through the middle"
+    assert two > 200
+    assert names == 0, "random and halton have no order"
+
+
 def test_curves_draw_each_stage():
     log = [{"stage": "low_tokenizer", "step": i, "psnr": 20.0 + i} for i in range(10, 60, 10)]
     log += [

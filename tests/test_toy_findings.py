@@ -11,7 +11,6 @@ from minimuse.intervals import Measured, share
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import toy_findings
-from timing import markdown
 
 STORED = ROOT / "benchmarks" / "toy.json"
 
@@ -129,12 +128,28 @@ def test_it_was_measured_of_the_shipped_toy(stored):
         assert (settings["n"], settings["seed"]) == (300 if name == "sweep" else 1000, 1000)
 
 
-def test_what_the_prose_says_of_relations(stored):
-    """README tells the relations apart in numbers of pictures."""
+def test_what_the_prose_says(stored):
+    """README tells the relations apart in numbers of pictures, and dials in percent."""
     text, found = (ROOT / "README.md").read_text(encoding="utf-8"), stored["parts"]["base"]["kinds"]["relations"]
     figures = {name: Measured(*found[f"right, {name}"]) for name in ("left", "right", "front", "behind", "beside")}
     count = {name: round(f.value * f.n) for name, f in figures.items()}
     for pair in (("left", "right"), ("front", "behind"), ("beside",)):
         said = f"{sum(count[n] for n in pair)} of {sum(figures[n].n for n in pair)}"
         assert said in text, f"{pair}: {said}"
-    assert markdown(["a"], [["b"]]) == "| a |\n| --- |\n| b |\n"
+    sweep = stored["parts"]["sweep"]["kinds"]
+    right = {name: f"{figures['right'][0]:.1%}" for name, figures in sweep.items()}
+    for says in (
+        f"without guidance {right['guidance 0']} of",
+        f"with t = 1 throughout {right['guidance 1']}",
+        f"draws {right['steps 16']} of these",
+        f"{right['steps 2']} right in 2, {right['steps 4']} in 4, {right['steps 8']} in 8, {right['steps 32']} in 32",
+        "diversity {:.1f} and {:.1f}, where confidence has {:.1f}".format(
+            *(sweep[f"order {name}"]["diversity"][0] for name in ("entropy", "margin", "confidence"))
+        ),
+    ):
+        assert says in text, says
+    heat = [figures["right"][0] for name, figures in sweep.items() if name.startswith("temperature")]
+    assert f"draw {min(heat):.1%} to {max(heat):.1%}" in text
+    for name, constant in RISING.items():
+        low, high = sweep[name][f"right, less {constant}"][1:3]
+        assert low < 0 < high, f"{name}: README says that the intervals hold 0"
