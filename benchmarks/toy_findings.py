@@ -6,9 +6,9 @@
     cascade   minimuse eval toy --kinds seen,relations,inpaint,outpaint,edit,superres,decoder --run RUN
     sweep     minimuse eval toy --sweep
 
-1,000 pictures a kind (--n), 300 a point of the sweep (--points), seeds from 1000; about two and a half hours on 2 CPU
-cores. Each part has a folder of its own in --out, pictures included, and goes on where it was stopped. RUN is the
-folder of toy's training, for the decoder before its fine-tuning; without it that kind is left out.
+1,000 pictures a kind (--n), 300 a point of the sweep (--points), seeds from 1000; two to three hours on 2 CPU cores,
+as measured in pieces. Each part has a folder of its own in --out, pictures included, and goes on where it was stopped.
+RUN is the folder of toy's training, for the decoder before its fine-tuning; without it that kind is left out.
 Writes toy.json, toy.md and toy_sweep.png into --out; with --docs here as well, and README's tables.
 """
 
@@ -100,10 +100,11 @@ def cascade_table(kinds: dict[str, dict[str, Any]]) -> str:
             f"{outpaint['seam, real'][0]:.1f} (of 255)",
         ],
         [
-            "mask-free edit: another colour, all else as it was",
+            "mask-free edit: another colour",
             cell(edit["right"]),
-            f"after 100 iterations, the paper's number, and super-resolution; after 30 the new colour is there in "
-            f"{plain(edit['colour, 30'])}, all else right in {plain(edit['rest, 30'])}",
+            f"after 100 iterations, the paper's number, and super-resolution; shape, size and material are then still "
+            f"right in {plain(edit['rest, final'])}; after 10 the colour is there in {plain(edit['colour, 10'])}, after "
+            f"30 in {plain(edit['colour, 30'])}",
         ],
         ["one to three things, after super-resolution", cell(superres["right"]), ""],
         [

@@ -185,7 +185,8 @@ class Page:
             gr.Markdown("No mask: a few tokens at a time are drawn again under the prompt.")
             iterations = gr.Slider(1, 100, 100, step=1, label="Iterations")
             share = gr.Slider(0.01, 0.5, 0.08, step=0.01, label="Share of the tokens, each time")
-            how = [self.start, iterations, share, gr.Slider(0, 10, 4, step=0.5, label="Guidance")]
+            strength = self.muse.cfg.edit_guidance
+            how = [self.start, iterations, share, gr.Slider(0, 10, strength, step=0.5, label="Guidance")]
             change = gr.Button("Change", variant="primary")
         edited = [self.start, self.canvas]
         loaded.upload(self.load, loaded, edited, api_name="load")

@@ -194,6 +194,7 @@ class MuseConfig:
     low_tokenizer_from: str = ""  # a diffusers VQModel, hub id or folder, in place of training one (`amused.py`)
     pixels_gib: float = 32.0  # Choice: images kept as pixels, enough to train tokenizers on; the rest is read once more
     text_gib: float = 64.0  # embedded captions kept on disk; where they need more, they are encoded at every step
+    edit_guidance: float = 4.0  # t of a mask-free edit; the paper's (3.3.2)
     model: str = "muse"  # or one of RIVALS in the base model's place: the low-resolution stage alone (`rivals.py`)
 
     @property
@@ -226,6 +227,7 @@ class MuseConfig:
         ok = self.model != "dit" or not self.low_tokenizer_from
         _require(ok, "a dit draws what our own encoder gives before quantization; leave low_tokenizer_from empty")
         _require(self.base.causal == (self.model == "ar"), f"a base with causal={self.base.causal} is no {self.model}")
+        _require(self.edit_guidance >= 0, f"edit_guidance {self.edit_guidance} is negative; give 0 or more")
         _require(0 <= self.synonyms <= 1, f"synonyms {self.synonyms} is not in [0, 1]; give a share")
 
 
@@ -304,6 +306,7 @@ def toy() -> MuseConfig:
         superres_sampling=SamplingConfig(steps=8, guidance=(0.0, 0.0), sampling_temperature=0.4),
         finetuned_width=32,
         finetuned_blocks=(1, 2, 2),
+        edit_guidance=1.0,  # with the paper's 4 a hundred iterations redraw shape and size too
         scenes=60_000,
         captions=4,
         shares=(25, 55, 20),

@@ -202,8 +202,9 @@ def edit_steps(
 ) -> Iterator[Step]:
     """The trace of `edit`: after each iteration a whole picture of low tokens, then super-resolution's Steps.
 
-    The paper: iterations=100 of a random share=0.08 of the tokens, guidance=4, top_k=3. Choice: a rising guidance rises
-    from the first iteration to the last; the paper's is constant here.
+    The paper: iterations=100 of a random share=0.08 of the tokens, guidance=4, top_k=3; a checkpoint may have another
+    guidance (`MuseConfig.edit_guidance`). Choice: a rising one rises from the first iteration to the last; the paper's
+    is constant here.
     """
     return _edit(muse, tokenize(muse, image), muse.jobs(prompt, 1, seed, negative_prompt, settings), **settings)
 
@@ -216,13 +217,13 @@ def _edit(
     *,
     iterations: int = 100,
     share: float = 0.08,
-    guidance: Guidance = 4.0,
+    guidance: Guidance | None = None,
     top_k: int | None = 3,
     superres: dict[str, Any] | None = None,
 ) -> Iterator[Step]:
     low = tokens[0].repeat(len(jobs) // len(tokens[0]), 1)
     text, null = muse.contexts(jobs)
-    t = get_guidance(guidance)
+    t = get_guidance(muse.cfg.edit_guidance if guidance is None else guidance)
     logits_fn = guided(muse.base, muse.base.memory(text), muse.base.memory(null), t)
     draws = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
     settings = {"iterations": iterations, "share": share, "top_k": top_k, "generators": draws}

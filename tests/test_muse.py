@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -569,8 +570,21 @@ def test_outpaint_refuses_padding_that_makes_no_sense(tiny_muse, image, padding)
 
 def test_edit_defaults_are_the_papers():
     defaults = {k: p.default for k, p in inspect.signature(editing._edit).parameters.items()}
-    paper = {"iterations": 100, "share": 0.08, "guidance": 4.0, "top_k": 3}
+    paper = {"iterations": 100, "share": 0.08, "top_k": 3}
     assert {k: defaults[k] for k in paper} == paper, f"Muse 3.3.2: {paper}; {defaults}"
+    assert {name: preset(name).edit_guidance for name in PRESETS if name != "toy"} == dict.fromkeys(
+        ("nano", "paper_632m", "paper_3b"), 4.0
+    ), "guidance 4; toy, which loses shapes by it, says so"
+
+
+def test_a_checkpoint_may_edit_with_a_guidance_of_its_own(exact, image):
+    exact.cfg = replace(exact.cfg, edit_guidance=1.5)
+    for given, t in (({}, 1.5), ({"guidance": None}, 1.5), ({"guidance": 0.0}, 0.0), ({"guidance": (1.0, 3.0)}, None)):
+        steps = exact.edit_steps(image, A, seed=0, iterations=2, superres={"steps": 1}, **given)
+        told = [s.guidance for s in steps if s.stage == "base"]
+        assert told == ([t, t] if t is not None else [1.0, 3.0]), f"{given}: {told}"
+    with pytest.raises(ValueError, match=r"edit_guidance -1.0 is negative"):
+        replace(exact.cfg, edit_guidance=-1.0)
 
 
 def test_edit_changes_a_share_of_the_tokens_at_a_time(exact, image):
