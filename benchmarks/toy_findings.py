@@ -102,9 +102,9 @@ def cascade_table(kinds: dict[str, dict[str, Any]]) -> str:
         [
             "mask-free edit: another colour",
             cell(edit["right"]),
-            f"after 100 iterations, the paper's number, and super-resolution; shape, size and material are then still "
-            f"right in {plain(edit['rest, final'])}; after 10 the colour is there in {plain(edit['colour, 10'])}, after "
-            f"30 in {plain(edit['colour, 30'])}",
+            "after 100 iterations, the paper's number, and super-resolution; shape, size and material are then still "
+            f"right in {plain(edit['rest, final'])}; after 10 the colour is there in {plain(edit['colour, 10'])}, "
+            f"after 30 in {plain(edit['colour, 30'])}",
         ],
         ["one to three things, after super-resolution", cell(superres["right"]), ""],
         [
