@@ -306,7 +306,7 @@ def toy() -> MuseConfig:
         superres_sampling=SamplingConfig(steps=8, guidance=(0.0, 0.0), sampling_temperature=0.4),
         finetuned_width=32,
         finetuned_blocks=(1, 2, 2),
-        edit_guidance=1.0,  # with the paper's 4 a hundred iterations redraw shape and size too
+        edit_guidance=1.0,  # Deviation: with the paper's 4 a hundred iterations redraw shape and size too
         scenes=60_000,
         captions=4,
         shares=(25, 55, 20),
