@@ -83,7 +83,7 @@ def prompts_table(kinds: dict[str, dict[str, Any]]) -> str:
 def cascade_table(kinds: dict[str, dict[str, Any]]) -> str:
     """A row a kind; what else is known of it beside."""
     inpaint, outpaint, edit, superres = (kinds[name] for name in ("inpaint", "outpaint", "edit", "superres"))
-    changed = max(kind["changed outside"][0] for kind in (inpaint, outpaint))
+    changed = max(kind["changed outside"][0] for kind in (inpaint, outpaint))  # 0: bit for bit
     rows = [
         ["one thing, seen combinations", cell(kinds["seen"]["right"]), ""],
         ["two things and where they stand", cell(kinds["relations"]["right"]), ""],
@@ -91,7 +91,7 @@ def cascade_table(kinds: dict[str, dict[str, Any]]) -> str:
             "inpainting: a thing replaced",
             cell(inpaint["right"]),
             f"of one thing {plain(inpaint['right, of 1'])}, of two {plain(inpaint['right, of 2'])}; of the user's "
-            f"pixels outside the mask {changed:.0%} change",
+            f"pixels outside the mask {f'{changed:.2%}' if changed else 'none'} change",
         ],
         [
             "outpainting to the right",

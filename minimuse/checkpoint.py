@@ -31,7 +31,7 @@ FORMAT = "minimuse-1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # fields of a configuration that say nothing of what is drawn
 NOT_DRAWN = ("name", "stages", "scenes", "captions", "shares", "synonyms", "pixels_gib", "text_gib", "dropout")
-NOT_DRAWN += ("edit_guidance",)  # edits are not drawn again from their settings alone
+NOT_DRAWN += ("edit_guidance",)  # of edits alone, and each tells its own
 
 
 def shipped() -> list[str]:

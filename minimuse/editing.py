@@ -194,6 +194,8 @@ def edit(
 ) -> list[Image.Image]:
     """Change the picture towards the prompt, without a mask (Muse 3.3.2). `settings` as in `edit_steps`."""
     jobs = muse.jobs(prompt, n, seed, negative_prompt, settings)
+    if settings.get("guidance") is None:  # the picture tells it, since the fingerprint leaves it out
+        settings["guidance"] = muse.cfg.edit_guidance
     return muse.finish(_edit(muse, tokenize(muse, image), jobs, **settings), jobs, settings | {"task": "edit"}, watch)
 
 

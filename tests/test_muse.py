@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import minimuse.muse
-from minimuse import editing
+from minimuse import checkpoint, editing
 from minimuse.config import PRESETS, preset
 from minimuse.muse import FOREIGN, Muse, build, parameter_counts, pick_device, pick_dtype
 from minimuse.text import TextEncoder
@@ -575,6 +575,7 @@ def test_edit_defaults_are_the_papers():
     assert {name: preset(name).edit_guidance for name in PRESETS if name != "toy"} == dict.fromkeys(
         ("nano", "paper_632m", "paper_3b"), 4.0
     ), "guidance 4; toy, which loses shapes by it, says so"
+    assert checkpoint.load("toy")[0].edit_guidance == preset("toy").edit_guidance == 1.0, "preset and checkpoint alike"
 
 
 def test_a_checkpoint_may_edit_with_a_guidance_of_its_own(exact, image):
@@ -622,7 +623,7 @@ def test_edit_gives_pictures(tiny_muse, image):
     assert [i.size for i in images] == [image.size] * 2, f"{images}"
     assert images[0].tobytes() != images[1].tobytes(), "two seeds, two pictures"
     told = images[1].info["minimuse"]
-    expected = {"model": "tiny", "fingerprint": tiny_muse.fingerprint, "task": "edit"}
+    expected = {"model": "tiny", "fingerprint": tiny_muse.fingerprint, "task": "edit", "guidance": 4.0}
     assert told == expected | {"prompt": A, "negative_prompt": B, "seed": 2} | settings, f"{told}"
     assert image.tobytes() == before, "the user's image is never written to"
     seen = []

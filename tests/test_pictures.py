@@ -168,6 +168,7 @@ def test_the_fingerprint_is_of_what_draws(tiny_muse):
     assert fingerprint(cfg, dict(reversed(weights.items()))) == old, "the order of the weights says nothing"
     trained = replace(cfg, scenes=9, captions=2, synonyms=0.5, stages={}, base=replace(cfg.base, dropout=0.1))
     assert fingerprint(trained, weights) == old, "how it was trained draws nothing"
+    assert fingerprint(replace(cfg, edit_guidance=1.0), weights) == old, "a picture from text knows nothing of edits"
     fewer = replace(cfg.base_sampling, steps=3)
     for other in (replace(cfg, base_sampling=fewer), replace(cfg, text_encoder="another")):
         assert fingerprint(other, weights) != old, "what draws by default is part of it"

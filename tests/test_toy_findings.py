@@ -58,7 +58,8 @@ def test_readmes_tables_by_hand():
     for line in (
         "| one thing, seen combinations | 10.0% (5.0 to 15.0) | 97% |",
         "| nevertheless (without it: 60.0%; 750 pictures) | 7.0% (2.0 to 12.0) | at most 10% |",
-        "| inpainting: a thing replaced | 30.0% (25.0 to 35.0) | of one thing 31.0%, of two 29.0%;",
+        "| inpainting: a thing replaced | 30.0% (25.0 to 35.0) | of one thing 31.0%, of two 29.0%; of the ",
+        "pixels outside the mask none change |",
         "| the base model's pictures of them, enlarged | 70.0% (65.0 to 75.0) | super-resolution gains +2.0 (-1.0 to ",
         "material are then still right in 80.0%; after 10 the colour is there in 60.0%, after 30 in 95.0% |",
         "80.0% before; it gains 0.50 (-0.50 to 1.50) dB and 2% of perceptual distance |",
@@ -148,6 +149,7 @@ def test_what_the_prose_says(stored):
         f"without guidance {right['guidance 0']} of",
         f"with t = 1 throughout {right['guidance 1']}",
         f"draws {right['steps 16']} of these",
+        f"random and Halton order, {right['order random']} and {right['order halton']}, lie within",
         f"{right['steps 2']} right in 2, {right['steps 4']} in 4, {right['steps 8']} in 8, {right['steps 32']} in 32",
         "diversity {:.1f} and {:.1f}, where confidence has {:.1f}".format(
             *(sweep[f"order {name}"]["diversity"][0] for name in ("entropy", "margin", "confidence"))
@@ -156,6 +158,8 @@ def test_what_the_prose_says(stored):
         assert says in text, says
     heat = [figures["right"][0] for name, figures in sweep.items() if name.startswith("temperature")]
     assert f"draw {min(heat):.1%} to {max(heat):.1%}" in text
+    low, high = sweep["order confidence"]["right"][1:3]
+    assert all(low < sweep[f"order {name}"]["right"][0] < high for name in ("random", "halton"))
     for name, constant in RISING.items():
         low, high = sweep[name][f"right, less {constant}"][1:3]
         assert low < 0 < high, f"{name}: README says that the intervals hold 0"
