@@ -29,16 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimuse import Muse, transformer
-from minimuse.cache import write_whole
-from minimuse.captions import _RELATIONS, _phrase
 from minimuse.config import MuseConfig, preset
-from minimuse.data import SceneDataset, to_float
-from minimuse.engine import Engine, precision
+from minimuse.data_captions import _RELATIONS, _phrase
+from minimuse.data_images import SceneDataset, to_float
+from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES, Thing, relations
 from minimuse.intervals import Measured, mean, share
-from minimuse.scenes import COLORS, MATERIALS, SHAPES, SIZES, Thing, relations
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import train_transformer
+from minimuse.train_engine import Engine
 from minimuse.transformer import Transformer
+from minimuse.utils import atomic_write, precision
 
 WAYS = {"projected": 0, "ahead and back": 1, "every way": 1, "told outright": 0}  # -> text_layers
 SHARES = (25, 55, 20)  # of scenes with one, two and three things
@@ -118,10 +118,10 @@ def embed(encoder: TextEncoder, texts: list[str]) -> list[Tensor]:
     return rows
 
 
-def study(muse: Muse, cfg: MuseConfig, out: Path, ways: list[str], n: int, test: int) -> dict[str, dict[str, Any]]:
+def study(muse: Muse, config: MuseConfig, out: Path, ways: list[str], n: int, test: int) -> dict[str, dict[str, Any]]:
     """Ways of telling -> their figures, kept in `out`."""
-    size, width = cfg.low_tokenizer.image_size, cfg.base.text_width
-    results, missing, settings = {}, [], {"steps": cfg.stages["base"].steps, "scenes": n, "test": test}
+    size, width = config.low_tokenizer.image_size, config.base.text_width
+    results, missing, settings = {}, [], {"steps": config.stages["base"].steps, "scenes": n, "test": test}
     for way in ways:
         path = out / f"{way.replace(' ', '-')}.json"
         results[way] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -142,10 +142,10 @@ def study(muse: Muse, cfg: MuseConfig, out: Path, ways: list[str], n: int, test:
         outright = way == "told outright"
         texts = [[told(scenes.scene(i).things, width)] if outright else rows[3 * i : 3 * i + 3] for i in range(n)]
         torch.manual_seed(0)
-        model = Transformer(replace(cfg.base, text_layers=WAYS[way]))
-        model.begin_from(muse.low_tokenizer.codebook)
+        model = Transformer(replace(config.base, text_layers=WAYS[way]))
+        model.init_from_codebook(muse.low_tokenizer.codebook)
         with looking_everywhere(way == "every way"):
-            for p in train_transformer(model, cfg.stages["base"], tokens, texts, engine=Engine(seed=0)):
+            for p in train_transformer(model, config.stages["base"], tokens, texts, engine=Engine(seed=0)):
                 if p.step % 50 == 0:
                     print(f"{way}: step {p.step} of {p.steps}, {p.figures['loss']:.3f} nats a token", flush=True)
             asked = [
@@ -156,7 +156,7 @@ def study(muse: Muse, cfg: MuseConfig, out: Path, ways: list[str], n: int, test:
         gains = {name: (nats_ - true).tolist() for name, nats_ in zip(SWAPS, swapped, strict=True)}
         results[way] = {"nats": true.tolist(), "gains": gains, **settings}
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / f"{way.replace(' ', '-')}.json", json.dumps(results[way]) + "\n")
+        atomic_write(out / f"{way.replace(' ', '-')}.json", json.dumps(results[way]) + "\n")
     return results
 
 
@@ -228,12 +228,12 @@ def main() -> None:
     parser.add_argument("--only", choices=WAYS, action="append", help="this way alone; may be given again")
     parser.add_argument("--docs", action="store_true", help="also write binding.md beside this script")
     args = parser.parse_args()
-    muse, cfg = Muse.from_pretrained("toy", device="cpu", dtype=torch.float32), preset("toy")
-    stage = replace(cfg.stages["base"], steps=args.steps, look_every=10**9, save_every=10**9, text_rate=1.0)
-    cfg = replace(cfg, stages={**cfg.stages, "base": stage})
-    results = study(muse, cfg, args.out, args.only or list(WAYS), args.scenes, args.test)
+    muse, config = Muse.from_pretrained("toy", device="cpu", dtype=torch.float32), preset("toy")
+    stage = replace(config.stages["base"], steps=args.steps, eval_every=10**9, save_every=10**9, text_lr_scale=1.0)
+    config = replace(config, stages={**config.stages, "base": stage})
+    results = study(muse, config, args.out, args.only or list(WAYS), args.scenes, args.test)
     text = report(results, lm_tells(muse.encoder), muse.encoder.name)
-    write_whole(args.out / "binding.md", text)
+    atomic_write(args.out / "binding.md", text)
     print(text)
     if args.docs:
         shutil.copy(args.out / "binding.md", Path(__file__).with_name("binding.md"))

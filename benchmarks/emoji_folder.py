@@ -2,7 +2,7 @@
 
 Every emoji of one code point in a colour font becomes a picture, and its Unicode name the caption: 1,390 of them in
 Noto Color Emoji 2.042. The names are Unicode's own, so that "black" and "white" at times mean filled and outlined. What
-comes out is a folder such as `minimuse.folders.FolderDataset` reads.
+comes out is a folder such as `minimuse.data_sources.FolderDataset` reads.
 """
 
 import argparse

@@ -31,12 +31,13 @@ from timing import machine, markdown, save, timed
 from torch import nn
 
 from minimuse import Muse
-from minimuse.budget import duration, matmul_ceiling, sampling_flops, si, stage_budget
 from minimuse.config import MuseConfig, preset
-from minimuse.engine import Engine
-from minimuse.muse import build, pick_device
+from minimuse.muse import build
 from minimuse.text import Context
 from minimuse.train import train_transformer
+from minimuse.train_budget import duration, matmul_ceiling, sampling_flops, si, stage_budget
+from minimuse.train_engine import Engine
+from minimuse.utils import pick_device
 
 PARTS, BATCHES = ("sampling", "training"), (64, 32, 16, 8)
 
@@ -44,8 +45,8 @@ PARTS, BATCHES = ("sampling", "training"), (64, 32, 16, 8)
 class Silent:
     """In the language model's place: as many random embeddings as a prompt may have."""
 
-    def __init__(self, cfg: MuseConfig):
-        self.embeds = torch.randn(1, cfg.text_tokens, cfg.base.text_width)
+    def __init__(self, config: MuseConfig):
+        self.embeds = torch.randn(1, config.text_tokens, config.base.text_width)
 
     def encode(self, prompts: list[str]) -> Context:
         embeds = self.embeds.expand(len(prompts), -1, -1)
@@ -55,14 +56,14 @@ class Silent:
         return self
 
 
-def random_muse(cfg: MuseConfig, device: torch.device, dtype: torch.dtype) -> Muse:
+def random_muse(config: MuseConfig, device: torch.device, dtype: torch.dtype) -> Muse:
     """The preset with fresh weights, made on the device."""
     torch.manual_seed(0)
     with torch.device(device):
-        parts = build(cfg)
+        parts = build(config)
     for part in parts.values():  # one after the other, so that not all of them are there twice
         part.to(dtype)
-    return Muse(cfg, parts, Silent(cfg)).to(device, dtype)
+    return Muse(config, parts, Silent(config)).to(device, dtype)
 
 
 def bandwidth(device: torch.device, size: int) -> float:
@@ -92,30 +93,30 @@ def draws(muse: Muse, batch: int) -> dict[str, Callable[[], Any]]:
     jobs = [{"prompt": "", "negative_prompt": None, "seed": i} for i in range(batch)]
 
     def low() -> None:
-        (last,) = deque(islice(muse.decode(jobs), muse.cfg.base_sampling.steps), maxlen=1)
+        (last,) = deque(islice(muse.decode(jobs), muse.config.base_sampling.steps), maxlen=1)
         muse.picture(last)
 
     def whole() -> None:
         (last,) = deque(muse.decode(jobs), maxlen=1)
         muse.picture(last)
 
-    return {f"{muse.cfg.low_tokenizer.image_size} px": low, f"{muse.cfg.high_tokenizer.image_size} px": whole}
+    return {f"{muse.config.low_tokenizer.image_size} px": low, f"{muse.config.high_tokenizer.image_size} px": whole}
 
 
 def floors(muse: Muse, batch: int, ceiling: float, speed: float) -> tuple[list[float], list[float]]:
     """Seconds at best of both draws, by FLOPs and by weights read; the low decoder and memories are left out."""
-    flops, size = sampling_flops(muse.cfg), next(muse.base.parameters()).element_size()
+    flops, size = sampling_flops(muse.config), next(muse.base.parameters()).element_size()
     read = [how.steps * size * sum(p.numel() for p in part.parameters()) for how, part in _stages(muse)]
     work = [batch * flops.base, batch * sum(flops)]
     return [f / ceiling for f in work], [read[0] / speed, sum(read) / speed]
 
 
 def _stages(muse: Muse) -> list[tuple[Any, nn.Module]]:
-    return [(muse.cfg.base_sampling, muse.base), (muse.cfg.superres_sampling, muse.superres)]
+    return [(muse.config.base_sampling, muse.base), (muse.config.superres_sampling, muse.superres)]
 
 
 def sampling(
-    cfg: MuseConfig,
+    config: MuseConfig,
     device: torch.device,
     batches: tuple[int, ...],
     rounds: int,
@@ -126,7 +127,7 @@ def sampling(
     rows = []
     for batch in batches:
         clear(device)
-        muse = random_muse(cfg, device, torch.bfloat16)
+        muse = random_muse(config, device, torch.bfloat16)
         graphs = compiled and batch == 1 and device.type == "cuda"
         if compiled:
             torch.compiler.reset()
@@ -136,7 +137,7 @@ def sampling(
             for _ in range(3):  # compiles, records graphs, replays them
                 run()
             row = {
-                "preset": cfg.name,
+                "preset": config.name,
                 "draw": name,
                 "batch": batch,
                 "seconds": [timed(run, device) for _ in range(rounds)],
@@ -151,7 +152,7 @@ def sampling(
 
 
 def training(
-    cfg: MuseConfig,
+    config: MuseConfig,
     stage: str,
     device: torch.device,
     batches: tuple[int, ...],
@@ -160,30 +161,32 @@ def training(
     ceiling: float,
 ) -> dict[str, Any]:
     """The largest of `batches` that fits, by the stage's own optimizer."""
-    budget = stage_budget(cfg, stage)
+    budget = stage_budget(config, stage)
     for batch in batches:
         clear(device)
         try:
-            seconds = _steps(cfg, stage, device, batch, rounds, compiled)
+            seconds = _steps(config, stage, device, batch, rounds, compiled)
         except torch.OutOfMemoryError:
             continue
         flops = budget.step_flops / budget.batch * batch
-        row = {"preset": cfg.name, "stage": stage, "batch": batch, "seconds": seconds, "compiled": compiled}
-        row |= {"tokens": getattr(cfg, stage).tokens, "by flops": flops / ceiling, "memory": peak(device)}
+        row = {"preset": config.name, "stage": stage, "batch": batch, "seconds": seconds, "compiled": compiled}
+        row |= {"tokens": getattr(config, stage).tokens, "by flops": flops / ceiling, "memory": peak(device)}
         return row
-    raise SystemExit(f"{cfg.name}, {stage}: not even a batch of {batches[-1]} fits; give smaller ones")
+    raise SystemExit(f"{config.name}, {stage}: not even a batch of {batches[-1]} fits; give smaller ones")
 
 
-def _steps(cfg: MuseConfig, stage: str, device: torch.device, batch: int, rounds: int, compiled: bool) -> list[float]:
+def _steps(
+    config: MuseConfig, stage: str, device: torch.device, batch: int, rounds: int, compiled: bool
+) -> list[float]:
     """Seconds of training steps, after three that compile and warm up. What they hold is free again afterwards."""
     torch.compiler.reset()
     with torch.device(device):
-        model = build(cfg)[stage]
-    sizes, n = getattr(cfg, stage), 4 * batch
+        model = build(config)[stage]
+    sizes, n = getattr(config, stage), 4 * batch
     tokens = torch.randint(sizes.codebook_size, (n, sizes.tokens))
     low = torch.randint(sizes.low_codebook_size, (n, sizes.low_grid**2)) if sizes.low_layers else None
-    texts = [[torch.randn(cfg.text_tokens, sizes.text_width)]] * n
-    how = replace(cfg.stages[stage], steps=10**6, batch=batch, look_every=10**9)
+    texts = [[torch.randn(config.text_tokens, sizes.text_width)]] * n
+    how = replace(config.stages[stage], steps=10**6, batch=batch, eval_every=10**9)
     engine = Engine(device=device if device.type == "cpu" else None, bf16=True, compile=compiled)
     steps = train_transformer(model, how, tokens, texts, low_tokens=low, stage=stage, engine=engine)
     for _ in range(3):
@@ -235,12 +238,12 @@ def measure(
     ceiling, speed = matmul_ceiling(device, torch.bfloat16, size), bandwidth(device, 16 * size**2)
     report: dict[str, Any] = {"machine": machine(device), "ceiling": ceiling, "bandwidth": speed}
     report |= {part: [] for part in PARTS}
-    for cfg in presets:
+    for config in presets:
         if "sampling" in parts:
-            report["sampling"] += sampling(cfg, device, (1, batch), rounds, compiled, ceiling, speed)
+            report["sampling"] += sampling(config, device, (1, batch), rounds, compiled, ceiling, speed)
         for stage in ("base", "superres") if "training" in parts else ():
             how = (training_batches, max(1, rounds // 2), compiled, ceiling)
-            report["training"].append(training(cfg, stage, device, *how))
+            report["training"].append(training(config, stage, device, *how))
         print(told(report), flush=True)
     return report
 

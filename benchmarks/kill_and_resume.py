@@ -24,7 +24,7 @@ from pathlib import Path
 
 from minimuse.checkpoint import WEIGHTS
 from minimuse.config import STAGES
-from minimuse.runs import TENSORS, states
+from minimuse.train_state import TENSORS, states
 
 BAR = re.compile(r"([a-z_][a-z_ ]*): +\d+%\|[^|]*\| (\d+)/(\d+)")  # a progress bar, such as "base:  12%|#  | 12/100"
 

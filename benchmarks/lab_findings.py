@@ -15,7 +15,7 @@ from pathlib import Path
 
 from minimuse.judge import Estimate
 from minimuse.lab import WORLDS, Report, compare, difference
-from minimuse.variants import PRESETS
+from minimuse.lab_samplers import PRESETS
 
 SCHEDULES = ("cosine", "linear", "square", "cubic", "sqrt")
 ORDERS = ("halton", "random", "entropy", "confidence")

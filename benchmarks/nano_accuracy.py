@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from minimuse import Muse
+from minimuse.data_scenes import COLORS, SHAPES, Thing, is_novel
+from minimuse.eval_detector import Reader
+from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.intervals import share
 from minimuse.plots import grid
-from minimuse.reader import Reader
-from minimuse.scenes import COLORS, SHAPES, Thing, is_novel
-from minimuse.wants import matches, parse_prompt
 
 
 def prompts(n: int) -> list[tuple[str, str, str]]:

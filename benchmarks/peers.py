@@ -3,7 +3,7 @@
     sampling(shape, dtype) -> run(steps), which draws the shape's batch        training(shape, dtype) -> one step
 
 All have random weights, the same text embeddings, steps and guidance (l_u + 3 (l_c - l_u), t = 2 here), and no language
-model. Each takes its own defaults for attention; fp32 is the peers' default for numbers, `muse.pick_dtype` says ours.
+model. Each takes its own defaults for attention; fp32 is the peers' default for numbers, `utils.pick_dtype` says ours.
 bf16 is what their users would do: autocast, and for sampling with diffusers weights in bf16. muse-maskgit-pytorch's own
 attention cannot: it masks by float32's lowest number, which bf16 does not hold.
 
@@ -31,14 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimuse.cfg import guided, null_text
-from minimuse.config import StageConfig, TransformerConfig
-from minimuse.engine import Engine, keep_pages
+from minimuse.config import StageConfig
 from minimuse.masking import random_mask, sample_mask_rate
-from minimuse.muse import pick_dtype
 from minimuse.sampler import decode
 from minimuse.text import Context
 from minimuse.train import train_transformer
-from minimuse.transformer import Transformer
+from minimuse.train_engine import Engine
+from minimuse.transformer import Transformer, TransformerConfig
+from minimuse.utils import pick_dtype
 
 CPU, TEXT_WIDTH, GUIDANCE = torch.device("cpu"), 768, 2.0
 Sample, Train = Callable[[int], Tensor], Callable[[], Any]
@@ -105,7 +105,6 @@ def stepping(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype) -
 
 
 def our_sampling(shape: Shape, dtype: torch.dtype) -> tuple[Sample, int]:
-    keep_pages(CPU)  # as `Muse.to` does
     model = Transformer(shape.config()).eval().requires_grad_(False).to(dtype)
     embeds = shape.embeds().to(dtype)
     text = Context(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))
@@ -123,10 +122,12 @@ def our_sampling(shape: Shape, dtype: torch.dtype) -> tuple[Sample, int]:
 def our_training(shape: Shape, dtype: torch.dtype) -> tuple[Train, int]:
     """`train_transformer` itself, with all that it does beside the network."""
     model = Transformer(shape.config())
-    cfg = StageConfig(steps=10**6, batch=shape.batch, learning_rate=1e-4, warmup=1, weight_decay=0.01, look_every=10**9)
+    config = StageConfig(
+        steps=10**6, batch=shape.batch, learning_rate=1e-4, warmup=1, weight_decay=0.01, eval_every=10**9
+    )
     texts = [[row] for row in shape.embeds()]
     engine = Engine(device="cpu", bf16=dtype == torch.bfloat16)
-    steps = train_transformer(model, cfg, shape.tokens(), texts, engine=engine)
+    steps = train_transformer(model, config, shape.tokens(), texts, engine=engine)
     return lambda: next(steps), count(model)
 
 

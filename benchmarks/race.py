@@ -35,24 +35,24 @@ from timing import machine, markdown, save
 from torch import Tensor, nn
 
 from minimuse import Muse
-from minimuse.budget import count_flops
-from minimuse.cache import write_whole
+from minimuse.baseline_ar import LowRes
+from minimuse.baseline_dit import latents
 from minimuse.config import MuseConfig, rival
 from minimuse.corpus import Corpus
-from minimuse.data import SceneDataset, halve, to_float
-from minimuse.dit import latents
-from minimuse.engine import Engine, generator
-from minimuse.folders import open_source
+from minimuse.data_images import SceneDataset, area_downsample, to_float
+from minimuse.data_sources import open_source
+from minimuse.eval_detector import Reader
+from minimuse.eval_metrics import frechet
+from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.intervals import Measured, difference, mean, share
 from minimuse.masking import likelihood_bound
-from minimuse.metrics import frechet
 from minimuse.muse import build
 from minimuse.plots import grid, tradeoff
-from minimuse.reader import Reader
-from minimuse.rivals import LowRes
 from minimuse.text import Context, pad_contexts
 from minimuse.train import Decimated, MaskedLoss, NextLoss, train_dit, train_transformer
-from minimuse.wants import matches, parse_prompt
+from minimuse.train_budget import count_flops
+from minimuse.train_engine import Engine, generator
+from minimuse.utils import atomic_write
 
 PARTS = ("race", "likelihood", "identity", "stages", "guidance")
 STEPS = (1, 2, 4, 8, 16, 32, 64)
@@ -91,17 +91,17 @@ class Race:
         self.out, self.steps, self.n, self.tuning, self.batch = out, steps, n, tuning, batch
         self.train_scenes = scenes
         self.nano = nano or Muse.from_pretrained("nano", device="cpu", dtype=torch.float32)
-        self.cfg, self.reader, self.muses = self.nano.cfg, Reader.from_pretrained(), {}
-        self.scenes = SceneDataset(max(n, real) + tuning, self.cfg.high_tokenizer.image_size, "test", 1, (1, 0, 0))
+        self.config, self.reader, self.muses = self.nano.config, Reader.from_pretrained(), {}
+        self.scenes = SceneDataset(max(n, real) + tuning, self.config.high_tokenizer.image_size, "test", 1, (1, 0, 0))
         self.real = self.scenes.images(range(max(n, real)))
-        masked, dit = rival(self.cfg, "masked"), rival(self.cfg, "dit")
+        masked, dit = rival(self.config, "masked"), rival(self.config, "dit")
         self.entrants = {
             "masked": masked,
-            "ar": rival(self.cfg, "ar"),
+            "ar": rival(self.config, "ar"),
             "dit": dit,
             "masked, identity": replace(masked, base=replace(masked.base, identity=True)),
             "dit, open gates": replace(dit, base=replace(dit.base, identity=False)),
-            "one stage": one_stage(self.cfg),
+            "one stage": one_stage(self.config),
         }
 
     # --- training -----------------------------------------------------------------------------------------------------
@@ -109,9 +109,9 @@ class Race:
     @cached_property
     def corpus(self) -> Corpus:
         """Scenes as nano's, the tokens of its own tokenizers, its captions' embeddings: computed once."""
-        cfg = replace(self.cfg, scenes=self.train_scenes)
-        source, engine = open_source("scenes", cfg, seed=0), Engine(device="cpu")
-        corpus = Corpus(self.out / "cache", source, cfg, engine, self.nano.encoder)
+        config = replace(self.config, scenes=self.train_scenes)
+        source, engine = open_source("scenes", config, seed=0), Engine(device="cpu")
+        corpus = Corpus(self.out / "cache", source, config, engine, self.nano.encoder)
         for work in (
             corpus.read(),
             corpus.tokenize("low", self.nano.low_tokenizer),
@@ -127,41 +127,41 @@ class Race:
 
     def train_steps(self, name: str) -> int:
         """As many as make the FLOPs of --steps steps of the base model; "one stage" has super-resolution's as well."""
-        total = self.steps * flops(rival(self.cfg, "masked"))
+        total = self.steps * flops(rival(self.config, "masked"))
         if name == "one stage":
-            stage = self.cfg.stages["superres"]
-            total += stage.steps * stage.batch / self.cfg.stages["base"].batch * superres_flops(self.cfg)
+            stage = self.config.stages["superres"]
+            total += stage.steps * stage.batch / self.config.stages["base"].batch * superres_flops(self.config)
         return max(1, round(total / self.flops(name)))
 
     def muse(self, name: str) -> Muse:
         """A trained entrant; its training goes on where it was stopped."""
         if name == "two stages":
             parts = {**self.nano.parts, "base": self.muse("masked").base}
-            return Muse(self.cfg, nn.ModuleDict(parts), self.nano.encoder)
+            return Muse(self.config, nn.ModuleDict(parts), self.nano.encoder)
         if name not in self.muses:
-            cfg, fine = self.entrants[name], name == "one stage"
+            config, fine = self.entrants[name], name == "one stage"
             torch.manual_seed(0)
-            parts = build(cfg)
+            parts = build(config)
             parts["low_tokenizer"] = self.nano.high_tokenizer if fine else self.nano.low_tokenizer
-            model, stage = parts["base"], replace(cfg.stages["base"], steps=self.train_steps(name), look_every=10**9)
+            model, stage = parts["base"], replace(config.stages["base"], steps=self.train_steps(name), eval_every=10**9)
             slug = name.replace(", ", "-").replace(" ", "-")
             how = {"engine": Engine(device="cpu", folder=self.out / "runs" / slug)}
             texts = self.corpus.split(self.corpus.texts)
-            if cfg.model == "dit":
+            if config.model == "dit":
                 images = Decimated(self.corpus.split(self.corpus.images), self.factor)
                 run = train_dit(model, stage, latents(self.nano.low_tokenizer, images), texts, **how)
             else:
-                model.begin_from(parts["low_tokenizer"].codebook)
+                model.init_from_codebook(parts["low_tokenizer"].codebook)
                 tokens = self.corpus.split(self.corpus.tokens["high" if fine else "low"])
                 run = train_transformer(model, stage, tokens, texts, **how)
             watched(run, name)
-            self.muses[name] = LowRes(cfg, parts, self.nano.encoder, **self.corpus.words())
+            self.muses[name] = LowRes(config, parts, self.nano.encoder, **self.corpus.words())
             self.muses[name].save_pretrained(self.out / "checkpoints" / slug, overwrite=True)
         return self.muses[name]
 
     @property
     def factor(self) -> int:
-        return self.cfg.high_tokenizer.image_size // self.cfg.low_tokenizer.image_size
+        return self.config.high_tokenizer.image_size // self.config.low_tokenizer.image_size
 
     # --- drawing ------------------------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class Race:
             seconds.append((time.perf_counter() - began) / len(few))
         found = self.read(images, prompts) | {"seconds": torch.tensor(seconds)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, partial(save_file, found))
+        atomic_write(path, partial(save_file, found))
         if not tuning:
             marks = [f"{p}{'' if ok else '  WRONG'}" for p, ok in zip(prompts, found["right"].tolist(), strict=True)]
             grid(images[:24], marks[:24], columns=8).save(path.with_suffix(".png"))
@@ -212,14 +212,14 @@ class Race:
 
     def figures(self, point: Point | None, side: int) -> dict[str, Measured]:
         """Measured of a point, or of what the low tokenizer makes of real scenes; `side` of the real ones in pixels."""
-        real = halve(self.real, self.cfg.high_tokenizer.image_size // side)
+        real = area_downsample(self.real, self.config.high_tokenizer.image_size // side)
         found = self.ceiling() if point is None else self.measure(point)
         result = {name: share(found[name].bool()) for name in ("right", "clear")}
         result["frechet"] = frechet(self.reader.features(real), found["features"])
         return result if point is None else result | {"seconds": mean(found["seconds"])}
 
     def ceiling(self) -> dict[str, Tensor]:
-        images, tokenizer = to_float(halve(self.real[: self.n], self.factor)), self.nano.low_tokenizer
+        images, tokenizer = to_float(area_downsample(self.real[: self.n], self.factor)), self.nano.low_tokenizer
         with torch.inference_mode():
             again = torch.cat([tokenizer.decode(tokenizer.encode(x)) for x in images.split(64)])
         return self.read(again, self.prompts())
@@ -233,7 +233,7 @@ class Race:
         with torch.inference_mode():
             at = torch.arange(len(tokens))
             x, memory = tokens[at], model.memory(pad_contexts([t.float() for t in texts.pick(at, [0.0] * len(at))]))
-            if model.cfg.causal:
+            if model.config.causal:
                 nll = -model(x, memory).log_softmax(-1).gather(-1, x[..., None])[..., 0].mean(1)
                 return mean(nll)
             seeds = [[generator(k, i) for i in at.tolist()] for k in range(draws)]
@@ -241,38 +241,38 @@ class Race:
             return mean(torch.stack(bounds).mean(0))
 
 
-def one_stage(cfg: MuseConfig) -> MuseConfig:
+def one_stage(config: MuseConfig) -> MuseConfig:
     """A masked transformer of the fine grid from the text alone, with the parameters of base and super-resolution."""
-    cfg, layers = rival(cfg, "masked"), cfg.base.layers + cfg.superres.layers + cfg.superres.low_layers
-    high, sr = cfg.finetuned_tokenizer, cfg.superres
-    base = replace(cfg.base, grid=sr.grid, block=sr.block, codebook_size=sr.codebook_size, layers=layers)
+    config, layers = rival(config, "masked"), config.base.layers + config.superres.layers + config.superres.low_layers
+    high, sr = config.finetuned_tokenizer, config.superres
+    base = replace(config.base, grid=sr.grid, block=sr.block, codebook_size=sr.codebook_size, layers=layers)
     low = {"low_grid": sr.grid, "low_codebook_size": sr.codebook_size}
-    return replace(cfg, name="one stage", low_tokenizer=high, base=base, superres=replace(sr, **low))
+    return replace(config, name="one stage", low_tokenizer=high, base=base, superres=replace(sr, **low))
 
 
-def flops(cfg: MuseConfig, text_tokens: int = 16) -> int:
+def flops(config: MuseConfig, text_tokens: int = 16) -> int:
     """Forward and backward pass of one example of a rival's own loss."""
     with torch.device("meta"):
-        model = build(cfg)["base"]
+        model = build(config)["base"]
         context = Context(
-            torch.zeros(1, text_tokens, cfg.base.text_width), torch.ones(1, text_tokens, dtype=torch.bool)
+            torch.zeros(1, text_tokens, config.base.text_width), torch.ones(1, text_tokens, dtype=torch.bool)
         )
-        if cfg.model == "dit":
-            z = torch.zeros(1, len(model.mean), cfg.low_tokenizer.grid, cfg.low_tokenizer.grid)
+        if config.model == "dit":
+            z = torch.zeros(1, len(model.mean), config.low_tokenizer.grid, config.low_tokenizer.grid)
             step = torch.zeros(1, dtype=torch.long)
             return count_flops(lambda: (model(z, model.memory(context), step).sum() / z.numel()).backward())
-        x = torch.zeros(1, cfg.base.tokens, dtype=torch.long)
-        loss = (NextLoss if cfg.model == "ar" else MaskedLoss)(model)
+        x = torch.zeros(1, config.base.tokens, dtype=torch.long)
+        loss = (NextLoss if config.model == "ar" else MaskedLoss)(model)
         return count_flops(lambda: loss(x, x == 0, context, None, x.numel())[0].backward())
 
 
-def superres_flops(cfg: MuseConfig, text_tokens: int = 16) -> int:
+def superres_flops(config: MuseConfig, text_tokens: int = 16) -> int:
     with torch.device("meta"):
-        model = build(cfg)["superres"]
+        model = build(config)["superres"]
         context = Context(
-            torch.zeros(1, text_tokens, cfg.base.text_width), torch.ones(1, text_tokens, dtype=torch.bool)
+            torch.zeros(1, text_tokens, config.base.text_width), torch.ones(1, text_tokens, dtype=torch.bool)
         )
-        x, low = (torch.zeros(1, c.tokens, dtype=torch.long) for c in (cfg.superres, cfg.base))
+        x, low = (torch.zeros(1, c.tokens, dtype=torch.long) for c in (config.superres, config.base))
         return count_flops(lambda: MaskedLoss(model)(x, x == 0, context, low, x.numel())[0].backward())
 
 
@@ -324,10 +324,10 @@ def figures_table(found: dict[str, dict[str, Measured]]) -> str:
 def entrants_table(race: Race, names: list[str]) -> str:
     rows = []
     for name in names:
-        cfg, steps = race.entrants[name], race.train_steps(name)
+        config, steps = race.entrants[name], race.train_steps(name)
         size = sum(p.numel() for p in race.muse(name).base.parameters())
-        total = steps * cfg.stages["base"].batch * race.flops(name)
-        rows.append([name, f"{size:,}", f"{cfg.base.layers} x {cfg.base.width}", f"{steps:,}", f"{total:.3g}"])
+        total = steps * config.stages["base"].batch * race.flops(name)
+        rows.append([name, f"{size:,}", f"{config.base.layers} x {config.base.width}", f"{steps:,}", f"{total:.3g}"])
     return markdown(["", "parameters", "layers x width", "training steps", "training FLOPs"], rows)
 
 
@@ -346,11 +346,11 @@ def run_race(race: Race) -> tuple[str, dict[str, Any]]:
     best = {name: race.tuned(name) for name in ("masked", "ar", "dit")}
     for name in ("masked", "dit"):
         points[name] = {str(t): Point(name, best[name] | {"steps": t}) for t in STEPS}
-    tokens = race.cfg.base.tokens
+    tokens = race.config.base.tokens
     points["ar"] = {str(tokens): Point("ar", best["ar"])}
     raster = {"steps": tokens, "order": "raster", "choice_temperature": 0.0}
     points["masked, raster"] = {str(tokens): Point("masked", best["masked"] | raster)}
-    side = race.cfg.low_tokenizer.image_size
+    side = race.config.low_tokenizer.image_size
     found = {name: {t: race.figures(p, side) for t, p in row.items()} for name, row in points.items()}
     plots = []
     for measure, lower, label in (("right", False, "everything right"), ("frechet", True, "Frechet distance")):
@@ -382,7 +382,7 @@ def run_identity(race: Race) -> tuple[str, dict[str, Any]]:
         name: Point(name, race.tuned(name.split(",")[0]) | {"steps": steps})
         for name, steps in (("masked", 16), ("masked, identity", 16), ("dit", 32), ("dit, open gates", 32))
     }
-    found = {name: race.figures(p, race.cfg.low_tokenizer.image_size) for name, p in points.items()}
+    found = {name: race.figures(p, race.config.low_tokenizer.image_size) for name, p in points.items()}
     pairs = {
         "masked, identity - masked": ("masked, identity", "masked"),
         "dit - dit, open gates": ("dit", "dit, open gates"),
@@ -402,7 +402,7 @@ def run_stages(race: Race) -> tuple[str, dict[str, Any]]:
         "one stage, 16 steps": Point("one stage", how | {"steps": 16}),
         "one stage, 32 steps": Point("one stage", how | {"steps": 32}),
     }
-    found = {name: race.figures(p, race.cfg.high_tokenizer.image_size) for name, p in points.items()}
+    found = {name: race.figures(p, race.config.high_tokenizer.image_size) for name, p in points.items()}
     first, _, one, long = points.values()
     told, gaps = paired(race, {"one stage, 16 - two": (one, first), "one stage, 32 - two": (long, first)})
     return "\n".join([entrants_table(race, ["one stage"]), figures_table(found), told]), {
@@ -420,7 +420,7 @@ def run_guidance(race: Race) -> tuple[str, dict[str, Any]]:
             points[rising] = Point(name, rest | {"guidance": (0.0, 2 * t)})
             points[constant] = Point(name, rest | {"guidance": t})
             pairs[f"{rising} - {constant}"] = (points[rising], points[constant])
-    found = {name: race.figures(p, race.cfg.low_tokenizer.image_size) for name, p in points.items()}
+    found = {name: race.figures(p, race.config.low_tokenizer.image_size) for name, p in points.items()}
     told, gaps = paired(race, pairs)
     return "\n".join([figures_table(found), told]), {"figures": found, "differences": gaps}
 

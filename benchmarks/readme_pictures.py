@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 from minimuse import Muse
+from minimuse.eval_detector import Reader
+from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.plots import film, grid
 from minimuse.prompts import asks
-from minimuse.reader import Reader
-from minimuse.wants import matches, parse_prompt
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SETS = {"seen": 5, "novel": 3, "counts": 2, "relations": 2}  # prompts of each; a set gives each prompt twice in a row

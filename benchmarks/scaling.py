@@ -4,7 +4,7 @@
 
 One dial at a time is turned from START, in fp32; each point is a process of its own. Beside what was measured stands
 what arithmetic predicts:
-    seconds   FLOPs of the decode (`budget.py`) / those of a large matrix product here: at best
+    seconds   FLOPs of the decode (`train_budget.py`) / those of a large matrix product here: at best
     bytes     weights, keys and values of both branches and once more joined, and four times the guided logits, two
               of which are the branches': what is alive while guidance is applied
 Attention alone, 8 heads of 64 channels, full against multi-axis: 4 N^2 D FLOPs against 2 N (b^2 + N / b^2) D.
@@ -28,7 +28,7 @@ from peers import CPU, Shape, our_sampling
 from speed import sampling_flops
 from timing import HERE, alone, alternate, machine, markdown, peak_memory, precisions, ratio, save, short, timed
 
-from minimuse.budget import duration, matmul_ceiling, si
+from minimuse.train_budget import duration, matmul_ceiling, si
 from minimuse.transformer import attention, multi_axis_attention
 
 START = Shape(batch=2, grid=16, codes=8192, width=256, layers=4, text=32, steps=8)

@@ -11,7 +11,7 @@ rounds' ratios.
     sampling    a batch of pictures' tokens, guidance at every step
     training    a step: loss, gradient, clipping, AdamW
     ceiling     a product of two 2048 x 2048 matrices, measured beside them; a share of it counts the FLOPs of the
-                shape's arithmetic (`budget.py`): two a multiply-add, logits and attention included, and what a decode
+                shape's arithmetic (`train_budget.py`): two a multiply-add, logits and attention included, and what a decode
                 computes once counted once
     memory      the most that a process of its own held, from the start of Python on
     start       `import minimuse` beyond `import torch`; `minimuse generate` from return to picture; drawing alone
@@ -52,10 +52,10 @@ from timing import (
     write_readme,
 )
 
-from minimuse.budget import _decode_flops, count_flops, duration, matmul_ceiling, si
-from minimuse.config import SamplingConfig
+from minimuse.sampler import SamplingConfig
 from minimuse.text import Context
 from minimuse.train import MaskedLoss
+from minimuse.train_budget import _decode_flops, count_flops, duration, matmul_ceiling, si
 from minimuse.transformer import Transformer
 
 SHAPES = {
@@ -98,7 +98,7 @@ def training_flops(shape: Shape) -> int:
     """Of a batch's forward and backward pass."""
     with torch.device("meta"):
         loss, x = MaskedLoss(Transformer(shape.config())), torch.zeros(1, shape.grid**2, dtype=torch.long)
-        text = Context(torch.zeros(1, shape.text, loss.model.cfg.text_width), torch.ones(1, shape.text).bool())
+        text = Context(torch.zeros(1, shape.text, loss.model.config.text_width), torch.ones(1, shape.text).bool())
         return shape.batch * count_flops(lambda: loss(x, x == 0, text, None, x.numel())[0].backward())
 
 

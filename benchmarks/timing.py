@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from minimuse import __version__
-from minimuse.engine import fast_bf16
+from minimuse.utils import fast_bf16
 
 HERE = Path(__file__).resolve().parent
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from timing import HERE, machine, markdown, save, write_readme
 
-from minimuse.captions import _RELATIONS
-from minimuse.evaluate import RISING, measure, table
+from minimuse.data_captions import _RELATIONS
+from minimuse.eval_run import RISING, measure, table
 from minimuse.intervals import Measured, share
 
 PARTS = {

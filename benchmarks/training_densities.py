@@ -25,18 +25,18 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from minimuse import Muse
-from minimuse.cache import fingerprint
 from minimuse.corpus import Corpus
-from minimuse.data import SceneDataset, halve, to_float
-from minimuse.engine import Engine, generator
-from minimuse.folders import open_source
+from minimuse.data_cache import fingerprint
+from minimuse.data_images import SceneDataset, area_downsample, to_float
+from minimuse.data_sources import open_source
 from minimuse.intervals import mean
 from minimuse.judge import GROUPS, Estimate, estimate
+from minimuse.lab_models import MuseJudge
 from minimuse.masking import SCHEDULES, Schedule, likelihood_bound, sample_mask_rate
-from minimuse.picture_judge import MuseJudge
-from minimuse.runs import RUN, open_run
 from minimuse.text import Context
 from minimuse.train import train_transformer
+from minimuse.train_engine import Engine, generator
+from minimuse.train_state import RUN, open_run
 from minimuse.transformer import Transformer
 
 DENSITIES: dict[str, Schedule] = {
@@ -49,13 +49,13 @@ DECODING = (4, 16)
 Result = dict[str, list[float]]  # measure -> GROUPS values, as of a lab's cell
 
 
-def train(cfg: Any, name: str, curve: Schedule, corpus: Corpus, codebook: Any, engine: Engine) -> Transformer:
+def train(config: Any, name: str, curve: Schedule, corpus: Corpus, codebook: Any, engine: Engine) -> Transformer:
     """The base model from nothing under a density; goes on with what `engine.folder` holds."""
     SCHEDULES[name] = curve  # so that the stage's configuration can name it
-    stage = replace(cfg.stages["base"], mask_schedule=name, save_every=250, look_every=10**9)
+    stage = replace(config.stages["base"], mask_schedule=name, save_every=250, eval_every=10**9)
     torch.manual_seed(engine.seed)
-    base = Transformer(cfg.base)
-    base.begin_from(codebook)
+    base = Transformer(config.base)
+    base.init_from_codebook(codebook)
     rows = corpus.split(corpus.tokens["low"]), corpus.split(corpus.texts)
     for p in train_transformer(base, stage, *rows, engine=engine):
         if p.step % 100 == 0:
@@ -65,9 +65,12 @@ def train(cfg: Any, name: str, curve: Schedule, corpus: Corpus, codebook: Any, e
 
 def bounder(muse: Muse, samples: int, draws: int = 8, batch: int = 128) -> Callable[[Transformer], list[float]]:
     """-> base model -> GROUPS means of its bound on held-out scenes, the same masks for every model."""
-    side, low = (getattr(muse.cfg, f"{name}_tokenizer").image_size for name in ("high", "low"))
-    scenes = SceneDataset(samples, side, "test", seed=1, shares=muse.cfg.shares, k=1)
-    images, captions = to_float(halve(scenes.images(), side // low)), [scenes.captions(i)[0] for i in range(samples)]
+    side, low = (getattr(muse.config, f"{name}_tokenizer").image_size for name in ("high", "low"))
+    scenes = SceneDataset(samples, side, "test", seed=1, shares=muse.config.shares, k=1)
+    images, captions = (
+        to_float(area_downsample(scenes.images(), side // low)),
+        [scenes.captions(i)[0] for i in range(samples)],
+    )
     tokens, texts = torch.cat([muse.low_tokenizer.encode(x) for x in images.split(256)]), muse.encoder.encode(captions)
 
     @torch.inference_mode()
@@ -88,14 +91,14 @@ def study(
     muse: Muse, out: Path, densities: Mapping[str, Schedule], *, steps: int, seeds: int, samples: int
 ) -> dict[str, list[Result]]:
     """Densities by name, any function of u -> the results of each, seed by seed. What `out` holds is not done again."""
-    stage = replace(muse.cfg.stages["base"], steps=steps)
-    cfg = replace(muse.cfg, stages={**muse.cfg.stages, "base": stage})
+    stage = replace(muse.config.stages["base"], steps=steps)
+    config = replace(muse.config, stages={**muse.config.stages, "base": stage})
     engine = Engine(folder=out)
-    corpus = Corpus(out / "cache", open_source("scenes", cfg), cfg, engine, muse.encoder)
+    corpus = Corpus(out / "cache", open_source("scenes", config), config, engine, muse.encoder)
     for work in (corpus.read, lambda: corpus.tokenize("low", muse.low_tokenizer), corpus.embed):
         for done, of in work():
             print(f"  cache: {done} of {of}", flush=True)
-    trained = Muse(cfg, nn.ModuleDict({**muse.parts, "base": Transformer(cfg.base)}), muse.encoder)
+    trained = Muse(config, nn.ModuleDict({**muse.parts, "base": Transformer(config.base)}), muse.encoder)
     judge, bound, results = MuseJudge(trained, samples), bounder(muse, samples), {name: [] for name in densities}
     shared = {"steps": steps, "samples": samples, "tokens": fingerprint(muse.low_tokenizer.state_dict())}
     for seed in range(seeds):  # all densities first, so that a stopped study compares them already
@@ -107,7 +110,7 @@ def study(
             path = folder / "result.json"
             if not path.exists():
                 engine = Engine(seed=seed, folder=folder, keep=1)
-                base = train(cfg, name, curve, corpus, muse.low_tokenizer.codebook, engine)
+                base = train(config, name, curve, corpus, muse.low_tokenizer.codebook, engine)
                 trained.base.load_state_dict(base.state_dict())
                 found = {"bound": bound(trained.base)}
                 for t in DECODING:

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from minimuse.checkpoint import shipped
-from minimuse.data import painted
+from minimuse.data_images import painted
 from minimuse.masking import SCHEDULES
 from minimuse.muse import Muse
 from minimuse.pictures import follow, open_picture, settings_of, with_settings
@@ -45,7 +45,7 @@ class Page:
     """
 
     def __init__(self, muse: Muse):
-        self.gr, self.muse, self.side = _gradio(), muse, muse.cfg.high_tokenizer.image_size
+        self.gr, self.muse, self.side = _gradio(), muse, muse.config.high_tokenizer.image_size
         self.zoom = max(1, 384 // self.side)  # of the picture to edit: a brush needs room
 
     def draw(self, *asked) -> Iterator[dict]:
@@ -112,7 +112,7 @@ class Page:
 
     def _settings(self, first, final, steps, high_steps, schedule, order) -> dict[str, Any]:
         """The dials -> every setting of both decodes. What is not moved is the checkpoint's, in each decode its own."""
-        base, high = asdict(self.muse.cfg.base_sampling), asdict(self.muse.cfg.superres_sampling)
+        base, high = asdict(self.muse.config.base_sampling), asdict(self.muse.config.superres_sampling)
         given = {"guidance": (first, final), "steps": steps, "schedule": schedule, "order": order}
         moved = {k: v for k, v in given.items() if v != base[k]}
         if "order" in moved:  # then the ranking noise is `Muse`'s to choose
@@ -137,7 +137,7 @@ class Page:
         gr, muse = self.gr, self.muse
         with gr.Blocks(title="minimuse", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
             self.start, self.last = gr.State(time_to_live=3600), gr.State(time_to_live=3600)
-            gr.Markdown(ABOUT.format(muse.cfg.name, self.side, self.side))
+            gr.Markdown(ABOUT.format(muse.config.name, self.side, self.side))
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
                     with gr.Row():
@@ -185,7 +185,7 @@ class Page:
             gr.Markdown("No mask: a few tokens at a time are drawn again under the prompt.")
             iterations = gr.Slider(1, 100, 100, step=1, label="Iterations")
             share = gr.Slider(0.01, 0.5, 0.08, step=0.01, label="Share of the tokens, each time")
-            strength = self.muse.cfg.edit_guidance
+            strength = self.muse.config.edit_guidance
             how = [self.start, iterations, share, gr.Slider(0, 10, strength, step=0.5, label="Guidance")]
             change = gr.Button("Change", variant="primary")
         edited = [self.start, self.canvas]
@@ -196,7 +196,7 @@ class Page:
         return [(repaint, self.repaint, edited), (extend, self.extend, side), (change, self.change, how)]
 
     def _dials(self) -> list:
-        gr, base, high = self.gr, self.muse.cfg.base_sampling, self.muse.cfg.superres_sampling
+        gr, base, high = self.gr, self.muse.config.base_sampling, self.muse.config.superres_sampling
         return [
             gr.Textbox(label="Negative prompt"),
             gr.Slider(0, 10, base.guidance[0], step=0.5, label="Guidance at the first step"),
@@ -240,7 +240,7 @@ def serve(
         server_name=host, server_port=port, theme=theme, css=CSS, quiet=True, prevent_thread_lock=True, share=False,
         ssr_mode=False, run_history=False, footer_links=[], max_file_size="64mb",
     )  # fmt: skip
-    print(f"minimuse: {muse.cfg.name} is at {url} ; Ctrl-C stops it", flush=True)
+    print(f"minimuse: {muse.config.name} is at {url} ; Ctrl-C stops it", flush=True)
     blocks.block_thread()
 
 

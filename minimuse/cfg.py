@@ -81,7 +81,7 @@ def guided(
     """A model and two memories -> the LogitsFn (tokens (B, N), u) -> guided logits (B, N, V).
 
     Both branches run as one batch of 2B; where t = 0 the second is left out. `uncond` is the memory of `null_text`, or
-    of a negative prompt. What else the function is given goes to the model (a diffusion's time, `dit.py`).
+    of a negative prompt. What else the function is given goes to the model (a diffusion's time, `baseline_dit.py`).
     """
     scale = get_guidance(guidance)
     both = cond.cat(uncond)

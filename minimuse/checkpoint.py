@@ -5,7 +5,7 @@
     folder/README.md           the model card
 
 Whatever is written is written under a new name, then renamed.
-Not here: a training under way (`runs.py`).
+Not here: a training under way (`train_state.py`).
 """
 
 import errno
@@ -23,8 +23,8 @@ from safetensors.torch import load as parse_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimuse.cache import write_whole
 from minimuse.config import MuseConfig, from_dict, to_dict
+from minimuse.utils import atomic_write
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 FORMAT = "minimuse-1"
@@ -69,9 +69,9 @@ def load(name: str | Path) -> tuple[MuseConfig, dict[str, Tensor], dict[str, Any
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         came = values.get("format") if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"{folder / CONFIG} is not of minimuse: its format is {came!r}, expected {FORMAT!r}")
-    cfg = configuration(values, folder / CONFIG)
+    config = configuration(values, folder / CONFIG)
     about = {name: values.get(name, []) for name in ("words", "examples")}
-    return cfg, read_weights(folder / WEIGHTS), about
+    return config, read_weights(folder / WEIGHTS), about
 
 
 def read_json(path: Path) -> Any:
@@ -99,7 +99,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_weights(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str | Path, cfg: str = "its config.json"
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str | Path, config: str = "its config.json"
 ) -> None:
     """ValueError where names or shapes of weights are not those of the configuration."""
     wrong = [f"lacks {k}" for k in expected.keys() - found.keys()] + [
@@ -109,40 +109,45 @@ def check_weights(
         if expected[key].shape != found[key].shape:
             wrong.append(f"{key} is {tuple(found[key].shape)}, not {tuple(expected[key].shape)}")
     if wrong:
-        raise ValueError(f"the weights of {str(name)!r} do not fit {cfg}: {'; '.join(sorted(wrong)[:3])}, ...")
+        raise ValueError(f"the weights of {str(name)!r} do not fit {config}: {'; '.join(sorted(wrong)[:3])}, ...")
 
 
-def fingerprint(cfg: MuseConfig, weights: Mapping[str, Tensor]) -> str:
+def fingerprint(config: MuseConfig, weights: Mapping[str, Tensor]) -> str:
     """-> 16 hex digits, others wherever weights or defaults of drawing differ; name and training do not count.
 
     Fields at their defaults are left out, so that pictures stay known when a later version brings a field.
     Choice: of each tensor at most 2**17 numbers, evenly spread, as float32, so that the paper's 3B takes no longer.
     """
-    sha = hashlib.sha256(json.dumps(_set(cfg), sort_keys=True).encode())
+    sha = hashlib.sha256(json.dumps(_set(config), sort_keys=True).encode())
     for name, tensor in sorted(weights.items()):
         some = tensor.detach().flatten()[:: max(1, tensor.numel() >> 16)]
         sha.update(name.encode() + some.float().cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
 
 
-def _set(cfg: Any) -> dict[str, Any]:
+def _set(config: Any) -> dict[str, Any]:
     """The fields of a configuration that decide what is drawn and are not at their defaults, parts included."""
-    found = {f.name: (getattr(cfg, f.name), f.default) for f in fields(cfg) if f.name not in NOT_DRAWN}
+    found = {f.name: (getattr(config, f.name), f.default) for f in fields(config) if f.name not in NOT_DRAWN}
     return {k: _set(v) if is_dataclass(v) else v for k, (v, default) in found.items() if v != default}
 
 
 def save(
-    folder: str | Path, cfg: MuseConfig, weights: dict[str, Tensor], about: dict[str, Any], *, overwrite: bool = False
+    folder: str | Path,
+    config: MuseConfig,
+    weights: dict[str, Tensor],
+    about: dict[str, Any],
+    *,
+    overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint; FileExistsError where one is already there, unless `overwrite`."""
     folder = Path(folder)
     if not overwrite:
         refuse_existing(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    values = {"format": FORMAT, "config": to_dict(cfg), **about}
-    write_whole(folder / WEIGHTS, lambda path: write_weights(weights, path))
-    write_whole(folder / CONFIG, json.dumps(values, indent=1) + "\n")
-    write_whole(folder / CARD, card(cfg, weights, about))
+    values = {"format": FORMAT, "config": to_dict(config), **about}
+    atomic_write(folder / WEIGHTS, lambda path: write_weights(weights, path))
+    atomic_write(folder / CONFIG, json.dumps(values, indent=1) + "\n")
+    atomic_write(folder / CARD, card(config, weights, about))
     return folder
 
 
@@ -154,34 +159,34 @@ def refuse_existing(folder: Path) -> None:
         raise FileExistsError(f"{folder} already holds {', '.join(there)}; give another folder, or overwrite=True")
 
 
-def card(cfg: MuseConfig, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+def card(config: MuseConfig, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
     """The model card: what it is, its sizes, how it was trained, how to use it."""
     parts: Counter[str] = Counter()
     for key, value in weights.items():
         parts[key.split(".")[0]] += value.numel()
-    low = f"{cfg.low_tokenizer.image_size} px ({cfg.base.grid}x{cfg.base.grid} tokens)"
-    high = f"{cfg.high_tokenizer.image_size} px ({cfg.superres.grid}x{cfg.superres.grid} tokens)"
+    low = f"{config.low_tokenizer.image_size} px ({config.base.grid}x{config.base.grid} tokens)"
+    high = f"{config.high_tokenizer.image_size} px ({config.superres.grid}x{config.superres.grid} tokens)"
     what = f"A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {low} to {high}."
-    if cfg.model != "muse":
-        what = f"A rival of Muse's base model made by minimuse ({cfg.model}): {low}, no super-resolution."
+    if config.model != "muse":
+        what = f"A rival of Muse's base model made by minimuse ({config.model}): {low}, no super-resolution."
     sizes = "\n".join(f"| {name} | {n:,} |" for name, n in parts.items())
-    rows = [(name, f"{s.steps:,}", s.batch, f"{s.learning_rate:g}", s.optimizer) for name, s in cfg.stages.items()]
+    rows = [(name, f"{s.steps:,}", s.batch, f"{s.learning_rate:g}", s.optimizer) for name, s in config.stages.items()]
     stages = "\n".join("| {} | {} | {} | {} | {} |".format(*row) for row in rows)
     return f"""---
 library_name: minimuse
 pipeline_tag: text-to-image
 license: apache-2.0
 ---
-# {cfg.name}
+# {config.name}
 
 {what}
-Text: {cfg.text_encoder}, frozen.
+Text: {config.text_encoder}, frozen.
 
 | Part | Parameters |
 |---|---|
 {sizes}
 
-Data: {about.get("data", f"{cfg.scenes:,} scenes of minimuse, {cfg.captions} captions each")}.
+Data: {about.get("data", f"{config.scenes:,} scenes of minimuse, {config.captions} captions each")}.
 
 | Stage | Steps | Batch | Learning rate | Optimizer |
 |---|---|---|---|---|

@@ -342,7 +342,7 @@ def check_join_memory(fn: Given) -> Iterator[str]:
 
 @_check
 def check_drop_text(fn: Given) -> Iterator[str]:
-    """fn(context, p, generator=...) -> the same shape, a share p of the texts removed: as `cfg.drop_text`."""
+    """fn(context, p, generator=...) -> the same shape, a share p of the texts removed: as `config.drop_text`."""
 
     def run(b: int, p: float) -> Context:
         made = Context(*fn(Context(torch.ones(b, 2, 1), torch.ones(b, 2, dtype=torch.bool)), p, generator=_seeded()))
@@ -360,7 +360,7 @@ def check_drop_text(fn: Given) -> Iterator[str]:
 
 @_check
 def check_guide(fn: Given) -> Iterator[str]:
-    """fn(cond, uncond, t) -> guided logits: as `cfg.guide`."""
+    """fn(cond, uncond, t) -> guided logits: as `config.guide`."""
     for name, c, u, t, want in [
         ("t = 0 gives the conditional logits", 2.0, 1.0, 0.0, 2.0),
         ("cond = uncond gives cond, whatever t", 2.0, 2.0, 3.0, 2.0),
@@ -372,7 +372,7 @@ def check_guide(fn: Given) -> Iterator[str]:
 
 @_check
 def check_rising(fn: Given) -> Iterator[str]:
-    """fn(t, start) -> a function of u: as `cfg.rising`."""
+    """fn(t, start) -> a function of u: as `config.rising`."""
     for name, u, want in [("it begins at start", 0.0, 1.0), ("it ends at t", 1.0, 4.0), ("it is linear", 0.5, 2.5)]:
         yield name
         ramp = fn(4.0, 1.0)

@@ -137,29 +137,29 @@ def train(args: argparse.Namespace) -> None:
     """All five stages with a bar each, then the checkpoint. Started by `accelerate launch`, on all its processes."""
     import torch
 
-    from minimuse import runs
+    from minimuse import train_state as runs
     from minimuse.config import to_dict
-    from minimuse.engine import Engine, Stopped
-    from minimuse.folders import open_source
+    from minimuse.data_sources import open_source
     from minimuse.train import train_muse
-    from minimuse.watch import add_record
+    from minimuse.train_engine import Engine, Stopped
+    from minimuse.train_log import add_record
 
-    cfg = _configuration(args)
-    source = open_source(args.data, cfg, seed=args.seed)
+    config = _configuration(args)
+    source = open_source(args.data, config, seed=args.seed)
     if args.dry_run:
-        _dry_run(cfg, source, args)
+        _dry_run(config, source, args)
         return
     engine = Engine(
         seed=args.seed, device=args.device, accumulate=args.accumulate, compile=args.compile,
         recompute=args.recompute, folder=args.out, keep=args.keep,
     )  # fmt: skip
-    values = {"config": to_dict(cfg), "seed": args.seed, "data": args.data, "data_fingerprint": source.fingerprint}
+    values = {"config": to_dict(config), "seed": args.seed, "data": args.data, "data_fingerprint": source.fingerprint}
     if engine.is_main:
         runs.open_run(args.out, values, resume=args.resume)
     engine.accelerator.wait_for_everyone()
     engine.heed_signals()
     try:
-        progress = _with_bars(train_muse(cfg, data=source, engine=engine), engine.is_main)
+        progress = _with_bars(train_muse(config, data=source, engine=engine), engine.is_main)
         p = deque(progress, maxlen=1).pop()
     except Stopped:
         if engine.is_main:
@@ -167,14 +167,15 @@ def train(args: argparse.Namespace) -> None:
         raise SystemExit(128 + engine.signal) from None
     if engine.is_main:
         folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
-        add_record(folder, cfg)
+        add_record(folder, config)
         print(f"trained in {p.figures['minutes']:.1f} minutes: {folder}")
         print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
 
 
 def _configuration(args: argparse.Namespace) -> Any:
     """Preset, file or, to resume, the run's own; then what --set changes."""
-    from minimuse import checkpoint, runs
+    from minimuse import checkpoint
+    from minimuse import train_state as runs
     from minimuse.config import PRESETS, changed, preset, rival
 
     if args.resume and args.preset is None:
@@ -186,27 +187,29 @@ def _configuration(args: argparse.Namespace) -> Any:
     if args.preset is None:
         raise ValueError(f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
     if args.preset in PRESETS or not Path(args.preset).is_file():
-        cfg = preset(args.preset)
+        config = preset(args.preset)
     else:
         values = checkpoint.read_json(Path(args.preset))
         whole = values if isinstance(values, dict) and "config" in values else {"config": values}
-        cfg = checkpoint.configuration(whole, Path(args.preset))
-    return changed(rival(cfg, args.model) if args.model else cfg, args.set)
+        config = checkpoint.configuration(whole, Path(args.preset))
+    return changed(rival(config, args.model) if args.model else config, args.set)
 
 
-def _dry_run(cfg: Any, source: Any, args: argparse.Namespace) -> None:
+def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
     """What a run would take, printed before any of it; nothing is written."""
-    from minimuse.budget import report
     from minimuse.corpus import Corpus
-    from minimuse.engine import Engine
     from minimuse.text import TextEncoder
+    from minimuse.train_budget import report
+    from minimuse.train_engine import Engine
 
-    if cfg.model != "muse":
-        raise ValueError(f"--dry-run counts a whole Muse; {cfg.name} is a rival of its base model: leave out --model")
-    engine, encoder = Engine(device=args.device), TextEncoder(cfg.text_encoder, max_tokens=cfg.text_tokens)
-    print(Corpus(args.out / "cache", source, cfg, engine, encoder.to(engine.device)).preview())
+    if config.model != "muse":
+        raise ValueError(
+            f"--dry-run counts a whole Muse; {config.name} is a rival of its base model: leave out --model"
+        )
+    engine, encoder = Engine(device=args.device), TextEncoder(config.text_encoder, max_tokens=config.text_tokens)
+    print(Corpus(args.out / "cache", source, config, engine, encoder.to(engine.device)).preview())
     ceiling = args.ceiling and args.ceiling * 1e12
-    print(report(cfg, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))
+    print(report(config, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))
 
 
 def _with_bars(progress: Any, show: bool) -> Any:
@@ -229,7 +232,8 @@ def average(args: argparse.Namespace) -> None:
     """Muse 3: checkpoints of the transformers averaged offline."""
     import torch
 
-    from minimuse import checkpoint, runs
+    from minimuse import checkpoint
+    from minimuse import train_state as runs
     from minimuse.muse import Muse
 
     checkpoint.refuse_existing(args.out)
@@ -247,7 +251,7 @@ def doctor(args: argparse.Namespace) -> None:
     """One finding after the other: verdict, stage and check; the number; what failure looks like and what to do."""
     from textwrap import fill
 
-    from minimuse.doctor import examine
+    from minimuse.train_doctor import examine
 
     findings, told = examine(args.folder, args.stage, device=args.device), set()
     for f in findings:
@@ -281,7 +285,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def eval_(args: argparse.Namespace) -> None:
     """Print the tables, and where they and the pictures are."""
-    from minimuse.evaluate import measure
+    from minimuse.eval_run import measure
 
     measure(**{name: value for name, value in vars(args).items() if name != "run"})
     print((args.out / "eval.md").read_text(encoding="utf-8"))
@@ -297,9 +301,9 @@ def _compared(args: argparse.Namespace) -> Any:
         return Muse.from_pretrained(args.muse, device=args.device)
     if args.amused:
         from minimuse.amused import Amused
-        from minimuse.metrics import ClipScorer
-        from minimuse.muse import pick_device
-        from minimuse.picture_judge import AmusedJudge
+        from minimuse.eval_metrics import ClipScorer
+        from minimuse.lab_models import AmusedJudge
+        from minimuse.utils import pick_device
 
         if not (args.data and args.clip):
             raise ValueError("--amused needs --data, a folder of captioned pictures, and --clip, a CLIP's name")
@@ -318,17 +322,17 @@ def info(args: argparse.Namespace) -> None:
     from minimuse.muse import parameter_counts
 
     for name in args.names or [*PRESETS]:
-        cfg = preset(name) if name in PRESETS else checkpoint.load(name)[0]
-        sizes = parameter_counts(cfg)
-        print(f"{name}: {sum(sizes.values()) / 1e6:,.1f}M parameters, text from {cfg.text_encoder}")
-        for part, size in (("base", "low"), ("superres", "high"))[: 2 if cfg.model == "muse" else 1]:
-            model, tokenizer = getattr(cfg, part), getattr(cfg, f"{size}_tokenizer")
+        config = preset(name) if name in PRESETS else checkpoint.load(name)[0]
+        sizes = parameter_counts(config)
+        print(f"{name}: {sum(sizes.values()) / 1e6:,.1f}M parameters, text from {config.text_encoder}")
+        for part, size in (("base", "low"), ("superres", "high"))[: 2 if config.model == "muse" else 1]:
+            model, tokenizer = getattr(config, part), getattr(config, f"{size}_tokenizer")
             print(
                 f"  {part:9} {sizes[part] / 1e6:8,.1f}M  {model.layers} layers x {model.width}, MLP {model.mlp_width}; "
                 f"{tokenizer.image_size} px, f={tokenizer.downsampling}: {model.grid}x{model.grid} tokens of "
-                f"{model.codebook_size} codes; {getattr(cfg, f'{part}_sampling').steps} steps"
+                f"{model.codebook_size} codes; {getattr(config, f'{part}_sampling').steps} steps"
             )
-        high = f" and, fine-tuned, {sizes['high_tokenizer'] / 1e6:,.1f}M" if cfg.model == "muse" else ""
+        high = f" and, fine-tuned, {sizes['high_tokenizer'] / 1e6:,.1f}M" if config.model == "muse" else ""
         print(f"  tokenizers {sizes['low_tokenizer'] / 1e6:,.1f}M{high}")
     if not args.names:
         print(f"shipped checkpoints: {', '.join(checkpoint.shipped()) or 'none'}")

@@ -14,127 +14,10 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-GROUP = 16  # channels a group of the VQGAN's normalization: fixed, so that a wider layer keeps a narrower one's groups
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _positive(cfg: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(cfg, name)
-        ok = isinstance(value, int) and value > 0
-        _require(ok, f"{type(cfg).__name__}.{name} is {value!r}; give a positive whole number")
-
-
-@dataclass(frozen=True)
-class VQGANConfig:
-    """A tokenizer (Muse 2.2, A.2). Each tuple holds one number a resolution, from full size down to size / f."""
-
-    image_size: int  # pixels a side it is trained for; all-convolutional, so any multiple of f works
-    codebook_size: int  # V; the paper found that more than 8192 did not help
-    code_dim: int  # width of a code; small, so that nearest codes are well told apart
-    width: int  # channels at full size, times `multipliers` below it
-    multipliers: tuple[int, ...]  # f = 2 ** (len(multipliers) - 1)
-    blocks: tuple[int, ...]  # encoder residual blocks; 0 at full size saves most of a CPU's time
-    decoder_width: int  # the fine-tuned decoder (Muse 2.5) differs in these two alone
-    decoder_blocks: tuple[int, ...]
-
-    @property
-    def downsampling(self) -> int:
-        """f."""
-        return 2 ** (len(self.multipliers) - 1)
-
-    @property
-    def grid(self) -> int:
-        """Tokens a side."""
-        return self.image_size // self.downsampling
-
-    def __post_init__(self):
-        _positive(self, "image_size", "codebook_size", "code_dim", "width", "decoder_width")
-        levels = len(self.multipliers)
-        _require(levels > 0, "VQGANConfig.multipliers is empty; give one number a resolution, such as (1, 2, 4)")
-        for name in ("blocks", "decoder_blocks"):
-            n = len(getattr(self, name))
-            _require(n == levels, f"VQGANConfig.{name} has {n} entries for {levels} resolutions; give {levels}")
-        for name in ("width", "decoder_width"):
-            value = getattr(self, name)
-            mend = f"take {max(1, round(value / GROUP)) * GROUP}"
-            _require(value % GROUP == 0, f"VQGANConfig.{name} {value} is not a multiple of {GROUP}; {mend}")
-        f = self.downsampling
-        mend = f"take {max(1, round(self.image_size / f)) * f}, or {levels - 1} fewer multipliers"
-        _require(self.image_size % f == 0, f"image size {self.image_size} is not a multiple of f = {f}; {mend}")
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """A masked transformer (Muse 2.3, A.1); with `low_layers` > 0 a super-resolution transformer (2.4, A.3)."""
-
-    codebook_size: int  # V of the tokens that it predicts
-    grid: int  # tokens a side; N = grid ** 2
-    text_width: int  # D_lm of the language model
-    width: int  # D
-    layers: int
-    heads: int  # Choice: 64 channels a head at paper scale; the paper is silent
-    mlp_width: int
-    block: int = 0  # side b of multi-axis attention's blocks; 0 is full attention
-    low_layers: int = 0  # depth of the encoder over the low-resolution tokens
-    low_grid: int = 0
-    low_codebook_size: int = 0
-    dropout: float = 0.0  # Choice: the paper is silent
-    identity: bool = False  # residual blocks begin as the identity, as DiT's (arXiv 2212.09748)
-    causal: bool = False  # an autoregressive model: each token sees those before it, row by row
-    patch: int = 1  # of a DiT alone: side of a token in the latent grid
-    text_layers: int = 0  # Deviation: layers of our own over the LM's embeddings, see `Transformer.memory`; Muse: none
-
-    @property
-    def tokens(self) -> int:
-        """N."""
-        return self.grid**2
-
-    @property
-    def mask_id(self) -> int:
-        """The [MASK] token: one past the codebook."""
-        return self.codebook_size
-
-    def __post_init__(self):
-        _positive(self, "codebook_size", "grid", "text_width", "width", "layers", "heads", "mlp_width", "patch")
-        ok = self.grid % self.patch == 0
-        _require(ok, f"a latent grid of {self.grid} is not divisible into patches of {self.patch}; give a divisor")
-        _require(not (self.causal and self.block), "causal attention is not multi-axis attention; give block=0")
-        ok = self.width % self.heads == 0
-        mend = f"take {max(1, self.width // self.heads) * self.heads}, or a number of heads that divides it"
-        _require(ok, f"width {self.width} is not divisible by {self.heads} heads; {mend}")
-        ok = self.block >= 0 and self.low_layers >= 0 and self.text_layers >= 0
-        given = f"block {self.block}, low_layers {self.low_layers}, text_layers {self.text_layers}"
-        _require(ok, f"{given}; give 0 or more")
-        ok = not self.text_layers or self.heads % 2 == 0
-        _require(ok, f"text_layers look ahead with half of the heads, and {self.heads} is odd; give an even number")
-        if self.block:
-            ok = self.grid % self.block == 0
-            _require(ok, f"a grid of {self.grid} is not divisible into blocks of {self.block}; give a divisor, or 0")
-            mend = "give an even number, or block=0"
-            _require(self.heads % 2 == 0, f"multi-axis attention halves the heads, and {self.heads} is odd; {mend}")
-        if self.low_layers:
-            _positive(self, "low_grid", "low_codebook_size")
-        _require(0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)")
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How one transformer decodes (Muse 2.8); the defaults of `Muse.generate`."""
-
-    steps: int  # T; the paper: 24 for 256 tokens, 8 for 4096
-    guidance: tuple[float, float]  # t at the first and at the last step (2.7: t rises linearly)
-    schedule: str = "cosine"
-    order: str = "confidence"
-    sampling_temperature: float = 1.0
-    choice_temperature: float = 4.5  # noise of the ranking, annealed to 0 (MaskGIT's released value)
-
-    def __post_init__(self):
-        _positive(self, "steps")
+from minimuse.sampler import SamplingConfig
+from minimuse.transformer import TransformerConfig
+from minimuse.utils import require, require_positive
+from minimuse.vqgan import VQGANConfig
 
 
 @dataclass(frozen=True)
@@ -151,24 +34,24 @@ class StageConfig:
     clip: float = 1.0  # largest gradient norm
     crop: int = 0  # tokenizers: side of the training crops in pixels; 0 is the whole image
     label_smoothing: float = 0.0  # Choice: the paper is silent; MaskGIT takes 0.1
-    text_drop: float = 0.1  # share of the examples without text (Muse 2.7)
-    text_rate: float = 1.0  # the text projection's learning rate, as a share of all others'
+    cond_drop_prob: float = 0.1  # share of the examples without text (Muse 2.7)
+    text_lr_scale: float = 1.0  # the text projection's learning rate, as a share of all others'
     mask_schedule: str = "cosine"  # r = cos(pi u / 2), u uniform (Muse 2.6)
     perceptual_weight: float = 0.05  # tokenizers (A.2)
     adversarial_weight: float = 0.1  # tokenizers (A.2)
     adversarial_start: int = 0  # step at which the adversarial loss joins
     ema: float = 0.0  # decay of a moving average of the weights, which then are the result; 0 is none, as in the paper
     save_every: int = 500  # steps from one saved state to the next
-    look_every: int = 500  # steps from one validation and sample grid to the next
+    eval_every: int = 500  # steps from one validation and sample grid to the next
 
     def __post_init__(self):
-        _positive(self, "steps", "batch", "save_every", "look_every")
+        require_positive(self, "steps", "batch", "save_every", "eval_every")
         known = ("adamw", "adafactor", "muon")
-        _require(self.optimizer in known, f"unknown optimizer {self.optimizer!r}; known: {', '.join(known)}")
-        _require(self.learning_rate > 0, f"learning rate {self.learning_rate} is not positive")
-        _require(0 <= self.text_drop <= 1, f"text_drop {self.text_drop} is not in [0, 1]")
-        _require(0 <= self.text_rate <= 1, f"text_rate {self.text_rate} is not in [0, 1]")
-        _require(0 <= self.ema < 1, f"ema {self.ema} is not in [0, 1)")
+        require(self.optimizer in known, f"unknown optimizer {self.optimizer!r}; known: {', '.join(known)}")
+        require(self.learning_rate > 0, f"learning rate {self.learning_rate} is not positive")
+        require(0 <= self.cond_drop_prob <= 1, f"cond_drop_prob {self.cond_drop_prob} is not in [0, 1]")
+        require(0 <= self.text_lr_scale <= 1, f"text_lr_scale {self.text_lr_scale} is not in [0, 1]")
+        require(0 <= self.ema < 1, f"ema {self.ema} is not in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -195,7 +78,7 @@ class MuseConfig:
     pixels_gib: float = 32.0  # Choice: images kept as pixels, enough to train tokenizers on; the rest is read once more
     text_gib: float = 64.0  # embedded captions kept on disk; where they need more, they are encoded at every step
     edit_guidance: float = 4.0  # t of a mask-free edit; the paper's (3.3.2)
-    model: str = "muse"  # or one of RIVALS in the base model's place: the low-resolution stage alone (`rivals.py`)
+    model: str = "muse"  # or one of RIVALS in the base model's place: the low-resolution stage alone (`baseline_ar.py`)
 
     @property
     def finetuned_tokenizer(self) -> VQGANConfig:
@@ -214,21 +97,21 @@ class MuseConfig:
             ("superres.text_width", sr.text_width, "base.text_width", base.text_width),
         ]
         for a, x, b, y in pairs:
-            _require(x == y, f"{a} is {x} but {b} is {y}; make them equal")
+            require(x == y, f"{a} is {x} but {b} is {y}; make them equal")
         ok = high.image_size % low.image_size == 0
         mend = "take a multiple, since the low-resolution image is the decimated high-resolution one"
-        _require(ok, f"high image size {high.image_size} is not a multiple of the low {low.image_size}; {mend}")
+        require(ok, f"high image size {high.image_size} is not a multiple of the low {low.image_size}; {mend}")
         ok = self.finetuned_width >= high.decoder_width and all(
             a >= b for a, b in zip(self.finetuned_blocks, high.decoder_blocks, strict=True)
         )
-        _require(ok, "the fine-tuned decoder is smaller than high_tokenizer's; give at least its width and blocks")
+        require(ok, "the fine-tuned decoder is smaller than high_tokenizer's; give at least its width and blocks")
         known = ("muse", *RIVALS)
-        _require(self.model in known, f"unknown model {self.model!r}; known: {', '.join(known)}")
+        require(self.model in known, f"unknown model {self.model!r}; known: {', '.join(known)}")
         ok = self.model != "dit" or not self.low_tokenizer_from
-        _require(ok, "a dit draws what our own encoder gives before quantization; leave low_tokenizer_from empty")
-        _require(self.base.causal == (self.model == "ar"), f"a base with causal={self.base.causal} is no {self.model}")
-        _require(self.edit_guidance >= 0, f"edit_guidance {self.edit_guidance} is negative; give 0 or more")
-        _require(0 <= self.synonyms <= 1, f"synonyms {self.synonyms} is not in [0, 1]; give a share")
+        require(ok, "a dit draws what our own encoder gives before quantization; leave low_tokenizer_from empty")
+        require(self.base.causal == (self.model == "ar"), f"a base with causal={self.base.causal} is no {self.model}")
+        require(self.edit_guidance >= 0, f"edit_guidance {self.edit_guidance} is negative; give 0 or more")
+        require(0 <= self.synonyms <= 1, f"synonyms {self.synonyms} is not in [0, 1]; give a share")
 
 
 STAGES = ("low_tokenizer", "base", "high_tokenizer", "superres", "decoder")
@@ -249,11 +132,11 @@ def nano() -> MuseConfig:
     # small batches: with minutes at hand, the number of steps counts
     tokenizing = StageConfig(
         steps=1250, batch=16, learning_rate=3e-3, warmup=30, weight_decay=1e-4, betas=(0.9, 0.99),
-        perceptual_weight=0.0, adversarial_weight=0.0, look_every=1000,
+        perceptual_weight=0.0, adversarial_weight=0.0, eval_every=1000,
     )  # fmt: skip
     masked = StageConfig(
         steps=1700, batch=16, learning_rate=5e-3, warmup=100, weight_decay=0.045, betas=(0.9, 0.99),
-        optimizer="muon", look_every=1000,
+        optimizer="muon", eval_every=1000,
     )  # fmt: skip
     drawing = SamplingConfig(steps=16, guidance=(0.0, 3.0), sampling_temperature=0.7)
     return MuseConfig(
@@ -313,7 +196,7 @@ def toy() -> MuseConfig:
         synonyms=0.5,
         stages={
             "low_tokenizer": tokenizing,
-            "base": replace(masked, steps=10_000, text_rate=0.1),
+            "base": replace(masked, steps=10_000, text_lr_scale=0.1),
             "high_tokenizer": replace(tokenizing, steps=2500, batch=8),
             "superres": replace(masked, steps=3000, batch=8),
             "decoder": replace(tokenizing, steps=500, batch=8, learning_rate=1e-3, **late),
@@ -377,17 +260,17 @@ PRESETS = {f.__name__: f for f in (nano, toy, paper_632m, paper_3b)}
 
 def preset(name: str) -> MuseConfig:
     """A preset by name."""
-    _require(name in PRESETS, f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    require(name in PRESETS, f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]()
 
 
-def rival(cfg: MuseConfig, model: str) -> MuseConfig:
-    """`cfg`'s low-resolution stage with another model of its size: "masked" (the base itself), "ar" or "dit".
+def rival(config: MuseConfig, model: str) -> MuseConfig:
+    """`config`'s low-resolution stage with another model of its size: "masked" (the base itself), "ar" or "dit".
 
     Choice: a DiT's adaLN-Zero takes 6 D^2 a layer beside the 16 D^2 of ours, so it is narrower: D sqrt(16 / 22).
     """
-    _require(cfg.model == "muse", f"{cfg.name} is a rival already; begin from a whole Muse's configuration")
-    base, sampling = cfg.base, cfg.base_sampling
+    require(config.model == "muse", f"{config.name} is a rival already; begin from a whole Muse's configuration")
+    base, sampling = config.base, config.base_sampling
     if model == "ar":
         base = replace(base, causal=True)
         sampling = replace(sampling, steps=base.tokens, order="raster", guidance=(1.0, 1.0), choice_temperature=0.0)
@@ -395,24 +278,24 @@ def rival(cfg: MuseConfig, model: str) -> MuseConfig:
         width = round(base.width * (16 / 22) ** 0.5 / (2 * base.heads)) * 2 * base.heads
         base = replace(base, width=width, mlp_width=4 * width, identity=True)
         sampling = replace(sampling, steps=50, guidance=(2.0, 2.0))
-    stages = {name: cfg.stages[name] for name in ("low_tokenizer", "base") if name in cfg.stages}
-    return replace(cfg, model=model, name=f"{cfg.name}-{model}", base=base, base_sampling=sampling, stages=stages)
+    stages = {name: config.stages[name] for name in ("low_tokenizer", "base") if name in config.stages}
+    return replace(config, model=model, name=f"{config.name}-{model}", base=base, base_sampling=sampling, stages=stages)
 
 
-def changed(cfg: MuseConfig, changes: list[str]) -> MuseConfig:
+def changed(config: MuseConfig, changes: list[str]) -> MuseConfig:
     """A configuration with fields set by "path=value", the value in JSON: "stages.base.steps=500", "base.width=192".
 
     ValueError where there is no such field, or where the whole no longer fits together.
     """
-    values = to_dict(cfg)
+    values = to_dict(config)
     for change in changes:
         path, equals, text = change.partition("=")
-        _require(bool(equals), f"{change!r} sets nothing; give PATH=VALUE, such as stages.base.steps=500")
+        require(bool(equals), f"{change!r} sets nothing; give PATH=VALUE, such as stages.base.steps=500")
         *parents, last = path.split(".")
         here: Any = values
         for name in parents:
             here = here.get(name) if isinstance(here, dict) else None
-        _require(isinstance(here, dict) and last in here, f"no field {path!r}; known: {', '.join(_leaves(values))}")
+        require(isinstance(here, dict) and last in here, f"no field {path!r}; known: {', '.join(_leaves(values))}")
         try:
             here[last] = json.loads(text)
         except ValueError:
@@ -427,9 +310,9 @@ def _leaves(values: Any, name: str = "") -> list[str]:
     return [leaf for key, value in values.items() for leaf in _leaves(value, f"{name}.{key}".strip("."))]
 
 
-def to_dict(cfg: MuseConfig) -> dict[str, Any]:
+def to_dict(config: MuseConfig) -> dict[str, Any]:
     """A configuration as plain JSON values; `from_dict` undoes it."""
-    return dataclasses.asdict(cfg)
+    return dataclasses.asdict(config)
 
 
 def from_dict(values: dict[str, Any]) -> MuseConfig:
@@ -443,9 +326,9 @@ def from_dict(values: dict[str, Any]) -> MuseConfig:
 
 def _fields(cls: type, values: Any) -> dict[str, Any]:
     """JSON values -> arguments of a dataclass, lists as tuples; refuses a missing or an unknown field."""
-    _require(isinstance(values, dict), f"{cls.__name__} is {values!r}; expected an object of its fields")
+    require(isinstance(values, dict), f"{cls.__name__} is {values!r}; expected an object of its fields")
     known = {f.name for f in fields(cls)}
     needed = {f.name for f in fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
     for wrong, names in (("lacks", needed - set(values)), ("does not know", set(values) - known)):
-        _require(not names, f"{cls.__name__} {wrong} {', '.join(sorted(names))}; was it written by another version?")
+        require(not names, f"{cls.__name__} {wrong} {', '.join(sorted(names))}; was it written by another version?")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

@@ -7,7 +7,7 @@
 Each of the three yields (done, of how many) while it works, shares the work among the processes, goes on where a run
 was stopped, and has nothing to do where all is there. Every 50th example is held out for validation.
 
-Not here: the shards on disk (cache.py), how a part is made (precompute.py).
+Not here: the shards on disk (data_cache.py), how a part is made (precompute.py).
 """
 
 import logging
@@ -23,12 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimuse.budget import duration
-from minimuse.cache import Rows, Shards, fill, fingerprint, in_bytes
-from minimuse.captions import EXAMPLE_PROMPTS, vocabulary
 from minimuse.config import MuseConfig
-from minimuse.data import Problems, SceneDataset, Source, halve
-from minimuse.engine import Engine
+from minimuse.data_cache import Rows, Shards, fill, fingerprint, in_bytes
+from minimuse.data_captions import EXAMPLE_PROMPTS, vocabulary
+from minimuse.data_images import Problems, SceneDataset, Source, area_downsample
 from minimuse.precompute import (
     CachedPixels,
     LiveTexts,
@@ -44,6 +42,8 @@ from minimuse.precompute import (
     tokenize,
 )
 from minimuse.text import TextEncoder
+from minimuse.train_budget import duration
+from minimuse.train_engine import Engine
 from minimuse.vqgan import VQGAN
 
 log = logging.getLogger("minimuse")
@@ -60,16 +60,16 @@ class Corpus:
         self,
         folder: str | Path,
         source: Source,
-        cfg: MuseConfig,
+        config: MuseConfig,
         engine: Engine,
         encoder: TextEncoder,
         *,
         read_only: bool = False,
     ):
-        self.folder, self.source, self.cfg, self.engine, self.encoder = Path(folder), source, cfg, engine, encoder
+        self.folder, self.source, self.config, self.engine, self.encoder = Path(folder), source, config, engine, encoder
         self.read_only = read_only
-        self.side = cfg.high_tokenizer.image_size
-        limit = max(1, int(cfg.pixels_gib * 2**30 / (3 * self.side**2)))
+        self.side = config.high_tokenizer.image_size
+        limit = max(1, int(config.pixels_gib * 2**30 / (3 * self.side**2)))
         self._pixels = self._shards("pixels", fingerprint(source.fingerprint, self.side), limit)
         self._captions = self._pixels  # the shards whose JSON holds the captions of all examples
         self.tokens: dict[str, Rows] = {}
@@ -86,13 +86,13 @@ class Corpus:
 
     def tokenize(self, name: str, tokenizer: Any) -> Iterator[tuple[int, int]]:
         """name "low" or "high": the tokens of all images by a frozen tokenizer, the low one's of decimated images."""
-        image_size = getattr(self.cfg, f"{name}_tokenizer").image_size
+        image_size = getattr(self.config, f"{name}_tokenizer").image_size
         print_ = fingerprint(self.source.fingerprint, self.side, image_size, tokenizer.state_dict())
         shards = self._shards(f"{name}_tokens", print_)
         tokenizer.to(self.engine.device)
 
         def encode(images: Tensor) -> Tensor:
-            return tokenize(tokenizer, halve(images, self.side // image_size), bf16=self.engine.bf16)
+            return tokenize(tokenizer, area_downsample(images, self.side // image_size), bf16=self.engine.bf16)
 
         source = CachedPixels(self._pixels) if self.all_pixels else self.source
         make = make_tokens(source, self.side, {name: encode}, tokenizer.codebook_size, batch=128)
@@ -104,8 +104,8 @@ class Corpus:
         captions = list(all_captions(self._captions))
         known = [t for texts in captions[:: max(1, len(captions) // 64)] for t in texts]
         mean = sum(len(row) for row in self.encode(known)) / len(known)
-        need = estimate(self.cfg, len(captions), captions=sum(map(len, captions)) / len(captions), text_tokens=mean)
-        if not text_fits(need["text"], self.cfg.text_gib):
+        need = estimate(self.config, len(captions), captions=sum(map(len, captions)) / len(captions), text_tokens=mean)
+        if not text_fits(need["text"], self.config.text_gib):
             self.texts: Texts | LiveTexts = LiveTexts(captions, self.encode)
             return
         print_ = fingerprint(self.source.fingerprint, self.side, self.encoder.max_tokens, self.encoder.weights)
@@ -158,17 +158,19 @@ class Corpus:
             embed = duration(_seconds(lambda: self.encode(captions)) / len(examples) * n)
             length = sum(map(len, self.encode(captions))) / len(captions)
         except OSError:
-            embed, length, said = "?", 32.0, f" ({self.cfg.text_encoder} is not here: 32 tokens a caption assumed)"
+            embed, length, said = "?", 32.0, f" ({self.config.text_encoder} is not here: 32 tokens a caption assumed)"
         tokenizing = {}
         for name in ("low", "high"):
-            tokenizer = VQGAN(getattr(self.cfg, f"{name}_tokenizer")).to(self.engine.device)
-            images = torch.stack([halve(e.image[None], self.side // tokenizer.cfg.image_size)[0] for e in examples[:4]])
+            tokenizer = VQGAN(getattr(self.config, f"{name}_tokenizer")).to(self.engine.device)
+            images = torch.stack(
+                [area_downsample(e.image[None], self.side // tokenizer.config.image_size)[0] for e in examples[:4]]
+            )
             work = partial(tokenize, tokenizer, images, bf16=self.engine.bf16)
             work()
             tokenizing[name] = duration(_seconds(work) / len(images) * n)
         each = len(captions) / len(examples)
-        sizes = estimate(self.cfg, n, captions=each, text_tokens=length, pixels=self._pixels.limit)
-        if not text_fits(sizes["text"], self.cfg.text_gib):
+        sizes = estimate(self.config, n, captions=each, text_tokens=length, pixels=self._pixels.limit)
+        if not text_fits(sizes["text"], self.config.text_gib):
             said += "; above text_gib: encoded at every step instead"
         lines = [f"caches of about {n:,} images, and the time of one process:"]
         for name, time_ in [("pixels", duration(read * n)), *tokenizing.items(), ("text", embed)]:
@@ -176,7 +178,11 @@ class Corpus:
         return "\n".join(lines)
 
     def _shards(self, kind: str, print_: str, limit: int | None = None) -> Shards:
-        about = {"config": self.cfg.name, "text_encoder": self.cfg.text_encoder, "source": type(self.source).__name__}
+        about = {
+            "config": self.config.name,
+            "text_encoder": self.config.text_encoder,
+            "source": type(self.source).__name__,
+        }
         return Shards(self.folder, kind, print_, self.source.parts, limit=limit, about=about)
 
     def _fill(self, shards: Shards, make: Any) -> Iterator[tuple[int, int]]:

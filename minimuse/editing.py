@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from minimuse.cfg import Guidance, get_guidance, guided
-from minimuse.data import from_pil, halve, mask_from, to_rgb
+from minimuse.data_images import area_downsample, from_pil, mask_from, to_rgb
 from minimuse.masking import random_mask
 from minimuse.sampler import LogitsFn, Step, decode
 
@@ -78,9 +78,9 @@ def resample(
 @torch.inference_mode()
 def tokenize(muse: "Muse", *images: Image.Image) -> tuple[Tensor, Tensor]:
     """B pictures -> low tokens (B, N_low) of the decimated pictures and high tokens (B, N) (Muse 3.3.1)."""
-    side, low_side = muse.cfg.high_tokenizer.image_size, muse.cfg.low_tokenizer.image_size
+    side, low_side = muse.config.high_tokenizer.image_size, muse.config.low_tokenizer.image_size
     pixels = torch.cat([from_pil(image, side) for image in images]).to(muse.device)
-    low, high = halve(pixels, side // low_side).to(muse.dtype), pixels.to(muse.dtype)
+    low, high = area_downsample(pixels, side // low_side).to(muse.dtype), pixels.to(muse.dtype)
     return muse.low_tokenizer.encode(low), muse.high_tokenizer.encode(high)
 
 
@@ -120,7 +120,7 @@ def _inpaint(
     muse: "Muse", tokens: tuple[Tensor, Tensor], repaint: Tensor, jobs: list[dict[str, Any]], **sampling
 ) -> Iterator[Step]:
     """Tokens of one picture or of one a job, repaint (1 or B, H, W) bool -> Steps."""
-    scale = muse.cfg.high_tokenizer.image_size // muse.cfg.low_tokenizer.image_size
+    scale = muse.config.high_tokenizer.image_size // muse.config.low_tokenizer.image_size
     at_low = token_mask(repaint, muse.low_tokenizer.downsampling * scale).to(muse.device)
     at_high = token_mask(repaint, muse.high_tokenizer.downsampling).to(muse.device)
     low, high = tokens[0].masked_fill(at_low, muse.base.mask_id), tokens[1].masked_fill(at_high, muse.superres.mask_id)
@@ -195,7 +195,7 @@ def edit(
     """Change the picture towards the prompt, without a mask (Muse 3.3.2). `settings` as in `edit_steps`."""
     jobs = muse.jobs(prompt, n, seed, negative_prompt, settings)
     if settings.get("guidance") is None:  # the picture tells it, since the fingerprint leaves it out
-        settings["guidance"] = muse.cfg.edit_guidance
+        settings["guidance"] = muse.config.edit_guidance
     return muse.finish(_edit(muse, tokenize(muse, image), jobs, **settings), jobs, settings | {"task": "edit"}, watch)
 
 
@@ -225,7 +225,7 @@ def _edit(
 ) -> Iterator[Step]:
     low = tokens[0].repeat(len(jobs) // len(tokens[0]), 1)
     text, null = muse.contexts(jobs)
-    t = get_guidance(muse.cfg.edit_guidance if guidance is None else guidance)
+    t = get_guidance(muse.config.edit_guidance if guidance is None else guidance)
     logits_fn = guided(muse.base, muse.base.memory(text), muse.base.memory(null), t)
     draws = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
     settings = {"iterations": iterations, "share": share, "top_k": top_k, "generators": draws}

@@ -6,7 +6,7 @@ Pictures of one prompt resemble each other, so that 10 pictures of 20 prompts sa
 label a row (the prompt, or the combination it asks for), widens an interval to what that many *groups* can tell.
 
 n rows, G groups. What is resampled is so from a seed.
-Not here: what is measured (`metrics.py`), how it is drawn (`plots.tradeoff`).
+Not here: what is measured (`eval_metrics.py`), how it is drawn (`plots.tradeoff`).
 """
 
 import math

@@ -14,7 +14,7 @@ p is the world, q the sampler's distribution; nothing is a network, so nothing b
 
 Each is kept as GROUPS values from groups of samples (jackknife pseudo-values for the last two): their mean estimates,
 their spread tells the error, and two samplers that share samples are compared group by group.
-Not here: the worlds (`worlds.py`), the comparison of many samplers (`lab.py`), trained models (`picture_judge.py`).
+Not here: the worlds (`lab_worlds.py`), the comparison of many samplers (`lab.py`), trained models (`lab_models.py`).
 """
 
 import math
@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimuse.cache import fingerprint
+from minimuse.data_cache import fingerprint
+from minimuse.lab_worlds import World
 from minimuse.sampler import ORDERS, LogitsFn, Order, by_rank, confidence, decode, halton_rank
-from minimuse.worlds import World
 
 GROUPS, T_QUANTILE = 32, 2.0395  # Student's t, 31 degrees of freedom, 97.5%
 
@@ -129,7 +129,7 @@ class Outcome(NamedTuple):
 
 
 class Judge(Protocol):
-    """What `compare` asks of: an exact world here, a trained model in `picture_judge.py`; whatever measures fits."""
+    """What `compare` asks of: an exact world here, a trained model in `lab_models.py`; whatever measures fits."""
 
     n: int
     v: int

@@ -9,7 +9,7 @@ superres                                      what it gains over plain upscaling
 tokenizers, decoder                           real renders through the tokenizers; fine-tuning before and after (2.5)
 
 Images are uint8, (B, 3, H, W). A row is a dict of plain values a picture; every figure is made of rows and features.
-Not here: the prompts (`prompts.py`), resuming, tables, sweeps (`evaluate.py`).
+Not here: the prompts (`prompts.py`), resuming, tables, sweeps (`eval_run.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimuse.data import halve, to_float, to_uint8
+from minimuse.data_images import area_downsample, to_float, to_uint8
+from minimuse.data_scenes import MATERIALS, SIZES
+from minimuse.eval_metrics import diversity, frechet, psnr
 from minimuse.intervals import Measured, difference, mean, share
-from minimuse.metrics import diversity, frechet, psnr
 from minimuse.prompts import Ask
-from minimuse.scenes import MATERIALS, SIZES
 from minimuse.studio import ITERATIONS, Judge, Studio
 
 TILE = 64  # pixels a side that the networks which measure were trained on
@@ -141,7 +141,7 @@ def edited(studio: Studio, judge: Judge, asks: list[Ask], seeds: list[int]) -> B
     made = studio.edit(before, [ask.prompt for ask in asks], seeds)
     rows = judge.rows(made[-1], asks)
     for name, images in zip((*map(str, ITERATIONS), "final"), made, strict=True):
-        small = halve(before, side // images.shape[-1])
+        small = area_downsample(before, side // images.shape[-1])
         outside = _psnr_outside(images, small, regions(asks, images.shape[-1]))
         for row, ask, looks, psnr_ in zip(rows, asks, judge.surest(images), outside, strict=True):
             thing = ask.scene.things[0]
@@ -249,7 +249,7 @@ def superres_figures(rows: Rows, tensors: Tensors) -> Figures:
 def tokenized(studio: Studio, judge: Judge, asks: list[Ask], seeds: list[int]) -> Batch:
     """Real renders, and what each tokenizer makes of them: no generator that uses it can be read better."""
     real = studio.real([ask.scene for ask in asks])
-    small = halve(real, studio.factor)
+    small = area_downsample(real, studio.factor)
     high, low = studio.reconstruct(real)
     rows, tensors = judge.rows(high, asks), {"images": torch.cat([real, high, _enlarged(low, studio.side)], 3)}
     for mark, images in ((", low", low), (", real", real), (", real, low", small)):

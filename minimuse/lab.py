@@ -6,8 +6,8 @@
     report.save("out")
 
 A grid of schedules x orders x steps, each decoded and measured by a Judge, all with the same truth and the same seeds:
-in an exact world (`judge.py`), in a trained Muse or with published weights (`picture_judge.py`).
-Not here: the worlds (`worlds.py`), what is measured, how known code bases sample (`variants.py`).
+in an exact world (`judge.py`), in a trained Muse or with published weights (`lab_models.py`).
+Not here: the worlds (`lab_worlds.py`), what is measured, how known code bases sample (`lab_samplers.py`).
 """
 
 import csv
@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minimuse import __version__, variants
-from minimuse.cache import fingerprint, write_whole
+from minimuse import __version__
+from minimuse import lab_samplers as variants
+from minimuse.data_cache import fingerprint
 from minimuse.judge import Estimate, Judge, Outcome, WorldJudge, estimate
+from minimuse.lab_worlds import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World
 from minimuse.masking import get_schedule, reveal_counts
 from minimuse.sampler import ORDERS, Order, _is_adaptive, entropy_bound
-from minimuse.worlds import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World
+from minimuse.utils import atomic_write
 
 if TYPE_CHECKING:
     from minimuse.muse import Muse
@@ -95,7 +97,7 @@ def compare(
             outcome = judge(**settings)
             if kept:
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(kept, json.dumps(outcome._asdict()))
+                atomic_write(kept, json.dumps(outcome._asdict()))
         cells.append(Cell(*label, *outcome))
     about |= {"python": platform.python_version(), "sampling": {k: repr(v) for k, v in sampling.items()}}
     return Report(cells, dict(judge.titles), about)
@@ -190,9 +192,9 @@ class Report:
                 for m, (mean, half) in ((m, c[m]) for m in c.groups):
                     bound = c.bound and m == "kl"
                     rows.writerow([c.schedule, c.order, c.steps, c.passes, m, mean, mean - half, mean + half, bound])
-        write_whole(folder / "report.md", self.table() + "\n")
+        atomic_write(folder / "report.md", self.table() + "\n")
         values = {"about": self.about, "titles": self.titles, "cells": cells}
-        write_whole(folder / "report.json", json.dumps(values, indent=1) + "\n")
+        atomic_write(folder / "report.json", json.dumps(values, indent=1) + "\n")
         return folder
 
 
@@ -247,7 +249,7 @@ def _judge(target: Any, samples: int | None, seed: int) -> Judge:
     if isinstance(target, World):
         return WorldJudge(target, samples or 4096, seed)
     if hasattr(target, "generate"):  # a Muse; only now are networks imported
-        from minimuse.picture_judge import MuseJudge
+        from minimuse.lab_models import MuseJudge
 
         return MuseJudge(target, samples or 512, seed)
     return target

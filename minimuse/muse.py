@@ -24,14 +24,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minimuse import checkpoint, editing
+from minimuse.baseline_dit import DiT
 from minimuse.cfg import get_guidance, guided, null_text
-from minimuse.config import MuseConfig, SamplingConfig
-from minimuse.data import to_pil
-from minimuse.dit import DiT
-from minimuse.engine import fast_bf16, keep_pages
-from minimuse.sampler import Step, decode
+from minimuse.config import MuseConfig
+from minimuse.data_images import to_pil
+from minimuse.sampler import SamplingConfig, Step, decode
 from minimuse.text import Context, TextEncoder
 from minimuse.transformer import SuperRes, Transformer
+from minimuse.utils import pick_device, pick_dtype
 from minimuse.vqgan import VQGAN
 
 FOREIGN = {  # names that users of diffusers will type -> ours
@@ -43,77 +43,57 @@ FOREIGN = {  # names that users of diffusers will type -> ours
 }
 
 
-def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """None -> cuda, then mps, then cpu. ValueError where this machine has no such device."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device is None:
-        return torch.device(best)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device {str(device)!r} is not on this machine, {best!r} is: {e}") from e
-    return torch.device(device)
-
-
-def pick_dtype(device: torch.device, parameters: int) -> torch.dtype:
-    """bfloat16 where the device multiplies it faster than float32, else float32.
-
-    Choice: on a CPU a model of fewer than 30 million parameters stays in float32: it is fast anyhow, and its seeds mean
-    the same pictures on a laptop that knows no bfloat16.
-    """
-    fast = fast_bf16(device) and (device.type != "cpu" or parameters >= 30_000_000)
-    return torch.bfloat16 if fast else torch.float32
-
-
-def build(cfg: MuseConfig) -> nn.ModuleDict:
+def build(config: MuseConfig) -> nn.ModuleDict:
     """The four networks with fresh weights; the high tokenizer has its fine-tuned decoder's size.
 
-    Two of them where `cfg.model` names a rival of the base model (`rivals.py`).
+    Two of them where `config.model` names a rival of the base model (`baseline_ar.py`).
     """
-    low = VQGAN(cfg.low_tokenizer)
-    if cfg.model != "muse":
-        dit = cfg.model == "dit"
-        base = DiT(cfg.base, cfg.low_tokenizer.code_dim) if dit else Transformer(cfg.base)
+    low = VQGAN(config.low_tokenizer)
+    if config.model != "muse":
+        dit = config.model == "dit"
+        base = DiT(config.base, config.low_tokenizer.code_dim) if dit else Transformer(config.base)
         return nn.ModuleDict({"low_tokenizer": low, "base": base})
-    high = VQGAN(cfg.finetuned_tokenizer)
+    high = VQGAN(config.finetuned_tokenizer)
     return nn.ModuleDict(
         {
             "low_tokenizer": low,
-            "base": Transformer(cfg.base),
+            "base": Transformer(config.base),
             "high_tokenizer": high,
-            "superres": SuperRes(cfg.superres),
+            "superres": SuperRes(config.superres),
         }
     )
 
 
-def kind(cfg: MuseConfig) -> "type[Muse]":
+def kind(config: MuseConfig) -> "type[Muse]":
     """The class that draws with a configuration's networks: Muse, or what takes its place for a rival."""
-    if cfg.model == "muse":
+    if config.model == "muse":
         return Muse
-    from minimuse.rivals import LowRes
+    from minimuse.baseline_ar import LowRes
 
     return LowRes
 
 
-def ready_tokenizer(cfg: MuseConfig) -> nn.Module | None:
+def ready_tokenizer(config: MuseConfig) -> nn.Module | None:
     """The low tokenizer that others trained, where `low_tokenizer_from` names one: frozen, of the very numbers."""
-    if not cfg.low_tokenizer_from:
+    if not config.low_tokenizer_from:
         return None
     from minimuse.amused import VQTokenizer
 
-    lone = Path(cfg.low_tokenizer_from, "config.json").exists()  # a VQModel by itself, not in a whole aMUSEd
-    tokenizer = VQTokenizer.from_pretrained(cfg.low_tokenizer_from, subfolder="" if lone else "vqvae")
+    lone = Path(config.low_tokenizer_from, "config.json").exists()  # a VQModel by itself, not in a whole aMUSEd
+    tokenizer = VQTokenizer.from_pretrained(config.low_tokenizer_from, subfolder="" if lone else "vqvae")
     for name in ("codebook_size", "downsampling"):
-        found, expected = getattr(tokenizer, name), getattr(cfg.low_tokenizer, name)
+        found, expected = getattr(tokenizer, name), getattr(config.low_tokenizer, name)
         if found != expected:
-            raise ValueError(f"{cfg.low_tokenizer_from}: {name} {found}, but low_tokenizer says {expected}; change it")
+            raise ValueError(
+                f"{config.low_tokenizer_from}: {name} {found}, but low_tokenizer says {expected}; change it"
+            )
     return tokenizer
 
 
-def parameter_counts(cfg: MuseConfig) -> dict[str, int]:
+def parameter_counts(config: MuseConfig) -> dict[str, int]:
     """Parameters of each network, counted on the meta device: no memory is taken, whatever the size."""
     with torch.device("meta"):
-        parts = build(cfg)
+        parts = build(config)
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
@@ -130,14 +110,14 @@ class Muse:
 
     def __init__(
         self,
-        cfg: MuseConfig,
+        config: MuseConfig,
         parts: nn.ModuleDict,
         encoder: TextEncoder,
         *,
         words: Sequence[str] = (),
         examples: Sequence[str] = (),
     ):
-        self.cfg, self.encoder, self.parts = cfg, encoder, parts.eval().requires_grad_(False)
+        self.config, self.encoder, self.parts = config, encoder, parts.eval().requires_grad_(False)
         self.words, self.examples = sorted(words), list(examples)  # words of the training captions; prompts to try
         self._told: set[str] = set()
         self.low_tokenizer, self.base = parts["low_tokenizer"], parts["base"]
@@ -162,8 +142,8 @@ class Muse:
         """
         draws = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
         text, null = self.contexts(jobs)
-        low_t, low_sampling = _settings(self.cfg.base_sampling, sampling)
-        high_t, high_sampling = _settings(self.cfg.superres_sampling, sampling | (superres or {}))
+        low_t, low_sampling = _settings(self.config.base_sampling, sampling)
+        high_t, high_sampling = _settings(self.config.superres_sampling, sampling | (superres or {}))
         low = self._all_masked(self.base, len(jobs)) if low is None else low
         high = self._all_masked(self.superres, len(jobs)) if high is None else high
 
@@ -236,19 +216,19 @@ class Muse:
 
         `dtype` None is what `pick_dtype` says. The LM loads at the first prompt.
         """
-        cfg, weights, about = checkpoint.load(name)
+        config, weights, about = checkpoint.load(name)
         with torch.device("meta"):
-            parts = build(cfg)
-        if (ready := ready_tokenizer(cfg)) is not None:
+            parts = build(config)
+        if (ready := ready_tokenizer(config)) is not None:
             parts["low_tokenizer"] = ready
             weights |= {f"low_tokenizer.{k}": v for k, v in ready.state_dict().items()}
         checkpoint.check_weights(parts.state_dict(), weights, name)
         parts.load_state_dict(weights, assign=True)
-        encoder = TextEncoder(cfg.text_encoder, max_tokens=cfg.text_tokens)
+        encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens)
         device = pick_device(device)
         if dtype is None:
             dtype = pick_dtype(device, sum(p.numel() for p in parts.parameters()))
-        muse = (cls if cfg.model == "muse" else kind(cfg))(cfg, parts, encoder, **about)
+        muse = (cls if config.model == "muse" else kind(config))(config, parts, encoder, **about)
         _ = muse.fingerprint  # of the weights as they are stored, before a dtype rounds them
         return muse.to(device, dtype)
 
@@ -259,23 +239,22 @@ class Muse:
         could not build the networks again.
         """
         with torch.device("meta"):
-            expected, found = build(self.cfg).state_dict(), self.parts.state_dict()
-        if self.cfg.low_tokenizer_from:
+            expected, found = build(self.config).state_dict(), self.parts.state_dict()
+        if self.config.low_tokenizer_from:
             expected, found = ({k: v for k, v in w.items() if "low_tokenizer." not in k} for w in (expected, found))
-        checkpoint.check_weights(expected, found, self.cfg.name)
+        checkpoint.check_weights(expected, found, self.config.name)
         weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in found.items()}
         about = {"words": self.words, "examples": self.examples}
-        return checkpoint.save(folder, self.cfg, weights, about, overwrite=overwrite)
+        return checkpoint.save(folder, self.config, weights, about, overwrite=overwrite)
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that stand for configuration and weights: pictures tell by them which checkpoint made them."""
-        return checkpoint.fingerprint(self.cfg, self.parts.state_dict())
+        return checkpoint.fingerprint(self.config, self.parts.state_dict())
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Muse":
         """Move the networks and the language model; returns itself."""
         self.device, self.dtype = pick_device(device or self.device), dtype or self.dtype
-        keep_pages(self.device)
         self.parts.to(self.device, self.dtype)
         self.encoder.to(self.device)
         return self
@@ -320,7 +299,7 @@ class Muse:
         if 2 * len(unknown) <= len(words):
             return ""
         tries = "; ".join(f'"{x}"' for x in self.examples[:3])
-        return f"{self.cfg.name} never saw {', '.join(unknown)} in training. Try {tries}"
+        return f"{self.config.name} never saw {', '.join(unknown)} in training. Try {tries}"
 
     def _tell_unknown_words(self, prompts: Sequence[str]) -> None:
         """One line to stderr for each unfamiliar prompt, once."""
@@ -340,7 +319,7 @@ class Muse:
         return text, null
 
     def _all_masked(self, model: Transformer, batch: int) -> Tensor:
-        return torch.full((batch, model.cfg.tokens), model.mask_id, device=self.device)
+        return torch.full((batch, model.config.tokens), model.mask_id, device=self.device)
 
     def finish(
         self,
@@ -361,7 +340,7 @@ class Muse:
         functions = {"functions": sorted(given.keys() - told.keys())} if given.keys() - told.keys() else {}
         images = self.picture(step)
         for image, job in zip(images, jobs, strict=True):
-            about = {"model": self.cfg.name, "fingerprint": self.fingerprint}
+            about = {"model": self.config.name, "fingerprint": self.fingerprint}
             image.info["minimuse"] = {**about, **job, **told, **functions}
         return images
 

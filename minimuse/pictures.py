@@ -4,7 +4,7 @@
     save_png(image, "cube.png")              its text chunk `minimuse` holds prompt, seed and settings as JSON
     again(muse, settings_of("cube.png"))     the same checkpoint and settings: the same pixels
 
-Not here: what the settings are (`Muse.finish` notes them), captioned pictures to train on (`folders.py`).
+Not here: what the settings are (`Muse.finish` notes them), captioned pictures to train on (`data_sources.py`).
 """
 
 import json
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from minimuse.data import to_pil
-from minimuse.folders import FORMATS, HUGE, UNKNOWN, Refused, decode
+from minimuse.data_images import to_pil
+from minimuse.data_sources import FORMATS, HUGE, UNKNOWN, Refused, decode
 
 if TYPE_CHECKING:
     from minimuse.muse import Muse
@@ -118,7 +118,7 @@ def again(muse: "Muse", settings: dict[str, Any], *, watch: Callable[["Step"], N
     if fingerprint != muse.fingerprint:
         raise ValueError(
             f"the picture was made by another checkpoint, {model} with the fingerprint {fingerprint}; this one is "
-            f"{muse.cfg.name} with {muse.fingerprint}; name the right one"
+            f"{muse.config.name} with {muse.fingerprint}; name the right one"
         )
     if task := settings.pop("task", None):
         raise ValueError(f"it was made by {task} from another picture, which it does not hold; give a generated one")

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from minimuse.data import to_pil
+from minimuse.data_images import to_pil
 
 if TYPE_CHECKING:
     from minimuse.intervals import Measured
@@ -137,7 +137,7 @@ def film(muse: "Muse", steps: Sequence["Step"], row: int = 0, most: int = 12) ->
     count = min(most, len(steps))
     picks = [round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)]
     picks = [steps[i] for i in picks]
-    side = max(128, muse.cfg.high_tokenizer.image_size)
+    side = max(128, muse.config.high_tokenizer.image_size)
     frames = [
         mask_overlay(muse.picture(s)[row], s.masked[row]).resize((side, side), Image.Resampling.NEAREST) for s in picks
     ]

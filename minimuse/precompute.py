@@ -8,7 +8,7 @@ Each `make_...` gives the function from a part to its arrays that `fill` asks fo
 tokens keeps the captions of its rows, so that text is encoded for exactly those rows.
 
 Glossary: n examples, N tokens, S pixels a side, L text tokens, D the language model's width, V codebook size.
-Not here: how arrays are stored (cache.py), where images and captions come from (data.py).
+Not here: how arrays are stored (data_cache.py), where images and captions come from (data_images.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimuse.cache import Made, Mapped, Shards
 from minimuse.config import MuseConfig
-from minimuse.data import Example, Problems, Source, to_float
-from minimuse.engine import precision
+from minimuse.data_cache import Made, Mapped, Shards
+from minimuse.data_images import Example, Problems, Source, to_float
+from minimuse.utils import precision
 
 
 def make_pixels(source: Source, side: int) -> Callable[[int], Made]:
@@ -176,20 +176,20 @@ def all_problems(shards: Shards) -> Problems:
 
 
 def estimate(
-    cfg: MuseConfig, images: int, *, captions: float = 1, text_tokens: float = 32, pixels: int | None = None
+    config: MuseConfig, images: int, *, captions: float = 1, text_tokens: float = 32, pixels: int | None = None
 ) -> dict[str, int]:
     """-> bytes of each cache: "pixels", "low", "high", "text", before any of it is made.
 
     captions an image, text_tokens a caption, `pixels` of the images kept as pixels (None: all). 10 million captions of
     77 tokens of T5-XXL (4096-d) take 6.3 TB; the files' headers and JSON are not counted.
     """
-    low, high = cfg.low_tokenizer, cfg.high_tokenizer
+    low, high = config.low_tokenizer, config.high_tokenizer
     width = 2 if max(low.codebook_size, high.codebook_size) <= 2**16 else 4
     return {
         "pixels": (images if pixels is None else min(pixels, images)) * 3 * high.image_size**2,
         "low": images * low.grid**2 * width,
         "high": images * high.grid**2 * width,
-        "text": round(images * captions * text_tokens * cfg.base.text_width * 2),
+        "text": round(images * captions * text_tokens * config.base.text_width * 2),
     }
 
 

@@ -14,7 +14,7 @@
 Ask i of a set is a function of i alone. Each prompt comes twice in a row, so that pictures of one prompt compare.
 Colours and shapes, sizes and materials (named in 6 of 10 prompts each), relations and numbers go round in cycles of
 lengths that share no factor, so that any stretch of a set is balanced.
-Not here: drawing and measuring (`evaluate.py`), what a prompt means (`wants.py`).
+Not here: drawing and measuring (`eval_run.py`), what a prompt means (`eval_prompts.py`).
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ from itertools import product
 from random import Random
 from typing import NamedTuple
 
-from minimuse.captions import _RELATIONS, PARAPHRASES, _phrase
-from minimuse.scenes import (
+from minimuse.data_captions import _RELATIONS, PARAPHRASES, _phrase
+from minimuse.data_scenes import (
     COLORS,
     HELD_OUT,
     MATERIALS,

@@ -18,16 +18,33 @@ Not here: the schedules (`masking.py`), guidance (`cfg.py`).
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minimuse.masking import Draws, Schedule, reveal_counts, uniforms
+from minimuse.utils import require_positive
 
 LogitsFn = Callable[[Tensor, float], Tensor]
 Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N): the picture filled in, known tokens kept
 Count = Schedule | Callable[[Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How one transformer decodes (Muse 2.8); the defaults of `Muse.generate`."""
+
+    steps: int  # T; the paper: 24 for 256 tokens, 8 for 4096
+    guidance: tuple[float, float]  # t at the first and at the last step (2.7: t rises linearly)
+    schedule: str = "cosine"
+    order: str = "confidence"
+    sampling_temperature: float = 1.0
+    choice_temperature: float = 4.5  # noise of the ranking, annealed to 0 (MaskGIT's released value)
+
+    def __post_init__(self):
+        require_positive(self, "steps")
 
 
 class Step(NamedTuple):

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from minimuse import editing
-from minimuse.data import halve, to_pil, to_uint8
+from minimuse.data_images import area_downsample, to_pil, to_uint8
+from minimuse.data_scenes import Scene, render
+from minimuse.eval_clip import Scorer
+from minimuse.eval_detector import Reader
+from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.muse import Muse
 from minimuse.prompts import Ask
-from minimuse.reader import Reader
 from minimuse.sampler import Step
-from minimuse.scenes import Scene, render
-from minimuse.scorer import Scorer
 from minimuse.vqgan import VQGAN
 from minimuse.vqgan_loss import feature_distance
-from minimuse.wants import matches, parse_prompt
 
 ITERATIONS = (10, 30, 100)  # of the mask-free edit that are looked at; the last is all (Muse 3.3.2)
 
@@ -37,14 +37,14 @@ class Studio:
 
     def __init__(self, muse: Muse, *, before: VQGAN | None = None, base_only: bool = False):
         self.muse, self.before, self.base_only = muse, before, base_only
-        self.side = muse.cfg.high_tokenizer.image_size
-        self.factor = self.side // muse.cfg.low_tokenizer.image_size
+        self.side = muse.config.high_tokenizer.image_size
+        self.factor = self.side // muse.config.low_tokenizer.image_size
         self._rendered = lru_cache(32)(lambda scenes: to_uint8(render([*scenes], self.side)))  # a sweep's, seen again
 
     def real(self, scenes: Sequence[Scene]) -> Tensor:
         """What the pictures should look like: renders, decimated where the base model alone is measured."""
         images = self._rendered(tuple(scenes))
-        return halve(images, self.factor) if self.base_only else images
+        return area_downsample(images, self.factor) if self.base_only else images
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], negatives: Sequence[str] = (), **sampling) -> Tensor:
         """Prompts, a seed each, and what to guide away from -> images."""

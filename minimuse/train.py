@@ -6,7 +6,7 @@ Each stage yields a `Progress` a step, so that a notebook may watch, plot or sto
 `train_muse` walks through all five and ends with a `Muse`. While a transformer trains, the tokenizers and the language
 model are frozen: images are tokenized and captions encoded once.
 
-Not here: processes, precision, optimizer, saved states (`engine.py`), what is kept on disk (`cache.py`).
+Not here: processes, precision, optimizer, saved states (`train_engine.py`), what is kept on disk (`data_cache.py`).
 """
 
 import math
@@ -22,21 +22,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimuse.baseline_dit import LEVELS, DiT, NoiseLoss, gaussians, latents
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.corpus import Corpus
-from minimuse.data import SceneDataset, Source, halve, to_float
-from minimuse.dit import LEVELS, DiT, NoiseLoss, gaussians, latents
-from minimuse.engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizers
-from minimuse.folders import open_source
+from minimuse.data_images import SceneDataset, Source, area_downsample, to_float
+from minimuse.data_scenes import COLORS, SHAPES
+from minimuse.data_sources import open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate, uniforms
 from minimuse.muse import Muse, build, kind, ready_tokenizer
-from minimuse.scenes import COLORS, SHAPES
 from minimuse.text import Context, TextEncoder, pad_contexts
+from minimuse.train_engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizers
+from minimuse.train_log import Watch
 from minimuse.transformer import SuperRes, Transformer
 from minimuse.vqgan import VQGAN, codebook_usage
 from minimuse.vqgan_loss import COMMITMENT, Perceptual, SceneFeatures, VQGANLoss, feature_distance
-from minimuse.watch import Watch
 
 Look = Callable[[nn.Module, int], dict[str, float]]  # (model or its MaskedLoss, steps done) -> figures for the log
 
@@ -64,7 +64,7 @@ def random_crop(images: Tensor, size: int, draws: torch.Generator) -> Tensor:
 
 def train_tokenizer(
     vqgan: VQGAN,
-    cfg: StageConfig,
+    config: StageConfig,
     images: Any,
     *,
     stage: str = "tokenizer",
@@ -81,17 +81,17 @@ def train_tokenizer(
         part.train(any(p.requires_grad for p in part.parameters()))
     vqgan.to(engine.device, memory_format=torch.channels_last)
     torch.manual_seed(engine.seed)
-    losses = VQGANLoss(perceptual, cfg.perceptual_weight, cfg.adversarial_weight, cfg.adversarial_start)
+    losses = VQGANLoss(perceptual, config.perceptual_weight, config.adversarial_weight, config.adversarial_start)
     losses.to(engine.device, memory_format=torch.channels_last)
     modules = {"model": vqgan} | ({"critic": losses.discriminator} if losses.discriminator is not None else {})
-    job = Stage(engine, stage, cfg, modules, {"idle": vqgan.quantizer.watch_codes()})
+    job = Stage(engine, stage, config, modules, {"idle": vqgan.quantizer.watch_codes()})
     last_layer = vqgan.decoder.conv_out.weight
     if job.first:
-        yield Progress(stage, job.first, cfg.steps, {}, vqgan)
+        yield Progress(stage, job.first, config.steps, {}, vqgan)
     for step in job.steps():
         shares: list[dict[str, Tensor]] = []
         for at, _ in job.micro_batches(len(images), step):
-            x = to_float(random_crop(images[at], cfg.crop, generator(engine.seed, step))).to(engine.device)
+            x = to_float(random_crop(images[at], config.crop, generator(engine.seed, step))).to(engine.device)
             x = x.contiguous(memory_format=torch.channels_last)
             with engine.precision():
                 made = job.modules["model"](x)
@@ -114,20 +114,20 @@ def train_tokenizer(
         figures["psnr"] = -10 * math.log10(max(figures.pop("mse"), 1e-10) / 4)
         figures["used"], figures["perplexity"] = codebook_usage(made.tokens, vqgan.codebook_size)
         job.end(step)
-        if look and (step + 1) % cfg.look_every == 0:
+        if look and (step + 1) % config.eval_every == 0:
             figures |= look(vqgan, step + 1)
-        yield Progress(stage, step + 1, cfg.steps, figures, vqgan)
+        yield Progress(stage, step + 1, config.steps, figures, vqgan)
 
 
 def train_features(images: Tensor, kinds: Tensor, *, steps: int = 200, seed: int = 0) -> SceneFeatures:
     """images (n, 3, H, W) uint8, kinds (n, K) 0 or 1 -> features for a perceptual loss, trained to tell kinds."""
     torch.manual_seed(seed)
     net = SceneFeatures(kinds.shape[1])
-    cfg = StageConfig(steps=steps, batch=64, learning_rate=2e-3, warmup=10, weight_decay=1e-4)
-    (optimizer,) = make_optimizers(net, cfg)
+    config = StageConfig(steps=steps, batch=64, learning_rate=2e-3, warmup=10, weight_decay=1e-4)
+    (optimizer,) = make_optimizers(net, config)
     for step in range(steps):
-        at = batch_indices(len(images), cfg.batch, step, seed)
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(cfg, step)
+        at = batch_indices(len(images), config.batch, step, seed)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(config, step)
         F.binary_cross_entropy_with_logits(net.classify(to_float(images[at])), kinds[at]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -180,7 +180,7 @@ class NextLoss(MaskedLoss):
 
 def train_transformer(
     model: Transformer,
-    cfg: StageConfig,
+    config: StageConfig,
     tokens: Any,
     texts: Any,
     *,
@@ -199,39 +199,39 @@ def train_transformer(
     device = engine.device
     model.train()
     torch.manual_seed(engine.seed)
-    schedule = (lambda u: 1.0) if model.cfg.causal else cfg.mask_schedule
-    loss_of = NextLoss if model.cfg.causal else MaskedLoss
-    job = Stage(engine, stage, cfg, {"model": loss_of(model)}, shard=True)
+    schedule = (lambda u: 1.0) if model.config.causal else config.mask_schedule
+    loss_of = NextLoss if model.config.causal else MaskedLoss
+    job = Stage(engine, stage, config, {"model": loss_of(model)}, shard=True)
     if job.first:
-        yield Progress(stage, job.first, cfg.steps, {}, model)
+        yield Progress(stage, job.first, config.steps, {}, model)
     for step in job.steps():
-        rates = sample_mask_rate(cfg.batch, schedule=schedule, generator=job.draws(job.places(step)))
+        rates = sample_mask_rate(config.batch, schedule=schedule, generator=job.draws(job.places(step)))
         count = int(masked_counts(rates, tokens.shape[1]).sum())  # of the whole batch: an example's rate comes first
         shares = []
         for at, draws in job.micro_batches(len(tokens), step):
             x = tokens[at]
             rates = sample_mask_rate(len(x), schedule=schedule, generator=draws)  # one an example (Muse 2.6)
             masked = random_mask(x, rates, draws)
-            context = drop_text(pad_contexts(pick(texts, at, draws)), cfg.text_drop, draws)  # Muse 2.7
+            context = drop_text(pad_contexts(pick(texts, at, draws)), config.cond_drop_prob, draws)  # Muse 2.7
             low = None if low_tokens is None else low_tokens[at].to(device)
             with engine.precision():
                 loss, right = job.modules["model"](
-                    x.to(device), masked.to(device), context.to(device), low, count, cfg.label_smoothing
+                    x.to(device), masked.to(device), context.to(device), low, count, config.label_smoothing
                 )
             job.backward(loss)
             shares.append({"loss": loss, "accuracy": right})
         job.update(step)
         figures = job.total(shares)
         job.end(step)
-        if look and (step + 1) % cfg.look_every == 0:
+        if look and (step + 1) % config.eval_every == 0:
             figures |= look(job.modules["model"], step + 1)
-        yield Progress(stage, step + 1, cfg.steps, figures, model)
+        yield Progress(stage, step + 1, config.steps, figures, model)
     model.eval()
 
 
 def train_dit(
     model: DiT,
-    cfg: StageConfig,
+    config: StageConfig,
     z: Tensor,
     texts: Any,
     *,
@@ -239,32 +239,32 @@ def train_dit(
     engine: Engine | None = None,
     look: Look | None = None,
 ) -> Iterator[Progress]:
-    """Noise prediction (`dit.py`) on latents z (n, d, h, w) as the encoder gives them; texts as `train_transformer`."""
+    """Noise prediction (`baseline_dit.py`) on latents z (n, d, h, w) as the encoder gives them; texts as `train_transformer`."""
     engine = engine or Engine()
     device = engine.device
     model.train().observe(z)
     torch.manual_seed(engine.seed)
-    job = Stage(engine, stage, cfg, {"model": NoiseLoss(model)}, shard=True)
+    job = Stage(engine, stage, config, {"model": NoiseLoss(model)}, shard=True)
     if job.first:
-        yield Progress(stage, job.first, cfg.steps, {}, model)
+        yield Progress(stage, job.first, config.steps, {}, model)
     for step in job.steps():
         shares = []
         for at, draws in job.micro_batches(len(z), step):
             x = z[at]
             when = (uniforms(len(x), generator=draws) * len(LEVELS)).long()  # one an example, uniform on 0 .. S-1
             noise = gaussians(*x.shape, generator=draws)
-            context = drop_text(pad_contexts(pick(texts, at, draws)), cfg.text_drop, draws)
+            context = drop_text(pad_contexts(pick(texts, at, draws)), config.cond_drop_prob, draws)
             with engine.precision():
                 inputs = (t.to(device) for t in (x, noise, when, context))
-                loss = job.modules["model"](*inputs, cfg.batch * x[0].numel())
+                loss = job.modules["model"](*inputs, config.batch * x[0].numel())
             job.backward(loss)
             shares.append({"loss": loss})
         job.update(step)
         figures = job.total(shares)
         job.end(step)
-        if look and (step + 1) % cfg.look_every == 0:
+        if look and (step + 1) % config.eval_every == 0:
             figures |= look(job.modules["model"], step + 1)
-        yield Progress(stage, step + 1, cfg.steps, figures, model)
+        yield Progress(stage, step + 1, config.steps, figures, model)
     model.eval()
 
 
@@ -289,11 +289,11 @@ class Decimated:
         return len(self.images)
 
     def __getitem__(self, indices: Any) -> Tensor:
-        return halve(self.images[indices], self.factor)
+        return area_downsample(self.images[indices], self.factor)
 
 
 def train_muse(
-    cfg: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None
+    config: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None
 ) -> Iterator[Progress]:
     """A configuration -> a Progress a step of every stage; the last one's model is the finished Muse.
 
@@ -302,37 +302,37 @@ def train_muse(
     decimated high-resolution one (Muse 3.3.1).
     """
     engine, started = engine or Engine(), time.monotonic()
-    watch = Watch(cfg, engine)
-    for p in _stages(cfg, data, engine, watch):
+    watch = Watch(config, engine)
+    for p in _stages(config, data, engine, watch):
         yield p._replace(figures=watch(p))
     yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, p.model)
 
 
-def _stages(cfg: MuseConfig, data: str | Path | Source, engine: Engine, watch: Watch) -> Iterator[Progress]:
+def _stages(config: MuseConfig, data: str | Path | Source, engine: Engine, watch: Watch) -> Iterator[Progress]:
     """The five stages, and before each what it reads; the last Progress holds the Muse."""
     torch.manual_seed(engine.seed)
-    parts, high = build(cfg), VQGAN(cfg.high_tokenizer)
-    encoder = TextEncoder(cfg.text_encoder, max_tokens=cfg.text_tokens, device=engine.device)
-    factor = cfg.high_tokenizer.image_size // cfg.low_tokenizer.image_size
-    perceptual = _perceptual(cfg, engine)
+    parts, high = build(config), VQGAN(config.high_tokenizer)
+    encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
+    factor = config.high_tokenizer.image_size // config.low_tokenizer.image_size
+    perceptual = _perceptual(config, engine)
 
     def tokenizer(name: str, vqgan: VQGAN, images: Any, held_out: Any) -> Iterator[Progress]:
         seen = {"perceptual": perceptual, "look": watch.tokenizer(name, held_out)}
-        return train_tokenizer(vqgan, cfg.stages[name], images, stage=name, engine=engine, **seen)
+        return train_tokenizer(vqgan, config.stages[name], images, stage=name, engine=engine, **seen)
 
     def transformer(name: str, tokens: Any, low_tokens: Any = None) -> Iterator[Progress]:
         seen = {"low_tokens": low_tokens, "look": watch.transformer(name, corpus, parts)}
-        return train_transformer(parts[name], cfg.stages[name], tokens, texts, stage=name, engine=engine, **seen)
+        return train_transformer(parts[name], config.stages[name], tokens, texts, stage=name, engine=engine, **seen)
 
     with ExitStack() as stack:
         root = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
-        source = open_source(data, cfg, seed=engine.seed) if isinstance(data, str | Path) else data
-        corpus = Corpus(Path(root, "cache"), source, cfg, engine, encoder)
+        source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
+        corpus = Corpus(Path(root, "cache"), source, config, engine, encoder)
         yield from _work("read images", corpus.read(), parts)
         images, held_out = corpus.split(corpus.images), corpus.split(corpus.images, held_out=True)
 
         small = Decimated(images, factor), Decimated(held_out, factor)
-        if (ready := ready_tokenizer(cfg)) is not None:
+        if (ready := ready_tokenizer(config)) is not None:
             parts["low_tokenizer"] = ready
         else:
             yield from tokenizer("low_tokenizer", parts["low_tokenizer"], *small)
@@ -340,30 +340,30 @@ def _stages(cfg: MuseConfig, data: str | Path | Source, engine: Engine, watch: W
         yield from _work("embed captions", corpus.embed(), parts)
         low_tokens, texts = corpus.split(corpus.tokens["low"]), corpus.split(corpus.texts)
         torch.manual_seed(engine.seed)  # whatever ran before: a resumed run begins each stage as a whole one does
-        if cfg.model == "dit":
+        if config.model == "dit":
             z, seen = latents(parts["low_tokenizer"], small[0]), {"engine": engine, "look": watch.dit(corpus, parts)}
-            yield from train_dit(parts["base"], cfg.stages["base"], z, texts, **seen)
+            yield from train_dit(parts["base"], config.stages["base"], z, texts, **seen)
         else:
-            parts["base"].begin_from(parts["low_tokenizer"].codebook)
+            parts["base"].init_from_codebook(parts["low_tokenizer"].codebook)
             yield from transformer("base", low_tokens)
-        parts["base"] = engine.whole(parts["base"], lambda: build(cfg)["base"])
+        parts["base"] = engine.whole(parts["base"], lambda: build(config)["base"])
 
         def finished() -> Muse:
-            return kind(cfg)(cfg, parts, encoder, **corpus.words()).to(engine.device, torch.float32)
+            return kind(config)(config, parts, encoder, **corpus.words()).to(engine.device, torch.float32)
 
-        if cfg.model != "muse":
+        if config.model != "muse":
             yield Progress("all", 1, 1, {}, finished())
             return
         yield from tokenizer("high_tokenizer", high, images, held_out)
         parts["high_tokenizer"] = high
         yield from _work("high tokens", corpus.tokenize("high", high), parts)
         torch.manual_seed(engine.seed)
-        parts["superres"].begin_from(high.codebook, parts["low_tokenizer"].codebook)
+        parts["superres"].init_from_codebook(high.codebook, parts["low_tokenizer"].codebook)
         yield from transformer("superres", corpus.split(corpus.tokens["high"]), low_tokens)
-        parts["superres"] = engine.whole(parts["superres"], lambda: SuperRes(cfg.superres))
+        parts["superres"] = engine.whole(parts["superres"], lambda: SuperRes(config.superres))
 
         torch.manual_seed(engine.seed)
-        parts["high_tokenizer"] = high.grow_decoder(cfg.finetuned_tokenizer)
+        parts["high_tokenizer"] = high.grow_decoder(config.finetuned_tokenizer)
         yield from tokenizer("decoder", parts["high_tokenizer"], images, held_out)
         yield Progress("all", 1, 1, {}, finished())
 
@@ -374,11 +374,11 @@ def _work(name: str, work: Iterator[tuple[int, int]], parts: nn.ModuleDict) -> I
         yield Progress(name, done, of, {}, parts)
 
 
-def _perceptual(cfg: MuseConfig, engine: Engine, n: int = 2000) -> Perceptual | None:
+def _perceptual(config: MuseConfig, engine: Engine, n: int = 2000) -> Perceptual | None:
     """Features trained on scenes, whatever the data, where a tokenizer stage weighs a perceptual loss."""
-    if not any(s.perceptual_weight for name, s in cfg.stages.items() if name not in ("base", "superres")):
+    if not any(s.perceptual_weight for name, s in config.stages.items() if name not in ("base", "superres")):
         return None
-    scenes, kinds = SceneDataset(n, cfg.low_tokenizer.image_size, seed=engine.seed), [*product(COLORS, SHAPES)]
+    scenes, kinds = SceneDataset(n, config.low_tokenizer.image_size, seed=engine.seed), [*product(COLORS, SHAPES)]
     there = [{(t.color, t.shape) for t in scenes.scene(i).things} for i in range(n)]
     labels = torch.tensor([[float(k in t) for k in kinds] for t in there])
     features = train_features(scenes.images(), labels, seed=engine.seed)

@@ -1,4 +1,4 @@
-"""Train the reader (`reader.py`) from nothing: `python -m minimuse.train_reader FOLDER` made the shipped one.
+"""Train the reader (`eval_detector.py`) from nothing: `python -m minimuse.train_reader FOLDER` made the shipped one.
 
     scenes --render--> images --spoiled, as decoders spoil pictures--> Network --> heat, attributes, box and place
 
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from minimuse import checkpoint
 from minimuse.config import StageConfig
-from minimuse.data import to_float, to_uint8
-from minimuse.engine import Engine, Stage
-from minimuse.reader import FIELDS, FORMAT, GRID, HEADS, SIZE, SPREAD, Network, Reader, cells, compare, scaled
-from minimuse.scenes import MAX_THINGS, SPLITS, Scene, box, render, sample_scene
+from minimuse.data_images import to_float, to_uint8
+from minimuse.data_scenes import MAX_THINGS, SPLITS, Scene, box, render, sample_scene
+from minimuse.eval_detector import FIELDS, FORMAT, GRID, HEADS, SIZE, SPREAD, Network, Reader, cells, compare, scaled
+from minimuse.train_engine import Engine, Stage
 
 TRAINING = StageConfig(steps=1200, batch=64, learning_rate=4e-3, warmup=100, weight_decay=0.01, betas=(0.9, 0.98))
 SCENES, SEED = 8_000, 7_000_000_000  # far from the seeds of data sets, which begin at 0
@@ -113,10 +113,10 @@ def _quantized(images: Tensor, step: Tensor) -> Tensor:
     return (basis.T @ rounded @ basis).transpose(3, 4).reshape(b, c, h, w)
 
 
-def train(engine: Engine, cfg: StageConfig, images: Tensor, scenes: list[Scene]) -> Iterator[tuple[float, Network]]:
+def train(engine: Engine, config: StageConfig, images: Tensor, scenes: list[Scene]) -> Iterator[tuple[float, Network]]:
     """images (n, 3, 64, 64) uint8 and their scenes -> (loss, network) after each step."""
     torch.manual_seed(engine.seed)
-    stage = Stage(engine, "reader", cfg, {"model": Network().to(memory_format=torch.channels_last)})
+    stage = Stage(engine, "reader", config, {"model": Network().to(memory_format=torch.channels_last)})
     net, (index, place) = stage.modules["model"], targets(scenes)
     for step in stage.steps():
         shares = []
@@ -200,14 +200,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device")
     args = parser.parse_args(argv)
     checkpoint.refuse_existing(args.folder)
-    begun, cfg, made = time.time(), replace(TRAINING, steps=args.steps), scenes(args.scenes, args.seed)
+    begun, config, made = time.time(), replace(TRAINING, steps=args.steps), scenes(args.scenes, args.seed)
     from tqdm import tqdm
 
     chunks = tqdm(range(0, len(made), 100), desc="rendering", unit_scale=100)
     images = torch.cat([to_uint8(render(made[i : i + 100], SIZE)) for i in chunks])
-    progress = train(Engine(seed=args.seed, device=args.device), cfg, images, made)
-    _, net = deque(tqdm(progress, desc="training", total=cfg.steps), maxlen=1).pop()
-    training = {"scenes": args.scenes, "seed": args.seed, "steps": cfg.steps, "batch": cfg.batch}
+    progress = train(Engine(seed=args.seed, device=args.device), config, images, made)
+    _, net = deque(tqdm(progress, desc="training", total=config.steps), maxlen=1).pop()
+    training = {"scenes": args.scenes, "seed": args.seed, "steps": config.steps, "batch": config.batch}
     spent = {"minutes": round((time.time() - begun) / 60, 1), "threads": torch.get_num_threads()}
     save(Reader(net), args.folder, training | spent, args.fresh)
     print(args.folder)

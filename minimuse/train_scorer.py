@@ -1,7 +1,7 @@
-"""Train the scorer (`scorer.py`) from nothing: `python -m minimuse.train_scorer FOLDER` made the shipped one.
+"""Train the scorer (`eval_clip.py`) from nothing: `python -m minimuse.train_scorer FOLDER` made the shipped one.
 
     scenes --render, spoiled as decoders spoil pictures--> images   \\
-    scenes --captions.py--> what is true --swap--> what is not      --> each picture is to find its caption among all
+    scenes --data_captions.py--> what is true --swap--> what is not      --> each picture is to find its caption among all
                                                                        of the batch, and the other way round
 
 What it learns from is kept away from what it measures: seeds from 5 billion, splits "test" and "novel", no generated
@@ -23,14 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimuse import checkpoint
-from minimuse.captions import _FLOOR, caption
 from minimuse.config import StageConfig
-from minimuse.data import to_float, to_uint8
-from minimuse.engine import Engine, Stage
-from minimuse.reader import FIELDS, SIZE
-from minimuse.scenes import render
-from minimuse.scorer import FORMAT, Network, Scorer
+from minimuse.data_captions import _FLOOR, caption
+from minimuse.data_images import to_float, to_uint8
+from minimuse.data_scenes import render
+from minimuse.eval_clip import FORMAT, Network, Scorer
+from minimuse.eval_detector import FIELDS, SIZE
 from minimuse.text import TextEncoder, pad_contexts
+from minimuse.train_engine import Engine, Stage
 from minimuse.train_reader import scenes, spoiled
 
 TRAINING = StageConfig(steps=1500, batch=64, learning_rate=2e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98))
@@ -56,11 +56,11 @@ def swap(text: str, rng: Random) -> tuple[str, str]:
 
 
 def train(
-    engine: Engine, cfg: StageConfig, images: Tensor, texts: list[list[Tensor]]
+    engine: Engine, config: StageConfig, images: Tensor, texts: list[list[Tensor]]
 ) -> Iterator[tuple[float, Network]]:
     """images (n, 3, 64, 64) uint8, of each its caption and WRONG false ones as (L, 384) -> loss, network."""
     torch.manual_seed(engine.seed)
-    stage = Stage(engine, "scorer", cfg, {"model": Network().to(memory_format=torch.channels_last)})
+    stage = Stage(engine, "scorer", config, {"model": Network().to(memory_format=torch.channels_last)})
     net = stage.modules["model"]
     for step in stage.steps():
         shares = []
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device")
     args = parser.parse_args(argv)
     checkpoint.refuse_existing(args.folder)
-    cfg, made, rng = replace(TRAINING, steps=args.steps), scenes(args.scenes, args.seed), Random(args.seed)
+    config, made, rng = replace(TRAINING, steps=args.steps), scenes(args.scenes, args.seed), Random(args.seed)
     chunks = tqdm(range(0, len(made), 100), desc="rendering", unit_scale=100)
     images = torch.cat([to_uint8(render(made[i : i + 100], SIZE)) for i in chunks])
     true = [caption(scene, args.seed + i) for i, scene in enumerate(made)]
@@ -151,9 +151,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder, known = TextEncoder(device=args.device), {text: None for texts in said for text in texts}
     for few in tqdm([[*known][i : i + 256] for i in range(0, len(known), 256)], desc="embedding", unit_scale=256):
         known |= {text: e[m].half().cpu() for text, e, m in zip(few, *encoder.encode(few), strict=True)}
-    progress = train(Engine(seed=args.seed, device=args.device), cfg, images, [[known[t] for t in row] for row in said])
-    _, net = deque(tqdm(progress, desc="training", total=cfg.steps), maxlen=1).pop()
-    training = {"scenes": args.scenes, "seed": args.seed, "steps": cfg.steps, "batch": cfg.batch}
+    progress = train(
+        Engine(seed=args.seed, device=args.device), config, images, [[known[t] for t in row] for row in said]
+    )
+    _, net = deque(tqdm(progress, desc="training", total=config.steps), maxlen=1).pop()
+    training = {"scenes": args.scenes, "seed": args.seed, "steps": config.steps, "batch": config.batch}
     save(Scorer(net.cpu(), encoder.to("cpu")), args.folder, training, args.fresh)
     print(args.folder)
 

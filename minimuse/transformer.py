@@ -12,6 +12,7 @@ Not here: masking (`masking.py`), guidance (`cfg.py`), decoding (`sampler.py`).
 """
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,10 +20,64 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minimuse.config import TransformerConfig
+from minimuse.utils import require, require_positive
 
 if TYPE_CHECKING:
     from minimuse.text import Context
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A masked transformer (Muse 2.3, A.1); with `low_layers` > 0 a super-resolution transformer (2.4, A.3)."""
+
+    codebook_size: int  # V of the tokens that it predicts
+    grid: int  # tokens a side; N = grid ** 2
+    text_width: int  # D_lm of the language model
+    width: int  # D
+    layers: int
+    heads: int  # Choice: 64 channels a head at paper scale; the paper is silent
+    mlp_width: int
+    block: int = 0  # side b of multi-axis attention's blocks; 0 is full attention
+    low_layers: int = 0  # depth of the encoder over the low-resolution tokens
+    low_grid: int = 0
+    low_codebook_size: int = 0
+    dropout: float = 0.0  # Choice: the paper is silent
+    identity: bool = False  # residual blocks begin as the identity, as DiT's (arXiv 2212.09748)
+    causal: bool = False  # an autoregressive model: each token sees those before it, row by row
+    patch: int = 1  # of a DiT alone: side of a token in the latent grid
+    text_layers: int = 0  # Deviation: layers of our own over the LM's embeddings, see `Transformer.memory`; Muse: none
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.grid**2
+
+    @property
+    def mask_id(self) -> int:
+        """The [MASK] token: one past the codebook."""
+        return self.codebook_size
+
+    def __post_init__(self):
+        require_positive(self, "codebook_size", "grid", "text_width", "width", "layers", "heads", "mlp_width", "patch")
+        ok = self.grid % self.patch == 0
+        require(ok, f"a latent grid of {self.grid} is not divisible into patches of {self.patch}; give a divisor")
+        require(not (self.causal and self.block), "causal attention is not multi-axis attention; give block=0")
+        ok = self.width % self.heads == 0
+        mend = f"take {max(1, self.width // self.heads) * self.heads}, or a number of heads that divides it"
+        require(ok, f"width {self.width} is not divisible by {self.heads} heads; {mend}")
+        ok = self.block >= 0 and self.low_layers >= 0 and self.text_layers >= 0
+        given = f"block {self.block}, low_layers {self.low_layers}, text_layers {self.text_layers}"
+        require(ok, f"{given}; give 0 or more")
+        ok = not self.text_layers or self.heads % 2 == 0
+        require(ok, f"text_layers look ahead with half of the heads, and {self.heads} is odd; give an even number")
+        if self.block:
+            ok = self.grid % self.block == 0
+            require(ok, f"a grid of {self.grid} is not divisible into blocks of {self.block}; give a divisor, or 0")
+            mend = "give an even number, or block=0"
+            require(self.heads % 2 == 0, f"multi-axis attention halves the heads, and {self.heads} is odd; {mend}")
+        if self.low_layers:
+            require_positive(self, "low_grid", "low_codebook_size")
+        require(0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)")
 
 
 class Memory(NamedTuple):
@@ -181,10 +236,10 @@ class TextLayer(nn.Module):
     all looks right in 59% before it and in 44% after it.
     """
 
-    def __init__(self, cfg: TransformerConfig):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.norm, self.attention = nn.LayerNorm(cfg.width, bias=False), SelfAttention(cfg.width, cfg.heads)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.norm, self.attention = nn.LayerNorm(config.width, bias=False), SelfAttention(config.width, config.heads)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, attend: Tensor) -> Tensor:
         return x + self.dropout(self.attention(self.norm(x), attend=attend))
@@ -238,7 +293,7 @@ class TokenEmbedding(nn.Module):
         self.rows = nn.Parameter(F.pad(rows, (0, width - half))[:, None])  # (g, 1, D)
         self.columns = nn.Parameter(F.pad(columns, (half, 0))[None])  # (1, g, D)
 
-    def begin_from(self, codebook: Tensor) -> None:
+    def init_from_codebook(self, codebook: Tensor) -> None:
         """codebook (V, d): the embeddings of like codes begin alike; [MASK] stays as it is."""
         self.codes.weight.data[:-1].copy_(0.5 * random_features(codebook, self.codes.embedding_dim))
 
@@ -249,20 +304,20 @@ class TokenEmbedding(nn.Module):
 class Transformer(nn.Module):
     """The base model (Muse 2.3): tokens (B, N), some of them [MASK], and a memory -> logits (B, N, V)."""
 
-    def __init__(self, cfg: TransformerConfig):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.cfg = cfg
+        self.config = config
         self.recompute = False  # activation checkpointing: about a third more work, a fraction of the memory
-        self.embed = TokenEmbedding(cfg.codebook_size, cfg.grid, cfg.width)
-        self.text = nn.Linear(cfg.text_width, cfg.width, bias=False)  # Muse 2.1: linearly projected to the width
-        self.text_layers = nn.ModuleList(TextLayer(cfg) for _ in range(cfg.text_layers))
-        self.text_norm = nn.LayerNorm(cfg.width, bias=False)  # Choice: any LM's scale fits, and zero text stays zero
+        self.embed = TokenEmbedding(config.codebook_size, config.grid, config.width)
+        self.text = nn.Linear(config.text_width, config.width, bias=False)  # Muse 2.1: linearly projected to the width
+        self.text_layers = nn.ModuleList(TextLayer(config) for _ in range(config.text_layers))
+        self.text_norm = nn.LayerNorm(config.width, bias=False)  # Choice: any LM's scale fits, and zero text stays zero
         self.layers = nn.ModuleList(
-            Layer(cfg.width, cfg.heads, cfg.mlp_width, cfg.block, cfg.dropout, causal=cfg.causal)
-            for _ in range(cfg.layers)
+            Layer(config.width, config.heads, config.mlp_width, config.block, config.dropout, causal=config.causal)
+            for _ in range(config.layers)
         )
-        self.norm = nn.LayerNorm(cfg.width, bias=False)
-        self.head = nn.Linear(cfg.width, cfg.codebook_size, bias=False)
+        self.norm = nn.LayerNorm(config.width, bias=False)
+        self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:
@@ -272,12 +327,12 @@ class Transformer(nn.Module):
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
         elif isinstance(module, Layer):  # `apply` visits children first
-            scale = 0.0 if self.cfg.identity else (2 * self.cfg.layers) ** -0.5
+            scale = 0.0 if self.config.identity else (2 * self.config.layers) ** -0.5
             outputs = [module.attention.out, module.mlp[2], *([module.cross.out] if hasattr(module, "cross") else [])]
             for linear in outputs:
                 linear.weight.data.mul_(scale)
         elif isinstance(module, TextLayer):
-            module.attention.out.weight.data.mul_(0.0 if self.cfg.identity else 1.0)
+            module.attention.out.weight.data.mul_(0.0 if self.config.identity else 1.0)
         elif isinstance(module, Transformer):
             nn.init.normal_(module.head.weight, std=0.02)
         elif isinstance(module, CrossAttention):  # like attends to like from the start: a token to its low-res place
@@ -285,18 +340,18 @@ class Transformer(nn.Module):
 
     @property
     def mask_id(self) -> int:
-        return self.cfg.mask_id
+        return self.config.mask_id
 
     @torch.no_grad()
-    def begin_from(self, codebook: Tensor) -> None:
+    def init_from_codebook(self, codebook: Tensor) -> None:
         """Before training: begin from the tokenizer's codebook (V, d): what is learned of a code holds for its like.
 
         Choice: the paper is silent. Many codes look the same, and from random embeddings each is learned by itself.
         500 steps of nano's super-resolution, true low tokens, about this scale: 1.64 -> 1.53 nats a token, shapes read
         right in 64% -> 88% of 84 pictures, one run each.
         """
-        self.embed.begin_from(codebook)
-        self.head.weight.copy_(0.02 * random_features(codebook, self.cfg.width))
+        self.embed.init_from_codebook(codebook)
+        self.head.weight.copy_(0.02 * random_features(codebook, self.config.width))
 
     def memory(self, context: "Context", *extra: Tensor) -> Memory:
         """context (B, L, D_lm), extra entries (B, K, D) -> Memory of M = L + K entries; padding is not attended.
@@ -309,7 +364,7 @@ class Transformer(nn.Module):
         plain = self.text(context.embeds)  # (B, L, D)
         entries, found = torch.cat([self.text_norm(plain), *extra], 1), None  # (B, M, D)
         if self.text_layers:
-            read, see = plain, ahead_and_back(context.mask, self.cfg.heads)
+            read, see = plain, ahead_and_back(context.mask, self.config.heads)
             for layer in self.text_layers:
                 read = self._run(layer, read, see)
             found = torch.cat([self.text_norm(read), *extra], 1)
@@ -329,7 +384,7 @@ class Transformer(nn.Module):
         `past` (causal only), an empty list a layer at first, keeps keys and values from one call to the next: give the
         first n tokens, and the logits are those of the places that are new since, (B, new, V).
         """
-        if self.cfg.causal:
+        if self.config.causal:
             tokens = F.pad(tokens, (1, -1), value=self.mask_id)
         done = past[0][0].shape[2] if past and past[0] else 0
         x = self.embed(tokens)[:, done:]  # (B, N, D)
@@ -342,23 +397,24 @@ class Transformer(nn.Module):
 class SuperRes(Transformer):
     """The super-resolution model (Muse 2.4): the same, over a memory that also holds the encoded low-res tokens."""
 
-    def __init__(self, cfg: TransformerConfig):
-        if not cfg.low_layers:
+    def __init__(self, config: TransformerConfig):
+        if not config.low_layers:
             raise ValueError("a super-resolution transformer reads low-res tokens; give low_layers > 0")
-        super().__init__(cfg)
-        self.low_embed = TokenEmbedding(cfg.low_codebook_size, cfg.low_grid, cfg.width)  # positions of its own
+        super().__init__(config)
+        self.low_embed = TokenEmbedding(config.low_codebook_size, config.low_grid, config.width)  # positions of its own
         self.low_layers = nn.ModuleList(
-            Layer(cfg.width, cfg.heads, cfg.mlp_width, 0, cfg.dropout, cross=False) for _ in range(cfg.low_layers)
+            Layer(config.width, config.heads, config.mlp_width, 0, config.dropout, cross=False)
+            for _ in range(config.low_layers)
         )
-        self.low_norm = nn.LayerNorm(cfg.width, bias=False)
+        self.low_norm = nn.LayerNorm(config.width, bias=False)
         for part in (self.low_embed, self.low_layers):
             part.apply(self._initialize)
 
     @torch.no_grad()
-    def begin_from(self, codebook: Tensor, low_codebook: Tensor) -> None:
+    def init_from_codebook(self, codebook: Tensor, low_codebook: Tensor) -> None:
         """The same of both codebooks: the high-res tokens', and the low-res ones' (V_low, d_low)."""
-        super().begin_from(codebook)
-        self.low_embed.begin_from(low_codebook)
+        super().init_from_codebook(codebook)
+        self.low_embed.init_from_codebook(low_codebook)
 
     def memory(self, context: "Context", low_tokens: Tensor) -> Memory:
         """context (B, L, D_lm), low_tokens (B, N_low) -> Memory of L + N_low entries.

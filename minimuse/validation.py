@@ -4,7 +4,7 @@
     unigram      entropy of the tokens' histogram: what a model pays that knows how common each token is and no more
     bound        an upper bound on -log p of all tokens, the mean over uniform counts (D3PM; `masking.likelihood_bound`)
 
-All in nats a token. Not here: what healthy figures look like (`doctor.py`), accuracy of pictures.
+All in nats a token. Not here: what healthy figures look like (`train_doctor.py`), accuracy of pictures.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minimuse.engine import Engine, generator
 from minimuse.masking import random_mask
 from minimuse.text import pad_contexts
+from minimuse.train_engine import Engine, generator
 
 STRATA = 8  # counts of masked tokens that the bound averages over, one from each eighth of 1..N
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)  # the middle of five buckets of mask rates
@@ -24,7 +24,7 @@ TOKENS = 2**16  # Choice: of 64 pictures at 32 x 32 tokens; a look took 160 s th
 
 
 @contextmanager
-def at_rest(*modules: nn.Module):
+def eval_mode(*modules: nn.Module):
     """Modules in eval mode without gradients, each part's own mode given back afterwards."""
     before = [(m, m.training) for module in modules for m in module.modules()]
     for module in modules:
@@ -69,7 +69,7 @@ def validate(
         said = texts.pick(at, [0.0] * len(at))
         context = pad_contexts([text.float() for text in said]).to(engine.device)
         for names, masked in _masks(x, at, strata):
-            with at_rest(loss), engine.precision():
+            with eval_mode(loss), engine.precision():
                 pair = loss(x.to(engine.device), masked.to(engine.device), context, low, int(masked.sum()))
             for name, value in zip(names, pair, strict=True):
                 totals[name] = totals.get(name, 0.0) + float(value) * len(at) / n

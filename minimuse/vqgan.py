@@ -11,6 +11,7 @@ Not here: the losses that train it (`vqgan_loss.py`), the loop (`train.py`).
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,48 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from minimuse.config import GROUP, VQGANConfig
+from minimuse.utils import require, require_positive
+
+GROUP = 16  # channels a group of the VQGAN's normalization: fixed, so that a wider layer keeps a narrower one's groups
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """A tokenizer (Muse 2.2, A.2). Each tuple holds one number a resolution, from full size down to size / f."""
+
+    image_size: int  # pixels a side it is trained for; all-convolutional, so any multiple of f works
+    codebook_size: int  # V; the paper found that more than 8192 did not help
+    code_dim: int  # width of a code; small, so that nearest codes are well told apart
+    width: int  # channels at full size, times `multipliers` below it
+    multipliers: tuple[int, ...]  # f = 2 ** (len(multipliers) - 1)
+    blocks: tuple[int, ...]  # encoder residual blocks; 0 at full size saves most of a CPU's time
+    decoder_width: int  # the fine-tuned decoder (Muse 2.5) differs in these two alone
+    decoder_blocks: tuple[int, ...]
+
+    @property
+    def downsampling(self) -> int:
+        """f."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Tokens a side."""
+        return self.image_size // self.downsampling
+
+    def __post_init__(self):
+        require_positive(self, "image_size", "codebook_size", "code_dim", "width", "decoder_width")
+        levels = len(self.multipliers)
+        require(levels > 0, "VQGANConfig.multipliers is empty; give one number a resolution, such as (1, 2, 4)")
+        for name in ("blocks", "decoder_blocks"):
+            n = len(getattr(self, name))
+            require(n == levels, f"VQGANConfig.{name} has {n} entries for {levels} resolutions; give {levels}")
+        for name in ("width", "decoder_width"):
+            value = getattr(self, name)
+            mend = f"take {max(1, round(value / GROUP)) * GROUP}"
+            require(value % GROUP == 0, f"VQGANConfig.{name} {value} is not a multiple of {GROUP}; {mend}")
+        f = self.downsampling
+        mend = f"take {max(1, round(self.image_size / f)) * f}, or {levels - 1} fewer multipliers"
+        require(self.image_size % f == 0, f"image size {self.image_size} is not a multiple of f = {f}; {mend}")
 
 
 class ResBlock(nn.Module):
@@ -46,15 +88,15 @@ class ResBlock(nn.Module):
 class Encoder(nn.Module):
     """images (B, 3, H, W) -> z (B, d, H/f, W/f): residual blocks at each resolution, a strided convolution between."""
 
-    def __init__(self, cfg: VQGANConfig):
+    def __init__(self, config: VQGANConfig):
         super().__init__()
-        widths = [cfg.width * m for m in cfg.multipliers]
+        widths = [config.width * m for m in config.multipliers]
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1)]
-        for level, (c, blocks) in enumerate(zip(widths, cfg.blocks, strict=True)):
+        for level, (c, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
             if level > 0:
                 layers.append(nn.Conv2d(widths[level - 1], c, 4, stride=2, padding=1))
             layers += [ResBlock(c) for _ in range(blocks)]
-        layers += [nn.GroupNorm(c // GROUP, c), nn.SiLU(), nn.Conv2d(c, cfg.code_dim, 1)]
+        layers += [nn.GroupNorm(c // GROUP, c), nn.SiLU(), nn.Conv2d(c, config.code_dim, 1)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -78,12 +120,12 @@ class Level(nn.Module):
 class Decoder(nn.Module):
     """codes (B, d, h, w) -> images (B, 3, H, W): the encoder's mirror, with a width and depths of its own."""
 
-    def __init__(self, cfg: VQGANConfig):
+    def __init__(self, config: VQGANConfig):
         super().__init__()
-        widths = [cfg.decoder_width * m for m in cfg.multipliers][::-1]  # from the coarsest resolution up
-        depths = cfg.decoder_blocks[::-1]
+        widths = [config.decoder_width * m for m in config.multipliers][::-1]  # from the coarsest resolution up
+        depths = config.decoder_blocks[::-1]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(cfg.code_dim, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.code_dim, widths[0], 3, padding=1)
         self.levels = nn.ModuleList(
             Level(c, widths[min(i + 1, last)], depths[i], up=i < last) for i, c in enumerate(widths)
         )
@@ -177,19 +219,19 @@ class Reconstruction(NamedTuple):
 class VQGAN(nn.Module):
     """The tokenizer: `encode` and `decode` are all that the rest of minimuse asks of it."""
 
-    def __init__(self, cfg: VQGANConfig):
+    def __init__(self, config: VQGANConfig):
         super().__init__()
-        self.cfg = cfg
-        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
-        self.quantizer = VectorQuantizer(cfg.codebook_size, cfg.code_dim)
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantizer = VectorQuantizer(config.codebook_size, config.code_dim)
 
     @property
     def codebook_size(self) -> int:
-        return self.cfg.codebook_size
+        return self.config.codebook_size
 
     @property
     def downsampling(self) -> int:
-        return self.cfg.downsampling
+        return self.config.downsampling
 
     @property
     def codebook(self) -> Tensor:
@@ -216,13 +258,13 @@ class VQGAN(nn.Module):
         q = self.quantizer(self.encoder(images))
         return Reconstruction(self.decoder(q.codes), q.tokens, q.codebook_loss, q.commitment_loss)
 
-    def grow_decoder(self, cfg: VQGANConfig) -> "VQGAN":
-        """A copy with `cfg`'s bigger decoder, encoder and codebook shared bit for bit and frozen (Muse 2.5).
+    def grow_decoder(self, config: VQGANConfig) -> "VQGAN":
+        """A copy with `config`'s bigger decoder, encoder and codebook shared bit for bit and frozen (Muse 2.5).
 
         Choice: the bigger decoder begins as the same function. Old weights fill the leading channels, new channels
         feed old ones through zeros, and new residual blocks are the identity; so fine-tuning starts where we are.
         """
-        grown = VQGAN(cfg)
+        grown = VQGAN(config)
         grown.encoder, grown.quantizer = copy.deepcopy(self.encoder), copy.deepcopy(self.quantizer)
         new = grown.decoder.state_dict()  # shares storage: written in place
         for name, old in self.decoder.state_dict().items():

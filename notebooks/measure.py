@@ -17,8 +17,8 @@ from nbformat.v4 import new_code_cell
 
 README = HERE / "README.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->"
-FP32 = """from minimuse import engine, muse
-engine.fast_bf16 = muse.fast_bf16 = lambda device: False"""
+FP32 = """from minimuse import utils
+utils.fast_bf16 = lambda device: False"""
 PEAK = "import resource\nprint('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 
 

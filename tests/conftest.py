@@ -157,9 +157,11 @@ def tiny_clip(tmp_path_factory) -> str:
     tokenizer = tf.AutoTokenizer.from_pretrained(folder)
     blocks = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     text = {**blocks, "vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3}
-    cfg = tf.CLIPConfig(text_config=text, vision_config={**blocks, "image_size": 32, "patch_size": 8}, projection_dim=8)
+    config = tf.CLIPConfig(
+        text_config=text, vision_config={**blocks, "image_size": 32, "patch_size": 8}, projection_dim=8
+    )
     torch.manual_seed(0)
-    tf.CLIPModel(cfg).save_pretrained(folder)
+    tf.CLIPModel(config).save_pretrained(folder)
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     tf.CLIPProcessor(tf.CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
     return str(folder)
@@ -174,7 +176,7 @@ def tiny_muse(tiny_lm):
     from minimuse.muse import Muse, build
     from minimuse.text import TextEncoder
 
-    cfg = preset("nano")
+    config = preset("nano")
 
     def tokenizer(c):
         ones = (1,) * len(c.multipliers)
@@ -182,7 +184,7 @@ def tiny_muse(tiny_lm):
         return replace(c, codebook_size=16, code_dim=4, **small)
 
     small = {"codebook_size": 16, "text_width": D_LM, "width": 32, "heads": 4, "mlp_width": 64}
-    high = tokenizer(cfg.high_tokenizer)
+    high = tokenizer(config.high_tokenizer)
     stage = StageConfig(
         steps=2,
         batch=4,
@@ -192,23 +194,25 @@ def tiny_muse(tiny_lm):
         perceptual_weight=0.0,
         adversarial_weight=0.0,
     )
-    cfg = replace(
-        cfg,
+    config = replace(
+        config,
         name="tiny",
         text_encoder=tiny_lm,
-        low_tokenizer=tokenizer(cfg.low_tokenizer),
+        low_tokenizer=tokenizer(config.low_tokenizer),
         high_tokenizer=high,
-        base=replace(cfg.base, layers=2, **small),
-        superres=replace(cfg.superres, layers=1, low_layers=1, low_codebook_size=16, **small),
+        base=replace(config.base, layers=2, **small),
+        superres=replace(config.superres, layers=1, low_layers=1, low_codebook_size=16, **small),
         finetuned_width=32,
         finetuned_blocks=high.decoder_blocks,
         scenes=8,
         captions=1,
-        stages=dict.fromkeys(cfg.stages, stage),
+        stages=dict.fromkeys(config.stages, stage),
     )
     torch.manual_seed(0)
-    encoder = TextEncoder(tiny_lm, max_tokens=cfg.text_tokens)
-    return Muse(cfg, build(cfg), encoder, words=WORDS, examples=["a red cube", "a blue ball", "two small green boxes"])
+    encoder = TextEncoder(tiny_lm, max_tokens=config.text_tokens)
+    return Muse(
+        config, build(config), encoder, words=WORDS, examples=["a red cube", "a blue ball", "two small green boxes"]
+    )
 
 
 @pytest.fixture(scope="session")
@@ -216,14 +220,14 @@ def tiny_run(tiny_muse, tmp_path_factory):
     """The folder of a finished run of two steps a stage, as `minimuse train` leaves it. Shared: change nothing."""
     from dataclasses import replace
 
-    from minimuse import runs
+    from minimuse import train_state as runs
     from minimuse.config import to_dict
-    from minimuse.engine import Engine
     from minimuse.train import train_muse
+    from minimuse.train_engine import Engine
 
-    cfg, folder = tiny_muse.cfg, tmp_path_factory.mktemp("runs") / "tiny"
-    cfg = replace(cfg, stages={name: replace(stage, look_every=2) for name, stage in cfg.stages.items()})
-    runs.open_run(folder, {"config": to_dict(cfg), "seed": 0, "data": "scenes"}, resume=False)
-    *_, last = train_muse(cfg, engine=Engine(device="cpu", bf16=False, folder=folder))
+    config, folder = tiny_muse.config, tmp_path_factory.mktemp("runs") / "tiny"
+    config = replace(config, stages={name: replace(stage, eval_every=2) for name, stage in config.stages.items()})
+    runs.open_run(folder, {"config": to_dict(config), "seed": 0, "data": "scenes"}, resume=False)
+    *_, last = train_muse(config, engine=Engine(device="cpu", bf16=False, folder=folder))
     last.model.save_pretrained(folder, overwrite=True)
     return folder

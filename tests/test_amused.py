@@ -16,18 +16,19 @@ from diffusers.schedulers import scheduling_amused
 from PIL import Image
 from safetensors.torch import load_file
 
-from minimuse import cli, picture_judge
+from minimuse import cli
+from minimuse import lab_models as picture_judge
 from minimuse.amused import Amused, VQTokenizer, _load, settings
-from minimuse.engine import Engine
+from minimuse.eval_metrics import ClipScorer
 from minimuse.judge import estimate
 from minimuse.lab import compare
+from minimuse.lab_models import AmusedJudge
 from minimuse.masking import uniforms as draw_uniforms
-from minimuse.metrics import ClipScorer
 from minimuse.muse import Muse, ready_tokenizer
-from minimuse.picture_judge import AmusedJudge
 from minimuse.precompute import tokenize
 from minimuse.sampler import decode, draw
 from minimuse.train import train_muse, train_transformer
+from minimuse.train_engine import Engine
 from minimuse.transformer import Transformer
 
 V, GRID, F = 16, 8, 4
@@ -71,8 +72,8 @@ def make_clip():
     tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
     ids = {"bos_token_id": len(vocab) - 2, "eos_token_id": len(vocab) - 1, "pad_token_id": len(vocab) - 1}
     sizes = {"hidden_size": 16, "intermediate_size": 32, "projection_dim": 12, "num_hidden_layers": 3}
-    cfg = transformers.CLIPTextConfig(vocab_size=len(vocab), num_attention_heads=2, **sizes, **ids)
-    clip = transformers.CLIPTextModelWithProjection(cfg)
+    config = transformers.CLIPTextConfig(vocab_size=len(vocab), num_attention_heads=2, **sizes, **ids)
+    clip = transformers.CLIPTextModelWithProjection(config)
     torch.nn.init.normal_(clip.text_model.embeddings.token_embedding.weight)
     return clip.eval(), tokenizer
 
@@ -411,7 +412,7 @@ def test_without_the_extra(monkeypatch, folder):
 def mixed(tiny_muse):
     """The tiny Muse with a VQModel of diffusers as its low tokenizer."""
     parts = torch.nn.ModuleDict({**tiny_muse.parts, "low_tokenizer": VQTokenizer(make_vq())})
-    return Muse(tiny_muse.cfg, parts, tiny_muse.encoder)
+    return Muse(tiny_muse.config, parts, tiny_muse.encoder)
 
 
 def test_muse_draws_and_edits_with_it(mixed):
@@ -427,10 +428,10 @@ def test_a_base_model_trains_on_its_tokens(mixed, tiny_muse):
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
     tokens = tokenize(mixed.low_tokenizer, images, batch=3, bf16=False)
     assert torch.equal(tokens, mixed.low_tokenizer.encode(images / 127.5 - 1))
-    base = Transformer(tiny_muse.cfg.base)
-    texts = [[torch.zeros(1, tiny_muse.cfg.base.text_width)]] * 8
-    cfg = replace(tiny_muse.cfg.stages["base"], steps=16, batch=8, learning_rate=1e-2)
-    losses = [p.figures["loss"] for p in train_transformer(base, cfg, tokens, texts, engine=Engine(bf16=False))]
+    base = Transformer(tiny_muse.config.base)
+    texts = [[torch.zeros(1, tiny_muse.config.base.text_width)]] * 8
+    config = replace(tiny_muse.config.stages["base"], steps=16, batch=8, learning_rate=1e-2)
+    losses = [p.figures["loss"] for p in train_transformer(base, config, tokens, texts, engine=Engine(bf16=False))]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), f"it learns: {losses}"
 
 
@@ -443,8 +444,8 @@ def test_what_could_not_be_loaded_again_is_not_saved(mixed, tmp_path):
 def test_a_muse_names_the_tokenizer_that_others_trained(tiny_muse, folder, tmp_path):
     """`low_tokenizer_from`: no stage for it, its tokens in training, its name in the checkpoint, the same pixels."""
     tokenizer = VQTokenizer.from_pretrained(folder)
-    cfg = replace(tiny_muse.cfg, low_tokenizer_from=str(folder))
-    trace = list(train_muse(cfg, engine=Engine(bf16=False)))
+    config = replace(tiny_muse.config, low_tokenizer_from=str(folder))
+    trace = list(train_muse(config, engine=Engine(bf16=False)))
     assert "low_tokenizer" not in {p.stage for p in trace}, "it is trained already"
     muse = trace[-1].model
     muse.save_pretrained(tmp_path)
@@ -457,7 +458,7 @@ def test_a_muse_names_the_tokenizer_that_others_trained(tiny_muse, folder, tmp_p
     assert first.tobytes() == second.tobytes(), "loaded, it draws the same pixels"
     vocabulary = {"low_tokenizer": {"codebook_size": 32}, "base": {"codebook_size": 32}}
     vocabulary["superres"] = {"low_codebook_size": 32}
-    wrong = replace(cfg, **{name: replace(getattr(cfg, name), **change) for name, change in vocabulary.items()})
+    wrong = replace(config, **{name: replace(getattr(config, name), **change) for name, change in vocabulary.items()})
     with pytest.raises(ValueError, match="codebook_size 16, but low_tokenizer says 32"):
         ready_tokenizer(wrong)
 

@@ -19,7 +19,7 @@ def test_dials_left_alone_are_the_checkpoints(tiny_muse):
     pytest.importorskip("gradio", reason="the extra `app` is not installed")
     from minimuse.app import Page
 
-    base, high = tiny_muse.cfg.base_sampling, tiny_muse.cfg.superres_sampling
+    base, high = tiny_muse.config.base_sampling, tiny_muse.config.superres_sampling
     page, left = Page(tiny_muse), [*base.guidance, base.steps, high.steps, base.schedule, base.order]
     settings = page._settings(*left)
     assert settings["superres"]["choice_temperature"] == high.choice_temperature, "each decode has its own"

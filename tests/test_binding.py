@@ -9,9 +9,9 @@ import torch
 
 from minimuse import Muse, transformer
 from minimuse.config import preset
-from minimuse.reader import Found, Reading
-from minimuse.scenes import Thing, box, relations
-from minimuse.wants import matches, parse_prompt
+from minimuse.data_scenes import Thing, box, relations
+from minimuse.eval_detector import Found, Reading
+from minimuse.eval_prompts import matches, parse_prompt
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -51,17 +51,17 @@ def test_looking_everywhere_is_undone():
 
 
 def test_study_from_training_to_table(tmp_path, monkeypatch):
-    muse, cfg = Muse.from_pretrained("toy", device="cpu", dtype=torch.float32), preset("toy")
-    small = replace(cfg.base, layers=1)
-    stage = replace(cfg.stages["base"], steps=2, batch=4)
-    cfg = replace(cfg, base=small, stages={**cfg.stages, "base": stage})
+    muse, config = Muse.from_pretrained("toy", device="cpu", dtype=torch.float32), preset("toy")
+    small = replace(config.base, layers=1)
+    stage = replace(config.stages["base"], steps=2, batch=4)
+    config = replace(config, base=small, stages={**config.stages, "base": stage})
     ways = ["projected", "ahead and back", "told outright"]
-    results = binding.study(muse, cfg, tmp_path, ways, n=12, test=6)
+    results = binding.study(muse, config, tmp_path, ways, n=12, test=6)
     assert {way: len(found["nats"]) for way, found in results.items()} == dict.fromkeys(ways, 6), "six scenes a way"
     monkeypatch.setattr(binding, "tokens_of", lambda *a: pytest.fail("finished trainings are used again"))
-    assert binding.study(muse, cfg, tmp_path, ways, n=12, test=6) == results, "what is kept is what was found"
+    assert binding.study(muse, config, tmp_path, ways, n=12, test=6) == results, "what is kept is what was found"
     with pytest.raises(ValueError, match=r"'test': 6.*not.*'test': 7.*another --out"):
-        binding.study(muse, cfg, tmp_path, ways, n=12, test=7)
+        binding.study(muse, config, tmp_path, ways, n=12, test=7)
     lm = binding.lm_tells(muse.encoder, 40)
     assert len(lm) == 6, "six layers"
     assert all(0 <= part <= 1 for part, _ in lm), "shares"

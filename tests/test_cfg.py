@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minimuse.cfg import drop_text, from_guidance_scale, get_guidance, guide, guided, null_text, rising
-from minimuse.config import TransformerConfig
 from minimuse.text import Context
-from minimuse.transformer import Transformer
+from minimuse.transformer import Transformer, TransformerConfig
 
 OFF = settings(deadline=None, max_examples=50, derandomize=True)
 

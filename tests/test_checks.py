@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimuse import cfg, checks, editing, intervals, masking, metrics, sampler, transformer, validation
+from minimuse import cfg, checks, editing, intervals, masking, sampler, transformer, validation
+from minimuse import eval_metrics as metrics
+from minimuse.lab_worlds import World
 from minimuse.muse import Muse
 from minimuse.text import Context
 from minimuse.vqgan import VectorQuantizer
-from minimuse.worlds import World
 
 
 def pool(context):

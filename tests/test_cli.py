@@ -53,7 +53,7 @@ def run(folder, capsys):
 @pytest.fixture
 def image(here, tiny_muse):
     """picture.png of the right size; mask.png, white in a corner."""
-    side = tiny_muse.cfg.high_tokenizer.image_size
+    side = tiny_muse.config.high_tokenizer.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(here / "picture.png")
     mask = np.zeros((side, side), dtype=np.uint8)
@@ -356,7 +356,7 @@ def test_pictures_that_cannot_be_read(run, here, image):
 
 
 def test_a_dry_run_tells_what_a_run_takes_and_writes_nothing(run, here, tiny_muse, monkeypatch):
-    monkeypatch.setitem(minimuse.config.PRESETS, "tiny", lambda: tiny_muse.cfg)
+    monkeypatch.setitem(minimuse.config.PRESETS, "tiny", lambda: tiny_muse.config)
     how = ["--out", "runs/dry", "--dry-run", "--ceiling", "1", "--memory", "80", "--device", "cpu"]
     code, out, err = run("train", "tiny", *how, model=False)
     assert (code, err) == (0, []), f"{code} {err}"
@@ -367,7 +367,7 @@ def test_a_dry_run_tells_what_a_run_takes_and_writes_nothing(run, here, tiny_mus
 
 
 def test_train_writes_a_checkpoint_that_draws(run, here, tiny_muse, monkeypatch):
-    monkeypatch.setitem(minimuse.config.PRESETS, "tiny", lambda: tiny_muse.cfg)
+    monkeypatch.setitem(minimuse.config.PRESETS, "tiny", lambda: tiny_muse.config)
     code, out, err = run("train", "tiny", "--out", "runs/tiny", "--seed", 1, "--device", "cpu", model=False)
     assert (code, err) == (0, []), f"{code} {err}"
     made = {
@@ -378,13 +378,13 @@ def test_train_writes_a_checkpoint_that_draws(run, here, tiny_muse, monkeypatch)
         "run.json",
         "log.jsonl",
         "cache",
-        *tiny_muse.cfg.stages,
+        *tiny_muse.config.stages,
     }
     assert set(files(here / "runs/tiny")) - {"tensorboard"} == made, f"{files(here / 'runs/tiny')}"
     muse = Muse.from_pretrained(here / "runs/tiny", device="cpu")
-    assert muse.cfg == tiny_muse.cfg, "it is what the preset says"
+    assert muse.config == tiny_muse.config, "it is what the preset says"
     assert muse.words, "it knows the words that it was trained on"
-    assert muse.generate(A, seed=0, steps=1)[0].size == (muse.cfg.high_tokenizer.image_size,) * 2, "it draws"
+    assert muse.generate(A, seed=0, steps=1)[0].size == (muse.config.high_tokenizer.image_size,) * 2, "it draws"
     assert "trained in" in out[0], f"{out}"
     assert out[-1].startswith("try: minimuse generate "), f"it says what to do next: {out}"
 
@@ -423,7 +423,7 @@ def test_info_of_one_preset_or_checkpoint(run, folder, tiny_muse):
     code, out, _ = run("info", "toy", folder, model=False)
     assert code == 0, f"{out}"
     assert out[0].startswith("toy: "), f"{out}"
-    assert any(line.startswith(f"{folder}: ") and tiny_muse.cfg.text_encoder in line for line in out), f"{out}"
+    assert any(line.startswith(f"{folder}: ") and tiny_muse.config.text_encoder in line for line in out), f"{out}"
     refused(run("info", "nowhere", model=False), "no checkpoint 'nowhere'")
 
 

@@ -6,18 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from minimuse.config import (
-    PRESETS,
-    STAGES,
-    SamplingConfig,
-    StageConfig,
-    TransformerConfig,
-    VQGANConfig,
-    changed,
-    from_dict,
-    preset,
-    to_dict,
-)
+from minimuse.config import PRESETS, STAGES, StageConfig, changed, from_dict, preset, to_dict
+from minimuse.sampler import SamplingConfig
+from minimuse.transformer import TransformerConfig
+from minimuse.vqgan import VQGANConfig
 
 # Sizes of the tests' own: nano's numbers may be tuned.
 TOKENIZER = VQGANConfig(32, 256, 8, 16, (1, 2, 4), (1, 1, 2), 16, (1, 1, 2))
@@ -51,7 +43,7 @@ STAGE = NANO.stages["base"]
 
 
 @pytest.mark.parametrize(
-    ("cfg", "change", "match"),
+    ("config", "change", "match"),
     [
         # image size and downsampling
         (TOKENIZER, {"image_size": 34}, r"image size 34 is not a multiple of f = 4; take 32, or 2 fewer"),
@@ -92,13 +84,13 @@ STAGE = NANO.stages["base"]
         (STAGE, {"batch": 0}, r"batch is 0"),
         (STAGE, {"optimizer": "sgd"}, r"unknown optimizer 'sgd'; known: adamw, adafactor"),
         (STAGE, {"learning_rate": 0.0}, r"learning rate 0\.0 is not positive"),
-        (STAGE, {"text_rate": 1.5}, r"text_rate 1\.5 is not in \[0, 1\]"),
-        (STAGE, {"text_drop": 1.5}, r"text_drop 1\.5 is not in \[0, 1\]"),
+        (STAGE, {"text_lr_scale": 1.5}, r"text_lr_scale 1\.5 is not in \[0, 1\]"),
+        (STAGE, {"cond_drop_prob": 1.5}, r"cond_drop_prob 1\.5 is not in \[0, 1\]"),
     ],
 )
-def test_nonsense_is_refused_with_the_mend(cfg, change, match):
+def test_nonsense_is_refused_with_the_mend(config, change, match):
     with pytest.raises(ValueError, match=match):
-        replace(cfg, **change)
+        replace(config, **change)
 
 
 @pytest.mark.parametrize(
@@ -137,26 +129,26 @@ def test_high_resolution_is_a_multiple_of_the_low():
 
 
 def test_configurations_are_frozen():
-    for cfg in (NANO, TOKENIZER, BASE, NANO.base_sampling, STAGE):
-        name = dataclasses.fields(cfg)[0].name
+    for config in (NANO, TOKENIZER, BASE, NANO.base_sampling, STAGE):
+        name = dataclasses.fields(config)[0].name
         with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(cfg, name, 1)
+            setattr(config, name, 1)
 
 
 # --- derived sizes ----------------------------------------------------------------------------------------------------
 
 
 def test_derived_sizes_by_hand():
-    cfg = VQGANConfig(64, 10, 4, 16, (1, 2, 4, 4), (0, 1, 1, 1), 16, (1, 1, 1, 1))
-    assert (cfg.downsampling, cfg.grid) == (8, 8), "three halvings; 64 / 8"
+    config = VQGANConfig(64, 10, 4, 16, (1, 2, 4, 4), (0, 1, 1, 1), 16, (1, 1, 1, 1))
+    assert (config.downsampling, config.grid) == (8, 8), "three halvings; 64 / 8"
     model = TransformerConfig(codebook_size=10, grid=8, text_width=4, width=32, layers=1, heads=2, mlp_width=64)
     assert (model.tokens, model.mask_id) == (64, 10), "8 x 8 tokens; [MASK] is one past the codebook"
 
 
 def test_the_fine_tuned_tokenizer_differs_in_its_decoder_alone():
     for name in PRESETS:
-        cfg = preset(name)
-        high, tuned = dataclasses.asdict(cfg.high_tokenizer), dataclasses.asdict(cfg.finetuned_tokenizer)
+        config = preset(name)
+        high, tuned = dataclasses.asdict(config.high_tokenizer), dataclasses.asdict(config.finetuned_tokenizer)
         differ = {key for key in high if high[key] != tuned[key]}
         assert differ == {"decoder_width", "decoder_blocks"}, f"{name}: {differ} differ (Muse 2.5)"
 
@@ -186,9 +178,9 @@ def test_presets_differ_in_numbers_alone(name):
 
 def test_presets_carry_their_names_and_all_stages():
     for name in PRESETS:
-        cfg = preset(name)
-        assert cfg.name == name, f"{name} calls itself {cfg.name}"
-        assert tuple(cfg.stages) == STAGES, f"{name} lacks a stage, or has them in another order"
+        config = preset(name)
+        assert config.name == name, f"{name} calls itself {config.name}"
+        assert tuple(config.stages) == STAGES, f"{name} lacks a stage, or has them in another order"
 
 
 def test_an_unknown_preset_lists_the_known():
@@ -206,27 +198,31 @@ def test_an_unknown_preset_lists_the_known():
     ],
 )
 def test_sizes_of_the_presets(name, low, high):
-    cfg = preset(name)
-    for part, expected in ((cfg.low_tokenizer, low), (cfg.high_tokenizer, high)):
+    config = preset(name)
+    for part, expected in ((config.low_tokenizer, low), (config.high_tokenizer, high)):
         assert (part.image_size, part.downsampling, part.grid) == expected, f"{name}: pixels, f, tokens a side"
     if name != "nano":
-        assert cfg.superres.tokens == 16 * cfg.base.tokens, f"{name}: the paper's 16-fold token ratio"
+        assert config.superres.tokens == 16 * config.base.tokens, f"{name}: the paper's 16-fold token ratio"
 
 
 @pytest.mark.parametrize("name", ["paper_632m", "paper_3b"])
 def test_the_papers_numbers(name):
-    cfg = preset(name)
-    assert (cfg.base_sampling.steps, cfg.superres_sampling.steps) == (24, 8), "Muse 2.8: 24 steps for 256, 8 for 4096"
-    assert cfg.base.codebook_size == cfg.superres.codebook_size == 8192, "Muse A.2"
-    assert cfg.base.text_width == 4096, "Muse 2.1: T5-XXL"
-    assert (cfg.low_tokenizer.width, cfg.low_tokenizer.blocks) == (128, (2,) * 5), "Muse A.2"
-    assert (cfg.finetuned_width, cfg.finetuned_blocks) == (256, (4,) * 4), "Muse A.2: the fine-tuned decoder"
+    config = preset(name)
+    assert (config.base_sampling.steps, config.superres_sampling.steps) == (24, 8), (
+        "Muse 2.8: 24 steps for 256, 8 for 4096"
+    )
+    assert config.base.codebook_size == config.superres.codebook_size == 8192, "Muse A.2"
+    assert config.base.text_width == 4096, "Muse 2.1: T5-XXL"
+    assert (config.low_tokenizer.width, config.low_tokenizer.blocks) == (128, (2,) * 5), "Muse A.2"
+    assert (config.finetuned_width, config.finetuned_blocks) == (256, (4,) * 4), "Muse A.2: the fine-tuned decoder"
     for stage in ("base", "superres"):
-        s = cfg.stages[stage]
+        s = config.stages[stage]
         assert (s.optimizer, s.learning_rate, s.weight_decay, s.batch) == ("adafactor", 1e-4, 0.045, 512), "Muse A.1"
-        assert (s.warmup, s.betas, s.text_drop, s.mask_schedule) == (5000, (0.9, 0.96), 0.1, "cosine"), "A.1, 2.6, 2.7"
+        assert (s.warmup, s.betas, s.cond_drop_prob, s.mask_schedule) == (5000, (0.9, 0.96), 0.1, "cosine"), (
+            "A.1, 2.6, 2.7"
+        )
     for stage in ("low_tokenizer", "high_tokenizer"):
-        s = cfg.stages[stage]
+        s = config.stages[stage]
         assert (s.learning_rate, s.weight_decay, s.batch, s.steps) == (1e-4, 1e-4, 256, 1_000_000), "Muse A.2"
         assert (s.warmup, s.betas) == (10_000, (0.9, 0.99)), "Muse A.2"
         assert (s.perceptual_weight, s.adversarial_weight) == (0.05, 0.1), "Muse A.2"
@@ -235,17 +231,19 @@ def test_the_papers_numbers(name):
 def test_default_steps_belong_to_the_preset():
     """Near the paper's tokens a step: 256 / 24 = 11 and 4096 / 8 = 512, scaled to small grids."""
     for name in PRESETS:
-        cfg = preset(name)
-        for model, sampling in ((cfg.base, cfg.base_sampling), (cfg.superres, cfg.superres_sampling)):
+        config = preset(name)
+        for model, sampling in ((config.base, config.base_sampling), (config.superres, config.superres_sampling)):
             assert 1 <= sampling.steps <= model.tokens, f"{name}: {sampling.steps} steps for {model.tokens} tokens"
-        assert cfg.base.tokens / cfg.base_sampling.steps <= 256 / 12, f"{name}: too few steps for the base model"
-        assert cfg.superres.tokens / cfg.superres_sampling.steps <= 512, f"{name}: more tokens a step than the paper"
+        assert config.base.tokens / config.base_sampling.steps <= 256 / 12, f"{name}: too few steps for the base model"
+        assert config.superres.tokens / config.superres_sampling.steps <= 512, (
+            f"{name}: more tokens a step than the paper"
+        )
 
 
 def test_guidance_rises_in_every_preset():
     for name in PRESETS:
-        cfg = preset(name)
-        for sampling in (cfg.base_sampling, cfg.superres_sampling):
+        config = preset(name)
+        for sampling in (config.base_sampling, config.superres_sampling):
             first, last = sampling.guidance
             assert first < last or first == last == 0, f"{name}: t goes from {first} to {last} (Muse 2.7: it rises)"
     assert SamplingConfig(steps=8, guidance=(0.0, 1.0)).choice_temperature == 4.5, "MaskGIT's released value"
@@ -256,12 +254,12 @@ def test_guidance_rises_in_every_preset():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_round_trip_through_json(name):
-    cfg = preset(name)
-    back = from_dict(json.loads(json.dumps(to_dict(cfg))))
-    assert back == cfg, f"{name} is not what it was"
+    config = preset(name)
+    back = from_dict(json.loads(json.dumps(to_dict(config))))
+    assert back == config, f"{name} is not what it was"
     assert isinstance(back.base_sampling.guidance, tuple), "tuples come back as tuples"
     assert isinstance(back.stages["base"], StageConfig), "stages come back as what they were"
-    assert hash(back.low_tokenizer) == hash(cfg.low_tokenizer), "and can still be hashed"
+    assert hash(back.low_tokenizer) == hash(config.low_tokenizer), "and can still be hashed"
 
 
 def change(path, value):
@@ -330,10 +328,10 @@ def test_fields_with_a_default_may_be_missing():
     ],
 )
 def test_a_field_is_changed_by_its_path(text, path, value):
-    before, cfg = to_dict(NANO), changed(NANO, [text])
+    before, config = to_dict(NANO), changed(NANO, [text])
     expected = change(path, list(value) if isinstance(value, tuple) else value)
-    assert json.loads(json.dumps(to_dict(cfg))) == expected, "that field, and no other"
-    assert changed(cfg, []) == cfg
+    assert json.loads(json.dumps(to_dict(config))) == expected, "that field, and no other"
+    assert changed(config, []) == config
     assert to_dict(NANO) == before, "what it was made from stays as it was"
 
 

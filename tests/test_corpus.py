@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minimuse import folders
-from minimuse.captions import EXAMPLE_PROMPTS, vocabulary
+from minimuse import data_sources as folders
 from minimuse.corpus import HELD_OUT, Corpus
-from minimuse.data import Example, SceneDataset, halve, to_pil
-from minimuse.engine import Engine
+from minimuse.data_captions import EXAMPLE_PROMPTS, vocabulary
+from minimuse.data_images import Example, SceneDataset, area_downsample, to_pil
 from minimuse.precompute import LiveTexts, Texts
 from minimuse.text import TextEncoder
 from minimuse.train import Decimated
+from minimuse.train_engine import Engine
 
 SIDE = 64
 
@@ -76,10 +76,10 @@ def make(tiny_muse, tmp_path):
     """make(source, ...) -> a Corpus under tmp_path."""
 
     def make(source=None, encoder=None, read_only=False, **changes):
-        cfg = replace(tiny_muse.cfg, **changes)
+        config = replace(tiny_muse.config, **changes)
         engine = Engine(device="cpu", bf16=False)
         encoder = encoder or tiny_muse.encoder
-        return Corpus(tmp_path / "cache", source or Made(), cfg, engine, encoder, read_only=read_only)
+        return Corpus(tmp_path / "cache", source or Made(), config, engine, encoder, read_only=read_only)
 
     return make
 
@@ -127,7 +127,7 @@ def test_decimated_images():
     images = torch.randint(256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     small = Decimated(images, 2)
     assert len(small) == 5, "as many"
-    assert small[[3, 0]].equal(halve(images[[3, 0]])), "made as they are asked for"
+    assert small[[3, 0]].equal(area_downsample(images[[3, 0]])), "made as they are asked for"
     assert Decimated(images, 1)[[1]].equal(images[[1]]), "factor 1 leaves them as they are"
 
 

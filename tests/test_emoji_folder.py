@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 from PIL import ImageFont
 
-from minimuse.data import Problems
-from minimuse.folders import FolderDataset
+from minimuse.data_images import Problems
+from minimuse.data_sources import FolderDataset
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import emoji_folder

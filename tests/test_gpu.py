@@ -10,32 +10,34 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu
 
-from minimuse.budget import sampling_flops, stage_budget
+from minimuse.train_budget import sampling_flops, stage_budget
 
 CPU = torch.device("cpu")
 HOW = {"batch": 2, "rounds": 2, "compiled": False, "training_batches": (4,), "size": 64}
 
 
 def test_a_dry_run_from_start_to_tables(tiny_muse):
-    cfg = tiny_muse.cfg
-    report = gpu.measure([cfg], CPU, **HOW)
+    config = tiny_muse.config
+    report = gpu.measure([config], CPU, **HOW)
     assert [(r["draw"], r["batch"]) for r in report["sampling"]] == [
         ("32 px", 1),
         ("64 px", 1),
         ("32 px", 2),
         ("64 px", 2),
     ]
-    flops = sampling_flops(cfg)
+    flops = sampling_flops(config)
     low, whole = (r["by flops"] * report["ceiling"] for r in report["sampling"][2:])
     assert (low, whole) == pytest.approx((2 * flops.base, 2 * sum(flops))), "FLOPs of two pictures"
     read = report["sampling"][0]["by bytes"] * report["bandwidth"]
     weights = sum(p.numel() for p in tiny_muse.base.parameters())
-    assert read == pytest.approx(2 * weights * cfg.base_sampling.steps), "bf16 weights, once a step, whatever the batch"
+    assert read == pytest.approx(2 * weights * config.base_sampling.steps), (
+        "bf16 weights, once a step, whatever the batch"
+    )
     assert [(r["stage"], r["batch"], len(r["seconds"])) for r in report["training"]] == [
         ("base", 4, 1),
         ("superres", 4, 1),
     ]
-    budget = stage_budget(cfg, "base")
+    budget = stage_budget(config, "base")
     assert report["training"][0]["by flops"] * report["ceiling"] == pytest.approx(budget.step_flops / budget.batch * 4)
     assert json.loads(json.dumps(report)) == report, "plain values"
     text = gpu.told(report)
@@ -44,7 +46,7 @@ def test_a_dry_run_from_start_to_tables(tiny_muse):
 
 
 def test_random_weights_are_made_in_bf16_and_draw(tiny_muse):
-    muse = gpu.random_muse(tiny_muse.cfg, CPU, torch.bfloat16)
+    muse = gpu.random_muse(tiny_muse.config, CPU, torch.bfloat16)
     assert {p.dtype for p in muse.parts.parameters()} == {torch.bfloat16}
     drawn = []
     muse.picture = lambda step: drawn.append(step)
@@ -57,17 +59,17 @@ def test_random_weights_are_made_in_bf16_and_draw(tiny_muse):
 def test_smaller_batches_where_memory_ends(tiny_muse, monkeypatch):
     tried = []
 
-    def steps(cfg, stage, device, batch, rounds, compiled):
+    def steps(config, stage, device, batch, rounds, compiled):
         tried.append(batch)
         if batch > 8:
             raise torch.OutOfMemoryError("full")
         return [1.0]
 
     monkeypatch.setattr(gpu, "_steps", steps)
-    row = gpu.training(tiny_muse.cfg, "base", CPU, (32, 16, 8, 4), 1, False, 1e9)
+    row = gpu.training(tiny_muse.config, "base", CPU, (32, 16, 8, 4), 1, False, 1e9)
     assert (tried, row["batch"]) == ([32, 16, 8], 8)
     with pytest.raises(SystemExit, match="not even a batch of 16 fits"):
-        gpu.training(tiny_muse.cfg, "base", CPU, (32, 16), 1, False, 1e9)
+        gpu.training(tiny_muse.config, "base", CPU, (32, 16), 1, False, 1e9)
 
 
 def test_the_best_is_whichever_bound_is_longer():

@@ -1,4 +1,4 @@
-"""judge.py, lab.py and variants.py: every measure against enumeration, the report, and the presets of known codes."""
+"""judge.py, lab.py and lab_samplers.py: every measure against enumeration, the report, and the presets of known codes."""
 
 import csv
 import itertools
@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimuse import cli, variants
+from minimuse import cli
+from minimuse import lab_samplers as variants
 from minimuse.judge import GROUPS, Outcome, WorldJudge, distances, estimate, features, ignores_draws, path_log_q
 from minimuse.lab import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World, compare, difference
 from minimuse.masking import SCHEDULES, reveal_counts

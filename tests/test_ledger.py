@@ -202,13 +202,13 @@ LEDGER: list[tuple[str, str, str, str]] = [
         "3.2",
         "Quality is FID, fit to the prompt CLIP score",
         "metrics.frechet",
-        "test_metrics.py::test_frechet_is_scipys test_metrics.py::test_clip_score_is_transformers_own_logit",
+        "test_eval_metrics.py::test_frechet_is_scipys test_eval_metrics.py::test_clip_score_is_transformers_own_logit",
     ),
     (
         "Fig. 8",
         "FID against CLIP score over guidance and temperature: the Pareto front",
         "evaluate.evaluate",
-        "test_evaluate.py::test_a_sweep_is_one_call_and_two_plots test_plots.py::test_pareto_front_by_hand "
+        "test_eval_run.py::test_a_sweep_is_one_call_and_two_plots test_plots.py::test_pareto_front_by_hand "
         "test_plots.py::test_tradeoff_draws_points_intervals_and_front",
     ),
     (

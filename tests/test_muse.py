@@ -19,8 +19,9 @@ from PIL import Image
 import minimuse.muse
 from minimuse import checkpoint, editing
 from minimuse.config import PRESETS, preset
-from minimuse.muse import FOREIGN, Muse, build, parameter_counts, pick_device, pick_dtype
+from minimuse.muse import FOREIGN, Muse, build, parameter_counts
 from minimuse.text import TextEncoder
+from minimuse.utils import pick_device, pick_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 A, B = "a red cube", "two small blue spheres left of a metal cylinder"
@@ -43,7 +44,7 @@ def exact(folder, tiny_text):
 @pytest.fixture(scope="module")
 def image(tiny_muse):
     """A picture of the right size, no two pixels alike."""
-    side = tiny_muse.cfg.high_tokenizer.image_size
+    side = tiny_muse.config.high_tokenizer.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -80,7 +81,7 @@ def spy_on_decode(monkeypatch) -> list[tuple[torch.Tensor, dict]]:
 
 
 def test_generate_gives_n_pictures_of_each_prompt_in_order(tiny_muse):
-    side = tiny_muse.cfg.high_tokenizer.image_size
+    side = tiny_muse.config.high_tokenizer.image_size
     images = tiny_muse.generate([A, B], n=2, seed=5, steps=2)
     assert isinstance(images, list), f"always a list, {type(images)} came"
     assert len(images) == 4, f"2 prompts x 2 are 4 pictures, {len(images)} came"
@@ -153,8 +154,8 @@ def batch_invariant(codebook_size: int):
 
 @pytest.mark.parametrize("settings", [{}, {"guidance": (0.0, 3.0), "order": "random"}, {"negative_prompt": "a ball"}])
 def test_pitfall_17_an_image_alone_and_in_a_batch_identical_tokens(exact, monkeypatch, settings):
-    monkeypatch.setattr(exact.base, "forward", batch_invariant(exact.cfg.base.codebook_size))
-    monkeypatch.setattr(exact.superres, "forward", batch_invariant(exact.cfg.superres.codebook_size))
+    monkeypatch.setattr(exact.base, "forward", batch_invariant(exact.config.base.codebook_size))
+    monkeypatch.setattr(exact.superres, "forward", batch_invariant(exact.config.superres.codebook_size))
     prompts, seeds = [A, B, A], [7, 8, 9]
     low, high = final_tokens(exact, prompts, seed=seeds, **settings)
     for i in range(3):
@@ -228,9 +229,11 @@ def test_superres_settings_hold_for_that_stage_alone(exact):
 def test_defaults_are_the_checkpoints(tiny_muse, monkeypatch):
     seen = spy_on_decode(monkeypatch)
     tiny_muse.generate(A, seed=0)
-    for (_, given), cfg in zip(seen, (tiny_muse.cfg.base_sampling, tiny_muse.cfg.superres_sampling), strict=True):
+    for (_, given), config in zip(
+        seen, (tiny_muse.config.base_sampling, tiny_muse.config.superres_sampling), strict=True
+    ):
         for name in ("steps", "schedule", "order", "sampling_temperature", "choice_temperature"):
-            assert given[name] == getattr(cfg, name), f"{name} is {given[name]}, not the checkpoint's"
+            assert given[name] == getattr(config, name), f"{name} is {given[name]}, not the checkpoint's"
     tiny_muse.generate(A, seed=0, steps=None, order=None)
     assert seen[2][1]["steps"] == seen[0][1]["steps"], "None is the default"
 
@@ -248,8 +251,8 @@ def test_another_order_ranks_without_noise(tiny_muse, monkeypatch, order):
 
 def test_the_default_order_by_name_keeps_its_noise(tiny_muse, monkeypatch):
     seen = spy_on_decode(monkeypatch)
-    tiny_muse.generate(A, seed=0, order=tiny_muse.cfg.base_sampling.order, steps=1)
-    assert seen[0][1]["choice_temperature"] == tiny_muse.cfg.base_sampling.choice_temperature
+    tiny_muse.generate(A, seed=0, order=tiny_muse.config.base_sampling.order, steps=1)
+    assert seen[0][1]["choice_temperature"] == tiny_muse.config.base_sampling.choice_temperature
 
 
 def test_unknown_settings_list_the_known(tiny_muse):
@@ -313,10 +316,12 @@ def test_what_cannot_be_drawn_is_refused(tiny_muse, prompts, settings, error, ma
 
 
 def test_unknown_words_are_told_once_and_drawn(tiny_muse, capsys):
-    muse = Muse(tiny_muse.cfg, tiny_muse.parts, tiny_muse.encoder, words=["a", "red", "cube"], examples=["x", "y", "z"])
+    muse = Muse(
+        tiny_muse.config, tiny_muse.parts, tiny_muse.encoder, words=["a", "red", "cube"], examples=["x", "y", "z"]
+    )
     far = "a steam locomotive crossing the cube"
     (picture,) = muse.generate(far, seed=0, steps=1)
-    assert picture.size[0] == tiny_muse.cfg.high_tokenizer.image_size, "a prompt far outside is drawn all the same"
+    assert picture.size[0] == tiny_muse.config.high_tokenizer.image_size, "a prompt far outside is drawn all the same"
     out, err = capsys.readouterr()
     assert out == "", f"nothing on stdout: {out}"
     assert err.count("\n") == 1, f"one line: {err!r}"
@@ -331,7 +336,9 @@ def test_unknown_words_are_told_once_and_drawn(tiny_muse, capsys):
 
 @pytest.mark.parametrize("far", ["красный куб", "röd kub på gård", "一只猫"])
 def test_unknown_words_of_any_alphabet(tiny_muse, capsys, far):
-    muse = Muse(tiny_muse.cfg, tiny_muse.parts, tiny_muse.encoder, words=["a", "red", "cube"], examples=["x", "y", "z"])
+    muse = Muse(
+        tiny_muse.config, tiny_muse.parts, tiny_muse.encoder, words=["a", "red", "cube"], examples=["x", "y", "z"]
+    )
     muse.generate(far, seed=0, steps=1)
     err = capsys.readouterr().err
     assert err.count("\n") == 1, f"{far!r} is far outside: {err!r}"
@@ -339,7 +346,7 @@ def test_unknown_words_of_any_alphabet(tiny_muse, capsys, far):
 
 
 def test_without_a_list_of_words_nothing_is_told(tiny_muse, capsys):
-    Muse(tiny_muse.cfg, tiny_muse.parts, tiny_muse.encoder).generate("quixotic zebras", seed=0, steps=1)
+    Muse(tiny_muse.config, tiny_muse.parts, tiny_muse.encoder).generate("quixotic zebras", seed=0, steps=1)
     assert capsys.readouterr().err == "", "a checkpoint that does not know its words stays silent"
 
 
@@ -347,8 +354,11 @@ def test_without_a_list_of_words_nothing_is_told(tiny_muse, capsys):
 
 
 def test_the_trace_of_a_decode(tiny_muse):
-    cfg, trace = tiny_muse.cfg, list(tiny_muse.steps(A, n=2, seed=0))
-    models = {"base": (tiny_muse.base, cfg.base_sampling), "superres": (tiny_muse.superres, cfg.superres_sampling)}
+    config, trace = tiny_muse.config, list(tiny_muse.steps(A, n=2, seed=0))
+    models = {
+        "base": (tiny_muse.base, config.base_sampling),
+        "superres": (tiny_muse.superres, config.superres_sampling),
+    }
     assert list(dict.fromkeys(s.stage for s in trace)) == ["base", "superres"], "base first, then super-resolution"
     for stage, (model, sampling) in models.items():
         steps = [s for s in trace if s.stage == stage]
@@ -357,10 +367,10 @@ def test_the_trace_of_a_decode(tiny_muse):
         for s in steps:
             t = first + (last - first) * s.index / (sampling.steps - 1)
             assert math.isclose(s.guidance, t, abs_tol=1e-9), f"{stage} {s.index}: guidance {s.guidance}, not {t}"
-        masked = torch.ones(2, model.cfg.tokens, dtype=torch.bool)
+        masked = torch.ones(2, model.config.tokens, dtype=torch.bool)
         for s in steps:
             where = f"{stage} step {s.index}"
-            assert s.tokens.shape == s.confidence.shape == (2, model.cfg.tokens), f"{where}: {s.tokens.shape}"
+            assert s.tokens.shape == s.confidence.shape == (2, model.config.tokens), f"{where}: {s.tokens.shape}"
             assert s.revealed.any(1).all(), f"{where} reveals nothing"
             assert not (s.revealed & ~masked).any(), f"{where} reveals what was not masked"
             assert torch.equal(s.masked, masked & ~s.revealed), f"{where}: masked is not what was left"
@@ -382,7 +392,7 @@ def test_superres_reads_the_low_tokens(exact, monkeypatch):
 
 
 def test_picture_of_a_step(tiny_muse):
-    sides = {"base": tiny_muse.cfg.low_tokenizer.image_size, "superres": tiny_muse.cfg.high_tokenizer.image_size}
+    sides = {"base": tiny_muse.config.low_tokenizer.image_size, "superres": tiny_muse.config.high_tokenizer.image_size}
     for step in tiny_muse.steps(A, n=2, seed=0, steps=2):
         pictures = tiny_muse.picture(step)
         assert [p.size for p in pictures] == [(sides[step.stage],) * 2] * 2, f"{step.stage}: {pictures}"
@@ -445,17 +455,17 @@ def test_inpaint_draws_n_and_tells_what_made_them(tiny_muse, image):
 
 
 def test_pitfall_16_one_pixel_masks_the_tokens_that_hold_it(exact, image, monkeypatch):
-    cfg, (x, y) = exact.cfg, (13, 42)
+    config, (x, y) = exact.config, (13, 42)
     seen = spy_on_decode(monkeypatch)
     mask = np.zeros(image.size[::-1], dtype=bool)
     mask[y, x] = True
     (new,) = exact.inpaint(image, mask, A, seed=0, steps=2)
     (low, _), (high, _) = seen
     given_low, given_high = editing.tokenize(exact, image)
-    covered = cfg.high_tokenizer.image_size // cfg.base.grid  # picture pixels a low token covers, each way
-    f = cfg.high_tokenizer.downsampling
-    at_low = y // covered * cfg.base.grid + x // covered
-    at_high = y // f * cfg.superres.grid + x // f
+    covered = config.high_tokenizer.image_size // config.base.grid  # picture pixels a low token covers, each way
+    f = config.high_tokenizer.downsampling
+    at_low = y // covered * config.base.grid + x // covered
+    at_high = y // f * config.superres.grid + x // f
     assert (low[0] == exact.base.mask_id).nonzero().flatten().tolist() == [at_low], "the one low token that holds it"
     assert (high[0] == exact.superres.mask_id).nonzero().flatten().tolist() == [at_high], "and the one high token"
     for start, given, at in ((low, given_low, at_low), (high, given_high, at_high)):
@@ -470,7 +480,7 @@ def test_inpaint_leaves_tokens_outside_as_they_are(exact, image):
     mask = rectangle(image)
     ends = {}
     exact.inpaint(image, mask, A, seed=0, steps=2, watch=lambda s: ends.update({s.stage: s}))
-    for stage, given, side in (("base", low, exact.cfg.base.grid), ("superres", high, exact.cfg.superres.grid)):
+    for stage, given, side in (("base", low, exact.config.base.grid), ("superres", high, exact.config.superres.grid)):
         size = len(mask) // side
         covered = torch.from_numpy(mask).view(side, size, side, size).any(3).any(1).flatten()
         assert torch.equal(ends[stage].tokens[0, ~covered], given[0, ~covered]), f"{stage}: given tokens were redrawn"
@@ -579,13 +589,13 @@ def test_edit_defaults_are_the_papers():
 
 
 def test_a_checkpoint_may_edit_with_a_guidance_of_its_own(exact, image):
-    exact.cfg = replace(exact.cfg, edit_guidance=1.5)
+    exact.config = replace(exact.config, edit_guidance=1.5)
     for given, t in (({}, 1.5), ({"guidance": None}, 1.5), ({"guidance": 0.0}, 0.0), ({"guidance": (1.0, 3.0)}, None)):
         steps = exact.edit_steps(image, A, seed=0, iterations=2, superres={"steps": 1}, **given)
         told = [s.guidance for s in steps if s.stage == "base"]
         assert told == ([t, t] if t is not None else [1.0, 3.0]), f"{given}: {told}"
     with pytest.raises(ValueError, match=r"edit_guidance -1.0 is negative"):
-        replace(exact.cfg, edit_guidance=-1.0)
+        replace(exact.config, edit_guidance=-1.0)
 
 
 def test_edit_changes_a_share_of_the_tokens_at_a_time(exact, image):
@@ -601,7 +611,7 @@ def test_edit_changes_a_share_of_the_tokens_at_a_time(exact, image):
         assert not step.masked.any(), "every state on the way is a whole picture"
         assert step.guidance == 4, "guidance 4 by default"
         before = step.tokens
-    assert trace[-1].tokens.shape[1] == exact.cfg.superres.tokens, "it ends with a high-resolution picture"
+    assert trace[-1].tokens.shape[1] == exact.config.superres.tokens, "it ends with a high-resolution picture"
 
 
 def test_edit_tells_a_rising_guidance(exact, image):
@@ -644,7 +654,7 @@ def test_edit_refuses_nonsense(tiny_muse, image, wrong):
 @pytest.mark.parametrize("kind", [str, Path])
 def test_save_load_same_pixels(tiny_muse, folder, kind):
     loaded = Muse.from_pretrained(kind(folder), device="cpu")
-    assert loaded.cfg == tiny_muse.cfg, "the configuration must come back as it was"
+    assert loaded.config == tiny_muse.config, "the configuration must come back as it was"
     assert (loaded.words, loaded.examples) == (tiny_muse.words, tiny_muse.examples), "so must words and examples"
     for key, value in tiny_muse.parts.state_dict().items():
         assert torch.equal(loaded.parts.state_dict()[key], value), f"{key} changed on its way"
@@ -737,7 +747,7 @@ def test_pitfall_18_everything_is_frozen(tiny_muse, folder):
 
 
 def test_parameter_counts_are_the_real_ones(tiny_muse):
-    counted = parameter_counts(tiny_muse.cfg)
+    counted = parameter_counts(tiny_muse.config)
     for name, n in counted.items():
         real = sum(p.numel() for p in getattr(tiny_muse, name).parameters())
         assert n == real, f"{name}: counted {n:,} on the meta device, it has {real:,}"
@@ -777,8 +787,8 @@ for name in {modules!r}:
 from minimuse.muse import Muse, build
 from minimuse.config import preset
 from minimuse.text import TextEncoder
-cfg = preset("nano")
-Muse(cfg, build(cfg), TextEncoder(cfg.text_encoder, max_tokens=cfg.text_tokens))
+config = preset("nano")
+Muse(config, build(config), TextEncoder(config.text_encoder, max_tokens=config.text_tokens))
 TextEncoder("nobody/has-this-one")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -786,7 +796,7 @@ TextEncoder("nobody/has-this-one")
 
 
 def test_pitfall_20_loading_and_drawing_ask_no_network(tiny_muse, folder, no_network):
-    assert Muse(tiny_muse.cfg, build(tiny_muse.cfg), TextEncoder("nobody/has-this-one")).encoder is not None
+    assert Muse(tiny_muse.config, build(tiny_muse.config), TextEncoder("nobody/has-this-one")).encoder is not None
     loaded = Muse.from_pretrained(folder, device="cpu")
     assert len(loaded.generate(A, seed=0, steps=1)) == 1, "with its language model on disk, Muse needs no network"
 
@@ -801,7 +811,7 @@ def test_pitfall_21_no_pickle_on_the_way(tiny_muse, tmp_path, monkeypatch):
         for name in names:
             monkeypatch.setattr(module, name, refuse)
     folder = tiny_muse.save_pretrained(tmp_path / "tiny")
-    assert Muse.from_pretrained(folder, device="cpu").cfg == tiny_muse.cfg, "safetensors and JSON only"
+    assert Muse.from_pretrained(folder, device="cpu").config == tiny_muse.config, "safetensors and JSON only"
     assert (folder / "model.safetensors").read_bytes()[8:9] == b"{", "a safetensors file begins with its JSON header"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minimuse import Muse, checkpoint
-from minimuse.reader import Reader
+from minimuse.eval_detector import Reader
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -288,7 +288,12 @@ def test_the_dials_reach_the_sampler(page, muse):
     page.get_by_role("option", name="halton").click()
     assert press(page, "Draw").startswith("Done in 5 steps, seed 0"), page.evaluate("window.told")
     settings = settings_of(picture(page))
-    given = {"negative_prompt": B, "steps": 3, "guidance": [2, muse.cfg.base_sampling.guidance[1]], "order": "halton"}
+    given = {
+        "negative_prompt": B,
+        "steps": 3,
+        "guidance": [2, muse.config.base_sampling.guidance[1]],
+        "order": "halton",
+    }
     assert given.items() <= settings.items(), f"{settings}"
     expected = muse.generate(
         A, seed=0, **{k: v for k, v in settings.items() if k not in ("model", "fingerprint", "prompt", "seed")}
@@ -397,7 +402,7 @@ def test_a_narrow_window_shows_all_of_it(page):
 def test_twenty_clients_each_get_their_own_seed(server, muse, tmp_path):
     from gradio_client import Client
 
-    sampling, seeds = muse.cfg.base_sampling, range(20)
+    sampling, seeds = muse.config.base_sampling, range(20)
     expected = [muse.generate(A, seed=seed, steps=3, superres={"steps": 2})[0] for seed in seeds]
     assert len({image.tobytes() for image in expected}) == 20, "twenty seeds, twenty pictures"
     clients = [Client(server.url, download_files=str(tmp_path / str(seed)), verbose=False) for seed in seeds]

@@ -160,31 +160,31 @@ def test_a_png_without_settings_is_refused(tmp_path, text):
 
 
 def test_the_fingerprint_is_of_what_draws(tiny_muse):
-    cfg, weights = tiny_muse.cfg, tiny_muse.parts.state_dict()
-    old = fingerprint(cfg, weights)
+    config, weights = tiny_muse.config, tiny_muse.parts.state_dict()
+    old = fingerprint(config, weights)
     assert old == tiny_muse.fingerprint
     assert len(old) == 16
     assert int(old, 16) >= 0, "16 hex digits"
-    assert fingerprint(cfg, dict(reversed(weights.items()))) == old, "the order of the weights says nothing"
-    trained = replace(cfg, scenes=9, captions=2, synonyms=0.5, stages={}, base=replace(cfg.base, dropout=0.1))
+    assert fingerprint(config, dict(reversed(weights.items()))) == old, "the order of the weights says nothing"
+    trained = replace(config, scenes=9, captions=2, synonyms=0.5, stages={}, base=replace(config.base, dropout=0.1))
     assert fingerprint(trained, weights) == old, "how it was trained draws nothing"
-    assert fingerprint(replace(cfg, edit_guidance=1.0), weights) == old, "a picture from text knows nothing of edits"
-    fewer = replace(cfg.base_sampling, steps=3)
-    for other in (replace(cfg, base_sampling=fewer), replace(cfg, text_encoder="another")):
+    assert fingerprint(replace(config, edit_guidance=1.0), weights) == old, "a picture from text knows nothing of edits"
+    fewer = replace(config.base_sampling, steps=3)
+    for other in (replace(config, base_sampling=fewer), replace(config, text_encoder="another")):
         assert fingerprint(other, weights) != old, "what draws by default is part of it"
     for name, tensor in weights.items():
         changed = tensor.clone()
         changed.flatten()[0] += 1
-        assert fingerprint(cfg, weights | {name: changed}) != old, f"{name} is not part of it"
+        assert fingerprint(config, weights | {name: changed}) != old, f"{name} is not part of it"
 
 
 def test_a_field_of_a_later_version_leaves_the_fingerprint(tiny_muse):
     """Or no version could draw an older one's pictures again."""
-    cfg, weights = tiny_muse.cfg, tiny_muse.parts.state_dict()
-    Later = make_dataclass("Later", [("tilt", float, field(default=0.0))], bases=(type(cfg),), frozen=True)
-    later = Later(**vars(cfg))
-    assert fingerprint(later, weights) == fingerprint(cfg, weights), "at its default it changes nothing"
-    assert fingerprint(replace(later, tilt=1.0), weights) != fingerprint(cfg, weights), "set, it does"
+    config, weights = tiny_muse.config, tiny_muse.parts.state_dict()
+    Later = make_dataclass("Later", [("tilt", float, field(default=0.0))], bases=(type(config),), frozen=True)
+    later = Later(**vars(config))
+    assert fingerprint(later, weights) == fingerprint(config, weights), "at its default it changes nothing"
+    assert fingerprint(replace(later, tilt=1.0), weights) != fingerprint(config, weights), "set, it does"
 
 
 def test_the_fingerprint_is_that_of_the_file_whatever_the_dtype(tiny_muse, tmp_path):

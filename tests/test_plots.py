@@ -80,7 +80,7 @@ def test_nonsense_is_refused(wrong):
 
 def test_film_of_a_decode(tiny_muse):
     steps = list(tiny_muse.steps("a red cube", n=2, seed=0, steps=3, superres={"steps": 2}))
-    side, gap = 2 * tiny_muse.cfg.high_tokenizer.image_size, 8
+    side, gap = 2 * tiny_muse.config.high_tokenizer.image_size, 8
     strip = film(tiny_muse, steps)
     assert strip.width == gap + 5 * (side + gap), f"3 + 2 steps are 5 frames: {strip.width}"
     assert strip.height > side + 2 * gap, "each frame has a title"
@@ -96,7 +96,7 @@ def test_film_of_a_decode(tiny_muse):
 
 def test_film_keeps_the_ends_and_picks_a_row(tiny_muse):
     steps = list(tiny_muse.steps("a red cube", n=2, seed=0, steps=6))
-    side, gap = 2 * tiny_muse.cfg.high_tokenizer.image_size, 8
+    side, gap = 2 * tiny_muse.config.high_tokenizer.image_size, 8
     strips = [film(tiny_muse, steps, row=row, most=4) for row in (0, 1)]
     assert strips[0].width == gap + 4 * (side + gap), f"at most 4 frames: {strips[0].width}"
     assert strips[0].tobytes() != strips[1].tobytes(), "row picks the picture of the batch"

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimuse.cache import Rows, Shards, fill, fingerprint
 from minimuse.config import preset
-from minimuse.data import Example, Problems, SceneDataset
+from minimuse.data_cache import Rows, Shards, fill, fingerprint
+from minimuse.data_images import Example, Problems, SceneDataset
 from minimuse.precompute import (
     CachedPixels,
     Texts,
@@ -234,28 +234,28 @@ def test_scenes_end_to_end(tmp_path):
 
 class TestEstimate:
     def test_worked_by_hand(self):
-        cfg = preset("paper_3b")  # T5-XXL: 4096-d; 16x16 and 64x64 tokens of 8192 codes; 512 px
-        assert estimate(cfg, 10_000_000, text_tokens=77) == {
+        config = preset("paper_3b")  # T5-XXL: 4096-d; 16x16 and 64x64 tokens of 8192 codes; 512 px
+        assert estimate(config, 10_000_000, text_tokens=77) == {
             "pixels": 10_000_000 * 3 * 512 * 512,  # 7.9 TB
             "low": 10_000_000 * 256 * 2,  # 5.1 GB
             "high": 10_000_000 * 4096 * 2,  # 82 GB
             "text": 6_307_840_000_000,  # 10M x 77 x 4096 x 2: 6.3 TB
         }
-        few = estimate(cfg, 1000, captions=2.5, text_tokens=10.2, pixels=300)
+        few = estimate(config, 1000, captions=2.5, text_tokens=10.2, pixels=300)
         assert few["pixels"] == 300 * 786_432
         assert few["text"] == 1000 * 25.5 * 4096 * 2
-        assert estimate(cfg, 1000, pixels=5000)["pixels"] == 1000 * 786_432, "no more than there are"
+        assert estimate(config, 1000, pixels=5000)["pixels"] == 1000 * 786_432, "no more than there are"
 
     def test_it_is_what_the_files_take(self, tmp_path):
         """The arrays of a real cache, headers aside, are the bytes foretold."""
-        cfg, source = preset("nano"), FakeSource()
-        low, high = cfg.low_tokenizer, cfg.high_tokenizer
+        config, source = preset("nano"), FakeSource()
+        low, high = config.low_tokenizer, config.high_tokenizer
         encoders = {
             name: (lambda x, n=c.grid**2: torch.zeros(len(x), n).long()) for name, c in (("low", low), ("high", high))
         }
         pixels = made(tmp_path, "pixels", make_pixels(source, high.image_size))
         tokens = made(tmp_path, "tokens", make_tokens(CachedPixels(pixels), high.image_size, encoders, 256))
-        told = estimate(cfg, 20)
+        told = estimate(config, 20)
         assert told["pixels"] == Rows(pixels, "pixels")[:].nbytes
         assert (told["low"], told["high"]) == (Rows(tokens, "low")[:].nbytes, Rows(tokens, "high")[:].nbytes)
 

@@ -3,12 +3,12 @@
 from collections import Counter
 
 import pytest
-from test_wants import perfect
+from test_eval_prompts import perfect
 
-from minimuse.captions import _RELATIONS, PARAPHRASES, vocabulary
+from minimuse.data_captions import _RELATIONS, PARAPHRASES, vocabulary
+from minimuse.data_scenes import HELD_OUT, SPLITS, box, sample_scene
+from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.prompts import EXTRAS, NOVEL, SEEN, SETS, asks
-from minimuse.scenes import HELD_OUT, SPLITS, box, sample_scene
-from minimuse.wants import matches, parse_prompt
 
 ALL = pytest.mark.parametrize("name", SETS)
 SWAPS = {word for words in PARAPHRASES.values() for word in words}

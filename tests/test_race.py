@@ -50,9 +50,9 @@ def test_all_get_the_same_training_compute(tiny_muse, tmp_path):
     total = 1000 * it.flops("masked")
     for name in ("masked", "ar", "dit", "masked, identity", "dit, open gates"):
         assert it.train_steps(name) * it.flops(name) == pytest.approx(total, rel=0.01), name
-    cfg = preset("nano")
-    assert race.flops(rival(cfg, "ar")) == race.flops(rival(cfg, "masked"))
-    assert 0.6 < race.flops(rival(cfg, "dit")) / race.flops(rival(cfg, "masked")) < 1, "narrower, so more steps"
+    config = preset("nano")
+    assert race.flops(rival(config, "ar")) == race.flops(rival(config, "masked"))
+    assert 0.6 < race.flops(rival(config, "dit")) / race.flops(rival(config, "masked")) < 1, "narrower, so more steps"
 
 
 def test_one_stage_is_as_large_as_two():

@@ -1,4 +1,4 @@
-"""Runs that are stopped or killed go on to the same weights, byte for byte (damage to files: test_runs.py).
+"""Runs that are stopped or killed go on to the same weights, byte for byte (damage to files: test_train_state.py).
 
 The tiny runs here have all that a state must hold or a step may draw: adversarial and perceptual loss, codebook
 restarts, crops, dropout, a moving average, AdamW and Adafactor, validation and pictures in between.
@@ -20,16 +20,18 @@ import torch
 from conftest import D_LM, ROOT
 from safetensors.torch import load_file
 
-from minimuse import cli, folders, train
+from minimuse import cli, train
+from minimuse import data_sources as folders
 from minimuse.checkpoint import WEIGHTS
-from minimuse.config import MuseConfig, SamplingConfig, StageConfig, TransformerConfig, VQGANConfig, to_dict
-from minimuse.engine import Engine, Stage, Stopped
+from minimuse.config import MuseConfig, StageConfig, to_dict
 from minimuse.muse import Muse
-from minimuse.runs import TENSORS, states
-from minimuse.transformer import SuperRes, Transformer
-from minimuse.vqgan import VQGAN
+from minimuse.sampler import SamplingConfig
+from minimuse.train_engine import Engine, Stage, Stopped
+from minimuse.train_log import read_log
+from minimuse.train_state import TENSORS, states
+from minimuse.transformer import SuperRes, Transformer, TransformerConfig
+from minimuse.vqgan import VQGAN, VQGANConfig
 from minimuse.vqgan_loss import SceneFeatures, feature_distance
-from minimuse.watch import read_log
 
 LOW = VQGANConfig(
     image_size=16,
@@ -54,7 +56,7 @@ PIXELS = StageConfig(
     ema=0.5,
     adversarial_start=2,
     save_every=3,
-    look_every=2,
+    eval_every=2,
 )
 MASKED = replace(PIXELS, label_smoothing=0.1)
 
@@ -78,7 +80,7 @@ def tiny(lm: str) -> MuseConfig:
         captions=2,
         stages={
             "low_tokenizer": PIXELS,
-            "base": replace(MASKED, steps=60, save_every=40, look_every=25),
+            "base": replace(MASKED, steps=60, save_every=40, eval_every=25),
             "high_tokenizer": PIXELS,
             "superres": replace(MASKED, optimizer="adafactor"),
             "decoder": PIXELS,
@@ -103,18 +105,20 @@ def _signals():
 # --- a stage ----------------------------------------------------------------------------------------------------------
 
 
-def pixels(folder: Path, cfg: StageConfig = PIXELS):
+def pixels(folder: Path, config: StageConfig = PIXELS):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
-    return train.train_tokenizer(VQGAN(LOW), cfg, images, perceptual=features(), engine=Engine(folder=folder, keep=1))
+    return train.train_tokenizer(
+        VQGAN(LOW), config, images, perceptual=features(), engine=Engine(folder=folder, keep=1)
+    )
 
 
-def masked(folder: Path, cfg: StageConfig = MASKED, superres: bool = False):
+def masked(folder: Path, config: StageConfig = MASKED, superres: bool = False):
     torch.manual_seed(0)
     model = SuperRes(SUPERRES) if superres else Transformer(BASE)
     tokens, low = torch.randint(16, (9, 64 if superres else 16)), torch.randint(16, (9, 16)) if superres else None
     texts = [[torch.randn(length, D_LM) for length in (1, 4)] for _ in range(9)]
-    return train.train_transformer(model, cfg, tokens, texts, low_tokens=low, engine=Engine(folder=folder, keep=1))
+    return train.train_transformer(model, config, tokens, texts, low_tokens=low, engine=Engine(folder=folder, keep=1))
 
 
 KINDS = {
@@ -227,20 +231,20 @@ def test_outside_a_step_a_signal_stops_at_once(tmp_path, monkeypatch):
 # --- whole runs in this process ---------------------------------------------------------------------------------------
 
 
-def whole_run(cfg: MuseConfig, folder: Path, keep: int = 2):
+def whole_run(config: MuseConfig, folder: Path, keep: int = 2):
     """All five stages, with the perceptual features made in no time."""
     engine = Engine(device="cpu", folder=folder, keep=keep, bf16=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_perceptual", lambda cfg, engine: features())
-        yield from train.train_muse(cfg, engine=engine)
+        patch.setattr(train, "_perceptual", lambda config, engine: features())
+        yield from train.train_muse(config, engine=engine)
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_lm, tmp_path_factory):
     """-> (configuration, folder of a run that was never stopped, with all its states)."""
-    folder, cfg = tmp_path_factory.mktemp("runs") / "finished", tiny(tiny_lm)
-    deque(whole_run(cfg, folder, keep=0), maxlen=1).pop().model.save_pretrained(folder)
-    return cfg, folder
+    folder, config = tmp_path_factory.mktemp("runs") / "finished", tiny(tiny_lm)
+    deque(whole_run(config, folder, keep=0), maxlen=1).pop().model.save_pretrained(folder)
+    return config, folder
 
 
 ENDS = [
@@ -253,9 +257,9 @@ ENDS = [
 @pytest.mark.slow
 def test_a_whole_run_closed_again_and_again(finished, tmp_path):
     """In caches, in stages and between them."""
-    cfg, folder = finished
+    config, folder = finished
     for end in ENDS:
-        run = whole_run(cfg, tmp_path)
+        run = whole_run(config, tmp_path)
         p = next(p for p in run if (p.stage, p.step) == end)
         run.close()
     p.model.save_pretrained(tmp_path)

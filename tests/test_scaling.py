@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import scaling
 from scaling import START, TINY, attention_flops, predicted_bytes, slope
 
-from minimuse.budget import count_flops
+from minimuse.train_budget import count_flops
 from minimuse.transformer import SelfAttention
 
 

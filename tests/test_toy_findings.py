@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from minimuse.evaluate import RISING
+from minimuse.eval_run import RISING
 from minimuse.intervals import Measured, share
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -124,8 +124,8 @@ def test_it_was_measured_of_the_shipped_toy(stored):
     """Other weights or settings of drawing need other figures."""
     from minimuse import checkpoint
     from minimuse.config import to_dict
-    from minimuse.data import digest
-    from minimuse.runs import stamp
+    from minimuse.data_images import digest
+    from minimuse.train_state import stamp
 
     folder = checkpoint.find("toy")
     for name, part in stored["parts"].items():

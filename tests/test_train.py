@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from minimuse.config import StageConfig, TransformerConfig, VQGANConfig, preset
-from minimuse.engine import Engine, Stage, batch_indices, fast_bf16, learning_rate, precision
+from minimuse.config import StageConfig, preset
 from minimuse.masking import masked_cross_entropy
 from minimuse.precompute import tokenize
 from minimuse.text import pad_contexts
@@ -25,8 +24,10 @@ from minimuse.train import (
     train_tokenizer,
     train_transformer,
 )
-from minimuse.transformer import SuperRes, Transformer
-from minimuse.vqgan import VQGAN
+from minimuse.train_engine import Engine, Stage, batch_indices, learning_rate
+from minimuse.transformer import SuperRes, Transformer, TransformerConfig
+from minimuse.utils import fast_bf16, precision
+from minimuse.vqgan import VQGAN, VQGANConfig
 from minimuse.vqgan_loss import feature_distance
 
 OFF = settings(deadline=None, max_examples=40, derandomize=True)
@@ -107,15 +108,15 @@ def test_batches_follow_from_seed_and_step_alone():
 
 
 def test_learning_rate_by_hand():
-    cfg = StageConfig(steps=110, batch=1, learning_rate=2.0, warmup=10, weight_decay=0.0)
-    rates = [learning_rate(cfg, step) for step in range(111)]
+    config = StageConfig(steps=110, batch=1, learning_rate=2.0, warmup=10, weight_decay=0.0)
+    rates = [learning_rate(config, step) for step in range(111)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)]), "linear warm-up, not from zero"
     assert rates[10] == 2.0, "then the peak"
     assert rates[60] == pytest.approx(1.0), "half of it half-way down the cosine"
     assert rates[35] == pytest.approx(1 + math.cos(math.pi / 4)), "a cosine, not a line"
     assert rates[110] == pytest.approx(0, abs=1e-12), "nothing at the end"
     assert all(a > b for a, b in itertools.pairwise(rates[10:])), "it falls all the way"
-    assert learning_rate(replace(cfg, warmup=0), 0) == 2.0, "without warm-up it starts at the peak"
+    assert learning_rate(replace(config, warmup=0), 0) == 2.0, "without warm-up it starts at the peak"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
@@ -124,10 +125,10 @@ def test_optimizer_decays_matrices_alone_and_clips(optimizer):
     net.bias.data.fill_(1.0)
     frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
     net.register_parameter("frozen", frozen)
-    cfg = StageConfig(
+    config = StageConfig(
         steps=10, batch=1, learning_rate=0.1, warmup=0, weight_decay=0.5, optimizer=optimizer, betas=(0.9, 0.96)
     )
-    stage = Stage(fp32(), "s", cfg, {"model": net})
+    stage = Stage(fp32(), "s", config, {"model": net})
     before = net.weight.detach().clone()
     stage.backward(0 * net(torch.ones(1, 3)).sum())
     stage.update(0)  # no gradient: all that moves is decay
@@ -137,7 +138,7 @@ def test_optimizer_decays_matrices_alone_and_clips(optimizer):
     stage.update(1)
     norm = torch.stack([p.grad.norm() for p in (net.weight, net.bias)]).norm().item()
     assert norm == pytest.approx(1.0, abs=1e-3), f"the gradient was clipped to {norm}"
-    assert stage.optimizers["model"][0].param_groups[0]["lr"] == learning_rate(cfg, 1), "the rate of the step"
+    assert stage.optimizers["model"][0].param_groups[0]["lr"] == learning_rate(config, 1), "the rate of the step"
     assert frozen.equal(torch.ones(2)), "a frozen parameter moved"
 
 
@@ -145,8 +146,8 @@ def test_optimizer_decays_matrices_alone_and_clips(optimizer):
 def test_the_text_projection_may_learn_more_slowly(optimizer):
     """One optimizer's groups with a share of the rate, which each step keeps; all weights still have a group."""
     model = Transformer(TransformerConfig(**SIZES, grid=4))
-    cfg = StageConfig(10, 1, 0.1, 0, 0.5, optimizer, betas=(0.9, 0.96), text_rate=0.1)
-    stage = Stage(fp32(), "s", cfg, {"model": MaskedLoss(model)})
+    config = StageConfig(10, 1, 0.1, 0, 0.5, optimizer, betas=(0.9, 0.96), text_lr_scale=0.1)
+    stage = Stage(fp32(), "s", config, {"model": MaskedLoss(model)})
     groups = [group for o in stage.optimizers["model"] for group in o.param_groups]
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters()}, (
         "some weight is left out"
@@ -155,7 +156,7 @@ def test_the_text_projection_may_learn_more_slowly(optimizer):
     stage.update(3)
     for group in groups:
         text = any(p is model.text.weight for p in group["params"])
-        assert group["lr"] == pytest.approx(learning_rate(cfg, 3) * (0.1 if text else 1.0)), f"text: {text}"
+        assert group["lr"] == pytest.approx(learning_rate(config, 3) * (0.1 if text else 1.0)), f"text: {text}"
         assert not text or len(group["params"]) == 1, "others learn slowly, too"
 
 
@@ -213,9 +214,9 @@ def test_the_same_seed_makes_the_same_tokenizer():
 
 
 def test_all_losses_at_once():
-    cfg = replace(PIXELS, steps=5, adversarial_weight=0.1, adversarial_start=3)
+    config = replace(PIXELS, steps=5, adversarial_weight=0.1, adversarial_start=3)
     features = train_features(plain_images(), torch.rand(24, 2).round(), steps=2)
-    trace = list(train_tokenizer(vqgan(), cfg, plain_images(), perceptual=feature_distance(features), engine=fp32()))
+    trace = list(train_tokenizer(vqgan(), config, plain_images(), perceptual=feature_distance(features), engine=fp32()))
     assert ["critic" in p.figures for p in trace] == [False] * 3 + [True] * 2, "the discriminator joins at its step"
 
 
@@ -226,11 +227,11 @@ def test_a_compiled_tokenizer_can_balance_its_losses():
     It does so where a step before has walked back once: so the adversarial loss joins at the second. Of a decoder
     alone, since where codes restart a compiled network draws other ones.
     """
-    cfg, made = replace(PIXELS, steps=2, adversarial_weight=0.1, adversarial_start=1), []
+    config, made = replace(PIXELS, steps=2, adversarial_weight=0.1, adversarial_start=1), []
     for how in ({}, {"compile": True}):
         torch.manual_seed(1)
         grown = vqgan().grow_decoder(replace(VQ, decoder_width=32, decoder_blocks=(1, 2)))
-        trace = train_tokenizer(grown, cfg, plain_images(), engine=Engine(bf16=False, **how))
+        trace = train_tokenizer(grown, config, plain_images(), engine=Engine(bf16=False, **how))
         made.append([p.figures for p in trace])
     (first, second), (compiled, balanced) = made
     assert compiled == pytest.approx(first, rel=1e-4), "torch.compile computes something else"
@@ -308,7 +309,7 @@ class Spy(torch.nn.Module):
     """Keeps what a training step shows a transformer."""
 
     mask_id = V
-    cfg = SimpleNamespace(causal=False)
+    config = SimpleNamespace(causal=False)
 
     def __init__(self):
         super().__init__()
@@ -417,9 +418,9 @@ def test_a_stage_may_be_stopped_and_watched():
 
 def test_bf16_and_label_smoothing_train_too():
     tokens, texts = told()
-    cfg = replace(MASKED, steps=3, label_smoothing=0.1)
+    config = replace(MASKED, steps=3, label_smoothing=0.1)
     model = transformer()
-    trace = list(train_transformer(model, cfg, tokens, texts, engine=Engine(bf16=True)))
+    trace = list(train_transformer(model, config, tokens, texts, engine=Engine(bf16=True)))
     assert all(math.isfinite(p.figures["loss"]) for p in trace), "bf16 products, finite losses"
     assert all(p.dtype == torch.float32 for p in model.parameters()), "weights stay fp32"
 
@@ -454,19 +455,19 @@ def test_one_step_at_the_papers_depth(name, part):
     """Every layer of the paper presets, 64 channels wide: a real step by their own optimizer, Adafactor."""
     whole = preset(name)
     wide = getattr(whole, part)
-    cfg = replace(wide, width=64, heads=2, mlp_width=256, text_width=D_LM)
+    config = replace(wide, width=64, heads=2, mlp_width=256, text_width=D_LM)
     torch.manual_seed(0)
-    model = (Transformer if part == "base" else SuperRes)(cfg)
+    model = (Transformer if part == "base" else SuperRes)(config)
     assert len(model.layers) == wide.layers, "a layer is left out"
     before = copy.deepcopy(model)
     stage = replace(whole.stages[part], batch=2, warmup=0)  # 1 / 5000 of the rate moves no norm: fp32 has 7 digits
     assert stage.optimizer == "adafactor", "the paper's optimizer"
-    tokens, low = torch.randint(cfg.codebook_size, (2, cfg.tokens)), None
+    tokens, low = torch.randint(config.codebook_size, (2, config.tokens)), None
     if part == "superres":
-        low = torch.randint(cfg.low_codebook_size, (2, cfg.low_grid**2))
+        low = torch.randint(config.low_codebook_size, (2, config.low_grid**2))
     texts = [[torch.randn(5, D_LM)]] * 2
     progress = next(train_transformer(model, stage, tokens, texts, low_tokens=low, engine=fp32()))
-    assert progress.figures["loss"] == pytest.approx(math.log(cfg.codebook_size), rel=0.1), "a flat guess, at first"
+    assert progress.figures["loss"] == pytest.approx(math.log(config.codebook_size), rel=0.1), "a flat guess, at first"
     moved = [not torch.equal(a, b) for a, b in zip(model.layers.parameters(), before.layers.parameters(), strict=True)]
     assert all(moved), f"{moved.count(False)} of {len(moved)} weights of the layers did not move"
 
@@ -483,9 +484,9 @@ def test_a_users_own_folder_trains_with_mistakes_mixed_in(tiny_muse, tmp_path, c
     Image.new("RGB", (9, 9)).save(folder / "tiny.png")
     (folder / "tiny.txt").write_text("tiny", encoding="utf-8")
     Image.new("RGB", (80, 80)).save(folder / "silent.png")
-    cfg = replace(tiny_muse.cfg, name="mine")
+    config = replace(tiny_muse.config, name="mine")
     with caplog.at_level("WARNING", "minimuse"):
-        *_, last = train_muse(cfg, data=folder, engine=Engine(bf16=False, folder=tmp_path / "run"))
+        *_, last = train_muse(config, data=folder, engine=Engine(bf16=False, folder=tmp_path / "run"))
     told = " ".join(record.getMessage() for record in caplog.records)
     assert "passed over 3 of 23 images" in told, f"what was left out is not told: {told}"
     assert {"picture", "mine"} <= set(last.model.words), "it knows the words of its captions"

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minimuse import transformer
 from minimuse.cfg import null_text
-from minimuse.config import TransformerConfig, preset
+from minimuse.config import preset
 from minimuse.masking import masked_cross_entropy
 from minimuse.muse import parameter_counts
 from minimuse.text import Context
@@ -17,6 +17,7 @@ from minimuse.transformer import (
     Memory,
     SuperRes,
     Transformer,
+    TransformerConfig,
     ahead_and_back,
     attention,
     multi_axis_attention,
@@ -123,7 +124,7 @@ def test_pitfall_07_masked_tokens_do_not_leak():
 def test_pitfall_14_padding_of_the_text_does_not_matter(make):
     """More padding, and whatever stands in it, leaves the logits as they were."""
     model, text = make(), context()
-    x, low = tokens(n=model.cfg.tokens), [tokens(high=9)] if make is superres else []
+    x, low = tokens(n=model.config.tokens), [tokens(high=9)] if make is superres else []
     out = model(x, model.memory(text, *low))
     for filler in (0.0, 50.0):
         embeds = torch.cat([text.embeds, torch.full((2, 4, D_LM), filler)], 1)
@@ -147,7 +148,7 @@ def test_pitfall_14_a_zero_embedding_that_is_real_is_attended_to():
 @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
 def test_pitfall_24_unconditional_logits_are_finite_on_every_backend(make, backend):
     model = make()
-    x, low = tokens(n=model.cfg.tokens), [tokens(high=9)] if make is superres else []
+    x, low = tokens(n=model.config.tokens), [tokens(high=9)] if make is superres else []
     expected = model(x, model.memory(null_text(context()), *low))
     assert expected.isfinite().all(), "removed text makes logits that are not finite"
     try:
@@ -177,7 +178,7 @@ def test_text_layers_tell_who_comes_first():
     for model, reads in ((base(), False), (reader(), True)):
         a, b = (model.memory(t).keys[0] for t in (text, turned))
         assert differ(a, b.flip(2)) == reads, (
-            f"text_layers={model.cfg.text_layers}: order is {'lost' if reads else 'read'}"
+            f"text_layers={model.config.text_layers}: order is {'lost' if reads else 'read'}"
         )
         a, b = (model.memory(t).values[0] for t in (text, turned))
         assert_same(a, b.flip(2), "what is found is the LM's own, whatever stands around it")
@@ -275,7 +276,7 @@ def test_plain_products_are_torchs_attention(mask, monkeypatch):
 def test_bf16_logits_are_those_of_float32(make):
     """Guided batches, padded text: within 3% of their length, five of bf16's roundings."""
     model, text = make(), context()
-    x, low = tokens(n=model.cfg.tokens), [tokens(high=9)] if make is superres else []
+    x, low = tokens(n=model.config.tokens), [tokens(high=9)] if make is superres else []
 
     def logits(dtype):
         given = [Context(c.embeds.to(dtype), c.mask) for c in (text, null_text(text))]
@@ -399,7 +400,7 @@ def test_super_resolution_needs_a_low_encoder():
 @pytest.mark.parametrize("make", [base, reader, superres])
 def test_every_parameter_learns(make):
     model = make()
-    n, low = model.cfg.tokens, [tokens(high=9)] if make is superres else []
+    n, low = model.config.tokens, [tokens(high=9)] if make is superres else []
     loss = model(tokens(n=n), model.memory(context(), *low)).square().mean()
     loss.backward()
     dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -430,12 +431,12 @@ def test_parameters_of_the_632m_preset(name, part, target):
 
 
 def test_the_3b_preset_has_the_papers_numbers():
-    cfg = preset("paper_3b")
-    assert (cfg.base.layers, cfg.base.width, cfg.base.mlp_width) == (48, 2048, 8192), "Muse A.1"
-    assert (cfg.superres.layers, cfg.superres.width, cfg.superres.mlp_width) == (32, 1024, 4096), "Muse A.3"
-    assert cfg.superres.low_layers == 16, "Muse A.3: 16 layers over the low-res tokens"
-    assert cfg.superres.block > 0, "Muse 2.4: multi-axis attention"
-    counts = parameter_counts(cfg)
+    config = preset("paper_3b")
+    assert (config.base.layers, config.base.width, config.base.mlp_width) == (48, 2048, 8192), "Muse A.1"
+    assert (config.superres.layers, config.superres.width, config.superres.mlp_width) == (32, 1024, 4096), "Muse A.3"
+    assert config.superres.low_layers == 16, "Muse A.3: 16 layers over the low-res tokens"
+    assert config.superres.block > 0, "Muse 2.4: multi-axis attention"
+    counts = parameter_counts(config)
     assert 2.5e9 < counts["base"] < 3.5e9, f"3B, got {counts['base'] / 1e9:.2f}B"
 
 
@@ -443,7 +444,7 @@ def test_the_3b_preset_has_the_papers_numbers():
 def test_compiles_whole(make):
     """No graph break: `fullgraph` refuses them."""
     model = make()
-    x, low = tokens(n=model.cfg.tokens), [tokens(high=9)] if make is superres else []
+    x, low = tokens(n=model.config.tokens), [tokens(high=9)] if make is superres else []
     memory = model.memory(context(), *low)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_same(compiled(x, memory), model(x, memory), "captured as one graph, it computes something else")
@@ -455,7 +456,7 @@ def test_compiles_whole(make):
 @pytest.mark.parametrize("make", [base, superres])
 def test_compiled_by_inductor_computes_the_same(make):
     model = make()
-    x, low = tokens(n=model.cfg.tokens), [tokens(high=9)] if make is superres else []
+    x, low = tokens(n=model.config.tokens), [tokens(high=9)] if make is superres else []
     memory = model.memory(context(), *low)
     compiled = torch.compile(model, fullgraph=True)
     assert_same(compiled(x, memory), model(x, memory), "inductor's code computes something else", atol=1e-4)
@@ -488,7 +489,7 @@ def test_like_codes_begin_alike():
     low_codebook[1] = low_codebook[0]
     model = superres()
     mask = model.embed.codes.weight[V].clone()
-    model.begin_from(codebook, low_codebook)
+    model.init_from_codebook(codebook, low_codebook)
     for name, weight in [
         ("embedding", model.embed.codes.weight),
         ("low embedding", model.low_embed.codes.weight),

@@ -6,12 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimuse.config import TransformerConfig
-from minimuse.engine import Engine
 from minimuse.masking import masked_cross_entropy
 from minimuse.train import MaskedLoss
-from minimuse.transformer import Transformer
-from minimuse.validation import RATES, _masks, at_rest, unigram_entropy, validate
+from minimuse.train_engine import Engine
+from minimuse.transformer import Transformer, TransformerConfig
+from minimuse.validation import RATES, _masks, eval_mode, unigram_entropy, validate
 
 V, N, D_LM = 8, 16, 6
 ENGINE = Engine(device="cpu", bf16=False)
@@ -178,7 +177,7 @@ def test_modes_come_back_after_an_error():
     net, part = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout()), []
 
     def broken():
-        with at_rest(net):
+        with eval_mode(net):
             part.extend(m.training for m in net.modules())
             raise RuntimeError("within")
 

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minimuse.config import VQGANConfig
-from minimuse.vqgan import VQGAN, ResBlock, VectorQuantizer, codebook_usage
+from minimuse.vqgan import VQGAN, ResBlock, VectorQuantizer, VQGANConfig, codebook_usage
 
 CFG = VQGANConfig(
     image_size=16,
@@ -257,10 +256,10 @@ def test_everything_learns():
 # --- the fine-tuned decoder -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [BIGGER, replace(CFG, decoder_blocks=(2, 3, 1)), replace(CFG, decoder_width=48), CFG])
-def test_a_grown_decoder_begins_as_the_same_function(cfg):
+@pytest.mark.parametrize("config", [BIGGER, replace(CFG, decoder_blocks=(2, 3, 1)), replace(CFG, decoder_width=48), CFG])
+def test_a_grown_decoder_begins_as_the_same_function(config):
     small = shaken(tokenizer())
-    grown = small.grow_decoder(cfg).eval()
+    grown = small.grow_decoder(config).eval()
     tokens = torch.randint(12, (3, 16))
     torch.testing.assert_close(
         grown.decode(tokens),

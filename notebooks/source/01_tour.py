@@ -75,10 +75,10 @@ the same class with smaller sizes. The language model is not counted: it is not 
 for name, part in muse.parts.items():
     print(f"{name:>15}  {sum(p.numel() for p in part.parameters()) / 1e6:5.2f} million parameters")
 print(
-    f"\nlow-resolution pictures: {muse.cfg.low_tokenizer.image_size} px, {muse.cfg.base.tokens} tokens"
+    f"\nlow-resolution pictures: {muse.config.low_tokenizer.image_size} px, {muse.config.base.tokens} tokens"
 )
 print(
-    f"finished pictures:       {muse.cfg.high_tokenizer.image_size} px, {muse.cfg.superres.tokens} tokens"
+    f"finished pictures:       {muse.config.high_tokenizer.image_size} px, {muse.config.superres.tokens} tokens"
 )
 
 # %% [markdown]
@@ -91,8 +91,8 @@ Expect errors: they become more with the number of things and of words.
 """
 
 # %%
-from minimuse.reader import Reader
-from minimuse.wants import matches, parse_prompt
+from minimuse.eval_detector import Reader
+from minimuse.eval_prompts import matches, parse_prompt
 
 reader = Reader.from_pretrained()
 prompts = [
@@ -172,14 +172,16 @@ best. That number is the token. Here is a rendered scene, its two grids, and wha
 """
 
 # %%
-from minimuse.data import halve, to_pil
-from minimuse.scenes import Scene, Thing, render
+from minimuse.data_images import area_downsample, to_pil
+from minimuse.data_scenes import Scene, Thing, render
 
 scene = Scene(
     (Thing("red", "cube", x=-0.8), Thing("blue", "sphere", size="small", x=1.0, depth=-0.4))
 )
-pixels = render([scene], muse.cfg.high_tokenizer.image_size)  # (1, 3, H, W) in [-1, 1]
-small = halve(pixels, muse.cfg.high_tokenizer.image_size // muse.cfg.low_tokenizer.image_size)
+pixels = render([scene], muse.config.high_tokenizer.image_size)  # (1, 3, H, W) in [-1, 1]
+small = area_downsample(
+    pixels, muse.config.high_tokenizer.image_size // muse.config.low_tokenizer.image_size
+)
 with torch.inference_mode():
     low, high = muse.low_tokenizer.encode(small), muse.high_tokenizer.encode(pixels)
     back_low, back_high = muse.low_tokenizer.decode(low), muse.high_tokenizer.decode(high)
@@ -188,7 +190,7 @@ print(f"high tokens {tuple(high.shape)} of {muse.high_tokenizer.codebook_size} c
 print("the first eight low tokens:", low[0, :8].tolist())
 
 # %%
-g_low, g_high = muse.cfg.base.grid, muse.cfg.superres.grid
+g_low, g_high = muse.config.base.grid, muse.config.superres.grid
 shown = [
     ("the scene", to_pil(pixels)[0]),
     (f"{g_low} x {g_low} tokens", low.view(g_low, g_low)),
@@ -273,7 +275,7 @@ def coarse(prompt, n, **how):
     return muse.picture(last)
 
 
-counts = [1, 2, 4, muse.cfg.base_sampling.steps]
+counts = [1, 2, 4, muse.config.base_sampling.steps]
 rows = [picture for t in counts for picture in coarse("two small blue cubes", PICTURES, steps=t)]
 captions = [f"{t} step{'s' * (t > 1)}" for t in counts for _ in range(PICTURES)]
 grid(rows, captions, columns=PICTURES, scale=96 // rows[0].width)
@@ -329,7 +331,7 @@ The next cell draws with several seeds and notes when each place is fixed.
 """
 
 # %%
-when, runs = torch.zeros(muse.cfg.base.tokens), 4 if FAST else 16
+when, runs = torch.zeros(muse.config.base.tokens), 4 if FAST else 16
 for step in muse.steps("a large blue cube", n=runs, seed=0, choice_temperature=0.0):
     if step.stage != "base":
         break

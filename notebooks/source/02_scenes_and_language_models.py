@@ -11,7 +11,7 @@ have taught a network before us.*
 | **You will learn** | what is in the data and what is held out · how a frozen language model turns a prompt into vectors · which words it understands that no caption contains, and which it does not · that any text encoder fits |
 | **Before this** | [1. The tour](01_tour.ipynb); a linear classifier |
 | **Takes** | @takes@ |
-| **Files** | [`scenes.py`](../minimuse/scenes.py), [`captions.py`](../minimuse/captions.py), [`text.py`](../minimuse/text.py) |
+| **Files** | [`data_scenes.py`](../minimuse/data_scenes.py), [`data_captions.py`](../minimuse/data_captions.py), [`text.py`](../minimuse/text.py) |
 """
 
 # %% knobs
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from minimuse import Muse
 from minimuse.checks import check_drop_text, check_pool, show
-from minimuse.data import to_pil
+from minimuse.data_images import to_pil
 from minimuse.plots import grid, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer prompts
@@ -44,7 +44,16 @@ know what is in it, so that "is this picture right?" has an answer.
 """
 
 # %%
-from minimuse.scenes import HELD_OUT, Scene, Thing, is_novel, relations, render, sample_scene, truth
+from minimuse.data_scenes import (
+    HELD_OUT,
+    Scene,
+    Thing,
+    is_novel,
+    relations,
+    render,
+    sample_scene,
+    truth,
+)
 
 show(Thing, Scene)
 
@@ -68,7 +77,7 @@ lamp, shadows, and metal mirrors a simple sky. All in torch, at any size.
 """
 
 # %%
-from minimuse.scenes import COLORS, MATERIALS, SHAPES, SIZES
+from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES
 
 pairs = [(color, shape) for shape in SHAPES for color in COLORS]
 sheet = render([Scene((Thing(color, shape),)) for color, shape in pairs], SIZE)
@@ -123,7 +132,7 @@ of these at once. Each scene has many:
 """
 
 # %%
-from minimuse.captions import PARAPHRASES, caption, vocabulary
+from minimuse.data_captions import PARAPHRASES, caption, vocabulary
 
 scene = sample_scene(12, split="train", n_things=3)
 for seed in range(6):
@@ -204,7 +213,7 @@ The language model is no part of a checkpoint, which keeps its name alone. Nothi
 
 # %%
 muse = Muse.from_pretrained(CHECKPOINT)
-print("parts of the checkpoint:", list(muse.parts), "- language model:", muse.cfg.text_encoder)
+print("parts of the checkpoint:", list(muse.parts), "- language model:", muse.config.text_encoder)
 print("its weights want a gradient:", any(w.requires_grad for w in encoder.weights.values()))
 
 # %% [markdown]
@@ -450,8 +459,8 @@ The base model was trained on the vectors of known words. What does it draw for 
 """
 
 # %%
-from minimuse.reader import Reader
-from minimuse.wants import matches, parse_prompt
+from minimuse.eval_detector import Reader
+from minimuse.eval_prompts import matches, parse_prompt
 
 reader = Reader.from_pretrained()
 asked = [
@@ -685,7 +694,7 @@ with more and more padding: masked as it should be, and with the mask set to `Tr
 
 # %%
 text = muse.encoder.encode(["a large red cube"])
-blank = torch.full((1, muse.cfg.base.tokens), muse.base.mask_id)
+blank = torch.full((1, muse.config.base.tokens), muse.base.mask_id)
 pads, change = [0, 1, 2, 4, 8, 16], {"padding masked": [], "padding attended": []}
 with torch.inference_mode():
     plain = muse.base(blank, muse.base.memory(text)).softmax(-1)

@@ -24,7 +24,7 @@ import torch
 
 from minimuse import Muse
 from minimuse.checks import check_nearest, check_straight_through, show
-from minimuse.data import SceneDataset, halve, to_float, to_pil
+from minimuse.data_images import SceneDataset, area_downsample, to_float, to_pil
 from minimuse.plots import grid, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer steps
@@ -44,8 +44,8 @@ replaced by the nearest of $V$ learned ones, and the number of that one is the *
 # %%
 muse = Muse.from_pretrained(CHECKPOINT)
 for name, tokenizer, size in (
-    ("low", muse.low_tokenizer, muse.cfg.low_tokenizer.image_size),
-    ("high", muse.high_tokenizer, muse.cfg.high_tokenizer.image_size),
+    ("low", muse.low_tokenizer, muse.config.low_tokenizer.image_size),
+    ("high", muse.high_tokenizer, muse.config.high_tokenizer.image_size),
 ):
     f, v = tokenizer.downsampling, tokenizer.codebook_size
     n = (size // f) ** 2
@@ -67,7 +67,7 @@ from minimuse.vqgan import Decoder, Encoder, Level, ResBlock
 show(Encoder)
 
 # %%
-size = muse.cfg.high_tokenizer.image_size
+size = muse.config.high_tokenizer.image_size
 data = SceneDataset(SCENES, size, split="train", seed=3)
 images = data.images()  # (SCENES, 3, H, W) uint8
 x = to_float(images[:1])
@@ -186,8 +186,8 @@ $f \times f$ of that token, a neighbourhood, or all of them?
 
 # %%
 held_out = to_float(SceneDataset(8, size, split="test", seed=5).images())
-low = halve(held_out, size // muse.cfg.low_tokenizer.image_size)
-g, most = muse.cfg.base.grid, int(alone.std(1).mean((1, 2)).argmax())  # the most colourful code
+low = area_downsample(held_out, size // muse.config.low_tokenizer.image_size)
+g, most = muse.config.base.grid, int(alone.std(1).mean((1, 2)).argmax())  # the most colourful code
 with torch.inference_mode():
     tokens = muse.low_tokenizer.encode(low[:1])
     changed = tokens.clone()
@@ -333,7 +333,9 @@ with torch.inference_mode():
     codes = {
         "low": (
             muse.low_tokenizer,
-            muse.low_tokenizer.encode(halve(some, size // muse.cfg.low_tokenizer.image_size)),
+            muse.low_tokenizer.encode(
+                area_downsample(some, size // muse.config.low_tokenizer.image_size)
+            ),
         ),
         "high": (muse.high_tokenizer, muse.high_tokenizer.encode(some)),
     }
@@ -358,7 +360,7 @@ of large things, the sky, or the shape of small things?
 """
 
 # %%
-from minimuse.metrics import psnr
+from minimuse.eval_metrics import psnr
 
 with torch.inference_mode():
     low_back = muse.low_tokenizer.decode(muse.low_tokenizer.encode(low))
@@ -426,14 +428,14 @@ from minimuse.vqgan_loss import SceneFeatures, feature_distance, lpips_distance,
 show(SceneFeatures.forward, feature_distance, pixel_loss)
 
 # %%
-from minimuse.scenes import COLORS, SHAPES
+from minimuse.data_scenes import COLORS, SHAPES
 
 pairs = [(color, shape) for color in COLORS for shape in SHAPES]
 there = [{(thing.color, thing.shape) for thing in data.scene(i).things} for i in range(SCENES)]
 kinds = torch.tensor(
     [[float(pair in things) for pair in pairs] for things in there]
 )  # (SCENES, 24)
-small = halve(images, size // 32)  # 32 pixels: quick, and enough to see
+small = area_downsample(images, size // 32)  # 32 pixels: quick, and enough to see
 features = train_features(small, kinds, steps=STEPS // 2)
 perceptual = feature_distance(features)
 print("for those who can download LPIPS and its VGG, the same socket:", lpips_distance.__name__)
@@ -445,7 +447,7 @@ in another colour. Order the three changes by size: once as the pixel loss will 
 """
 
 # %%
-from minimuse.scenes import MATERIALS, Scene, render, sample_scene
+from minimuse.data_scenes import MATERIALS, Scene, render, sample_scene
 
 singles = [
     sample_scene(seed, split="test", n_things=1).things[0] for seed in range(16 if FAST else 64)
@@ -454,7 +456,7 @@ singles = [
 
 def drawn(change):
     """The scenes, each thing changed, at 32 pixels."""
-    return halve(render([Scene((change(thing),)) for thing in singles], 64), 2)
+    return area_downsample(render([Scene((change(thing),)) for thing in singles], 64), 2)
 
 
 def next_of(value, values):
@@ -519,7 +521,7 @@ convolutions throughout take any size.
 from minimuse.train import random_crop
 from minimuse.vqgan import Reconstruction
 
-side = muse.cfg.high_tokenizer.image_size // 2
+side = muse.config.high_tokenizer.image_size // 2
 cut = random_crop(held_out[:5], side, torch.Generator().manual_seed(0))
 with torch.inference_mode():
     made = muse.high_tokenizer(cut)
@@ -544,8 +546,8 @@ from minimuse.config import preset
 from minimuse.train import train_tokenizer
 from minimuse.vqgan import VQGAN
 
-cfg = preset("nano")
-stage = replace(cfg.stages["low_tokenizer"], steps=STEPS)
+config = preset("nano")
+stage = replace(config.stages["low_tokenizer"], steps=STEPS)
 weights = {
     "pixels": (0.0, 0.0),
     "+ perceptual": (1.0, 0.0),
@@ -557,7 +559,7 @@ for name, (w_p, w_a) in weights.items():
     how = replace(
         stage, perceptual_weight=w_p, adversarial_weight=w_a, adversarial_start=STEPS // 2
     )
-    run = train_tokenizer(VQGAN(cfg.low_tokenizer), how, small, perceptual=perceptual)
+    run = train_tokenizer(VQGAN(config.low_tokenizer), how, small, perceptual=perceptual)
     *_, last = seen = list(run)
     trained[name], curves[name] = last.model.eval(), [p.figures for p in seen]
     print(f"{name:>26}: PSNR of the last batch {last.figures['psnr']:.1f} dB")

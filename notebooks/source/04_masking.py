@@ -250,13 +250,13 @@ On a real picture. The tokenizer of the checkpoint turns a scene into a grid of 
 """
 
 # %%
-from minimuse.data import SceneDataset, halve, to_float, to_pil
+from minimuse.data_images import SceneDataset, area_downsample, to_float, to_pil
 from minimuse.text import Context
 
 muse = Muse.from_pretrained(CHECKPOINT)
-data = SceneDataset(SCENES, muse.cfg.high_tokenizer.image_size, split="test", seed=1)
-low_size, n = muse.cfg.low_tokenizer.image_size, muse.cfg.base.tokens
-pixels = halve(to_float(data.images()), muse.cfg.high_tokenizer.image_size // low_size)
+data = SceneDataset(SCENES, muse.config.high_tokenizer.image_size, split="test", seed=1)
+low_size, n = muse.config.low_tokenizer.image_size, muse.config.base.tokens
+pixels = area_downsample(to_float(data.images()), muse.config.high_tokenizer.image_size // low_size)
 with torch.inference_mode():
     x = muse.low_tokenizer.encode(pixels)  # (SCENES, N)
     back = to_pil(muse.low_tokenizer.decode(x[:1]))[0]
@@ -359,9 +359,11 @@ without = [loss_at(rate, null_text(context)) for rate in at]
 
 # %%
 figure, ax = plt.subplots(figsize=(7, 3.4))
-ax.axhline(math.log(muse.base.cfg.codebook_size), color="0.6", ls=":", label="log V: knows nothing")
 ax.axhline(
-    unigram_entropy(x, muse.base.cfg.codebook_size),
+    math.log(muse.base.config.codebook_size), color="0.6", ls=":", label="log V: knows nothing"
+)
+ax.axhline(
+    unigram_entropy(x, muse.base.config.codebook_size),
     color="0.4",
     ls="--",
     label="knows how common each code is",
@@ -445,7 +447,7 @@ all orders agree on $p(x)$. The bound should hit the truth.
 """
 
 # %%
-from minimuse.worlds import MixtureWorld
+from minimuse.lab_worlds import MixtureWorld
 
 world = MixtureWorld.random(modes=6, grid=(4, 4), codebook_size=5, sharpness=2.0, seed=0)
 draws = world.sample(1000 if FAST else 8000, torch.Generator().manual_seed(0))

@@ -43,14 +43,14 @@ All $N$ answers come out of one pass. Let us look at a trained one first, then i
 """
 
 # %%
-from minimuse.data import halve, to_pil
+from minimuse.data_images import area_downsample, to_pil
+from minimuse.data_scenes import Scene, Thing, render
 from minimuse.masking import random_mask
-from minimuse.scenes import Scene, Thing, render
 
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
-base, g = muse.base, muse.cfg.base.grid
-N, V = muse.cfg.base.tokens, muse.cfg.base.codebook_size
-SIZE = muse.cfg.low_tokenizer.image_size
+base, g = muse.base, muse.config.base.grid
+N, V = muse.config.base.tokens, muse.config.base.codebook_size
+SIZE = muse.config.low_tokenizer.image_size
 SIDE = 96 // SIZE  # pictures of sheets are drawn about 96 pixels wide
 
 scene = Scene(
@@ -58,8 +58,8 @@ scene = Scene(
 )
 CAPTION = "a red cube left of a small blue sphere"
 with torch.inference_mode():
-    high = muse.cfg.high_tokenizer.image_size
-    pixels = halve(render([scene], high), high // SIZE)
+    high = muse.config.high_tokenizer.image_size
+    pixels = area_downsample(render([scene], high), high // SIZE)
     x = muse.low_tokenizer.encode(pixels)  # (1, N)
 print(f"{SIZE} px -> tokens", tuple(x.shape), f"of {V} codes; [MASK] is {base.mask_id}")
 
@@ -156,10 +156,10 @@ know who is near whom? We take one place, and compare its vector with those of a
 """
 
 # %%
-fresh = TokenEmbedding(V, g, muse.cfg.base.width)
+fresh = TokenEmbedding(V, g, muse.config.base.width)
 figure, axes = plt.subplots(1, 3, figsize=(11, 2.8), width_ratios=[1.5, 1, 1])
 axes[0].imshow(
-    sinusoids(g, muse.cfg.base.width // 2), aspect="auto", cmap="RdBu", vmin=-0.8, vmax=0.8
+    sinusoids(g, muse.config.base.width // 2), aspect="auto", cmap="RdBu", vmin=-0.8, vmax=0.8
 )
 axes[0].set(title="the waves it begins with", xlabel="channel", ylabel="row (or column)")
 for ax, embed, title in ((axes[1], fresh, "at the start"), (axes[2], base.embed, "after training")):
@@ -333,7 +333,7 @@ figure, ax = plt.subplots(figsize=(7, 2.6))
 ax.barh(list(sizes), [count(m) / 1e6 for m in sizes.values()])
 ax.invert_yaxis()
 ax.set(
-    xlabel=f"million parameters, of {count([base]) / 1e6:.2f} in {len(base.layers)} layers of width {base.cfg.width}"
+    xlabel=f"million parameters, of {count([base]) / 1e6:.2f} in {len(base.layers)} layers of width {base.config.width}"
 )
 plt.show()
 
@@ -355,7 +355,7 @@ the tokens look at that piece (the mean over layers and heads).
 # %%
 def attention_maps(model, tokens, memory):
     """tokens (1, N) -> weights among the tokens (layers, H, N, N), and in the memory (layers, H, N, M)."""
-    among, reading, hooks, heads = [], [], [], model.cfg.heads
+    among, reading, hooks, heads = [], [], [], model.config.heads
 
     def weights(q, k, attend=None):
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
@@ -454,7 +454,7 @@ looks from there.
 
 # %%
 place = g * (g // 2) + g // 2 - 1
-heads = base.cfg.heads
+heads = base.config.heads
 figure, axes = plt.subplots(
     len(base.layers), heads, figsize=(1.35 * heads, 1.4 * len(base.layers)), squeeze=False
 )
@@ -521,7 +521,7 @@ never trained on.
 
 # %%
 from minimuse.config import preset
-from minimuse.data import SceneDataset, to_float
+from minimuse.data_images import SceneDataset, to_float
 from minimuse.validation import unigram_entropy, validate
 
 
@@ -563,7 +563,7 @@ grid(images[:8], [train_set.captions(i)[0] for i in range(8)], columns=8, scale=
 # %% [markdown]
 r"""
 The student begins with one piece of knowledge. Many codes of a codebook look alike, and codes that look alike have
-near vectors in it. `begin_from` makes the embeddings of like codes alike before the first step (random features of
+near vectors in it. `init_from_codebook` makes the embeddings of like codes alike before the first step (random features of
 their vectors), so that what is learned of one code holds for its relatives. The paper is silent about this; for a short
 training it helps a lot. Each dot below is a pair of codes.
 """
@@ -574,14 +574,14 @@ from dataclasses import replace
 from minimuse.transformer import random_features
 
 torch.manual_seed(0)
-sizes = {"codebook_size": V, "grid": g, "text_width": muse.cfg.base.text_width}
+sizes = {"codebook_size": V, "grid": g, "text_width": muse.config.base.text_width}
 student = Transformer(replace(preset("nano").base, **sizes))
 codebook = muse.low_tokenizer.codebook
 some = torch.randint(V * V, (1500,), generator=torch.Generator().manual_seed(0))  # pairs of codes
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
-for ax, title in zip(axes, ("fresh embeddings", "after begin_from"), strict=True):
-    if title == "after begin_from":
-        student.begin_from(codebook)
+for ax, title in zip(axes, ("fresh embeddings", "after init_from_codebook"), strict=True):
+    if title == "after init_from_codebook":
+        student.init_from_codebook(codebook)
     unit = torch.nn.functional.normalize(student.embed.codes.weight.detach()[:-1], dim=1)  # (V, D)
     ax.plot(
         torch.cdist(codebook, codebook).flatten()[some], (unit @ unit.T).flatten()[some], ".", ms=3
@@ -589,7 +589,7 @@ for ax, title in zip(axes, ("fresh embeddings", "after begin_from"), strict=True
     ax.set(title=title, xlabel="distance of two codes in the codebook")
 axes[0].set_ylabel("cosine of their embeddings")
 plt.show()
-print("random features (V, D):", tuple(random_features(codebook, student.cfg.width).shape))
+print("random features (V, D):", tuple(random_features(codebook, student.config.width).shape))
 
 # %% [markdown]
 r"""
@@ -614,7 +614,7 @@ hidden than with 10%? Write the numbers down.
 # %%
 import math
 
-from minimuse.engine import Engine
+from minimuse.train_engine import Engine
 
 engine = Engine(seed=0, device="cpu")
 
@@ -642,7 +642,7 @@ Now train. We look at it again and again: the held-out loss, and a few sketches,
 # %%
 from minimuse.cfg import guided, null_text
 from minimuse.sampler import decode
-from minimuse.validation import at_rest
+from minimuse.validation import eval_mode
 
 SKETCHED = ["a large red cube", "a large blue sphere", "a large yellow cylinder"]
 
@@ -650,7 +650,7 @@ SKETCHED = ["a large red cube", "a large blue sphere", "a large yellow cylinder"
 def sketch(model):
     """What a base model draws for the three prompts."""
     context = muse.encoder.encode(SKETCHED)
-    with at_rest(model):
+    with eval_mode(model):
         fn = guided(model, model.memory(context), model.memory(null_text(context)), (0.0, 3.0))
         *_, last = decode(
             fn,
@@ -664,7 +664,7 @@ def sketch(model):
         return to_pil(muse.low_tokenizer.decode(last.tokens))
 
 
-recipe = replace(preset("nano").stages["base"], steps=STEPS, warmup=STEPS // 12, look_every=EVERY)
+recipe = replace(preset("nano").stages["base"], steps=STEPS, warmup=STEPS // 12, eval_every=EVERY)
 print(
     f"{recipe.optimizer}, learning rate {recipe.learning_rate}, {recipe.steps} steps of {recipe.batch} pictures"
 )
@@ -815,8 +815,8 @@ assert source.count(line) == 1
 exec(source.replace(line, "self.model(x, memory)"), vars(broken))
 
 torch.manual_seed(0)
-leaky = Transformer(student.cfg)
-leaky.begin_from(codebook)
+leaky = Transformer(student.config)
+leaky.init_from_codebook(codebook)
 leaky_losses = []
 for p in broken.train_transformer(leaky, recipe, tokens, texts, engine=engine):
     leaky_losses.append(p.figures["loss"])
@@ -846,7 +846,7 @@ probabilities that the model gives to what is true. They are one distribution, s
 """
 
 # %%
-from minimuse.doctor import examine_transformer
+from minimuse.train_doctor import examine_transformer
 
 for name, loss in (("right", MaskedLoss(student)), ("leaky", broken.MaskedLoss(leaky))):
     found = examine_transformer(

@@ -42,10 +42,10 @@ reader of notebook 1 says whether a picture shows what its prompt asks for.
 
 # %%
 from minimuse.cfg import null_text
+from minimuse.eval_detector import Reader
+from minimuse.eval_metrics import diversity
+from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.intervals import share
-from minimuse.metrics import diversity
-from minimuse.reader import Reader
-from minimuse.wants import matches, parse_prompt
 
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
 reader = Reader.from_pretrained()
@@ -53,7 +53,9 @@ PROMPTS = ["two red cubes", "a yellow cube left of a blue sphere", "a small red 
 PROMPTS += ["two green cylinders", "a gray sphere and a red cylinder", "a small blue rubber sphere"]
 PROMPTS += ["a large brown metal cylinder", "a small yellow cylinder"]
 PROMPTS = PROMPTS[:3] if FAST else PROMPTS
-SIDE = 96 // muse.cfg.low_tokenizer.image_size  # pictures of sheets are drawn about 96 pixels wide
+SIDE = (
+    96 // muse.config.low_tokenizer.image_size
+)  # pictures of sheets are drawn about 96 pixels wide
 
 
 def coarse(prompts, n=1, seed=0, negative=None, **how):
@@ -115,7 +117,7 @@ with torch.inference_mode():
     text = muse.encoder.encode([prompt])
     cond, uncond = muse.base.memory(text), muse.base.memory(null_text(text))
     l_c, l_u = muse.base(half.tokens, cond), muse.base(half.tokens, uncond)
-p_c, p_u, g = l_c.softmax(-1), l_u.softmax(-1), muse.cfg.base.grid
+p_c, p_u, g = l_c.softmax(-1), l_u.softmax(-1), muse.config.base.grid
 print("logits (B, N, V) with the text:", tuple(l_c.shape), "- and without:", tuple(l_u.shape))
 
 # %% [markdown]
@@ -550,7 +552,7 @@ with torch.inference_mode():
     for prompt in PROMPTS:
         text = muse.encoder.encode([prompt]).to(muse.device)
         cond, uncond = muse.base.memory(text), muse.base.memory(null_text(text))
-        tokens = torch.full((1, muse.cfg.base.tokens), muse.base.mask_id)
+        tokens = torch.full((1, muse.config.base.tokens), muse.base.mask_id)
         curve = []
         for step in muse.steps(prompt, seed=7, guidance=0.0):
             masked = tokens == muse.base.mask_id  # before the step
@@ -599,7 +601,7 @@ def colours(images):
     return {name: seen.count(name) / len(images) for name in COLORS}
 
 
-from minimuse.scenes import COLORS
+from minimuse.data_scenes import COLORS
 
 wanted = "a large sphere"
 freely, _ = coarse(wanted, n=MANY, seed=0, guidance=2.0)
@@ -699,7 +701,7 @@ with torch.inference_mode():
         strange.append(torch.stack(each).mean().item())
 figure, ax = plt.subplots(figsize=(6, 3))
 ax.plot(extreme, strange, "o-")
-ax.axhline(torch.tensor(float(muse.cfg.base.codebook_size)).log(), color="k", lw=1, ls=":")
+ax.axhline(torch.tensor(float(muse.config.base.codebook_size)).log(), color="k", lw=1, ls=":")
 ax.set_xscale("symlog", linthresh=1)
 ax.set_xticks(extreme, [f"{t:g}" for t in extreme])
 ax.set(xlabel="guidance scale t", ylabel="nats a token, plain model", ylim=(0, None))
@@ -726,7 +728,7 @@ with torch.inference_mode():
 
     for t, how in [(0.0, guide), (0.0, wrong)]:
         logits_fn = lambda x, u, t=t, how=how: how(muse.base(x, cond), muse.base(x, uncond), t)  # noqa: E731
-        start = torch.full((6, muse.cfg.base.tokens), muse.base.mask_id)
+        start = torch.full((6, muse.config.base.tokens), muse.base.mask_id)
         draws = [torch.Generator().manual_seed(i) for i in range(6)]
         *_, last = decode(logits_fn, start, mask_id=muse.base.mask_id, steps=8, generator=draws)
         drawn += muse.picture(last._replace(stage="base"))

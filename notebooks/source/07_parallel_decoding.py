@@ -66,7 +66,7 @@ so it can play the part of a perfectly trained network.
 """
 
 # %%
-from minimuse.worlds import MixtureWorld
+from minimuse.lab_worlds import MixtureWorld
 
 y, x = torch.meshgrid(torch.arange(8) - 3.5, torch.arange(8) - 3.5, indexing="ij")
 icons = torch.stack(
@@ -164,8 +164,10 @@ The next sections take them one by one. First, a whole decode of the trained bas
 
 # %%
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
-N, T = muse.cfg.base.tokens, muse.cfg.base_sampling.steps
-SIDE = 96 // muse.cfg.low_tokenizer.image_size  # pictures of sheets are drawn about 96 pixels wide
+N, T = muse.config.base.tokens, muse.config.base_sampling.steps
+SIDE = (
+    96 // muse.config.low_tokenizer.image_size
+)  # pictures of sheets are drawn about 96 pixels wide
 
 
 def base_steps(prompt, seed=0, **how):
@@ -249,9 +251,9 @@ says which pictures show what was asked for; bars are 95% intervals.
 """
 
 # %%
+from minimuse.eval_detector import Reader
+from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.intervals import share
-from minimuse.reader import Reader
-from minimuse.wants import matches, parse_prompt
 
 reader = Reader.from_pretrained()
 PROMPTS = [
@@ -403,7 +405,7 @@ each other, so drawing them together costs little.
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(10, 2.8))
-g = muse.cfg.base.grid
+g = muse.config.base.grid
 for ax, count in zip(axes, (4, 12, 32, g * g), strict=True):
     rank = halton_rank(g, g).view(g, g).float()
     ax.imshow(torch.where(rank < count, rank, float("nan")), cmap="viridis", vmin=0, vmax=g * g)
@@ -450,7 +452,7 @@ grid(sheet, titles, columns=7, scale=max(1, SIDE * 3 // 4))
 
 # %%
 from minimuse.lab import compare
-from minimuse.worlds import ChainWorld
+from minimuse.lab_worlds import ChainWorld
 
 found = {order: right_share(order=order, steps=6) for order in ORDERS}
 found["raster,\none a step"] = right_share(order="raster", steps=N)
@@ -543,7 +545,7 @@ for tau in TAUS:
 grid(sheet, [f"tau = {tau:g}" for tau in TAUS for _ in range(7)], columns=7, scale=SIDE)
 
 # %%
-from minimuse.metrics import diversity
+from minimuse.eval_metrics import diversity
 
 by_noise, varied = [], []
 for tau in TAUS:
@@ -563,7 +565,7 @@ for ax in axes:
     ax.set_xticks(range(len(TAUS)), [f"{tau:g}" for tau in TAUS])
     ax.set_xlabel(r"ranking noise $\tau$ at the start")
 plt.show()
-print("this checkpoint's own:", muse.cfg.base_sampling.choice_temperature)
+print("this checkpoint's own:", muse.config.base_sampling.choice_temperature)
 
 # %% [markdown]
 r"""
@@ -753,7 +755,7 @@ on_p = broken("judged + noise", "judged.exp() + noise")
 
 def drawn_by(decode, n=7, seed=60):
     """Pictures of one prompt by any `decode`, each with a generator of its own; the rest as the checkpoint has it."""
-    how = muse.cfg.base_sampling
+    how = muse.config.base_sampling
     with torch.inference_mode():
         text = muse.encoder.encode(["a large purple cylinder"] * n)
         fn = guided(

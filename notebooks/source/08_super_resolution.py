@@ -25,7 +25,7 @@ from PIL import Image
 
 from minimuse import Muse
 from minimuse.checks import check_join_memory, check_multi_axis, show
-from minimuse.data import SceneDataset, from_pil, halve, to_float, to_pil
+from minimuse.data_images import SceneDataset, area_downsample, from_pil, to_float, to_pil
 from minimuse.plots import film, grid, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
@@ -55,7 +55,7 @@ for prompt in prompts:
     steps = list(muse.steps(prompt, seed=0))
     base = [s for s in steps if s.stage == "base"]
     pairs += [muse.picture(base[-1])[0], muse.picture(steps[-1])[0]]
-fine = muse.cfg.high_tokenizer.image_size
+fine = muse.config.high_tokenizer.image_size
 grid(
     [image.resize((fine, fine), 0) for image in pairs],
     [text for prompt in prompts for text in (f"{prompt}: the base model's", "super-resolution's")],
@@ -75,9 +75,9 @@ side: four times the tokens, sixteen times the pairs.
 from minimuse.config import preset
 
 rows = []
-for cfg in (muse.cfg, preset("paper_3b")):
-    for name, part in (("base", cfg.base), ("super-resolution", cfg.superres)):
-        rows.append((f"{cfg.name}, {name}", part.tokens))
+for config in (muse.config, preset("paper_3b")):
+    for name, part in (("base", config.base), ("super-resolution", config.superres)):
+        rows.append((f"{config.name}, {name}", part.tokens))
         print(
             f"{rows[-1][0]:>28}: {part.grid:>2} x {part.grid:<2} = {part.tokens:>5,} tokens, ",
             end="",
@@ -105,9 +105,9 @@ fine ones?
 # %%
 from minimuse.sampler import token_entropy
 
-scenes = SceneDataset(SCENES, fine, split="test", shares=muse.cfg.shares)
+scenes = SceneDataset(SCENES, fine, split="test", shares=muse.config.shares)
 pixels = to_float(scenes.images())  # (n, 3, H, W) in [-1, 1]
-small = halve(pixels, fine // muse.cfg.low_tokenizer.image_size)
+small = area_downsample(pixels, fine // muse.config.low_tokenizer.image_size)
 with torch.inference_mode():
     low, high = muse.low_tokenizer.encode(small), muse.high_tokenizer.encode(pixels)
     text = muse.encoder.encode([scenes.captions(i, 1)[0] for i in range(SCENES)])
@@ -117,7 +117,7 @@ with torch.inference_mode():
     of_superres = token_entropy(muse.superres(blank_high, muse.superres.memory(text, low)))
 
 figure, ax = plt.subplots(figsize=(7, 3))
-edges = torch.linspace(0, math.log(muse.cfg.base.codebook_size), 30).tolist()
+edges = torch.linspace(0, math.log(muse.config.base.codebook_size), 30).tolist()
 for values, name in (
     (of_base, "base: from the text"),
     (of_superres, "super-resolution: + coarse tokens"),
@@ -152,17 +152,17 @@ resolution. Both grids show the same scene, so that a block of fine tokens belon
 """
 
 # %%
-from minimuse.scenes import Scene, Thing, render
+from minimuse.data_scenes import Scene, Thing, render
 
 scene = Scene(
     (Thing("red", "cube", x=-0.9), Thing("cyan", "sphere", size="small", x=1.1, depth=-0.5))
 )
 picture = render([scene], fine)
-decimated = halve(picture, fine // muse.cfg.low_tokenizer.image_size)
+decimated = area_downsample(picture, fine // muse.config.low_tokenizer.image_size)
 with torch.inference_mode():
     a, b = muse.low_tokenizer.encode(decimated), muse.high_tokenizer.encode(picture)
 print("low tokens ", tuple(a.shape), "  high tokens", tuple(b.shape))
-g_low, g_high = muse.cfg.base.grid, muse.cfg.superres.grid
+g_low, g_high = muse.config.base.grid, muse.config.superres.grid
 panels = [
     (f"decimated, {decimated.shape[-1]} px", to_pil(decimated)[0]),
     (f"{g_low} x {g_low} tokens", a.view(g_low, g_low)),
@@ -749,7 +749,7 @@ super-resolution follow, in colour and in shape? The reader, a small network tha
 """
 
 # %%
-from minimuse.reader import Reader
+from minimuse.eval_detector import Reader
 
 reader = Reader.from_pretrained()
 
@@ -784,7 +784,7 @@ grid cannot show. (The reader's guess is also less sure here than usual; see how
 red = coarse_of("a large red cube", 1)
 draws = torch.Generator().manual_seed(0)
 shuffled = red[:, torch.randperm(red.shape[1], generator=draws)]
-noise = torch.randint(muse.cfg.base.codebook_size, red.shape, generator=draws)
+noise = torch.randint(muse.config.base.codebook_size, red.shape, generator=draws)
 half = red.shape[1] // 2
 collage = torch.cat([red[:, :half], blue[:1, half:]], dim=1)
 wrong = {
@@ -856,7 +856,7 @@ def loss_of(model, context, coarse):
 
 losses = {}
 for kind in (SuperRes, Placeless, Lost):
-    broken = kind(muse.cfg.superres).eval()
+    broken = kind(muse.config.superres).eval()
     broken.load_state_dict(model.state_dict())
     for name, tokens in given.items():
         losses[kind.__name__, name] = loss_of(broken, text, tokens)

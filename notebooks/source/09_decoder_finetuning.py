@@ -25,7 +25,7 @@ import torch
 
 from minimuse import Muse
 from minimuse.checks import check_grow, check_psnr, show
-from minimuse.data import SceneDataset, to_float, to_pil
+from minimuse.data_images import SceneDataset, to_float, to_pil
 from minimuse.plots import grid, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: too few steps to learn much
@@ -48,7 +48,7 @@ Why is that allowed for the decoder, and for nothing else? That is the question 
 # %%
 muse = Muse.from_pretrained(CHECKPOINT)
 shipped = muse.high_tokenizer
-size = muse.cfg.high_tokenizer.image_size
+size = muse.config.high_tokenizer.image_size
 for name, part in (
     ("encoder", shipped.encoder),
     ("codebook", shipped.quantizer),
@@ -65,7 +65,7 @@ their training: which token follows from which text, which tokens stand side by 
 """
 
 # %%
-held_out = to_float(SceneDataset(HELD_OUT, size, split="test", shares=muse.cfg.shares).images())
+held_out = to_float(SceneDataset(HELD_OUT, size, split="test", shares=muse.config.shares).images())
 with torch.inference_mode():
     tokens = shipped.encode(held_out)
     again = shipped.decode(tokens)
@@ -121,7 +121,7 @@ so that 10 dB more is a tenth of the squared error, and 3 dB about half of it.
 """
 
 # %%
-from minimuse.metrics import psnr
+from minimuse.eval_metrics import psnr
 
 show(psnr)
 
@@ -223,16 +223,16 @@ from minimuse.train import train_tokenizer
 from minimuse.vqgan import VQGAN
 
 torch.manual_seed(0)
-small = VQGAN(muse.cfg.high_tokenizer)
+small = VQGAN(muse.config.high_tokenizer)
 small.encoder.load_state_dict(shipped.encoder.state_dict())
 small.quantizer.load_state_dict(shipped.quantizer.state_dict())
 small.freeze_tokens()
 images = SceneDataset(
-    SCENES, size, shares=muse.cfg.shares
+    SCENES, size, shares=muse.config.shares
 ).images()  # (n, 3, H, W) uint8, split "train"
 pixels_alone = {"perceptual_weight": 0.0, "adversarial_weight": 0.0, "crop": CROP, "warmup": 5}
 first = replace(
-    muse.cfg.stages["high_tokenizer"],
+    muse.config.stages["high_tokenizer"],
     steps=FIRST_STEPS,
     batch=FIRST_BATCH,
     learning_rate=3e-3,
@@ -299,7 +299,7 @@ of the small one?
 
 # %%
 torch.manual_seed(1)
-grown = small.grow_decoder(muse.cfg.finetuned_tokenizer)
+grown = small.grow_decoder(muse.config.finetuned_tokenizer)
 with torch.inference_mode():
     gap = (grown.decode(tokens) - small.decode(tokens)).abs().max()
 counts = [sum(p.numel() for p in v.decoder.parameters()) for v in (small, grown)]
@@ -397,7 +397,9 @@ def gradient_of(vqgan):
 
 
 trial = copy.deepcopy(grown)
-few = replace(muse.cfg.stages["decoder"], steps=3, batch=BATCH, learning_rate=1e-3, **pixels_alone)
+few = replace(
+    muse.config.stages["decoder"], steps=3, batch=BATCH, learning_rate=1e-3, **pixels_alone
+)
 at_first = gradient_of(trial)
 *_, _ = train_tokenizer(trial, few, images)
 later = gradient_of(trial)
@@ -480,17 +482,17 @@ decoder trained on, the grown one, and a still wider one. Same pictures, same or
 
 # %%
 torch.manual_seed(1)
-wider_cfg = replace(
-    muse.cfg.finetuned_tokenizer,
-    decoder_width=muse.cfg.finetuned_width + muse.cfg.high_tokenizer.width,
+wider_config = replace(
+    muse.config.finetuned_tokenizer,
+    decoder_width=muse.config.finetuned_width + muse.config.high_tokenizer.width,
 )
 runners = {
     "small, trained on": copy.deepcopy(small),
     "grown": grown,
-    "wider": small.grow_decoder(wider_cfg),
+    "wider": small.grow_decoder(wider_config),
 }
 recipe = replace(
-    muse.cfg.stages["decoder"], steps=STEPS, batch=BATCH, learning_rate=1e-3, **pixels_alone
+    muse.config.stages["decoder"], steps=STEPS, batch=BATCH, learning_rate=1e-3, **pixels_alone
 )
 look = max(1, STEPS // 8)
 curves = {}
@@ -641,7 +643,7 @@ show(adaptive_weight, hinge_discriminator, VQGANLoss.generator)
 
 # %%
 torch.manual_seed(1)
-sharp = small.grow_decoder(muse.cfg.finetuned_tokenizer)
+sharp = small.grow_decoder(muse.config.finetuned_tokenizer)
 with_critic = replace(recipe, adversarial_weight=0.4, adversarial_start=0)
 log = [
     (p.step, p.figures["critic"], quality(sharp).mean().item() if p.step % look == 0 else None)
@@ -729,7 +731,7 @@ script. That is why the fingerprints of section 4 are a test in minimuse.
 
 # %%
 torch.manual_seed(1)
-careless = VQGAN(muse.cfg.finetuned_tokenizer)
+careless = VQGAN(muse.config.finetuned_tokenizer)
 for name, old_value in small.decoder.state_dict().items():
     careless.decoder.state_dict()[name][tuple(slice(n) for n in old_value.shape)] = old_value
 careless.quantizer = small.quantizer

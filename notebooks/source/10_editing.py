@@ -21,7 +21,7 @@ import torch
 
 from minimuse import Muse
 from minimuse.checks import check_resample_step, check_token_mask, show
-from minimuse.data import from_pil, to_pil
+from minimuse.data_images import from_pil, to_pil
 from minimuse.plots import Animation, film, film_strip, grid, mask_overlay, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: fewer pictures and iterations
@@ -44,10 +44,13 @@ We edit a *rendered* scene, not one that the model drew: like a photograph, it c
 """
 
 # %%
-from minimuse.scenes import Scene, Thing, render
+from minimuse.data_scenes import Scene, Thing, render
 
 muse = Muse.from_pretrained(CHECKPOINT)
-size, scale = muse.cfg.high_tokenizer.image_size, max(1, 128 // muse.cfg.high_tokenizer.image_size)
+size, scale = (
+    muse.config.high_tokenizer.image_size,
+    max(1, 128 // muse.config.high_tokenizer.image_size),
+)
 source_thing = Thing("green", "sphere", x=-0.7)
 source = to_pil(render([Scene((source_thing,))], size))[0]
 grid([source], ["a large green sphere, from the renderer"], scale=2 * scale)
@@ -105,7 +108,7 @@ show(token_mask)
 
 # %%
 f_high = muse.high_tokenizer.downsampling
-f_low = muse.low_tokenizer.downsampling * size // muse.cfg.low_tokenizer.image_size
+f_low = muse.low_tokenizer.downsampling * size // muse.config.low_tokenizer.image_size
 round_mask = ((at[:, None] - 0.44 * size) ** 2 + (at[None] - 0.37 * size) ** 2) < (0.27 * size) ** 2
 low_mask, high_mask = token_mask(round_mask[None], f_low), token_mask(round_mask[None], f_high)
 print(f"a coarse token covers {f_low} x {f_low} pixels, a fine one {f_high} x {f_high}")
@@ -243,7 +246,7 @@ The same mask and other prompts. The reader, a small network that says what is i
 """
 
 # %%
-from minimuse.reader import Reader
+from minimuse.eval_detector import Reader
 
 reader = Reader.from_pretrained()
 
@@ -481,8 +484,8 @@ agrees with the new prompt. Which way is ahead after a handful of iterations? An
 """
 
 # %%
+from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.intervals import share as share_of
-from minimuse.wants import matches, parse_prompt
 
 sources = [
     ("a large green sphere", "a large red sphere", Thing("green", "sphere", x=-0.7)),

@@ -10,7 +10,7 @@ r"""
 | **You will learn** | what "right" can mean · intervals · Frechet distance by hand, and its bias · CLIP score · diversity · the trade-off of figure 8 · what a bad model and a good salesman do to the numbers |
 | **Before this** | [6. Guidance](06_guidance.ipynb); means, variances, a covariance matrix |
 | **Takes** | @takes@ |
-| **Files** | [`wants.py`](../minimuse/wants.py), [`intervals.py`](../minimuse/intervals.py), [`metrics.py`](../minimuse/metrics.py); [`evaluate.py`](../minimuse/evaluate.py) puts them together |
+| **Files** | [`eval_prompts.py`](../minimuse/eval_prompts.py), [`intervals.py`](../minimuse/intervals.py), [`eval_metrics.py`](../minimuse/eval_metrics.py); [`eval_run.py`](../minimuse/eval_run.py) puts them together |
 """
 
 # %% knobs
@@ -52,7 +52,9 @@ from minimuse.studio import Judge, Studio
 
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
 studio, judge = Studio(muse, base_only=True), Judge()
-SIDE = 96 // muse.cfg.low_tokenizer.image_size  # pictures of sheets are drawn about 96 pixels wide
+SIDE = (
+    96 // muse.config.low_tokenizer.image_size
+)  # pictures of sheets are drawn about 96 pixels wide
 ASKS = asks("mixed", PICTURES)  # one thing, two in a relation, two or three alike, in turn
 for ask in ASKS[:6:2]:
     print(
@@ -69,7 +71,7 @@ question, and which the model has *read* in training another; `unfamiliar` answe
 """
 
 # %%
-from minimuse.wants import matches, parse_prompt
+from minimuse.eval_prompts import matches, parse_prompt
 
 for prompt in (
     "two small red cubes",
@@ -96,7 +98,7 @@ hardly to its right. Which are right?
 # %%
 from dataclasses import replace
 
-from minimuse.scenes import Scene, Thing
+from minimuse.data_scenes import Scene, Thing
 
 WISH = "a red cube left of a blue sphere"
 cube, sphere = Thing("red", "cube", x=-1.0, depth=0.8), Thing("blue", "sphere", x=0.6, depth=0.8)
@@ -123,7 +125,7 @@ grid(pictures, captions, columns=6, scale=SIDE + 1)
 r"""
 The first two. What a prompt does not name may be anything, so material and size are free. A thing too many is wrong although all
 that was asked for is there. And "left of" needs a clear step to the side: where people would argue, the rule says no. Somebody has to
-draw such lines, and a figure is worth as much as the lines are known: they stand in [`wants.py`](../minimuse/wants.py).
+draw such lines, and a figure is worth as much as the lines are known: they stand in [`eval_prompts.py`](../minimuse/eval_prompts.py).
 """
 
 # %% [markdown]
@@ -180,9 +182,9 @@ draws; through the tokenizer, since everything that the base model draws goes th
 """
 
 # %%
-from minimuse.data import halve, to_uint8
+from minimuse.data_images import area_downsample, to_uint8
+from minimuse.data_scenes import render
 from minimuse.intervals import share
-from minimuse.scenes import render
 
 scenes, prompts = [ask.scene for ask in ASKS], [ask.prompt for ask in ASKS]
 groups = [ask.group for ask in ASKS]
@@ -193,7 +195,7 @@ def is_right(images, prompts):
     return torch.tensor([matches(seen, parse_prompt(prompt)).right for seen, prompt in read])
 
 
-full = to_uint8(render(scenes, muse.cfg.high_tokenizer.image_size))
+full = to_uint8(render(scenes, muse.config.high_tokenizer.image_size))
 real = studio.real(scenes)
 with torch.inference_mode():
     coded = to_uint8(muse.low_tokenizer.decode(muse.low_tokenizer.encode(real.float() / 127.5 - 1)))
@@ -380,7 +382,7 @@ widths.
 """
 
 # %%
-from minimuse.metrics import frechet_distance
+from minimuse.eval_metrics import frechet_distance
 
 x = torch.linspace(-5, 7, 400)
 pairs = [((0, 1), (2, 1)), ((0, 1), (0, 2)), ((0, 1), (2, 2))]
@@ -484,10 +486,12 @@ pictures says. "Untouched" is the floor: two heaps of the same kind.
 # %%
 import torch.nn.functional as F
 
-from minimuse.data import SceneDataset
+from minimuse.data_images import SceneDataset
 
-data = SceneDataset(2 * SCENES, muse.cfg.high_tokenizer.image_size, "test", seed=11)
-heap = halve(data.images(), data.size // muse.cfg.low_tokenizer.image_size)  # (2n, 3, h, w) uint8
+data = SceneDataset(2 * SCENES, muse.config.high_tokenizer.image_size, "test", seed=11)
+heap = area_downsample(
+    data.images(), data.size // muse.config.low_tokenizer.image_size
+)  # (2n, 3, h, w) uint8
 first, second = heap[:SCENES], heap[SCENES:]
 fixed = torch.Generator().manual_seed(0)
 blurred = F.avg_pool2d(F.pad(second.float(), (1, 1, 1, 1), mode="replicate"), 3, 1).byte()
@@ -579,7 +583,7 @@ Below, *drawn* and *real* are heaps of different $n$, so that only the extrapola
 """
 
 # %%
-from minimuse.metrics import frechet
+from minimuse.eval_metrics import frechet
 
 print("drawn, as measured:      ", frechet(real_features, drawn_features, groups))
 print("drawn, for infinite n:   ", frechet(real_features, drawn_features, groups, extrapolate=True))
@@ -600,7 +604,7 @@ $$\text{score} = \frac{1}{L} \sum_{j=1}^{L} \max_i \, \cos(w_j, z_i).$$
 """
 
 # %%
-from minimuse.scorer import Network
+from minimuse.eval_clip import Network
 
 some = [
     "a red cube",
@@ -650,12 +654,12 @@ scores higher. A coin would get a half.
 """
 
 # %%
-from minimuse.scenes import COLORS, SHAPES
+from minimuse.data_scenes import COLORS, SHAPES
 
 other = lambda names, name: names[(names.index(name) + 1) % len(names)]  # noqa: E731
 colors, truths, lies = list(COLORS), {}, {}
 pool, words = (
-    SceneDataset(PICTURES, muse.cfg.low_tokenizer.image_size, "test", seed=12, shares=(0, 1, 0)),
+    SceneDataset(PICTURES, muse.config.low_tokenizer.image_size, "test", seed=12, shares=(0, 1, 0)),
     {},
 )
 for name in ("colour", "shape", "number", "left or right", "whose colour"):
@@ -725,7 +729,7 @@ run to the upper right, ever better fit for ever less realness? Or does it turn 
 """
 
 # %%
-from minimuse.evaluate import SWEEP
+from minimuse.eval_run import SWEEP
 
 FEW = ["0", "2", "8"] if FAST else list(SWEEP["guidance"])
 sweep = {"constant": {f"{t}": measured(ASKS, **SWEEP["guidance"][t]) for t in FEW}}
@@ -789,7 +793,7 @@ their features. Pictures of *different* prompts should differ, so that their dis
 """
 
 # %%
-from minimuse.metrics import diversity, pairwise
+from minimuse.eval_metrics import diversity, pairwise
 
 pairs = PICTURES - PICTURES % 2
 print("mean distance of two pictures of one prompt")
@@ -827,9 +831,9 @@ from minimuse.intervals import mean
 from minimuse.muse import build
 
 torch.manual_seed(0)
-parts = build(muse.cfg)  # the four networks with fresh weights
+parts = build(muse.config)  # the four networks with fresh weights
 parts["low_tokenizer"] = muse.low_tokenizer
-fresh = Studio(Muse(muse.cfg, parts, muse.encoder), base_only=True)
+fresh = Studio(Muse(muse.config, parts, muse.encoder), base_only=True)
 drawn_images, real_images = own.tensors["images"], own.tensors["real"]
 twin = [i - i % 2 for i in range(PICTURES)]  # each prompt comes twice: its first picture both times
 models = {
@@ -953,7 +957,7 @@ import tempfile
 
 from IPython.display import Markdown
 
-from minimuse.evaluate import evaluate
+from minimuse.eval_run import evaluate
 
 with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # the bar
     evaluate(

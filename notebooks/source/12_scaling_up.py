@@ -10,7 +10,7 @@ r"""
 | **You will learn** | where parameters sit · why training costs 6 FLOPs a parameter and token · what fills the memory of a GPU, and what sharding takes away · why few parallel steps are fast although they compute more |
 | **Before this** | [5. The base transformer](05_base_transformer.ipynb), [8. Super-resolution](08_super_resolution.ipynb); matrix products; powers of ten |
 | **Takes** | @takes@ |
-| **Files** | [`budget.py`](../minimuse/budget.py), [`config.py`](../minimuse/config.py), [`launch/`](../minimuse/launch) |
+| **Files** | [`train_budget.py`](../minimuse/train_budget.py), [`config.py`](../minimuse/config.py), [`launch/`](../minimuse/launch) |
 """
 
 # %% knobs
@@ -49,7 +49,8 @@ sizes = ["grid", "codebook_size", "text_width", "layers", "heads", "width", "mlp
 print(f"{'base model':16}" + "".join(f"{name:>14}" for name in configs))
 for field in sizes:
     print(
-        f"{field:16}" + "".join(f"{to_dict(cfg)['base'][field]:>14,}" for cfg in configs.values())
+        f"{field:16}"
+        + "".join(f"{to_dict(config)['base'][field]:>14,}" for config in configs.values())
     )
 
 # %% [markdown]
@@ -64,8 +65,11 @@ refuses what does not fit together. As plain values it goes into a checkpoint's 
 # %%
 from dataclasses import fields
 
-from minimuse.config import MuseConfig, SamplingConfig, StageConfig, TransformerConfig, VQGANConfig
+from minimuse.config import MuseConfig, StageConfig
+from minimuse.sampler import SamplingConfig
 from minimuse.train import train_muse
+from minimuse.transformer import TransformerConfig
+from minimuse.vqgan import VQGANConfig
 
 for part in (VQGANConfig, TransformerConfig, SamplingConfig, StageConfig, MuseConfig):
     print(f"{part.__name__:18}{len(fields(part)):>3} fields. {part.__doc__.splitlines()[0]}")
@@ -123,10 +127,10 @@ def weights(module):
 
 
 print(f"{'':12}{'one layer':>14}{'4D²+4D²+2DF':>14}{'all layers':>16}{'base model':>16}")
-for name, cfg in configs.items():
-    d, f = cfg.base.width, cfg.base.mlp_width
+for name, config in configs.items():
+    d, f = config.base.width, config.base.mlp_width
     with torch.device("meta"):
-        model = Transformer(cfg.base)
+        model = Transformer(config.base)
     layer = weights(model.layers[0])
     print(
         f"{name:12}{layer:>14,}{8 * d * d + 2 * d * f:>14,}{weights(model.layers):>16,}{weights(model):>16,}"
@@ -140,10 +144,10 @@ come on top. Nano has a few hundred codes, the 3B model 8,192. In which of them 
 
 
 # %%
-def census(cfg):
+def census(config):
     """Where a base model's parameters sit, as shares of all."""
     with torch.device("meta"):
-        model = Transformer(cfg.base)
+        model = Transformer(config.base)
     kinds = {"self-attention": 0, "cross-attention": 0, "MLP": 0}
     for layer in model.layers:
         kinds["self-attention"] += weights(layer.attention)
@@ -153,7 +157,7 @@ def census(cfg):
     return {kind: n / weights(model) for kind, n in kinds.items()}
 
 
-shares = {name: census(cfg) for name, cfg in configs.items()}
+shares = {name: census(config) for name, config in configs.items()}
 figure, ax = plt.subplots(figsize=(8, 0.9 + 0.5 * len(shares)))
 left = [0.0] * len(shares)
 for kind in next(iter(shares.values())):
@@ -206,7 +210,7 @@ alone has 4.6 billion.
 # %%
 from minimuse.muse import parameter_counts
 
-counts = {name: parameter_counts(cfg) for name, cfg in configs.items()}
+counts = {name: parameter_counts(config) for name, config in configs.items()}
 print(f"{'millions':18}" + "".join(f"{name:>14}" for name in counts))
 for part in counts["nano"]:
     print(f"{part:18}" + "".join(f"{c[part] / 1e6:>14,.2f}" for c in counts.values()))
@@ -224,7 +228,7 @@ What this leaves out: products of tokens with tokens, inside attention. Those ho
 """
 
 # %%
-from minimuse.budget import count_flops, si
+from minimuse.train_budget import count_flops, si
 
 d, n = 64, 48
 layer = Layer(d, 4, 4 * d, 0, 0.0, cross=False)  # without cross-attention, for a start
@@ -246,9 +250,9 @@ against the rule of thumb, for the base model of each preset: one picture of $N$
 """
 
 # %%
-from minimuse.budget import stage_budget
+from minimuse.train_budget import stage_budget
 
-base = {name: stage_budget(cfg, "base") for name, cfg in configs.items()}
+base = {name: stage_budget(config, "base") for name, config in configs.items()}
 print(f"{'':12}{'counted, a picture':>20}{'6 P N':>14}{'ratio':>8}")
 for name, b in base.items():
     counted, rule = b.step_flops / b.batch, 6 * b.parameters * configs[name].base.tokens
@@ -331,7 +335,7 @@ That is **fixed**, whatever the batch. On top come the **activations**: what the
 """
 
 # %%
-from minimuse.budget import optimizer_bytes
+from minimuse.train_budget import optimizer_bytes
 
 with torch.device("meta"):
     largest = Transformer(configs["paper_3b"].base)
@@ -486,7 +490,7 @@ hours; by its price, money. No run reaches the peak of the data sheet. 40% is go
 
 
 # %%
-from minimuse.budget import duration
+from minimuse.train_budget import duration
 
 
 def bill(budget):
@@ -564,17 +568,17 @@ share of the ceiling does it reach?
 # %%
 import time
 
-from minimuse.budget import matmul_ceiling
 from minimuse.masking import masked_cross_entropy
 from minimuse.text import Context
+from minimuse.train_budget import matmul_ceiling
 
 ceiling = matmul_ceiling("cpu", torch.float32, size=1024, seconds=0.3)
-cfg, batch = configs["nano"], 16
-model = Transformer(cfg.base)
-tokens = torch.randint(cfg.base.codebook_size, (batch, cfg.base.tokens))
+config, batch = configs["nano"], 16
+model = Transformer(config.base)
+tokens = torch.randint(config.base.codebook_size, (batch, config.base.tokens))
 text = Context(
-    torch.randn(batch, cfg.text_tokens, cfg.base.text_width),
-    torch.ones(batch, cfg.text_tokens, dtype=torch.bool),
+    torch.randn(batch, config.text_tokens, config.base.text_width),
+    torch.ones(batch, config.text_tokens, dtype=torch.bool),
 )
 
 
@@ -604,7 +608,7 @@ Small matrices stay below the ceiling: there is much to do around each product. 
 """
 
 # %%
-from minimuse.budget import report
+from minimuse.train_budget import report
 
 print(
     report(
@@ -671,9 +675,9 @@ So parallel decoding buys *latency* with arithmetic. And guidance, which doubles
 """
 
 # %%
-from minimuse.budget import sampling_flops
+from minimuse.train_budget import sampling_flops
 
-image = {name: sampling_flops(cfg) for name, cfg in configs.items()}
+image = {name: sampling_flops(config) for name, config in configs.items()}
 print(
     f"{'FLOPs an image':16}" + "".join(f"{part:>16}" for part in next(iter(image.values()))._fields)
 )

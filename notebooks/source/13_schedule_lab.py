@@ -10,7 +10,7 @@ r"""
 | **You will learn** | why many tokens a step cost accuracy, in nats · where the cosine wins and where it does not · what an order changes · how to compare two samplers so that the difference is not luck |
 | **Before this** | [7. Parallel decoding](07_parallel_decoding.ipynb); entropy and KL divergence; conditional probability |
 | **Takes** | @takes@ |
-| **Files** | [`worlds.py`](../minimuse/worlds.py), [`judge.py`](../minimuse/judge.py), [`lab.py`](../minimuse/lab.py), [`picture_judge.py`](../minimuse/picture_judge.py), [`variants.py`](../minimuse/variants.py) |
+| **Files** | [`lab_worlds.py`](../minimuse/lab_worlds.py), [`judge.py`](../minimuse/judge.py), [`lab.py`](../minimuse/lab.py), [`lab_models.py`](../minimuse/lab_models.py), [`lab_samplers.py`](../minimuse/lab_samplers.py) |
 """
 
 # %% knobs
@@ -389,7 +389,7 @@ MaskGIT adds noise to the ranking, which gives the rare ones a chance. `presets`
 """
 
 # %%
-from minimuse.variants import PRESETS
+from minimuse.lab_samplers import PRESETS
 
 known = compare(mixture, [], presets=["muse", "maskgit", "halton"], steps=STEPS, samples=SAMPLES)
 print("presets:", ", ".join(PRESETS))
@@ -439,7 +439,7 @@ Picture $i$ has the same prompt and the same random numbers in every cell.
 """
 
 # %%
-from minimuse.picture_judge import MuseJudge
+from minimuse.lab_models import MuseJudge
 
 model = Muse.from_pretrained(CHECKPOINT)
 judge = MuseJudge(model, PICTURES)
@@ -481,7 +481,7 @@ for name, report in ordered.items():
     print(f"{name:8} {'pairs':9} in 16 steps: {ranking(report, 'pairs', 16)}")
 for measure, sign in (("accuracy", -1), ("frechet", 1)):
     best_first = ranking(trained, measure, TRAINED[-1], sign)
-    print(f"{model.cfg.name:8} {measure:9} in {TRAINED[-1]:2} steps: {best_first}")
+    print(f"{model.config.name:8} {measure:9} in {TRAINED[-1]:2} steps: {best_first}")
 
 # %% [markdown]
 r"""
@@ -492,19 +492,19 @@ ask what the measure rewards. Which world is the trained model most like? Its ow
 """
 
 # %%
-from minimuse.data import SceneDataset, halve, to_float
+from minimuse.data_images import SceneDataset, area_downsample, to_float
 
-scenes = SceneDataset(64, model.cfg.high_tokenizer.image_size, "test")
-factor = model.cfg.high_tokenizer.image_size // model.cfg.low_tokenizer.image_size
+scenes = SceneDataset(64, model.config.high_tokenizer.image_size, "test")
+factor = model.config.high_tokenizer.image_size // model.config.low_tokenizer.image_size
 with torch.inference_mode():
-    real = model.low_tokenizer.encode(to_float(halve(scenes.images(), factor)))  # (64, N)
+    real = model.low_tokenizer.encode(to_float(area_downsample(scenes.images(), factor)))  # (64, N)
     memory = model.base.memory(model.encoder.encode([scenes.captions(i)[0] for i in range(64)]))
     counts = [round(k * real.shape[1] / 64) for k in shown]
     own = [
         hidden_entropy(lambda t, u: model.base(t, memory), real, model.base.mask_id, k)
         for k in counts
     ]
-plt.plot(shown, own, "ks-", label=f"{model.cfg.name}, told the caption")
+plt.plot(shown, own, "ks-", label=f"{model.config.name}, told the caption")
 for name, world in worlds.items():
     x = world.sample(64, torch.Generator().manual_seed(1))
     plt.plot(
@@ -538,7 +538,7 @@ model, on scenes that are not the judge's.
 """
 
 # %%
-from minimuse.variants import critic, exact_score, learned_score, train_critic
+from minimuse.lab_samplers import critic, exact_score, learned_score, train_critic
 
 perfect = critic(exact_score(mixture))
 plain = compare(mixture, ["cosine"], {"ranker": perfect, "random": "random"}, [8], samples=SAMPLES)
@@ -551,9 +551,9 @@ print(plain.table(), again.table(), sep="\n\n")
 show(train_critic)
 
 # %%
-many = SceneDataset(64 if FAST else 1000, model.cfg.high_tokenizer.image_size, "train", seed=7)
+many = SceneDataset(64 if FAST else 1000, model.config.high_tokenizer.image_size, "train", seed=7)
 with torch.inference_mode():
-    tokens = model.low_tokenizer.encode(to_float(halve(many.images(), factor)))
+    tokens = model.low_tokenizer.encode(to_float(area_downsample(many.images(), factor)))
 texts = model.encoder.encode([many.captions(i)[0] for i in range(len(many))])
 losses, nets = zip(*train_critic(model.base, tokens.clone(), texts, steps=CRITIC), strict=True)
 plt.plot(losses)
@@ -606,13 +606,13 @@ print(shifted.table(against=("cosine", "halton")))
 
 pairs = {
     "mixture, kl": (reports["mixture"], ("cosine", "halton", 4), ("1 - u^3", "halton", 4), "kl"),
-    f"{model.cfg.name}, accuracy": (
+    f"{model.config.name}, accuracy": (
         trained,
         ("cosine", "random", steps),
         ("cosine", "halton", steps),
         "accuracy",
     ),
-    f"{model.cfg.name}, frechet": (
+    f"{model.config.name}, frechet": (
         trained,
         ("cosine", "random", steps),
         ("cosine", "halton", steps),

@@ -10,7 +10,7 @@ r"""
 | **You will learn** | a diffusion transformer, line by line · an autoregressive one · what they share with Muse · who is fast, and why · whether Muse is a diffusion model |
 | **Before this** | [4. Masking](04_masking.ipynb), [7. Parallel decoding](07_parallel_decoding.ipynb); Gaussians |
 | **Takes** | @takes@ |
-| **Files** | [`dit.py`](../minimuse/dit.py), [`rivals.py`](../minimuse/rivals.py), [`transformer.py`](../minimuse/transformer.py) |
+| **Files** | [`baseline_dit.py`](../minimuse/baseline_dit.py), [`baseline_ar.py`](../minimuse/baseline_ar.py), [`transformer.py`](../minimuse/transformer.py) |
 """
 
 # %% knobs
@@ -66,15 +66,15 @@ are those of the base model; what Muse does after it would be the same for all t
 """
 
 # %%
-from minimuse.data import SceneDataset, halve, to_float, to_pil
-from minimuse.engine import Engine
+from minimuse.data_images import SceneDataset, area_downsample, to_float, to_pil
 from minimuse.muse import build, kind
 from minimuse.precompute import tokenize
+from minimuse.train_engine import Engine
 
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
-side, low_side = muse.cfg.high_tokenizer.image_size, muse.cfg.low_tokenizer.image_size
+side, low_side = muse.config.high_tokenizer.image_size, muse.config.low_tokenizer.image_size
 data = SceneDataset(SCENES, side, seed=0, shares=(1, 0, 0))
-images = halve(data.images(), side // low_side)  # (SCENES, 3, h, w) uint8
+images = area_downsample(data.images(), side // low_side)  # (SCENES, 3, h, w) uint8
 captions = [data.captions(i, 1)[0] for i in range(SCENES)]
 context = muse.encoder.encode(captions)
 texts = [[e[m]] for e, m in zip(context.embeds, context.mask, strict=True)]
@@ -90,7 +90,7 @@ noise can be added.
 """
 
 # %%
-from minimuse.dit import latents
+from minimuse.baseline_dit import latents
 
 tokens = tokenize(muse.low_tokenizer, images)  # (SCENES, N)
 z = latents(muse.low_tokenizer, images)  # (SCENES, d, h, w)
@@ -124,7 +124,7 @@ added; the numbers needed to undo it are part of the model.
 """
 
 # %%
-from minimuse.dit import DiT
+from minimuse.baseline_dit import DiT
 
 show(DiT.observe, DiT.standardize)
 
@@ -159,9 +159,9 @@ same number of tokens. With $p = 2$ the DiT would have a quarter of them:
 # %%
 from minimuse.config import RIVALS, rival
 
-dit_cfg = rival(muse.cfg, "dit")
+dit_config = rival(muse.config, "dit")
 for patch in (1, 2):
-    net = DiT(replace(dit_cfg.base, patch=patch), z.shape[1])
+    net = DiT(replace(dit_config.base, patch=patch), z.shape[1])
     print(f"p = {patch}: {net.places.shape[0]} tokens of {net.inputs.in_features} numbers")
 show(DiT.forward)
 
@@ -178,10 +178,10 @@ How are the sizes made equal? adaLN, explained below, costs parameters, so the D
 from minimuse.muse import parameter_counts
 
 for model in RIVALS:
-    cfg = rival(muse.cfg, model)
-    size = parameter_counts(cfg)["base"]
+    config = rival(muse.config, model)
+    size = parameter_counts(config)["base"]
     print(
-        f"{model:>7}: {size:9,} parameters, {cfg.base.layers} layers of width {cfg.base.width}, class {kind(cfg).__name__}"
+        f"{model:>7}: {size:9,} parameters, {config.base.layers} layers of width {config.base.width}, class {kind(config).__name__}"
     )
 show(rival)
 
@@ -206,7 +206,7 @@ that of $v$, the same size at every level:
 """
 
 # %%
-from minimuse.dit import LEVELS, NoiseLoss, add_noise, amounts, gaussians, noise_levels
+from minimuse.baseline_dit import LEVELS, NoiseLoss, add_noise, amounts, gaussians, noise_levels
 
 show(noise_levels, amounts, add_noise, NoiseLoss.forward)
 
@@ -232,7 +232,7 @@ about the same place for noise and for masks?
 # %%
 from minimuse.masking import random_mask
 
-model = DiT(dit_cfg.base, z.shape[1])
+model = DiT(dit_config.base, z.shape[1])
 model.observe(z)
 x, e = model.standardize(z[:1]), gaussians(*z[:1].shape, generator=torch.Generator().manual_seed(0))
 ladder = [0, 150, 300, 450, 600, 750, 900]
@@ -311,10 +311,10 @@ show(SelfAttention)
 
 # %%
 @torch.inference_mode()
-def influence(cfg, moved=0):
+def influence(config, moved=0):
     """(N, N): how far the logits of place j (column) move when token i (row) changes."""
     torch.manual_seed(0)
-    net = Transformer(replace(cfg, grid=4, layers=2)).eval()
+    net = Transformer(replace(config, grid=4, layers=2)).eval()
     memory, before = (
         net.memory(muse.encoder.encode(["a red cube"])),
         torch.zeros(1, 16, dtype=torch.long),
@@ -338,7 +338,7 @@ def draw_influence(matrices):
     plt.show()
 
 
-draw_influence({name: influence(rival(muse.cfg, name).base) for name in ("masked", "ar")})
+draw_influence({name: influence(rival(muse.config, name).base) for name in ("masked", "ar")})
 
 # %% [markdown]
 r"""
@@ -357,16 +357,16 @@ and all of them are 0 at the start. The first of the *nice ideas*: every block b
 """
 
 # %%
-from minimuse.dit import Block, modulate, time_waves
+from minimuse.baseline_dit import Block, modulate, time_waves
 
 show(modulate, time_waves, Block)
 
 # %%
-net = DiT(dit_cfg.base, z.shape[1])
+net = DiT(dit_config.base, z.shape[1])
 words = net.memory(muse.encoder.encode(["a red cube"]))
-h, c = torch.randn(1, 64, dit_cfg.base.width), torch.randn(1, 1, dit_cfg.base.width)
+h, c = torch.randn(1, 64, dit_config.base.width), torch.randn(1, 1, dit_config.base.width)
 for identity in (True, False):
-    block = DiT(replace(dit_cfg.base, identity=identity), z.shape[1]).layers[0]
+    block = DiT(replace(dit_config.base, identity=identity), z.shape[1]).layers[0]
     out = block(h, c, (words.keys[0], words.values[0], words.attend))
     print(
         f"identity={identity}: the block moves its input by {(out - h).abs().mean():.3f} on average"
@@ -388,24 +388,26 @@ steps until it has had about as much arithmetic. A few hundred steps are few: wh
 show(train_dit)
 
 # %%
-from minimuse.rivals import LowRes
+from minimuse.baseline_ar import LowRes
 
 models, losses = {}, {}
 for name in RIVALS:
-    cfg = rival(muse.cfg, name)
-    steps = round(STEPS * (muse.cfg.base.width / cfg.base.width) ** 2)
-    stage = replace(cfg.stages["base"], steps=steps, warmup=max(1, steps // 10), look_every=10**9)
+    config = rival(muse.config, name)
+    steps = round(STEPS * (muse.config.base.width / config.base.width) ** 2)
+    stage = replace(
+        config.stages["base"], steps=steps, warmup=max(1, steps // 10), eval_every=10**9
+    )
     torch.manual_seed(0)
-    parts = build(cfg)
+    parts = build(config)
     parts["low_tokenizer"] = muse.low_tokenizer
     if name == "dit":
         run = train_dit(parts["base"], stage, z, texts, engine=Engine(device="cpu"))
     else:
-        parts["base"].begin_from(muse.low_tokenizer.codebook)
+        parts["base"].init_from_codebook(muse.low_tokenizer.codebook)
         run = train_transformer(parts["base"], stage, tokens, texts, engine=Engine(device="cpu"))
     began = time.monotonic()
     losses[name] = torch.tensor([p.figures["loss"] for p in run])
-    models[name] = LowRes(cfg, parts, muse.encoder)
+    models[name] = LowRes(config, parts, muse.encoder)
     print(f"{name:>7}: {steps} steps, {time.monotonic() - began:.0f} s")
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
@@ -441,8 +443,8 @@ $$\hat x_0 = \frac{x - \sqrt{1 - a}\,\varepsilon}{\sqrt a}, \qquad x' = \sqrt{a'
 """
 
 # %%
-from minimuse.dit import ddim
-from minimuse.rivals import cached
+from minimuse.baseline_ar import cached
+from minimuse.baseline_dit import ddim
 
 show(ddim, cached)
 
@@ -486,7 +488,7 @@ check_ddim_step(my_step)
 r"""
 ### Guidance is one formula
 
-In all three it is $(1 + t)\,\text{cond} - t\,\text{uncond}$, applied to logits or to predicted noise: `cfg.guided` does not know which it has. The
+In all three it is $(1 + t)\,\text{cond} - t\,\text{uncond}$, applied to logits or to predicted noise: `config.guided` does not know which it has. The
 difference in the table, "when needed" against "used", is one of habit.
 """
 
@@ -511,7 +513,9 @@ show(likelihood_bound)
 
 # %%
 test = SceneDataset(16 if FAST else 60, side, split="test", seed=1, shares=(1, 0, 0))
-seen = tokenize(muse.low_tokenizer, halve(test.images(), side // low_side))  # held-out pictures
+seen = tokenize(
+    muse.low_tokenizer, area_downsample(test.images(), side // low_side)
+)  # held-out pictures
 said = muse.encoder.encode([test.captions(i, 1)[0] for i in range(len(test))])
 n = seen.shape[1]
 
@@ -583,14 +587,14 @@ sampler make a difference at all, when the network is the same?
 """
 
 # %%
+from minimuse.eval_detector import Reader
+from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.intervals import share
-from minimuse.reader import Reader
-from minimuse.wants import matches, parse_prompt
 
 reader, base = (
     Reader.from_pretrained(),
-    kind(rival(muse.cfg, "masked"))(
-        rival(muse.cfg, "masked"),
+    kind(rival(muse.config, "masked"))(
+        rival(muse.config, "masked"),
         torch.nn.ModuleDict({k: muse.parts[k] for k in ("low_tokenizer", "base")}),
         muse.encoder,
     ),
@@ -633,11 +637,11 @@ fast setting nothing has learned to draw, and only the seconds mean something.
 # %%
 from IPython.display import Markdown, display
 
+from minimuse.eval_metrics import frechet
 from minimuse.intervals import mean
-from minimuse.metrics import frechet
 
-points = {"masked": (1, 4, 16), "dit": (4, 16, 50), "ar": (muse.cfg.base.tokens,)}
-truth = reader.features(halve(test.images(), side // low_side))
+points = {"masked": (1, 4, 16), "dit": (4, 16, 50), "ar": (muse.config.base.tokens,)}
+truth = reader.features(area_downsample(test.images(), side // low_side))
 by_right, by_distance = {name: {} for name in points}, {name: {} for name in points}
 for name, t in [(name, t) for name, counts in points.items() for t in counts]:
     how = {} if name == "ar" else {"steps": t}
@@ -804,7 +808,7 @@ first token is seen by nobody; that comes from how we move them back.)
 """
 
 # %%
-causal = rival(muse.cfg, "ar").base
+causal = rival(muse.config, "ar").base
 draw_influence(
     {"as it should be": influence(causal), "not moved on by one place": influence(causal, -1)}
 )

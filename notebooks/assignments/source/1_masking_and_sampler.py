@@ -35,7 +35,7 @@ from minimuse.checks import (
     check_random_mask,
     check_reveal_counts,
 )
-from minimuse.worlds import MixtureWorld
+from minimuse.lab_worlds import MixtureWorld
 
 
 def seeded(seed=0):

@@ -1,4 +1,4 @@
-# %% [markdown] stubs=cfg,editing
+# %% [markdown] stubs=config,editing
 r"""
 # Assignment: build guidance and editing
 
@@ -27,10 +27,10 @@ import zoo
 from torch.nn import functional as F
 
 from minimuse.checks import check_drop_text, check_guide, check_rising, check_token_mask
+from minimuse.lab_worlds import MixtureWorld
 from minimuse.masking import random_mask
 from minimuse.sampler import decode
 from minimuse.text import Context
-from minimuse.worlds import MixtureWorld
 
 
 def seeded(seed=0):
@@ -680,10 +680,10 @@ r"""
 ## 3. Tests that find mistakes (15 points)
 
 The **bug zoo** holds mistakes that real code bases made, each a copy of our package with one line changed. Some of them are in
-`cfg`, `editing`, `transformer` and `muse`. Your tests are to find them. (`zoo.py` lies
+`config`, `editing`, `transformer` and `muse`. Your tests are to find them. (`zoo.py` lies
 beside this notebook. Write your tests first; what you find yourself is what you will find again.)
 
-A test is a function of one argument, a library, whose modules are `lib.cfg`, `lib.transformer` and so on. It raises (`assert` is
+A test is a function of one argument, a library, whose modules are `lib.config`, `lib.transformer` and so on. It raises (`assert` is
 enough) where something is wrong. It must be silent with the true package: a test that cries wolf there kills nothing, and costs 2
 points. Think of what *must not* change (padding, for one), of what *must* (a condition, wherever it stands), and of the
 smallest case where it would show. Two helpers are there to begin with; `Muse.contexts(self, jobs)` needs of `self` no more than `encoder`, `device` and `dtype`.
@@ -733,17 +733,17 @@ TESTS = [test_logits_have_a_shape]
 
 def test_share_of_texts_dropped(lib):
     many = Context(torch.ones(4000, 2, 1), torch.ones(4000, 2, dtype=torch.bool))
-    gone = lib.cfg.drop_text(many, 0.1, seeded()).embeds.eq(0).flatten(1).all(1)
+    gone = lib.config.drop_text(many, 0.1, seeded()).embeds.eq(0).flatten(1).all(1)
     assert abs(gone.float().mean() - 0.1) < 0.02
 
 
 def test_no_guidance_is_the_conditional(lib):
     c, u = torch.randn(2, 1, 3, 4, generator=seeded())
-    assert lib.cfg.guide(c, u, 0.0).equal(c)
+    assert lib.config.guide(c, u, 0.0).equal(c)
 
 
 def test_removed_text_is_attended(lib):
-    assert lib.cfg.null_text(texts()).mask.any(1).all()
+    assert lib.config.null_text(texts()).mask.any(1).all()
 
 
 def told_apart(lib, a, b):

@@ -1,0 +1,87 @@
+"""Small helpers that every file may use: checks of settings, devices and precision, whole files."""
+
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# --- checks of settings -----------------------------------------------------------------------------------------------
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        ok = isinstance(value, int) and value > 0
+        require(ok, f"{type(config).__name__}.{name} is {value!r}; give a positive whole number")
+
+
+# --- devices and precision ----------------------------------------------------------------------------------------------
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """None -> cuda, then mps, then cpu. ValueError where this machine has no such device."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device is None:
+        return torch.device(best)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device {str(device)!r} is not on this machine, {best!r} is: {e}") from e
+    return torch.device(device)
+
+
+def pick_dtype(device: torch.device, parameters: int) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster than float32, else float32.
+
+    Choice: on a CPU a model of fewer than 30 million parameters stays in float32: it is fast anyhow, and its seeds mean
+    the same pictures on a laptop that knows no bfloat16.
+    """
+    fast = fast_bf16(device) and (device.type != "cpu" or parameters >= 30_000_000)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Does this device multiply bf16 faster than fp32? On a CPU: AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    flags = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # absent in older torch
+    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+
+
+def precision(device: torch.device, bf16: bool | None = None) -> AbstractContextManager:
+    """Matrix products in bf16 where that is fast (None), always or never; weights and losses stay fp32."""
+    fast = fast_bf16(device) if bf16 is None else bf16
+    return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def atomic_write(path: Path, content: str | Callable[[Path], Any]) -> None:
+    """A text, or what `content` writes to a path: under a new name, flushed, then renamed.
+
+    So there is never half a file, and none is changed under a reader's memory map.
+    """
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
+    try:
+        if isinstance(content, str):
+            new.write_text(content, encoding="utf-8")
+        else:
+            new.touch()
+            mode = new.stat().st_mode  # as the user's own files; safetensors shuts out all others
+            content(new)
+            new.chmod(mode)
+        with new.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)

@@ -1,0 +1,317 @@
+"""data_scenes.py: pictures show what the scene says, captions are true, held-out things stay out."""
+
+import json
+import re
+import time
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minimuse.data_captions import EXAMPLE_PROMPTS, PARAPHRASES, SYNONYMS, caption, vocabulary
+from minimuse.data_scenes import (
+    COLORS,
+    HELD_OUT,
+    MATERIALS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    _project,
+    is_novel,
+    relations,
+    render,
+    sample_scene,
+    truth,
+)
+from minimuse.eval_prompts import parse_prompt
+
+SCENES = [sample_scene(seed) for seed in range(500)]
+
+
+def coverage(scene: Scene, k: int, size: int = 64) -> torch.Tensor:
+    """-> (H, W) bool: pixels of thing k that no other thing hides, found by painting it alone in another colour."""
+    thing = scene.things[k]
+    pair = [Thing(c, thing.shape, thing.size, "rubber", thing.x, thing.depth, thing.turn) for c in ("red", "cyan")]
+    a, b = render([Scene((*scene.things[:k], t, *scene.things[k + 1 :])) for t in pair], size, 1)
+    return (a - b).abs().sum(0) > 0.02
+
+
+# ---------------------------------------------------------------- scenes
+
+
+def test_same_seed_same_scene_and_same_pixels():
+    assert sample_scene(7) == sample_scene(7), "a scene must follow from its seed"
+    assert torch.equal(render(SCENES[:4], 32), render(SCENES[:4], 32)), "rendering must be deterministic"
+    assert sample_scene(7) != sample_scene(7, split="test"), "test must not repeat train's scenes"
+
+
+def test_scene_of_known_seed_stays_the_same():
+    expected = ("yellow", "sphere", "large", "metal")
+    thing = sample_scene(0).things[0]
+    assert (thing.color, thing.shape, thing.size, thing.material) == expected, (
+        "seed 0 changed: checkpoints depend on it"
+    )
+
+
+def test_splits_hold_out_the_pairs():
+    for split in ("train", "test"):
+        pairs = {(t.color, t.shape) for seed in range(2000) for t in sample_scene(seed, split=split).things}
+        assert not pairs & HELD_OUT, f"{split} shows held-out pairs: {pairs & HELD_OUT}"
+        assert len(pairs) == 21, f"{split} shows {len(pairs)} of the 24 - 3 pairs"
+    for seed in range(300):
+        assert any(map(is_novel, sample_scene(seed, split="novel").things)), f"novel seed {seed} has no held-out pair"
+
+
+def test_mixture_of_counts_and_of_things_alike():
+    counts = Counter(len(scene.things) for scene in SCENES)
+    assert 0.38 < counts[1] / 500 < 0.52, f"about 45% should show one thing: {counts}"
+    assert 0.13 < counts[3] / 500 < 0.27, f"about 20% should show three things: {counts}"
+    several = [[(t.color, t.shape, t.size, t.material) for t in s.things] for s in SCENES if len(s.things) > 1]
+    alike = sum(len(set(looks)) < len(looks) for looks in several) / len(several)
+    assert alike > 0.22, f"only {alike:.0%} of scenes with several things hold identical ones"
+    assert {len(sample_scene(s, n_things=2).things) for s in range(20)} == {2}, "n_things must be obeyed"
+
+
+def test_each_pair_is_clearly_related():
+    for scene in SCENES:
+        for i, a in enumerate(scene.things):
+            assert all(relations(a, b) for b in scene.things[i + 1 :]), f"nothing clear between {a} and the others"
+
+
+def test_boxes_frame_the_pixels():
+    for scene in [s for s in SCENES if len(s.things) == 1][:24]:
+        rows, columns = coverage(scene, 0).nonzero(as_tuple=True)
+        seen = [columns.min() / 64, rows.min() / 64, (columns.max() + 1) / 64, (rows.max() + 1) / 64]
+        told = truth(scene)[0]["box"]
+        assert max(abs(float(a) - b) for a, b in zip(seen, told, strict=True)) < 0.035, f"{scene}: {seen} != {told}"
+
+
+def test_sizes_in_the_picture():
+    heights = {size: [] for size in SIZES}
+    for scene in SCENES:
+        if len(scene.things) == 1:
+            _, top, _, bottom = truth(scene)[0]["box"]
+            heights[scene.things[0].size].append(bottom - top)
+    assert min(heights["large"]) > 0.42, f"large things must fill the frame: {min(heights['large']):.2f}"
+    assert max(heights["small"]) < 0.38, f"small things must look small: {max(heights['small']):.2f}"
+    assert min(heights["small"]) > 0.26, f"small things must be readable: {min(heights['small']):.2f}"
+
+
+def test_things_are_in_frame_and_mostly_visible():
+    for scene in SCENES[:100]:
+        for k, thing in enumerate(scene.things):
+            seen, whole = coverage(scene, k), coverage(Scene((thing,)), 0)
+            border = whole[0].any() | whole[-1].any() | whole[:, 0].any() | whole[:, -1].any()
+            assert not border, f"{thing} leaves the frame"
+            share = float(seen.sum() / whole.sum())
+            assert share > 0.7, f"only {share:.0%} of {thing} is visible in {scene}"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: Thing("pink", "cube"),
+        lambda: Thing("red", "ball"),
+        lambda: Thing("red", "cube", x=float("nan")),
+        lambda: Thing("red", "cube", depth="far"),
+        lambda: Scene(()),
+        lambda: Scene([Thing("red", "cube")]),
+        lambda: Scene((Thing("red", "cube"),) * 4),
+        lambda: sample_scene(0, split="valid"),
+        lambda: sample_scene(0, n_things=4),
+        lambda: render([], 64),
+        lambda: render(SCENES[0], 64),
+        lambda: render(SCENES[:1], 4),
+        lambda: render(SCENES[:1], 64, chunk=0),
+        lambda: caption(SCENES[0], 0, style="poem"),
+    ],
+)
+def test_nonsense_is_refused_with_a_message(wrong):
+    with pytest.raises(ValueError, match=r"expected|choose|holds") as error:
+        wrong()
+    assert len(str(error.value)) > 20, "the message should say what came and what was expected"
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("material", MATERIALS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_colours_are_visible_and_distinct(shape, material):
+    scenes = [Scene((Thing(color, shape, "small", material),)) for color in COLORS]
+    images = render(scenes, 32) / 2 + 0.5
+    means = torch.stack([image[:, coverage(s, 0, 32)].mean(1) for image, s in zip(images, scenes, strict=True)])
+    for i, (color, rgb) in enumerate(COLORS.items()):
+        hues = torch.tensor([list(c) for c in COLORS.values()])
+        nearest = F.cosine_similarity(means[i] - means[i].mean(), hues - hues.mean(1, keepdim=True), dim=-1).argmax()
+        if color not in ("gray", "brown"):  # brown is a dark orange, gray has no hue
+            assert list(COLORS)[nearest] == color, f"a {color} {material} {shape} looks {list(COLORS)[nearest]}"
+        assert means[i].argmax() == torch.tensor(rgb).argmax() or color in ("gray", "cyan"), f"{color} is not {color}"
+    apart = torch.cdist(means, means) + torch.eye(len(COLORS))
+    assert apart.min() > 0.1, f"two colours look alike on a {material} {shape}: {apart.min():.2f}"
+
+
+def test_one_scene_at_any_size():
+    low, high = render(SCENES[:30], 32), F.interpolate(render(SCENES[:30], 64), size=32, mode="area")
+    assert (low - high).abs().mean() < 0.01, f"64 px and 32 px differ by {(low - high).abs().mean():.3f}"
+
+
+def test_chunks_do_not_show():
+    assert torch.allclose(render(SCENES[:7], 32, chunk=3), render(SCENES[:7], 32, chunk=7), atol=1e-5), "chunks differ"
+    images = render(SCENES[:7], 32)
+    assert (images.shape, images.dtype) == ((7, 3, 32, 32), torch.float32), f"{images.shape} {images.dtype}"
+    assert images.abs().max() <= 1, f"range {images.min():.2f} to {images.max():.2f}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shadows_fall_to_the_right_and_back(shape):
+    shown, bare = render([Scene((Thing("red", shape, x=x),)) for x in (-0.5, -9.0)], 64)  # the second is out of frame
+    changes = []
+    for x, depth in ((0.7, 0.85), (-1.7, -0.85)):
+        u, v, _ = _project(x, 0, depth)
+        changes.append(float((bare - shown)[:, int(v * 64), int(u * 64)].mean()))
+    assert changes[0] > 0.15, f"no shadow to the right of a {shape}: {changes[0]:.2f} darker"
+    assert abs(changes[1]) < 0.05, f"a shadow on the side of the light: {changes[1]:.2f} darker"
+
+
+def test_a_thing_shadows_another():
+    back = Thing("yellow", "cube", x=0.9, depth=1.0)
+    lit, dark = render([Scene((back,)), Scene((back, Thing("blue", "cylinder", x=-0.5, depth=0.1)))], 64)
+    mine = coverage(Scene((back, Thing("blue", "cylinder", x=-0.5, depth=0.1))), 0)
+    assert (lit - dark)[:, mine].max() > 0.2, "the front thing should stand in the light of the other"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("color", COLORS)
+def test_metal_differs_from_rubber(color, shape):
+    rubber, metal = (Scene((Thing(color, shape, "small", material),)) for material in MATERIALS)
+    a, b = render([rubber, metal], 32)
+    difference = (a - b).abs()[:, coverage(rubber, 0, 32)].mean()
+    assert difference > 0.08, f"{color} {shape}: metal is too much like rubber ({difference:.3f})"
+
+
+def test_faces_of_a_cube_differ_in_brightness():
+    image = render([Scene((Thing("red", "cube", turn=45),))], 64)[0, 0]
+    top, left, right = image[19, 32], image[36, 24], image[36, 40]
+    assert top > left + 0.1 > right + 0.3, f"top {top:.2f}, left {left:.2f}, right {right:.2f}"
+
+
+def test_truth_is_plain():
+    told = json.loads(json.dumps(truth(SCENES[1])))
+    assert [t["color"] for t in told] == [t.color for t in SCENES[1].things], "truth must survive JSON"
+
+
+@pytest.mark.slow
+def test_speed():
+    render(SCENES[:16], 64)
+    start = time.perf_counter()
+    render(SCENES[:100], 64)
+    assert (time.perf_counter() - start) / 100 < 0.05, "rendering takes more than 50 ms an image at 64 px"
+
+
+# ---------------------------------------------------------------- captions
+
+PHRASE = re.compile(
+    rf"(?:an?|(two|three)) (?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLORS)}) )?(?:({'|'.join(MATERIALS)}) )?"
+    rf"({'|'.join(SHAPES)})s?"
+)
+RELATION = re.compile(r"(left of|right of|in front of|behind|next to)")
+HOLDS = {
+    "left of": lambda a, b: a.x < b.x - 0.5,
+    "right of": lambda a, b: a.x > b.x + 0.5,
+    "in front of": lambda a, b: a.depth < b.depth - 0.8,
+    "behind": lambda a, b: a.depth > b.depth + 0.8,
+    "next to": lambda a, b: abs(a.x - b.x) > 0.5 and abs(a.depth - b.depth) < 1.5,
+}
+
+
+def parse(text: str) -> list[tuple[int, tuple]]:
+    """Text -> (number, (size, colour, material, shape)) of each phrase, None for what is not said."""
+    text = text.replace("on a gray floor", "")
+    return [({"two": 2, "three": 3}.get(m[1], 1), m.groups()[1:]) for m in PHRASE.finditer(text)]
+
+
+def fits(thing: Thing, words: tuple) -> bool:
+    looks = (thing.size, thing.color, thing.material, thing.shape)
+    return all(word in (None, look) for word, look in zip(words, looks, strict=True))
+
+
+@pytest.mark.parametrize("style", ["any", "short", "long"])
+def test_captions_are_true(style):
+    related = Counter()
+    for seed, scene in enumerate(SCENES):
+        text = caption(scene, seed, style=style)
+        told = parse(text)
+        assert sum(number for number, _ in told) == len(scene.things), f"{text!r} of {scene}"
+        for number, words in told:
+            assert number == sum(fits(t, words) for t in scene.things), f"the number is wrong: {text!r} of {scene}"
+        if match := RELATION.search(text):
+            related[match[1]] += 1
+            before, after = parse(text[: match.start()]), parse(text[match.end() :])
+            subjects = [t for t in scene.things if any(fits(t, words) for _, words in before)]
+            objects = [t for t in scene.things if any(fits(t, words) for _, words in after)]
+            assert min(len(subjects), len(objects)) > 0, f"a relation needs two sides: {text!r}"
+            assert all(HOLDS[match[1]](a, b) for a in subjects for b in objects), f"{text!r} is not true of {scene}"
+    assert set(related) == set(HOLDS), f"some relations are never spoken of: {related}"
+
+
+def test_most_captions_name_every_colour_and_shape():
+    texts = [caption(scene, 1000 + seed) for seed, scene in enumerate(SCENES)]
+    full = sum(all(words[1] and words[3] for _, words in parse(text)) for text in texts) / len(texts)
+    assert full >= 0.85, f"only {full:.0%} of the captions name every thing's colour and shape"
+    assert any(text.startswith("two ") for text in texts), "some captions should count"
+    for scene in SCENES[:50]:
+        told = parse(caption(scene, 0, style="long"))
+        assert all(None not in words for _, words in told), f"a long caption leaves something out: {told}"
+
+
+def test_grammar():
+    for seed, scene in enumerate(SCENES):
+        for text in (caption(scene, seed), caption(scene, seed, paraphrase=True), caption(scene, seed, synonyms=1.0)):
+            assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|  |^ | $| ,", text), f"article or blank: {text!r}"
+            assert not re.search("there is (two|three)|there are an? ", text), f"verb: {text!r}"
+            assert not re.search(
+                r"boxs|(two|three) ((?!and)[a-z]+[^s ] ){0,3}(cube|sphere|box|ball|bead|tube|crate)\b", text
+            ), f"plural: {text!r}"
+
+
+def test_vocabulary_is_what_captions_say():
+    said = {
+        word for i, s in enumerate(SCENES) for k in range(6) for word in caption(s, 6 * i + k).replace(",", "").split()
+    }
+    assert said == set(vocabulary()), f"said, not listed: {said - set(vocabulary())}; never: {set(vocabulary()) - said}"
+    prompts = {word for prompt in EXAMPLE_PROMPTS for word in prompt.split()}
+    assert prompts <= set(vocabulary()), f"example prompts leave the vocabulary: {prompts - set(vocabulary())}"
+
+
+def test_paraphrases_are_new_words_and_at_least_one_is_used():
+    new = {word for words in PARAPHRASES.values() for word in words}
+    assert set(PARAPHRASES) == {*COLORS, *SHAPES, *SIZES, *MATERIALS}, "each content word should have a paraphrase"
+    assert not new & set(vocabulary()), f"paraphrases in training captions: {new & set(vocabulary())}"
+    for seed, scene in enumerate(SCENES):
+        words = caption(scene, seed, paraphrase=True).replace(",", "").split()
+        singular = {form for word in words for form in (word, word.removesuffix("s"), word.removesuffix("es"))}
+        assert singular & new, f"nothing was paraphrased: {' '.join(words)!r}"
+
+
+def test_synonyms_are_true_words_and_no_paraphrases():
+    """They are a share of the captions, mean what the plain words mean, and none is a word that is held out."""
+    new = {word for words in PARAPHRASES.values() for word in words}
+    assert set(SYNONYMS) == set(PARAPHRASES), "each content word should have other words"
+    assert not new & set(vocabulary(synonyms=True)), f"held-out words: {new & set(vocabulary(synonyms=True))}"
+    plain = [caption(scene, seed) for seed, scene in enumerate(SCENES)]
+    assert plain == [caption(scene, seed, synonyms=0.0) for seed, scene in enumerate(SCENES)]
+    told = [caption(scene, seed, synonyms=0.5) for seed, scene in enumerate(SCENES)]
+    said = {word for text in told for word in text.replace(",", "").split()}
+    assert said <= set(vocabulary(synonyms=True)), f"not listed: {said - set(vocabulary(synonyms=True))}"
+    changed = sum(a != b for a, b in zip(plain, told, strict=True)) / len(SCENES)
+    assert 0.3 < changed < 0.55, f"{changed:.0%} of the captions are told in other words"
+    looks = [[(g.number, g.looks) for g in parse_prompt(text).groups] for text in (*plain, *told)]
+    assert looks[: len(plain)] == looks[len(plain) :], "other words, the same things"
+
+
+def test_example_prompts_hold_no_held_out_pair():
+    for prompt in EXAMPLE_PROMPTS:
+        assert not {(words[1], words[3]) for _, words in parse(prompt)} & HELD_OUT, f"{prompt!r} was never trained on"

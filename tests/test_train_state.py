@@ -1,0 +1,521 @@
+"""train_state.py: whatever breaks is passed over or refused by name, and nothing is lost.
+
+What may break, and what becomes of it; each kind is a test, here or in the file named:
+
+    state: weights cut short, empty, a flipped byte, missing, a pickle    the state before it, with a warning; the
+    state: a pickle whose checksum is right                               damaged one is put aside, never deleted
+    state.json: empty, no JSON, binary, other JSON, no files, other step
+    state.json missing; a half-written .new folder of a dead run          does not count
+    state: a file of the user's in it                                     is no concern
+    state: of another stage, seed, configuration; names, shapes           refused, the difference named
+    state: all damaged                                                    refused; nothing starts anew
+    run.json: empty, no JSON, other JSON, a field gone, changed; missing  refused, the field named
+    data changed between stop and resume                                  refused
+    cache: cut short, flipped, missing, broken JSON, ... (test_data_cache.py)  the part is made anew, with a warning
+    disk full, folder not writable                                        OSError; it names the last whole state
+    log.jsonl: the last line half written                                 dropped
+    --out a file, a finished run, another run, a checkpoint               refused
+    config.json, model.safetensors of a checkpoint (test_checkpoint.py)   refused
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from minimuse import checkpoint, cli
+from minimuse import train_state as runs
+from minimuse.config import StageConfig, to_dict
+from minimuse.train_engine import Engine, Stage
+from minimuse.train_log import read_log
+from minimuse.train_state import RUN, STATE, TENSORS, average, differences, states
+
+CFG = StageConfig(steps=8, batch=2, learning_rate=0.1, warmup=2, weight_decay=0.1, ema=0.5, save_every=2)
+
+
+def work(folder: Path, until: int = 8, keep: int = 2, seed: int = 0, stage: str = "base", **changes) -> Stage:
+    """A stage as small as can be, with dropout, up to a step; from its newest state if there is one."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout(0.5), torch.nn.Linear(2, 3))
+    job = Stage(Engine(seed=seed, folder=folder, keep=keep), stage, replace(CFG, **changes), {"model": net})
+    for step in job.steps():
+        for at, _ in job.micro_batches(9, step):
+            job.backward((job.modules["model"](torch.randn(4, 3)) - at[0]).square().mean())
+        job.update(step)
+        job.end(step)
+        if step + 1 == until:
+            break
+    return job
+
+
+def weights(job: Stage) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in job.state().items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rewrite(state: Path, change) -> None:
+    """state.json changed by `change`, whole otherwise."""
+    values = json.loads((state / STATE).read_text())
+    change(values)
+    (state / STATE).write_text(json.dumps(values))
+
+
+def stamped(state: Path, write) -> None:
+    """Other weights, with size and checksum as they should be."""
+    write(state / TENSORS)
+    rewrite(state, lambda values: values.update(files={TENSORS: runs.stamp(state / TENSORS)}))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def pickle(path: Path) -> None:
+    torch.save({"a": torch.zeros(3)}, path)
+
+
+def tensors(change):
+    """Weights changed by `change`, stamped."""
+
+    def write(path: Path) -> None:
+        found = load_file(path)
+        change(found)
+        save_file(found, path)
+
+    return lambda state: stamped(state, write)
+
+
+def misshape(found: dict) -> None:
+    found["model.0.weight"] = found["model.0.weight"].T.contiguous()
+
+
+PASSED_OVER = {
+    "weights cut short": (lambda s: cut(s / TENSORS), rf"{TENSORS} has \d+ bytes of \d+"),
+    "weights empty": (lambda s: (s / TENSORS).write_bytes(b""), f"{TENSORS} has 0 bytes of"),
+    "a byte flipped": (lambda s: flip(s / TENSORS), f"{TENSORS} has changed bytes"),
+    "weights missing": (lambda s: (s / TENSORS).unlink(), f"{TENSORS} is missing"),
+    "a pickle": (lambda s: pickle(s / TENSORS), f"{TENSORS} has"),
+    "a pickle, stamped": (lambda s: stamped(s, pickle), f"{TENSORS} is broken or cut short"),
+    "state.json empty": (lambda s: (s / STATE).write_bytes(b""), f"{STATE} is broken"),
+    "state.json no JSON": (lambda s: cut(s / STATE), f"{STATE} is broken"),
+    "state.json binary": (lambda s: (s / STATE).write_bytes(b"\xff\xfe\0"), f"{STATE} is broken"),
+    "state.json a list": (lambda s: (s / STATE).write_text("[1]"), f"{STATE} is broken"),
+    "state.json without files": (lambda s: rewrite(s, lambda v: v.pop("files")), f"{STATE} is broken: .*'files'"),
+    "state.json with no files": (lambda s: rewrite(s, lambda v: v.update(files={})), "names no files"),
+    "state.json with odd files": (lambda s: rewrite(s, lambda v: v.update(files=["a"])), f"{STATE} is broken"),
+    "state.json with odd stamps": (lambda s: rewrite(s, lambda v: v.update(files={"a": 3})), f"{STATE} is broken"),
+    "state.json without about": (lambda s: rewrite(s, lambda v: v.pop("about")), f"{STATE} is broken: .*'about'"),
+    "step a text": (lambda s: rewrite(s, lambda v: v.update(step="4")), f"{STATE} is broken"),
+    "step of another folder": (lambda s: rewrite(s, lambda v: v.update(step=2)), "not the step of its folder: 2"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch):
+    """A stage begins with a garbage collection, which takes longer than all of a stage so small."""
+    monkeypatch.setattr("gc.collect", lambda *args: 0)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """Weights, optimizer and average of the stage, never stopped."""
+    return weights(work(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("kind", "keep"), [*((kind, 1) for kind in PASSED_OVER), ("a byte flipped", 2)])
+def test_a_damaged_state_is_passed_over_and_put_aside(tmp_path, whole, caplog, kind, keep):
+    work(tmp_path, until=4)
+    damage, reason = PASSED_OVER[kind]
+    newest = tmp_path / "base/step-00000004"
+    damage(newest)
+    before = contents(newest)
+    assert work(tmp_path, until=3, keep=keep, save_every=1).first == 2, "the state before it"
+    (told,) = [r.getMessage() for r in caplog.records if r.name == "minimuse"]
+    assert str(newest) in told, f"the file is named: {told}"
+    assert re.search(reason, told), f"and what is wrong with it: {told}"
+    assert (tmp_path / "base/step-00000003").is_dir(), "a damaged later state must not push out the new one"
+    assert same(weights(work(tmp_path, keep=keep)), whole), "the same weights in the end"
+    assert contents(newest.with_name("step-00000004.damaged-1")) == before, "put aside, as it was"
+
+
+def test_what_does_not_count(tmp_path, whole, caplog):
+    """No state.json, the half-written folder of a dead run, and a file of the user's."""
+    work(tmp_path, until=4)
+    (tmp_path / "base/step-00000004" / STATE).unlink()
+    dead = tmp_path / "base/step-00000004.new"
+    dead.mkdir()
+    (dead / TENSORS).write_bytes(b"half of it")
+    (tmp_path / "base/step-00000002/notes.txt").write_text("mine")
+    job = work(tmp_path)
+    assert job.first == 2, "the newest whole state"
+    assert same(weights(job), whole), "the same weights in the end"
+    assert not caplog.records, "there is nothing to warn of"
+    names = sorted(p.name for p in (tmp_path / "base").iterdir())
+    assert names == ["step-00000004.damaged-1", "step-00000006", "step-00000008"], f"{names}"
+
+
+def test_all_states_damaged(tmp_path):
+    work(tmp_path, until=4)
+    cut(tmp_path / "base/step-00000002" / TENSORS)
+    flip(tmp_path / "base/step-00000004" / TENSORS)
+    before = contents(tmp_path)
+    both = r"base is whole: .*00000004.*changed bytes.*00000002.*has \d+ bytes of \d+; restore one, or start a new run"
+    with pytest.raises(ValueError, match=both):
+        work(tmp_path)
+    assert contents(tmp_path) == before, "nothing is deleted, and nothing starts anew"
+
+
+REFUSED = {
+    "seed": (lambda s: rewrite(s, lambda v: v["about"].update(seed=7)), "seed was 7 and is 0"),
+    "stage": (
+        lambda s: rewrite(s, lambda v: v["about"].update(stage="superres")),
+        "stage was 'superres' and is 'base'",
+    ),
+    "field": (lambda s: rewrite(s, lambda v: v["about"]["config"].update(batch=16)), r"config\.batch was 16 and is 2"),
+    "more": (lambda s: rewrite(s, lambda v: v["about"].update(x=1)), "x was 1 and is None"),
+    "shape": (tensors(misshape), r"model\.0\.weight is \(3, 2\), not \(2, 3\)"),
+    "name": (tensors(lambda f: f.update(other=f.pop("model.0.bias"))), r"has other; lacks model\.0\.bias"),
+    "lacking": (tensors(lambda f: f.pop("ema.0")), r"lacks ema\.0"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_state_of_another_run_is_refused(tmp_path, kind):
+    """It is whole, so an earlier one is not taken in its place: somebody put it there."""
+    work(tmp_path, until=4)
+    change, reason = REFUSED[kind]
+    change(tmp_path / "base/step-00000004")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"step-00000004.*{reason}"):
+        work(tmp_path)
+    assert contents(tmp_path) == before, "what was refused must change nothing on disk"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"learning_rate": 0.2}, r"config\.learning_rate was 0\.1 and is 0\.2"),
+        ({"ema": 0.0, "batch": 4}, r"config\.batch was 2 and is 4; config\.ema was 0\.5 and is 0"),
+    ],
+)
+def test_a_run_of_another_kind_is_refused(tmp_path, changes, told):
+    work(tmp_path, until=4)
+    with pytest.raises(ValueError, match=f"belongs to another run: {told}"):
+        work(tmp_path, **changes)
+
+
+def test_how_often_to_save_may_change(tmp_path, whole):
+    work(tmp_path, until=4)
+    assert same(weights(work(tmp_path, save_every=3, eval_every=1)), whole), "it does not touch the weights"
+    assert [s.name for s in states(tmp_path / "base")] == ["step-00000006", "step-00000008"], "the newest two"
+
+
+def test_differences():
+    old = {"a": 1, "b": {"c": [1, 2], "d": None}}
+    assert differences(old, json.loads(json.dumps(old))) == [], "the same"
+    new = {"a": 1, "b": {"c": [1, 3]}, "e": 0}
+    assert differences(old, new) == ["b.c was [1, 2] and is [1, 3]", "e was None and is 0"], "by path; null is nothing"
+    assert differences({"a": {"b": 1}}, {"a": 3}) == ["a was {'b': 1} and is 3"], "another kind of value"
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("earlier", [0, 4])
+def test_a_full_disk(tmp_path, whole, monkeypatch, earlier):
+    """safetensors tells of it by an error of its own, JSON by an OSError."""
+    from safetensors import SafetensorError
+
+    if earlier:
+        work(tmp_path, until=earlier)
+
+    def full(found, path, metadata=None):
+        Path(path).write_bytes(b"half of it")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def full_text(path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    before = contents(tmp_path)
+    there = "the last whole state is .*step-00000004" if earlier else "there is no earlier state"
+    for target, name, broken in ((checkpoint, "save_file", full), (Path, "write_text", full_text)):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, broken)
+            with pytest.raises(OSError, match=f"could not save step .*No space left.*{there}.*resume") as e:
+                work(tmp_path)
+            assert e.value.errno == errno.ENOSPC, f"{e.value!r}"
+        assert contents(tmp_path) == before, "the earlier states are whole, and the half one gives its room back"
+    assert same(weights(work(tmp_path)), whole), "with room again it goes on"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="the limit on the size of a file is of POSIX")
+def test_a_disk_that_is_truly_full(tmp_path):
+    """safetensors itself meets a file that may not grow, so that our reading of its error is right."""
+    import resource
+
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not save step 2") as e:
+            work(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert e.value.errno == errno.EFBIG, f"{e.value!r}"
+
+
+def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+    work(tmp_path, until=4)
+    before = contents(tmp_path)
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionError, match=r"could not save step 6 to .*Permission denied.*step-00000004"):
+        work(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_pitfall_23_a_state_that_is_open_is_neither_replaced_nor_changed(tmp_path, whole, monkeypatch):
+    """Windows refuses to write, rename or delete a file that somebody holds open; a run goes on all the same."""
+    work(tmp_path, until=4)
+    held = {str(p) for p in tmp_path.rglob("step-*/*")}
+    replace_, unlink, rmtree, rename = os.replace, os.unlink, shutil.rmtree, os.rename
+
+    def refuse(path):
+        if any(name.startswith(str(path)) for name in held):
+            raise PermissionError(errno.EACCES, "open", str(path))
+
+    monkeypatch.setattr(os, "replace", lambda a, b: (refuse(a), refuse(b), replace_(a, b))[-1])
+    monkeypatch.setattr(os, "rename", lambda a, b: (refuse(a), rename(a, b))[-1])
+    monkeypatch.setattr(os, "unlink", lambda path, **kw: (refuse(path), unlink(path, **kw))[-1])
+    monkeypatch.setattr(shutil, "rmtree", lambda path, *a, **kw: (refuse(path), rmtree(path, *a, **kw))[-1])
+    before = contents(tmp_path)
+    assert same(weights(work(tmp_path)), whole), "the same weights"
+    after = contents(tmp_path)
+    assert before.items() <= after.items(), "what is open stays as it was"
+    assert "base/step-00000008/state.json" in after, "and the new states are there"
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys, tiny_muse):
+    """run(*words) -> (exit code, what stderr says) of `minimuse train` in tmp_path, up to where it would train."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.json").write_text(json.dumps(to_dict(tiny_muse.config)))
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def begun(config, data, engine):
+        raise ValueError("it has begun to train")
+
+    monkeypatch.setattr("minimuse.train.train_muse", begun)
+
+    def run(*words):
+        code = cli.main(["train", *words, "--out", "run", "--device", "cpu"])
+        return code, capsys.readouterr().err
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def refused(answer, *words):
+    code, err = answer
+    assert code == 1, f"{code} {err}"
+    assert err.startswith("minimuse: "), f"{err}"
+    assert err.count("\n") == 1, f"one line: {err}"
+    for word in words:
+        assert re.search(word, err), f"{word!r} is not in {err!r}"
+
+
+def begun(answer):
+    assert answer == (1, "minimuse: it has begun to train\n"), f"{answer}"
+
+
+def edit_run(change):
+    values = json.loads(Path("run", RUN).read_text())
+    change(values)
+    Path("run", RUN).write_text(json.dumps(values))
+
+
+BROKEN_RUN = {
+    "empty": (lambda path: path.write_bytes(b""), r"run\.json is broken JSON: "),
+    "cut short": (cut, r"run\.json is broken JSON: "),
+    "binary": (lambda path: path.write_bytes(b"\xff\xfe\0"), r"run\.json is broken JSON: "),
+    "a list": (
+        lambda path: path.write_text("[1]"),
+        r"run\.json lacks config, seed or data; restore it, or begin a new run",
+    ),
+    "a number": (lambda path: path.write_text("3"), r"run\.json lacks config, seed or data"),
+    "no seed": (lambda _: edit_run(lambda v: v.pop("seed")), r"run\.json lacks config, seed or data"),
+    "odd stages": (
+        lambda _: edit_run(lambda v: v["config"].update(stages=[])),
+        "holds no whole configuration",
+    ),
+    "no width": (lambda _: edit_run(lambda v: v["config"]["base"].pop("width")), "TransformerConfig lacks width"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_RUN)
+def test_a_broken_run_json_is_refused(run, tmp_path, kind):
+    begun(run("tiny.json"))
+    damage, reason = BROKEN_RUN[kind]
+    damage(Path("run", RUN))
+    before = contents(tmp_path)
+    refused(run("--resume"), reason)
+    assert contents(tmp_path) == before, "nothing is written"
+
+
+def test_a_run_goes_on_as_it_began(run, tmp_path):
+    begun(run("tiny.json", "--seed", "3", "--set", "stages.base.steps=7"))
+    values = json.loads(Path("run", RUN).read_text())
+    assert (values["seed"], values["data"]) == (3, "scenes")
+    assert values["config"]["stages"]["base"]["steps"] == 7
+    begun(run("--resume"))
+    refused(run("--resume", "--set", "base.dropout=0.5"), r"is another one: config\.base\.dropout was 0\.0 and is 0\.5")
+    refused(run("tiny.json", "--resume", "--seed", "3"), r"config\.stages\.base\.steps was 7 and is 2")
+    refused(run("tiny.json", "--resume", "--set", "stages.base.steps=7"), "seed was 3 and is 0")
+    refused(run("tiny.json"), "run holds a run already; --resume goes on with it")
+    edit_run(lambda v: v["config"].update(scenes=9))
+    refused(run("--resume"), "data_fingerprint was .* and is ")
+    Path("run", RUN).unlink()
+    refused(run("--resume"), "run holds no run to resume; give a preset")
+    assert not [p for p in Path("run").iterdir() if p.name != RUN], "nothing else is written"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", r"mine\.json is broken JSON"),
+        ("[1]", "MuseConfig is "),
+        ('{"config": 3}', "MuseConfig is 3"),
+        ('{"name": "mine"}', "MuseConfig lacks base"),
+    ],
+)
+def test_a_preset_file_that_is_refused(run, text, match):
+    Path("mine.json").write_text(text)
+    refused(run("mine.json"), match)
+    refused(run("none.json"), "unknown preset 'none.json'; known: nano")
+    refused(run("tiny.json", "--set", "base.widht=64"), r"no field 'base\.widht'; known: .*base\.width")
+    assert not Path("run").exists(), "nothing is written"
+
+
+def test_a_run_begins_from_the_files_of_another(run, tiny_muse):
+    """run.json of a run, config.json of a checkpoint, and a configuration as it is say the same."""
+    begun(run("tiny.json"))
+    values = Path("run", RUN).read_text()
+    tiny_muse.save_pretrained("made")
+    for source in (Path("run", RUN), Path("made", checkpoint.CONFIG)):
+        Path("other.json").write_text(source.read_text())
+        shutil.rmtree("run")
+        begun(run("other.json"))
+        assert Path("run", RUN).read_text() == values, f"{source}"
+
+
+def test_where_a_run_may_not_begin(run, tmp_path):
+    refused(run(), "give a preset .*nano.*, a JSON file, or --resume")
+    refused(run("tiny.json", "--data", "no/where"), "no/where")
+    assert not Path("run").exists(), "a mistyped --data is no run"
+    Path("run").write_text("mine")
+    refused(run("tiny.json"), "run is a file; give a folder")
+    refused(run("tiny.json", "--resume"), "run is a file; give a folder")
+    assert Path("run").read_text() == "mine"
+    Path("run").unlink()
+    begun(run("tiny.json"))
+    Path("run", checkpoint.CARD).write_text("# tiny")
+    before = contents(tmp_path)
+    refused(run("--resume"), "the run in run is finished; begin a new one in another folder")
+    Path("run", RUN).rename("elsewhere.json")
+    refused(run("tiny.json"), r"already holds README\.md")
+    assert contents(tmp_path / "run").items() <= {k.removeprefix("run/"): v for k, v in before.items()}.items()
+
+
+def test_changed_data_are_refused(run, tmp_path):
+    """A state trained on other images, or a cache of them, must not go on unnoticed."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(3):
+        Image.new("RGB", (64, 64), (80 * i, 0, 0)).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text("a red cube")
+    begun(run("tiny.json", "--data", str(data)))
+    begun(run("--resume"))
+    (data / "1.txt").write_text("a blue cube")
+    before = contents(tmp_path)
+    refused(
+        run("--resume"), "is another one: data_fingerprint was '[0-9a-f]+' and is ", "Put it back, or begin a new run"
+    )
+    assert contents(tmp_path) == before
+    (data / "1.txt").write_text("a red cube")
+    begun(run("--resume"))
+
+
+def test_a_log_whose_last_line_is_half_written(tmp_path, tiny_muse):
+    from minimuse.train import Progress
+    from minimuse.train_log import Watch
+
+    lines = [{"stage": stage, "step": step} for stage in ("low_tokenizer", "base") for step in (10, 20)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "log.jsonl").write_text(text + '{"stage": "ba')
+    Watch(tiny_muse.config, Engine(folder=tmp_path))(Progress("base", 15, 30, {}, None))
+    assert (tmp_path / "log.jsonl").read_text() == "".join(json.dumps(line) + "\n" for line in lines[:3])
+    assert read_log(tmp_path / "log.jsonl") == lines[:3], "steps that are done again have no lines twice"
+
+
+# --- averages ---------------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, *values: float) -> list[Path]:
+    for step, value in enumerate(values, 1):
+        made = {"model.model.w": torch.full((2, 3), value), "model.model.b": torch.tensor([value, -value])}
+        rest = {"ema.0": torch.zeros(2, 3), "model.state.model.w.exp_avg": torch.ones(2, 3)}
+        runs.save_state(folder, step, made | rest, {"stage": "base"}, keep=0)
+    return states(folder)
+
+
+def test_an_average_by_hand(tmp_path):
+    """1, 2, 4 at decay 0.7: 0.7 * (0.7 * 1 + 0.3 * 2) + 0.3 * 4 = 2.11."""
+    made = average(saved(tmp_path, 1, 2, 4), 0.7)
+    assert {k: v.shape for k, v in made.items()} == {"w": (2, 3), "b": (2,)}, "the transformer's names, nothing else"
+    assert made["w"].dtype == torch.float32
+    assert torch.allclose(made["w"], torch.full((2, 3), 2.11))
+    assert torch.allclose(made["b"], torch.tensor([2.11, -2.11]))
+    assert torch.equal(average(states(tmp_path), 0)["w"], torch.full((2, 3), 4.0)), "decay 0 is the newest"
+    assert torch.equal(average(states(tmp_path)[:1], 0.7)["w"], torch.ones(2, 3)), "of one state it is that one"
+
+
+def test_averages_that_are_refused(tmp_path):
+    paths = saved(tmp_path, 1, 2)
+    with pytest.raises(ValueError, match="0 states"):
+        average([])
+    for decay in (1, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"a decay in \[0, 1\)"):
+            average(paths, decay)
+    flip(paths[0] / TENSORS)
+    with pytest.raises(ValueError, match=r"step-00000001.*state\.safetensors has changed bytes"):
+        average(paths)
