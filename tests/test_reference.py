@@ -1,7 +1,8 @@
 """The same seed draws the same pixels as when tests/reference/pictures.json was stored.
 
-To store it again, on purpose: python tests/test_reference.py. Kernels differ between kinds of CPU, and rounding may flip
-a token. So pixels are compared exactly only on the kind of CPU that stored them; elsewhere most cases must look the same.
+To store it again, on purpose: python tests/test_reference.py. Kernels differ between kinds of CPU and numbers of threads,
+and rounding may flip a token. So one thread draws, and pixels are compared exactly on the kind of CPU that stored them.
+Elsewhere most pictures must look the same.
 """
 
 import hashlib
@@ -45,6 +46,7 @@ def start() -> Image.Image:
 
 def draw(case: dict[str, Any]) -> list[Image.Image]:
     """A stored case -> its pictures."""
+    torch.set_num_threads(1)
     muse, method, settings = model(case["model"]), case["method"], dict(case["settings"])
     for name in ("guidance", "padding"):
         if isinstance(settings.get(name), list):

@@ -130,7 +130,7 @@ def port():
 TWO = """
 import sys
 import torch
-from test_engine import fp32, gradients, run, superres, transformer, weights
+from test_train_engine import fp32, gradients, run, superres, transformer, weights
 from test_train import PIXELS, VQ, plain_images
 from dataclasses import replace
 from minimuse.train import train_tokenizer
@@ -185,7 +185,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
-from test_engine import CFG, fp32, run, superres
+from test_train_engine import CFG, fp32, run, superres
 
 engine = fp32(folder=sys.argv[1])
 # accelerate knows FSDP on accelerators alone; torch shards on CPUs too, so we tell it that this is one

@@ -256,7 +256,9 @@ def test_everything_learns():
 # --- the fine-tuned decoder -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [BIGGER, replace(CFG, decoder_blocks=(2, 3, 1)), replace(CFG, decoder_width=48), CFG])
+@pytest.mark.parametrize(
+    "config", [BIGGER, replace(CFG, decoder_blocks=(2, 3, 1)), replace(CFG, decoder_width=48), CFG]
+)
 def test_a_grown_decoder_begins_as_the_same_function(config):
     small = shaken(tokenizer())
     grown = small.grow_decoder(config).eval()
