@@ -1,6 +1,6 @@
 """The same seed draws the same pixels as when tests/reference/pictures.json was stored.
 
-To store it again, on purpose: python tests/test_reference.py. Kernels differ between kinds of CPU and numbers of threads,
+To store it again, on purpose: python tests/test_reference.py. Kernels differ between kinds of CPU and thread counts,
 and rounding may flip a token. So one thread draws, and pixels are compared exactly on the kind of CPU that stored them.
 Elsewhere most pictures must look the same.
 """
@@ -78,7 +78,7 @@ def test_the_same_seed_draws_the_same_pixels(name):
 
 
 if __name__ == "__main__":
-    for name, case in STORED["cases"].items():
+    for case in STORED["cases"].values():
         images = draw(case)
         case["pixels"] = [checksum(image) for image in images]
         case["small"] = [thumbnail(image) for image in images]
