@@ -16,7 +16,7 @@ rounds' ratios.
     memory      the most that a process of its own held, from the start of Python on
     start       `import minimuse` beyond `import torch`; `minimuse generate` from return to picture; drawing alone
 Let the machine be idle. A peer that is not installed is left out, with the reason. --quick: tiny shapes, to see that
-all of it runs. Writes speed.json and speed.md into --out; with --docs, speed.md here and README's tables as well.
+all of it runs. Writes speed.json and speed.md into --out; with --docs, also speed.md and the table of benchmarks/README.md.
 
 Tried and left out, since it saves a few percent and a room reads better without: guidance in one pass (torch.lerp in
 place of Muse's formula), Newton-Schulz of equal shapes as one batch (a Muon of our own). Not tried: logits of masked
@@ -237,7 +237,7 @@ def work_table(title: str, work: str, found: dict[str, Any]) -> str:
 
 
 def told(report: dict[str, Any]) -> str:
-    """speed.md, and README's tables."""
+    """speed.md and the table of benchmarks/README.md."""
     at, rounds = report["machine"], report["rounds"]
     works = [(t, w, f) for t, f in report["shapes"].items() for w in ("sampling", "training")]
     head = f"{at['device']}, {at['threads']} threads, torch {at['torch']}; medians of {rounds} alternating "
@@ -251,7 +251,7 @@ def told(report: dict[str, Any]) -> str:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """README's tables: the first shape, and what a user waits for."""
+    """The table of benchmarks/README.md: the first shape, and what a user waits for."""
     at, (title, found) = report["machine"], next(iter(report["shapes"].items()))
     shape, rows = Shape(**found["shape"]), []
     trained = {(row["entrant"], row["dtype"]): row for row in found["training"]["rows"]}
@@ -283,7 +283,7 @@ def main() -> None:
         "--rounds", type=int, default=3, help="alternating decodes, and three times as many training steps (default: 3)"
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one round: does it all run?")
-    parser.add_argument("--docs", action="store_true", help="also write speed.md here, and README's tables")
+    parser.add_argument("--docs", action="store_true", help="also write speed.md and the table of benchmarks/README.md")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peers:

@@ -152,10 +152,10 @@ def save(out: Path, name: str, report: Mapping[str, Any], text: str) -> None:
     (out / f"{name}.md").write_text(text, encoding="utf-8")
 
 
-def write_readme(text: str, name: str, readme: Path = HERE.parent / "README.md") -> None:
-    """Between README's markers <!-- name --> and <!-- /name -->."""
+def write_readme(text: str, name: str, readme: Path = HERE / "README.md") -> None:
+    """Replace the text between the markers <!-- name --> and <!-- /name --> of benchmarks/README.md."""
     content, (begin, end) = readme.read_text(encoding="utf-8"), (f"<!-- {name} -->\n", f"<!-- /{name} -->")
     if begin not in content or end not in content:
-        raise ValueError(f"{readme} has no {begin.strip()} and {end}; put them where the tables shall stand")
+        raise ValueError(f"{readme} has no {begin.strip()} and {end}; put both markers where the tables belong")
     before, rest = content.split(begin)
     readme.write_text(before + begin + text + end + rest.split(end, 1)[1], encoding="utf-8")
