@@ -1,7 +1,7 @@
 """README's pictures, from the shipped checkpoints: python benchmarks/readme_pictures.py [--page]
 
 Nothing is picked: the first different prompts of `minimuse eval`'s sets, each drawn once, picture i of the sheet with
-seed i. What the reader does not find right is marked. --page, with the extra `app`, playwright and a Chromium, takes
+seed i. What the detector does not find right is marked. --page, with the extra `app`, playwright and a Chromium, takes
 the picture of `minimuse app` instead: its first prompt, seed 0; with --page PATH the same as wide as a telephone.
 """
 
@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 
 from minimuse import Muse
-from minimuse.eval_detector import Reader
-from minimuse.eval_prompts import matches, parse_prompt
+from minimuse.eval_detector import Detector
+from minimuse.eval_prompts import matches, parse_prompt, prompt_set
 from minimuse.plots import film, grid
-from minimuse.prompts import asks
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SETS = {"seen": 5, "novel": 3, "counts": 2, "relations": 2}  # prompts of each; a set gives each prompt twice in a row
@@ -24,9 +23,9 @@ SETS = {"seen": 5, "novel": 3, "counts": 2, "relations": 2}  # prompts of each; 
 def sheet(name: str):
     """A checkpoint -> a sheet of twelve pictures."""
     muse = Muse.from_pretrained(name)
-    prompts = [ask.prompt for kind, n in SETS.items() for ask in asks(kind, 2 * n)[::2]]
+    prompts = [ask.prompt for kind, n in SETS.items() for ask in prompt_set(kind, 2 * n)[::2]]
     images = [muse.generate(prompt, seed=i)[0] for i, prompt in enumerate(prompts)]
-    read = Reader.from_pretrained().read(images)
+    read = Detector.from_pretrained().detect(images)
     right = [matches(reading, parse_prompt(prompt)).right for reading, prompt in zip(read, prompts, strict=True)]
     captions = [prompt if ok else f"{prompt} (WRONG)" for prompt, ok in zip(prompts, right, strict=True)]
     return grid(images, captions, columns=6, scale=max(1, 160 // images[0].width))

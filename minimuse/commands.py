@@ -301,7 +301,7 @@ def _compared(args: argparse.Namespace) -> Any:
         return Muse.from_pretrained(args.muse, device=args.device)
     if args.amused:
         from minimuse.amused import Amused
-        from minimuse.eval_metrics import ClipScorer
+        from minimuse.eval_clip import ClipScorer
         from minimuse.lab_models import AmusedJudge
         from minimuse.utils import pick_device
 

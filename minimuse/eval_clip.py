@@ -129,7 +129,9 @@ class ClipScorer:
         self.processor = AutoProcessor.from_pretrained(name)
         model, info = CLIPModel.from_pretrained(name, output_loading_info=True)
         if info["missing_keys"]:
-            raise ValueError(f"{name!r} is not a complete CLIP: it lacks {sorted(info['missing_keys'])[0]!r} and others")
+            raise ValueError(
+                f"{name!r} is not a complete CLIP: it lacks {sorted(info['missing_keys'])[0]!r} and others"
+            )
         self.model = model.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()

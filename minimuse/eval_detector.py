@@ -198,7 +198,9 @@ def load_network(net: nn.Module, folder: str | Path, expected: str, script: str)
 def to_network_input(images: Images) -> Tensor:
     """Square pictures of any size -> (B, 3, 64, 64) in [-1, 1]."""
     if isinstance(images, Image.Image) or len(images) == 0:
-        raise ValueError("expected PIL images or a tensor (B, 3, H, W), at least one; give a single picture as [picture]")
+        raise ValueError(
+            "expected PIL images or a tensor (B, 3, H, W), at least one; give a single picture as [picture]"
+        )
     if not isinstance(images, Tensor):
         return torch.cat([to_network_input(from_pil(image, getattr(image, "width", 0))) for image in images])
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:

@@ -121,19 +121,20 @@ def half_sample_interval(
     halves, so `extrapolate` returns 2 S(n) - mean S(n / 2), without that bias.
     `groups`: one entry per sample; groups are halved as a whole. The n reported is that of the smallest sample.
     """
-    indices = [_group_index(g, len(s)) for s, g in zip(samples, groups or [None] * len(samples), strict=True)]
-    counts = [int(index.max()) + 1 for index in indices]
-    if min(counts) < 4:
-        raise ValueError(f"{min(counts)} rows or groups are too few to resample; give at least 4 of each sample")
-    generator, values = torch.Generator().manual_seed(seed), []
-    for _ in range(resamples):
-        halves = []
-        for sample, index, count in zip(samples, indices, counts, strict=True):
-            chosen = torch.randperm(count, generator=generator)[: (count + 1) // 2]
-            rows = torch.cat([(index == g).nonzero()[:, 0] for g in chosen.tolist()])
-            halves.append(sample[rows.to(sample.device)])
-        values.append(float(statistic(*halves)))
-    halves = torch.tensor(values, dtype=torch.double)
+    parts = []  # of each sample: the rows of each group
+    for sample, labels in zip(samples, groups or [None] * len(samples), strict=True):
+        index = _group_index(labels, len(sample))
+        parts.append(index.argsort(stable=True).split(index.bincount().tolist()))
+    if (fewest := min(map(len, parts))) < 4:
+        raise ValueError(f"{fewest} rows or groups are too few to resample; give at least 4 of each sample")
+    generator = torch.Generator().manual_seed(seed)
+
+    def half(sample: Tensor, part: Sequence[Tensor]) -> Tensor:
+        chosen = torch.randperm(len(part), generator=generator)[: (len(part) + 1) // 2].tolist()
+        return sample[torch.cat([part[g] for g in chosen]).to(sample.device)]
+
+    halves = [float(statistic(*map(half, samples, parts))) for _ in range(resamples)]
+    halves = torch.tensor(halves, dtype=torch.double)
     value = float(statistic(*samples))
     value = 2 * value - halves.mean().item() if extrapolate else value
     margin = _t_quantile(confidence, resamples - 1) * halves.std().item()
@@ -162,7 +163,9 @@ def _group_index(groups: Groups, n: int) -> Tensor:
     """Labels -> the number of each row's group, (n,), in the order in which groups appear."""
     labels = range(n) if groups is None else groups.tolist() if isinstance(groups, Tensor) else list(groups)
     if n == 0 or len(labels) != n:
-        raise ValueError(f"got {n} rows and {len(labels)} group labels, expected at least one row, and one label per row")
+        raise ValueError(
+            f"got {n} rows and {len(labels)} group labels, expected at least one row, and one label per row"
+        )
     number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     return torch.tensor([number[label] for label in labels])
 

@@ -1,7 +1,7 @@
 """What a prompt asks for, and whether a picture has it: the rule behind attribute accuracy.
 
-    "two small red cubes left of a metal sphere" --parse_prompt--> Wants: 2 x small red cube, 1 x metal sphere; left
-    Reading (eval_detector.py), Wants                   --matches-------> Verdict: right, or what is wrong
+    "two small red cubes left of a metal sphere" --parse_prompt--> PromptSpec: 2 x small red cube, 1 x metal sphere; left
+    Detections (eval_detector.py), PromptSpec                   --matches-------> Verdict: right, or what is wrong
 
 A picture is right where everything that the prompt names is: how many things, what each looks like, where they stand.
 What the prompt does not name may be anything; a thing too many is wrong.
@@ -17,34 +17,28 @@ from minimuse.data_captions import _FLOOR, _OPENINGS, _RELATIONS, PARAPHRASES, S
 from minimuse.data_scenes import COLORS, MATERIALS, MAX_THINGS, SHAPES, SIZES, relations
 
 if TYPE_CHECKING:
-    from minimuse.eval_detector import Found, Reading
+    from minimuse.eval_detector import Detection, Detections
 
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from random import Random
-from typing import NamedTuple
 
-from minimuse.data_captions import _RELATIONS, PARAPHRASES, _phrase
+from minimuse.data_captions import _phrase
 from minimuse.data_scenes import (
-    COLORS,
     HELD_OUT,
-    MATERIALS,
-    SHAPES,
-    SIZES,
     Scene,
     Thing,
     _apart,
     _place,
     box,
-    relations,
 )
 
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3}
 SLACK = 0.2  # a place is read, not known: relations may hold from so much nearer than in data_scenes.py (0.9 and 1.2)
 
 
-class Group(NamedTuple):
+class ObjectGroup(NamedTuple):
     """Things told in the same words."""
 
     number: int
@@ -55,8 +49,8 @@ class Group(NamedTuple):
         return " ".join(self.looks[field] for field in order if field in self.looks)
 
 
-class Wants(NamedTuple):
-    groups: tuple[Group, ...]
+class PromptSpec(NamedTuple):
+    groups: tuple[ObjectGroup, ...]
     relation: str = ""  # of each thing of the first group to all of the others: "left", "right", "front", ...
 
 
@@ -84,12 +78,12 @@ _RELATION = re.compile(rf" (?:is |are )?({'|'.join(sorted(_NAMES, key=len, rever
 _AND = re.compile(r" ?, ?(?:and )?| and ")
 
 
-def parse_prompt(prompt: str) -> Wants:
+def parse_prompt(prompt: str) -> PromptSpec:
     """A prompt in the words of data_captions.py, paraphrases included -> what it asks for; ValueError for any other word.
 
     >>> parse_prompt("a photo of two red cubes next to a shiny ball")
-    Wants(groups=(Group(number=2, looks={'color': 'red', 'shape': 'cube'}),
-                  Group(number=1, looks={'material': 'metal', 'shape': 'sphere'})), relation='beside')
+    PromptSpec(groups=(ObjectGroup(number=2, looks={'color': 'red', 'shape': 'cube'}),
+                  ObjectGroup(number=1, looks={'material': 'metal', 'shape': 'sphere'})), relation='beside')
     """
     text = " ".join(prompt.lower().rstrip(" .").replace(",", " , ").split()).removesuffix(f" {_FLOOR}")
     if opening := _OPENING.match(text):
@@ -101,11 +95,11 @@ def parse_prompt(prompt: str) -> Wants:
     groups = tuple(_group(phrase, prompt) for phrase in phrases)
     if (total := sum(group.number for group in groups)) > MAX_THINGS:
         raise ValueError(f"{prompt!r} asks for {total} things; scenes hold at most {MAX_THINGS}")
-    return Wants(groups, _NAMES[related[0]] if related else "")
+    return PromptSpec(groups, _NAMES[related[0]] if related else "")
 
 
-def _group(phrase: str, prompt: str) -> Group:
-    """ "two small red cubes" -> Group(2, {"size": "small", "color": "red", "shape": "cube"})."""
+def _group(phrase: str, prompt: str) -> ObjectGroup:
+    """ "two small red cubes" -> ObjectGroup(2, {"size": "small", "color": "red", "shape": "cube"})."""
     number, *words = phrase.split() or [""]
     if number not in NUMBERS:
         raise ValueError(f"{prompt!r}: {phrase!r} does not begin with a number; known: {', '.join(NUMBERS)}")
@@ -119,10 +113,10 @@ def _group(phrase: str, prompt: str) -> Group:
         looks[field] = name
     if "shape" not in looks:
         raise ValueError(f"{prompt!r}: {phrase!r} names no shape; known: {', '.join(SHAPES)}, and words for them")
-    return Group(NUMBERS[number], looks)
+    return ObjectGroup(NUMBERS[number], looks)
 
 
-def matches(reading: "Reading", wants: Wants, *, sure: float = 0.0, slack: float = SLACK) -> Verdict:
+def matches(reading: "Detections", wants: PromptSpec, *, sure: float = 0.0, slack: float = SLACK) -> Verdict:
     """Has the picture everything that the prompt names? Things are paired with what is asked so that least is wrong.
 
     A thing that the reader is less `sure` of than this, in [0, 1], is wrong too: a lump is nearest to something.
@@ -135,7 +129,9 @@ def matches(reading: "Reading", wants: Wants, *, sure: float = 0.0, slack: float
     return Verdict(not wrong, wrong)
 
 
-def _faults(slots: list[tuple[int, Group]], pairing: tuple, wants: Wants, sure: float, slack: float) -> list[str]:
+def _faults(
+    slots: list[tuple[int, ObjectGroup]], pairing: tuple, wants: PromptSpec, sure: float, slack: float
+) -> list[str]:
     """What is wrong if the things of the pairing are meant to be what the slots ask for."""
     wrong = []
     for (_, group), thing in zip(slots, pairing, strict=True):
@@ -154,16 +150,17 @@ def _faults(slots: list[tuple[int, Group]], pairing: tuple, wants: Wants, sure: 
         ]
         for a in sides[0]:
             for b in sides[1]:
-                if a and b and wants.relation not in related(a, b, slack):
+                if a and b and wants.relation not in possible_relations(a, b, slack):
                     wrong.append(f"the {a.color} {a.shape} is not {said} the {b.color} {b.shape}")
     return wrong
 
 
-def related(a: "Found", b: "Found", slack: float = SLACK) -> set[str]:
+def possible_relations(a: "Detection", b: "Detection", slack: float = SLACK) -> set[str]:
     """The relations of data_scenes.py that hold of a as seen from b, if b may stand up to `slack` from where it was read."""
     shifts = (-slack, 0.0, slack)
     moved = [b._replace(x=b.x + dx, depth=b.depth + dz) for dx in shifts for dz in shifts]
     return set().union(*(relations(a, b) for b in moved))
+
 
 _PAIRS = [pair for pair in product(COLORS, SHAPES) if pair not in HELD_OUT]
 SEEN = [_PAIRS[8 * i % 21] for i in range(21)]  # so that a few in a row differ in colour and shape
@@ -172,7 +169,7 @@ EXTRAS = [("", ""), ("small", ""), ("", "metal"), ("large", "rubber"), ("small",
           ("", ""), ("large", ""), ("", "rubber"), ("large", "metal"), ("small", "rubber")]  # fmt: skip
 
 
-class Ask(NamedTuple):
+class EvalPrompt(NamedTuple):
     """What is asked for."""
 
     prompt: str
@@ -183,15 +180,15 @@ class Ask(NamedTuple):
     region: tuple[float, float, float, float] = (0, 0, 0, 0)  # of it that is to change: left, top, right, bottom
 
 
-def asks(name: str, n: int) -> list[Ask]:
+def prompt_set(name: str, n: int) -> list[EvalPrompt]:
     """The first n of a set; ValueError where there is no such set.
 
-    >>> [ask.prompt for ask in asks("counts", 3)]
+    >>> [ask.prompt for ask in prompt_set("counts", 3)]
     ['two gray cubes', 'two gray cubes', 'three small blue cylinders']
     """
-    if name not in SETS or n < 1:
-        raise ValueError(f"{n} prompts of set {name!r}: give at least 1, and one of {', '.join(SETS)}")
-    return [SETS[name](i // 2, Random(f"{name}/{i // 2}"), Random(f"{name}/scene/{i}")) for i in range(n)]
+    if name not in PROMPT_SETS or n < 1:
+        raise ValueError(f"{n} prompts of set {name!r}: give at least 1, and one of {', '.join(PROMPT_SETS)}")
+    return [PROMPT_SETS[name](i // 2, Random(f"{name}/{i // 2}"), Random(f"{name}/scene/{i}")) for i in range(n)]
 
 
 def _named(pair: tuple[str, str], extra: tuple[str, str]) -> tuple[str, ...]:
@@ -211,16 +208,16 @@ def _scene(rng: Random, looks: list[tuple], holds: Callable[[tuple[Thing, ...]],
             return Scene(things)
 
 
-def _one(i: int, pairs: list[tuple[str, str]], rng: Random, swap: Random | None = None) -> Ask:
+def _one(i: int, pairs: list[tuple[str, str]], rng: Random, swap: Random | None = None) -> EvalPrompt:
     """One object; with `swap`, at least one of its words a paraphrase."""
     pair, extra = pairs[i % len(pairs)], EXTRAS[i % len(EXTRAS)]
     words = _named(pair, extra)
     swapped = swap.sample(words, swap.randint(1, len(words))) if swap else ()
     prompt = _phrase(words, 1, {word: swap.choice(PARAPHRASES[word]) for word in swapped})
-    return Ask(prompt, _scene(rng, [_look(pair, extra, rng)]), " ".join(words))
+    return EvalPrompt(prompt, _scene(rng, [_look(pair, extra, rng)]), " ".join(words))
 
 
-def _relation(i: int, say: Random, rng: Random) -> Ask:
+def _relation(i: int, say: Random, rng: Random) -> EvalPrompt:
     """Two objects that differ in colour or shape, and where the first stands."""
     pairs, extra = (SEEN[i % 21], SEEN[(i + 1 + i // 21 % 20) % 21]), EXTRAS[i % 10]
     extras = extra, tuple(word and say.choice(names) for word, names in zip(extra, (SIZES, MATERIALS), strict=True))
@@ -228,10 +225,10 @@ def _relation(i: int, say: Random, rng: Random) -> Ask:
     first, second = (_phrase(_named(*both), 1, {}) for both in zip(pairs, extras, strict=True))
     looks = [_look(*both, rng) for both in zip(pairs, extras, strict=True)]
     scene = _scene(rng, looks, lambda things: name in relations(*things))
-    return Ask(f"{first} {say.choice(_RELATIONS[name])} {second}", scene, f"{first} {name} {second}")
+    return EvalPrompt(f"{first} {say.choice(_RELATIONS[name])} {second}", scene, f"{first} {name} {second}")
 
 
-def _count(i: int, rng: Random) -> Ask:
+def _count(i: int, rng: Random) -> EvalPrompt:
     """Two or three alike in all that is named, and in all else. Three large ones fit into no picture: size unnamed."""
     pair, extra, number = SEEN[i % 21], EXTRAS[i % 10], 2 + (i + i // 10) % 2
     if number == 3 and extra[0] == "large":
@@ -239,12 +236,14 @@ def _count(i: int, rng: Random) -> Ask:
     prompt = _phrase(_named(pair, extra), number, {})
     while True:  # where no size is named, small ones fit
         if things := _place(rng, [_look(pair, extra, rng)] * number):
-            return Ask(prompt, Scene(things), prompt)
+            return EvalPrompt(prompt, Scene(things), prompt)
 
 
-def _negative(i: int, rng: Random) -> Ask:
+def _negative(i: int, rng: Random) -> EvalPrompt:
     pair, word = SEEN[i % 21], (*SIZES, *MATERIALS)[i % 4]
-    return Ask(_phrase(pair, 1, {}), _scene(rng, [_look(pair, ("", ""), rng)]), f"{' '.join(pair)}, not {word}", word)
+    return EvalPrompt(
+        _phrase(pair, 1, {}), _scene(rng, [_look(pair, ("", ""), rng)]), f"{' '.join(pair)}, not {word}", word
+    )
 
 
 def _around(*things: Thing) -> tuple[float, float, float, float]:
@@ -258,17 +257,17 @@ def _around(*things: Thing) -> tuple[float, float, float, float]:
     )
 
 
-def _edit(i: int, rng: Random) -> Ask:
+def _edit(i: int, rng: Random) -> EvalPrompt:
     """The same thing in another colour."""
     color, shape = SEEN[i % 21]
     others = [c for c, s in SEEN if s == shape and c != color]
     new = others[i // 21 % len(others)]
     before = _scene(rng, [_look((color, shape), ("", ""), rng)])
     put = replace(before.things[0], color=new)
-    return Ask(_phrase((new, shape), 1, {}), Scene((put,)), f"{color} {new} {shape}", "", before, _around(put))
+    return EvalPrompt(_phrase((new, shape), 1, {}), Scene((put,)), f"{color} {new} {shape}", "", before, _around(put))
 
 
-def _inpaint(i: int, rng: Random) -> Ask:
+def _inpaint(i: int, rng: Random) -> EvalPrompt:
     """The only one of the things, or one of two, is replaced; what replaces it stands as free as it did."""
     old, new, other = SEEN[i % 21], SEEN[(i + 1 + i // 21 % 18) % 21], SEEN[(i + 20) % 21]
     looks = [_look(pair, ("", ""), rng) for pair in (old, other)[: 1 + i % 2]]
@@ -283,26 +282,26 @@ def _inpaint(i: int, rng: Random) -> Ask:
     before = _scene(rng, looks, free)
     after = Scene(replaced(before.things))
     prompt = " and ".join(_phrase(pair, 1, {}) for pair in (new, other)[: 1 + i % 2])
-    return Ask(prompt, after, prompt, "", before, _around(before.things[0], after.things[0]))
+    return EvalPrompt(prompt, after, prompt, "", before, _around(before.things[0], after.things[0]))
 
 
-def _outpaint(i: int, rng: Random) -> Ask:
+def _outpaint(i: int, rng: Random) -> EvalPrompt:
     """A picture with one thing at its left; the window half beyond its right edge is to have one at its right."""
     old, new = SEEN[i % 21], SEEN[(i + 1 + i // 21 % 20) % 21]
     before = _scene(rng, [_look(old, ("", ""), rng)], lambda things: box(things[0])[2] < 0.5)
     extra = EXTRAS[i % 10]
     after = _scene(rng, [_look(new, extra, rng)], lambda things: box(things[0])[0] > 0.5)
     prompt = _phrase(_named(new, extra), 1, {})
-    return Ask(prompt, after, prompt, "", before, (0.5, 0.0, 1.0, 1.0))
+    return EvalPrompt(prompt, after, prompt, "", before, (0.5, 0.0, 1.0, 1.0))
 
 
-SETS: dict[str, Callable[[int, Random, Random], Ask]] = {
+PROMPT_SETS: dict[str, Callable[[int, Random, Random], EvalPrompt]] = {
     "seen": lambda i, say, rng: _one(i, SEEN, rng),
     "novel": lambda i, say, rng: _one(i, NOVEL, rng),
     "paraphrases": lambda i, say, rng: _one(i, SEEN, rng, say),
     "relations": _relation,
     "counts": lambda i, say, rng: _count(i, rng),
-    "mixed": lambda i, say, rng: SETS[("seen", "relations", "counts")[i % 3]](i // 3, say, rng),
+    "mixed": lambda i, say, rng: PROMPT_SETS[("seen", "relations", "counts")[i % 3]](i // 3, say, rng),
     "negative": lambda i, say, rng: _negative(i, rng),
     "edit": lambda i, say, rng: _edit(i, rng),
     "inpaint": lambda i, say, rng: _inpaint(i, rng),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from minimuse import cli
 from minimuse import lab_models as picture_judge
 from minimuse.amused import Amused, VQTokenizer, _load, settings
-from minimuse.eval_metrics import ClipScorer
+from minimuse.eval_clip import ClipScorer
 from minimuse.judge import estimate
 from minimuse.lab import compare
 from minimuse.lab_models import AmusedJudge

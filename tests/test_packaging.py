@@ -28,7 +28,7 @@ def requirements(lines) -> dict[str, Requirement]:
 
 PINS = requirements((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
 EXTRAS = PROJECT["optional-dependencies"]
-TESTED = ["offline", "webdataset", "amused", "app", "notebooks", "grading", "test"]  # the extras that the tests need
+TESTED = ["eval", "offline", "webdataset", "amused", "app", "notebooks", "grading", "test"]  # the extras that the tests need
 BOUNDS = requirements(PROJECT["dependencies"] + [line for extra in TESTED for line in EXTRAS[extra]])
 
 
