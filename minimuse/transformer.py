@@ -128,7 +128,7 @@ def multi_axis_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """x (B, N, D) -> (B, N, D): multi-axis attention in blocks of side `block`, or full attention where `attend` allows."""
+    """x (B, N, D) -> (B, N, D): multi-axis attention in blocks of side `block`, or full attention with block 0."""
 
     def __init__(self, width: int, heads: int, block: int = 0):
         super().__init__()
@@ -144,7 +144,7 @@ class SelfAttention(nn.Module):
 
 
 class KeyValue(nn.Linear):
-    """A linear layer that FSDP gathers on its own, because `memory` uses it before its layer runs (launch/fsdp8.yaml)."""
+    """A linear layer that FSDP gathers separately: `memory` calls it before its layer runs (launch/fsdp8.yaml)."""
 
 
 class CrossAttention(nn.Module):
@@ -174,7 +174,7 @@ RESIDUAL_OUTPUTS = ("attention.out.weight", "cross.out.weight", "mlp.2.weight") 
 
 
 class Layer(nn.Module):
-    """x (B, N, D), keys, values, mask -> (B, N, D): self-attention, cross-attention, MLP; with `cross=False`, only x."""
+    """x (B, N, D), keys, values, mask -> (B, N, D): self-attention, cross-attention, MLP. `cross=False` takes only x."""
 
     def __init__(self, width: int, heads: int, mlp_width: int, block: int, dropout: float, cross: bool = True):
         super().__init__()
