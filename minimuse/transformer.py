@@ -174,7 +174,7 @@ RESIDUAL_OUTPUTS = ("attention.out.weight", "cross.out.weight", "mlp.2.weight") 
 
 
 class Layer(nn.Module):
-    """x (B, N, D), keys, values, mask -> (B, N, D): self-attention, cross-attention, MLP. `cross=False` takes only x."""
+    """x (B, N, D), keys, values, mask -> (B, N, D): self-attention, cross-attention, MLP. `cross=False`: only x."""
 
     def __init__(self, width: int, heads: int, mlp_width: int, block: int, dropout: float, cross: bool = True):
         super().__init__()
