@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from minimuse.baseline_dit import LEVELS, DiT, NoiseLoss, gaussians
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
-from minimuse.corpus import Corpus
-from minimuse.data_images import SceneDataset, Source, area_downsample, to_float
+from minimuse.data_cache import TrainingData
+from minimuse.data_images import area_downsample, to_float
 from minimuse.data_scenes import COLORS, SHAPES
-from minimuse.data_sources import open_source
+from minimuse.data_sources import SceneDataset, Source, open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate, uniforms
 from minimuse.muse import Muse, build, ready_tokenizer
 from minimuse.text import Context, TextEncoder, pad_contexts
@@ -327,7 +327,7 @@ def _stages(config: MuseConfig, data: str | Path | Source, engine: Engine, watch
     with ExitStack() as stack:
         root = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
         source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
-        corpus = Corpus(Path(root, "cache"), source, config, engine, encoder)
+        corpus = TrainingData(Path(root, "cache"), source, config, engine, encoder)
         yield from _work("read images", corpus.read(), parts)
         images, held_out = corpus.split(corpus.images), corpus.split(corpus.images, held_out=True)
 
