@@ -13,7 +13,7 @@ import re
 from itertools import permutations
 from typing import TYPE_CHECKING, NamedTuple
 
-from minimuse.data_captions import _FLOOR, _OPENINGS, _RELATIONS, PARAPHRASES, SYNONYMS
+from minimuse.data_captions import FLOOR_PHRASE, OPENINGS, PARAPHRASES, RELATION_PHRASES, SYNONYMS
 from minimuse.data_scenes import COLORS, MATERIALS, MAX_THINGS, SHAPES, SIZES, relations
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ from dataclasses import replace
 from itertools import product
 from random import Random
 
-from minimuse.data_captions import _phrase
+from minimuse.data_captions import noun_phrase
 from minimuse.data_scenes import (
     HELD_OUT,
     Scene,
     Thing,
-    _apart,
-    _place,
     box,
+    place_things,
+    stand_apart,
 )
 
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3}
@@ -72,8 +72,8 @@ def _lexicon() -> dict[str, tuple[str, str]]:
 
 
 _LEXICON = _lexicon()
-_NAMES = {phrase: name for name, phrases in _RELATIONS.items() for phrase in phrases}
-_OPENING = re.compile(rf"({'|'.join(_OPENINGS).replace('there', 'there (is|are)')}) ")
+_NAMES = {phrase: name for name, phrases in RELATION_PHRASES.items() for phrase in phrases}
+_OPENING = re.compile(rf"({'|'.join(OPENINGS).replace('there', 'there (is|are)')}) ")
 _RELATION = re.compile(rf" (?:is |are )?({'|'.join(sorted(_NAMES, key=len, reverse=True))}) ")
 _AND = re.compile(r" ?, ?(?:and )?| and ")
 
@@ -85,7 +85,7 @@ def parse_prompt(prompt: str) -> PromptSpec:
     PromptSpec(groups=(ObjectGroup(number=2, looks={'color': 'red', 'shape': 'cube'}),
                   ObjectGroup(number=1, looks={'material': 'metal', 'shape': 'sphere'})), relation='beside')
     """
-    text = " ".join(prompt.lower().rstrip(" .").replace(",", " , ").split()).removesuffix(f" {_FLOOR}")
+    text = " ".join(prompt.lower().rstrip(" .").replace(",", " , ").split()).removesuffix(f" {FLOOR_PHRASE}")
     if opening := _OPENING.match(text):
         text = text[opening.end() :]
     first, *related = _RELATION.split(text)
@@ -144,7 +144,7 @@ def _faults(
             if (seen := getattr(thing, field)) != name:
                 wrong.append(f"the {group} has {field} {seen}, not {name}")
     if wants.relation:
-        said = _RELATIONS[wants.relation][0]
+        said = RELATION_PHRASES[wants.relation][0]
         sides = [
             [thing for (i, _), thing in zip(slots, pairing, strict=True) if (i == 0) == own] for own in (True, False)
         ]
@@ -204,7 +204,7 @@ def _look(pair: tuple[str, str], extra: tuple[str, str], rng: Random) -> tuple[s
 def _scene(rng: Random, looks: list[tuple], holds: Callable[[tuple[Thing, ...]], bool] = bool) -> Scene:
     """Looks -> a scene of them that `holds`."""
     while True:
-        if (things := _place(rng, looks)) and holds(things):
+        if (things := place_things(rng, looks)) and holds(things):
             return Scene(things)
 
 
@@ -213,7 +213,7 @@ def _one(i: int, pairs: list[tuple[str, str]], rng: Random, swap: Random | None 
     pair, extra = pairs[i % len(pairs)], EXTRAS[i % len(EXTRAS)]
     words = _named(pair, extra)
     swapped = swap.sample(words, swap.randint(1, len(words))) if swap else ()
-    prompt = _phrase(words, 1, {word: swap.choice(PARAPHRASES[word]) for word in swapped})
+    prompt = noun_phrase(words, 1, {word: swap.choice(PARAPHRASES[word]) for word in swapped})
     return EvalPrompt(prompt, _scene(rng, [_look(pair, extra, rng)]), " ".join(words))
 
 
@@ -221,11 +221,11 @@ def _relation(i: int, say: Random, rng: Random) -> EvalPrompt:
     """Two objects that differ in colour or shape, and where the first stands."""
     pairs, extra = (SEEN[i % 21], SEEN[(i + 1 + i // 21 % 20) % 21]), EXTRAS[i % 10]
     extras = extra, tuple(word and say.choice(names) for word, names in zip(extra, (SIZES, MATERIALS), strict=True))
-    name = [*_RELATIONS][(i + i // 10) % 5]
-    first, second = (_phrase(_named(*both), 1, {}) for both in zip(pairs, extras, strict=True))
+    name = [*RELATION_PHRASES][(i + i // 10) % 5]
+    first, second = (noun_phrase(_named(*both), 1, {}) for both in zip(pairs, extras, strict=True))
     looks = [_look(*both, rng) for both in zip(pairs, extras, strict=True)]
     scene = _scene(rng, looks, lambda things: name in relations(*things))
-    return EvalPrompt(f"{first} {say.choice(_RELATIONS[name])} {second}", scene, f"{first} {name} {second}")
+    return EvalPrompt(f"{first} {say.choice(RELATION_PHRASES[name])} {second}", scene, f"{first} {name} {second}")
 
 
 def _count(i: int, rng: Random) -> EvalPrompt:
@@ -233,16 +233,16 @@ def _count(i: int, rng: Random) -> EvalPrompt:
     pair, extra, number = SEEN[i % 21], EXTRAS[i % 10], 2 + (i + i // 10) % 2
     if number == 3 and extra[0] == "large":
         extra = "", extra[1]
-    prompt = _phrase(_named(pair, extra), number, {})
+    prompt = noun_phrase(_named(pair, extra), number, {})
     while True:  # where no size is named, small ones fit
-        if things := _place(rng, [_look(pair, extra, rng)] * number):
+        if things := place_things(rng, [_look(pair, extra, rng)] * number):
             return EvalPrompt(prompt, Scene(things), prompt)
 
 
 def _negative(i: int, rng: Random) -> EvalPrompt:
     pair, word = SEEN[i % 21], (*SIZES, *MATERIALS)[i % 4]
     return EvalPrompt(
-        _phrase(pair, 1, {}), _scene(rng, [_look(pair, ("", ""), rng)]), f"{' '.join(pair)}, not {word}", word
+        noun_phrase(pair, 1, {}), _scene(rng, [_look(pair, ("", ""), rng)]), f"{' '.join(pair)}, not {word}", word
     )
 
 
@@ -264,7 +264,7 @@ def _edit(i: int, rng: Random) -> EvalPrompt:
     new = others[i // 21 % len(others)]
     before = _scene(rng, [_look((color, shape), ("", ""), rng)])
     put = replace(before.things[0], color=new)
-    return EvalPrompt(_phrase((new, shape), 1, {}), Scene((put,)), f"{color} {new} {shape}", "", before, _around(put))
+    return EvalPrompt(noun_phrase((new, shape), 1, {}), Scene((put,)), f"{color} {new} {shape}", "", before, _around(put))
 
 
 def _inpaint(i: int, rng: Random) -> EvalPrompt:
@@ -277,11 +277,11 @@ def _inpaint(i: int, rng: Random) -> EvalPrompt:
 
     def free(things: tuple[Thing, ...]) -> bool:
         put, *rest = replaced(things)
-        return all(0.02 <= edge <= 0.98 for edge in box(put)) and all(_apart(put, thing) for thing in rest)
+        return all(0.02 <= edge <= 0.98 for edge in box(put)) and all(stand_apart(put, thing) for thing in rest)
 
     before = _scene(rng, looks, free)
     after = Scene(replaced(before.things))
-    prompt = " and ".join(_phrase(pair, 1, {}) for pair in (new, other)[: 1 + i % 2])
+    prompt = " and ".join(noun_phrase(pair, 1, {}) for pair in (new, other)[: 1 + i % 2])
     return EvalPrompt(prompt, after, prompt, "", before, _around(before.things[0], after.things[0]))
 
 
@@ -291,7 +291,7 @@ def _outpaint(i: int, rng: Random) -> EvalPrompt:
     before = _scene(rng, [_look(old, ("", ""), rng)], lambda things: box(things[0])[2] < 0.5)
     extra = EXTRAS[i % 10]
     after = _scene(rng, [_look(new, extra, rng)], lambda things: box(things[0])[0] > 0.5)
-    prompt = _phrase(_named(new, extra), 1, {})
+    prompt = noun_phrase(_named(new, extra), 1, {})
     return EvalPrompt(prompt, after, prompt, "", before, (0.5, 0.0, 1.0, 1.0))
 
 

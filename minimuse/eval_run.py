@@ -29,7 +29,7 @@ from torch import Tensor
 from minimuse import __version__, checkpoint, editing
 from minimuse import train_state as runs
 from minimuse.config import to_dict
-from minimuse.data_images import area_downsample, digest, to_float, to_pil, to_uint8
+from minimuse.data_images import area_downsample, to_float, to_pil, to_uint8
 from minimuse.data_scenes import MATERIALS, SIZES, Scene, render
 from minimuse.eval_clip import SceneClip
 from minimuse.eval_detector import Detector
@@ -46,7 +46,7 @@ from minimuse.eval_prompts import EvalPrompt, matches, parse_prompt, prompt_set
 from minimuse.muse import Muse
 from minimuse.plots import grid, tradeoff
 from minimuse.sampler import ORDERS, Step
-from minimuse.utils import atomic_write
+from minimuse.utils import atomic_write, content_hash
 from minimuse.vqgan import VQGAN
 from minimuse.vqgan_loss import feature_distance
 
@@ -679,7 +679,7 @@ def measure(
         if not torch.allclose(before.codebook, muse.high_tokenizer.codebook, rtol=1e-2, atol=1e-3):  # saved in half
             raise ValueError(f"{training or folder} is not the training of {name}: its codebook is another one")
     about = {"checkpoint": muse.config.name, "device": muse.device.type, "dtype": str(muse.dtype)}
-    about["config"] = digest(to_dict(muse.config))
+    about["config"] = content_hash(to_dict(muse.config))
     for part, home in (("checkpoint", folder), *((part, checkpoint.SHIPPED / part) for part in ("detector", "clip"))):
         about[f"weights of {part}"] = runs.stamp(home / checkpoint.WEIGHTS)[1]
     return evaluate(Studio(muse, before=before, base_only=base_only or sweep), out, about, sweep=sweep, **how)

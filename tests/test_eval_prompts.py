@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimuse.data_captions import _RELATIONS, EXAMPLE_PROMPTS, PARAPHRASES, caption, vocabulary
+from minimuse.data_captions import EXAMPLE_PROMPTS, PARAPHRASES, RELATION_PHRASES, caption, vocabulary
 from minimuse.data_scenes import HELD_OUT, SPLITS, Scene, Thing, box, relations, sample_scene
 from minimuse.eval_detector import FIELDS, Detection, Detections
 from minimuse.eval_prompts import (
@@ -204,7 +204,7 @@ def test_the_order_of_the_things_read_says_nothing(seed, order):
 
 
 def test_every_relation_of_captions_is_understood():
-    for name, phrases in _RELATIONS.items():
+    for name, phrases in RELATION_PHRASES.items():
         for phrase in phrases:
             assert parse_prompt(f"a cube is {phrase} a sphere").relation == name
 
@@ -285,7 +285,7 @@ def test_extras_relations_and_numbers_are_balanced():
                     for a in prompt_set("seen", 420))  # fmt: skip
     assert set(named.values()) == {42, 84}, "each in turn; plain prompts are two of ten"
     relations = Counter(parse_prompt(ask.prompt).relation for ask in prompt_set("relations", 100))
-    assert relations == dict.fromkeys(_RELATIONS, 20)
+    assert relations == dict.fromkeys(RELATION_PHRASES, 20)
     numbers = Counter(parse_prompt(ask.prompt).groups[0].number for ask in prompt_set("counts", 100))
     assert numbers == {2: 50, 3: 50}
     assert Counter(ask.negative for ask in prompt_set("negative", 80)) == dict.fromkeys(

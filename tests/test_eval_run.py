@@ -13,7 +13,7 @@ from minimuse import cli
 from minimuse.data_images import area_downsample, to_pil, to_uint8
 from minimuse.data_scenes import MATERIALS, SIZES, Scene, relations, render
 from minimuse.eval_metrics import Estimate
-from minimuse.eval_prompts import _look, _place, matches, parse_prompt, prompt_set
+from minimuse.eval_prompts import _look, matches, parse_prompt, place_things, prompt_set
 from minimuse.eval_run import ITERATIONS, KINDS, SWEEP, Judge, Studio, avoidance, evaluate, regions, table
 
 ABOUT, SEED = {"checkpoint": "oracle"}, 1000
@@ -32,7 +32,7 @@ def scene_of(prompt: str, seed: int, avoid: str = "") -> Scene:
                 for k, words in (("size", SIZES), ("material", MATERIALS))
             )
             looks += [_look((named["color"], named["shape"]), extra, rng)] * group.number
-        things = _place(rng, looks)
+        things = place_things(rng, looks)
         if things and (not wants.relation or wants.relation in relations(*things)):
             return Scene(things)
 
