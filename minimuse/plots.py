@@ -7,10 +7,13 @@ Not here: saving, which is the image's own `.save(path)`.
 """
 
 import base64
+import inspect
 import io
 import math
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -271,3 +274,21 @@ def _drawn(figure: Any) -> Image.Image:
 def _steps(lower: tuple[bool, bool]) -> str:
     """The staircase turns on the worse side of the front: what lies behind it is beaten by one of its points."""
     return "steps-post" if lower[0] else "steps-pre"
+
+
+class SourceCode(str):
+    """Python source. Jupyter shows it with syntax colours, `print` as plain text."""
+
+    def _repr_markdown_(self) -> str:
+        return f"```python\n{self}\n```"
+
+    __repr__ = str.__str__
+
+
+def show(*things: Any) -> SourceCode:
+    """Functions, classes or methods of the package -> their source code, each below the name of its file."""
+    parts = []
+    for thing in things:
+        path = Path(inspect.getsourcefile(inspect.unwrap(thing)))
+        parts.append(f"# {path.parent.name}/{path.name}\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}")
+    return SourceCode("\n\n\n".join(parts))

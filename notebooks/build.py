@@ -26,14 +26,19 @@ HERE = Path(__file__).resolve().parent
 SOURCES, MEASURED = HERE / "source", HERE / "measured.json"
 TAKES = "@takes@"  # in a header: minutes and memory, once they are measured
 SETUP = """\
-# Does nothing where minimuse is installed. Elsewhere, as on Colab, it installs it: a minute or two.
+# Does nothing in a clone where minimuse is installed. Elsewhere, as on Colab, it installs minimuse: a minute or two.
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
-SOURCE = "..[offline]"  # this notebook's clone; or "minimuse[offline] @ git+https://" and where it is
+REPOSITORY = ""  # on Colab: the address of minimuse's git repository
+CLONE = "minimuse-clone" if REPOSITORY else ".."
+if REPOSITORY and not Path(CLONE).exists():
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, CLONE], check=True)
 if importlib.util.find_spec("minimuse") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", SOURCE], check=True)"""
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{CLONE}[offline]"], check=True)
+sys.path.append(f"{CLONE}/notebooks")  # checks.py, for the exercises"""
 
 
 def names() -> list[str]:
@@ -104,10 +109,10 @@ def slim(data: dict) -> None:
 def execute(nb: nbformat.NotebookNode, fast: bool = False, timeout: int = 1800) -> nbformat.NotebookNode:
     """Run all cells in a fresh kernel and an empty folder, in place; CellExecutionError at the first that fails.
 
-    The kernel imports the minimuse beside this folder, whatever is installed.
+    The kernel imports minimuse and checks.py from this clone, even if another minimuse is installed.
     """
     env = {k: v for k, v in os.environ.items() if k not in ("MINIMUSE_FAST", "MPLBACKEND")}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), env.get("PYTHONPATH")]))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), str(HERE), env.get("PYTHONPATH")]))
     env |= {"MINIMUSE_FAST": "1"} if fast else {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run = {"timeout": timeout, "startup_timeout": 600, "kernel_name": "python3"}

@@ -1,6 +1,6 @@
 """The paper ledger: what Muse says -> the function that does it -> the tests that hold it there.
 
-The table in README.md is made from LEDGER; after a change here:  python tests/test_ledger.py --write
+The table in notebooks/LEDGER.md is made from LEDGER; after a change here:  python tests/test_ledger.py --write
 """
 
 import ast
@@ -15,14 +15,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that --write needs no installation
-README = ROOT / "README.md"
+PAGE = ROOT / "notebooks" / "LEDGER.md"
 BEGIN, END = "<!-- ledger -->\n", "<!-- /ledger -->"
 
 # (section, what the paper says, function, tests as "file::name" with spaces between)
 LEDGER: list[tuple[str, str, str, str]] = [
     (
         "2.1",
-        "A pre-trained language model, frozen, turns a prompt into a sequence of embeddings, one a text token",
+        "A pre-trained language model, frozen, turns a prompt into a sequence of embeddings, one for each text token",
         "text.TextEncoder.encode",
         "test_text.py::test_eval_and_no_gradients test_text.py::test_a_parent_cannot_reach_the_lm "
         "test_text.py::test_padding_is_masked_and_zero",
@@ -42,19 +42,19 @@ LEDGER: list[tuple[str, str, str, str]] = [
     ),
     (
         "2.2",
-        "Encoder and decoder all-convolutional, so that any size works",
+        "Encoder and decoder all-convolutional, so any size works",
         "vqgan.VQGAN",
         "test_vqgan.py::test_it_is_all_convolutional test_vqgan.py::test_any_multiple_of_f_works",
     ),
     (
         "2.2",
         "Low-res tokenizer 256 px, f=16: 16x16 = 256 tokens; high-res 512 px, f=8: 64x64 = 4096 tokens",
-        "config.VQGANConfig",
+        "vqgan.VQGANConfig",
         "test_config.py::test_sizes_of_the_presets",
     ),
     (
         "2.2",
-        "Codebook of 8192; a larger one did not help; how much of it is used is watched",
+        "Codebook of 8192; a larger one did not help; codebook usage is logged",
         "vqgan.codebook_usage",
         "test_config.py::test_the_papers_numbers test_vqgan.py::test_pitfall_19_dead_codes_restart "
         "test_train.py::test_pitfall_19_usage_and_perplexity_are_reported",
@@ -76,7 +76,7 @@ LEDGER: list[tuple[str, str, str, str]] = [
     (
         "2.3",
         "[MASK] stands where a token is to be predicted",
-        "config.TransformerConfig.mask_id",
+        "transformer.TransformerConfig.mask_id",
         "test_transformer.py::test_mask_id_is_one_past_the_codebook "
         "test_transformer.py::test_pitfall_07_masked_tokens_do_not_leak",
     ),
@@ -132,7 +132,7 @@ LEDGER: list[tuple[str, str, str, str]] = [
     ),
     (
         "2.6",
-        "A mask rate for each example, cosine: r = cos(πu / 2), p(r) = (2/π)(1 - r²)^(-1/2), E[r] = 0.64",
+        "One mask rate for each example, cosine: r = cos(πu / 2), p(r) = (2/π)(1 - r²)^(-1/2), E[r] = 0.64",
         "masking.sample_mask_rate",
         "test_masking.py::test_pitfall_04_mask_rate_mean_and_tail "
         "test_masking.py::test_mask_rates_have_the_density_of_the_schedule "
@@ -189,7 +189,7 @@ LEDGER: list[tuple[str, str, str, str]] = [
     (
         "2.8",
         "24 steps for the base model's 256 tokens, 8 for super-resolution's 4096",
-        "config.SamplingConfig",
+        "sampler.SamplingConfig",
         "test_config.py::test_the_papers_numbers test_muse.py::test_defaults_are_the_checkpoints",
     ),
     (
@@ -201,13 +201,13 @@ LEDGER: list[tuple[str, str, str, str]] = [
     (
         "3.2",
         "Quality is FID, fit to the prompt CLIP score",
-        "metrics.frechet",
+        "eval_metrics.frechet",
         "test_eval_metrics.py::test_frechet_is_scipys test_eval_metrics.py::test_clip_score_is_transformers_own_logit",
     ),
     (
         "Fig. 8",
         "FID against CLIP score over guidance and temperature: the Pareto front",
-        "evaluate.evaluate",
+        "eval_run.evaluate",
         "test_eval_run.py::test_a_sweep_is_one_call_and_two_plots test_plots.py::test_pareto_front_by_hand "
         "test_plots.py::test_tradeoff_draws_points_intervals_and_front",
     ),
@@ -250,13 +250,13 @@ LEDGER: list[tuple[str, str, str, str]] = [
     (
         "A.1",
         "3B base: 48 layers, width 2048, MLP 8192; the smaller pair: 632M and 268M",
-        "config.TransformerConfig",
+        "transformer.TransformerConfig",
         "test_transformer.py::test_the_3b_preset_has_the_papers_numbers test_muse.py::test_the_papers_sizes",
     ),
     (
         "A.3",
         "Super-resolution: 16 layers over the low-res tokens, 32 layers of width 1024, MLP 4096",
-        "config.TransformerConfig",
+        "transformer.TransformerConfig",
         "test_transformer.py::test_the_3b_preset_has_the_papers_numbers test_cli.py::test_info_of_all_presets",
     ),
 ]
@@ -303,7 +303,7 @@ def names_in(file: str) -> frozenset[str]:
 
 
 def table() -> str:
-    """LEDGER -> the markdown of README.md."""
+    """LEDGER -> the markdown of notebooks/LEDGER.md."""
     lines = ["| Paper | What it says | Code | Tests |", "|---|---|---|---|"]
     for section, says, dotted, tests in LEDGER:
         module, name = dotted.split(".", 1)
@@ -311,8 +311,8 @@ def table() -> str:
         for test in tests.split():
             file, test_name = test.split("::")
             files.setdefault(file, []).append(f"`{test_name.removeprefix('test_')}`")
-        held = "; ".join(f"[{file}](tests/{file}) {', '.join(names)}" for file, names in files.items())
-        lines.append(f"| {section} | {says} | [{module}.py](minimuse/{module}.py) `{name}` | {held} |")
+        held = "; ".join(f"[{file}](../tests/{file}) {', '.join(names)}" for file, names in files.items())
+        lines.append(f"| {section} | {says} | [{module}.py](../minimuse/{module}.py) `{name}` | {held} |")
     return "\n".join(lines) + "\n"
 
 
@@ -372,16 +372,16 @@ def test_write_fills_the_space_between_the_markers(tmp_path):
         assert readme.read_text(encoding="utf-8") == f"# before\n{BEGIN}{table()}{END}\n# after é\n", "and no more"
 
 
-def test_readme_holds_the_generated_table():
-    text = README.read_text(encoding="utf-8") if README.is_file() else ""
+def test_the_page_holds_the_generated_table():
+    text = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
     if BEGIN not in text or END not in text:
-        pytest.skip("README.md has no ledger markers yet")
+        pytest.skip("LEDGER.md has no markers")
     written = text.split(BEGIN)[1].split(END)[0]
-    assert written == table(), "README's ledger is not the generated one; run: python tests/test_ledger.py --write"
+    assert written == table(), "notebooks/LEDGER.md is not the generated one; run: python tests/test_ledger.py --write"
 
 
-def write(readme: Path = README) -> None:
-    """Put the table between README's markers."""
+def write(readme: Path = PAGE) -> None:
+    """Put the table between the markers of the page."""
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
     readme.write_text(before + BEGIN + table() + END + rest.split(END, 1)[1], encoding="utf-8")
 

@@ -33,7 +33,7 @@ COURSE = [
     "14_muse_or_diffusion",
 ]
 ROOMS = (
-    "vqgan masking transformer config sampler text vqgan_loss muse editing train config".split()
+    "vqgan masking transformer cfg sampler text vqgan_loss muse editing train config".split()
 )  # README's first table
 HEADER = ["Paper", "You will learn", "Before this", "Takes", "Files"]
 PATHS = r"/tmp/|/home/|/root/|/Users/|/usr/lib/|site-packages|[A-Z]:\\"

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from minimuse.cfg import guide
 from minimuse.intervals import Measured
+from minimuse.muse import Muse
 from minimuse.plots import (
     Animation,
     curves,
@@ -18,11 +20,13 @@ from minimuse.plots import (
     grid,
     mask_overlay,
     pareto_front,
+    show,
     style,
     token_map,
     tradeoff,
 )
 from minimuse.sampler import Step
+from minimuse.vqgan import VectorQuantizer
 
 PICTURES = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -208,3 +212,12 @@ def test_style_is_small_and_says_only_what_matplotlib_knows():
     with matplotlib.rc_context():
         style()
         assert matplotlib.rcParams["figure.dpi"] == 80
+
+
+def test_show_gives_source_under_its_file():
+    source = show(guide, VectorQuantizer.nearest)
+    assert source.startswith("# minimuse/cfg.py\ndef guide(")
+    assert "\n\n\n# minimuse/vqgan.py\ndef nearest(self" in source, "methods are dedented"
+    assert show(Muse.decode).startswith("# minimuse/muse.py\n@torch.inference_mode()"), "decorated ones too"
+    assert source._repr_markdown_().startswith("```python\n# minimuse/cfg.py")
+    assert repr(source) == str(source)

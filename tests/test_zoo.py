@@ -95,17 +95,17 @@ def test_ranking_noise_by_hand(lib):
 
 
 def test_a_tenth_of_the_texts_is_dropped(lib):
-    dropped = lib.config.drop_text(texts(4000), 0.1, seeded()).embeds.eq(0).all(2).all(1)
+    dropped = lib.cfg.drop_text(texts(4000), 0.1, seeded()).embeds.eq(0).all(2).all(1)
     assert abs(dropped.float().mean() - 0.1) < 0.02
 
 
 def test_no_guidance_is_the_conditional(lib):
     c, u = torch.randn(2, 1, 3, 4, generator=seeded())
-    assert lib.config.guide(c, u, 0.0).equal(c)
+    assert lib.cfg.guide(c, u, 0.0).equal(c)
 
 
 def test_removed_text_is_attended(lib):
-    assert lib.config.null_text(texts()).mask.any(1).all()
+    assert lib.cfg.null_text(texts()).mask.any(1).all()
 
 
 def test_padding_changes_nothing(lib):
@@ -177,7 +177,7 @@ for _f in REFERENCE:  # they are the zoo's, not pytest's
 
 def glance(lib):
     """What one sees who runs everything once: shapes and kinds of results."""
-    masking, sampler, config = lib.masking, lib.sampler, lib.config
+    masking, sampler, cfg = lib.masking, lib.sampler, lib.cfg
     tokens, logits = torch.full((2, 4), 8), torch.randn(2, 4, 8, generator=seeded())
     masked = masking.random_mask(tokens, masking.sample_mask_rate(2, generator=seeded()), seeded())
     steps = list(
@@ -191,9 +191,9 @@ def glance(lib):
         torch.tensor(masking.reveal_counts(16, 4)),
         masking.uniforms(2, 3, generator=[seeded(), seeded(1)]),
         steps[-1].tokens,
-        *config.drop_text(texts(2), 0.5, seeded()),
-        *config.null_text(texts(2)),
-        config.guide(logits, -logits, 1.0),
+        *cfg.drop_text(texts(2), 0.5, seeded()),
+        *cfg.null_text(texts(2)),
+        cfg.guide(logits, -logits, 1.0),
         model(torch.full((2, 16), 8), model.memory(texts(2), low)),
         lib.vqgan.VectorQuantizer(4, 2)(torch.randn(1, 2, 3, 3, generator=seeded())).tokens,
         lib.editing.token_mask(torch.ones(1, 4, 4, dtype=torch.bool), 2),

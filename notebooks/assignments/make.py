@@ -107,15 +107,15 @@ def notebook(name: str, key: str) -> nbformat.NotebookNode:
 
 
 def environment(name: str, key: str) -> dict[str, str]:
-    """Variables of a process that runs an assignment: where `stubs.py` lies, and what it replaces."""
-    lies = os.pathsep.join(filter(None, [str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH")]))
+    """Environment variables of a process that runs an assignment: where `stubs.py` is, and what it replaces."""
+    folders = [str(HERE), str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH")]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # nbgrader calls alembic
     stubs = notebook(name, key).metadata["minimuse"]["stubs"]
-    return {**os.environ, "PYTHONPATH": lies, "PATH": path, "MINIMUSE_STUBS": stubs}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders)), "PATH": path, "MINIMUSE_STUBS": stubs}
 
 
 def write_sources(course: Path, key: str) -> None:
-    """COURSE/nbgrader_config.py, KEY, and source/NAME/ with the notebook and the zoo, of every assignment."""
+    """COURSE/nbgrader_config.py, KEY, and for each assignment source/NAME/ with its notebook, zoo.py and checks.py."""
     told = course / "KEY"
     if told.is_file() and told.read_text(encoding="utf-8") != key:
         raise SystemExit(f"{course} was made with another key; a course keeps its key, so give another folder")
@@ -123,7 +123,8 @@ def write_sources(course: Path, key: str) -> None:
         folder = course / "source" / name
         folder.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook(name, key), folder / f"{name}.ipynb")
-        shutil.copy(HERE / "zoo.py", folder)
+        for module in (HERE / "zoo.py", HERE.parent / "checks.py"):  # the notebook imports both
+            shutil.copy(module, folder)
     told.write_text(key, encoding="utf-8")
     (course / "nbgrader_config.py").write_text(CONFIG, encoding="utf-8")
 

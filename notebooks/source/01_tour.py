@@ -18,10 +18,10 @@ import os
 
 import matplotlib.pyplot as plt
 import torch
+from checks import check_guide, check_schedule
 
 from minimuse import Muse
-from minimuse.checks import check_guide, check_schedule, show
-from minimuse.plots import Animation, film, grid, mask_overlay, style
+from minimuse.plots import Animation, film, grid, mask_overlay, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
 CHECKPOINT = "nano"  # a shipped name or a folder

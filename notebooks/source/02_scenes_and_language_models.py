@@ -21,11 +21,11 @@ from random import Random
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from checks import check_drop_text, check_pool
 
 from minimuse import Muse
-from minimuse.checks import check_drop_text, check_pool, show
 from minimuse.data_images import to_pil
-from minimuse.plots import grid, style
+from minimuse.plots import grid, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer prompts
 CHECKPOINT = "nano"  # a shipped name or a folder

@@ -21,11 +21,11 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
+from checks import check_nearest, check_straight_through
 
 from minimuse import Muse
-from minimuse.checks import check_nearest, check_straight_through, show
 from minimuse.data_images import SceneDataset, area_downsample, to_float, to_pil
-from minimuse.plots import grid, style
+from minimuse.plots import grid, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer steps
 CHECKPOINT = "nano"  # a shipped name or a folder

@@ -20,10 +20,10 @@ import os
 
 import matplotlib.pyplot as plt
 import torch
+from checks import check_mask_rate, check_masked_loss, check_random_mask
 
 from minimuse import Muse
-from minimuse.checks import check_mask_rate, check_masked_loss, check_random_mask, show
-from minimuse.plots import grid, mask_overlay, style
+from minimuse.plots import grid, mask_overlay, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer samples
 CHECKPOINT = "nano"  # a shipped name or a folder

@@ -18,10 +18,10 @@ import os
 
 import matplotlib.pyplot as plt
 import torch
+from checks import check_attention, check_unigram
 
 from minimuse import Muse
-from minimuse.checks import check_attention, check_unigram, show
-from minimuse.plots import film_strip, grid, mask_overlay, style
+from minimuse.plots import film_strip, grid, mask_overlay, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: fewer pictures and steps
 CHECKPOINT = "nano"  # a shipped name or a folder

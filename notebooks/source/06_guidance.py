@@ -18,10 +18,10 @@ import os
 
 import matplotlib.pyplot as plt
 import torch
+from checks import check_drop_text, check_guide, check_rising
 
 from minimuse import Muse
-from minimuse.checks import check_drop_text, check_guide, check_rising, show
-from minimuse.plots import grid, mask_overlay, style, tradeoff
+from minimuse.plots import grid, mask_overlay, show, style, tradeoff
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
 CHECKPOINT = "nano"  # a shipped name or a folder

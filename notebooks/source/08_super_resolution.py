@@ -20,13 +20,13 @@ import time
 
 import matplotlib.pyplot as plt
 import torch
+from checks import check_join_memory, check_multi_axis
 from matplotlib.colors import LogNorm
 from PIL import Image
 
 from minimuse import Muse
-from minimuse.checks import check_join_memory, check_multi_axis, show
 from minimuse.data_images import SceneDataset, area_downsample, from_pil, to_float, to_pil
-from minimuse.plots import film, grid, style
+from minimuse.plots import film, grid, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
 CHECKPOINT = "nano"  # a shipped name or a folder

@@ -22,11 +22,11 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
+from checks import check_grow, check_psnr
 
 from minimuse import Muse
-from minimuse.checks import check_grow, check_psnr, show
 from minimuse.data_images import SceneDataset, to_float, to_pil
-from minimuse.plots import grid, style
+from minimuse.plots import grid, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: too few steps to learn much
 CHECKPOINT = "nano"  # a shipped name or a folder

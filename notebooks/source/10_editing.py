@@ -18,11 +18,11 @@ import os
 
 import matplotlib.pyplot as plt
 import torch
+from checks import check_resample_step, check_token_mask
 
 from minimuse import Muse
-from minimuse.checks import check_resample_step, check_token_mask, show
 from minimuse.data_images import from_pil, to_pil
-from minimuse.plots import Animation, film, film_strip, grid, mask_overlay, style
+from minimuse.plots import Animation, film, film_strip, grid, mask_overlay, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: fewer pictures and iterations
 CHECKPOINT = "nano"  # a shipped name or a folder

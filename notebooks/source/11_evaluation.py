@@ -18,10 +18,10 @@ import os
 
 import matplotlib.pyplot as plt
 import torch
+from checks import check_frechet, check_wilson
 
 from minimuse import Muse
-from minimuse.checks import check_frechet, check_wilson, show
-from minimuse.plots import grid, style, tradeoff
+from minimuse.plots import grid, show, style, tradeoff
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
 CHECKPOINT = "nano"  # a shipped name or a folder

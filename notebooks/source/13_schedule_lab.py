@@ -18,11 +18,11 @@ import os
 
 import matplotlib.pyplot as plt
 import torch
+from checks import check_order, check_schedule, check_world
 
 from minimuse import Muse
-from minimuse.checks import check_order, check_schedule, check_world, show
 from minimuse.lab import ChainWorld, MixtureWorld, PottsWorld, World, compare, difference
-from minimuse.plots import style
+from minimuse.plots import show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer samples
 CHECKPOINT = "nano"  # a shipped name or a folder

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from checks import check_add_noise, check_ddim_step
 
 import minimuse
 from minimuse import Muse
-from minimuse.checks import check_add_noise, check_ddim_step, show
-from minimuse.plots import film, film_strip, grid, mask_overlay, style, tradeoff
+from minimuse.plots import film, film_strip, grid, mask_overlay, show, style, tradeoff
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, hardly trained
 CHECKPOINT = "nano"  # a shipped name or a folder

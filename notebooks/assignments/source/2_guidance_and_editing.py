@@ -21,12 +21,15 @@ are in no package. Every cell of tests may take 30 seconds, and runs on a CPU.
 
 # %% locked=setup
 import math
+import sys
 
 import torch
 import zoo
 from torch.nn import functional as F
 
-from minimuse.checks import check_drop_text, check_guide, check_rising, check_token_mask
+sys.path.append("..")  # in a clone, checks.py stands one folder up
+from checks import check_drop_text, check_guide, check_rising, check_token_mask
+
 from minimuse.lab_worlds import MixtureWorld
 from minimuse.masking import random_mask
 from minimuse.sampler import decode

@@ -1,4 +1,4 @@
-"""What notebooks lean on: `show` the package's source, and instant checks for exercises.
+"""Instant checks for the exercises of the notebooks and assignments.
 
     check_guide(my_guide) -> a Verdict: all properties hold, or which one fails, with a small counter-example
 
@@ -7,13 +7,10 @@ part of the verdict, and `assert check_guide(my_guide)` works. Properties are tr
 Not here: the exercises (`notebooks/`).
 """
 
-import inspect
 import math
-import textwrap
 from collections.abc import Callable, Iterator
 from functools import wraps
 from itertools import pairwise, product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,24 +22,6 @@ from minimuse.text import Context
 from minimuse.transformer import Layer
 
 Given = Callable[..., Any]  # what a student wrote
-
-
-class Source(str):
-    """Python source that Jupyter shows in colour, and `print` as it is."""
-
-    def _repr_markdown_(self) -> str:
-        return f"```python\n{self}\n```"
-
-    __repr__ = str.__str__
-
-
-def show(*things: Any) -> Source:
-    """Functions, classes or methods of the package -> their source, each under the name of its file."""
-    parts = []
-    for thing in things:
-        path = Path(inspect.getsourcefile(inspect.unwrap(thing)))
-        parts.append(f"# {path.parent.name}/{path.name}\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}")
-    return Source("\n\n\n".join(parts))
 
 
 class Verdict(NamedTuple):
