@@ -157,7 +157,7 @@ def train(args: argparse.Namespace) -> None:
     if engine.is_main:
         runs.open_run(args.out, values, resume=args.resume)
     engine.accelerator.wait_for_everyone()
-    engine.heed_signals()
+    engine.handle_signals()
     try:
         progress = _with_bars(train_muse(config, data=source, engine=engine), engine.is_main)
         p = deque(progress, maxlen=1).pop()
@@ -168,7 +168,7 @@ def train(args: argparse.Namespace) -> None:
     if engine.is_main:
         folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
         add_record(folder, config)
-        print(f"trained in {p.figures['minutes']:.1f} minutes: {folder}")
+        print(f"trained in {p.metrics['minutes']:.1f} minutes: {folder}")
         print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
 
 
@@ -222,7 +222,7 @@ def _with_bars(progress: Any, show: bool) -> Any:
             bar.close()
             bar, stage = tqdm(total=p.steps, desc=p.stage, disable=not show), p.stage
         bar.update(p.step - bar.n)
-        told = {k: f"{v:.3g}" for k, v in p.figures.items() if not k.startswith("held_out")}
+        told = {k: f"{v:.3g}" for k, v in p.metrics.items() if not k.startswith("held_out")}
         bar.set_postfix(told, refresh=False)
         yield p
     bar.close()

@@ -41,7 +41,7 @@ from minimuse.train_engine import (
     make_optimizers,
 )
 from minimuse.train_log import TrainLog
-from minimuse.transformer import SuperRes, Transformer
+from minimuse.transformer import Transformer
 from minimuse.utils import seeded_generator
 from minimuse.vqgan import VQGAN, Reconstruction, codebook_usage
 from minimuse.vqgan_loss import COMMITMENT, Perceptual, SceneFeatures, VQGANLoss, feature_distance

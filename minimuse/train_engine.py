@@ -152,7 +152,9 @@ class Engine:
 
             functorch.donated_buffer = False
         if self.accumulate < 1 or keep < 0:
-            raise ValueError(f"accumulate={accumulate}, keep={keep}; give accumulate of at least 1 and keep of 0 or more")
+            raise ValueError(
+                f"accumulate={accumulate}, keep={keep}; give accumulate of at least 1 and keep of 0 or more"
+            )
 
     @property
     def sharded(self) -> bool:
