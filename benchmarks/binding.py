@@ -30,9 +30,10 @@ from torch import Tensor
 
 from minimuse import Muse, transformer
 from minimuse.config import MuseConfig, preset
-from minimuse.data_captions import _RELATIONS, _phrase
-from minimuse.data_images import SceneDataset, to_float
+from minimuse.data_captions import RELATION_PHRASES, noun_phrase
+from minimuse.data_images import to_float
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES, Thing, relations
+from minimuse.data_sources import SceneDataset
 from minimuse.intervals import Measured, mean, share
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import train_transformer
@@ -41,7 +42,7 @@ from minimuse.transformer import Transformer
 from minimuse.utils import atomic_write, precision
 
 WAYS = {"projected": 0, "ahead and back": 1, "every way": 1, "told outright": 0}  # -> text_layers
-SHARES = (25, 55, 20)  # of scenes with one, two and three things
+FRACTIONS = (25, 55, 20)  # of scenes with one, two and three things
 SWAPS = ("things", "colours")
 WORDS = (*COLORS, *SHAPES, *SIZES, *MATERIALS, "left", "right", "front", "behind", "beside")
 
@@ -65,19 +66,19 @@ def told(things: tuple[Thing, ...], width: int) -> Tensor:
 def pairs(n: int, size: int) -> tuple[SceneDataset, list[int], list[list[tuple[Thing, ...]]], list[list[str]]]:
     """n held-out scenes of two things that differ in colour and shape: data set, indices, and true, things swapped,
     colours swapped, as things and as captions."""
-    scenes, rng = SceneDataset(100 * n, size, split="test", shares=(0, 100, 0), seed=77), Random(0)
+    scenes, rng = SceneDataset(100 * n, size, split="test", fractions=(0, 100, 0), seed=77), Random(0)
     which, things, captions = [], [], []
     for i in range(len(scenes)):
         a, b = scenes.scene(i).things
         names = sorted(relations(a, b) - {"beside"})
         if a.color == b.color or a.shape == b.shape or not names:
             continue
-        stands = rng.choice(_RELATIONS[rng.choice(names)])
+        stands = rng.choice(RELATION_PHRASES[rng.choice(names)])
         looks = {k: {f: getattr(t, f) for f in ("color", "shape", "size", "material")} for k, t in (("a", a), ("b", b))}
         recolored = replace(a, color=b.color), replace(b, color=a.color)
         things.append([(a, b), (replace(a, **looks["b"]), replace(b, **looks["a"])), recolored])
         said = [(a, b), (b, a), recolored]
-        captions.append([f" {stands} ".join(_phrase((t.color, t.shape), 1, {}) for t in two) for two in said])
+        captions.append([f" {stands} ".join(noun_phrase((t.color, t.shape), 1, {}) for t in two) for two in said])
         which.append(i)
         if len(which) == n:
             break
@@ -130,7 +131,7 @@ def study(muse: Muse, config: MuseConfig, out: Path, ways: list[str], n: int, te
             raise ValueError(f"{path} is of {kept}, not {settings}; give the same numbers, or another --out")
     if not missing:
         return results
-    scenes = SceneDataset(n, size, seed=5, shares=SHARES, k=3, synonyms=0.5)
+    scenes = SceneDataset(n, size, seed=5, fractions=FRACTIONS, k=3, synonyms=0.5)
     tokens = tokens_of(muse, scenes, list(range(n)))
     print(f"{n} scenes rendered", flush=True)
     captions = [scenes.captions(i) for i in range(n)]

@@ -38,9 +38,9 @@ from minimuse import Muse
 from minimuse.baseline_ar import LowRes
 from minimuse.baseline_dit import latents
 from minimuse.config import MuseConfig, rival
-from minimuse.corpus import Corpus
-from minimuse.data_images import SceneDataset, area_downsample, to_float
-from minimuse.data_sources import open_source
+from minimuse.data_cache import TrainingData
+from minimuse.data_images import area_downsample, to_float
+from minimuse.data_sources import SceneDataset, open_source
 from minimuse.eval_detector import Reader
 from minimuse.eval_metrics import frechet
 from minimuse.eval_prompts import matches, parse_prompt
@@ -107,11 +107,11 @@ class Race:
     # --- training -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def corpus(self) -> Corpus:
+    def corpus(self) -> TrainingData:
         """Scenes as nano's, the tokens of its own tokenizers, its captions' embeddings: computed once."""
         config = replace(self.config, scenes=self.train_scenes)
         source, engine = open_source("scenes", config, seed=0), Engine(device="cpu")
-        corpus = Corpus(self.out / "cache", source, config, engine, self.nano.encoder)
+        corpus = TrainingData(self.out / "cache", source, config, engine, self.nano.encoder)
         for work in (
             corpus.read(),
             corpus.tokenize("low", self.nano.low_tokenizer),

@@ -30,7 +30,7 @@ SHIPPED = Path(__file__).parent / "checkpoints"
 FORMAT = "minimuse-1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # fields of a configuration that say nothing of what is drawn
-NOT_DRAWN = ("name", "stages", "scenes", "captions", "shares", "synonyms", "pixels_gib", "text_gib", "dropout")
+NOT_DRAWN = ("name", "stages", "scenes", "captions", "fractions", "synonyms", "pixels_gib", "text_gib", "dropout")
 NOT_DRAWN += ("edit_guidance",)  # of edits alone, and each tells its own
 
 

@@ -197,7 +197,7 @@ def _configuration(args: argparse.Namespace) -> Any:
 
 def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
     """What a run would take, printed before any of it; nothing is written."""
-    from minimuse.corpus import Corpus
+    from minimuse.data_cache import TrainingData
     from minimuse.text import TextEncoder
     from minimuse.train_budget import report
     from minimuse.train_engine import Engine
@@ -207,7 +207,7 @@ def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
             f"--dry-run counts a whole Muse; {config.name} is a rival of its base model: leave out --model"
         )
     engine, encoder = Engine(device=args.device), TextEncoder(config.text_encoder, max_tokens=config.text_tokens)
-    print(Corpus(args.out / "cache", source, config, engine, encoder.to(engine.device)).preview())
+    print(TrainingData(args.out / "cache", source, config, engine, encoder.to(engine.device)).preview())
     ceiling = args.ceiling and args.ceiling * 1e12
     print(report(config, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))
 

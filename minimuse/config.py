@@ -71,7 +71,7 @@ class MuseConfig:
     finetuned_blocks: tuple[int, ...]
     scenes: int  # training scenes rendered, if the data are scenes
     captions: int  # captions a scene
-    shares: tuple[float, float, float] = (45, 35, 20)  # of scenes with 1, 2 and 3 things
+    fractions: tuple[float, float, float] = (45, 35, 20)  # of scenes with 1, 2 and 3 things
     synonyms: float = 0.0  # share of the scenes' captions told in other words too (captions.SYNONYMS)
     stages: dict[str, StageConfig] = field(default_factory=dict)
     low_tokenizer_from: str = ""  # a diffusers VQModel, hub id or folder, in place of training one (`amused.py`)
@@ -153,7 +153,7 @@ def nano() -> MuseConfig:
         finetuned_blocks=(2, 2, 1),
         scenes=5000,
         captions=2,
-        shares=(67, 24, 9),
+        fractions=(67, 24, 9),
         stages={
             "low_tokenizer": tokenizing,
             "base": masked,
@@ -192,7 +192,7 @@ def toy() -> MuseConfig:
         edit_guidance=1.0,  # Deviation: with the paper's 4 a hundred iterations redraw shape and size too
         scenes=60_000,
         captions=4,
-        shares=(25, 55, 20),
+        fractions=(25, 55, 20),
         synonyms=0.5,
         stages={
             "low_tokenizer": tokenizing,

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
-from minimuse.corpus import Corpus
-from minimuse.data_images import SceneDataset, Source, area_downsample, to_float
+from minimuse.data_cache import TrainingData
+from minimuse.data_images import area_downsample, to_float
 from minimuse.data_scenes import COLORS, SHAPES
-from minimuse.data_sources import open_source
+from minimuse.data_sources import SceneDataset, Source, open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
 from minimuse.muse import Muse, build, ready_tokenizer
 from minimuse.text import Context, TextEncoder, pad_contexts
@@ -260,7 +260,7 @@ class MuseTrainer:
         self.encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
         self.perceptual = scene_perceptual(config, engine)
         source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
-        self.data = Corpus(folder / "cache", source, config, engine, self.encoder)
+        self.data = TrainingData(folder / "cache", source, config, engine, self.encoder)
         self.log = TrainLog(config, engine)
 
     def five_stages(self) -> Iterator[Progress]:

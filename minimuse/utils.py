@@ -1,6 +1,7 @@
 """Small helpers that every file may use: checks of settings, devices and precision, seeds, atomic writes."""
 
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # --- checks of settings -----------------------------------------------------------------------------------------------
 
@@ -99,3 +101,18 @@ def atomic_write(path: Path, content: str | Callable[[Path], Any]) -> None:
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def content_hash(*values: Any) -> str:
+    """Tensors and JSON values, also in lists and dicts (a state_dict) -> SHA-256 in hex, the same on every machine.
+
+    The order of a dict's keys does not count. Everything else does, a tensor's dtype and shape included.
+    """
+
+    def plain(value: Any) -> list:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"content_hash got a {type(value).__name__}; give tensors, JSON values, lists and dicts")
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
+
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=plain).encode()).hexdigest()

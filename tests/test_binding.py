@@ -64,7 +64,7 @@ def test_study_from_training_to_table(tmp_path, monkeypatch):
         binding.study(muse, config, tmp_path, ways, n=12, test=7)
     lm = binding.lm_tells(muse.encoder, 40)
     assert len(lm) == 6, "six layers"
-    assert all(0 <= part <= 1 for part, _ in lm), "shares"
+    assert all(0 <= part <= 1 for part, _ in lm), "fractions"
     text = binding.report(results, lm, "an LM")
     for way in ways:
         assert f"| {way} | " in text, text

@@ -521,7 +521,8 @@ never trained on.
 
 # %%
 from minimuse.config import preset
-from minimuse.data_images import SceneDataset, to_float
+from minimuse.data_images import to_float
+from minimuse.data_sources import SceneDataset
 from minimuse.train_log import unigram_entropy, validate
 
 
@@ -546,10 +547,10 @@ def prepare(data):
     return images, torch.cat(tokens), texts
 
 
-shares = preset("nano").shares  # of scenes with 1, 2 and 3 things
-train_set = SceneDataset(SCENES, SIZE, shares=shares)
+fractions = preset("nano").fractions  # of scenes with 1, 2 and 3 things
+train_set = SceneDataset(SCENES, SIZE, fractions=fractions)
 images, tokens, texts = prepare(train_set)
-_, held_tokens, held_texts = prepare(SceneDataset(64, SIZE, split="test", shares=shares))
+_, held_tokens, held_texts = prepare(SceneDataset(64, SIZE, split="test", fractions=fractions))
 print(
     "to learn from: tokens",
     tuple(tokens.shape),
