@@ -39,9 +39,10 @@ from minimuse.train_engine import (
     batch_indices,
     learning_rate,
     make_optimizers,
+    sync,
 )
 from minimuse.train_log import TrainLog
-from minimuse.transformer import Transformer
+from minimuse.transformer import Transformer, init_from_codebook
 from minimuse.utils import seeded_generator
 from minimuse.vqgan import VQGAN, Reconstruction, codebook_usage
 from minimuse.vqgan_loss import COMMITMENT, Perceptual, SceneFeatures, VQGANLoss, feature_distance
@@ -76,6 +77,7 @@ def train_tokenizer(
         part.train(any(p.requires_grad for p in part.parameters()))
     vqgan.to(engine.device, memory_format=torch.channels_last)
     torch.manual_seed(engine.seed)
+    vqgan.quantizer.sync = sync
     losses = VQGANLoss(perceptual, config.perceptual_weight, config.adversarial_weight, config.adversarial_start)
     losses.to(engine.device, memory_format=torch.channels_last)
     modules = {"model": vqgan}
@@ -276,7 +278,7 @@ class MuseTrainer:
         yield from self.prepare("embed captions", data.embed())
 
         self.reseed()
-        parts["base"].init_from_codebook(parts["low_tokenizer"].codebook)
+        init_from_codebook(parts["base"], parts["low_tokenizer"].codebook)
         yield from self.transformer("base")
 
         parts["high_tokenizer"] = self.high
@@ -284,7 +286,7 @@ class MuseTrainer:
         yield from self.prepare("high tokens", data.tokenize("high", self.high))
 
         self.reseed()
-        parts["superres"].init_from_codebook(self.high.codebook, parts["low_tokenizer"].codebook)
+        init_from_codebook(parts["superres"], self.high.codebook, parts["low_tokenizer"].codebook)
         yield from self.transformer("superres")
 
         self.reseed()
