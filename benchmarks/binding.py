@@ -38,7 +38,7 @@ from minimuse.intervals import Measured, mean, share
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import train_transformer
 from minimuse.train_engine import Engine
-from minimuse.transformer import Transformer
+from minimuse.transformer import Transformer, init_from_codebook
 from minimuse.utils import atomic_write, precision
 
 WAYS = {"projected": 0, "ahead and back": 1, "every way": 1, "told outright": 0}  # -> text_layers
@@ -88,13 +88,13 @@ def pairs(n: int, size: int) -> tuple[SceneDataset, list[int], list[list[tuple[T
 @contextmanager
 def looking_everywhere(really: bool):
     """Inside, and only if `really`, the heads that read the text look everywhere alike."""
-    before = transformer.ahead_and_back
+    before = transformer.directional_bias
     if really:
-        transformer.ahead_and_back = lambda mask, heads: mask[:, None, None]
+        transformer.directional_bias = lambda mask, heads: mask[:, None, None]
     try:
         yield
     finally:
-        transformer.ahead_and_back = before
+        transformer.directional_bias = before
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def study(muse: Muse, config: MuseConfig, out: Path, ways: list[str], n: int, te
         texts = [[told(scenes.scene(i).things, width)] if outright else rows[3 * i : 3 * i + 3] for i in range(n)]
         torch.manual_seed(0)
         model = Transformer(replace(config.base, text_layers=WAYS[way]))
-        model.init_from_codebook(muse.low_tokenizer.codebook)
+        init_from_codebook(model, muse.low_tokenizer.codebook)
         with looking_everywhere(way == "every way"):
             for p in train_transformer(model, config.stages["base"], tokens, texts, engine=Engine(seed=0)):
                 if p.step % 50 == 0:

@@ -52,6 +52,7 @@ from minimuse.text import Context, pad_contexts
 from minimuse.train import Decimated, MaskedLoss, NextLoss, train_dit, train_transformer
 from minimuse.train_budget import count_flops
 from minimuse.train_engine import Engine, generator
+from minimuse.transformer import init_from_codebook
 from minimuse.utils import atomic_write
 
 PARTS = ("race", "likelihood", "identity", "stages", "guidance")
@@ -151,7 +152,7 @@ class Race:
                 images = Decimated(self.corpus.split(self.corpus.images), self.factor)
                 run = train_dit(model, stage, latents(self.nano.low_tokenizer, images), texts, **how)
             else:
-                model.init_from_codebook(parts["low_tokenizer"].codebook)
+                init_from_codebook(model, parts["low_tokenizer"].codebook)
                 tokens = self.corpus.split(self.corpus.tokens["high" if fine else "low"])
                 run = train_transformer(model, stage, tokens, texts, **how)
             watched(run, name)

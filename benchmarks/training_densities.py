@@ -36,7 +36,7 @@ from minimuse.text import Context
 from minimuse.train import train_transformer
 from minimuse.train_engine import Engine, generator
 from minimuse.train_state import RUN, open_run
-from minimuse.transformer import Transformer
+from minimuse.transformer import Transformer, init_from_codebook
 from minimuse.utils import content_hash
 
 DENSITIES: dict[str, Schedule] = {
@@ -55,7 +55,7 @@ def train(config: Any, name: str, curve: Schedule, corpus: TrainingData, codeboo
     stage = replace(config.stages["base"], mask_schedule=name, save_every=250, eval_every=10**9)
     torch.manual_seed(engine.seed)
     base = Transformer(config.base)
-    base.init_from_codebook(codebook)
+    init_from_codebook(base, codebook)
     rows = corpus.split(corpus.tokens["low"]), corpus.split(corpus.texts)
     for p in train_transformer(base, stage, *rows, engine=engine):
         if p.step % 100 == 0:

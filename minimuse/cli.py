@@ -121,12 +121,12 @@ def _drawing_options(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _training_options(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Options of train, average and doctor."""
-    from minimuse.config import RIVALS, STAGES
+    from minimuse.config import STAGES
 
     add = command(train, "train a Muse from scratch, or resume a run", "seed", "half", "device").add_argument
     add("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     add("--out", type=Path, required=True, help="folder of the run: states, log, pictures, checkpoint")
-    add("--model", choices=RIVALS, help="train this baseline instead of Muse, at low resolution only")
+    add("--model", choices=("masked", "ar", "dit"), help="train this low-resolution baseline instead of Muse")
     add("--data", default="scenes", help="folder, tar shards, Parquet or hub id of captioned images (default: scenes)")
     add("--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting: stages.base.steps=500")
     add("--resume", action="store_true", help="continue the stopped run in --out")
@@ -359,7 +359,7 @@ def train(args: argparse.Namespace) -> None:
 def _configuration(args: argparse.Namespace) -> Any:
     """The configuration of a preset, a JSON file or the run to resume, with the changes of --set."""
     from minimuse import checkpoint, train_state
-    from minimuse.config import PRESETS, changed, preset, rival
+    from minimuse.config import PRESETS, changed, preset
 
     if args.resume and args.preset is None:
         path = args.out / train_state.RUN
@@ -378,7 +378,9 @@ def _configuration(args: argparse.Namespace) -> Any:
         values = checkpoint.read_json(path)
         is_run = isinstance(values, dict) and "config" in values
         config = checkpoint.configuration(values if is_run else {"config": values}, path)
-    return changed(rival(config, args.model) if args.model else config, args.set)
+    if args.model:
+        raise NotImplementedError("--model: the baselines are moving to files of their own")
+    return changed(config, args.set)
 
 
 def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
@@ -387,9 +389,7 @@ def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
     from minimuse.text import TextEncoder
     from minimuse.train_budget import report
     from minimuse.train_engine import Engine
-    from minimuse.utils import require
 
-    require(config.model == "muse", "--dry-run counts a whole Muse; leave out --model")
     engine = Engine(device=args.device)
     encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens).to(engine.device)
     print(TrainingData(args.out / "cache", source, config, engine, encoder).preview())

@@ -300,8 +300,6 @@ def _stage(folder: Path, name: str, config: MuseConfig, corpus: TrainingData) ->
         images = [Decimated(corpus.split(corpus.images, held_out), factor) for held_out in (False, True)]
         yield from examine_tokenizer(tokenizer(name), *images, engine=engine, stage=name)
         return
-    if config.model in ("ar", "dit"):
-        raise ValueError(f"{config.name} is no masked transformer, and these checks are of one")
     deque(corpus.tokenize("low", ready_tokenizer(config) or tokenizer("low_tokenizer")), maxlen=0)
     deque(corpus.embed(), maxlen=0)
     rows, model = [corpus.tokens["low"], corpus.texts], Transformer(config.base)

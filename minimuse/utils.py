@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import uuid
 from collections.abc import Callable
@@ -16,15 +17,25 @@ from torch import Tensor
 
 
 def require(condition: bool, message: str) -> None:
+    """ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 def require_positive(config: Any, *names: str) -> None:
+    """ValueError unless each named field is a whole number of at least 1."""
     for name in names:
         value = getattr(config, name)
         ok = isinstance(value, int) and value > 0
         require(ok, f"{type(config).__name__}.{name} is {value!r}; give a positive whole number")
+
+
+def require_at_least(config: Any, lowest: float, *names: str) -> None:
+    """ValueError unless each named field is a finite number of at least `lowest`."""
+    for name in names:
+        value = getattr(config, name)
+        ok = lowest <= value < math.inf  # False for NaN too
+        require(ok, f"{type(config).__name__}.{name} is {value!r}; give a number of at least {lowest}")
 
 
 # --- devices and precision ----------------------------------------------------------------------------------------------

@@ -44,10 +44,10 @@ def test_told_outright_is_a_number_a_word():
 
 
 def test_looking_everywhere_is_undone():
-    before = transformer.ahead_and_back
+    before = transformer.directional_bias
     with binding.looking_everywhere(True):
-        assert transformer.ahead_and_back(torch.ones(2, 3, dtype=torch.bool), 4).all(), "no head is held back"
-    assert transformer.ahead_and_back is before, "the model reads otherwise from now on"
+        assert transformer.directional_bias(torch.ones(2, 3, dtype=torch.bool), 4).all(), "no head is held back"
+    assert transformer.directional_bias is before, "the model reads otherwise from now on"
 
 
 def test_study_from_training_to_table(tmp_path, monkeypatch):

@@ -220,6 +220,7 @@ differ in what the model is shown:
 
 # %%
 from minimuse.train import MaskedLoss, NextLoss, train_dit, train_transformer
+from minimuse.transformer import init_from_codebook
 
 show(MaskedLoss.forward, NextLoss.forward)
 
@@ -404,7 +405,7 @@ for name in RIVALS:
     if name == "dit":
         run = train_dit(parts["base"], stage, z, texts, engine=Engine(device="cpu"))
     else:
-        parts["base"].init_from_codebook(muse.low_tokenizer.codebook)
+        init_from_codebook(parts["base"], muse.low_tokenizer.codebook)
         run = train_transformer(parts["base"], stage, tokens, texts, engine=Engine(device="cpu"))
     began = time.monotonic()
     losses[name] = torch.tensor([p.figures["loss"] for p in run])
