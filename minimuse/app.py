@@ -59,8 +59,8 @@ class Page:
         padding = tuple(by * (where == side) for side in SIDES)
         yield from self._show(asked, lambda: partial(self.muse.outpaint, _begun(start), padding))
 
-    def change(self, start, iterations, share, guidance, *asked) -> Iterator[dict]:
-        own = {"iterations": iterations, "share": share, "guidance": guidance}
+    def change(self, start, iterations, fraction, guidance, *asked) -> Iterator[dict]:
+        own = {"iterations": iterations, "fraction": fraction, "guidance": guidance}
         yield from self._show(asked, lambda: partial(self.muse.edit, _begun(start)), **own)
 
     def load(self, path) -> dict:
@@ -184,9 +184,9 @@ class Page:
         with gr.Tab("Change all"):
             gr.Markdown("No mask: a few tokens at a time are drawn again under the prompt.")
             iterations = gr.Slider(1, 100, 100, step=1, label="Iterations")
-            share = gr.Slider(0.01, 0.5, 0.08, step=0.01, label="Share of the tokens, each time")
+            fraction = gr.Slider(0.01, 0.5, 0.08, step=0.01, label="Share of the tokens, each time")
             strength = self.muse.config.edit_guidance
-            how = [self.start, iterations, share, gr.Slider(0, 10, strength, step=0.5, label="Guidance")]
+            how = [self.start, iterations, fraction, gr.Slider(0, 10, strength, step=0.5, label="Guidance")]
             change = gr.Button("Change", variant="primary")
         edited = [self.start, self.canvas]
         loaded.upload(self.load, loaded, edited, api_name="load")

@@ -37,7 +37,7 @@ def _like(args: argparse.Namespace) -> None:
     if args.model is None and told["model"] not in shipped():
         raise ValueError(f"{args.like} was made by {told['model']!r}, which is not shipped; name its folder by --model")
     args.model, args.prompts, new = args.model or told["model"], [told["prompt"]], []
-    _draw(args, lambda muse, *, watch, **_: new.append(again(muse, told, watch=watch)) or new)
+    _draw(args, lambda muse, *, callback, **_: new.append(again(muse, told, callback=callback)) or new)
     if new[0].size == old.size:
         off = np.abs(np.asarray(new[0], dtype=int) - np.asarray(old.convert("RGB"))).max(2)
         differ = f"{(off > 0).sum()} of {off.size} pixels differ from {args.like}, by at most {off.max()} of 255"
@@ -65,7 +65,7 @@ def outpaint(args: argparse.Namespace) -> None:
 def edit(args: argparse.Namespace) -> None:
     from minimuse.pictures import open_picture
 
-    image, iterating = open_picture(args.image), {"iterations": args.iterations, "share": args.share}
+    image, iterating = open_picture(args.image), {"iterations": args.iterations, "fraction": args.share}
     _draw(args, lambda muse, **settings: muse.edit(image, args.prompts[0], **iterating, **settings))
 
 
@@ -83,13 +83,15 @@ def _draw(args: argparse.Namespace, method) -> None:
     seen = []
     with tqdm(desc="decoding", unit="step") as bar:
 
-        def watch(step) -> None:
+        def callback(step) -> None:
             bar.set_postfix_str(f"{step.stage}, {int(step.masked[0].sum())} masked")
             bar.update()
             if not seen or seen[-1].stage == "base" or seen[-1].masked.any():  # the first decode, not those after it
                 seen.append(step)
 
-        images = method(muse, n=args.n, seed=args.seed, negative_prompt=args.negative_prompt, watch=watch, **settings)
+        images = method(
+            muse, n=args.n, seed=args.seed, negative_prompt=args.negative_prompt, callback=callback, **settings
+        )
     for image, path in zip(images, paths, strict=True):
         save_png(image, path)
         print(f"{path}  ({image.info['minimuse']['prompt']!r}, seed {image.info['minimuse']['seed']})")

@@ -30,7 +30,7 @@ KEY = "minimuse"  # where the settings stand: a dict in a picture's `info`, JSON
 
 
 def follow(draw: "Callable[..., list[Image.Image]]") -> "Iterator[Step | Image.Image]":
-    """A method of Muse, called with `watch` -> each Step as soon as it is made, at last the picture.
+    """A method of Muse, called with `callback` -> each Step as soon as it is made, at last the picture.
 
     It runs in a thread of its own, and stops at its next step when nobody follows any longer. Its error is raised here.
 
@@ -38,13 +38,13 @@ def follow(draw: "Callable[..., list[Image.Image]]") -> "Iterator[Step | Image.I
     """
     steps, left = SimpleQueue(), Event()
 
-    def watch(step: "Step") -> None:
+    def callback(step: "Step") -> None:
         if left.is_set():
             raise CancelledError
         steps.put(step)
 
     with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(draw, watch=watch)
+        job = pool.submit(draw, callback=callback)
         job.add_done_callback(steps.put)
         try:
             while (step := steps.get()) is not job:
@@ -107,7 +107,7 @@ def settings_of(picture: str | Path | Image.Image) -> dict[str, Any]:
         ) from e
 
 
-def again(muse: "Muse", settings: dict[str, Any], *, watch: Callable[["Step"], None] | None = None) -> Image.Image:
+def again(muse: "Muse", settings: dict[str, Any], *, callback: Callable[["Step"], None] | None = None) -> Image.Image:
     """`settings_of` a generated picture -> the same picture, drawn by the same checkpoint.
 
     ValueError where another checkpoint made it, or where more than a prompt and settings did. The pixels are the same
@@ -126,4 +126,4 @@ def again(muse: "Muse", settings: dict[str, Any], *, watch: Callable[["Step"], N
         raise ValueError(
             f"its {', '.join(functions)} came as a function, which no picture holds; pass it to `generate`"
         )
-    return muse.generate(settings.pop("prompt"), n=1, watch=watch, **settings)[0]
+    return muse.generate(settings.pop("prompt"), n=1, callback=callback, **settings)[0]

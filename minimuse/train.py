@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimuse.amused import published_tokenizer
 from minimuse.baseline_dit import LEVELS, DiT, NoiseLoss, gaussians, latents
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
@@ -30,7 +31,7 @@ from minimuse.data_images import SceneDataset, Source, area_downsample, to_float
 from minimuse.data_scenes import COLORS, SHAPES
 from minimuse.data_sources import open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate, uniforms
-from minimuse.muse import Muse, build, kind, ready_tokenizer
+from minimuse.muse import Muse, build
 from minimuse.text import Context, TextEncoder, pad_contexts
 from minimuse.train_engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizers
 from minimuse.train_log import Watch
@@ -332,7 +333,7 @@ def _stages(config: MuseConfig, data: str | Path | Source, engine: Engine, watch
         images, held_out = corpus.split(corpus.images), corpus.split(corpus.images, held_out=True)
 
         small = Decimated(images, factor), Decimated(held_out, factor)
-        if (ready := ready_tokenizer(config)) is not None:
+        if (ready := published_tokenizer(config)) is not None:
             parts["low_tokenizer"] = ready
         else:
             yield from tokenizer("low_tokenizer", parts["low_tokenizer"], *small)
@@ -349,7 +350,8 @@ def _stages(config: MuseConfig, data: str | Path | Source, engine: Engine, watch
         parts["base"] = engine.whole(parts["base"], lambda: build(config)["base"])
 
         def finished() -> Muse:
-            return kind(config)(config, parts, encoder, **corpus.words()).to(engine.device, torch.float32)
+            parts.eval().requires_grad_(False)
+            return Muse(config, parts, encoder, **corpus.words()).to(engine.device, torch.float32)
 
         if config.model != "muse":
             yield Progress("all", 1, 1, {}, finished())

@@ -22,7 +22,7 @@ from torch import nn
 from minimuse.checkpoint import CARD
 from minimuse.config import MuseConfig
 from minimuse.data_images import to_float
-from minimuse.muse import kind
+from minimuse.muse import Muse
 from minimuse.plots import curves, grid
 from minimuse.train_engine import Engine
 from minimuse.utils import atomic_write
@@ -95,16 +95,11 @@ class Watch:
         return look
 
     def _draw(self, stage: str, parts: nn.ModuleDict, corpus: "Corpus", prompts: list[str]) -> list[Any]:
-        wakened = [p for p in parts.parameters() if p.requires_grad]
-        muse = kind(self.config)(self.config, parts, corpus.encoder).to(self.engine.device)
-        for p in wakened:  # a Muse is frozen; the training goes on
-            p.requires_grad_(True)
-        if stage != "base" or self.config.model != "muse":
+        muse = Muse(self.config, parts, corpus.encoder).to(self.engine.device)
+        if stage != "base":
             return muse.generate(prompts, seed=0)
-        for step in muse.decode(muse.jobs(prompts, 1, 0, None, {})):
-            if not step.masked.any():  # the last of the base model
-                return muse.picture(step)
-        raise AssertionError("a decode ends with no token masked")
+        *_, last = muse.decode_base(muse.jobs(prompts, 1, 0, None, {}))
+        return muse.picture(last)
 
     def picture(self, stage: str, step: int, make: Callable[[], Image.Image]) -> None:
         """A PIL image into samples/, named by its stage and step."""

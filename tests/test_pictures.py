@@ -29,8 +29,8 @@ def sha(image: Image.Image) -> str:
 def test_follow_gives_the_steps_then_the_picture(tiny_muse):
     seen = []
 
-    def draw(watch):
-        return tiny_muse.generate(A, seed=3, steps=2, watch=lambda step: (seen.append(step), watch(step)))
+    def draw(callback):
+        return tiny_muse.generate(A, seed=3, steps=2, callback=lambda step: (seen.append(step), callback(step)))
 
     *steps, picture = follow(draw)
     assert [a is b for a, b in zip(steps, seen, strict=True)] == [True] * 4, "each step, in order"
@@ -40,11 +40,11 @@ def test_follow_gives_the_steps_then_the_picture(tiny_muse):
 def test_follow_gives_a_step_before_the_next_is_made():
     go, made = threading.Semaphore(0), []
 
-    def draw(watch):
+    def draw(callback):
         for i in range(3):
             assert go.acquire(timeout=60), "nobody asked for the next step"
             made.append(i)
-            watch(i)
+            callback(i)
         return ["picture"]
 
     following = follow(draw)
@@ -56,16 +56,16 @@ def test_follow_gives_a_step_before_the_next_is_made():
 
 def test_follow_raises_what_the_drawing_raises(tiny_muse):
     with pytest.raises(ValueError, match="steps is 0"):
-        list(follow(lambda watch: tiny_muse.generate(A, steps=0, watch=watch)))
+        list(follow(lambda callback: tiny_muse.generate(A, steps=0, callback=callback)))
 
 
 def test_a_drawing_that_nobody_follows_stops():
     made = []
 
-    def draw(watch):
+    def draw(callback):
         for i in range(10_000):
             made.append(i)
-            watch(i)
+            callback(i)
             time.sleep(0.001)
 
     following = follow(draw)
@@ -101,10 +101,10 @@ def test_again_is_the_same_pixels(tiny_muse, tmp_path):
     for image in images:
         save_png(image, tmp_path / "x.png")
         seen = []
-        new = again(tiny_muse, settings_of(tmp_path / "x.png"), watch=seen.append)
+        new = again(tiny_muse, settings_of(tmp_path / "x.png"), callback=seen.append)
         assert sha(new) == sha(image), "the same checkpoint and settings must draw the same pixels"
         assert settings_of(new) == settings_of(tmp_path / "x.png"), "and the new one tells the same"
-        assert [s.stage for s in seen] == ["base"] * 3 + ["superres"] * 2, "watch sees every step"
+        assert [s.stage for s in seen] == ["base"] * 3 + ["superres"] * 2, "callback sees every step"
     assert sha(images[0]) != sha(images[1]), "the two of this test must differ"
 
 
