@@ -1,12 +1,16 @@
-# minimuse from a fresh clone: only make and Python 3.11+ are needed; every target makes .venv first.
+# minimuse from a fresh clone. You need make and Python 3.11 or newer; the targets create .venv.
 PYTHON ?= python3
 PROMPT ?= a large red cube
 OUT    ?= demo.png
-# On Linux, TORCH_BACKEND=cpu spares the CUDA build of torch (several GB); any value of `uv --torch-backend` works.
+# On Linux, TORCH_BACKEND=cpu avoids the CUDA build of torch (several GB). All values of `uv --torch-backend` work.
 TORCH_BACKEND ?=
+# Tests run in this number of processes, with one thread each.
+WORKERS ?= 2
 
-BIN   := .venv/bin
-STAMP := .venv/.installed
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+DEV    := .venv/.installed-dev
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test fast coverage lint format notebooks train clean
@@ -14,15 +18,15 @@ STAMP := .venv/.installed
 help:  ## show this list
 	@echo "make TARGET, one of:"
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' Makefile
-	@echo 'settings: PYTHON=python3.12  TORCH_BACKEND=cpu  PROMPT="two small red cubes"  OUT=demo.png'
+	@echo 'settings: PYTHON=python3.12  TORCH_BACKEND=cpu  PROMPT="two small red cubes"  OUT=demo.png  WORKERS=4'
 
-install: $(STAMP)  ## make .venv with the pinned versions and minimuse itself
+install: $(DEV)  ## create .venv with everything: drawing, tests, notebooks
 
-# The stamp is written last: a .venv that is half made, or older than the pins, is installed again over itself.
+# What drawing and training need. The stamp is written last, so an interrupted or outdated installation is repeated.
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "minimuse needs Python 3.11 or newer; $(PYTHON) is: $$($(PYTHON) --version 2>&1)."; \
-	  echo "Point make at another one: make PYTHON=python3.12 ..."; exit 1; }
+	  echo "minimuse needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another Python: make PYTHON=python3.12 ..."; exit 1; }
 	@rm -f $@
 	$(PYTHON) -m venv .venv
 ifneq ($(TORCH_BACKEND),)
@@ -33,33 +37,38 @@ endif
 	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(STAMP)  ## draw PROMPT with the shipped checkpoint into OUT, with the film of its decoding
+# What tests, notebooks and assignments need in addition.
+$(DEV): $(STAMP) requirements-dev.txt
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	@touch $@
+
+demo: $(STAMP)  ## draw PROMPT with a shipped checkpoint into OUT, with a film of its decoding
 	@$(BIN)/minimuse generate "$(PROMPT)" --out "$(OUT)" --seed 0 --film --force
 	@echo "The picture of \"$(PROMPT)\" is in $(OUT)."
 
-test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+test: $(DEV)  ## run all tests
+	$(PYTEST)
 
-fast: $(STAMP)  ## the tests that take a few minutes together
-	$(BIN)/python -m pytest -m "not slow"
+fast: $(DEV)  ## run the tests that are not marked slow
+	$(PYTEST) -m "not slow"
 
-coverage: $(STAMP)  ## all tests, with the lines that none of them runs
-	$(BIN)/python -m pytest --cov --cov-report=term-missing
+coverage: $(DEV)  ## run all tests and list the lines that no test runs
+	$(PYTEST) --cov --cov-report=term-missing
 
-lint: $(STAMP)  ## ruff: rules and format
+lint: $(DEV)  ## check rules and format with ruff
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-format: $(STAMP)  ## ruff: mend what can be mended
+format: $(DEV)  ## fix rules and format with ruff
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-notebooks: $(STAMP)  ## build the course's notebooks from their sources and execute them all, in full
+notebooks: $(DEV)  ## build the course's notebooks from their sources and run them in full
 	$(BIN)/python notebooks/build.py
 
-train: $(STAMP)  ## train the nano preset from nothing into runs/nano
+train: $(STAMP)  ## train the nano preset from scratch into runs/nano
 	$(BIN)/minimuse train nano --out runs/nano
 
-clean:  ## remove .venv and what tools leave behind; runs/ and pictures stay
+clean:  ## remove .venv and the files of tools; runs/ and pictures stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

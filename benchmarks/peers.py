@@ -1,21 +1,20 @@
-"""Who is raced by `speed.py`: Muse's base model here, in muse-maskgit-pytorch, in aMUSEd (diffusers), at equal shape.
+"""The projects that `speed.py` compares: Muse's base model here, in muse-maskgit-pytorch and in aMUSEd (diffusers).
 
-    sampling(shape, dtype) -> run(steps), which draws the shape's batch        training(shape, dtype) -> one step
+    sampling(shape, dtype) -> run(steps), which decodes one batch      training(shape, dtype) -> a function, one step
 
-All have random weights, the same text embeddings, steps and guidance (l_u + 3 (l_c - l_u), t = 2 here), and no language
-model. Each takes its own defaults for attention; fp32 is the peers' default for numbers, `utils.pick_dtype` says ours.
-bf16 is what their users would do: autocast, and for sampling with diffusers weights in bf16. muse-maskgit-pytorch's own
-attention cannot: it masks by float32's lowest number, which bf16 does not hold.
+All have random weights and the same text embeddings, steps and guidance: l_u + 3 (l_c - l_u), which is t = 2 here. None
+has a language model. Each uses its own default for attention. The default dtype of the other projects is fp32; ours
+comes from `utils.pick_dtype`. In bf16 they use what their users would: autocast, and bf16 weights for sampling with
+diffusers. The attention of muse-maskgit-pytorch masks with the lowest float32 number, which bf16 cannot represent.
 
-aMUSEd comes with the extra `amused`; its U-ViT has as many layers as make our number of parameters. The other peer is
-found in a folder of its own, which --peers names:
+aMUSEd needs the extra `amused`. Its U-ViT has the number of layers that gives our number of parameters. The other
+project is installed into a folder that --peers names:
 
     pip install --no-deps --target runs/peers muse-maskgit-pytorch==0.3.5 memory-efficient-attention-pytorch==0.1.6 \\
         einops==0.8.2 beartype==0.23.1
 
-It imports torchvision, vector-quantize-pytorch and ema-pytorch for its tokenizer and trainers, which have no part in
-this: while it is imported, empty stubs take their places. Its tokenizer and language model are stubs as well.
-"""
+It imports torchvision, vector-quantize-pytorch and ema-pytorch for parts that are not measured. Empty stubs replace
+them during the import. Its tokenizer and language model are stubs too."""
 
 import importlib
 import sys
@@ -45,14 +44,14 @@ Sample, Train = Callable[[int], Tensor], Callable[[], Any]
 
 
 class Shape(NamedTuple):
-    """What all have in common."""
+    """The shape that all projects share."""
 
     batch: int
-    grid: int  # tokens a side
+    grid: int  # tokens on each side
     codes: int
     width: int
     layers: int
-    text: int  # tokens of text
+    text: int  # text tokens
     steps: int
 
     @property
@@ -73,7 +72,7 @@ class Shape(NamedTuple):
         return torch.randint(self.codes, shape, generator=torch.Generator().manual_seed(1))
 
     def parameters(self) -> int:
-        """Ours."""
+        """Number of parameters of our model."""
         with torch.device("meta"):
             return count(Transformer(self.config()))
 
@@ -87,7 +86,7 @@ def autocast(dtype: torch.dtype) -> torch.autocast:
 
 
 def stepping(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype) -> Train:
-    """A training step as most would write it."""
+    """A typical training step."""
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
 
     def step() -> None:
@@ -120,7 +119,7 @@ def our_sampling(shape: Shape, dtype: torch.dtype) -> tuple[Sample, int]:
 
 
 def our_training(shape: Shape, dtype: torch.dtype) -> tuple[Train, int]:
-    """`train_transformer` itself, with all that it does beside the network."""
+    """One step of `train_transformer`, with everything that it does."""
     model = Transformer(shape.config())
     config = StageConfig(
         steps=10**6, batch=shape.batch, learning_rate=1e-4, warmup=1, weight_decay=0.01, eval_every=10**9
@@ -135,7 +134,7 @@ def our_training(shape: Shape, dtype: torch.dtype) -> tuple[Train, int]:
 
 
 class Absent(ModuleType):
-    """A package that has no part in this: whatever is asked of it is an empty class."""
+    """A stub of a package: each of its attributes is an empty class."""
 
     __path__: list[str] = []  # noqa: RUF012
 
@@ -151,8 +150,8 @@ class Absent(ModuleType):
 
 @lru_cache
 def maskgit_library() -> ModuleType:
-    """The package, imported with stubs for what it does not need here. ImportError where it is not installed."""
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer  # noqa: F401  with the stubs it might look for more
+    """Import the package with stubs for what is not measured. ImportError if it is not installed."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer  # noqa: F401  imported first: with the stubs in place it would look for more
 
     names = ["torchvision", "torchvision.transforms", "torchvision.datasets", "torchvision.utils"]
     with patch.dict(sys.modules, {name: Absent(name) for name in [*names, "vector_quantize_pytorch", "ema_pytorch"]}):
@@ -166,7 +165,7 @@ def maskgit(shape: Shape) -> nn.Module:
     library, codes, grid = maskgit_library(), shape.codes, shape.grid
 
     class Codes(library.VQGanVAE):
-        """In the tokenizer's place: tokens are what comes out."""
+        """Replaces the tokenizer: the output is the tokens."""
 
         codebook_size = codes
 
@@ -211,7 +210,7 @@ def maskgit_training(shape: Shape, dtype: torch.dtype) -> tuple[Train, int]:
 def amused(shape: Shape) -> nn.Module:
     from diffusers import UVit2DModel
 
-    conv = 3 * shape.width // 4  # as in the published sizes: 768 channels of 1024
+    conv = 3 * shape.width // 4  # the published ratio: 768 channels for width 1024
 
     def make(layers: int) -> nn.Module:
         sizes = {"hidden_size": shape.width, "intermediate_size": 11 * shape.width // 4, "num_hidden_layers": layers}
@@ -226,14 +225,14 @@ def amused(shape: Shape) -> nn.Module:
 
 
 def conditions(shape: Shape, dtype: torch.dtype, copies: int) -> dict[str, Tensor]:
-    """Text, its pooled embedding, and size, crop and aesthetic score, the batch so many times."""
+    """Text, pooled text, size, crop and aesthetic score of the batch, repeated `copies` times."""
     embeds = shape.embeds().to(dtype).repeat(copies, 1, 1)
     micro = torch.tensor([16 * shape.grid, 16 * shape.grid, 0, 0, 6], dtype=dtype).expand(len(embeds), -1)
     return {"encoder_hidden_states": embeds, "pooled_text_emb": embeds.mean(1), "micro_conds": micro}
 
 
 def amused_sampling(shape: Shape, dtype: torch.dtype) -> tuple[Sample, int]:
-    """The loop of diffusers' AmusedPipeline."""
+    """The decoding loop of AmusedPipeline in diffusers."""
     from diffusers import AmusedScheduler
 
     model, given = amused(shape).eval().to(dtype), conditions(shape, dtype, 2)

@@ -1,9 +1,8 @@
 """README's pictures, from the shipped checkpoints: python benchmarks/readme_pictures.py [--page]
 
-Nothing is picked: the first different prompts of `minimuse eval`'s sets, each drawn once, picture i of the sheet with
-seed i. What the reader does not find right is marked. --page, with the extra `app`, playwright and a Chromium, takes
-the picture of `minimuse app` instead: its first prompt, seed 0; with --page PATH the same as wide as a telephone.
-"""
+No picture is selected: the sheet shows the first prompts of the evaluation sets, each drawn once, picture i with seed
+i. Pictures that the detector finds wrong are marked. --page takes a screenshot of `minimuse app` instead: its first
+prompt, seed 0. It needs the extra `app`, playwright and Chromium. --page PATH takes a narrow one."""
 
 import argparse
 import shutil
@@ -18,11 +17,16 @@ from minimuse.plots import film, grid
 from minimuse.prompts import asks
 
 ASSETS = Path(__file__).parent.parent / "assets"
-SETS = {"seen": 5, "novel": 3, "counts": 2, "relations": 2}  # prompts of each; a set gives each prompt twice in a row
+SETS = {
+    "seen": 5,
+    "novel": 3,
+    "counts": 2,
+    "relations": 2,
+}  # prompts of each set; a set holds each prompt twice in a row
 
 
 def sheet(name: str):
-    """A checkpoint -> a sheet of twelve pictures."""
+    """Draw a sheet of twelve pictures with a checkpoint."""
     muse = Muse.from_pretrained(name)
     prompts = [ask.prompt for kind, n in SETS.items() for ask in asks(kind, 2 * n)[::2]]
     images = [muse.generate(prompt, seed=i)[0] for i, prompt in enumerate(prompts)]
@@ -33,7 +37,7 @@ def sheet(name: str):
 
 
 def page(path: Path, width: int = 1280, port: int = 7877) -> None:
-    """`minimuse app` after a press of Draw, in a window so wide."""
+    """Press Draw in `minimuse app` and save a screenshot of a window of this width."""
     from playwright.sync_api import sync_playwright
 
     command = "from minimuse.cli import main; main()"
@@ -48,7 +52,7 @@ def page(path: Path, width: int = 1280, port: int = 7877) -> None:
             tab.get_by_role("button", name="Draw", exact=True).click()
             tab.get_by_text("Done in").wait_for()
             tab.locator("#film img").wait_for()
-            tab.wait_for_timeout(1000)  # until all has faded in
+            tab.wait_for_timeout(1000)  # until all animations have ended
             tab.screenshot(path=path, full_page=True)
     finally:
         server.terminate()

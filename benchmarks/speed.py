@@ -1,26 +1,24 @@
-"""How fast are sampling and training, beside other implementations and beside what this machine can multiply?
+"""Speed of sampling and training, compared with other projects and with the matrix products of this machine.
 
     pip install -e ".[offline,amused]"
     pip install --no-deps --target runs/peers muse-maskgit-pytorch==0.3.5 memory-efficient-attention-pytorch==0.1.6 \\
         einops==0.8.2 beartype==0.23.1
     python benchmarks/speed.py --peers runs/peers [--out runs/speed] [--rounds 3] [--quick] [--docs]
 
-`peers.py` says who runs, and how they are made equal. Of one shape all run in turn, each in a process of its own that
-stays warm, in fp32 and, where this CPU is fast at it, in bf16; seconds are medians of the rounds, ratios medians of the
-rounds' ratios.
-    sampling    a batch of pictures' tokens, guidance at every step
-    training    a step: loss, gradient, clipping, AdamW
-    ceiling     a product of two 2048 x 2048 matrices, measured beside them; a share of it counts the FLOPs of the
-                shape's arithmetic (`train_budget.py`): two a multiply-add, logits and attention included, and what a decode
-                computes once counted once
-    memory      the most that a process of its own held, from the start of Python on
+`peers.py` defines who takes part and how they are made equal. Every project runs in a warm process of its own. They
+take turns, in fp32 and, where this CPU is fast at it, in bf16. Times are medians of the rounds, ratios are medians
+of the ratios of each round.
+    sampling    tokens of one batch of pictures, with guidance in every step
+    training    one step: loss, gradient, clipping, AdamW
+    ceiling     the product of two 2048 x 2048 matrices. The fraction of the ceiling counts the FLOPs of the shape
+                (`train_budget.py`): two for each multiply-add, logits and attention included
+    memory      the largest memory of a process, from the start of Python
     start       `import minimuse` beyond `import torch`; `minimuse generate` from return to picture; drawing alone
-Let the machine be idle. A peer that is not installed is left out, with the reason. --quick: tiny shapes, to see that
-all of it runs. Writes speed.json and speed.md into --out; with --docs, also speed.md and the table of benchmarks/README.md.
+Keep the machine idle. A project that is not installed is left out, and the report says why. --quick runs tiny shapes.
+Writes speed.json and speed.md into --out; --docs also writes speed.md here and the table of benchmarks/README.md.
 
-Tried and left out, since it saves a few percent and a room reads better without: guidance in one pass (torch.lerp in
-place of Muse's formula), Newton-Schulz of equal shapes as one batch (a Muon of our own). Not tried: logits of masked
-places alone (orders may look at all), Newton-Schulz shared out among processes (one saves the state for all).
+Tried and not kept, because each saves only a few percent: guidance by torch.lerp; Newton-Schulz of equal shapes as one
+batch.
 """
 
 import argparse
@@ -88,14 +86,14 @@ OURS = "minimuse"
 
 
 def sampling_flops(shape: Shape) -> int:
-    """Of a batch's decode."""
+    """FLOPs to decode one batch."""
     how = SamplingConfig(steps=shape.steps, guidance=(GUIDANCE, GUIDANCE))
     with torch.device("meta"), torch.no_grad():
         return shape.batch * sum(_decode_flops(Transformer(shape.config()), how, shape.text))
 
 
 def training_flops(shape: Shape) -> int:
-    """Of a batch's forward and backward pass."""
+    """FLOPs of the forward and backward pass of one batch."""
     with torch.device("meta"):
         loss, x = MaskedLoss(Transformer(shape.config())), torch.zeros(1, shape.grid**2, dtype=torch.long)
         text = Context(torch.zeros(1, shape.text, loss.model.config.text_width), torch.ones(1, shape.text).bool())
@@ -106,7 +104,7 @@ def training_flops(shape: Shape) -> int:
 
 
 def prepare(work: str, name: str, shape: Shape, dtype: torch.dtype) -> tuple[Any, int]:
-    """An entrant's run of `work`, warm, and how many parameters it has."""
+    """-> a warm function that does `work` ("sampling" or "training") once, and the number of parameters."""
     torch.manual_seed(0)
     run, parameters = getattr(ENTRANTS[name], work)(shape, dtype)
     if work == "sampling":
@@ -117,13 +115,13 @@ def prepare(work: str, name: str, shape: Shape, dtype: torch.dtype) -> tuple[Any
 
 
 def apart(work: str, name: str, shape: Shape, dtype: torch.dtype) -> tuple[Any, int]:
-    """The same in a process of its own."""
+    """Like `prepare`, in a separate process."""
     run = Apart(prepare, work, name, shape, dtype)
     return run, run.about
 
 
 def compete(work: str, shape: Shape, rounds: int, prepare: Callable[..., tuple[Any, int]] = apart) -> dict[str, Any]:
-    """All entrants in turn -> a row each, and why some were left out."""
+    """All projects take turns -> one row for each, and the reason where one is left out."""
     runs, rows, absent = {}, {}, {}
     for name, entrant in ENTRANTS.items():
         for dtype in precisions(CPU):
@@ -160,7 +158,7 @@ def ceilings(seconds: float) -> dict[str, float]:
 
 
 def hold(work: str, name: str, shape: Shape) -> int:
-    """In a process of its own: two steps of `work` by an entrant's defaults -> the most bytes that it held."""
+    """Run two steps of `work` with the defaults of a project -> peak memory in bytes. Call it in a separate process."""
     dtype = ENTRANTS[name].default(shape)
     run, _ = getattr(ENTRANTS[name], work)(shape, dtype)
     for _ in range(2):
@@ -169,7 +167,7 @@ def hold(work: str, name: str, shape: Shape) -> int:
 
 
 def memories(shape: Shape, names: list[str], peers: str) -> dict[str, dict[str, int]]:
-    """Work -> entrant -> bytes."""
+    """-> peak memory in bytes, by work and by project."""
     how = ["--peers", peers]
     return {
         work: {n: alone(__file__, *how, "--alone", json.dumps([work, n, *shape])) for n in names}
@@ -178,7 +176,7 @@ def memories(shape: Shape, names: list[str], peers: str) -> dict[str, dict[str, 
 
 
 def starts(checkpoint: str, rounds: int) -> dict[str, float]:
-    """Seconds until a user sees something, medians."""
+    """Median seconds until a user sees something."""
     imports = [alone("-c", IMPORTS) for _ in range(max(rounds, 3))]
     command = "import sys; from minimuse.cli import main; main(sys.argv[1:]); print(0)"
     with TemporaryDirectory() as folder:
@@ -194,7 +192,7 @@ def starts(checkpoint: str, rounds: int) -> dict[str, float]:
 
 
 def measure(shapes: dict[str, Shape], *, rounds: int, seconds: float, checkpoint: str, peers: str) -> dict[str, Any]:
-    """The whole report, printed as it grows."""
+    """-> the whole report. Each table is printed when it is ready."""
     report: dict[str, Any] = {"machine": machine(CPU), "rounds": rounds, "shapes": {}}
     for title, shape in shapes.items():
         found: dict[str, Any] = {"shape": shape._asdict(), "ceiling": ceilings(seconds)}
@@ -210,11 +208,11 @@ def measure(shapes: dict[str, Shape], *, rounds: int, seconds: float, checkpoint
     return report
 
 
-# --- telling ----------------------------------------------------------------------------------------------------------
+# --- reporting --------------------------------------------------------------------------------------------------------
 
 
 def work_table(title: str, work: str, found: dict[str, Any]) -> str:
-    """One shape's sampling or training. The share of the ceiling is ours alone: peers do other arithmetic."""
+    """The table of one shape. Only our rows have a fraction of the ceiling."""
     shape, flops = Shape(**found["shape"]), found[work]["flops"]
     rows = []
     for row in found[work]["rows"]:
@@ -236,7 +234,7 @@ def work_table(title: str, work: str, found: dict[str, Any]) -> str:
     return f"{about}\n{markdown(head, rows)}{left and chr(10) + left}"
 
 
-def told(report: dict[str, Any]) -> str:
+def report_text(report: dict[str, Any]) -> str:
     """speed.md and the table of benchmarks/README.md."""
     at, rounds = report["machine"], report["rounds"]
     works = [(t, w, f) for t, f in report["shapes"].items() for w in ("sampling", "training")]
@@ -296,11 +294,11 @@ def main() -> None:
     how = {"rounds": 1, "seconds": 0.1, "checkpoint": "nano"} if args.quick else {}
     how = {"rounds": args.rounds, "seconds": 2.0, "checkpoint": "toy"} | how
     report = measure(shapes, **how, peers=args.peers)
-    save(args.out, "speed", report, told(report))
+    save(args.out, "speed", report, report_text(report))
     if args.docs:
-        (HERE / "speed.md").write_text(f"# Speed\n\n{told(report)}", encoding="utf-8")
+        (HERE / "speed.md").write_text(f"# Speed\n\n{report_text(report)}", encoding="utf-8")
         write_readme(summary(report), "speed")
-    print(f"{told(report)}\n{args.out / 'speed.json'}, {duration(time.monotonic() - began)}")
+    print(f"{report_text(report)}\n{args.out / 'speed.json'}, {duration(time.monotonic() - began)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What benchmarks share: alternating runs, processes of their own, the machine, tables and where they are written.
+"""Shared by the benchmarks: runs that take turns, separate processes, the machine, tables and files.
 
-A machine that does other work slows all that runs at the same time, so what is compared runs in turn, round by round,
-and a ratio is the median of the rounds' ratios. What comes from different packages runs in processes of their own, kept
-warm, so that nobody gets another's memory, threads or settings.
-"""
+Other work on the machine slows down everything at that time. So the runs that are compared take turns, round by round,
+and a ratio is the median of the ratios of each round. Each package runs in a process of its own that stays warm, so no
+run shares memory, threads or settings with another one."""
 
 import json
 import os
@@ -28,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def precisions(device: torch.device) -> list[torch.dtype]:
-    """float32, and bfloat16 where this device is fast at it."""
+    """float32, and bfloat16 if this device is fast at it."""
     return [torch.float32, *([torch.bfloat16] if fast_bf16(device) else [])]
 
 
@@ -37,7 +36,7 @@ def short(dtype: torch.dtype) -> str:
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of wall time, until the device has done all of it."""
+    """Wall time of `run` in seconds, until the device has finished."""
     wait = torch.get_device_module(device).synchronize
     wait()
     began = time.perf_counter()
@@ -47,7 +46,7 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
 
 
 class Apart:
-    """`make(*args)` -> (run, about), in a process of its own: a call runs there, `about` is told, errors come here."""
+    """Runs `make(*args) -> (run, about)` in a separate process. A call runs `run` there; errors are raised here."""
 
     def __init__(self, make: Callable[..., tuple[Callable[[], Any], Any]], *args: Any):
         context = get_context("spawn")
@@ -74,7 +73,7 @@ class Apart:
 
 
 def _serve(pipe: Connection, make: Callable[..., tuple[Callable[[], Any], Any]], args: Sequence[Any]) -> None:
-    """What `Apart` asks of the other process, until nobody asks any more."""
+    """The loop of the separate process: run once for each message, until the pipe is closed."""
     try:
         run, about = make(*args)
         pipe.send(about)
@@ -89,7 +88,7 @@ def _serve(pipe: Connection, make: Callable[..., tuple[Callable[[], Any], Any]],
 
 
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Each run once a round, in turn -> its seconds, round by round. Warm them up before."""
+    """Runs take turns -> seconds of each run, round by round. Warm the runs up before."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -98,12 +97,12 @@ def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """How many times as long: the median of the rounds' ratios."""
+    """The median of the ratios of each round."""
     return median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def alone(script: str, *args: str) -> Any:
-    """What a script prints last, as JSON, run by a process of its own that finds this package."""
+    """Run a script in a separate process that finds this package -> its last line of output, read as JSON."""
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     found = subprocess.run(
         [sys.executable, script, *args], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
@@ -114,17 +113,17 @@ def alone(script: str, *args: str) -> Any:
 
 
 def peak_memory() -> int:
-    """Bytes, the most that this process held at once."""
+    """Peak memory of this process in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux's ru_maxrss begins at what the parent held when it forked
+    if status.exists():  # on Linux, ru_maxrss starts with the memory of the parent
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024
-    import resource  # macOS, which counts bytes
+    import resource  # macOS counts in bytes
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures are of."""
+    """The machine that was measured."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     versions = {"minimuse": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
     return {"device": name, "threads": torch.get_num_threads(), "system": platform.system(), **versions}
@@ -146,7 +145,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def save(out: Path, name: str, report: Mapping[str, Any], text: str) -> None:
-    """`name`.json and `name`.md into a folder."""
+    """Write `name`.json and `name`.md into a folder."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(text, encoding="utf-8")

@@ -94,8 +94,8 @@ class DiT(nn.Module):
 
     def __init__(self, config: TransformerConfig, channels: int):
         super().__init__()
-        self.config, self.recompute = config, False
-        d, grid, each = config.width, config.grid // config.patch, channels * config.patch**2
+        self.config = config
+        d, grid, each = config.width, config.grid, channels
         self.register_buffer("mean", torch.zeros(channels, 1, 1))  # of the encoder's output, by channel
         self.register_buffer("std", torch.ones(channels, 1, 1))
         self.inputs = nn.Linear(each, d)
@@ -112,7 +112,7 @@ class DiT(nn.Module):
         self.head = nn.Linear(d, each)
         self._initialize()
 
-    memory, _run = Transformer.memory, Transformer._run  # the text is read as Muse reads it
+    memory = Transformer.memory  # the text is read as Muse reads it
 
     def _initialize(self) -> None:
         """Weights at std 1/sqrt(fan in), as our Transformer's; conditions and head at zero, gates by `config.identity`."""
@@ -137,7 +137,7 @@ class DiT(nn.Module):
         h = F.pixel_unshuffle(x.to(dtype), p).flatten(2).transpose(1, 2)  # (B, N, d p^2)
         h = self.inputs(h) + self.places  # (B, N, D)
         for block, k, v in zip(self.layers, memory.keys, memory.values, strict=True):
-            h = self._run(block, h, c, (k, v, memory.attend))
+            h = block(h, c, (k, v, memory.attend))
         h = self.head(modulate(self.norm(h), *self.condition(c).chunk(2, -1)))  # (B, N, d p^2)
         velocity = F.pixel_shuffle(h.transpose(1, 2).unflatten(2, (grid, grid)), p)  # (B, d, h, w)
         signal, spread = amounts(step, x.float())

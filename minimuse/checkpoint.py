@@ -27,7 +27,7 @@ SHIPPED = Path(__file__).parent / "checkpoints"
 FORMAT = "minimuse-1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 NOT_DRAWN = {  # fields of a configuration that do not change what `generate` draws
-    "name", "stages", "scenes", "captions", "shares", "fractions", "synonyms", "pixels_gib", "text_gib", "dropout",
+    "name", "stages", "scenes", "captions", "fractions", "synonyms", "pixels_gib", "text_gib", "dropout",
     "edit_guidance",
 }  # fmt: skip
 

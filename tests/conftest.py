@@ -17,8 +17,8 @@ import tempfile
 import zlib
 from pathlib import Path
 
-# Before transformers and matplotlib are imported: they read these once. An empty hub cache, so that a developer's own
-# cache cannot decide a test.
+# These are set before torch, transformers and matplotlib are imported, which read them once. Subprocesses inherit them.
+# The hub cache is empty, so a developer's own cache cannot change a result. One thread, as tests run in two processes.
 _HUB = tempfile.TemporaryDirectory(prefix="minimuse-hub-", ignore_cleanup_errors=True)
 for _name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
     os.environ.pop(_name, None)
@@ -27,11 +27,14 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 D_LM = 16

@@ -1,4 +1,4 @@
-"""The files that install minimuse agree with each other, and with what README promises of them."""
+"""The files that install minimuse agree with each other."""
 
 import re
 import subprocess
@@ -26,15 +26,20 @@ def requirements(lines) -> dict[str, Requirement]:
     return {canonicalize_name(requirement.name): requirement for requirement in parsed}
 
 
-PINS = requirements((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
+def pins(file: str) -> dict[str, Requirement]:
+    return requirements((ROOT / file).read_text(encoding="utf-8").splitlines())
+
+
+RUNTIME, DEV = pins("requirements.txt"), pins("requirements-dev.txt")
+PINS = RUNTIME | DEV
 EXTRAS = PROJECT["optional-dependencies"]
-TESTED = ["offline", "webdataset", "amused", "app", "notebooks", "grading", "test"]  # the extras that the tests need
+TESTED = ["offline", "data", "eval", "amused", "app", "notebooks", "grading", "test"]  # the extras that the tests need
 BOUNDS = requirements(PROJECT["dependencies"] + [line for extra in TESTED for line in EXTRAS[extra]])
 
 
 def version(requirement: Requirement) -> str:
     (specifier,) = requirement.specifier
-    assert specifier.operator == "==", f"{requirement} is no exact pin"
+    assert specifier.operator == "==", f"{requirement} is not an exact pin"
     return specifier.version
 
 
@@ -44,7 +49,7 @@ def test_every_requirement_is_an_exact_pin():
 
 def test_every_dependency_is_pinned_within_its_bound():
     for name, bound in BOUNDS.items():
-        assert name in PINS, f"{bound} of pyproject.toml has no pin in requirements.txt"
+        assert name in PINS, f"{bound} of pyproject.toml has no pin in the requirements files"
         assert version(PINS[name]) in bound.specifier, f"{PINS[name]} is outside {bound}"
 
 
@@ -56,6 +61,17 @@ def test_every_dependency_has_a_lower_bound():
 def test_every_pin_is_wanted():
     build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
     assert set(PINS) == set(BOUNDS) | set(requirements(build))
+
+
+def test_a_demo_installs_only_what_drawing_needs():
+    runtime = requirements(PROJECT["dependencies"] + EXTRAS["offline"])
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    assert set(RUNTIME) == set(runtime) | set(requirements(build))
+    assert not set(RUNTIME) & set(DEV), "a package is pinned in both requirements files"
+    assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"^demo: \$\(STAMP\)", makefile, flags=re.MULTILINE)
+    assert re.search(r"^test: \$\(DEV\)", makefile, flags=re.MULTILINE)
 
 
 def test_conda_environment_has_the_same_pins():
@@ -98,8 +114,8 @@ def test_ci_runs_make():
 def test_workflow_runs_the_same_steps():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
     runs = {name: [step.get("run") for step in job["steps"]] for name, job in workflow["jobs"].items()}
-    assert {"make lint test", "make demo"} <= set(runs["unix"])
-    assert {"python -m pip install -r requirements.txt", "python -m pytest"} <= set(runs["windows"])
+    assert {"make lint test", "make demo PYTHON=python"} <= set(runs["unix"])
+    assert {"python -m pip install -r requirements-dev.txt", "python -m pytest -n 2 --dist worksteal"} <= set(runs["windows"])
 
 
 def test_no_file_names_a_package_index():

@@ -1,4 +1,4 @@
-"""benchmarks/speed.py at tiny size: who runs, equal arithmetic, what is told. Peers that are not there are left out."""
+"""benchmarks/speed.py at tiny size: entrants, FLOPs, tables. Projects that are not installed are left out."""
 
 import importlib.util
 import json
@@ -155,11 +155,11 @@ def test_a_process_of_its_own_holds_more_with_a_larger_model():
     assert large - small > 0.8 * more, "the weights are among them"
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------
 
 
 def test_tables_by_hand():
-    text = speed.told(report())
+    text = speed.report_text(report())
     assert "| minimuse | 1.00 M | fp32, default | 1.0 s | 1.00 | 1.00 | 50% |" in text, "4 of 8 GFLOP/s"
     assert "| minimuse | 1.00 M | bf16 | 500.0 ms | 0.50 | 0.50 | 50% |" in text, "8 of 16"
     assert "| x | 1.00 M | fp32, default | 3.0 s | 3.00 | 3.00 |  |" in text
