@@ -336,13 +336,13 @@ def train(args: argparse.Namespace) -> None:
     if engine.is_main:
         train_state.open_run(args.out, run, resume=args.resume)
     engine.accelerator.wait_for_everyone()
-    engine.heed_signals()
+    engine.handle_signals()
     bars: dict[str, tqdm] = {}
     try:
         for p in train_muse(config, data=source, engine=engine):
             if p.stage not in bars:
                 bars[p.stage] = tqdm(total=p.steps, desc=p.stage, disable=not engine.is_main)
-            shown = {name: f"{value:.3g}" for name, value in p.figures.items() if not name.startswith("held_out")}
+            shown = {name: f"{value:.3g}" for name, value in p.metrics.items() if not name.startswith("held_out")}
             bars[p.stage].set_postfix(shown, refresh=False)
             bars[p.stage].update(p.step - bars[p.stage].n)
     except Stopped:
@@ -352,7 +352,7 @@ def train(args: argparse.Namespace) -> None:
     if engine.is_main:
         folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
         add_record(folder, config)
-        print(f"trained in {p.figures['minutes']:.1f} minutes: {folder}")
+        print(f"trained in {p.metrics['minutes']:.1f} minutes: {folder}")
         print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
 
 

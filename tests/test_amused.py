@@ -431,7 +431,7 @@ def test_a_base_model_trains_on_its_tokens(mixed, tiny_muse):
     base = Transformer(tiny_muse.config.base)
     texts = [[torch.zeros(1, tiny_muse.config.base.text_width)]] * 8
     config = replace(tiny_muse.config.stages["base"], steps=16, batch=8, learning_rate=1e-2)
-    losses = [p.figures["loss"] for p in train_transformer(base, config, tokens, texts, engine=Engine(bf16=False))]
+    losses = [p.metrics["loss"] for p in train_transformer(base, config, tokens, texts, engine=Engine(bf16=False))]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), f"it learns: {losses}"
 
 
