@@ -155,6 +155,7 @@ class Race:
                 tokens = self.corpus.split(self.corpus.tokens["high" if fine else "low"])
                 run = train_transformer(model, stage, tokens, texts, **how)
             watched(run, name)
+            parts.eval().requires_grad_(False)
             self.muses[name] = LowRes(config, parts, self.nano.encoder, **self.corpus.words())
             self.muses[name].save_pretrained(self.out / "checkpoints" / slug, overwrite=True)
         return self.muses[name]

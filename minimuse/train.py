@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimuse.amused import published_tokenizer
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_cache import TrainingData
@@ -29,7 +30,7 @@ from minimuse.data_images import area_downsample, to_float
 from minimuse.data_scenes import COLORS, SHAPES
 from minimuse.data_sources import SceneDataset, Source, open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
-from minimuse.muse import Muse, build, ready_tokenizer
+from minimuse.muse import Muse, build
 from minimuse.text import Context, TextEncoder, pad_contexts
 from minimuse.train_engine import (
     Engine,
@@ -270,7 +271,7 @@ class MuseTrainer:
         config, parts, data = self.config, self.parts, self.data
         yield from self.prepare("read images", data.read())
 
-        if (ready := ready_tokenizer(config)) is None:
+        if (ready := published_tokenizer(config)) is None:
             yield from self.tokenizer("low_tokenizer", parts["low_tokenizer"])
         else:
             parts["low_tokenizer"] = ready
@@ -293,6 +294,7 @@ class MuseTrainer:
         parts["high_tokenizer"] = self.high.grow_decoder(config.finetuned_tokenizer)
         yield from self.tokenizer("decoder", parts["high_tokenizer"])
 
+        parts.eval().requires_grad_(False)
         muse = Muse(config, parts, self.encoder, **data.words()).to(self.engine.device, torch.float32)
         yield Progress("all", 1, 1, {}, muse)
 

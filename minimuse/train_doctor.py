@@ -24,11 +24,11 @@ from torch import Tensor
 
 from minimuse import checkpoint
 from minimuse import train_state as runs
+from minimuse.amused import published_tokenizer
 from minimuse.config import STAGES, MuseConfig
 from minimuse.data_cache import Subset, TrainingData
 from minimuse.data_images import to_float
 from minimuse.data_sources import open_source
-from minimuse.muse import ready_tokenizer
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import Decimated, MaskedLoss
 from minimuse.train_engine import Engine
@@ -300,7 +300,9 @@ def _stage(folder: Path, name: str, config: MuseConfig, corpus: TrainingData) ->
         images = [Decimated(corpus.split(corpus.images, held_out), factor) for held_out in (False, True)]
         yield from examine_tokenizer(tokenizer(name), *images, engine=engine, stage=name)
         return
-    deque(corpus.tokenize("low", ready_tokenizer(config) or tokenizer("low_tokenizer")), maxlen=0)
+    if config.model in ("ar", "dit"):
+        raise ValueError(f"{config.name} is no masked transformer, and these checks are of one")
+    deque(corpus.tokenize("low", published_tokenizer(config) or tokenizer("low_tokenizer")), maxlen=0)
     deque(corpus.embed(), maxlen=0)
     rows, model = [corpus.tokens["low"], corpus.texts], Transformer(config.base)
     if name == "superres":

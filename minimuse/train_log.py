@@ -196,13 +196,11 @@ class TrainLog:
 
     def draw(self, stage: str, parts: nn.ModuleDict, encoder: Any, prompts: list[str]) -> list[Image.Image]:
         """What the networks in training draw for the prompts; before super-resolution is trained, at low resolution."""
-        trained = [p for p in parts.parameters() if p.requires_grad]
         muse = Muse(self.config, parts, encoder).to(self.engine.device)
-        for p in trained:  # a Muse freezes its networks
-            p.requires_grad_(True)
         if stage != "base":
             return muse.generate(prompts, seed=0)
-        return muse.picture(next(s for s in muse.decode(muse.jobs(prompts, 1, 0, None, {})) if not s.masked.any()))
+        *_, last = muse.decode_base(muse.jobs(prompts, 1, 0, None, {}))
+        return muse.picture(last)
 
     def picture(self, stage: str, step: int, make: Callable[[], Image.Image]) -> None:
         """Save an image as samples/<stage>-<step>.png."""

@@ -184,7 +184,7 @@ def test_micro_batches_make_the_same_gradient():
 def test_each_draws_low_resolution_pictures(made, model):
     muse = made[model]
     seen = []
-    images = muse.generate([A, "a blue ball"], n=2, seed=3, watch=seen.append)
+    images = muse.generate([A, "a blue ball"], n=2, seed=3, callback=seen.append)
     assert [i.size for i in images] == [(muse.config.low_tokenizer.image_size,) * 2] * 4
     assert len(seen) == (64 if model == "ar" else muse.config.base_sampling.steps)
     assert not seen[-1].masked.any()
