@@ -12,6 +12,7 @@ figures. Picture i of a kind draws with seed + i.
 Not here: what is measured (`kinds.py`), prompts (`prompts.py`).
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -681,5 +682,5 @@ def measure(
     about = {"checkpoint": muse.config.name, "device": muse.device.type, "dtype": str(muse.dtype)}
     about["config"] = content_hash(to_dict(muse.config))
     for part, home in (("checkpoint", folder), *((part, checkpoint.SHIPPED / part) for part in ("detector", "clip"))):
-        about[f"weights of {part}"] = runs.stamp(home / checkpoint.WEIGHTS)[1]
+        about[f"weights of {part}"] = hashlib.sha256((home / checkpoint.WEIGHTS).read_bytes()).hexdigest()
     return evaluate(Studio(muse, before=before, base_only=base_only or sweep), out, about, sweep=sweep, **how)

@@ -285,7 +285,7 @@ class Stage:
         self.folder = engine.folder and engine.folder / name
         self.first = 0
         if self.folder and train_state.states(self.folder):
-            self.first = train_state.load_state(self.folder, self.state(), self.about(), sharded=self.sharded)
+            self.first = train_state.load_state(self.folder, self.state(), self.about())
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that the next step depends on. They are written to disk, and read back in place."""
@@ -393,10 +393,9 @@ class Stage:
 
     def save(self, done: int) -> None:
         """Write the state into `folder/step-...`. All processes call it."""
-        engine, state, about = self.engine, self.state(), self.about()
+        engine = self.engine
         wait = engine.accelerator.wait_for_everyone
-        if self.sharded:
-            train_state.save_state(self.folder, done, state, about, engine.keep, main=engine.is_main, wait=wait)
-        elif engine.is_main:
-            train_state.save_state(self.folder, done, state, about, engine.keep)
+        train_state.save_state(
+            self.folder, done, self.state(), self.about(), engine.keep, main=engine.is_main, wait=wait
+        )
         wait()
