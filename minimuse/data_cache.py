@@ -39,9 +39,8 @@ from minimuse.data_captions import EXAMPLE_PROMPTS, vocabulary
 from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import Example, Problems, SceneDataset, Source
 from minimuse.text import TextEncoder
-from minimuse.train_budget import duration
 from minimuse.train_engine import Engine
-from minimuse.utils import atomic_write, content_hash, precision
+from minimuse.utils import atomic_write, content_hash, duration, precision
 from minimuse.vqgan import VQGAN
 
 # Choice: a logger, no warnings: Python shows a warning once a line of code, and each damaged part should be named.

@@ -41,20 +41,14 @@ def _newest(folder: Path) -> Path:
 
 
 def save_state(
-    folder: Path,
-    step: int,
-    tensors: dict[str, Tensor],
-    about: dict[str, Any],
-    keep: int = 2,
-    *,
-    main: bool = True,
-    wait: Callable[[], None] = lambda: None,
+    folder: Path, step: int, tensors: dict[str, Tensor], about: dict[str, Any], keep: int = 2, accelerator: Any = None
 ) -> None:
     """Tensors and `about` -> folder/step-..., of which the newest `keep` stay (0: all).
 
-    Several processes call it together, only one of them as `main`; `wait` is their barrier. OSError if the disk is
-    full. Earlier states stay untouched.
+    All processes of an accelerator call it together. OSError if the disk is full; earlier states stay untouched.
     """
+    main = accelerator is None or accelerator.is_main_process
+    wait = accelerator.wait_for_everyone if accelerator else lambda: None
     path = folder / f"step-{step:08d}"
     new = path.with_name(path.name + ".new")
     try:
@@ -78,6 +72,7 @@ def save_state(
         with suppress(OSError):  # on Windows another program may hold it open
             (old / STATE).unlink()  # first, so that a half-deleted state does not count
             shutil.rmtree(old)
+    wait()
 
 
 def load_state(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> int:

@@ -6,7 +6,6 @@ from itertools import count
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minimuse import train_budget as budget
 from minimuse.cfg import guided, null_text
@@ -16,18 +15,17 @@ from minimuse.sampler import SamplingConfig, decode
 from minimuse.text import Context
 from minimuse.train_budget import (
     count_flops,
-    duration,
     matmul_ceiling,
     optimizer_bytes,
     report,
     sampling_flops,
     saved_bytes,
-    si,
     stage_budget,
     stage_budgets,
 )
 from minimuse.train_engine import make_optimizers
 from minimuse.transformer import Layer, SelfAttention, Transformer
+from minimuse.utils import duration, si
 from minimuse.vqgan import ResBlock
 from minimuse.vqgan_loss import PatchDiscriminator
 
@@ -235,7 +233,7 @@ def test_sampling_costs_what_a_real_decode_costs():
 
     counted = sampling_flops(replace(NANO, base_sampling=how))
     alone = sampling_flops(replace(NANO, base_sampling=replace(how, steps=1, guidance=(0.0, 0.0))))
-    once = sum(budget._decode_flops(model, how, 64))
+    once = sum(budget.decode_flops(model, how, 64))
     assert once == count_flops(real)
     assert counted.base == 9 * alone.base  # t = 0 at the first of five steps: one branch there, two in the others
     assert counted[2:] == alone[2:]
