@@ -85,7 +85,7 @@ def train_tokenizer(
     losses = VQGANLoss(perceptual, config.perceptual_weight, config.adversarial_weight, config.adversarial_start)
     losses.to(engine.device, memory_format=torch.channels_last)
     modules = {"model": vqgan} | ({"critic": losses.discriminator} if losses.discriminator is not None else {})
-    job = Stage(engine, stage, config, modules, {"idle": vqgan.quantizer.watch_codes()})
+    job = Stage(engine, stage, config, modules, {"idle": vqgan.quantizer.track_usage()})
     last_layer = vqgan.decoder.conv_out.weight
     if job.first:
         yield Progress(stage, job.first, config.steps, {}, vqgan)

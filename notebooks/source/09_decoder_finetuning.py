@@ -288,9 +288,9 @@ Three more details make it work, each a line in [`vqgan.py`](../minimuse/vqgan.p
 """
 
 # %%
-from minimuse.vqgan import Level, ResBlock
+from minimuse.vqgan import ResBlock, UpBlock
 
-show(ResBlock, Level)
+show(ResBlock, UpBlock)
 
 # %% [markdown]
 r"""
