@@ -117,7 +117,9 @@ def _count(i: int, rng: Random) -> Ask:
 
 def _negative(i: int, rng: Random) -> Ask:
     pair, word = SEEN[i % 21], (*SIZES, *MATERIALS)[i % 4]
-    return Ask(noun_phrase(pair, 1, {}), _scene(rng, [_look(pair, ("", ""), rng)]), f"{' '.join(pair)}, not {word}", word)
+    return Ask(
+        noun_phrase(pair, 1, {}), _scene(rng, [_look(pair, ("", ""), rng)]), f"{' '.join(pair)}, not {word}", word
+    )
 
 
 def _around(*things: Thing) -> tuple[float, float, float, float]:

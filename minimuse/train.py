@@ -98,18 +98,18 @@ def train_tokenizer(
                 made = job.modules["model"](x)
             made = made._replace(images=made.images.float())
             with engine.precision():
-                loss = losses.generator(x, made.images, last_layer, step)
+                loss = losses.generator_loss(x, made.images, last_layer, step)
             loss = loss + made.codebook_loss + COMMITMENT * made.commitment_loss
             job.backward(loss / job.parts)
             figures = {"loss": loss, "l1": F.l1_loss(made.images, x), "mse": F.mse_loss(made.images, x)}
-            if losses.adversarial(step):
+            if losses.discriminator_active(step):
                 with engine.precision():
-                    critic = losses.critic(x, made.images, job.modules["critic"])
+                    critic = losses.discriminator_loss(x, made.images, job.modules["critic"])
                 job.backward(critic / job.parts)
                 figures["critic"] = critic
             shares.append({k: v.detach() / job.parts for k, v in figures.items()})
         job.update(step)
-        if losses.adversarial(step):
+        if losses.discriminator_active(step):
             job.update(step, "critic")
         figures = job.total(shares)
         figures["psnr"] = -10 * math.log10(max(figures.pop("mse"), 1e-10) / 4)

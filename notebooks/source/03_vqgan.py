@@ -497,7 +497,7 @@ last layer. Muse weighs the terms with 0.05 (perceptual) and 0.1 (adversarial).
 # %%
 from minimuse.vqgan_loss import PatchDiscriminator, VQGANLoss, adaptive_weight, hinge_discriminator
 
-show(PatchDiscriminator, hinge_discriminator, adaptive_weight, VQGANLoss.generator)
+show(PatchDiscriminator, hinge_discriminator, adaptive_weight, VQGANLoss.generator_loss)
 
 # %%
 opinion = PatchDiscriminator()(clear[:1])

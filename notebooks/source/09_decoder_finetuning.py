@@ -640,7 +640,7 @@ where $\theta$ are the weights of the decoder's last layer: $\lambda$ keeps both
 # %%
 from minimuse.vqgan_loss import VQGANLoss, adaptive_weight, hinge_discriminator
 
-show(adaptive_weight, hinge_discriminator, VQGANLoss.generator)
+show(adaptive_weight, hinge_discriminator, VQGANLoss.generator_loss)
 
 # %%
 torch.manual_seed(1)
