@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minimuse.baseline_dit import ddim, gaussians
 from minimuse.cfg import Guidance, get_guidance, guide, guided
-from minimuse.muse import Muse, _settings
+from minimuse.muse import Muse, sampling_settings
 from minimuse.sampler import LogitsFn, SamplingConfig, Step, decode
 from minimuse.transformer import Memory, Transformer
 
@@ -64,7 +64,7 @@ class LowRes(Muse):
             known = ", ".join(sorted(KNOWN[self.config.model]))
             raise TypeError(f"{', '.join(wrong)} means nothing to {self.config.name}, which is told {known}")
         draws = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
-        t, how = _settings(self.config.base_sampling, sampling)
+        t, how = sampling_settings(self.config.base_sampling, sampling)
         memories = [self.base.memory(context) for context in self.contexts(jobs)]
         if self.config.model == "dit":
             steps = self._denoise(guided(self.base, *memories, t), draws, how["steps"])

@@ -24,7 +24,7 @@ from torch import Tensor
 from minimuse.data_images import to_pil
 
 if TYPE_CHECKING:
-    from minimuse.intervals import Measured
+    from minimuse.eval_metrics import Estimate
     from minimuse.muse import Muse
     from minimuse.sampler import Step
 
@@ -136,7 +136,7 @@ def film(muse: "Muse", steps: Sequence["Step"], row: int = 0, most: int = 12) ->
     picture of the batch.
     """
     if not steps:
-        raise ValueError("no step came: collect them from muse.steps(...), or with watch=list.append")
+        raise ValueError("no step came: collect them from muse.steps(...), or with callback=list.append")
     count = min(most, len(steps))
     picks = [round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)]
     picks = [steps[i] for i in picks]
@@ -197,7 +197,7 @@ def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool]
 
 
 def tradeoff(
-    series: Mapping[str, Mapping[str, tuple["Measured", "Measured"]]],
+    series: Mapping[str, Mapping[str, tuple["Estimate", "Estimate"]]],
     x: str,
     y: str,
     lower: tuple[bool, bool] = (True, False),

@@ -1,4 +1,4 @@
-"""cli.py, commands.py: every command from its words to its files, in this process, on a tiny saved Muse."""
+"""cli.py: each command from its arguments to its files, in this process, with a tiny saved Muse."""
 
 import hashlib
 import json
@@ -282,7 +282,7 @@ def test_like_refuses_what_it_cannot_draw_again(run, here, image, folder):
     (here / "text.png").write_text("no picture")
     before = files(here)
     refused(run("generate", "--like", "picture.png"), "picture.png holds no settings of minimuse")
-    refused(run("generate", "--like", "text.png"), "text.png is no picture that can be read")
+    refused(run("generate", "--like", "text.png"), "text.png cannot be read")
     refused(run("generate", "--like", "none.png"), "none.png")
     refused(run("generate", "--like", "inpainted.png"), "made by inpaint from another picture")
     refused(run("generate", "--like", "x.png", "--seed", 5), "--like takes seed and settings from the picture")
@@ -335,8 +335,8 @@ def test_pictures_that_cannot_be_read(run, here, image):
     (here / "text.png").write_text("no picture")
     (here / "empty.png").write_bytes(b"")
     Image.fromarray(image[:9]).save("small.png")
-    refused(run("edit", "text.png", A), "text.png is no picture that can be read")
-    refused(run("edit", "empty.png", A), "empty.png is no picture that can be read")
+    refused(run("edit", "text.png", A), "text.png cannot be read")
+    refused(run("edit", "empty.png", A), "empty.png cannot be read")
     refused(run("edit", "none.png", A), "none.png")
     refused(run("edit", ".", A), "")
     refused(run("inpaint", "picture.png", "text.png", A), "text.png is no picture")
@@ -345,7 +345,7 @@ def test_pictures_that_cannot_be_read(run, here, image):
     refused(run("outpaint", "picture.png", A, "--padding", 1, 2), "--padding has 2 numbers")
     refused(run("outpaint", "picture.png", A, "--padding", 0), "padding 0")
     (here / "giant.png").write_bytes(giant_png())
-    refused(run("edit", "giant.png", A), "giant.png is no picture that can be read, it is too huge")
+    refused(run("edit", "giant.png", A), "giant.png cannot be read, it is too large")
     for keep in (20, 40, 100, len(whole) // 2):
         (here / "cut.png").write_bytes(whole[:keep])
         refused(run("edit", "cut.png", A), "")

@@ -247,7 +247,7 @@ def quality(vqgan):
     return psnr(held_out, vqgan.decode(tokens))
 
 
-curve = [(p.step, p.figures["psnr"]) for p in train_tokenizer(small, first, images)]
+curve = [(p.step, p.metrics["psnr"]) for p in train_tokenizer(small, first, images)]
 before = quality(small)
 print(f"small decoder: {before.mean():.2f} dB on held-out scenes")
 
@@ -523,14 +523,14 @@ has no history yet. The rise of the small one is what *more steps* would have br
 """
 
 # %%
-from minimuse.intervals import difference
+from minimuse.eval_metrics import paired_difference
 
 for name, vqgan in runners.items():
     after = quality(vqgan)
     print(
-        f"{name:>18}: {before.mean():.2f} -> {after.mean():.2f} dB, gain {difference(after, before)}"
+        f"{name:>18}: {before.mean():.2f} -> {after.mean():.2f} dB, gain {paired_difference(after, before)}"
     )
-gain = difference(quality(runners["grown"]), quality(runners["small, trained on"]))
+gain = paired_difference(quality(runners["grown"]), quality(runners["small, trained on"]))
 print(f"grown over small, same steps: {gain}")
 print(
     "\nencoder and codebook:", fingerprint(grown.encoder, grown.quantizer), "- as before:", end=" "
@@ -647,7 +647,7 @@ torch.manual_seed(1)
 sharp = small.grow_decoder(muse.config.finetuned_tokenizer)
 with_critic = replace(recipe, adversarial_weight=0.4, adversarial_start=0)
 log = [
-    (p.step, p.figures["critic"], quality(sharp).mean().item() if p.step % look == 0 else None)
+    (p.step, p.metrics["discriminator_loss"], quality(sharp).mean().item() if p.step % look == 0 else None)
     for p in train_tokenizer(sharp, with_critic, images)
 ]
 
