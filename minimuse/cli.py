@@ -482,7 +482,8 @@ def eval_(args: argparse.Namespace) -> None:
     """Print the tables of the report."""
     from minimuse.eval_run import measure
 
-    measure(**{name: value for name, value in vars(args).items() if name != "run"})
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "kinds")}
+    measure(**options, tasks=args.kinds)
     print((args.out / "eval.md").read_text(encoding="utf-8"))
 
 
