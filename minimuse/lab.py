@@ -40,8 +40,7 @@ from minimuse.eval_metrics import Estimate, jackknife, mean_interval, paired_dif
 from minimuse.lab_samplers import GROUPS, Outcome, check_samples, preset_settings, run
 from minimuse.lab_worlds import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World
 from minimuse.masking import get_schedule, reveal_counts
-from minimuse.sampler import ORDERS, Order, by_rank, confidence, decode, entropy_bound, halton_rank
-from minimuse.sampler import _is_adaptive as is_adaptive
+from minimuse.sampler import ORDERS, Order, by_rank, confidence, decode, entropy_bound, halton_rank, is_adaptive
 from minimuse.utils import atomic_write
 
 if TYPE_CHECKING:
@@ -244,7 +243,7 @@ class Report:
         ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
         values, margins = [], []
         for i, (label, cells) in enumerate(lines.items()):
-            mean, margin = zip(*((c[metric].value, c[metric].high - c[metric].value) for c in cells), strict=True)
+            mean, margin = zip(*((c[metric].value, c[metric].margin) for c in cells), strict=True)
             style = {"marker": "osD^vP"[i % 6], "ls": ("-", "--", ":", "-.")[i % 4], "capsize": 3, "ms": 4, "lw": 1.4}
             ax.errorbar([c.nfe for c in cells], mean, margin, label=label, **style)
             values += mean
@@ -285,7 +284,7 @@ def _shown(cell: Cell, metric: str, base: Cell | None = None) -> str:
     if metric not in cell.groups or (base and metric not in base.groups):
         return ""
     found = paired_difference(cell.groups[metric], base.groups[metric]) if base else cell[metric]
-    half = found.high - found.value
+    half = found.margin
     digits = min(7, max(2, 1 - math.floor(math.log10(half)))) if half > 0 else 4
     text = f"{round(found.value, digits) + 0.0:.{digits}f} ± {half:.{digits}f}"
     if base:

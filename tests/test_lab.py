@@ -95,14 +95,10 @@ def squared_distances(world, p, q):
     return singles, sum(pairs) / len(pairs)
 
 
-def margin(estimate):
-    return estimate.high - estimate.value
-
-
 def assert_near(groups, expected):
     """Twice the interval holds the enumerated value; with a fixed seed, chance fails this once in 10,000 cases."""
     found = mean_interval(groups)
-    assert abs(found.value - expected) <= max(2 * margin(found), 1e-6), f"{found}, enumerated {expected}"
+    assert abs(found.value - expected) <= max(2 * found.margin, 1e-6), f"{found}, enumerated {expected}"
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -180,7 +176,7 @@ def test_confidence_against_everything_that_can_be_drawn(world, counts):
     singles, pairs = squared_distances(world, p, q)
     assert_near(groups["singles"], singles)
     assert_near(groups["pairs"], pairs)
-    assert singles > 4 * margin(mean_interval(groups["singles"])), "this case has the power to tell"
+    assert singles > 4 * mean_interval(groups["singles"]).margin, "this case has the power to tell"
 
 
 def test_an_exact_sampler_has_no_error():
@@ -259,8 +255,8 @@ def test_paired_difference_of_two_cells():
     p = truth(CHAIN)
     expected = (kl(p, product_q(CHAIN, [[0, 1], [2, 3]])) - kl(p, product_q(CHAIN, [[1, 2], [0, 3]]))) / 4
     found = paired_difference(a.groups["kl"], b.groups["kl"])
-    assert abs(found.value - expected) <= 2 * margin(found)
-    assert abs(found.value) > 2 * margin(found), "this case has the power to tell"
+    assert abs(found.value - expected) <= 2 * found.margin
+    assert abs(found.value) > 2 * found.margin, "this case has the power to tell"
     assert found.value == pytest.approx(a["kl"].value - b["kl"].value)
 
 
