@@ -30,18 +30,19 @@ from torch import Tensor
 
 from minimuse import Muse, transformer
 from minimuse.config import MuseConfig, preset
-from minimuse.data_captions import _RELATIONS, _phrase
-from minimuse.data_images import SceneDataset, to_float
+from minimuse.data_captions import RELATION_PHRASES, noun_phrase
+from minimuse.data_images import to_float
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES, Thing, relations
+from minimuse.data_sources import SceneDataset
 from minimuse.intervals import Measured, mean, share
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import train_transformer
 from minimuse.train_engine import Engine
-from minimuse.transformer import Transformer
+from minimuse.transformer import Transformer, init_from_codebook
 from minimuse.utils import atomic_write, precision
 
 WAYS = {"projected": 0, "ahead and back": 1, "every way": 1, "told outright": 0}  # -> text_layers
-SHARES = (25, 55, 20)  # of scenes with one, two and three things
+FRACTIONS = (25, 55, 20)  # of scenes with one, two and three things
 SWAPS = ("things", "colours")
 WORDS = (*COLORS, *SHAPES, *SIZES, *MATERIALS, "left", "right", "front", "behind", "beside")
 
@@ -65,19 +66,19 @@ def told(things: tuple[Thing, ...], width: int) -> Tensor:
 def pairs(n: int, size: int) -> tuple[SceneDataset, list[int], list[list[tuple[Thing, ...]]], list[list[str]]]:
     """n held-out scenes of two things that differ in colour and shape: data set, indices, and true, things swapped,
     colours swapped, as things and as captions."""
-    scenes, rng = SceneDataset(100 * n, size, split="test", shares=(0, 100, 0), seed=77), Random(0)
+    scenes, rng = SceneDataset(100 * n, size, split="test", fractions=(0, 100, 0), seed=77), Random(0)
     which, things, captions = [], [], []
     for i in range(len(scenes)):
         a, b = scenes.scene(i).things
         names = sorted(relations(a, b) - {"beside"})
         if a.color == b.color or a.shape == b.shape or not names:
             continue
-        stands = rng.choice(_RELATIONS[rng.choice(names)])
+        stands = rng.choice(RELATION_PHRASES[rng.choice(names)])
         looks = {k: {f: getattr(t, f) for f in ("color", "shape", "size", "material")} for k, t in (("a", a), ("b", b))}
         recolored = replace(a, color=b.color), replace(b, color=a.color)
         things.append([(a, b), (replace(a, **looks["b"]), replace(b, **looks["a"])), recolored])
         said = [(a, b), (b, a), recolored]
-        captions.append([f" {stands} ".join(_phrase((t.color, t.shape), 1, {}) for t in two) for two in said])
+        captions.append([f" {stands} ".join(noun_phrase((t.color, t.shape), 1, {}) for t in two) for two in said])
         which.append(i)
         if len(which) == n:
             break
@@ -87,13 +88,13 @@ def pairs(n: int, size: int) -> tuple[SceneDataset, list[int], list[list[tuple[T
 @contextmanager
 def looking_everywhere(really: bool):
     """Inside, and only if `really`, the heads that read the text look everywhere alike."""
-    before = transformer.ahead_and_back
+    before = transformer.directional_bias
     if really:
-        transformer.ahead_and_back = lambda mask, heads: mask[:, None, None]
+        transformer.directional_bias = lambda mask, heads: mask[:, None, None]
     try:
         yield
     finally:
-        transformer.ahead_and_back = before
+        transformer.directional_bias = before
 
 
 @torch.no_grad()
@@ -130,7 +131,7 @@ def study(muse: Muse, config: MuseConfig, out: Path, ways: list[str], n: int, te
             raise ValueError(f"{path} is of {kept}, not {settings}; give the same numbers, or another --out")
     if not missing:
         return results
-    scenes = SceneDataset(n, size, seed=5, shares=SHARES, k=3, synonyms=0.5)
+    scenes = SceneDataset(n, size, seed=5, fractions=FRACTIONS, k=3, synonyms=0.5)
     tokens = tokens_of(muse, scenes, list(range(n)))
     print(f"{n} scenes rendered", flush=True)
     captions = [scenes.captions(i) for i in range(n)]
@@ -143,7 +144,7 @@ def study(muse: Muse, config: MuseConfig, out: Path, ways: list[str], n: int, te
         texts = [[told(scenes.scene(i).things, width)] if outright else rows[3 * i : 3 * i + 3] for i in range(n)]
         torch.manual_seed(0)
         model = Transformer(replace(config.base, text_layers=WAYS[way]))
-        model.init_from_codebook(muse.low_tokenizer.codebook)
+        init_from_codebook(model, muse.low_tokenizer.codebook)
         with looking_everywhere(way == "every way"):
             for p in train_transformer(model, config.stages["base"], tokens, texts, engine=Engine(seed=0)):
                 if p.step % 50 == 0:

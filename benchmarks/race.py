@@ -38,9 +38,9 @@ from minimuse import Muse
 from minimuse.baseline_ar import LowRes
 from minimuse.baseline_dit import latents
 from minimuse.config import MuseConfig, rival
-from minimuse.corpus import Corpus
-from minimuse.data_images import SceneDataset, area_downsample, to_float
-from minimuse.data_sources import open_source
+from minimuse.data_cache import TrainingData
+from minimuse.data_images import area_downsample, to_float
+from minimuse.data_sources import SceneDataset, open_source
 from minimuse.eval_detector import Reader
 from minimuse.eval_metrics import frechet
 from minimuse.eval_prompts import matches, parse_prompt
@@ -52,6 +52,7 @@ from minimuse.text import Context, pad_contexts
 from minimuse.train import Decimated, MaskedLoss, NextLoss, train_dit, train_transformer
 from minimuse.train_budget import count_flops
 from minimuse.train_engine import Engine, generator
+from minimuse.transformer import init_from_codebook
 from minimuse.utils import atomic_write
 
 PARTS = ("race", "likelihood", "identity", "stages", "guidance")
@@ -107,11 +108,11 @@ class Race:
     # --- training -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def corpus(self) -> Corpus:
+    def corpus(self) -> TrainingData:
         """Scenes as nano's, the tokens of its own tokenizers, its captions' embeddings: computed once."""
         config = replace(self.config, scenes=self.train_scenes)
         source, engine = open_source("scenes", config, seed=0), Engine(device="cpu")
-        corpus = Corpus(self.out / "cache", source, config, engine, self.nano.encoder)
+        corpus = TrainingData(self.out / "cache", source, config, engine, self.nano.encoder)
         for work in (
             corpus.read(),
             corpus.tokenize("low", self.nano.low_tokenizer),
@@ -151,7 +152,7 @@ class Race:
                 images = Decimated(self.corpus.split(self.corpus.images), self.factor)
                 run = train_dit(model, stage, latents(self.nano.low_tokenizer, images), texts, **how)
             else:
-                model.init_from_codebook(parts["low_tokenizer"].codebook)
+                init_from_codebook(model, parts["low_tokenizer"].codebook)
                 tokens = self.corpus.split(self.corpus.tokens["high" if fine else "low"])
                 run = train_transformer(model, stage, tokens, texts, **how)
             watched(run, name)

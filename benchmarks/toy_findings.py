@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from timing import HERE, machine, markdown, save, write_readme
 
-from minimuse.data_captions import _RELATIONS
+from minimuse.data_captions import RELATION_PHRASES
 from minimuse.eval_run import RISING, measure, table
 from minimuse.intervals import Measured, share
 
@@ -57,7 +57,7 @@ def run(name: str, out: Path, how: dict[str, Any]) -> dict[str, Any]:
 def by_relation(rows: list[dict[str, Any]]) -> dict[str, Measured]:
     """Rows of kind "relations" -> what is right of each; a row's group names it, as "red cube left gray sphere"."""
     found = {}
-    for name in _RELATIONS:
+    for name in RELATION_PHRASES:
         mine = [row for row in rows if name in row["group"].split()]
         if mine:
             found[f"right, {name}"] = share([row["right"] for row in mine], [row["group"] for row in mine])

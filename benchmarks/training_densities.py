@@ -25,10 +25,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from minimuse import Muse
-from minimuse.corpus import Corpus
-from minimuse.data_cache import fingerprint
-from minimuse.data_images import SceneDataset, area_downsample, to_float
-from minimuse.data_sources import open_source
+from minimuse.data_cache import TrainingData
+from minimuse.data_images import area_downsample, to_float
+from minimuse.data_sources import SceneDataset, open_source
 from minimuse.intervals import mean
 from minimuse.judge import GROUPS, Estimate, estimate
 from minimuse.lab_models import MuseJudge
@@ -37,7 +36,8 @@ from minimuse.text import Context
 from minimuse.train import train_transformer
 from minimuse.train_engine import Engine, generator
 from minimuse.train_state import RUN, open_run
-from minimuse.transformer import Transformer
+from minimuse.transformer import Transformer, init_from_codebook
+from minimuse.utils import content_hash
 
 DENSITIES: dict[str, Schedule] = {
     "cosine (Muse)": SCHEDULES["cosine"],
@@ -49,13 +49,13 @@ DECODING = (4, 16)
 Result = dict[str, list[float]]  # measure -> GROUPS values, as of a lab's cell
 
 
-def train(config: Any, name: str, curve: Schedule, corpus: Corpus, codebook: Any, engine: Engine) -> Transformer:
+def train(config: Any, name: str, curve: Schedule, corpus: TrainingData, codebook: Any, engine: Engine) -> Transformer:
     """The base model from nothing under a density; goes on with what `engine.folder` holds."""
     SCHEDULES[name] = curve  # so that the stage's configuration can name it
     stage = replace(config.stages["base"], mask_schedule=name, save_every=250, eval_every=10**9)
     torch.manual_seed(engine.seed)
     base = Transformer(config.base)
-    base.init_from_codebook(codebook)
+    init_from_codebook(base, codebook)
     rows = corpus.split(corpus.tokens["low"]), corpus.split(corpus.texts)
     for p in train_transformer(base, stage, *rows, engine=engine):
         if p.step % 100 == 0:
@@ -66,7 +66,7 @@ def train(config: Any, name: str, curve: Schedule, corpus: Corpus, codebook: Any
 def bounder(muse: Muse, samples: int, draws: int = 8, batch: int = 128) -> Callable[[Transformer], list[float]]:
     """-> base model -> GROUPS means of its bound on held-out scenes, the same masks for every model."""
     side, low = (getattr(muse.config, f"{name}_tokenizer").image_size for name in ("high", "low"))
-    scenes = SceneDataset(samples, side, "test", seed=1, shares=muse.config.shares, k=1)
+    scenes = SceneDataset(samples, side, "test", seed=1, fractions=muse.config.fractions, k=1)
     images, captions = (
         to_float(area_downsample(scenes.images(), side // low)),
         [scenes.captions(i)[0] for i in range(samples)],
@@ -94,13 +94,13 @@ def study(
     stage = replace(muse.config.stages["base"], steps=steps)
     config = replace(muse.config, stages={**muse.config.stages, "base": stage})
     engine = Engine(folder=out)
-    corpus = Corpus(out / "cache", open_source("scenes", config), config, engine, muse.encoder)
+    corpus = TrainingData(out / "cache", open_source("scenes", config), config, engine, muse.encoder)
     for work in (corpus.read, lambda: corpus.tokenize("low", muse.low_tokenizer), corpus.embed):
         for done, of in work():
             print(f"  cache: {done} of {of}", flush=True)
     trained = Muse(config, nn.ModuleDict({**muse.parts, "base": Transformer(config.base)}), muse.encoder)
     judge, bound, results = MuseJudge(trained, samples), bounder(muse, samples), {name: [] for name in densities}
-    shared = {"steps": steps, "samples": samples, "tokens": fingerprint(muse.low_tokenizer.state_dict())}
+    shared = {"steps": steps, "samples": samples, "tokens": content_hash(muse.low_tokenizer.state_dict())}
     for seed in range(seeds):  # all densities first, so that a stopped study compares them already
         for name, curve in densities.items():
             folder = out / "runs" / f"{''.join(c for c in name if c.isalnum())}-{seed}"

@@ -81,15 +81,15 @@ def guided(
     """A model and two memories -> the LogitsFn (tokens (B, N), u) -> guided logits (B, N, V).
 
     Both branches run as one batch of 2B; where t = 0 the second is left out. `uncond` is the memory of `null_text`, or
-    of a negative prompt. What else the function is given goes to the model (a diffusion's time, `baseline_dit.py`).
+    of a negative prompt.
     """
     scale = get_guidance(guidance)
     both = cond.cat(uncond)
 
-    def logits_fn(tokens: Tensor, u: float, *more: Tensor) -> Tensor:
+    def logits_fn(tokens: Tensor, u: float) -> Tensor:
         t = scale(u)
         if t == 0:
-            return model(tokens, cond, *more)
-        return guide(*model(torch.cat([tokens, tokens]), both, *more).chunk(2), t)
+            return model(tokens, cond)
+        return guide(*model(torch.cat([tokens, tokens]), both).chunk(2), t)
 
     return logits_fn

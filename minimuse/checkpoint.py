@@ -30,7 +30,7 @@ SHIPPED = Path(__file__).parent / "checkpoints"
 FORMAT = "minimuse-1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # fields of a configuration that say nothing of what is drawn
-NOT_DRAWN = ("name", "stages", "scenes", "captions", "shares", "synonyms", "pixels_gib", "text_gib", "dropout")
+NOT_DRAWN = ("name", "stages", "scenes", "captions", "fractions", "synonyms", "pixels_gib", "text_gib", "dropout")
 NOT_DRAWN += ("edit_guidance",)  # of edits alone, and each tells its own
 
 
@@ -167,8 +167,6 @@ def card(config: MuseConfig, weights: Mapping[str, Tensor], about: Mapping[str, 
     low = f"{config.low_tokenizer.image_size} px ({config.base.grid}x{config.base.grid} tokens)"
     high = f"{config.high_tokenizer.image_size} px ({config.superres.grid}x{config.superres.grid} tokens)"
     what = f"A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {low} to {high}."
-    if config.model != "muse":
-        what = f"A rival of Muse's base model made by minimuse ({config.model}): {low}, no super-resolution."
     sizes = "\n".join(f"| {name} | {n:,} |" for name, n in parts.items())
     rows = [(name, f"{s.steps:,}", s.batch, f"{s.learning_rate:g}", s.optimizer) for name, s in config.stages.items()]
     stages = "\n".join("| {} | {} | {} | {} | {} |".format(*row) for row in rows)

@@ -81,12 +81,16 @@ def _drawing(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _training(command: Callable[..., argparse.ArgumentParser]) -> None:
     """train, average, doctor."""
-    from minimuse.config import RIVALS, STAGES
+    from minimuse.config import STAGES
 
     add = command(train, "train a Muse from nothing, or go on with a run", "seed", "half", "device").add_argument
     add("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     add("--out", type=Path, required=True, help="folder for the run: states, log, pictures, checkpoint")
-    add("--model", choices=RIVALS, help="another one for low resolution, of the base's size (default: Muse)")
+    add(
+        "--model",
+        choices=("masked", "ar", "dit"),
+        help="another one for low resolution, of the base's size (default: Muse)",
+    )
     add("--data", default="scenes", help="a folder of captioned images, or tar shards (default: scenes)")
     add("--set", action="append", default=[], metavar="PATH=VALUE", help="such as stages.base.steps=500")
     add("--resume", action="store_true", help="go on with the run in --out, where it was stopped")

@@ -176,7 +176,7 @@ def _configuration(args: argparse.Namespace) -> Any:
     """Preset, file or, to resume, the run's own; then what --set changes."""
     from minimuse import checkpoint
     from minimuse import train_state as runs
-    from minimuse.config import PRESETS, changed, preset, rival
+    from minimuse.config import PRESETS, changed, preset
 
     if args.resume and args.preset is None:
         if not (args.out / runs.RUN).exists():
@@ -192,22 +192,20 @@ def _configuration(args: argparse.Namespace) -> Any:
         values = checkpoint.read_json(Path(args.preset))
         whole = values if isinstance(values, dict) and "config" in values else {"config": values}
         config = checkpoint.configuration(whole, Path(args.preset))
-    return changed(rival(config, args.model) if args.model else config, args.set)
+    if args.model:
+        raise NotImplementedError("--model: the baselines are moving to files of their own")
+    return changed(config, args.set)
 
 
 def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
     """What a run would take, printed before any of it; nothing is written."""
-    from minimuse.corpus import Corpus
+    from minimuse.data_cache import TrainingData
     from minimuse.text import TextEncoder
     from minimuse.train_budget import report
     from minimuse.train_engine import Engine
 
-    if config.model != "muse":
-        raise ValueError(
-            f"--dry-run counts a whole Muse; {config.name} is a rival of its base model: leave out --model"
-        )
     engine, encoder = Engine(device=args.device), TextEncoder(config.text_encoder, max_tokens=config.text_tokens)
-    print(Corpus(args.out / "cache", source, config, engine, encoder.to(engine.device)).preview())
+    print(TrainingData(args.out / "cache", source, config, engine, encoder.to(engine.device)).preview())
     ceiling = args.ceiling and args.ceiling * 1e12
     print(report(config, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))
 
@@ -325,14 +323,14 @@ def info(args: argparse.Namespace) -> None:
         config = preset(name) if name in PRESETS else checkpoint.load(name)[0]
         sizes = parameter_counts(config)
         print(f"{name}: {sum(sizes.values()) / 1e6:,.1f}M parameters, text from {config.text_encoder}")
-        for part, size in (("base", "low"), ("superres", "high"))[: 2 if config.model == "muse" else 1]:
+        for part, size in (("base", "low"), ("superres", "high")):
             model, tokenizer = getattr(config, part), getattr(config, f"{size}_tokenizer")
             print(
                 f"  {part:9} {sizes[part] / 1e6:8,.1f}M  {model.layers} layers x {model.width}, MLP {model.mlp_width}; "
                 f"{tokenizer.image_size} px, f={tokenizer.downsampling}: {model.grid}x{model.grid} tokens of "
                 f"{model.codebook_size} codes; {getattr(config, f'{part}_sampling').steps} steps"
             )
-        high = f" and, fine-tuned, {sizes['high_tokenizer'] / 1e6:,.1f}M" if config.model == "muse" else ""
+        high = f" and, fine-tuned, {sizes['high_tokenizer'] / 1e6:,.1f}M"
         print(f"  tokenizers {sizes['low_tokenizer'] / 1e6:,.1f}M{high}")
     if not args.names:
         print(f"shipped checkpoints: {', '.join(checkpoint.shipped()) or 'none'}")

@@ -71,14 +71,13 @@ class MuseConfig:
     finetuned_blocks: tuple[int, ...]
     scenes: int  # training scenes rendered, if the data are scenes
     captions: int  # captions a scene
-    shares: tuple[float, float, float] = (45, 35, 20)  # of scenes with 1, 2 and 3 things
+    fractions: tuple[float, float, float] = (45, 35, 20)  # of scenes with 1, 2 and 3 things
     synonyms: float = 0.0  # share of the scenes' captions told in other words too (captions.SYNONYMS)
     stages: dict[str, StageConfig] = field(default_factory=dict)
     low_tokenizer_from: str = ""  # a diffusers VQModel, hub id or folder, in place of training one (`amused.py`)
     pixels_gib: float = 32.0  # Choice: images kept as pixels, enough to train tokenizers on; the rest is read once more
     text_gib: float = 64.0  # embedded captions kept on disk; where they need more, they are encoded at every step
     edit_guidance: float = 4.0  # t of a mask-free edit; the paper's (3.3.2)
-    model: str = "muse"  # or one of RIVALS in the base model's place: the low-resolution stage alone (`baseline_ar.py`)
 
     @property
     def finetuned_tokenizer(self) -> VQGANConfig:
@@ -105,17 +104,11 @@ class MuseConfig:
             a >= b for a, b in zip(self.finetuned_blocks, high.decoder_blocks, strict=True)
         )
         require(ok, "the fine-tuned decoder is smaller than high_tokenizer's; give at least its width and blocks")
-        known = ("muse", *RIVALS)
-        require(self.model in known, f"unknown model {self.model!r}; known: {', '.join(known)}")
-        ok = self.model != "dit" or not self.low_tokenizer_from
-        require(ok, "a dit draws what our own encoder gives before quantization; leave low_tokenizer_from empty")
-        require(self.base.causal == (self.model == "ar"), f"a base with causal={self.base.causal} is no {self.model}")
         require(self.edit_guidance >= 0, f"edit_guidance {self.edit_guidance} is negative; give 0 or more")
         require(0 <= self.synonyms <= 1, f"synonyms {self.synonyms} is not in [0, 1]; give a share")
 
 
 STAGES = ("low_tokenizer", "base", "high_tokenizer", "superres", "decoder")
-RIVALS = ("masked", "ar", "dit")  # Muse's base model by itself, autoregression, diffusion
 
 
 def _square(width: int, multiplier: int = 4) -> dict[str, int]:
@@ -153,7 +146,7 @@ def nano() -> MuseConfig:
         finetuned_blocks=(2, 2, 1),
         scenes=5000,
         captions=2,
-        shares=(67, 24, 9),
+        fractions=(67, 24, 9),
         stages={
             "low_tokenizer": tokenizing,
             "base": masked,
@@ -192,7 +185,7 @@ def toy() -> MuseConfig:
         edit_guidance=1.0,  # Deviation: with the paper's 4 a hundred iterations redraw shape and size too
         scenes=60_000,
         captions=4,
-        shares=(25, 55, 20),
+        fractions=(25, 55, 20),
         synonyms=0.5,
         stages={
             "low_tokenizer": tokenizing,
@@ -262,24 +255,6 @@ def preset(name: str) -> MuseConfig:
     """A preset by name."""
     require(name in PRESETS, f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]()
-
-
-def rival(config: MuseConfig, model: str) -> MuseConfig:
-    """`config`'s low-resolution stage with another model of its size: "masked" (the base itself), "ar" or "dit".
-
-    Choice: a DiT's adaLN-Zero takes 6 D^2 a layer beside the 16 D^2 of ours, so it is narrower: D sqrt(16 / 22).
-    """
-    require(config.model == "muse", f"{config.name} is a rival already; begin from a whole Muse's configuration")
-    base, sampling = config.base, config.base_sampling
-    if model == "ar":
-        base = replace(base, causal=True)
-        sampling = replace(sampling, steps=base.tokens, order="raster", guidance=(1.0, 1.0), choice_temperature=0.0)
-    elif model == "dit":
-        width = round(base.width * (16 / 22) ** 0.5 / (2 * base.heads)) * 2 * base.heads
-        base = replace(base, width=width, mlp_width=4 * width, identity=True)
-        sampling = replace(sampling, steps=50, guidance=(2.0, 2.0))
-    stages = {name: config.stages[name] for name in ("low_tokenizer", "base") if name in config.stages}
-    return replace(config, model=model, name=f"{config.name}-{model}", base=base, base_sampling=sampling, stages=stages)
 
 
 def changed(config: MuseConfig, changes: list[str]) -> MuseConfig:

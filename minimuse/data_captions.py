@@ -73,9 +73,9 @@ EXAMPLE_PROMPTS = (
     "three brown cylinders",
 )
 _NUMBERS = ("", "a", "two", "three")
-_OPENINGS = ("a photo of", "a picture of", "a picture with", "there")  # "there" takes "is" or "are"
-_FLOOR = "on a gray floor"
-_RELATIONS = {"left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
+OPENINGS = ("a photo of", "a picture of", "a picture with", "there")  # "there" takes "is" or "are"
+FLOOR_PHRASE = "on a gray floor"
+RELATION_PHRASES = {"left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
               "front": ("in front of",), "behind": ("behind",), "beside": ("next to",)}  # fmt: skip
 
 
@@ -100,11 +100,11 @@ def caption(scene: Scene, seed: int, *, style: str = "any", paraphrase: bool = F
     said = {word: rng.choice(PARAPHRASES[word]) for word in swapped}
     if synonyms and not paraphrase and (other := Random(f"synonyms/{seed}")).random() < synonyms:
         said = {word: other.choice(SYNONYMS[word]) for word in words if other.random() < 0.6}
-    told = [(_phrase(group, len(things), said), things) for group, things in groups.items()]
-    return _sentence(rng.sample(told, len(told)), _FLOOR if long and rng.random() < 0.5 else "", rng)
+    told = [(noun_phrase(group, len(things), said), things) for group, things in groups.items()]
+    return _sentence(rng.sample(told, len(told)), FLOOR_PHRASE if long and rng.random() < 0.5 else "", rng)
 
 
-def _phrase(words: tuple[str, ...], number: int, said: dict[str, str]) -> str:
+def noun_phrase(words: tuple[str, ...], number: int, said: dict[str, str]) -> str:
     """("red", "metal", "cube"), 2 -> "two red metal cubes"; as an adjective it moves ahead: "two shiny red boxes"."""
     early = [word for word in words if word in SIZES or (word in MATERIALS and word in said)]
     words = [said.get(word, word) for word in early + [word for word in words if word not in early]]
@@ -119,14 +119,14 @@ def _sentence(told: list[tuple[str, list[Thing]]], floor: str, rng: Random) -> s
     for i, (_, things) in enumerate(told):
         rest = told[:i] + told[i + 1 :]
         pairs = [relations(a, b) for a in things for _, others in rest for b in others]
-        true += [(i, name) for name in _RELATIONS if pairs and all(name in pair for pair in pairs)]
+        true += [(i, name) for name in RELATION_PHRASES if pairs and all(name in pair for pair in pairs)]
     subject, phrases = "", [phrase for phrase, _ in told]
-    opening, is_ = rng.choice(_OPENINGS) if rng.random() < 0.3 else "", ""
+    opening, is_ = rng.choice(OPENINGS) if rng.random() < 0.3 else "", ""
     if true and rng.random() < 0.75:
         i, name = rng.choice(true)
         first = phrases.pop(i)
         is_ = _be(first) if not opening and rng.random() < 0.25 else ""
-        subject = f"{first} {is_} {rng.choice(_RELATIONS[name])}"
+        subject = f"{first} {is_} {rng.choice(RELATION_PHRASES[name])}"
     if opening == "there":
         opening = f"there {_be(subject or phrases[0])}"
     listed = ", ".join(phrases[:-1]) + " and " * (len(phrases) > 1) + phrases[-1]
@@ -140,6 +140,15 @@ def _be(phrase: str) -> str:
 def vocabulary(synonyms: bool = False) -> list[str]:
     """All words that training captions can contain, sorted; with those of SYNONYMS where they are told in them too."""
     shapes = [*SHAPES, *(word for shape in SHAPES for word in SYNONYMS[shape] if synonyms)]
-    texts = (*COLORS, *SHAPES, *SIZES, *MATERIALS, *_NUMBERS, *_OPENINGS, *sum(_RELATIONS.values(), ()), _FLOOR)
+    texts = (
+        *COLORS,
+        *SHAPES,
+        *SIZES,
+        *MATERIALS,
+        *_NUMBERS,
+        *OPENINGS,
+        *sum(RELATION_PHRASES.values(), ()),
+        FLOOR_PHRASE,
+    )
     texts += ("an", *sum(SYNONYMS.values(), ())) if synonyms else ()
     return sorted({word for text in texts for word in text.split()} | {s + "s" for s in shapes} | {"and", "is", "are"})

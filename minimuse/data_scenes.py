@@ -33,7 +33,7 @@ MATERIALS = ("rubber", "metal")
 SPLITS = ("train", "test", "novel")
 HELD_OUT = frozenset((list(COLORS)[4 + s], shape) for s, shape in enumerate(SHAPES))  # brown cube, purple sphere, ...
 MAX_THINGS = 3
-SHARES = (45, 35, 20)  # of scenes with 1, 2 and 3 things
+FRACTIONS = (45, 35, 20)  # of scenes with 1, 2 and 3 things
 
 _RADIUS = {"small": 0.62, "large": 1.0}
 _WIDTH, _HEIGHT = (0.75, 1.0, 0.78), (0.75, 1.0, 0.84)  # half-width and half-height of each of SHAPES, in radii
@@ -83,11 +83,11 @@ def is_novel(thing: Thing) -> bool:
 
 
 def sample_scene(
-    seed: int, *, split: str = "train", n_things: int | None = None, shares: tuple[float, ...] = SHARES
+    seed: int, *, split: str = "train", n_things: int | None = None, fractions: tuple[float, ...] = FRACTIONS
 ) -> Scene:
     """Seed and split -> Scene of 1 to 3 things, each in frame, mostly visible and clearly beside or behind the others.
 
-    Without `n_things`, `shares` says how often there are 1, 2 and 3. The split's name is part of the seed, so "test"
+    Without `n_things`, `fractions` says how often there are 1, 2 and 3. The split's name is part of the seed, so "test"
     has train's combinations in scenes that train never shows.
     """
     if split not in SPLITS:
@@ -95,12 +95,12 @@ def sample_scene(
     if n_things not in (None, *range(1, MAX_THINGS + 1)):
         raise ValueError(f"n_things={n_things!r}: expected 1 to {MAX_THINGS}, or None for a mixture")
     rng = Random(f"{split}/{seed}")
-    n = n_things or rng.choices((1, 2, 3), shares)[0]
+    n = n_things or rng.choices((1, 2, 3), fractions)[0]
     alike = min(n, rng.choices((1, 2, 3), (60, 26, 14))[0])  # so many look the same, for captions that count
     while True:
         looks = [_look(rng, novel=split == "novel" and i == 0) for i in range(n)]
         looks[:alike] = looks[:1] * alike
-        if things := _place(rng, rng.sample(looks, n)):
+        if things := place_things(rng, rng.sample(looks, n)):
             return Scene(things)
 
 
@@ -110,7 +110,7 @@ def _look(rng: Random, novel: bool) -> tuple[str, str, str, str]:
     return (*rng.choice(pairs), rng.choice(SIZES), rng.choice(MATERIALS))
 
 
-def _place(rng: Random, looks: list[tuple], tries: int = 30) -> tuple[Thing, ...] | None:
+def place_things(rng: Random, looks: list[tuple], tries: int = 30) -> tuple[Thing, ...] | None:
     """Looks -> things on the floor, or None where no try fits (three large ones seldom do)."""
     near, far = (-0.5, 0.5) if len(looks) == 1 else (-1.2, 2.4)
     for _ in range(tries):
@@ -119,7 +119,7 @@ def _place(rng: Random, looks: list[tuple], tries: int = 30) -> tuple[Thing, ...
             spot = (rng.uniform(-1.7, 1.7), rng.uniform(near, far), rng.uniform(15, 75))
             thing = Thing(*look, *(round(number, 3) for number in spot))
             left, top, right, bottom = box(thing)
-            if min(left, top, 1 - right, 1 - bottom) < 0.02 or not all(_apart(thing, other) for other in things):
+            if min(left, top, 1 - right, 1 - bottom) < 0.02 or not all(stand_apart(thing, other) for other in things):
                 break
             things.append(thing)
         else:
@@ -127,7 +127,7 @@ def _place(rng: Random, looks: list[tuple], tries: int = 30) -> tuple[Thing, ...
     return None
 
 
-def _apart(a: Thing, b: Thing) -> bool:
+def stand_apart(a: Thing, b: Thing) -> bool:
     """Do they stand free of each other, in a clear relation, the farther one at least four fifths visible?"""
     gap = math.hypot(a.x - b.x, a.depth - b.depth) - 1.07 * (_RADIUS[a.size] + _RADIUS[b.size])
     near, far = (box(thing) for thing in sorted((a, b), key=lambda thing: thing.depth))
@@ -144,19 +144,19 @@ def relations(a: Thing, b: Thing) -> set[str]:
 
 
 def box(thing: Thing) -> tuple[float, float, float, float]:
-    """Where the camera sees it: left, top, right, bottom, as shares of the picture."""
+    """Where the camera sees it: left, top, right, bottom, as fractions of the picture."""
     kind, turn = SHAPES.index(thing.shape), math.radians(thing.turn)
     wide, tall = (_RADIUS[thing.size] * half[kind] for half in (_WIDTH, _HEIGHT))
-    u, v, scale = _project(thing.x, tall, thing.depth)
+    u, v, scale = project(thing.x, tall, thing.depth)
     if thing.shape == "sphere":
         return u - wide * scale, v - wide * scale, u + wide * scale, v + wide * scale
     wide *= abs(math.cos(turn)) + abs(math.sin(turn)) if thing.shape == "cube" else 1
-    scales = [_project(thing.x, y, thing.depth)[2] for y in (0, 2 * tall)]  # its top is nearer, so larger
+    scales = [project(thing.x, y, thing.depth)[2] for y in (0, 2 * tall)]  # its top is nearer, so larger
     left, right = (0.5 + pick((thing.x + side) * s for s in scales) for pick, side in ((min, -wide), (max, wide)))
-    return left, _project(0, 2 * tall, thing.depth + wide)[1], right, _project(0, 0, thing.depth - wide)[1]
+    return left, project(0, 2 * tall, thing.depth + wide)[1], right, project(0, 0, thing.depth - wide)[1]
 
 
-def _project(x: float, y: float, depth: float) -> tuple[float, float, float]:
+def project(x: float, y: float, depth: float) -> tuple[float, float, float]:
     """A point -> its place (u, v) in the picture, in [0, 1], and how long a unit is there."""
     up, away = y - _EYE[1], depth - _EYE[2]
     scale = 0.5 / ((away * _COS - up * _SIN) * _TAN)

@@ -20,8 +20,10 @@ import tarfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +31,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from minimuse.config import MuseConfig
-from minimuse.data_images import PART, Example, Problems, SceneDataset, Source, check_part, digest, to_rgb
+from minimuse.data_captions import caption
+from minimuse.data_images import to_rgb, to_uint8
+from minimuse.data_scenes import FRACTIONS, SPLITS, Scene, render, sample_scene
+from minimuse.utils import content_hash
+
+PART = 500  # images that one process reads in one go, where the source itself has no parts
+SCENES_VERSION = 1  # part of the fingerprint: raise it when the same scenes begin to give other pixels or captions
+
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS, which would run Ghostscript
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm")
@@ -45,6 +54,144 @@ DAMAGED, UNREADABLE = "lost in a damaged tar", "unreadable"
 
 class Refused(Exception):
     """An image that cannot be used; its text is the kind of problem."""
+
+
+# ---------------------------------------------------------------- sources
+
+
+class Example(NamedTuple):
+    image: Tensor  # (3, size, size) uint8
+    captions: tuple[str, ...]  # at least one
+
+
+@dataclass
+class Problems:
+    """What reading passed over, by kind, with the first few names of each. Plain values: `Problems(**asdict(p))` is p.
+
+    >>> problems = Problems(seen=9)
+    >>> problems.add("corrupt", "a.png")
+    >>> problems.summary()
+    'passed over 1 of 9 images: 1 corrupt (a.png)'
+    """
+
+    seen: int = 0  # images met, good ones included
+    counts: dict[str, int] = field(default_factory=dict)  # kind -> how many were passed over
+    names: dict[str, list[str]] = field(default_factory=dict)  # kind -> the first of them
+
+    NAMED = 3  # no annotation, so no field
+
+    def add(self, kind: str, name: str) -> None:
+        """One of the images seen is passed over."""
+        name = name.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that no text can
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.names[kind] = [*self.names.get(kind, []), name][: self.NAMED]
+
+    def __add__(self, other: "Problems") -> "Problems":
+        kinds = list(dict.fromkeys((*self.counts, *other.counts)))
+        counts = {kind: self.counts.get(kind, 0) + other.counts.get(kind, 0) for kind in kinds}
+        names = {kind: (self.names.get(kind, []) + other.names.get(kind, []))[: self.NAMED] for kind in kinds}
+        return Problems(self.seen + other.seen, counts, names)
+
+    @property
+    def usable(self) -> int:
+        """How many of the images seen were read."""
+        return self.seen - sum(self.counts.values())
+
+    def summary(self) -> str:
+        """-> one sentence, or "" where nothing was passed over."""
+        if not self.counts:
+            return ""
+        told = []
+        for kind, n in self.counts.items():
+            more = ", ..." if n > len(self.names[kind]) else ""
+            told.append(f"{n} {kind} ({', '.join(self.names[kind])}{more})")
+        return f"passed over {sum(self.counts.values())} of {self.seen} images: {', '.join(told)}"
+
+    def check(self, where: str) -> None:
+        """After reading all of `where`: ValueError if none of it was usable."""
+        if not self.usable:
+            raise ValueError(f"{where}: no usable captioned image; {self.summary() or 'nothing was found'}")
+
+
+class Source(Protocol):
+    """Captioned images from anywhere, read from front to back. To read two parts at once, use two processes."""
+
+    fingerprint: str  # hex; another one wherever an image, a caption or a rule of reading could have changed
+    parts: int  # units of work: a part is read by one process, in order
+
+    def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
+        """Part 0 to parts - 1 -> its examples at size x size pixels; what is passed over is added to `problems`."""
+        ...
+
+
+def check_part(part: int, parts: int) -> None:
+    if not 0 <= part < parts:
+        raise IndexError(f"part {part} of {parts}: expected 0 to {parts - 1}")
+
+
+@dataclass(frozen=True)
+class SceneDataset:
+    """n captioned scenes of one split: a `Source`. All follows from (split, seed, i), so there is nothing to store."""
+
+    n: int
+    size: int
+    split: str = "train"
+    seed: int = 0
+    fractions: tuple[float, ...] = FRACTIONS  # how often there are 1, 2 and 3 things
+    k: int = 2  # captions a scene
+    synonyms: float = 0.0  # share of the captions that are told in captions.SYNONYMS too
+
+    def __post_init__(self):
+        if self.n < 1 or self.size < 8 or self.k < 1 or self.split not in SPLITS:
+            raise ValueError(f"{self}: expected n >= 1, size >= 8, k >= 1 and a split of {', '.join(SPLITS)}")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all fields but `size`, which `read` is told, and of SCENES_VERSION."""
+        return content_hash("scenes", SCENES_VERSION, asdict(replace(self, size=8)))
+
+    @property
+    def parts(self) -> int:
+        return -(-self.n // PART)
+
+    def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
+        """Part -> its examples: scenes 500 part to 500 part + 499, the same as `images` and `captions` give."""
+        check_part(part, self.parts)
+        indices, sized = range(part * PART, min((part + 1) * PART, self.n)), replace(self, size=size)
+        for few in (indices[start : start + 50] for start in range(0, len(indices), 50)):
+            for i, image in zip(few, sized.images(few), strict=True):
+                problems.seen += 1
+                yield Example(image, tuple(self.captions(i)))
+
+    def __len__(self) -> int:
+        return self.n
+
+    def scene(self, i: int) -> Scene:
+        if not 0 <= i < self.n:
+            raise IndexError(f"scene {i} of a data set of {self.n}: expected 0 to {self.n - 1}")
+        return sample_scene(self.seed * 1_000_003 + i, split=self.split, fractions=self.fractions)
+
+    def captions(self, i: int, k: int | None = None, *, paraphrase: bool = False) -> list[str]:
+        """-> k different captions of scene i; None: as many as the data set has a scene."""
+        scene, found, k = self.scene(i), {}, self.k if k is None else k
+        for attempt in range(50 * k):
+            found[caption(scene, 10_007 * i + attempt, paraphrase=paraphrase, synonyms=self.synonyms)] = None
+            if len(found) == k:
+                return list(found)
+        raise ValueError(f"scene {i} has no {k} different captions: ask for at most {len(found)}")
+
+    def images(self, indices: Sequence[int] | None = None, *, progress: bool = False) -> Tensor:
+        """Indices (None: all) -> uint8 images (B, 3, H, W), rendered 256 scenes at a time."""
+        indices = range(self.n) if indices is None else [int(i) for i in indices]
+        starts = range(0, len(indices), 256)
+        if progress:
+            from tqdm import tqdm
+
+            starts = tqdm(
+                starts, desc=f"rendering {len(indices)} scenes at {self.size} px", unit_scale=256, leave=False
+            )
+        parts = [to_uint8(render([self.scene(i) for i in indices[s : s + 256]], self.size)) for s in starts]
+        return torch.cat(parts) if parts else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
 
 
 # ---------------------------------------------------------------- one image, one caption
@@ -145,7 +292,7 @@ class FolderDataset:
             raise ValueError(_nothing_in(self.folder, files, self.rows))
         stats = [(row.name, files[row.name].stat()) for row in self.rows if row.name in files]
         facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        self.fingerprint = digest("folder", RULES, min_side, self.rows, facts)
+        self.fingerprint = content_hash("folder", RULES, min_side, self.rows, facts)
         self.parts = -(-len(self.rows) // PART)
 
     def __len__(self) -> int:
@@ -247,7 +394,7 @@ class TarDataset:
             raise ValueError(f"{pattern}: expected tar files, {named or 'no file'} came, and no tar file among it")
         stats = [(path.name, path.stat()) for path in self.shards]
         facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        self.fingerprint = digest("tar", RULES, min_side, facts)
+        self.fingerprint = content_hash("tar", RULES, min_side, facts)
         self.parts = len(self.shards)
 
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
@@ -334,7 +481,7 @@ def open_source(spec: str | Path, config: MuseConfig, *, seed: int = 0, min_side
     if spec == "scenes":
         size = config.high_tokenizer.image_size
         return SceneDataset(
-            config.scenes, size, seed=seed, shares=config.shares, k=config.captions, synonyms=config.synonyms
+            config.scenes, size, seed=seed, fractions=config.fractions, k=config.captions, synonyms=config.synonyms
         )
     if os.path.isdir(spec):
         return FolderDataset(spec, min_side=min_side)

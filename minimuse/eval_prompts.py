@@ -13,7 +13,7 @@ import re
 from itertools import permutations
 from typing import TYPE_CHECKING, NamedTuple
 
-from minimuse.data_captions import _FLOOR, _OPENINGS, _RELATIONS, PARAPHRASES, SYNONYMS
+from minimuse.data_captions import FLOOR_PHRASE, OPENINGS, PARAPHRASES, RELATION_PHRASES, SYNONYMS
 from minimuse.data_scenes import COLORS, MATERIALS, MAX_THINGS, SHAPES, SIZES, relations
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def _lexicon() -> dict[str, tuple[str, str]]:
 
 
 _LEXICON = _lexicon()
-_NAMES = {phrase: name for name, phrases in _RELATIONS.items() for phrase in phrases}
-_OPENING = re.compile(rf"({'|'.join(_OPENINGS).replace('there', 'there (is|are)')}) ")
+_NAMES = {phrase: name for name, phrases in RELATION_PHRASES.items() for phrase in phrases}
+_OPENING = re.compile(rf"({'|'.join(OPENINGS).replace('there', 'there (is|are)')}) ")
 _RELATION = re.compile(rf" (?:is |are )?({'|'.join(sorted(_NAMES, key=len, reverse=True))}) ")
 _AND = re.compile(r" ?, ?(?:and )?| and ")
 
@@ -70,7 +70,7 @@ def parse_prompt(prompt: str) -> Wants:
     Wants(groups=(Group(number=2, looks={'color': 'red', 'shape': 'cube'}),
                   Group(number=1, looks={'material': 'metal', 'shape': 'sphere'})), relation='beside')
     """
-    text = " ".join(prompt.lower().rstrip(" .").replace(",", " , ").split()).removesuffix(f" {_FLOOR}")
+    text = " ".join(prompt.lower().rstrip(" .").replace(",", " , ").split()).removesuffix(f" {FLOOR_PHRASE}")
     if opening := _OPENING.match(text):
         text = text[opening.end() :]
     first, *related = _RELATION.split(text)
@@ -127,7 +127,7 @@ def _faults(slots: list[tuple[int, Group]], pairing: tuple, wants: Wants, sure: 
             if (seen := getattr(thing, field)) != name:
                 wrong.append(f"the {group} has {field} {seen}, not {name}")
     if wants.relation:
-        said = _RELATIONS[wants.relation][0]
+        said = RELATION_PHRASES[wants.relation][0]
         sides = [
             [thing for (i, _), thing in zip(slots, pairing, strict=True) if (i == 0) == own] for own in (True, False)
         ]

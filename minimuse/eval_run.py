@@ -28,7 +28,7 @@ from torch import Tensor
 from minimuse import __version__, checkpoint
 from minimuse import train_state as runs
 from minimuse.config import to_dict
-from minimuse.data_images import digest, to_pil
+from minimuse.data_images import to_pil
 from minimuse.intervals import Measured, difference
 from minimuse.kinds import KINDS, Batch, Figures, Kind, Rows, Tensors, drawn, quality
 from minimuse.muse import Muse
@@ -36,7 +36,7 @@ from minimuse.plots import grid, tradeoff
 from minimuse.prompts import asks
 from minimuse.sampler import ORDERS
 from minimuse.studio import Judge, Studio
-from minimuse.utils import atomic_write
+from minimuse.utils import atomic_write, content_hash
 from minimuse.vqgan import VQGAN
 
 COLUMNS = {"right": "all right", "clear": "clear", "frechet": "Frechet", "score": "CLIP-like", "diversity": "diversity"}
@@ -268,7 +268,7 @@ def measure(
         if not torch.allclose(before.codebook, muse.high_tokenizer.codebook, rtol=1e-2, atol=1e-3):  # saved in half
             raise ValueError(f"{training or folder} is not the training of {name}: its codebook is another one")
     about = {"checkpoint": muse.config.name, "device": muse.device.type, "dtype": str(muse.dtype)}
-    about["config"] = digest(to_dict(muse.config))
+    about["config"] = content_hash(to_dict(muse.config))
     for part, home in (("checkpoint", folder), *((part, checkpoint.SHIPPED / part) for part in ("reader", "scorer"))):
         about[f"weights of {part}"] = runs.stamp(home / checkpoint.WEIGHTS)[1]
     return evaluate(Studio(muse, before=before, base_only=base_only or sweep), out, about, sweep=sweep, **how)

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimuse.data_cache import fingerprint
 from minimuse.lab_worlds import World
 from minimuse.sampler import ORDERS, LogitsFn, Order, by_rank, confidence, decode, halton_rank
+from minimuse.utils import content_hash
 
 GROUPS, T_QUANTILE = 32, 2.0395  # Student's t, 31 degrees of freedom, 97.5%
 
@@ -164,7 +164,7 @@ class WorldJudge:
     def identity(self) -> dict[str, Any]:
         """A world of your own is code, which cannot be compared: its identity is never met again."""
         own = type(self.world).__module__ != World.__module__
-        parameters = os.urandom(8).hex() if own else fingerprint(vars(self.world))[:16]
+        parameters = os.urandom(8).hex() if own else content_hash(vars(self.world))[:16]
         name = f"{type(self.world).__name__} {self.world.grid[0]}x{self.world.grid[1]}, {self.v} codes"
         return {"target": name, "parameters": parameters, "samples": self.samples, "seed": self.seed}
 

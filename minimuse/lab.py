@@ -23,12 +23,11 @@ import torch
 
 from minimuse import __version__
 from minimuse import lab_samplers as variants
-from minimuse.data_cache import fingerprint
 from minimuse.judge import Estimate, Judge, Outcome, WorldJudge, estimate
 from minimuse.lab_worlds import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World
 from minimuse.masking import get_schedule, reveal_counts
 from minimuse.sampler import ORDERS, Order, _is_adaptive, entropy_bound
-from minimuse.utils import atomic_write
+from minimuse.utils import atomic_write, content_hash
 
 if TYPE_CHECKING:
     from minimuse.muse import Muse
@@ -90,7 +89,7 @@ def compare(
     plain = all(isinstance(v, str | int | float | tuple | None) for v in sampling.values())
     cells = []
     for label, settings, key in trials:
-        kept = out and key and plain and Path(out) / "cells" / f"{fingerprint(about, key, sampling)[:24]}.json"
+        kept = out and key and plain and Path(out) / "cells" / f"{content_hash(about, key, sampling)[:24]}.json"
         if kept and kept.is_file():
             outcome = Outcome(**json.loads(kept.read_text(encoding="utf-8")))
         else:

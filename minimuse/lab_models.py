@@ -23,14 +23,15 @@ import torch
 from torch import Tensor
 
 from minimuse.cfg import guided
-from minimuse.data_cache import fingerprint
-from minimuse.data_images import Problems, SceneDataset, area_downsample
+from minimuse.data_images import area_downsample
+from minimuse.data_sources import Problems, SceneDataset
 from minimuse.eval_detector import Reader
 from minimuse.eval_metrics import Features, frechet_distance, in_batches, inception_features
 from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.judge import GROUPS, Outcome, check_samples, drawn
 from minimuse.muse import Muse, _settings
 from minimuse.sampler import Order
+from minimuse.utils import content_hash
 
 if TYPE_CHECKING:
     from minimuse.amused import Amused
@@ -69,7 +70,7 @@ class PictureJudge:
         check_samples(len(prompts))
         self.prompts, self.score, self.features, self.seed, self.batch = prompts, score, features, seed, batch
         self.real, level = in_batches(features, real), in_batches(score, real, prompts)  # (n, D), (n,)
-        self.about = {"pictures": len(prompts), "seed": seed, "prompts": fingerprint(prompts)[:16]}
+        self.about = {"pictures": len(prompts), "seed": seed, "prompts": content_hash(prompts)[:16]}
         # rounded, since threads add up in another order: what tells a scorer, features and pictures from others
         levels = {next(iter(self.titles)): level, "features": self.real}
         self.about["real pictures"] = {k: round(x.double().mean().item(), 4) for k, x in levels.items()}
@@ -113,7 +114,7 @@ class MuseJudge(PictureJudge):
     def __init__(self, muse: Muse, samples: int = 512, seed: int = 0, batch: int = 64):
         check_samples(samples)
         side, low = (getattr(muse.config, f"{name}_tokenizer").image_size for name in ("high", "low"))
-        scenes = SceneDataset(samples, side, "test", seed, shares=(1, 1, 0), k=1)
+        scenes = SceneDataset(samples, side, "test", seed, fractions=(1, 1, 0), k=1)
         reader, prompts = Reader.from_pretrained().to(muse.device), [scenes.captions(i)[0] for i in range(samples)]
         super().__init__(
             prompts, area_downsample(scenes.images(), side // low), right(reader), reader.features, seed, batch
@@ -123,7 +124,7 @@ class MuseJudge(PictureJudge):
     def identity(self) -> dict[str, Any]:
         muse = self.muse
         parts = [muse.base.state_dict(), muse.low_tokenizer.state_dict(), asdict(muse.config.base_sampling)]
-        weights = fingerprint(*parts, muse.config.text_encoder)[:16]
+        weights = content_hash(*parts, muse.config.text_encoder)[:16]
         return {"target": f"{muse.config.name}, base model alone", "weights": weights, **self.about}
 
     def draw(self, prompts: list[str], sampling: dict[str, Any], draws: Any) -> tuple[Tensor, int]:
@@ -174,7 +175,7 @@ class AmusedJudge(PictureJudge):
         self.amused, self.n, self.v = amused, grid**2, amused.tokenizer.codebook_size
 
     def identity(self) -> dict[str, Any]:
-        return {"target": "aMUSEd", "weights": fingerprint(self.amused.state_dict())[:16], **self.about}
+        return {"target": "aMUSEd", "weights": content_hash(self.amused.state_dict())[:16], **self.about}
 
     def draw(self, prompts: list[str], sampling: dict[str, Any], draws: Any) -> tuple[Tensor, int]:
         """B prompts -> images of the published weights (B, 3, H, W), and how many forward passes they took."""

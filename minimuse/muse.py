@@ -24,7 +24,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minimuse import checkpoint, editing
-from minimuse.baseline_dit import DiT
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import MuseConfig
 from minimuse.data_images import to_pil
@@ -44,15 +43,8 @@ FOREIGN = {  # names that users of diffusers will type -> ours
 
 
 def build(config: MuseConfig) -> nn.ModuleDict:
-    """The four networks with fresh weights; the high tokenizer has its fine-tuned decoder's size.
-
-    Two of them where `config.model` names a rival of the base model (`baseline_ar.py`).
-    """
+    """The four networks with fresh weights; the high tokenizer has its fine-tuned decoder's size."""
     low = VQGAN(config.low_tokenizer)
-    if config.model != "muse":
-        dit = config.model == "dit"
-        base = DiT(config.base, config.low_tokenizer.code_dim) if dit else Transformer(config.base)
-        return nn.ModuleDict({"low_tokenizer": low, "base": base})
     high = VQGAN(config.finetuned_tokenizer)
     return nn.ModuleDict(
         {
@@ -62,15 +54,6 @@ def build(config: MuseConfig) -> nn.ModuleDict:
             "superres": SuperRes(config.superres),
         }
     )
-
-
-def kind(config: MuseConfig) -> "type[Muse]":
-    """The class that draws with a configuration's networks: Muse, or what takes its place for a rival."""
-    if config.model == "muse":
-        return Muse
-    from minimuse.baseline_ar import LowRes
-
-    return LowRes
 
 
 def ready_tokenizer(config: MuseConfig) -> nn.Module | None:
@@ -228,7 +211,7 @@ class Muse:
         device = pick_device(device)
         if dtype is None:
             dtype = pick_dtype(device, sum(p.numel() for p in parts.parameters()))
-        muse = (cls if config.model == "muse" else kind(config))(config, parts, encoder, **about)
+        muse = cls(config, parts, encoder, **about)
         _ = muse.fingerprint  # of the weights as they are stored, before a dtype rounds them
         return muse.to(device, dtype)
 

@@ -23,7 +23,7 @@ from itertools import product
 from random import Random
 from typing import NamedTuple
 
-from minimuse.data_captions import _RELATIONS, PARAPHRASES, _phrase
+from minimuse.data_captions import PARAPHRASES, RELATION_PHRASES, noun_phrase
 from minimuse.data_scenes import (
     COLORS,
     HELD_OUT,
@@ -32,10 +32,10 @@ from minimuse.data_scenes import (
     SIZES,
     Scene,
     Thing,
-    _apart,
-    _place,
     box,
+    place_things,
     relations,
+    stand_apart,
 )
 
 _PAIRS = [pair for pair in product(COLORS, SHAPES) if pair not in HELD_OUT]
@@ -80,7 +80,7 @@ def _look(pair: tuple[str, str], extra: tuple[str, str], rng: Random) -> tuple[s
 def _scene(rng: Random, looks: list[tuple], holds: Callable[[tuple[Thing, ...]], bool] = bool) -> Scene:
     """Looks -> a scene of them that `holds`."""
     while True:
-        if (things := _place(rng, looks)) and holds(things):
+        if (things := place_things(rng, looks)) and holds(things):
             return Scene(things)
 
 
@@ -89,7 +89,7 @@ def _one(i: int, pairs: list[tuple[str, str]], rng: Random, swap: Random | None 
     pair, extra = pairs[i % len(pairs)], EXTRAS[i % len(EXTRAS)]
     words = _named(pair, extra)
     swapped = swap.sample(words, swap.randint(1, len(words))) if swap else ()
-    prompt = _phrase(words, 1, {word: swap.choice(PARAPHRASES[word]) for word in swapped})
+    prompt = noun_phrase(words, 1, {word: swap.choice(PARAPHRASES[word]) for word in swapped})
     return Ask(prompt, _scene(rng, [_look(pair, extra, rng)]), " ".join(words))
 
 
@@ -97,11 +97,11 @@ def _relation(i: int, say: Random, rng: Random) -> Ask:
     """Two objects that differ in colour or shape, and where the first stands."""
     pairs, extra = (SEEN[i % 21], SEEN[(i + 1 + i // 21 % 20) % 21]), EXTRAS[i % 10]
     extras = extra, tuple(word and say.choice(names) for word, names in zip(extra, (SIZES, MATERIALS), strict=True))
-    name = [*_RELATIONS][(i + i // 10) % 5]
-    first, second = (_phrase(_named(*both), 1, {}) for both in zip(pairs, extras, strict=True))
+    name = [*RELATION_PHRASES][(i + i // 10) % 5]
+    first, second = (noun_phrase(_named(*both), 1, {}) for both in zip(pairs, extras, strict=True))
     looks = [_look(*both, rng) for both in zip(pairs, extras, strict=True)]
     scene = _scene(rng, looks, lambda things: name in relations(*things))
-    return Ask(f"{first} {say.choice(_RELATIONS[name])} {second}", scene, f"{first} {name} {second}")
+    return Ask(f"{first} {say.choice(RELATION_PHRASES[name])} {second}", scene, f"{first} {name} {second}")
 
 
 def _count(i: int, rng: Random) -> Ask:
@@ -109,15 +109,15 @@ def _count(i: int, rng: Random) -> Ask:
     pair, extra, number = SEEN[i % 21], EXTRAS[i % 10], 2 + (i + i // 10) % 2
     if number == 3 and extra[0] == "large":
         extra = "", extra[1]
-    prompt = _phrase(_named(pair, extra), number, {})
+    prompt = noun_phrase(_named(pair, extra), number, {})
     while True:  # where no size is named, small ones fit
-        if things := _place(rng, [_look(pair, extra, rng)] * number):
+        if things := place_things(rng, [_look(pair, extra, rng)] * number):
             return Ask(prompt, Scene(things), prompt)
 
 
 def _negative(i: int, rng: Random) -> Ask:
     pair, word = SEEN[i % 21], (*SIZES, *MATERIALS)[i % 4]
-    return Ask(_phrase(pair, 1, {}), _scene(rng, [_look(pair, ("", ""), rng)]), f"{' '.join(pair)}, not {word}", word)
+    return Ask(noun_phrase(pair, 1, {}), _scene(rng, [_look(pair, ("", ""), rng)]), f"{' '.join(pair)}, not {word}", word)
 
 
 def _around(*things: Thing) -> tuple[float, float, float, float]:
@@ -138,7 +138,7 @@ def _edit(i: int, rng: Random) -> Ask:
     new = others[i // 21 % len(others)]
     before = _scene(rng, [_look((color, shape), ("", ""), rng)])
     put = replace(before.things[0], color=new)
-    return Ask(_phrase((new, shape), 1, {}), Scene((put,)), f"{color} {new} {shape}", "", before, _around(put))
+    return Ask(noun_phrase((new, shape), 1, {}), Scene((put,)), f"{color} {new} {shape}", "", before, _around(put))
 
 
 def _inpaint(i: int, rng: Random) -> Ask:
@@ -151,11 +151,11 @@ def _inpaint(i: int, rng: Random) -> Ask:
 
     def free(things: tuple[Thing, ...]) -> bool:
         put, *rest = replaced(things)
-        return all(0.02 <= edge <= 0.98 for edge in box(put)) and all(_apart(put, thing) for thing in rest)
+        return all(0.02 <= edge <= 0.98 for edge in box(put)) and all(stand_apart(put, thing) for thing in rest)
 
     before = _scene(rng, looks, free)
     after = Scene(replaced(before.things))
-    prompt = " and ".join(_phrase(pair, 1, {}) for pair in (new, other)[: 1 + i % 2])
+    prompt = " and ".join(noun_phrase(pair, 1, {}) for pair in (new, other)[: 1 + i % 2])
     return Ask(prompt, after, prompt, "", before, _around(before.things[0], after.things[0]))
 
 
@@ -165,7 +165,7 @@ def _outpaint(i: int, rng: Random) -> Ask:
     before = _scene(rng, [_look(old, ("", ""), rng)], lambda things: box(things[0])[2] < 0.5)
     extra = EXTRAS[i % 10]
     after = _scene(rng, [_look(new, extra, rng)], lambda things: box(things[0])[0] > 0.5)
-    prompt = _phrase(_named(new, extra), 1, {})
+    prompt = noun_phrase(_named(new, extra), 1, {})
     return Ask(prompt, after, prompt, "", before, (0.5, 0.0, 1.0, 1.0))
 
 

@@ -22,19 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse.baseline_dit import LEVELS, DiT, NoiseLoss, gaussians, latents
+from minimuse.baseline_dit import LEVELS, DiT, NoiseLoss, gaussians
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
-from minimuse.corpus import Corpus
-from minimuse.data_images import SceneDataset, Source, area_downsample, to_float
+from minimuse.data_cache import TrainingData
+from minimuse.data_images import area_downsample, to_float
 from minimuse.data_scenes import COLORS, SHAPES
-from minimuse.data_sources import open_source
+from minimuse.data_sources import SceneDataset, Source, open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate, uniforms
-from minimuse.muse import Muse, build, kind, ready_tokenizer
+from minimuse.muse import Muse, build, ready_tokenizer
 from minimuse.text import Context, TextEncoder, pad_contexts
-from minimuse.train_engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizers
+from minimuse.train_engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizers, sync
 from minimuse.train_log import Watch
-from minimuse.transformer import SuperRes, Transformer
+from minimuse.transformer import SuperRes, Transformer, init_from_codebook
 from minimuse.vqgan import VQGAN, codebook_usage
 from minimuse.vqgan_loss import COMMITMENT, Perceptual, SceneFeatures, VQGANLoss, feature_distance
 
@@ -81,6 +81,7 @@ def train_tokenizer(
         part.train(any(p.requires_grad for p in part.parameters()))
     vqgan.to(engine.device, memory_format=torch.channels_last)
     torch.manual_seed(engine.seed)
+    vqgan.quantizer.sync = sync
     losses = VQGANLoss(perceptual, config.perceptual_weight, config.adversarial_weight, config.adversarial_start)
     losses.to(engine.device, memory_format=torch.channels_last)
     modules = {"model": vqgan} | ({"critic": losses.discriminator} if losses.discriminator is not None else {})
@@ -192,16 +193,15 @@ def train_transformer(
     """Masked training of the base (Muse 2.3) or, with `low_tokens`, the super-resolution transformer (2.4).
 
     tokens (n, N), low_tokens (n, N_low): tensors, or whatever gives such rows for indices. texts: for each example its
-    captions, each as unpadded embeddings (L, D_lm). A causal model is asked for every token at every step.
+    captions, each as unpadded embeddings (L, D_lm).
     The loss is the mean over the masked tokens of the whole batch, whatever number of processes and micro-batches.
     """
     engine = engine or Engine()
     device = engine.device
     model.train()
     torch.manual_seed(engine.seed)
-    schedule = (lambda u: 1.0) if model.config.causal else config.mask_schedule
-    loss_of = NextLoss if model.config.causal else MaskedLoss
-    job = Stage(engine, stage, config, {"model": loss_of(model)}, shard=True)
+    schedule = config.mask_schedule
+    job = Stage(engine, stage, config, {"model": MaskedLoss(model)}, shard=True)
     if job.first:
         yield Progress(stage, job.first, config.steps, {}, model)
     for step in job.steps():
@@ -327,7 +327,7 @@ def _stages(config: MuseConfig, data: str | Path | Source, engine: Engine, watch
     with ExitStack() as stack:
         root = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
         source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
-        corpus = Corpus(Path(root, "cache"), source, config, engine, encoder)
+        corpus = TrainingData(Path(root, "cache"), source, config, engine, encoder)
         yield from _work("read images", corpus.read(), parts)
         images, held_out = corpus.split(corpus.images), corpus.split(corpus.images, held_out=True)
 
@@ -340,25 +340,18 @@ def _stages(config: MuseConfig, data: str | Path | Source, engine: Engine, watch
         yield from _work("embed captions", corpus.embed(), parts)
         low_tokens, texts = corpus.split(corpus.tokens["low"]), corpus.split(corpus.texts)
         torch.manual_seed(engine.seed)  # whatever ran before: a resumed run begins each stage as a whole one does
-        if config.model == "dit":
-            z, seen = latents(parts["low_tokenizer"], small[0]), {"engine": engine, "look": watch.dit(corpus, parts)}
-            yield from train_dit(parts["base"], config.stages["base"], z, texts, **seen)
-        else:
-            parts["base"].init_from_codebook(parts["low_tokenizer"].codebook)
-            yield from transformer("base", low_tokens)
+        init_from_codebook(parts["base"], parts["low_tokenizer"].codebook)
+        yield from transformer("base", low_tokens)
         parts["base"] = engine.whole(parts["base"], lambda: build(config)["base"])
 
         def finished() -> Muse:
-            return kind(config)(config, parts, encoder, **corpus.words()).to(engine.device, torch.float32)
+            return Muse(config, parts, encoder, **corpus.words()).to(engine.device, torch.float32)
 
-        if config.model != "muse":
-            yield Progress("all", 1, 1, {}, finished())
-            return
         yield from tokenizer("high_tokenizer", high, images, held_out)
         parts["high_tokenizer"] = high
         yield from _work("high tokens", corpus.tokenize("high", high), parts)
         torch.manual_seed(engine.seed)
-        parts["superres"].init_from_codebook(high.codebook, parts["low_tokenizer"].codebook)
+        init_from_codebook(parts["superres"], high.codebook, parts["low_tokenizer"].codebook)
         yield from transformer("superres", corpus.split(corpus.tokens["high"]), low_tokens)
         parts["superres"] = engine.whole(parts["superres"], lambda: SuperRes(config.superres))
 

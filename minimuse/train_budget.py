@@ -167,20 +167,11 @@ def _tokenizer_losses(vqgan: VQGAN, losses: VQGANLoss, size: int, batch: int, st
         yield losses.critic(x, made.images)
 
 
-def _run_again(forward: Callable[..., Tensor], x: Tensor, memory: tuple[Tensor, ...] | None = None) -> Tensor:
-    """`forward` under checkpointing; the memory one tensor an argument, or no hook would see them saved."""
-
-    def run(x: Tensor, *memory: Tensor) -> Tensor:
-        return forward(x, memory) if memory else forward(x)
-
-    return checkpoint(run, x, *(memory or ()), use_reentrant=False, preserve_rng_state=False)
-
-
 def _checkpointed(model: Any, checkpointing: bool) -> Any:
     """The model, each layer or residual block of which saves its input alone and runs again for the backward pass."""
     for part in model.modules() if checkpointing else ():
         if isinstance(part, Layer | ResBlock):
-            part.forward = partial(_run_again, part.forward)
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
     return model
 
 

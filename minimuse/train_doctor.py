@@ -25,11 +25,10 @@ from torch import Tensor
 from minimuse import checkpoint
 from minimuse import train_state as runs
 from minimuse.config import STAGES, MuseConfig
-from minimuse.corpus import Corpus
+from minimuse.data_cache import Subset, TrainingData
 from minimuse.data_images import to_float
 from minimuse.data_sources import open_source
 from minimuse.muse import ready_tokenizer
-from minimuse.precompute import Subset
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import Decimated, MaskedLoss
 from minimuse.train_engine import Engine, generator
@@ -275,7 +274,7 @@ def examine(folder: str | Path, stage: str | None = None, *, device: Any = None)
         raise ValueError(f"no state of {stage or 'any stage'} in {folder} yet; there are those of: {there}")
     encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
     source = open_source(run["data"], config, seed=run["seed"])
-    corpus, findings = Corpus(folder / "cache", source, config, engine, encoder, read_only=True), []
+    corpus, findings = TrainingData(folder / "cache", source, config, engine, encoder, read_only=True), []
     for name in started if stage is None else [stage]:
         findings.append(examine_log([line for line in lines if line["stage"] == name], name))
         try:
@@ -285,7 +284,7 @@ def examine(folder: str | Path, stage: str | None = None, *, device: Any = None)
     return findings
 
 
-def _stage(folder: Path, name: str, config: MuseConfig, corpus: Corpus) -> Iterator[Finding]:
+def _stage(folder: Path, name: str, config: MuseConfig, corpus: TrainingData) -> Iterator[Finding]:
     """The newest state of a stage, against the caches that the run made for it."""
     engine, low, high = corpus.engine, config.low_tokenizer, config.high_tokenizer
 
@@ -301,8 +300,6 @@ def _stage(folder: Path, name: str, config: MuseConfig, corpus: Corpus) -> Itera
         images = [Decimated(corpus.split(corpus.images, held_out), factor) for held_out in (False, True)]
         yield from examine_tokenizer(tokenizer(name), *images, engine=engine, stage=name)
         return
-    if config.model in ("ar", "dit"):
-        raise ValueError(f"{config.name} is no masked transformer, and these checks are of one")
     deque(corpus.tokenize("low", ready_tokenizer(config) or tokenizer("low_tokenizer")), maxlen=0)
     deque(corpus.embed(), maxlen=0)
     rows, model = [corpus.tokens["low"], corpus.texts], Transformer(config.base)

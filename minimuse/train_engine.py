@@ -22,10 +22,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+)
 
 from minimuse import train_state as runs
 from minimuse.config import StageConfig
+from minimuse.transformer import Layer, TextLayer
 from minimuse.utils import precision
+from minimuse.vqgan import ResBlock
+
+RECOMPUTED = (Layer, TextLayer, ResBlock)  # what activation checkpointing runs again
 
 # --- what follows from seed and step ----------------------------------------------------------------------------------
 
@@ -94,6 +102,25 @@ def make_optimizers(model: nn.Module, config: StageConfig) -> list[torch.optim.O
     # updates as large as AdamW's, so that one learning rate serves both (Moonlight, arXiv 2502.16982)
     how = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
     return [torch.optim.Muon(hidden, **how), adamw]
+
+
+def sync(tensor: Tensor, how: str) -> None:
+    """In place, in all processes: the first one's numbers ("first"), or the largest of all ("max")."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if how == "first":
+            torch.distributed.broadcast(tensor, 0)
+        else:
+            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """Activation checkpointing, in place: layers and residual blocks keep only their input for the backward pass.
+
+    Their forward pass then runs twice. The names in the state dict do not change.
+    """
+    wrapped = {part._checkpoint_wrapped_module for part in module.modules() if isinstance(part, CheckpointWrapper)}
+    again = lambda part: isinstance(part, RECOMPUTED) and part not in wrapped  # noqa: E731
+    apply_activation_checkpointing(module, check_fn=again)
 
 
 # --- the engine -------------------------------------------------------------------------------------------------------
@@ -233,9 +260,8 @@ class Stage:
         engine.accelerator.free_memory()  # it holds on to the stage before
         for key, module in modules.items():
             module.zero_grad()  # or torch would not make the optimizer's state ahead of its first step, for `state`
-            for part in module.modules():
-                if hasattr(part, "recompute"):
-                    part.recompute = engine.recompute
+            if engine.recompute:
+                checkpoint_activations(module)
             if engine.compile:
                 module.compile()
             self.modules[key], *self.optimizers[key] = engine.prepare(module, make_optimizers(module, config), shard)

@@ -22,14 +22,14 @@ from torch import nn
 from minimuse.checkpoint import CARD
 from minimuse.config import MuseConfig
 from minimuse.data_images import to_float
-from minimuse.muse import kind
+from minimuse.muse import Muse
 from minimuse.plots import curves, grid
 from minimuse.train_engine import Engine
 from minimuse.utils import atomic_write
 from minimuse.validation import eval_mode, validate
 
 if TYPE_CHECKING:
-    from minimuse.corpus import Corpus
+    from minimuse.data_cache import TrainingData
     from minimuse.train import Look, Progress
 
 EVERY = 10  # steps from one line of the log to the next
@@ -62,7 +62,7 @@ class Watch:
 
         return look
 
-    def transformer(self, stage: str, corpus: "Corpus", parts: nn.ModuleDict) -> "Look":
+    def transformer(self, stage: str, corpus: "TrainingData", parts: nn.ModuleDict) -> "Look":
         """Held-out losses by mask rate, and what the models so far draw for fixed prompts and seeds."""
         prompts = self.prompts or corpus.words()["examples"]
         rows = [corpus.tokens["low" if stage == "base" else "high"], corpus.texts]
@@ -82,7 +82,7 @@ class Watch:
 
         return look
 
-    def dit(self, corpus: "Corpus", parts: nn.ModuleDict) -> "Look":
+    def dit(self, corpus: "TrainingData", parts: nn.ModuleDict) -> "Look":
         """What a diffusion draws for the same prompts and seeds."""
         prompts = self.prompts or corpus.words()["examples"]
 
@@ -94,12 +94,12 @@ class Watch:
 
         return look
 
-    def _draw(self, stage: str, parts: nn.ModuleDict, corpus: "Corpus", prompts: list[str]) -> list[Any]:
+    def _draw(self, stage: str, parts: nn.ModuleDict, corpus: "TrainingData", prompts: list[str]) -> list[Any]:
         wakened = [p for p in parts.parameters() if p.requires_grad]
-        muse = kind(self.config)(self.config, parts, corpus.encoder).to(self.engine.device)
+        muse = Muse(self.config, parts, corpus.encoder).to(self.engine.device)
         for p in wakened:  # a Muse is frozen; the training goes on
             p.requires_grad_(True)
-        if stage != "base" or self.config.model != "muse":
+        if stage != "base":
             return muse.generate(prompts, seed=0)
         for step in muse.decode(muse.jobs(prompts, 1, 0, None, {})):
             if not step.masked.any():  # the last of the base model

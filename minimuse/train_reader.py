@@ -33,7 +33,7 @@ FRESH = 8_000_000_000  # seeds of the scenes that it is measured on
 
 def scenes(n: int, seed: int, splits: Sequence[str] = ("novel", "test", "test")) -> list[Scene]:
     """n scenes of 1 to 3 things; the held-out combinations among them, since those too must be read."""
-    return [sample_scene(seed + i, split=splits[i % len(splits)], shares=(25, 35, 40)) for i in range(n)]
+    return [sample_scene(seed + i, split=splits[i % len(splits)], fractions=(25, 35, 40)) for i in range(n)]
 
 
 def targets(scenes: list[Scene]) -> tuple[Tensor, Tensor]:

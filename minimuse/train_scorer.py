@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minimuse import checkpoint
 from minimuse.config import StageConfig
-from minimuse.data_captions import _FLOOR, caption
+from minimuse.data_captions import FLOOR_PHRASE, caption
 from minimuse.data_images import to_float, to_uint8
 from minimuse.data_scenes import render
 from minimuse.eval_clip import FORMAT, Network, Scorer
@@ -50,7 +50,7 @@ def swap(text: str, rng: Random) -> tuple[str, str]:
     >>> swap("two red cubes", Random(0))
     ('two yellow cubes', 'color')
     """
-    told = text.removesuffix(_FLOOR)
+    told = text.removesuffix(FLOOR_PHRASE)
     at = rng.choice([*_SWAPPED.finditer(told)])
     return text[: at.start()] + rng.choice(_OTHERS[at[1]]) + text[at.end() :], _KINDS.get(at[1], "relation or number")
 

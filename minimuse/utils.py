@@ -1,5 +1,8 @@
 """Small helpers that every file may use: checks of settings, devices and precision, whole files."""
 
+import hashlib
+import json
+import math
 import os
 import uuid
 from collections.abc import Callable
@@ -8,20 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # --- checks of settings -----------------------------------------------------------------------------------------------
 
 
 def require(condition: bool, message: str) -> None:
+    """ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 def require_positive(config: Any, *names: str) -> None:
+    """ValueError unless each named field is a whole number of at least 1."""
     for name in names:
         value = getattr(config, name)
         ok = isinstance(value, int) and value > 0
         require(ok, f"{type(config).__name__}.{name} is {value!r}; give a positive whole number")
+
+
+def require_at_least(config: Any, lowest: float, *names: str) -> None:
+    """ValueError unless each named field is a finite number of at least `lowest`."""
+    for name in names:
+        value = getattr(config, name)
+        ok = lowest <= value < math.inf  # False for NaN too
+        require(ok, f"{type(config).__name__}.{name} is {value!r}; give a number of at least {lowest}")
 
 
 # --- devices and precision ----------------------------------------------------------------------------------------------
@@ -85,3 +99,18 @@ def atomic_write(path: Path, content: str | Callable[[Path], Any]) -> None:
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def content_hash(*values: Any) -> str:
+    """Tensors and JSON values, also in lists and dicts (a state_dict) -> SHA-256 in hex, the same on every machine.
+
+    The order of a dict's keys does not count. Everything else does, a tensor's dtype and shape included.
+    """
+
+    def plain(value: Any) -> list:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"content_hash got a {type(value).__name__}; give tensors, JSON values, lists and dicts")
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
+
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=plain).encode()).hexdigest()

@@ -11,14 +11,13 @@ Not here: the losses that train it (`vqgan_loss.py`), the loop (`train.py`).
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch import distributed as dist
-from torch.utils.checkpoint import checkpoint
 
 from minimuse.utils import require, require_positive
 
@@ -73,16 +72,10 @@ class ResBlock(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(c // GROUP, c), nn.Conv2d(c, c, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
-        self.recompute = False  # activation checkpointing: its inner tensors are computed again for the gradient
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return x + checkpoint(self.residual, x, use_reentrant=False)
-        return x + self.residual(x)
-
-    def residual(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
-        return self.conv2(F.silu(self.norm2(y)))
+        return x + self.conv2(F.silu(self.norm2(y)))
 
 
 class Encoder(nn.Module):
@@ -160,6 +153,7 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
         self.patience = patience
         self.idle: Tensor | None = None  # (V,) steps since a code was last used; all count as dead at the first step
+        self.sync: Callable[[Tensor, str], None] | None = None  # several processes: see `train_engine.sync`
 
     def lookup(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """tokens (B, h*w) -> codes (B, d, h, w)."""
@@ -196,16 +190,16 @@ class VectorQuantizer(nn.Module):
         if len(dead):
             flat = z.transpose(0, 1).flatten(1).T  # (B*h*w, d)
             new = flat[torch.randint(len(flat), (len(dead),), device=z.device)]
-            if several_processes():  # all take the first one's
-                dist.broadcast(new, 0)
+            if self.sync:
+                self.sync(new, "first")  # all processes take the codes of the first one
             self.codebook[dead] = new
             self.idle[dead] = 0
 
     @torch.no_grad()
     def _count_used(self, tokens: Tensor) -> None:
         used = torch.zeros_like(self.idle).index_fill_(0, tokens.flatten(), 1)
-        if several_processes():  # a code is idle where none of them uses it
-            dist.all_reduce(used, dist.ReduceOp.MAX)
+        if self.sync:
+            self.sync(used, "max")  # a code is idle if no process uses it
         self.idle.add_(1).mul_(1 - used)
 
 
@@ -278,10 +272,6 @@ class VQGAN(nn.Module):
         for part in (self.encoder, self.quantizer):
             part.eval().requires_grad_(False)
         return self
-
-
-def several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def codebook_usage(tokens: Tensor, codebook_size: int) -> tuple[float, float]:

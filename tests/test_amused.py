@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from minimuse import cli
 from minimuse import lab_models as picture_judge
 from minimuse.amused import Amused, VQTokenizer, _load, settings
+from minimuse.data_cache import tokenize
 from minimuse.eval_metrics import ClipScorer
 from minimuse.judge import estimate
 from minimuse.lab import compare
 from minimuse.lab_models import AmusedJudge
 from minimuse.masking import uniforms as draw_uniforms
 from minimuse.muse import Muse, ready_tokenizer
-from minimuse.precompute import tokenize
 from minimuse.sampler import decode, draw
 from minimuse.train import train_muse, train_transformer
 from minimuse.train_engine import Engine

@@ -44,10 +44,10 @@ def test_told_outright_is_a_number_a_word():
 
 
 def test_looking_everywhere_is_undone():
-    before = transformer.ahead_and_back
+    before = transformer.directional_bias
     with binding.looking_everywhere(True):
-        assert transformer.ahead_and_back(torch.ones(2, 3, dtype=torch.bool), 4).all(), "no head is held back"
-    assert transformer.ahead_and_back is before, "the model reads otherwise from now on"
+        assert transformer.directional_bias(torch.ones(2, 3, dtype=torch.bool), 4).all(), "no head is held back"
+    assert transformer.directional_bias is before, "the model reads otherwise from now on"
 
 
 def test_study_from_training_to_table(tmp_path, monkeypatch):
@@ -64,7 +64,7 @@ def test_study_from_training_to_table(tmp_path, monkeypatch):
         binding.study(muse, config, tmp_path, ways, n=12, test=7)
     lm = binding.lm_tells(muse.encoder, 40)
     assert len(lm) == 6, "six layers"
-    assert all(0 <= part <= 1 for part, _ in lm), "shares"
+    assert all(0 <= part <= 1 for part, _ in lm), "fractions"
     text = binding.report(results, lm, "an LM")
     for way in ways:
         assert f"| {way} | " in text, text

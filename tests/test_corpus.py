@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from minimuse import data_sources as folders
-from minimuse.corpus import HELD_OUT, Corpus
+from minimuse.data_cache import HELD_OUT, LiveTexts, Texts, TrainingData
 from minimuse.data_captions import EXAMPLE_PROMPTS, vocabulary
-from minimuse.data_images import Example, SceneDataset, area_downsample, to_pil
-from minimuse.precompute import LiveTexts, Texts
+from minimuse.data_images import area_downsample, to_pil
+from minimuse.data_sources import Example, SceneDataset
 from minimuse.text import TextEncoder
 from minimuse.train import Decimated
 from minimuse.train_engine import Engine
@@ -73,13 +73,13 @@ class Asked(TextEncoder):
 
 @pytest.fixture
 def make(tiny_muse, tmp_path):
-    """make(source, ...) -> a Corpus under tmp_path."""
+    """make(source, ...) -> a TrainingData under tmp_path."""
 
     def make(source=None, encoder=None, read_only=False, **changes):
         config = replace(tiny_muse.config, **changes)
         engine = Engine(device="cpu", bf16=False)
         encoder = encoder or tiny_muse.encoder
-        return Corpus(tmp_path / "cache", source or Made(), config, engine, encoder, read_only=read_only)
+        return TrainingData(tmp_path / "cache", source or Made(), config, engine, encoder, read_only=read_only)
 
     return make
 

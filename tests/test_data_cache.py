@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from minimuse import data_cache as cache
 from minimuse import utils
-from minimuse.data_cache import Rows, Shards, fill, fingerprint, in_bytes
+from minimuse.data_cache import Rows, Shards, fill, in_bytes
+from minimuse.utils import content_hash as fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINT = fingerprint("a source")
@@ -91,7 +92,7 @@ class TestFingerprint:
         assert fingerprint(("a", 1)) == fingerprint(["a", 1]), "tuples are lists"
 
     def test_refuses_what_it_does_not_know(self):
-        with pytest.raises(TypeError, match=r"fingerprint of \w*Path"):
+        with pytest.raises(TypeError, match=r"content_hash got a \w*Path"):
             fingerprint(Path("a"))
 
 

@@ -1,9 +1,11 @@
 """data_scenes.py: pictures show what the scene says, captions are true, held-out things stay out."""
 
+import hashlib
 import json
 import re
 import time
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -16,15 +18,17 @@ from minimuse.data_scenes import (
     MATERIALS,
     SHAPES,
     SIZES,
+    SPLITS,
     Scene,
     Thing,
-    _project,
     is_novel,
+    project,
     relations,
     render,
     sample_scene,
     truth,
 )
+from minimuse.data_sources import SceneDataset
 from minimuse.eval_prompts import parse_prompt
 
 SCENES = [sample_scene(seed) for seed in range(500)]
@@ -170,7 +174,7 @@ def test_shadows_fall_to_the_right_and_back(shape):
     shown, bare = render([Scene((Thing("red", shape, x=x),)) for x in (-0.5, -9.0)], 64)  # the second is out of frame
     changes = []
     for x, depth in ((0.7, 0.85), (-1.7, -0.85)):
-        u, v, _ = _project(x, 0, depth)
+        u, v, _ = project(x, 0, depth)
         changes.append(float((bare - shown)[:, int(v * 64), int(u * 64)].mean()))
     assert changes[0] > 0.15, f"no shadow to the right of a {shape}: {changes[0]:.2f} darker"
     assert abs(changes[1]) < 0.05, f"a shadow on the side of the light: {changes[1]:.2f} darker"
@@ -315,3 +319,27 @@ def test_synonyms_are_true_words_and_no_paraphrases():
 def test_example_prompts_hold_no_held_out_pair():
     for prompt in EXAMPLE_PROMPTS:
         assert not {(words[1], words[3]) for _, words in parse(prompt)} & HELD_OUT, f"{prompt!r} was never trained on"
+
+
+# --- stored hashes ------------------------------------------------------------------------------------------------------
+
+
+def sha256(content: str | bytes) -> str:
+    return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()
+
+
+def test_scenes_pixels_and_texts_are_those_of_version_1():
+    """Shipped checkpoints were trained on them. Raise SCENES_VERSION with any change on purpose."""
+    scenes = [sample_scene(seed, split=split) for split in SPLITS for seed in range(200)]
+    plain = str([[(*asdict(thing).values(),) for thing in scene.things] for scene in scenes])
+    assert sha256(plain)[:16] == "468e64d54ab1f931"
+    styles = ((False, 0.0), (True, 0.0), (False, 1.0))
+    texts = [caption(s, i, paraphrase=p, synonyms=x) for i, s in enumerate(scenes) for p, x in styles]
+    assert sha256("\n".join(texts))[:16] == "9fab133a0bd3e6ef"
+    assert sha256(" ".join(vocabulary() + vocabulary(synonyms=True)))[:16] == "82d4eba24ce9a0f4"
+    data = SceneDataset(24, 32, seed=5, k=3, synonyms=0.5)
+    assert sha256("\n".join(text for i in range(24) for text in data.captions(i)))[:16] == "a495b7f8f4c0d79a"
+    pixels = data.images()
+    assert abs(pixels.double().mean().item() - 171.97035) < 0.01, "machines may round a level otherwise, no more"
+    red = [[122, 122, 122, 122], [154, 162, 165, 161], [209, 221, 255, 58], [224, 232, 177, 231]]
+    assert (pixels[7, 0, ::8, ::8].int() - torch.tensor(red)).abs().max() <= 1

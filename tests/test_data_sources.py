@@ -21,8 +21,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minimuse.config import preset
-from minimuse.data_images import Problems, SceneDataset
-from minimuse.data_sources import FolderDataset, Refused, TarDataset, captions_of, decode, open_source
+from minimuse.data_sources import (
+    FolderDataset,
+    Problems,
+    Refused,
+    SceneDataset,
+    TarDataset,
+    captions_of,
+    decode,
+    open_source,
+)
 
 GOOD = 20
 
@@ -482,7 +490,7 @@ def test_without_webdataset_tars_name_the_extra(tmp_path, monkeypatch):
 
 def test_open_source_of_scenes():
     config = preset("nano")
-    assert open_source("scenes", config, seed=3) == SceneDataset(5000, 64, seed=3, shares=(67, 24, 9), k=2)
+    assert open_source("scenes", config, seed=3) == SceneDataset(5000, 64, seed=3, fractions=(67, 24, 9), k=2)
 
 
 def test_open_source_finds_out_what_it_is_given(tmp_path):

@@ -8,8 +8,7 @@ import pytest
 from conftest import ROOT
 from PIL import ImageFont
 
-from minimuse.data_images import Problems
-from minimuse.data_sources import FolderDataset
+from minimuse.data_sources import FolderDataset, Problems
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import emoji_folder

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimuse.data_captions import _RELATIONS, EXAMPLE_PROMPTS, PARAPHRASES, caption
+from minimuse.data_captions import EXAMPLE_PROMPTS, PARAPHRASES, RELATION_PHRASES, caption
 from minimuse.data_scenes import Scene, Thing, box, relations, sample_scene
 from minimuse.eval_detector import FIELDS, Found, Reading
 from minimuse.eval_prompts import Group, Wants, matches, parse_prompt, related
@@ -190,6 +190,6 @@ def test_the_order_of_the_things_read_says_nothing(seed, order):
 
 
 def test_every_relation_of_captions_is_understood():
-    for name, phrases in _RELATIONS.items():
+    for name, phrases in RELATION_PHRASES.items():
         for phrase in phrases:
             assert parse_prompt(f"a cube is {phrase} a sphere").relation == name

@@ -16,7 +16,7 @@ from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.eval_run import SWEEP, evaluate, table
 from minimuse.intervals import Measured
 from minimuse.kinds import KINDS, avoidance, regions
-from minimuse.prompts import _look, _place, asks
+from minimuse.prompts import _look, asks, place_things
 from minimuse.studio import ITERATIONS, Judge, Studio
 
 ABOUT, SEED = {"checkpoint": "oracle"}, 1000
@@ -35,7 +35,7 @@ def scene_of(prompt: str, seed: int, avoid: str = "") -> Scene:
                 for k, words in (("size", SIZES), ("material", MATERIALS))
             )
             looks += [_look((named["color"], named["shape"]), extra, rng)] * group.number
-        things = _place(rng, looks)
+        things = place_things(rng, looks)
         if things and (not wants.relation or wants.relation in relations(*things)):
             return Scene(things)
 

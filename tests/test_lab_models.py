@@ -7,7 +7,7 @@ import torch
 
 from minimuse import cli, lab
 from minimuse import lab_models as picture_judge
-from minimuse.data_images import SceneDataset
+from minimuse.data_sources import SceneDataset
 from minimuse.eval_detector import Reader
 from minimuse.eval_metrics import frechet_distance
 from minimuse.judge import GROUPS, estimate
@@ -51,7 +51,7 @@ class Renders(PictureJudge):
     titles = {"accuracy": "accuracy", "frechet": "distance"}  # noqa: RUF012
 
     def __init__(self, shift, batch=64):
-        scenes = SceneDataset(64, 64, "test", 0, shares=(1, 1, 0), k=1)
+        scenes = SceneDataset(64, 64, "test", 0, fractions=(1, 1, 0), k=1)
         self.images, reader = scenes.images().roll(shift, 0), Reader.from_pretrained()
         prompts = [scenes.captions(i)[0] for i in range(64)]
         super().__init__(prompts, scenes.images(), right(reader), reader.features, 0, batch)

@@ -7,19 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimuse.config import preset
-from minimuse.data_cache import Rows, Shards, fill, fingerprint
-from minimuse.data_images import Example, Problems, SceneDataset
-from minimuse.precompute import (
+from minimuse.data_cache import (
     CachedPixels,
+    Rows,
+    Shards,
     Texts,
     all_captions,
     all_problems,
     estimate,
+    fill,
     make_pixels,
     make_text,
     make_tokens,
     text_fits,
 )
+from minimuse.data_sources import Example, Problems, SceneDataset
+from minimuse.utils import content_hash
 
 SIDE = 4
 
@@ -27,7 +30,7 @@ SIDE = 4
 class FakeSource:
     """Five parts of 10 images: every other one is bad, and all of part 2. Captions repeat; an example has 1 to 3."""
 
-    fingerprint = fingerprint("fake")
+    fingerprint = content_hash("fake")
     parts = 5
 
     def read(self, part, size, problems):

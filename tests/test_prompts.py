@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from test_eval_prompts import perfect
 
-from minimuse.data_captions import _RELATIONS, PARAPHRASES, vocabulary
+from minimuse.data_captions import PARAPHRASES, RELATION_PHRASES, vocabulary
 from minimuse.data_scenes import HELD_OUT, SPLITS, box, sample_scene
 from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.prompts import EXTRAS, NOVEL, SEEN, SETS, asks
@@ -84,7 +84,7 @@ def test_extras_relations_and_numbers_are_balanced():
                     for a in asks("seen", 420))  # fmt: skip
     assert set(named.values()) == {42, 84}, "each in turn; plain prompts are two of ten"
     relations = Counter(parse_prompt(ask.prompt).relation for ask in asks("relations", 100))
-    assert relations == dict.fromkeys(_RELATIONS, 20)
+    assert relations == dict.fromkeys(RELATION_PHRASES, 20)
     numbers = Counter(parse_prompt(ask.prompt).groups[0].number for ask in asks("counts", 100))
     assert numbers == {2: 50, 3: 50}
     assert Counter(ask.negative for ask in asks("negative", 80)) == dict.fromkeys(

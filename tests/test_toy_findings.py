@@ -124,14 +124,14 @@ def test_it_was_measured_of_the_shipped_toy(stored):
     """Other weights or settings of drawing need other figures."""
     from minimuse import checkpoint
     from minimuse.config import to_dict
-    from minimuse.data_images import digest
     from minimuse.train_state import stamp
+    from minimuse.utils import content_hash
 
     folder = checkpoint.find("toy")
     for name, part in stored["parts"].items():
         settings = part["settings"]
         assert settings["weights of checkpoint"] == stamp(folder / checkpoint.WEIGHTS)[1], f"{name}: other weights"
-        assert settings["config"] == digest(to_dict(checkpoint.load("toy")[0])), f"{name}: drawn otherwise"
+        assert settings["config"] == content_hash(to_dict(checkpoint.load("toy")[0])), f"{name}: drawn otherwise"
         assert (settings["n"], settings["seed"]) == (300 if name == "sweep" else 1000, 1000)
 
 

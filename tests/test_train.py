@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minimuse.config import StageConfig, preset
+from minimuse.data_cache import tokenize
 from minimuse.masking import masked_cross_entropy
-from minimuse.precompute import tokenize
 from minimuse.text import pad_contexts
 from minimuse.train import (
     MaskedLoss,

@@ -176,13 +176,13 @@ def test_the_models_go_on_training_after_a_picture(config, tmp_path, tiny_muse, 
     """A Muse is frozen; drawing with one must not freeze what trains."""
     from minimuse.muse import build
 
-    class Corpus:
+    class TrainingData:
         encoder = tiny_muse.encoder
 
     parts = build(config).train()
     parts["low_tokenizer"].requires_grad_(False)
     few = replace(config, base_sampling=replace(config.base_sampling, steps=2))
-    (image,) = watch(few, tmp_path)._draw("base", parts, Corpus(), ["a red cube"])
+    (image,) = watch(few, tmp_path)._draw("base", parts, TrainingData(), ["a red cube"])
     assert image.size == (32, 32), "the base model draws low-resolution pictures"
     assert all(p.requires_grad for p in parts["base"].parameters()), "the model that trains was frozen"
     assert not any(p.requires_grad for p in parts["low_tokenizer"].parameters()), "what was frozen was wakened"

@@ -18,11 +18,13 @@ from minimuse.transformer import (
     SuperRes,
     Transformer,
     TransformerConfig,
-    ahead_and_back,
     attention,
+    directional_bias,
+    init_from_codebook,
     multi_axis_attention,
     random_features,
     sinusoids,
+    zero_init_residual,
 )
 
 V, D_LM = 11, 6
@@ -165,7 +167,7 @@ def test_pitfall_24_unconditional_logits_are_finite_on_every_backend(make, backe
 def test_heads_that_read_text_look_ahead_or_back_the_nearer_the_more():
     """By hand: four heads, two tokens and one of padding, slopes 1/2 and 1/8."""
     inf = float("inf")
-    bias = ahead_and_back(torch.tensor([[True, True, False]]), heads=4)[0]
+    bias = directional_bias(torch.tensor([[True, True, False]]), heads=4)[0]
     for head, slope in ((0, 0.5), (1, 0.125)):
         assert bias[head].tolist() == [[0, -slope, -inf], [-inf, 0, -inf], [-inf, -inf, 0]], "ahead"
         assert bias[head + 2].tolist() == [[0, -inf, -inf], [-slope, 0, -inf], [-2 * slope, -slope, 0]], "back"
@@ -259,7 +261,7 @@ def test_plain_products_are_torchs_attention(mask, monkeypatch):
     see[..., 0] = True
     attend = {"none": None, "padding": see, "causal": torch.ones(12, 12, dtype=torch.bool).tril()}.get(mask)
     if mask == "numbers":
-        attend = ahead_and_back(see[:, 0, 0], heads=4)
+        attend = directional_bias(see[:, 0, 0], heads=4)
     single = [x.detach().float().requires_grad_() for x in (q, k, v)]
     expected = attention(*single, attend)
     monkeypatch.setattr(transformer.F, "scaled_dot_product_attention", lambda *a, **k: pytest.fail("it is torch's"))
@@ -489,7 +491,7 @@ def test_like_codes_begin_alike():
     low_codebook[1] = low_codebook[0]
     model = superres()
     mask = model.embed.codes.weight[V].clone()
-    model.init_from_codebook(codebook, low_codebook)
+    init_from_codebook(model, codebook, low_codebook)
     for name, weight in [
         ("embedding", model.embed.codes.weight),
         ("low embedding", model.low_embed.codes.weight),
@@ -503,42 +505,21 @@ def test_like_codes_begin_alike():
     assert logits.abs().max() < 2, "the first logits are as mild as before"
 
 
-# --- the causal switch ------------------------------------------------------------------------------------------------
+# --- starting as the identity -----------------------------------------------------------------------------------------
 
 
-def causal():
-    return Transformer(replace(BASE, causal=True)).eval()
-
-
-def test_causal_logits_depend_on_earlier_tokens_alone():
-    model, x = causal(), tokens(high=V)
-    memory = model.memory(context())
-    out = model(x, memory)
-    for i in (0, 5, 15):
-        other = x.clone()
-        other[:, i] = (x[:, i] + 1) % V
-        changed = (model(other, memory) - out).abs().amax((0, 2)) > 1e-5
-        assert changed.tolist() == [False] * (i + 1) + [True] * (15 - i), f"token {i} is seen by those after it alone"
-
-
-def test_a_cache_changes_nothing():
-    model, x = causal(), tokens(high=V)
-    memory, past = model.memory(context()), [[] for _ in range(2)]
-    out = model(x, memory)
-    pieces = [model(x[:, :n], memory, past) for n in (1, 2, 7, 16)]
-    assert [p.shape[1] for p in pieces] == [1, 1, 5, 9], "only what is new is computed"
-    assert_same(torch.cat(pieces, 1), out, "with kept keys and values the logits are others")
-
-
-def test_causal_and_multi_axis_do_not_go_together():
-    with pytest.raises(ValueError, match="causal"):
-        replace(BASE, causal=True, block=2)
-
-
-def test_residual_blocks_may_begin_as_the_identity():
-    model = Transformer(replace(BASE, identity=True)).eval()
-    memory, x = model.memory(context()), torch.randn(2, 16, 32)
+@pytest.mark.parametrize("make", [reader, superres])
+def test_residual_blocks_may_start_as_the_identity(make):
+    model = make()
+    assert zero_init_residual(model) is model, "it returns the model"
+    text, low = context(), [tokens(high=9)] if make is superres else []
+    memory, x = model.memory(text, *low), torch.randn(2, model.config.tokens, 32)
     for layer, k, v in zip(model.layers, memory.keys, memory.values, strict=True):
-        assert layer(x, (k, v, memory.attend)).equal(x)
-    model(tokens(), memory).sum().backward()
-    assert model.layers[0].mlp[2].weight.grad.abs().sum() > 0, "they can be left"
+        assert layer(x, k, v, memory.attend).equal(x), "a layer changes its input"
+    for layer in getattr(model, "low_layers", []):
+        assert layer(x).equal(x), "a layer of the low-res encoder changes its input"
+    for layer in model.text_layers:
+        words = torch.randn(2, 5, 32)
+        assert layer(words, directional_bias(text.mask, heads=4)).equal(words), "a text layer changes its input"
+    model(tokens(n=model.config.tokens), memory).sum().backward()
+    assert model.layers[0].mlp[2].weight.grad.abs().sum() > 0, "the zeros can be left"

@@ -507,7 +507,7 @@ reader shall tell from the vector of a *colour word* on which side its thing sta
 """
 
 # %%
-from minimuse.transformer import ahead_and_back
+from minimuse.transformer import directional_bias
 
 draw, texts, first_left = Random(0), [], []
 for _ in range(1000):
@@ -521,7 +521,7 @@ FIRST, SECOND = (
 )  # where the two colour words stand: [CLS] a red cube left of a blue sphere [SEP]
 sides = torch.tensor([*first_left, *(not left for left in first_left)])
 
-see = ahead_and_back(context.mask, heads=4).softmax(-1)  # (B, H, L, L): what four heads look at
+see = directional_bias(context.mask, heads=4).softmax(-1)  # (B, H, L, L): what four heads look at
 looked = torch.cat([see[:, h] @ context.embeds for h in range(4)], -1)  # (B, L, 4 D)
 vectors = {
     "the word's own vector": torch.cat([context.embeds[:, FIRST], context.embeds[:, SECOND]]),
@@ -563,7 +563,7 @@ needs it, we could not measure.
 # %%
 from minimuse.transformer import TextLayer
 
-show(ahead_and_back, TextLayer)
+show(directional_bias, TextLayer)
 
 # %% [markdown]
 r"""

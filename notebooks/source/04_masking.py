@@ -250,7 +250,8 @@ On a real picture. The tokenizer of the checkpoint turns a scene into a grid of 
 """
 
 # %%
-from minimuse.data_images import SceneDataset, area_downsample, to_float, to_pil
+from minimuse.data_images import area_downsample, to_float, to_pil
+from minimuse.data_sources import SceneDataset
 from minimuse.text import Context
 
 muse = Muse.from_pretrained(CHECKPOINT)

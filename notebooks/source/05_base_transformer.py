@@ -521,7 +521,8 @@ never trained on.
 
 # %%
 from minimuse.config import preset
-from minimuse.data_images import SceneDataset, to_float
+from minimuse.data_images import to_float
+from minimuse.data_sources import SceneDataset
 from minimuse.validation import unigram_entropy, validate
 
 
@@ -546,10 +547,10 @@ def prepare(data):
     return images, torch.cat(tokens), texts
 
 
-shares = preset("nano").shares  # of scenes with 1, 2 and 3 things
-train_set = SceneDataset(SCENES, SIZE, shares=shares)
+fractions = preset("nano").fractions  # of scenes with 1, 2 and 3 things
+train_set = SceneDataset(SCENES, SIZE, fractions=fractions)
 images, tokens, texts = prepare(train_set)
-_, held_tokens, held_texts = prepare(SceneDataset(64, SIZE, split="test", shares=shares))
+_, held_tokens, held_texts = prepare(SceneDataset(64, SIZE, split="test", fractions=fractions))
 print(
     "to learn from: tokens",
     tuple(tokens.shape),
@@ -571,7 +572,7 @@ training it helps a lot. Each dot below is a pair of codes.
 # %%
 from dataclasses import replace
 
-from minimuse.transformer import random_features
+from minimuse.transformer import init_from_codebook, random_features
 
 torch.manual_seed(0)
 sizes = {"codebook_size": V, "grid": g, "text_width": muse.config.base.text_width}
@@ -581,7 +582,7 @@ some = torch.randint(V * V, (1500,), generator=torch.Generator().manual_seed(0))
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharey=True)
 for ax, title in zip(axes, ("fresh embeddings", "after init_from_codebook"), strict=True):
     if title == "after init_from_codebook":
-        student.init_from_codebook(codebook)
+        init_from_codebook(student, codebook)
     unit = torch.nn.functional.normalize(student.embed.codes.weight.detach()[:-1], dim=1)  # (V, D)
     ax.plot(
         torch.cdist(codebook, codebook).flatten()[some], (unit @ unit.T).flatten()[some], ".", ms=3
@@ -816,7 +817,7 @@ exec(source.replace(line, "self.model(x, memory)"), vars(broken))
 
 torch.manual_seed(0)
 leaky = Transformer(student.config)
-leaky.init_from_codebook(codebook)
+init_from_codebook(leaky, codebook)
 leaky_losses = []
 for p in broken.train_transformer(leaky, recipe, tokens, texts, engine=engine):
     leaky_losses.append(p.figures["loss"])

@@ -25,7 +25,8 @@ from matplotlib.colors import LogNorm
 from PIL import Image
 
 from minimuse import Muse
-from minimuse.data_images import SceneDataset, area_downsample, from_pil, to_float, to_pil
+from minimuse.data_images import area_downsample, from_pil, to_float, to_pil
+from minimuse.data_sources import SceneDataset
 from minimuse.plots import film, grid, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
@@ -105,7 +106,7 @@ fine ones?
 # %%
 from minimuse.sampler import token_entropy
 
-scenes = SceneDataset(SCENES, fine, split="test", shares=muse.config.shares)
+scenes = SceneDataset(SCENES, fine, split="test", fractions=muse.config.fractions)
 pixels = to_float(scenes.images())  # (n, 3, H, W) in [-1, 1]
 small = area_downsample(pixels, fine // muse.config.low_tokenizer.image_size)
 with torch.inference_mode():

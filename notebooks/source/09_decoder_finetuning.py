@@ -25,7 +25,8 @@ import torch
 from checks import check_grow, check_psnr
 
 from minimuse import Muse
-from minimuse.data_images import SceneDataset, to_float, to_pil
+from minimuse.data_images import to_float, to_pil
+from minimuse.data_sources import SceneDataset
 from minimuse.plots import grid, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: too few steps to learn much
@@ -65,7 +66,7 @@ their training: which token follows from which text, which tokens stand side by 
 """
 
 # %%
-held_out = to_float(SceneDataset(HELD_OUT, size, split="test", shares=muse.config.shares).images())
+held_out = to_float(SceneDataset(HELD_OUT, size, split="test", fractions=muse.config.fractions).images())
 with torch.inference_mode():
     tokens = shipped.encode(held_out)
     again = shipped.decode(tokens)
@@ -228,7 +229,7 @@ small.encoder.load_state_dict(shipped.encoder.state_dict())
 small.quantizer.load_state_dict(shipped.quantizer.state_dict())
 small.freeze_tokens()
 images = SceneDataset(
-    SCENES, size, shares=muse.config.shares
+    SCENES, size, fractions=muse.config.fractions
 ).images()  # (n, 3, H, W) uint8, split "train"
 pixels_alone = {"perceptual_weight": 0.0, "adversarial_weight": 0.0, "crop": CROP, "warmup": 5}
 first = replace(

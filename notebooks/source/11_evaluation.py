@@ -486,7 +486,7 @@ pictures says. "Untouched" is the floor: two heaps of the same kind.
 # %%
 import torch.nn.functional as F
 
-from minimuse.data_images import SceneDataset
+from minimuse.data_sources import SceneDataset
 
 data = SceneDataset(2 * SCENES, muse.config.high_tokenizer.image_size, "test", seed=11)
 heap = area_downsample(
@@ -659,7 +659,7 @@ from minimuse.data_scenes import COLORS, SHAPES
 other = lambda names, name: names[(names.index(name) + 1) % len(names)]  # noqa: E731
 colors, truths, lies = list(COLORS), {}, {}
 pool, words = (
-    SceneDataset(PICTURES, muse.config.low_tokenizer.image_size, "test", seed=12, shares=(0, 1, 0)),
+    SceneDataset(PICTURES, muse.config.low_tokenizer.image_size, "test", seed=12, fractions=(0, 1, 0)),
     {},
 )
 for name in ("colour", "shape", "number", "left or right", "whose colour"):

@@ -66,14 +66,15 @@ are those of the base model; what Muse does after it would be the same for all t
 """
 
 # %%
-from minimuse.data_images import SceneDataset, area_downsample, to_float, to_pil
+from minimuse.data_cache import tokenize
+from minimuse.data_images import area_downsample, to_float, to_pil
+from minimuse.data_sources import SceneDataset
 from minimuse.muse import build, kind
-from minimuse.precompute import tokenize
 from minimuse.train_engine import Engine
 
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
 side, low_side = muse.config.high_tokenizer.image_size, muse.config.low_tokenizer.image_size
-data = SceneDataset(SCENES, side, seed=0, shares=(1, 0, 0))
+data = SceneDataset(SCENES, side, seed=0, fractions=(1, 0, 0))
 images = area_downsample(data.images(), side // low_side)  # (SCENES, 3, h, w) uint8
 captions = [data.captions(i, 1)[0] for i in range(SCENES)]
 context = muse.encoder.encode(captions)
@@ -219,6 +220,7 @@ differ in what the model is shown:
 
 # %%
 from minimuse.train import MaskedLoss, NextLoss, train_dit, train_transformer
+from minimuse.transformer import init_from_codebook
 
 show(MaskedLoss.forward, NextLoss.forward)
 
@@ -403,7 +405,7 @@ for name in RIVALS:
     if name == "dit":
         run = train_dit(parts["base"], stage, z, texts, engine=Engine(device="cpu"))
     else:
-        parts["base"].init_from_codebook(muse.low_tokenizer.codebook)
+        init_from_codebook(parts["base"], muse.low_tokenizer.codebook)
         run = train_transformer(parts["base"], stage, tokens, texts, engine=Engine(device="cpu"))
     began = time.monotonic()
     losses[name] = torch.tensor([p.figures["loss"] for p in run])
@@ -512,7 +514,7 @@ from minimuse.masking import likelihood_bound
 show(likelihood_bound)
 
 # %%
-test = SceneDataset(16 if FAST else 60, side, split="test", seed=1, shares=(1, 0, 0))
+test = SceneDataset(16 if FAST else 60, side, split="test", seed=1, fractions=(1, 0, 0))
 seen = tokenize(
     muse.low_tokenizer, area_downsample(test.images(), side // low_side)
 )  # held-out pictures
