@@ -30,21 +30,17 @@ from torch import Tensor, nn
 from minimuse import checkpoint
 from minimuse.cfg import Guidance, drop_text, get_guidance, guide, guided
 from minimuse.config import MuseConfig, StageConfig, to_dict
-from minimuse.corpus import Corpus
-from minimuse.data_images import Source
-from minimuse.data_sources import open_source
+from minimuse.data_sources import Source
 from minimuse.editing import Callback
 from minimuse.muse import Muse, sampling_settings
 from minimuse.plots import grid
 from minimuse.sampler import LogitsFn, SamplingConfig, Step, decode
 from minimuse.text import Context, TextEncoder, pad_contexts
-from minimuse.train import Decimated, Look, Progress, pick, train_tokenizer, train_transformer
-from minimuse.train import _perceptual as scene_perceptual
-from minimuse.train_engine import Engine, Stage
-from minimuse.train_log import Watch
-from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig, attention
+from minimuse.train import Decimated, MuseTrainer, pick_captions, train_transformer
+from minimuse.train_engine import Engine, EvalFn, Progress, Stage
+from minimuse.train_log import eval_mode
+from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig, attention, init_from_codebook
 from minimuse.utils import atomic_write
-from minimuse.validation import eval_mode
 from minimuse.vqgan import VQGAN
 
 FORMAT = "minimuse-baseline-1"  # of config.json
@@ -88,8 +84,8 @@ class LowRes:
         return Transformer(config.base)
 
     def fit(self, images: Any, tokens: Any, texts: Any, **how: Any) -> Iterator[Progress]:
-        """Train the network on low-resolution images, their tokens and captions. how: engine, look."""
-        self.base.init_from_codebook(self.low_tokenizer.codebook)
+        """Train the network on low-resolution images, their tokens and captions. how: engine, eval_fn."""
+        init_from_codebook(self.base, self.low_tokenizer.codebook)
         return train_transformer(self.base, self.config.stages["base"], tokens, texts, **how)
 
     def draw(
@@ -199,7 +195,7 @@ def train_network(
     n: int,
     count: int,
     engine: Engine | None = None,
-    look: Look | None = None,
+    eval_fn: EvalFn | None = None,
 ) -> Iterator[Progress]:
     """Train `loss.model` on n examples -> a Progress a step.
 
@@ -213,25 +209,21 @@ def train_network(
     if job.first:
         yield Progress("base", job.first, config.steps, {}, loss.model)
     for step in job.steps():
-        losses = []
         for at, generators in job.micro_batches(n, step):
             arguments = [x.to(engine.device) for x in inputs(at, generators)]
             with engine.precision():
                 value = job.modules["model"](*arguments) / count
-            job.backward(value)
-            losses.append({"loss": value})
-        job.update(step)
-        figures = job.total(losses)
-        job.end(step)
-        if look and (step + 1) % config.eval_every == 0:
-            figures |= look(job.modules["model"], step + 1)
-        yield Progress("base", step + 1, config.steps, figures, loss.model)
+            job.backward(value, loss=value)
+        metrics = job.finish(step)
+        if eval_fn and (step + 1) % config.eval_every == 0:
+            metrics |= eval_fn(job.modules["model"], step + 1)
+        yield Progress("base", step + 1, config.steps, metrics, loss.model)
     loss.eval()
 
 
 def read_texts(texts: Any, at: Tensor, generators: list[torch.Generator], p: float) -> Context:
     """One caption of each example `at`; a fraction p of them is removed (Muse 2.7)."""
-    return drop_text(pad_contexts(pick(texts, at, generators)), p, generators)
+    return drop_text(pad_contexts(pick_captions(texts, at, generators)), p, generators)
 
 
 def train_baseline(
@@ -239,53 +231,41 @@ def train_baseline(
 ) -> Iterator[Progress]:
     """A configuration of `make.configure` -> a Progress a step. The last one's model is the trained baseline.
 
-    `data` and `engine` as in `train.train_muse`: with `engine.folder` a stopped run goes on where it was.
+    `data` and `engine` as in `train.train_muse`: with `engine.folder` a stopped run is resumed where it was.
     """
     engine = engine or Engine()
-    log = Watch(config, engine)
     with ExitStack() as stack:
-        root = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
-        source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
-        for p in _stages(make, config, source, Path(root, "cache"), engine, log):
-            yield p._replace(figures=log(p))
+        folder = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
+        trainer = MuseTrainer(config, data, engine, Path(folder))
+        for progress in _stages(make, trainer):
+            yield progress._replace(metrics=trainer.log(progress))
 
 
-def _stages(
-    make: type[LowRes], config: MuseConfig, source: Source, cache: Path, engine: Engine, log: Watch
-) -> Iterator[Progress]:
+def _stages(make: type[LowRes], trainer: MuseTrainer) -> Iterator[Progress]:
     """Train the tokenizer, compute tokens and embeddings, train the network."""
-    torch.manual_seed(engine.seed)
-    encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
-    parts = make.build(config)
-    corpus = Corpus(cache, source, config, engine, encoder)
-    yield from _preparation("read images", corpus.read(), parts)
-    factor = config.high_tokenizer.image_size // config.low_tokenizer.image_size
-    images, held_out = (Decimated(corpus.split(corpus.images, held_out=h), factor) for h in (False, True))
-    how = {"perceptual": scene_perceptual(config, engine), "look": log.tokenizer("low_tokenizer", held_out)}
-    how |= {"stage": "low_tokenizer", "engine": engine}
-    yield from train_tokenizer(parts["low_tokenizer"], config.stages["low_tokenizer"], images, **how)
-    yield from _preparation("low tokens", corpus.tokenize("low", parts["low_tokenizer"]), parts)
-    yield from _preparation("embed captions", corpus.embed(), parts)
-    model = make(config, parts, encoder, examples=corpus.words()["examples"])
+    config, engine, data = trainer.config, trainer.engine, trainer.data
+    parts = trainer.parts = make.build(config)
+    yield from trainer.prepare("read images", data.read())
+    yield from trainer.tokenizer("low_tokenizer", parts["low_tokenizer"])
+    yield from trainer.prepare("low tokens", data.tokenize("low", parts["low_tokenizer"]))
+    yield from trainer.prepare("embed captions", data.embed())
+    model = make(config, parts, trainer.encoder, examples=data.words()["examples"])
 
-    def look(loss: nn.Module, step: int) -> dict[str, float]:
-        if log.folder and not engine.sharded:
+    def eval_fn(loss: nn.Module, step: int) -> dict[str, float]:
+        if trainer.log.folder and not engine.sharded:
             with eval_mode(parts), engine.precision():
-                pictures = model.to(engine.device).generate(model.examples, seed=0)
-            log.picture("base", step, lambda: grid(pictures, model.examples, columns=3))
+                images = model.to(engine.device).generate(model.examples, seed=0)
+            trainer.log.picture("base", step, lambda: grid(images, model.examples, columns=3))
         return {}
 
-    torch.manual_seed(engine.seed)  # a resumed run begins this stage as a whole run does
-    tokens, texts = corpus.split(corpus.tokens["low"]), corpus.split(corpus.texts)
-    yield from model.fit(images, tokens, texts, engine=engine, look=look)
-    parts["base"] = engine.whole(parts["base"], lambda: make.network(config))
+    trainer.reseed()
+    factor = config.high_tokenizer.image_size // config.low_tokenizer.image_size
+    images = Decimated(data.split(data.images), factor)
+    tokens, texts = data.split(data.tokens["low"]), data.split(data.texts)
+    yield from model.fit(images, tokens, texts, engine=engine, eval_fn=eval_fn)
+    parts["base"] = engine.gather_full_model(parts["base"], lambda: make.network(config))
     parts.eval()
     yield Progress("done", 1, 1, {}, model.to(engine.device))
-
-
-def _preparation(name: str, work: Iterator[tuple[int, int]], parts: nn.ModuleDict) -> Iterator[Progress]:
-    for done, total in work:
-        yield Progress(name, done, total, {}, parts)
 
 
 # --- autoregression ---------------------------------------------------------------------------------------------------
@@ -297,9 +277,7 @@ class CausalLayer(Layer):
     `past`, empty or [keys, values] of earlier tokens, grows by the N tokens of x: the cache.
     """
 
-    def forward(
-        self, x: Tensor, memory: tuple[Tensor, Tensor, Tensor] | None = None, past: list[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *memory: Tensor, past: list[Tensor] | None = None) -> Tensor:
         x = x + self.dropout(self.look_back(self.norm1(x), past))
         x = x + self.dropout(self.cross(self.norm2(x), *memory))
         return x + self.dropout(self.mlp(self.norm3(x)))
@@ -336,7 +314,7 @@ class CausalTransformer(Transformer):
             x = x[:, place : place + 1]
         pasts = [None] * len(self.layers) if cache is None else cache
         for layer, k, v, past in zip(self.layers, memory.keys, memory.values, pasts, strict=True):
-            x = layer(x, (k, v, memory.attend), past)
+            x = layer(x, k, v, memory.attend, past=past)
         return self.head(self.norm(x))
 
 
@@ -354,7 +332,7 @@ class NextTokenLoss(nn.Module):
 
 
 def train_ar(model: CausalTransformer, config: StageConfig, tokens: Any, texts: Any, **how: Any) -> Iterator[Progress]:
-    """Train to predict the next token. Tokens (n, N) and texts as in `train.train_transformer`; how: engine, look."""
+    """Train to predict the next token. Tokens (n, N) and texts as in `train.train_transformer`; how: engine, eval_fn."""
 
     def inputs(at: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Context]:
         return tokens[at], read_texts(texts, at, generators, config.cond_drop_prob)
@@ -397,7 +375,7 @@ class Autoregressive(LowRes):
         return CausalTransformer(config.base)
 
     def fit(self, images: Any, tokens: Any, texts: Any, **how: Any) -> Iterator[Progress]:
-        self.base.init_from_codebook(self.low_tokenizer.codebook)
+        init_from_codebook(self.base, self.low_tokenizer.codebook)
         return train_ar(self.base, self.config.stages["base"], tokens, texts, **how)
 
     def draw(

@@ -32,7 +32,7 @@ from minimuse.data_images import to_float
 from minimuse.masking import Draws, uniforms
 from minimuse.sampler import Step
 from minimuse.text import Context
-from minimuse.train import Progress
+from minimuse.train_engine import Progress
 from minimuse.transformer import CrossAttention, Memory, SelfAttention, Transformer, TransformerConfig
 from minimuse.utils import require
 from minimuse.vqgan import VQGAN
@@ -84,7 +84,7 @@ class Block(nn.Module):
             nn.Linear(config.mlp_width, config.width, bias=False),
         )
 
-    def forward(self, x: Tensor, c: Tensor, memory: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, *memory: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(c).chunk(6, -1)
         x = x + gate1 * self.attention(modulate(self.norm(x), shift1, scale1))
         x = x + self.cross(self.cross_norm(x), *memory)
@@ -147,7 +147,7 @@ class DiT(Transformer):
         h = F.pixel_unshuffle(x.to(dtype), self.patch).flatten(2).transpose(1, 2)  # (B, N, d p^2)
         h = self.inputs(h) + self.places  # (B, N, D)
         for block, k, v in zip(self.layers, memory.keys, memory.values, strict=True):
-            h = block(h, c, (k, v, memory.attend))
+            h = block(h, c, k, v, memory.attend)
         h = self.head(modulate(self.norm(h), *self.condition(c).chunk(2, -1)))  # (B, N, d p^2)
         velocity = F.pixel_shuffle(h.transpose(1, 2).unflatten(2, (grid, grid)), self.patch)  # (B, d, h, w)
         signal, spread = amounts(step, x.float())
@@ -224,7 +224,7 @@ def latents(vqgan: VQGAN, images: Any, batch: int = 256) -> Tensor:
 
 
 def train_dit(model: DiT, config: StageConfig, z: Tensor, texts: Any, **how: Any) -> Iterator[Progress]:
-    """Train to predict noise in latents z (n, d, h, w). Texts as in `train.train_transformer`; how: engine, look."""
+    """Train to predict noise in latents z (n, d, h, w). Texts as in `train.train_transformer`; how: engine, eval_fn."""
     model.observe(z)
 
     def inputs(at: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor, Context]:
