@@ -1,24 +1,30 @@
-"""The `minimuse` command: its options. What each command does with them stands in `commands.py`.
+"""The `minimuse` command: its options, and what each command does with them.
 
 minimuse generate "two small red cubes" --n 4 --seed 0 --film
 minimuse inpaint picture.png mask.png "a green sphere"
 minimuse info paper_3b
+
+Commands call the library and print. They import what they need when they run, so `minimuse --help` is fast.
+Not here: the page of `minimuse app` (`app.py`).
 """
 
 import argparse
+import itertools
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from minimuse.commands import app, average, compare, doctor, edit, eval_, generate, info, inpaint, outpaint, train
+SAMPLING = ("guidance", "steps", "schedule", "order", "sampling_temperature", "choice_temperature")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code. What the user got wrong is one line on stderr, never a traceback."""
+    """Run a command line and return its exit code. A user's mistake is one line on stderr, without a traceback."""
     args = parser().parse_args(argv)
     log = logging.getLogger("minimuse")
-    log.handlers[:] = [logging.StreamHandler()]  # to today's stderr, in our words; other libraries keep their own
+    log.handlers[:] = [logging.StreamHandler()]
     log.handlers[0].setFormatter(logging.Formatter("minimuse: %(message)s"))
     log.setLevel(logging.INFO)
     try:
@@ -32,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     from minimuse import __version__
@@ -39,131 +48,134 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("minimuse", description="Text-to-image by masked generative transformers (Muse).")
     top.add_argument("--version", action="version", version=f"minimuse {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    shared = _shared()
+    shared = _shared_options()
 
     def command(run: Callable, help: str, *options: str) -> argparse.ArgumentParser:
-        parents = [shared[name] for name in options]
-        p = commands.add_parser(run.__name__.rstrip("_"), help=help, description=help, parents=parents)
-        p.set_defaults(run=run)
-        return p
+        name = run.__name__.rstrip("_")
+        added = commands.add_parser(name, help=help, description=help, parents=[shared[option] for option in options])
+        added.set_defaults(run=run)
+        return added
 
-    _drawing(command)
-    _training(command)
-    _measuring(command)
+    _drawing_options(command)
+    _training_options(command)
+    _measuring_options(command)
     return top
 
 
-def _drawing(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """generate, inpaint, outpaint, edit, app."""
-    p = command(generate, "turn prompts into pictures", "drawing", "sampling", "device")
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("prompts", nargs="*", default=[], metavar="PROMPT")
-    what.add_argument("--like", type=Path, metavar="PNG", help="draw this picture again: its prompt, seed and settings")
-    says = "repaint the white part of a mask after a prompt"
-    add = command(inpaint, says, "drawing", "sampling", "device").add_argument
+def _shared_options() -> dict[str, argparse.ArgumentParser]:
+    """Options that several commands share, by the name of their group."""
+    names = ("picture", "drawing", "sampling", "seed", "half", "device")
+    groups = {name: argparse.ArgumentParser(add_help=False) for name in names}
+    add = groups["picture"].add_argument
     add("image", type=Path)
+    add = groups["drawing"].add_argument
+    add("--model", help="shipped name, folder or hub id (default: toy; with --like, the picture's own)")
+    add("--n", type=int, default=1, help="number of pictures for each prompt")
+    add("--seed", type=int, help="picture i uses seed + i (default: a random seed, which is printed)")
+    add("--negative-prompt", help="what the pictures should not show")
+    add("--guidance", type=_guidance, help="scale t, or FIRST:LAST for a scale that rises from step to step")
+    add("--out", type=Path, help="PNG to write; picture i > 0 gets -i at the end of its name (default: a free name)")
+    add("--film", action="store_true", help="also write a film strip of the decoding, as ...-film.png")
+    add("--force", action="store_true", help="overwrite existing files")
+    add = groups["sampling"].add_argument
+    add("--steps", type=int, help="decoding steps of each stage")
+    add("--schedule", help="cosine, linear, square, cubic, sqrt, arccos, log or powP, such as pow2.5")
+    add("--order", help="confidence, random, raster, halton, entropy or margin")
+    add("--sampling-temperature", type=float, help="temperature of the softmax that tokens are drawn from")
+    add("--choice-temperature", type=float, help="scale of the noise in the choice of tokens to reveal")
+    groups["seed"].add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    groups["half"].add_argument(
+        "--half", action="store_true", help="save weights in float16, as shipped checkpoints do"
+    )
+    groups["device"].add_argument("--device", help="cpu, cuda or mps (default: the fastest one)")
+    return groups
+
+
+def _drawing_options(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Options of generate, inpaint, outpaint, edit and app."""
+    added = command(generate, "draw pictures from prompts", "drawing", "sampling", "device")
+    what = added.add_mutually_exclusive_group(required=True)
+    what.add_argument("prompts", nargs="*", default=[], metavar="PROMPT")
+    what.add_argument(
+        "--like", type=Path, metavar="PNG", help="draw this picture again with its prompt, seed and settings"
+    )
+    add = command(inpaint, "repaint the white part of a mask", "picture", "drawing", "sampling", "device").add_argument
     add("mask", type=Path)
     add("prompts", nargs=1, metavar="PROMPT")
-    add = command(outpaint, "extend a picture beyond its edges", "drawing", "sampling", "device").add_argument
-    add("image", type=Path)
+    add = command(
+        outpaint, "extend a picture beyond its edges", "picture", "drawing", "sampling", "device"
+    ).add_argument
     add("prompts", nargs=1, metavar="PROMPT")
     add("--padding", type=int, nargs="+", default=[16], help="pixels: one number, or left top right bottom")
-    add = command(edit, "change a picture towards a prompt, without a mask", "drawing", "device").add_argument
-    add("image", type=Path)
+    add = command(
+        edit, "change a picture towards a prompt, without a mask", "picture", "drawing", "device"
+    ).add_argument
     add("prompts", nargs=1, metavar="PROMPT")
-    add("--iterations", type=int, default=100)
-    add("--share", type=float, default=0.08, help="of the tokens resampled an iteration (default: 0.08)")
-    add = command(app, "a page to play with, in the browser, on this machine (extra `app`)", "device").add_argument
+    add("--iterations", type=int, default=100, help="number of resampling steps (default: 100)")
+    add("--share", type=float, default=0.08, help="fraction of tokens resampled in each iteration (default: 0.08)")
+    add = command(app, "open a page to draw with in the browser (extra `app`)", "device").add_argument
     add("--checkpoint", "--model", help="shipped name, folder or hub id (default: the last shipped one)")
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
-    add("--port", type=int, help="(default: the first free one from 7860)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    add("--port", type=int, help="port to listen on (default: the first free one from 7860)")
 
 
-def _training(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """train, average, doctor."""
+def _training_options(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Options of train, average and doctor."""
     from minimuse.config import STAGES
 
-    add = command(train, "train a Muse from nothing, or go on with a run", "seed", "half", "device").add_argument
+    add = command(train, "train a Muse from scratch, or resume a run", "seed", "half", "device").add_argument
     add("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
-    add("--out", type=Path, required=True, help="folder for the run: states, log, pictures, checkpoint")
-    add(
-        "--model",
-        choices=("masked", "ar", "dit"),
-        help="another one for low resolution, of the base's size (default: Muse)",
-    )
-    add("--data", default="scenes", help="a folder of captioned images, or tar shards (default: scenes)")
-    add("--set", action="append", default=[], metavar="PATH=VALUE", help="such as stages.base.steps=500")
-    add("--resume", action="store_true", help="go on with the run in --out, where it was stopped")
-    add("--dry-run", action="store_true", help="print sizes, memory, FLOPs, bytes and hours; train nothing")
-    add("--accelerators", type=int, default=1, help="for --dry-run: how many")
-    add("--memory", type=float, metavar="GB", help="for --dry-run: of each, to say what does not fit")
-    add("--ceiling", type=float, metavar="TFLOPS", help="for --dry-run: of each (default: this machine's)")
-    add("--accumulate", type=int, help="micro-batches a step: less memory, the same gradient")
-    add("--recompute", action="store_true", help="activation checkpointing: more work for less memory")
-    add("--compile", action="store_true", help="torch.compile the models")
-    add("--keep", type=int, default=2, help="states kept of a stage; 0: all, for `average` (default: 2)")
-    says = "average the states of a run's transformers into a checkpoint (Muse 3)"
-    add = command(average, says, "half").add_argument
-    add("folder", type=Path, metavar="RUN", help="finished, made by train --keep 0")
+    add("--out", type=Path, required=True, help="folder of the run: states, log, pictures, checkpoint")
+    add("--model", choices=("masked", "ar", "dit"), help="train this low-resolution baseline instead of Muse")
+    add("--data", default="scenes", help="folder, tar shards, Parquet or hub id of captioned images (default: scenes)")
+    add("--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting: stages.base.steps=500")
+    add("--resume", action="store_true", help="continue the stopped run in --out")
+    add("--dry-run", action="store_true", help="print sizes, memory, FLOPs, bytes and hours, and train nothing")
+    add("--accelerators", type=int, default=1, help="for --dry-run: number of accelerators")
+    add("--memory", type=float, metavar="GB", help="for --dry-run: memory of each, to see what does not fit")
+    add("--ceiling", type=float, metavar="TFLOPS", help="for --dry-run: speed of each (default: this machine's)")
+    add("--accumulate", type=int, help="micro-batches in each step: less memory, the same gradient")
+    add("--recompute", action="store_true", help="activation checkpointing: less memory, more computation")
+    add("--compile", action="store_true", help="compile the models with torch.compile")
+    add("--keep", type=int, default=2, help="states to keep of each stage; 0 keeps all, for `average` (default: 2)")
+    add = command(average, "average the transformers' states of a run into a checkpoint (Muse 3)", "half").add_argument
+    add("folder", type=Path, metavar="RUN", help="a finished run of train --keep 0")
     add("--out", type=Path, required=True, help="folder for the checkpoint")
-    add("--decay", type=float, default=0.7, help="of the moving average (default: 0.7, the paper's)")
-    says = "is my loss right? examine a run, finished or not; exit code 1 if wrong"
-    add = command(doctor, says, "device").add_argument
-    add("folder", type=Path, metavar="RUN", help="made by train; nothing in it is changed")
-    add("--stage", choices=STAGES, help="this one alone (default: all that have a state)")
+    add("--decay", type=float, default=0.7, help="decay of the moving average (default: 0.7, as in the paper)")
+    add = command(doctor, "check the losses and metrics of a run; exit code 1 if one is wrong", "device").add_argument
+    add("folder", type=Path, metavar="RUN", help="a run of train, finished or not; it is not changed")
+    add("--stage", choices=STAGES, help="check only this stage (default: all that have a state)")
 
 
-def _measuring(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """compare, eval, info."""
-    says = "measure schedules and orders in an exact world or a trained model"
-    add = command(compare, says, "seed", "device").add_argument
+def _measuring_options(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Options of compare, eval and info."""
+    help = "measure schedules and orders in an exact world or on a trained model"
+    add = command(compare, help, "seed", "device").add_argument
     add("--world", default="mixture", help="mixture, chain or potts (default: mixture)")
-    add("--muse", metavar="MODEL", help="instead of a world: nano, a folder or a hub id; its base model")
-    add("--amused", metavar="MODEL", help="instead: published weights, with --data and --clip")
+    add("--muse", metavar="MODEL", help="the base model of this checkpoint instead of a world")
+    add("--amused", metavar="MODEL", help="these aMUSEd weights instead of a world; needs --data and --clip")
     add("--data", metavar="FOLDER", help="for --amused: captioned pictures, for prompts and FID")
-    add("--clip", metavar="MODEL", help="for --amused: any CLIP of transformers")
+    add("--clip", metavar="MODEL", help="for --amused: a CLIP of transformers")
     add("--schedule", type=_names, default=["cosine"], help="such as cosine,pow2,bound2 (adaptive, 2 nats)")
-    add("--order", type=_names, default=["confidence"], help="comma-separated, as of generate")
-    add("--preset", type=_names, default=[], help="muse, maskgit, amused, halton, lucidrains")
+    add("--order", type=_names, default=["confidence"], help="comma-separated, the orders of generate")
+    add("--preset", type=_names, default=[], help="published samplers: muse, maskgit, amused, halton, lucidrains")
     add("--steps", type=_names, default=["4", "8", "16"], help="comma-separated (default: 4,8,16)")
-    add("--samples", type=int, help="(default: 4096 of a world, 512 pictures)")
-    add("--out", type=Path, help="folder for the report; finished cells are kept there and used again")
+    add("--samples", type=int, help="number of samples (default: 4096 of a world, 512 of a model)")
+    add("--out", type=Path, help="folder for the report; finished cells are kept there and reused")
     add("--force", action="store_true", help="overwrite another report")
-    add = command(eval_, "how often a checkpoint is right, with intervals and pictures", "device").add_argument
-    add("name", nargs="?", default="toy", metavar="CHECKPOINT", help="shipped name, folder or hub id")
-    add("--out", type=Path, required=True, help="folder for the report; a stopped evaluation goes on there")
-    add("--kinds", type=_names, default=[], help="comma-separated, such as seen,counts,edit (default: all)")
-    add("--n", type=int, help="pictures a kind (default: 1000), or a point of the sweep (300)")
-    add("--sweep", action="store_true", help="guidance, temperature, steps, order: Muse's figure 8")
-    add("--base-only", action="store_true", help="the base model alone, at its low size; sweeps always are")
-    add("--seed", type=int, default=1000, help="picture i draws with seed + i (default: 1000)")
+    help = "measure how often a checkpoint is right, with confidence intervals and pictures"
+    add = command(eval_, help, "device").add_argument
+    add("name", nargs="?", default="toy", metavar="CHECKPOINT", help="shipped name, folder or hub id (default: toy)")
+    add("--out", type=Path, required=True, help="folder for the report; a stopped evaluation continues there")
+    add("--kinds", type=_names, default=[], help="evaluation tasks, such as seen,counts,edit (default: all)")
+    add("--n", type=int, help="pictures of each task (default: 1000), or of each point of the sweep (300)")
+    add("--sweep", action="store_true", help="vary guidance, temperature, steps and order (figure 8 of Muse)")
+    add("--base-only", action="store_true", help="measure only the base model, at low resolution; sweeps always do")
+    add("--seed", type=int, default=1000, help="picture i uses seed + i (default: 1000)")
     add("--batch", type=int, default=50, help="pictures drawn at once (default: 50)")
-    add("--run", dest="training", type=Path, metavar="RUN", help="of its training, for the decoder before fine-tuning")
-    command(info, "sizes and defaults of presets and checkpoints").add_argument("names", nargs="*", metavar="NAME")
-
-
-def _shared() -> dict[str, argparse.ArgumentParser]:
-    """Options of several commands: of all that draw, of how they decode, --seed, --half, --device."""
-    names = ("drawing", "sampling", "seed", "half", "device")
-    parts = {name: argparse.ArgumentParser(add_help=False) for name in names}
-    drawing, sampling, seed, half, device = (part.add_argument for part in parts.values())
-    drawing("--model", help="shipped name, folder or hub id (default: toy; of --like, the one that it names)")
-    drawing("--n", type=int, default=1, help="pictures a prompt")
-    drawing("--seed", type=int, help="picture i draws with seed + i (default: a random one, told)")
-    drawing("--negative-prompt")
-    drawing("--guidance", type=_guidance, help="t, or FIRST:LAST for a rising one")
-    drawing("--out", type=Path, help="PNG to write; picture i > 0 gets -i before its ending (default: a free name)")
-    drawing("--film", action="store_true", help="also write the film strip of the decoding, as ...-film.png")
-    drawing("--force", action="store_true", help="overwrite files")
-    sampling("--steps", type=int)
-    sampling("--schedule", help="cosine, linear, square, cubic, sqrt, arccos, log, powP")
-    sampling("--order", help="confidence, random, raster, halton, entropy, margin")
-    sampling("--sampling-temperature", type=float)
-    sampling("--choice-temperature", type=float)
-    seed("--seed", type=int, default=0)
-    half("--half", action="store_true", help="save the weights in half precision, as the shipped ones are")
-    device("--device")
-    return parts
+    add("--run", dest="training", type=Path, metavar="RUN", help="its training run, for the decoder before fine-tuning")
+    add = command(info, "show sizes and defaults of presets and checkpoints").add_argument
+    add("names", nargs="*", metavar="NAME")
 
 
 def _guidance(text: str) -> float | tuple[float, float]:
@@ -173,6 +185,328 @@ def _guidance(text: str) -> float | tuple[float, float]:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Draw prompts, or a PNG of minimuse again."""
+    if args.like is None:
+        _draw(args, lambda muse, **settings: muse.generate(args.prompts, **settings))
+        return
+    import numpy as np
+
+    from minimuse.checkpoint import shipped
+    from minimuse.pictures import again, open_picture, settings_of
+    from minimuse.utils import require
+
+    changed = args.n != 1 or any(getattr(args, name) is not None for name in ("seed", "negative_prompt", *SAMPLING))
+    require(not changed, "--like takes seed and settings from the picture; leave out the other options")
+    old = open_picture(args.like)
+    settings = settings_of(old)
+    args.model = args.model or settings["model"]
+    message = f"{args.like} was made by {args.model!r}, which is not shipped; name its folder with --model"
+    require(args.model != settings["model"] or args.model in shipped(), message)
+    args.prompts = [settings["prompt"]]
+    (new,) = _draw(args, lambda muse, watch, **_: [again(muse, settings, watch=watch)])
+    if new.size == old.size:
+        difference = np.abs(np.asarray(new, dtype=int) - np.asarray(old.convert("RGB"))).max(2)
+        count = f"{(difference > 0).sum()} of {difference.size} pixels differ from {args.like}"
+        found = f"{count}, by at most {difference.max()} of 255: other hardware rounds differently"
+        print(found if difference.any() else f"the same pixels as {args.like}")
+
+
+def inpaint(args: argparse.Namespace) -> None:
+    """Repaint the masked part of a picture."""
+    from minimuse.pictures import open_picture
+
+    image = open_picture(args.image)
+    mask = open_picture(args.mask)
+    _draw(args, lambda muse, **settings: muse.inpaint(image, mask, args.prompts[0], **settings))
+
+
+def outpaint(args: argparse.Namespace) -> None:
+    """Make a picture wider or higher by --padding."""
+    from minimuse.pictures import open_picture
+    from minimuse.utils import require
+
+    count = len(args.padding)
+    require(count in (1, 4), f"--padding has {count} numbers; give 1, or 4: left top right bottom")
+    padding = tuple(args.padding) if count == 4 else args.padding[0]
+    image = open_picture(args.image)
+    _draw(args, lambda muse, **settings: muse.outpaint(image, padding, args.prompts[0], **settings))
+
+
+def edit(args: argparse.Namespace) -> None:
+    """Change a picture towards a prompt."""
+    from minimuse.pictures import open_picture
+
+    image = open_picture(args.image)
+    iterating = {"iterations": args.iterations, "share": args.share}
+    _draw(args, lambda muse, **settings: muse.edit(image, args.prompts[0], **iterating, **settings))
+
+
+def _draw(args: argparse.Namespace, draw: Callable[..., list]) -> list:
+    """Load the model, draw with a progress bar, and save the pictures with their settings. Returns the pictures."""
+    paths = _output_paths(args)
+    from tqdm import tqdm
+
+    from minimuse.muse import Muse
+    from minimuse.pictures import save_png
+    from minimuse.plots import film
+
+    muse = Muse.from_pretrained(args.model or "toy", device=args.device)
+    settings = {name: value for name in SAMPLING if (value := getattr(args, name, None)) is not None}
+    settings |= {"n": args.n, "seed": args.seed, "negative_prompt": args.negative_prompt}
+    steps = []
+    with tqdm(desc="decoding", unit="step") as bar:
+
+        def watch(step: Any) -> None:
+            bar.set_postfix_str(f"{step.stage}, {int(step.masked[0].sum())} masked")
+            bar.update()
+            if not steps or steps[-1].stage == "base" or steps[-1].masked.any():  # the film shows the first decode only
+                steps.append(step)
+
+        images = draw(muse, watch=watch, **settings)
+    for image, path in zip(images, paths, strict=False):
+        save_png(image, path)
+        print(f"{path}  ({image.info['minimuse']['prompt']!r}, seed {image.info['minimuse']['seed']})")
+    if args.film:
+        strip = film(muse, steps)
+        strip.info = images[0].info
+        save_png(strip, paths[-1])
+        print(paths[-1])
+    return images
+
+
+def _output_paths(args: argparse.Namespace) -> list[Path]:
+    """Paths of the pictures, then of the film if there is one. Without --out, the first free name is taken."""
+    from minimuse.utils import require
+
+    count = len(args.prompts) * args.n
+    require(count >= 1, f"--n {args.n}: give at least 1")
+    is_png = args.out is None or args.out.suffix.lower() == ".png"
+    require(is_png, f"--out {args.out}: give a name that ends in .png, the format that holds the settings")
+    stem = re.sub(r"[\W_]+", "-", args.prompts[0].lower()).strip("-")[:60] or "picture"
+    versions = itertools.chain([""], (f"-v{i}" for i in itertools.count(2)))
+    for path in [args.out] if args.out else (Path(f"{stem}{version}.png") for version in versions):
+        endings = [*(f"-{i}" for i in range(1, count)), *(["-film"] if args.film else [])]
+        paths = [path, *(path.with_stem(path.stem + ending) for ending in endings)]
+        existing = [str(path) for path in paths if path.exists()]
+        if not existing:
+            break
+    if existing and not args.force:
+        raise FileExistsError(f"{', '.join(existing)} already there; give another --out, or --force to overwrite")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent}; create it first")
+    return paths
+
+
+def app(args: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    from minimuse.app import serve
+
+    serve(args.checkpoint, host=args.host, port=args.port, device=args.device)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run all stages with a progress bar each, then save the checkpoint. `accelerate launch` starts several processes."""
+    import torch
+    from tqdm import tqdm
+
+    from minimuse import train_state
+    from minimuse.config import to_dict
+    from minimuse.data_sources import open_source
+    from minimuse.train import train_muse
+    from minimuse.train_engine import Engine, Stopped
+    from minimuse.train_log import add_record
+
+    config = _configuration(args)
+    source = open_source(args.data, config, seed=args.seed)
+    if args.dry_run:
+        _dry_run(config, source, args)
+        return
+    options = {name: getattr(args, name) for name in ("seed", "device", "accumulate", "compile", "recompute", "keep")}
+    engine = Engine(folder=args.out, **options)
+    run = {"config": to_dict(config), "seed": args.seed, "data": args.data, "data_fingerprint": source.fingerprint}
+    if engine.is_main:
+        train_state.open_run(args.out, run, resume=args.resume)
+    engine.accelerator.wait_for_everyone()
+    engine.heed_signals()
+    bars: dict[str, tqdm] = {}
+    try:
+        for p in train_muse(config, data=source, engine=engine):
+            if p.stage not in bars:
+                bars[p.stage] = tqdm(total=p.steps, desc=p.stage, disable=not engine.is_main)
+            shown = {name: f"{value:.3g}" for name, value in p.figures.items() if not name.startswith("held_out")}
+            bars[p.stage].set_postfix(shown, refresh=False)
+            bars[p.stage].update(p.step - bars[p.stage].n)
+    except Stopped:
+        if engine.is_main:
+            print(f"\nminimuse: stopped; continue with: minimuse train --resume --out {args.out}", file=sys.stderr)
+        raise SystemExit(128 + engine.signal) from None
+    if engine.is_main:
+        folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
+        add_record(folder, config)
+        print(f"trained in {p.figures['minutes']:.1f} minutes: {folder}")
+        print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
+
+
+def _configuration(args: argparse.Namespace) -> Any:
+    """The configuration of a preset, a JSON file or the run to resume, with the changes of --set."""
+    from minimuse import checkpoint, train_state
+    from minimuse.config import PRESETS, changed, preset
+
+    if args.resume and args.preset is None:
+        path = args.out / train_state.RUN
+        if not path.exists():
+            raise FileNotFoundError(f"{args.out} holds no run to resume; give a preset to begin one")
+        run = train_state.read_run(args.out)
+        args.seed = run["seed"]
+        args.data = run["data"]
+        return changed(checkpoint.configuration(run, path), args.set)
+    if args.preset is None:
+        raise ValueError(f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
+    path = Path(args.preset)
+    if args.preset in PRESETS or not path.is_file():
+        config = preset(args.preset)
+    else:
+        values = checkpoint.read_json(path)
+        is_run = isinstance(values, dict) and "config" in values
+        config = checkpoint.configuration(values if is_run else {"config": values}, path)
+    if args.model:
+        raise NotImplementedError("--model: the baselines are moving to files of their own")
+    return changed(config, args.set)
+
+
+def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
+    """Print what a run would need. Nothing is written."""
+    from minimuse.data_cache import TrainingData
+    from minimuse.text import TextEncoder
+    from minimuse.train_budget import report
+    from minimuse.train_engine import Engine
+
+    engine = Engine(device=args.device)
+    encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens).to(engine.device)
+    print(TrainingData(args.out / "cache", source, config, engine, encoder).preview())
+    ceiling = args.ceiling and args.ceiling * 1e12
+    print(report(config, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))
+
+
+def average(args: argparse.Namespace) -> None:
+    """Average the weights of the transformers over the states of a run (Muse 3), and save the result."""
+    import torch
+
+    from minimuse import checkpoint, train_state
+    from minimuse.muse import Muse
+
+    checkpoint.refuse_existing(args.out)
+    muse = Muse.from_pretrained(args.folder, device="cpu")
+    for name in (name for name in ("base", "superres") if name in muse.parts):
+        states = train_state.states(args.folder / name)
+        if not states:
+            raise FileNotFoundError(f"{args.folder / name} holds no states; `minimuse train` writes them there")
+        muse.parts[name].load_state_dict(train_state.average(states, args.decay))
+        print(f"{name}: {len(states)} states, steps {int(states[0].name[5:])} to {int(states[-1].name[5:])}")
+    print(muse.save_pretrained(args.out, dtype=torch.float16 if args.half else None))
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """Print each finding: verdict, stage, check, the number and, once for each check, what to do."""
+    from textwrap import fill
+
+    from minimuse.train_doctor import examine
+
+    findings = examine(args.folder, args.stage, device=args.device)
+    explained = set()
+    for finding in findings:
+        print(f"{finding.verdict:5}  {finding.stage}, {finding.check}")
+        known = finding.verdict == "fine" and finding.check in explained
+        for text in [finding.says] if known else [finding.says, finding.mend]:
+            print(fill(text, 110, initial_indent="       ", subsequent_indent="       "))
+        explained.add(finding.check)
+    wrong = sum(finding.verdict == "wrong" for finding in findings)
+    print(f"{len(findings)} findings, {sum(f.verdict == 'look' for f in findings)} to look at, {wrong} wrong")
+    if wrong:
+        raise SystemExit(1)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print a table, and paired differences from its first sampler. With --out, also write figures and tables."""
+    from minimuse import lab
+
+    settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": args.out}
+    steps = [int(t) for t in args.steps]
+    report = lab.compare(_target(args), args.schedule, args.order, steps, **settings)
+    print(report.table())
+    if len(args.schedule) * len(args.order) > 1:
+        print(f"\ndifference from {args.schedule[0]}, {args.order[0]}; paired, bold where the interval excludes 0")
+        print(report.table((args.schedule[0], args.order[0])))
+    if args.out:
+        print(report.save(args.out, overwrite=args.force))
+
+
+def _target(args: argparse.Namespace) -> Any:
+    """What `compare` measures: a world, a Muse, or published weights."""
+    from minimuse import lab
+
+    if args.muse:
+        from minimuse.muse import Muse
+
+        return Muse.from_pretrained(args.muse, device=args.device)
+    if args.amused:
+        from minimuse.amused import Amused
+        from minimuse.eval_metrics import ClipScorer
+        from minimuse.lab_models import AmusedJudge
+        from minimuse.utils import pick_device
+
+        if not (args.data and args.clip):
+            raise ValueError("--amused needs --data, a folder of captioned pictures, and --clip, the name of a CLIP")
+        device = pick_device(args.device)
+        amused = Amused.from_pretrained(args.amused).to(device)
+        scorer = ClipScorer(args.clip, device)
+        return AmusedJudge(amused, args.data, scorer, samples=args.samples or 512, seed=args.seed)
+    if args.world not in lab.WORLDS:
+        raise ValueError(f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
+    return lab.WORLDS[args.world]()
+
+
+def eval_(args: argparse.Namespace) -> None:
+    """Print the tables of the report."""
+    from minimuse.eval_run import measure
+
+    measure(**{name: value for name, value in vars(args).items() if name != "run"})
+    print((args.out / "eval.md").read_text(encoding="utf-8"))
+
+
+def info(args: argparse.Namespace) -> None:
+    """Print a few lines for each preset or checkpoint. No weights are loaded."""
+    from minimuse import checkpoint
+    from minimuse.config import PRESETS, preset
+    from minimuse.muse import parameter_counts
+
+    for name in args.names or PRESETS:
+        config = preset(name) if name in PRESETS else checkpoint.load(name)[0]
+        counts = parameter_counts(config)
+        print(f"{name}: {sum(counts.values()) / 1e6:,.1f}M parameters, text from {config.text_encoder}")
+        for part, count in counts.items():
+            model = getattr(config, part, None)
+            line = f"  {part:14} {count / 1e6:8,.1f}M"
+            if part in ("base", "superres"):
+                line += f"  {model.layers} layers x {model.width}, MLP {model.mlp_width}; {model.grid}x{model.grid} "
+                line += f"tokens of {model.codebook_size} codes; {getattr(config, f'{part}_sampling').steps} steps"
+            elif model:
+                line += f"  {model.image_size} px, f={model.downsampling}"
+            print(line)
+    if not args.names:
+        print(f"shipped checkpoints: {', '.join(checkpoint.shipped()) or 'none'}")
 
 
 if __name__ == "__main__":

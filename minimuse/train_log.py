@@ -3,7 +3,7 @@
     folder/log.jsonl              a line of figures every ten steps: {"stage", "step", "loss", ..., "tokens_per_s"}
     folder/samples/base-...png    what the models draw, or the tokenizers give back, after so many steps
 
-Not here: what the figures mean (`train_doctor.py`), the progress bar (`commands.py`).
+Not here: what the figures mean (`train_doctor.py`), the progress bar (`cli.py`).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""cli.py, commands.py: every command from its words to its files, in this process, on a tiny saved Muse."""
+"""cli.py: each command from its arguments to its files, in this process, with a tiny saved Muse."""
 
 import hashlib
 import json
