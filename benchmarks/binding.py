@@ -148,7 +148,7 @@ def study(muse: Muse, config: MuseConfig, out: Path, ways: list[str], n: int, te
         with looking_everywhere(way == "every way"):
             for p in train_transformer(model, config.stages["base"], tokens, texts, engine=Engine(seed=0)):
                 if p.step % 50 == 0:
-                    print(f"{way}: step {p.step} of {p.steps}, {p.figures['loss']:.3f} nats a token", flush=True)
+                    print(f"{way}: step {p.step} of {p.steps}, {p.metrics['loss']:.3f} nats a token", flush=True)
             asked = [
                 [told(each[k], width) for each in things] if outright else embed(muse.encoder, [t[k] for t in said])
                 for k in range(1 + len(SWAPS))

@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,6 +62,7 @@ def random_muse(config: MuseConfig, device: torch.device, dtype: torch.dtype) ->
         parts = build(config)
     for part in parts.values():  # one after the other, so that not all of them are there twice
         part.to(dtype)
+    parts.eval().requires_grad_(False)
     return Muse(config, parts, Silent(config)).to(device, dtype)
 
 
@@ -93,7 +93,7 @@ def draws(muse: Muse, batch: int) -> dict[str, Callable[[], Any]]:
     jobs = [{"prompt": "", "negative_prompt": None, "seed": i} for i in range(batch)]
 
     def low() -> None:
-        (last,) = deque(islice(muse.decode(jobs), muse.config.base_sampling.steps), maxlen=1)
+        (last,) = deque(muse.decode_base(jobs), maxlen=1)
         muse.picture(last)
 
     def whole() -> None:

@@ -51,9 +51,9 @@ from minimuse.plots import grid, tradeoff
 from minimuse.text import Context, pad_contexts
 from minimuse.train import Decimated, MaskedLoss, NextLoss, train_dit, train_transformer
 from minimuse.train_budget import count_flops
-from minimuse.train_engine import Engine, generator
+from minimuse.train_engine import Engine
 from minimuse.transformer import init_from_codebook
-from minimuse.utils import atomic_write
+from minimuse.utils import atomic_write, seeded_generator
 
 PARTS = ("race", "likelihood", "identity", "stages", "guidance")
 STEPS = (1, 2, 4, 8, 16, 32, 64)
@@ -156,6 +156,7 @@ class Race:
                 tokens = self.corpus.split(self.corpus.tokens["high" if fine else "low"])
                 run = train_transformer(model, stage, tokens, texts, **how)
             watched(run, name)
+            parts.eval().requires_grad_(False)
             self.muses[name] = LowRes(config, parts, self.nano.encoder, **self.corpus.words())
             self.muses[name].save_pretrained(self.out / "checkpoints" / slug, overwrite=True)
         return self.muses[name]
@@ -237,7 +238,7 @@ class Race:
             if model.config.causal:
                 nll = -model(x, memory).log_softmax(-1).gather(-1, x[..., None])[..., 0].mean(1)
                 return mean(nll)
-            seeds = [[generator(k, i) for i in at.tolist()] for k in range(draws)]
+            seeds = [[seeded_generator(k, i) for i in at.tolist()] for k in range(draws)]
             bounds = [likelihood_bound(lambda t: model(t, memory), x, model.mask_id, g) for g in seeds]
             return mean(torch.stack(bounds).mean(0))
 
@@ -284,7 +285,7 @@ def watched(run: Any, name: str) -> None:
         for p in run:
             bar.total = p.steps
             bar.update(p.step - bar.n)
-            bar.set_postfix({k: f"{v:.3g}" for k, v in p.figures.items()}, refresh=False)
+            bar.set_postfix({k: f"{v:.3g}" for k, v in p.metrics.items()}, refresh=False)
 
 
 # --- what is measured and told ----------------------------------------------------------------------------------------

@@ -34,10 +34,10 @@ from minimuse.lab_models import MuseJudge
 from minimuse.masking import SCHEDULES, Schedule, likelihood_bound, sample_mask_rate
 from minimuse.text import Context
 from minimuse.train import train_transformer
-from minimuse.train_engine import Engine, generator
+from minimuse.train_engine import Engine
 from minimuse.train_state import RUN, open_run
 from minimuse.transformer import Transformer, init_from_codebook
-from minimuse.utils import content_hash
+from minimuse.utils import content_hash, seeded_generator
 
 DENSITIES: dict[str, Schedule] = {
     "cosine (Muse)": SCHEDULES["cosine"],
@@ -79,7 +79,7 @@ def bounder(muse: Muse, samples: int, draws: int = 8, batch: int = 128) -> Calla
         for start in range(0, samples, batch):
             rows = slice(start, start + batch)
             memory = base.memory(Context(texts.embeds[rows], texts.mask[rows]))
-            masks = [generator(start, k) for k in range(draws)]
+            masks = [seeded_generator(start, k) for k in range(draws)]
             found = [likelihood_bound(lambda t, m=memory: base(t, m), tokens[rows], base.mask_id, g) for g in masks]
             each.append(torch.stack(found).mean(0))
         return torch.cat(each).double().view(GROUPS, -1).mean(1).tolist()
@@ -162,7 +162,7 @@ def figure(results: dict[str, list[Result]], densities: Mapping[str, Schedule]) 
     drawn = Figure(figsize=(12, 3.8), dpi=120, layout="constrained")
     left, middle, right = drawn.subplots(1, 3)
     for i, (name, runs) in enumerate(results.items()):
-        rates = sample_mask_rate(20_000, schedule=densities[name], generator=generator(0))
+        rates = sample_mask_rate(20_000, schedule=densities[name], generator=seeded_generator(0))
         left.hist(rates.numpy(), bins=50, range=(0, 1), density=True, histtype="step", color=f"C{i}", label=name)
         e = combined([r["bound"] for r in runs])
         middle.errorbar(i, e.mean, e.half, fmt="o", color=f"C{i}", capsize=4)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from minimuse.cfg import Guidance, get_guidance, guide
+from minimuse.config import MuseConfig
 from minimuse.sampler import LogitsFn
 
 
@@ -121,6 +122,20 @@ class VQTokenizer(nn.Module):
             raise ValueError(f"token {tokens.max()} is none of the {self.codebook_size} codes; is [MASK] left in it?")
         shape = (len(tokens), h, w, vq.quantize.vq_embed_dim)
         return vq.decode(tokens, force_not_quantize=True, shape=shape).sample.clamp(0, 1) * 2 - 1
+
+
+def published_tokenizer(config: MuseConfig) -> VQTokenizer | None:
+    """The frozen low tokenizer that `low_tokenizer_from` names, or None. ValueError if its sizes are others."""
+    name = config.low_tokenizer_from
+    if not name:
+        return None
+    alone = Path(name, "config.json").exists()  # a folder of the VQModel only, not of a whole aMUSEd
+    tokenizer = VQTokenizer.from_pretrained(name, subfolder="" if alone else "vqvae")
+    for size in ("codebook_size", "downsampling"):
+        found, expected = getattr(tokenizer, size), getattr(config.low_tokenizer, size)
+        if found != expected:
+            raise ValueError(f"{name}: {size} {found}, but low_tokenizer says {expected}; change it")
+    return tokenizer
 
 
 class Amused(nn.Module):

@@ -8,18 +8,21 @@ picture is drawn at a time; who comes meanwhile waits in a queue.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
+from queue import SimpleQueue
+from threading import Event
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from minimuse.checkpoint import shipped
-from minimuse.data_images import painted
 from minimuse.masking import SCHEDULES
 from minimuse.muse import Muse
-from minimuse.pictures import follow, open_picture, settings_of, with_settings
+from minimuse.pictures import open_picture, settings_of, with_settings
 from minimuse.plots import film, mask_overlay, token_map
 from minimuse.sampler import ORDERS, Step
 
@@ -36,6 +39,44 @@ CSS = """
 .film .image-frame { overflow-x: auto; justify-content: start }
 .film .image-frame img { width: auto; max-width: none; height: 165px; object-fit: contain }
 """
+
+
+def follow(draw: Callable[..., list[Image.Image]]) -> Iterator[Step | Image.Image]:
+    """A method of Muse, called with `callback` -> each Step as soon as it is made, then the picture.
+
+    The method runs in a thread of its own. It stops at its next step if nobody follows it any longer. Its error is
+    raised here.
+    """
+    steps, left = SimpleQueue(), Event()
+
+    def callback(step: Step) -> None:
+        if left.is_set():
+            raise CancelledError
+        steps.put(step)
+
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(draw, callback=callback)
+        job.add_done_callback(steps.put)
+        try:
+            while (step := steps.get()) is not job:
+                yield step
+        finally:
+            left.set()
+    yield job.result()[0]
+
+
+def painted(layers: Sequence[Image.Image], side: int, zoom: int) -> np.ndarray:
+    """Transparent layers over a picture, enlarged by `zoom` -> (side, side) bool.
+
+    True where the user painted over any part of the pixel. ValueError if nothing is painted.
+    """
+    mask = np.zeros((side, side), dtype=bool)
+    for layer in layers:
+        alpha = layer.getchannel("A").resize((side * zoom, side * zoom), Image.Resampling.NEAREST)
+        mask |= (np.asarray(alpha) > 127).reshape(side, zoom, side, zoom).any((1, 3))
+    if not mask.any():
+        raise ValueError("The mask is empty: paint over the part to draw again")
+    return mask
 
 
 class Page:
@@ -59,8 +100,8 @@ class Page:
         padding = tuple(by * (where == side) for side in SIDES)
         yield from self._show(asked, lambda: partial(self.muse.outpaint, _begun(start), padding))
 
-    def change(self, start, iterations, share, guidance, *asked) -> Iterator[dict]:
-        own = {"iterations": iterations, "share": share, "guidance": guidance}
+    def change(self, start, iterations, fraction, guidance, *asked) -> Iterator[dict]:
+        own = {"iterations": iterations, "fraction": fraction, "guidance": guidance}
         yield from self._show(asked, lambda: partial(self.muse.edit, _begun(start)), **own)
 
     def load(self, path) -> dict:
@@ -184,9 +225,9 @@ class Page:
         with gr.Tab("Change all"):
             gr.Markdown("No mask: a few tokens at a time are drawn again under the prompt.")
             iterations = gr.Slider(1, 100, 100, step=1, label="Iterations")
-            share = gr.Slider(0.01, 0.5, 0.08, step=0.01, label="Share of the tokens, each time")
+            fraction = gr.Slider(0.01, 0.5, 0.08, step=0.01, label="Share of the tokens, each time")
             strength = self.muse.config.edit_guidance
-            how = [self.start, iterations, share, gr.Slider(0, 10, strength, step=0.5, label="Guidance")]
+            how = [self.start, iterations, fraction, gr.Slider(0, 10, strength, step=0.5, label="Guidance")]
             change = gr.Button("Change", variant="primary")
         edited = [self.start, self.canvas]
         loaded.upload(self.load, loaded, edited, api_name="load")

@@ -209,7 +209,7 @@ def generate(args: argparse.Namespace) -> None:
     message = f"{args.like} was made by {args.model!r}, which is not shipped; name its folder with --model"
     require(args.model != settings["model"] or args.model in shipped(), message)
     args.prompts = [settings["prompt"]]
-    (new,) = _draw(args, lambda muse, watch, **_: [again(muse, settings, watch=watch)])
+    (new,) = _draw(args, lambda muse, callback, **_: [again(muse, settings, callback=callback)])
     if new.size == old.size:
         difference = np.abs(np.asarray(new, dtype=int) - np.asarray(old.convert("RGB"))).max(2)
         count = f"{(difference > 0).sum()} of {difference.size} pixels differ from {args.like}"
@@ -243,7 +243,7 @@ def edit(args: argparse.Namespace) -> None:
     from minimuse.pictures import open_picture
 
     image = open_picture(args.image)
-    iterating = {"iterations": args.iterations, "share": args.share}
+    iterating = {"iterations": args.iterations, "fraction": args.share}
     _draw(args, lambda muse, **settings: muse.edit(image, args.prompts[0], **iterating, **settings))
 
 
@@ -262,13 +262,13 @@ def _draw(args: argparse.Namespace, draw: Callable[..., list]) -> list:
     steps = []
     with tqdm(desc="decoding", unit="step") as bar:
 
-        def watch(step: Any) -> None:
+        def callback(step: Any) -> None:
             bar.set_postfix_str(f"{step.stage}, {int(step.masked[0].sum())} masked")
             bar.update()
             if not steps or steps[-1].stage == "base" or steps[-1].masked.any():  # the film shows the first decode only
                 steps.append(step)
 
-        images = draw(muse, watch=watch, **settings)
+        images = draw(muse, callback=callback, **settings)
     for image, path in zip(images, paths, strict=False):
         save_png(image, path)
         print(f"{path}  ({image.info['minimuse']['prompt']!r}, seed {image.info['minimuse']['seed']})")
@@ -336,13 +336,13 @@ def train(args: argparse.Namespace) -> None:
     if engine.is_main:
         train_state.open_run(args.out, run, resume=args.resume)
     engine.accelerator.wait_for_everyone()
-    engine.heed_signals()
+    engine.handle_signals()
     bars: dict[str, tqdm] = {}
     try:
         for p in train_muse(config, data=source, engine=engine):
             if p.stage not in bars:
                 bars[p.stage] = tqdm(total=p.steps, desc=p.stage, disable=not engine.is_main)
-            shown = {name: f"{value:.3g}" for name, value in p.figures.items() if not name.startswith("held_out")}
+            shown = {name: f"{value:.3g}" for name, value in p.metrics.items() if not name.startswith("held_out")}
             bars[p.stage].set_postfix(shown, refresh=False)
             bars[p.stage].update(p.step - bars[p.stage].n)
     except Stopped:
@@ -352,7 +352,7 @@ def train(args: argparse.Namespace) -> None:
     if engine.is_main:
         folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
         add_record(folder, config)
-        print(f"trained in {p.figures['minutes']:.1f} minutes: {folder}")
+        print(f"trained in {p.metrics['minutes']:.1f} minutes: {folder}")
         print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
 
 

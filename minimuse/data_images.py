@@ -5,7 +5,6 @@
 Not here: where images come from (data_sources.py), tokens (vqgan.py).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,20 +68,6 @@ def mask_from(mask: Any, size: tuple[int, int]) -> Tensor:
             f"expected a mask of the picture's {size[0]} x {size[1]} pixels, {came or 'a single value'} came"
         )
     return torch.from_numpy(mask > 127 if mask.dtype == np.uint8 else mask > 0.5)
-
-
-def painted(layers: Sequence[Image.Image], side: int, zoom: int) -> np.ndarray:
-    """Transparent layers over a picture, `zoom` times as large -> (side, side) bool: True where painted on, if in part.
-
-    Layers of another size are scaled. ValueError where nothing is painted.
-    """
-    mask = np.zeros((side, side), dtype=bool)
-    for layer in layers:
-        alpha = layer.getchannel("A").resize((side * zoom, side * zoom), Image.Resampling.NEAREST)
-        mask |= (np.asarray(alpha) > 127).reshape(side, zoom, side, zoom).any((1, 3))
-    if not mask.any():
-        raise ValueError("The mask is empty: paint over the part that shall be drawn anew")
-    return mask
 
 
 def area_downsample(images: Tensor, factor: int = 2) -> Tensor:

@@ -1,16 +1,17 @@
 """Editing without training: inpainting, outpainting, mask-free edits (Muse 3.3).
 
-    inpaint      mask a region of both token grids, decode it again, conditioned on the rest
-    outpaint     the same, the region being new canvas, window by window
-    edit         again and again mask a random 8% of the tokens and resample them under the new prompt
+    inpaint      mask a region of both token grids and decode it again, conditioned on the rest
+    outpaint     the same with new canvas as the region, window by window
+    edit         mask a random 8% of the tokens and resample them under the new prompt, many times
 
-Over tokens each is a few lines on top of `sampler.decode` (`infill`, `resample`); over pictures they are methods of
-`Muse`, and stand here with the rest of their section.
-Glossary: `repaint` is True where something new shall stand.
+Over tokens each is a few lines on top of `sampler.decode` (`infill`, `resample`). The functions over pictures take a
+Muse first and are its methods: `muse.inpaint(image, mask, prompt)`.
+Glossary: `repaint` is True where something new is drawn. Not here: decoding (`sampler.py`), pixels (`data_images.py`).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +24,14 @@ from minimuse.data_images import area_downsample, from_pil, mask_from, to_rgb
 from minimuse.masking import random_mask
 from minimuse.sampler import LogitsFn, Step, decode
 
-if TYPE_CHECKING:
-    from minimuse.muse import Muse
-
-Watch = Callable[[Step], None]
+Callback = Callable[[Step], None]  # called with every Step of a decode
+Muse = Any  # a `muse.Muse`; that file imports this one
 
 # --- over tokens ------------------------------------------------------------------------------------------------------
 
 
 def token_mask(repaint: Tensor, downsampling: int) -> Tensor:
-    """repaint (B, H, W) bool, pixels -> (B, h*w) bool, tokens: True where a token overlaps the region by one pixel."""
+    """repaint (B, H, W) bool over pixels -> (B, h*w) bool over tokens, True where one pixel of the token is True."""
     return F.max_pool2d(repaint[:, None].float(), downsampling).flatten(1) > 0
 
 
@@ -50,19 +49,19 @@ def resample(
     *,
     mask_id: int,
     iterations: int = 100,
-    share: float = 0.08,
+    fraction: float = 0.08,
     top_k: int | None = 3,
     generators: Sequence[torch.Generator],
 ) -> Iterator[Step]:
-    """tokens (B, N) of a real image -> a Step an iteration: a random share masked and drawn again (Muse 3.3.2).
+    """tokens (B, N) of an image -> one Step per iteration: a random fraction is masked and drawn again (Muse 3.3.2).
 
-    Like Gibbs sampling: the image drifts towards the prompt that `logits_fn` was made with, and every state on the
-    way is a whole picture. The paper: 100 iterations of 8%, top-k 3. One forward pass an iteration; u, and with it a
-    guidance that rises, goes from 0 at the first to 1 at the last.
+    This is like Gibbs sampling: the image drifts towards the prompt of `logits_fn`, and every state on the way is a
+    whole picture. The paper: 100 iterations, 8% of the tokens, top-k 3. Each iteration is one forward pass. u goes from
+    0 at the first to 1 at the last.
     """
-    if iterations < 1 or not 0 < share <= 1:
-        raise ValueError(f"{iterations} iterations of a share {share}; give at least 1, and a share in (0, 1]")
-    rate = torch.full((1,), share, dtype=torch.double)
+    if iterations < 1 or not 0 < fraction <= 1:
+        raise ValueError(f"{iterations} iterations of a fraction {fraction}; give at least 1, and a fraction in (0, 1]")
+    rate = torch.full((1,), fraction, dtype=torch.double)
     for i in range(iterations):
         repaint = torch.cat([random_mask(row[None], rate, g) for row, g in zip(tokens, generators, strict=True)])
         settings = {"mask_id": mask_id, "steps": 1, "top_k": top_k, "generator": generators}
@@ -72,20 +71,90 @@ def resample(
         yield step._replace(index=i, u=u)
 
 
-# --- over pictures: methods of Muse -----------------------------------------------------------------------------------
+def fill_with_nearest(tokens: Tensor, masked: Tensor) -> Tensor:
+    """tokens, masked (B, N) of a square grid -> (B, N): masked positions take the nearest known token.
+
+    An image without a known token becomes code 0.
+    """
+    side = math.isqrt(tokens.shape[1])
+    cells = torch.cartesian_prod(*[torch.arange(side, device=tokens.device, dtype=torch.float)] * 2)  # (N, 2)
+    filled = tokens.masked_fill(masked.all(1, keepdim=True), 0)
+    for row, hidden in zip(filled, masked, strict=True):
+        if hidden.any() and not hidden.all():
+            distance = torch.cdist(cells[hidden], cells[~hidden], compute_mode="donot_use_mm_for_euclid_dist")
+            row[hidden] = row[~hidden][distance.argmin(1)]
+    return filled
+
+
+def windows(known: Tensor, side: int) -> Iterator[tuple[int, int]]:
+    """known (H, W) bool -> (top, left) of square windows that cover the unknown pixels, the best known window first.
+
+    Windows overlap by half, so each one sees what is already there. The caller marks in `known` what it has painted.
+    """
+    tops, lefts = ([*range(0, length - side, max(1, side // 2)), length - side] for length in known.shape)
+    waiting = [(top, left) for top in tops for left in lefts]
+
+    def known_fraction(at: tuple[int, int]) -> float:
+        return known[at[0] : at[0] + side, at[1] : at[1] + side].float().mean().item()
+
+    while waiting := [at for at in waiting if known_fraction(at) < 1]:
+        yield max(waiting, key=known_fraction)
+
+
+# --- over the tokens of a Muse ----------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def tokenize(muse: "Muse", *images: Image.Image) -> tuple[Tensor, Tensor]:
-    """B pictures -> low tokens (B, N_low) of the decimated pictures and high tokens (B, N) (Muse 3.3.1)."""
-    side, low_side = muse.config.high_tokenizer.image_size, muse.config.low_tokenizer.image_size
+def tokenize(muse: Muse, *images: Image.Image) -> tuple[Tensor, Tensor]:
+    """B pictures -> low tokens (B, N_low) of the decimated pictures, high tokens (B, N) (Muse 3.3.1)."""
+    side = muse.config.high_tokenizer.image_size
     pixels = torch.cat([from_pil(image, side) for image in images]).to(muse.device)
-    low, high = area_downsample(pixels, side // low_side).to(muse.dtype), pixels.to(muse.dtype)
-    return muse.low_tokenizer.encode(low), muse.high_tokenizer.encode(high)
+    low = area_downsample(pixels, side // muse.config.low_tokenizer.image_size)
+    return muse.low_tokenizer.encode(low.to(muse.dtype)), muse.high_tokenizer.encode(pixels.to(muse.dtype))
+
+
+def inpaint_tokens(
+    muse: Muse, tokens: tuple[Tensor, Tensor], repaint: Tensor, jobs: list[dict[str, Any]], **sampling
+) -> Iterator[Step]:
+    """Low and high tokens of one picture or one per job, repaint (1 or B, H, W) bool -> Steps of both stages."""
+    scale = muse.config.high_tokenizer.image_size // muse.config.low_tokenizer.image_size
+    low_mask = token_mask(repaint, muse.low_tokenizer.downsampling * scale).to(muse.device)
+    high_mask = token_mask(repaint, muse.high_tokenizer.downsampling).to(muse.device)
+    low = tokens[0].masked_fill(low_mask, muse.base.mask_id)
+    high = tokens[1].masked_fill(high_mask, muse.superres.mask_id)
+    low, high = (grid.repeat(len(jobs) // len(grid), 1) for grid in (low, high))
+    return muse.decode(jobs, low=low, high=high, **sampling)
+
+
+@torch.inference_mode()
+def edit_tokens(
+    muse: Muse,
+    tokens: tuple[Tensor, Tensor],
+    jobs: list[dict[str, Any]],
+    *,
+    iterations: int = 100,
+    fraction: float = 0.08,
+    guidance: Guidance | None = None,
+    top_k: int | None = 3,
+    superres: dict[str, Any] | None = None,
+) -> Iterator[Step]:
+    """Tokens as in `inpaint_tokens` -> a Step per iteration on the low tokens, then super-resolution's Steps."""
+    low = tokens[0].repeat(len(jobs) // len(tokens[0]), 1)
+    text, null = muse.contexts(jobs)
+    scale = get_guidance(muse.config.edit_guidance if guidance is None else guidance)
+    logits_fn = guided(muse.base, muse.base.memory(text), muse.base.memory(null), scale)
+    generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
+    settings = {"iterations": iterations, "fraction": fraction, "top_k": top_k, "generators": generators}
+    for step in resample(logits_fn, low, mask_id=muse.base.mask_id, **settings):
+        yield step._replace(stage="base", guidance=scale(step.u))
+    yield from muse.decode_superres(jobs, step.tokens, **(superres or {}))
+
+
+# --- over pictures: methods of Muse -----------------------------------------------------------------------------------
 
 
 def inpaint(
-    muse: "Muse",
+    muse: Muse,
     image: Image.Image,
     mask: Any,
     prompt: str,
@@ -94,58 +163,31 @@ def inpaint(
     seed: int | Sequence[int] | None = None,
     negative_prompt: str | None = None,
     keep: bool = True,
-    watch: Watch | None = None,
+    callback: Callback | None = None,
     **sampling,
 ) -> list[Image.Image]:
-    """Repaint the white part of `mask` (an image or array as large as `image`) after the prompt (Muse 3.3.1).
+    """Repaint the white part of `mask`, an image or array of the picture's size, after the prompt (Muse 3.3.1).
 
-    Both token grids are masked where a token overlaps the region; the base model fills the low one, super-resolution
-    the high one. With `keep` your pixels outside the mask come back bit for bit. `sampling` is as in `Muse`.
+    A token of either grid is masked where it overlaps the region. The base model fills the low tokens,
+    super-resolution the high ones. With `keep` your pixels outside the mask come back bit for bit. `sampling` is as in
+    `Muse`.
     """
     tokens = tokenize(muse, image)
     repaint = mask_from(mask, image.size)
     if not repaint.any():
         raise ValueError("the mask is empty: no pixel is white; white is what to repaint")
     jobs = muse.jobs(prompt, n, seed, negative_prompt, sampling)
-    steps = _inpaint(muse, tokens, repaint[None], jobs, **sampling)
-    images = muse.finish(steps, jobs, sampling | {"task": "inpaint"}, watch)
+    steps = inpaint_tokens(muse, tokens, repaint[None], jobs, **sampling)
+    images = muse.to_pictures(steps, jobs, sampling | {"task": "inpaint"}, callback)
     if keep:
-        kept = Image.fromarray((~repaint).numpy().astype("uint8") * 255)
+        outside = Image.fromarray((~repaint).numpy().astype("uint8") * 255)
         for new in images:
-            new.paste(to_rgb(image), mask=kept)
+            new.paste(to_rgb(image), mask=outside)
     return images
 
 
-def _inpaint(
-    muse: "Muse", tokens: tuple[Tensor, Tensor], repaint: Tensor, jobs: list[dict[str, Any]], **sampling
-) -> Iterator[Step]:
-    """Tokens of one picture or of one a job, repaint (1 or B, H, W) bool -> Steps."""
-    scale = muse.config.high_tokenizer.image_size // muse.config.low_tokenizer.image_size
-    at_low = token_mask(repaint, muse.low_tokenizer.downsampling * scale).to(muse.device)
-    at_high = token_mask(repaint, muse.high_tokenizer.downsampling).to(muse.device)
-    low, high = tokens[0].masked_fill(at_low, muse.base.mask_id), tokens[1].masked_fill(at_high, muse.superres.mask_id)
-    low, high = (grid.repeat(len(jobs) // len(grid), 1) for grid in (low, high))
-    return muse.decode(jobs, low=low, high=high, **sampling)
-
-
-def windows(known: Tensor, side: int) -> Iterator[tuple[int, int]]:
-    """known (H, W) bool, True where pixels stand -> (top, left) of square windows over the rest, best known first.
-
-    Windows overlap by half, so that each sees what was there or was painted before it. `known` is read anew each time:
-    the caller marks what it has painted.
-    """
-    tops, lefts = ([*range(0, length - side, max(1, side // 2)), length - side] for length in known.shape)
-    waiting = [(top, left) for top in tops for left in lefts]
-
-    def share(at: tuple[int, int]) -> float:
-        return known[at[0] : at[0] + side, at[1] : at[1] + side].float().mean().item()
-
-    while waiting := [at for at in waiting if share(at) < 1]:
-        yield max(waiting, key=share)
-
-
 def outpaint(
-    muse: "Muse",
+    muse: Muse,
     image: Image.Image,
     padding: int | tuple[int, int, int, int],
     prompt: str,
@@ -153,27 +195,30 @@ def outpaint(
     n: int = 1,
     seed: int | Sequence[int] | None = None,
     negative_prompt: str | None = None,
-    watch: Watch | None = None,
+    callback: Callback | None = None,
     **sampling,
 ) -> list[Image.Image]:
     """Extend the picture by `padding` pixels: one number, or (left, top, right, bottom) (Muse 3.3.1).
 
-    New canvas is inpainted window by window from the picture outwards; its own pixels come back bit for bit.
-    Choice: until it is painted, the canvas repeats the picture's edge; black would leak into the tokens beside it.
+    New canvas is inpainted window by window, starting next to the picture, whose pixels come back bit for bit.
+    Choice: unpainted canvas repeats the picture's edge; black would leak into the tokens next to it.
     """
     sides = tuple(padding) if isinstance(padding, tuple | list) else (padding,) * 4
     if len(sides) != 4 or min(sides) < 0 or max(sides) == 0:
         raise ValueError(f"padding {padding}; give pixels to add, 1 number or 4, none negative, at least one above 0")
     left, top, right, bottom = sides
-    tokenize(muse, image)  # refuses what is no picture of the right size
-    side, images = image.width, []
+    tokenize(muse, image)  # refuses what is not a picture of the right size
+    side = image.width
+    images = []
     for job in muse.jobs(prompt, n, seed, negative_prompt, sampling):
         canvas = Image.fromarray(np.pad(np.asarray(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge"))
         known = torch.zeros(canvas.height, canvas.width, dtype=torch.bool)
         known[top : top + side, left : left + side] = True
         for i, (y, x) in enumerate(windows(known, side)):
-            view, own = known[y : y + side, x : x + side], job | {"seed": job["seed"] + 1_000_003 * i}
-            (new,) = inpaint(muse, canvas.crop((x, y, x + side, y + side)), ~view, **own, watch=watch, **sampling)
+            view = known[y : y + side, x : x + side]
+            own = job | {"seed": job["seed"] + 1_000_003 * i}
+            crop = canvas.crop((x, y, x + side, y + side))
+            (new,) = inpaint(muse, crop, ~view, **own, callback=callback, **sampling)
             canvas.paste(new, (x, y))
             view[:] = True
         canvas.info["minimuse"] = new.info["minimuse"] | job | {"task": "outpaint", "padding": list(sides)}
@@ -182,53 +227,31 @@ def outpaint(
 
 
 def edit(
-    muse: "Muse",
+    muse: Muse,
     image: Image.Image,
     prompt: str,
     *,
     n: int = 1,
     seed: int | Sequence[int] | None = None,
     negative_prompt: str | None = None,
-    watch: Watch | None = None,
+    callback: Callback | None = None,
     **settings,
 ) -> list[Image.Image]:
     """Change the picture towards the prompt, without a mask (Muse 3.3.2). `settings` as in `edit_steps`."""
     jobs = muse.jobs(prompt, n, seed, negative_prompt, settings)
-    if settings.get("guidance") is None:  # the picture tells it, since the fingerprint leaves it out
+    if settings.get("guidance") is None:  # noted in the picture, because the fingerprint leaves it out
         settings["guidance"] = muse.config.edit_guidance
-    return muse.finish(_edit(muse, tokenize(muse, image), jobs, **settings), jobs, settings | {"task": "edit"}, watch)
+    steps = edit_tokens(muse, tokenize(muse, image), jobs, **settings)
+    return muse.to_pictures(steps, jobs, settings | {"task": "edit"}, callback)
 
 
 def edit_steps(
-    muse: "Muse", image: Image.Image, prompt: str, *, seed: int = 0, negative_prompt: str | None = None, **settings
+    muse: Muse, image: Image.Image, prompt: str, *, seed: int = 0, negative_prompt: str | None = None, **settings
 ) -> Iterator[Step]:
-    """The trace of `edit`: after each iteration a whole picture of low tokens, then super-resolution's Steps.
+    """The Steps of `edit`: a whole picture of low tokens after each iteration, then super-resolution's Steps.
 
-    The paper: iterations=100 of a random share=0.08 of the tokens, guidance=4, top_k=3; a checkpoint may have another
-    guidance (`MuseConfig.edit_guidance`). Choice: a rising one rises from the first iteration to the last; the paper's
-    is constant here.
+    The paper: iterations=100, fraction=0.08, guidance=4, top_k=3. A checkpoint may have another guidance
+    (`MuseConfig.edit_guidance`). Choice: a pair rises from the first iteration to the last; the paper's is constant.
     """
-    return _edit(muse, tokenize(muse, image), muse.jobs(prompt, 1, seed, negative_prompt, settings), **settings)
-
-
-@torch.inference_mode()
-def _edit(
-    muse: "Muse",
-    tokens: tuple[Tensor, Tensor],
-    jobs: list[dict[str, Any]],
-    *,
-    iterations: int = 100,
-    share: float = 0.08,
-    guidance: Guidance | None = None,
-    top_k: int | None = 3,
-    superres: dict[str, Any] | None = None,
-) -> Iterator[Step]:
-    low = tokens[0].repeat(len(jobs) // len(tokens[0]), 1)
-    text, null = muse.contexts(jobs)
-    t = get_guidance(muse.config.edit_guidance if guidance is None else guidance)
-    logits_fn = guided(muse.base, muse.base.memory(text), muse.base.memory(null), t)
-    draws = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
-    settings = {"iterations": iterations, "share": share, "top_k": top_k, "generators": draws}
-    for step in resample(logits_fn, low, mask_id=muse.base.mask_id, **settings):
-        yield step._replace(stage="base", guidance=t(step.u))
-    yield from (step for step in muse.decode(jobs, low=step.tokens, superres=superres) if step.stage != "base")
+    jobs = muse.jobs(prompt, 1, seed, negative_prompt, settings)
+    return edit_tokens(muse, tokenize(muse, image), jobs, **settings)

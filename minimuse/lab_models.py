@@ -29,7 +29,7 @@ from minimuse.eval_detector import Reader
 from minimuse.eval_metrics import Features, frechet_distance, in_batches, inception_features
 from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.judge import GROUPS, Outcome, check_samples, drawn
-from minimuse.muse import Muse, _settings
+from minimuse.muse import Muse, sampling_settings
 from minimuse.sampler import Order
 from minimuse.utils import content_hash
 
@@ -131,7 +131,7 @@ class MuseJudge(PictureJudge):
         """B prompts -> the base model's images (B, 3, H, W), and how many forward passes they took."""
         muse, base = self.muse, self.muse.base
         text, null = muse.contexts([{"prompt": p, "negative_prompt": None} for p in prompts])
-        t, sampling = _settings(muse.config.base_sampling, sampling)
+        t, sampling = sampling_settings(muse.config.base_sampling, sampling)
         logits_fn = guided(base, base.memory(text), base.memory(null), t)
         start = torch.full((len(prompts), self.n), base.mask_id, device=muse.device)
         tokens, passes = drawn(logits_fn, start, base.mask_id, generator=draws, **sampling)

@@ -2,13 +2,11 @@
 
     prompts --text--> context --base--> low tokens --super-res--> high tokens --decoder--> pixels
 
-`Muse.decode` is that flow; `generate`, `inpaint`, `outpaint` and `edit` give it what to start from. Whatever can be
-chosen has its default in the checkpoint's configuration.
-Glossary: B images, t guidance, u progress. Not here: training (`train.py`), files (`checkpoint.py`).
+`decode_base` and `decode_superres` are the two stages of that flow. Every setting has its default in the checkpoint.
+Glossary: B images, N tokens, t guidance scale, u progress. Not here: training (`train.py`), files (`checkpoint.py`),
+editing (`editing.py`).
 """
 
-import json
-import math
 import random
 import re
 import sys
@@ -27,13 +25,15 @@ from minimuse import checkpoint, editing
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import MuseConfig
 from minimuse.data_images import to_pil
+from minimuse.editing import Callback
+from minimuse.masking import uniforms
 from minimuse.sampler import SamplingConfig, Step, decode
 from minimuse.text import Context, TextEncoder
 from minimuse.transformer import SuperRes, Transformer
 from minimuse.utils import pick_device, pick_dtype
 from minimuse.vqgan import VQGAN
 
-FOREIGN = {  # names that users of diffusers will type -> ours
+DIFFUSERS_NAMES = {  # what users of diffusers may type -> our name
     "guidance_scale": "guidance=t with t = guidance_scale - 1",
     "num_inference_steps": "steps",
     "num_images_per_prompt": "n",
@@ -43,52 +43,33 @@ FOREIGN = {  # names that users of diffusers will type -> ours
 
 
 def build(config: MuseConfig) -> nn.ModuleDict:
-    """The four networks with fresh weights; the high tokenizer has its fine-tuned decoder's size."""
-    low = VQGAN(config.low_tokenizer)
-    high = VQGAN(config.finetuned_tokenizer)
+    """The four networks with fresh weights. The high tokenizer has the size of its fine-tuned decoder."""
     return nn.ModuleDict(
         {
-            "low_tokenizer": low,
+            "low_tokenizer": VQGAN(config.low_tokenizer),
             "base": Transformer(config.base),
-            "high_tokenizer": high,
+            "high_tokenizer": VQGAN(config.finetuned_tokenizer),
             "superres": SuperRes(config.superres),
         }
     )
 
 
-def ready_tokenizer(config: MuseConfig) -> nn.Module | None:
-    """The low tokenizer that others trained, where `low_tokenizer_from` names one: frozen, of the very numbers."""
-    if not config.low_tokenizer_from:
-        return None
-    from minimuse.amused import VQTokenizer
-
-    lone = Path(config.low_tokenizer_from, "config.json").exists()  # a VQModel by itself, not in a whole aMUSEd
-    tokenizer = VQTokenizer.from_pretrained(config.low_tokenizer_from, subfolder="" if lone else "vqvae")
-    for name in ("codebook_size", "downsampling"):
-        found, expected = getattr(tokenizer, name), getattr(config.low_tokenizer, name)
-        if found != expected:
-            raise ValueError(
-                f"{config.low_tokenizer_from}: {name} {found}, but low_tokenizer says {expected}; change it"
-            )
-    return tokenizer
-
-
 def parameter_counts(config: MuseConfig) -> dict[str, int]:
-    """Parameters of each network, counted on the meta device: no memory is taken, whatever the size."""
+    """The number of parameters of each network, counted on the meta device, which takes no memory."""
     with torch.device("meta"):
-        parts = build(config)
-    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in build(config).items()}
 
 
 class Muse:
-    """A text-to-image model: four networks, a frozen language model, and defaults for their sampling.
+    """A text-to-image model: four networks, a frozen language model, and default settings for sampling.
 
-    Every method that makes pictures takes, besides what it names:
+    The networks are used as they are: `from_pretrained` freezes them, and yours should be in eval mode.
+    Every method that makes pictures takes, next to its own arguments:
         negative_prompt       a text, or one for each prompt, to guide away from (Muse 2.7)
-        guidance              t: a number, a pair (first, last) rising linearly, or a function of u; 0 is none
+        guidance              t: a number, a pair (first, last) that rises linearly, or a function of u; 0 is none
         steps, schedule, order, sampling_temperature, choice_temperature, top_k, remask    as in `sampler.decode`
-        superres              a dict of the same that holds for super-resolution alone, such as {"steps": 4}
-    What is not given comes from the checkpoint. With another `order` the ranking noise is 0 unless you give it.
+        superres              a dict of the same settings for super-resolution only, such as {"steps": 4}
+    The checkpoint decides what you leave out. With another `order` the ranking noise is 0 unless you set it.
     """
 
     def __init__(
@@ -100,16 +81,64 @@ class Muse:
         words: Sequence[str] = (),
         examples: Sequence[str] = (),
     ):
-        self.config, self.encoder, self.parts = config, encoder, parts.eval().requires_grad_(False)
-        self.words, self.examples = sorted(words), list(examples)  # words of the training captions; prompts to try
-        self._told: set[str] = set()
-        self.low_tokenizer, self.base = parts["low_tokenizer"], parts["base"]
-        self.high_tokenizer, self.superres = (getattr(parts, k, None) for k in ("high_tokenizer", "superres"))
-        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.config = config
+        self.parts = parts
+        self.encoder = encoder
+        self.words = sorted(words)  # all words of the training captions
+        self.examples = list(examples)  # prompts to try
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self._hinted: set[str] = set()
+
+    low_tokenizer = property(lambda self: self.parts["low_tokenizer"])
+    base = property(lambda self: self.parts["base"])
+    high_tokenizer = property(lambda self: self.parts["high_tokenizer"])
+    superres = property(lambda self: self.parts["superres"])
 
     # --- the flow -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
+    def decode_base(
+        self, jobs: list[dict[str, Any]], tokens: Tensor | None = None, *, generators: Any = None, **sampling
+    ) -> Iterator[Step]:
+        """B jobs (prompt, negative prompt, seed) -> Steps of the base model over (B, N_low) tokens (Muse 2.3, 2.8).
+
+        `tokens` is where to start; None is all [MASK]. `generators`, one for each job, are made from the seeds if None.
+        """
+        text, null = self.contexts(jobs)
+        guidance, settings = sampling_settings(self.config.base_sampling, sampling)
+        tokens = self._all_masked(self.base, len(jobs)) if tokens is None else tokens
+        settings["generator"] = generators or _generators(jobs)
+        logits_fn = guided(self.base, self.base.memory(text), self.base.memory(null), guidance)
+        for step in decode(logits_fn, tokens, mask_id=self.base.mask_id, **settings):
+            yield step._replace(stage="base", guidance=guidance(step.u))
+
+    @torch.inference_mode()
+    def decode_superres(
+        self,
+        jobs: list[dict[str, Any]],
+        low_tokens: Tensor,
+        tokens: Tensor | None = None,
+        *,
+        generators: Any = None,
+        **sampling,
+    ) -> Iterator[Step]:
+        """B jobs, low_tokens (B, N_low) -> Steps of super-resolution over (B, N) tokens (Muse 2.4, 2.8).
+
+        `generators` None continue each seed where a base decode with the checkpoint's number of steps ends. So the low
+        tokens of `generate` become the same picture again.
+        """
+        if generators is None:
+            generators = _generators(jobs)
+            uniforms(len(jobs), self.config.base_sampling.steps, 2, self.base.config.tokens, generator=generators)
+        text, null = self.contexts(jobs)
+        guidance, settings = sampling_settings(self.config.superres_sampling, sampling)
+        tokens = self._all_masked(self.superres, len(jobs)) if tokens is None else tokens
+        memories = [self.superres.memory(context, low_tokens) for context in (text, null)]
+        logits_fn = guided(self.superres, *memories, guidance)
+        for step in decode(logits_fn, tokens, mask_id=self.superres.mask_id, generator=generators, **settings):
+            yield step._replace(stage="superres", guidance=guidance(step.u))
+
     def decode(
         self,
         jobs: list[dict[str, Any]],
@@ -119,25 +148,12 @@ class Muse:
         superres: dict[str, Any] | None = None,
         **sampling,
     ) -> Iterator[Step]:
-        """B jobs (prompt, negative prompt, seed) -> Steps of the base model, then of super-resolution (Muse 2.8).
-
-        `low` (B, N_low) and `high` (B, N) are the tokens to start from; None is all [MASK].
-        """
-        draws = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
-        text, null = self.contexts(jobs)
-        low_t, low_sampling = _settings(self.config.base_sampling, sampling)
-        high_t, high_sampling = _settings(self.config.superres_sampling, sampling | (superres or {}))
-        low = self._all_masked(self.base, len(jobs)) if low is None else low
-        high = self._all_masked(self.superres, len(jobs)) if high is None else high
-
-        logits_fn = guided(self.base, self.base.memory(text), self.base.memory(null), low_t)
-        for step in decode(logits_fn, low, mask_id=self.base.mask_id, generator=draws, **low_sampling):
-            yield step._replace(stage="base", guidance=low_t(step.u))
-        low = step.tokens
-
-        logits_fn = guided(self.superres, self.superres.memory(text, low), self.superres.memory(null, low), high_t)
-        for step in decode(logits_fn, high, mask_id=self.superres.mask_id, generator=draws, **high_sampling):
-            yield step._replace(stage="superres", guidance=high_t(step.u))
+        """Both stages, one after the other. `low` and `high` are the tokens to start from; None is all [MASK]."""
+        generators = _generators(jobs)
+        for step in self.decode_base(jobs, low, generators=generators, **sampling):
+            yield step
+        settings = sampling | (superres or {})
+        yield from self.decode_superres(jobs, step.tokens, high, generators=generators, **settings)
 
     # --- pictures from text -------------------------------------------------------------------------------------------
 
@@ -149,13 +165,13 @@ class Muse:
         seed: int | Sequence[int] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         batch_size: int = 16,
-        watch: Callable[[Step], None] | None = None,
+        callback: Callback | None = None,
         **sampling,
     ) -> list[Image.Image]:
-        """Prompts -> n pictures of each, in order, as PIL images.
+        """Prompts -> n PIL images of each, in order.
 
-        Picture i draws with seed + i, or with seeds[i], and never depends on its neighbours. Each one's
-        `info["minimuse"]` holds what made it. `watch` is called with every Step.
+        Image i draws with seed + i, or with seeds[i], and never depends on its neighbours. Its `info["minimuse"]` holds
+        the settings that made it. `callback` is called with every Step.
 
         >>> Muse.from_pretrained("nano").generate("two small red cubes", n=4, seed=0)
         """
@@ -163,31 +179,30 @@ class Muse:
         jobs = self.jobs(prompts, n, seed, negative_prompt, sampling)
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            images += self.finish(self.decode(batch, **sampling), batch, sampling, watch)
+            images += self.to_pictures(self.decode(batch, **sampling), batch, sampling, callback)
         return images
 
     def steps(
-        self,
-        prompt: str,
-        *,
-        n: int = 1,
-        seed: int | None = None,
-        negative_prompt: str | None = None,
-        **sampling,
+        self, prompt: str, *, n: int = 1, seed: int | None = None, negative_prompt: str | None = None, **sampling
     ) -> Iterator[Step]:
-        """The trace of `generate`: a Step at a time with tokens, masked, revealed, confidence and guidance."""
+        """The Steps of `generate`, one at a time: tokens, masked, revealed, confidence and guidance."""
         return self.decode(self.jobs(prompt, n, seed, negative_prompt, sampling), **sampling)
 
     @torch.inference_mode()
     def picture(self, step: Step) -> list[Image.Image]:
-        """A Step -> its B pictures; what is still masked shows as the nearest known token (`plots.film` draws it gray).
+        """A Step -> B images. Masked positions are filled with the nearest revealed token before decoding.
 
-        Else whatever code took its place would colour its neighbours.
+        The decoder is convolutional, so an arbitrary code would bleed into its neighbours.
         """
         tokenizer = self.low_tokenizer if step.stage == "base" else self.high_tokenizer
-        return to_pil(tokenizer.decode(_nearest_known(step.tokens, step.masked)).float())
+        return to_pil(tokenizer.decode(editing.fill_with_nearest(step.tokens, step.masked)).float())
 
-    inpaint, outpaint, edit, edit_steps = editing.inpaint, editing.outpaint, editing.edit, editing.edit_steps
+    # --- editing: functions of editing.py, whose first argument is the Muse (Muse 3.3) --------------------------------
+
+    inpaint = editing.inpaint
+    outpaint = editing.outpaint
+    edit = editing.edit
+    edit_steps = editing.edit_steps
 
     # --- files and devices --------------------------------------------------------------------------------------------
 
@@ -195,69 +210,74 @@ class Muse:
     def from_pretrained(
         cls, name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> "Muse":
-        """A shipped name ("nano"), a folder, or a hub id -> Muse. `device` None is cuda, then mps, then cpu.
+        """A shipped name ("nano"), a folder, or a hub id -> Muse, frozen.
 
-        `dtype` None is what `pick_dtype` says. The LM loads at the first prompt.
+        `device` None is cuda, then mps, then cpu. `dtype` None is what `pick_dtype` chooses. The language model is
+        loaded with the first prompt.
         """
         config, weights, about = checkpoint.load(name)
         with torch.device("meta"):
             parts = build(config)
-        if (ready := ready_tokenizer(config)) is not None:
-            parts["low_tokenizer"] = ready
-            weights |= {f"low_tokenizer.{k}": v for k, v in ready.state_dict().items()}
+        if config.low_tokenizer_from:
+            from minimuse.amused import published_tokenizer
+
+            parts["low_tokenizer"] = published_tokenizer(config)
+            weights |= {f"low_tokenizer.{k}": v for k, v in parts["low_tokenizer"].state_dict().items()}
         checkpoint.check_weights(parts.state_dict(), weights, name)
         parts.load_state_dict(weights, assign=True)
-        encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens)
+        parts.eval().requires_grad_(False)
+        muse = cls(config, parts, TextEncoder(config.text_encoder, max_tokens=config.text_tokens), **about)
+        _ = muse.fingerprint  # of the stored weights, before a dtype rounds them
         device = pick_device(device)
-        if dtype is None:
-            dtype = pick_dtype(device, sum(p.numel() for p in parts.parameters()))
-        muse = cls(config, parts, encoder, **about)
-        _ = muse.fingerprint  # of the weights as they are stored, before a dtype rounds them
-        return muse.to(device, dtype)
+        return muse.to(device, dtype or pick_dtype(device, sum(p.numel() for p in parts.parameters())))
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
-        """config.json, model.safetensors and a model card (README.md) into a folder; `dtype` None changes none.
+        """Write config.json, model.safetensors and a model card (README.md); `dtype` None keeps the weights' dtype.
 
-        A low tokenizer that others trained is named in config.json, not stored. ValueError where `from_pretrained`
-        could not build the networks again.
+        A low tokenizer that others published is named in config.json, not stored. ValueError if the weights do not fit
+        the configuration.
         """
         with torch.device("meta"):
-            expected, found = build(self.config).state_dict(), self.parts.state_dict()
+            expected = build(self.config).state_dict()
+        weights = self.parts.state_dict()
         if self.config.low_tokenizer_from:
-            expected, found = ({k: v for k, v in w.items() if "low_tokenizer." not in k} for w in (expected, found))
-        checkpoint.check_weights(expected, found, self.config.name)
-        weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in found.items()}
+            expected, weights = (
+                {k: v for k, v in w.items() if not k.startswith("low_tokenizer.")} for w in (expected, weights)
+            )
+        checkpoint.check_weights(expected, weights, self.config.name)
+        weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in weights.items()}
         about = {"words": self.words, "examples": self.examples}
         return checkpoint.save(folder, self.config, weights, about, overwrite=overwrite)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that stand for configuration and weights: pictures tell by them which checkpoint made them."""
+        """16 hex digits for configuration and weights. Pictures carry it to say which checkpoint made them."""
         return checkpoint.fingerprint(self.config, self.parts.state_dict())
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Muse":
         """Move the networks and the language model; returns itself."""
-        self.device, self.dtype = pick_device(device or self.device), dtype or self.dtype
+        self.device = pick_device(device or self.device)
+        self.dtype = dtype or self.dtype
         self.parts.to(self.device, self.dtype)
         self.encoder.to(self.device)
         return self
 
-    def compile(self, **how: Any) -> "Muse":
-        """torch.compile what draws; returns itself. It pays for many pictures: the first wait for a compiler.
+    def compile(self, **options: Any) -> "Muse":
+        """Apply torch.compile with these options to the networks that draw; returns itself.
 
-        `how` goes to torch.compile. CUDA graphs, which pay for one picture at a time: mode="reduce-overhead".
+        The first pictures wait for the compiler. mode="reduce-overhead" (CUDA graphs) helps single pictures.
         """
         decoders = [t.decoder for t in (self.low_tokenizer, self.high_tokenizer) if isinstance(t, VQGAN)]
-        for part in filter(None, [self.base, self.superres, *decoders]):
-            part.compile(**{"dynamic": False} | how)
+        for part in [self.base, self.superres, *decoders]:
+            part.compile(**{"dynamic": False} | options)
         return self
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def jobs(self, prompts: Any, n: int, seed: Any, negative: Any, sampling: dict[str, Any]) -> list[dict[str, Any]]:
-        """One dict a picture: prompt, negative prompt, seed. Refuses what cannot be drawn."""
-        for name in FOREIGN.keys() & sampling.keys():
-            raise TypeError(f"{name} is diffusers' name; here it is {FOREIGN[name]}")
+        """One dict for each picture: prompt, negative prompt, seed. Refuses what cannot be drawn."""
+        for name in DIFFUSERS_NAMES.keys() & sampling.keys():
+            raise TypeError(f"{name} is diffusers' name; here it is {DIFFUSERS_NAMES[name]}")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or not isinstance(n, Integral) or n < 1:
             raise ValueError(f"{len(prompts)} prompts, n = {n!r}; give at least one prompt and n of at least 1")
@@ -271,28 +291,24 @@ class Muse:
         seeds = [int(seed) + i for i in range(total)] if isinstance(seed, Integral) else [*seed]
         if len(seeds) != total:
             raise ValueError(f"{len(seeds)} seeds for {total} pictures; give one for each, or a single number")
-        self._tell_unknown_words(prompts)
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._hinted and (hint := self.unfamiliar(prompt)):
+                print(f"minimuse: {hint}", file=sys.stderr)
+            self._hinted.add(prompt)
         pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(n)]
         return [{"prompt": p, "negative_prompt": q, "seed": s} for (p, q), s in zip(pairs, seeds, strict=True)]
 
     def unfamiliar(self, prompt: str) -> str:
-        """A sentence where most of a prompt's words were in no training caption, else ""."""
+        """A hint if most words of the prompt are in no training caption, else ""."""
         words = list(dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))) if self.words else []
         unknown = [w for w in words if w not in self.words]
         if 2 * len(unknown) <= len(words):
             return ""
-        tries = "; ".join(f'"{x}"' for x in self.examples[:3])
-        return f"{self.config.name} never saw {', '.join(unknown)} in training. Try {tries}"
-
-    def _tell_unknown_words(self, prompts: Sequence[str]) -> None:
-        """One line to stderr for each unfamiliar prompt, once."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._told and (sentence := self.unfamiliar(prompt)):
-                self._told.add(prompt)
-                print(f"minimuse: {sentence}", file=sys.stderr)
+        examples = "; ".join(f'"{x}"' for x in self.examples[:3])
+        return f"{self.config.name} never saw {', '.join(unknown)} in training. Try {examples}"
 
     def contexts(self, jobs: list[dict[str, Any]]) -> tuple[Context, Context]:
-        """Jobs -> their texts, and what to guide away from: nothing, or the negative prompts."""
+        """Jobs -> their texts, and what to guide away from: the removed text, or the negative prompts."""
         text = self.encoder.encode([job["prompt"] for job in jobs]).to(self.device, self.dtype)
         null = null_text(text)
         if any(job["negative_prompt"] is not None for job in jobs):
@@ -301,57 +317,39 @@ class Muse:
             null = Context.cat(Context(*(x[i : i + 1] for x in row)) for i, row in enumerate(rows))
         return text, null
 
-    def _all_masked(self, model: Transformer, batch: int) -> Tensor:
-        return torch.full((batch, model.config.tokens), model.mask_id, device=self.device)
-
-    def finish(
+    def to_pictures(
         self,
         steps: Iterator[Step],
         jobs: list[dict[str, Any]],
         settings: dict[str, Any],
-        watch: Callable[[Step], None] | None = None,
+        callback: Callback | None = None,
     ) -> list[Image.Image]:
-        """Walk through the steps, showing each to `watch`; the last one's tokens -> pictures with their settings.
-
-        JSON holds them, so of functions only that there were some: `pictures.again` then refuses.
-        """
+        """Run the decode to its end, then decode the last tokens. Each image's info holds its job and the settings."""
         for step in steps:
-            if watch is not None:
-                watch(step)
-        given = {k: v for k, v in settings.items() if v is not None}
-        told = {k: v for k, v in given.items() if _is_json(v)}
-        functions = {"functions": sorted(given.keys() - told.keys())} if given.keys() - told.keys() else {}
+            if callback is not None:
+                callback(step)
+        settings = {k: v for k, v in settings.items() if v is not None}
         images = self.picture(step)
         for image, job in zip(images, jobs, strict=True):
-            about = {"model": self.config.name, "fingerprint": self.fingerprint}
-            image.info["minimuse"] = {**about, **job, **told, **functions}
+            image.info["minimuse"] = {"model": self.config.name, "fingerprint": self.fingerprint, **job, **settings}
         return images
 
-
-def _nearest_known(tokens: Tensor, masked: Tensor) -> Tensor:
-    """tokens and masked (B, N) of a square grid -> (B, N), masked places filled; with 0 where a picture knows none."""
-    if not masked.any():
-        return tokens
-    side = math.isqrt(tokens.shape[1])
-    places = torch.cartesian_prod(*[torch.arange(side, device=tokens.device, dtype=torch.float)] * 2)
-    distance = torch.cdist(places, places) + masked[:, None] * 2.0 * side  # (B, N, N)
-    return tokens.gather(1, distance.argmin(-1)).masked_fill(masked.all(1, keepdim=True), 0)
+    def _all_masked(self, model: Transformer, batch: int) -> Tensor:
+        return torch.full((batch, model.config.tokens), model.mask_id, device=self.device)
 
 
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
+def _generators(jobs: list[dict[str, Any]]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(job["seed"]) for job in jobs]
 
 
-def _settings(defaults: SamplingConfig, given: dict[str, Any]) -> tuple[Callable[[float], float], dict[str, Any]]:
-    """A checkpoint's defaults and what the user gave -> guidance as a function of u, arguments for `sampler.decode`."""
+def sampling_settings(
+    defaults: SamplingConfig, given: dict[str, Any]
+) -> tuple[Callable[[float], float], dict[str, Any]]:
+    """A checkpoint's defaults, the user's settings -> guidance as a function of u, arguments for `sampler.decode`."""
     known = {f.name for f in fields(SamplingConfig)} | {"top_k", "remask"}
     if unknown := given.keys() - known:
         raise TypeError(f"unknown setting {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-    values = asdict(defaults) | {k: v for k, v in given.items() if v is not None}
+    settings = asdict(defaults) | {k: v for k, v in given.items() if v is not None}
     if given.get("order") not in (None, defaults.order) and given.get("choice_temperature") is None:
-        values["choice_temperature"] = 0.0
-    return get_guidance(values.pop("guidance")), values
+        settings["choice_temperature"] = 0.0
+    return get_guidance(settings.pop("guidance")), settings

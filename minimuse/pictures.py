@@ -1,120 +1,107 @@
-"""Pictures as files: PNGs that tell what made them, the same picture drawn again, and pictures from strangers.
+"""Pictures as files: PNGs that hold the settings that made them, the same picture drawn again, files of any origin.
 
-    for step in follow(drawing)              a drawing as it happens, and then the picture
-    save_png(image, "cube.png")              its text chunk `minimuse` holds prompt, seed and settings as JSON
+    save_png(image, "cube.png")              the PNG's text chunk `minimuse` holds prompt, seed and settings as JSON
     again(muse, settings_of("cube.png"))     the same checkpoint and settings: the same pixels
 
-Not here: what the settings are (`Muse.finish` notes them), captioned pictures to train on (`data_sources.py`).
+Not here: which settings are noted (`Muse.to_pictures`), captioned images to train on (`data_sources.py`).
 """
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from minimuse.data_images import to_pil
-from minimuse.data_sources import FORMATS, HUGE, UNKNOWN, Refused, decode
+from minimuse.data_images import to_rgb
+from minimuse.sampler import Step
 
-if TYPE_CHECKING:
-    from minimuse.muse import Muse
-    from minimuse.sampler import Step
-
-KEY = "minimuse"  # where the settings stand: a dict in a picture's `info`, JSON in a PNG's text chunk
+KEY = "minimuse"  # where the settings are: a dict in an image's `info`, JSON in a PNG's text chunk
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not EPS, which would run Ghostscript
 
 
-def follow(draw: "Callable[..., list[Image.Image]]") -> "Iterator[Step | Image.Image]":
-    """A method of Muse, called with `watch` -> each Step as soon as it is made, at last the picture.
-
-    It runs in a thread of its own, and stops at its next step when nobody follows any longer. Its error is raised here.
-
-    >>> for made in follow(partial(muse.generate, "a red cube", seed=0)): ...
-    """
-    steps, left = SimpleQueue(), Event()
-
-    def watch(step: "Step") -> None:
-        if left.is_set():
-            raise CancelledError
-        steps.put(step)
-
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(draw, watch=watch)
-        job.add_done_callback(steps.put)
+def _json(settings: dict[str, Any]) -> str:
+    """Settings as JSON. What JSON cannot hold is listed by name under "functions"."""
+    kept, functions = {}, []
+    for name, value in settings.items():
         try:
-            while (step := steps.get()) is not job:
-                yield step
-        finally:
-            left.set()
-    yield job.result()[0]
+            json.dumps(value)
+            kept[name] = value
+        except TypeError:
+            functions.append(name)
+    return json.dumps(kept | ({"functions": sorted(functions)} if functions else {}))
 
 
 def save_png(image: Image.Image, path: str | Path) -> None:
-    """A picture of Muse -> a PNG that holds its settings, which `image.save` would drop."""
+    """Save a picture of Muse as a PNG that holds its settings; `image.save` would drop them."""
     chunks = PngInfo()
-    chunks.add_text(KEY, json.dumps(image.info.get(KEY, {})))
+    chunks.add_text(KEY, _json(image.info.get(KEY, {})))
     image.save(path, format="PNG", pnginfo=chunks)
 
 
-def with_settings(image: Image.Image, told: dict[str, Any]) -> Image.Image:
-    """A copy with `settings_of` a picture as text, which other programs too keep in a PNG."""
+def with_settings(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
+    """A copy that carries the settings as text, which other programs keep when they write a PNG."""
     image = image.copy()
-    image.info = {KEY: json.dumps(told)}
+    image.info = {KEY: _json(settings)}
     return image
 
 
 def open_picture(path: str | Path, side: int | None = None) -> Image.Image:
-    """A picture file of any origin -> the picture; with `side`, upright, RGB, its centre as side x side pixels.
+    """Open an image file of any origin; with `side`, upright, RGB, and cropped to its centre of side x side pixels.
 
-    ValueError says in a sentence what is wrong. What is too huge is refused by its header and never decoded.
+    ValueError says what is wrong. An image that is too large is refused by its header and never decoded.
     """
     try:
-        if side is not None:
-            return to_pil(decode(path, side, min_side=1)[None])[0]
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path, formats=FORMATS)
             image.load()
-            return image
-    except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning, Refused) as e:
-        kind = str(e) if isinstance(e, Refused) else UNKNOWN if isinstance(e, UnidentifiedImageError) else HUGE
+        if side is not None:
+            image = ImageOps.fit(to_rgb(ImageOps.exif_transpose(image)), (side, side), Image.Resampling.LANCZOS)
+        return image
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders raise nearly every kind of exception on damaged files
+        problem = "damaged"
+        if isinstance(error, UnidentifiedImageError):
+            problem = "of an unknown format"
+        elif isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+            problem = "too large"
         raise ValueError(
-            f"{Path(path).name} is no picture that can be read, it is {kind}; give a PNG, JPEG or WebP of at most "
+            f"{Path(path).name} cannot be read, it is {problem}; give a PNG, JPEG or WebP of at most "
             f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
-        ) from e
+        ) from error
 
 
 def settings_of(picture: str | Path | Image.Image) -> dict[str, Any]:
     """A PNG of `save_png`, or a picture of Muse -> what made it: model, fingerprint, prompt, seed, settings.
 
-    ValueError where it holds none, as after another program has saved it.
+    ValueError if it holds none.
     """
     image = picture if isinstance(picture, Image.Image) else open_picture(picture)
     try:
-        told = image.info.get(KEY)
-        told = json.loads(told) if isinstance(told, str) else told
-        return {name: told[name] for name in ("model", "fingerprint", "prompt", "seed")} | told
-    except (ValueError, TypeError, KeyError) as e:
+        settings = image.info.get(KEY)
+        settings = json.loads(settings) if isinstance(settings, str) else settings
+        return {name: settings[name] for name in ("model", "fingerprint", "prompt", "seed")} | settings
+    except (ValueError, TypeError, KeyError) as error:
         name = Path(getattr(image, "filename", "") or "the picture").name
         raise ValueError(
             f"{name} holds no settings of minimuse; `minimuse generate`, `minimuse app` and pictures.save_png write "
-            "them, and many programs drop them when they save a picture anew"
-        ) from e
+            "them, and many programs drop them when they save a picture again"
+        ) from error
 
 
-def again(muse: "Muse", settings: dict[str, Any], *, watch: Callable[["Step"], None] | None = None) -> Image.Image:
-    """`settings_of` a generated picture -> the same picture, drawn by the same checkpoint.
+def again(muse: Any, settings: dict[str, Any], *, callback: Callable[[Step], None] | None = None) -> Image.Image:
+    """A Muse and `settings_of` a picture that it generated -> the same picture.
 
-    ValueError where another checkpoint made it, or where more than a prompt and settings did. The pixels are the same
-    on the same machine; another one may round differently, and so may a batch of several pictures.
+    ValueError if another checkpoint made it, or if more than a prompt and settings did. The pixels are the same on the
+    same machine. Another machine, or a batch of several pictures, may round differently.
     """
     settings = dict(settings)
-    model, fingerprint = settings.pop("model"), settings.pop("fingerprint")
+    model = settings.pop("model")
+    fingerprint = settings.pop("fingerprint")
     if fingerprint != muse.fingerprint:
         raise ValueError(
             f"the picture was made by another checkpoint, {model} with the fingerprint {fingerprint}; this one is "
@@ -123,7 +110,5 @@ def again(muse: "Muse", settings: dict[str, Any], *, watch: Callable[["Step"], N
     if task := settings.pop("task", None):
         raise ValueError(f"it was made by {task} from another picture, which it does not hold; give a generated one")
     if functions := settings.pop("functions", None):
-        raise ValueError(
-            f"its {', '.join(functions)} came as a function, which no picture holds; pass it to `generate`"
-        )
-    return muse.generate(settings.pop("prompt"), n=1, watch=watch, **settings)[0]
+        raise ValueError(f"its {', '.join(functions)} came as a function, which no PNG holds; pass it to `generate`")
+    return muse.generate(settings.pop("prompt"), n=1, callback=callback, **settings)[0]

@@ -136,7 +136,7 @@ def film(muse: "Muse", steps: Sequence["Step"], row: int = 0, most: int = 12) ->
     picture of the batch.
     """
     if not steps:
-        raise ValueError("no step came: collect them from muse.steps(...), or with watch=list.append")
+        raise ValueError("no step came: collect them from muse.steps(...), or with callback=list.append")
     count = min(most, len(steps))
     picks = [round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)]
     picks = [steps[i] for i in picks]

@@ -49,26 +49,28 @@ class Studio:
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], negatives: Sequence[str] = (), **sampling) -> Tensor:
         """Prompts, a seed each, and what to guide away from -> images."""
         stage = "base" if self.base_only else "superres"
-        return self._images(self._tokens(self._jobs(prompts, seeds, negatives), stage, **sampling), stage)
+        jobs = self._jobs(prompts, seeds, negatives)
+        steps = self.muse.decode_base(jobs, **sampling) if self.base_only else self.muse.decode(jobs, **sampling)
+        return self._images(self._last(steps), stage)
 
     def cascade(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """-> the base model's pictures, small; those of super-resolution; and those of it without the text."""
         jobs = self._jobs(prompts, seeds)
-        low = self._tokens(jobs, "base")
-        high = self._tokens(jobs, "superres", low=low)
-        bare = self._tokens(jobs, "superres", low=low, superres={"guidance": -1.0})  # l_c - (l_c - l_u) = l_u
+        low = self._last(self.muse.decode_base(jobs))
+        high = self._last(self.muse.decode_superres(jobs, low))
+        bare = self._last(self.muse.decode_superres(jobs, low, guidance=-1.0))  # l_c - (l_c - l_u) = l_u
         return self._images(low, "base"), self._images(high, "superres"), self._images(bare, "superres")
 
     def inpaint(self, images: Tensor, repaint: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """`Muse.inpaint(keep=False)`, repaint (B, H, W) bool."""
-        steps = editing._inpaint(self.muse, self._tokenized(images), repaint, self._jobs(prompts, seeds))
-        return self._images(self._last(steps, "superres"), "superres")
+        steps = editing.inpaint_tokens(self.muse, self._tokenized(images), repaint, self._jobs(prompts, seeds))
+        return self._images(self._last(steps), "superres")
 
     def edit(self, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> list[Tensor]:
         """`Muse.edit` -> the base model's pictures, small, after each of ITERATIONS, and then the whole cascade's."""
         jobs, found = self._jobs(prompts, seeds), []
         with torch.inference_mode():
-            for step in editing._edit(self.muse, self._tokenized(images), jobs, iterations=ITERATIONS[-1]):
+            for step in editing.edit_tokens(self.muse, self._tokenized(images), jobs, iterations=ITERATIONS[-1]):
                 if step.stage == "base" and step.index + 1 in ITERATIONS:
                     found.append(self._images(step.tokens, "base"))
             return [*found, self._images(step.tokens, "superres")]
@@ -90,12 +92,10 @@ class Studio:
         rows = zip(prompts, negatives or [None] * len(prompts), seeds, strict=True)
         return [dict(zip(("prompt", "negative_prompt", "seed"), row, strict=True)) for row in rows]
 
-    def _tokens(self, jobs: list[dict[str, Any]], stage: str, **how) -> Tensor:
-        return self._last(self.muse.decode(jobs, **how), stage)
-
-    def _last(self, steps: Iterator[Step], stage: str) -> Tensor:
-        """The tokens when a stage is done; what comes after it is not computed."""
-        return next(step.tokens for step in steps if step.stage == stage and not step.masked.any())
+    def _last(self, steps: Iterator[Step]) -> Tensor:
+        """The tokens when a decode is done."""
+        *_, last = steps
+        return last.tokens
 
     def _tokenized(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return editing.tokenize(self.muse, *to_pil(images))

@@ -2,63 +2,60 @@
 
     low tokenizer -> base -> high tokenizer -> super-resolution -> decoder fine-tuning
 
-Each stage yields a `Progress` a step, so that a notebook may watch, plot or stop: `*_, last = train_transformer(...)`.
-`train_muse` walks through all five and ends with a `Muse`. While a transformer trains, the tokenizers and the language
-model are frozen: images are tokenized and captions encoded once.
+Each stage yields a `Progress` after every step, so a notebook can plot or stop it: `*_, last = train_transformer(...)`.
+`train_muse` runs all five and ends with a `Muse`. While a transformer trains, the tokenizers and the language model are
+frozen: images are tokenized and captions are encoded once.
 
-Not here: processes, precision, optimizer, saved states (`train_engine.py`), what is kept on disk (`data_cache.py`).
+Not here: processes, precision, optimizers, saved states (`train_engine.py`), data on disk (`data_cache.py`).
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse.baseline_dit import LEVELS, DiT, NoiseLoss, gaussians
+from minimuse.amused import published_tokenizer
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_cache import TrainingData
 from minimuse.data_images import area_downsample, to_float
 from minimuse.data_scenes import COLORS, SHAPES
 from minimuse.data_sources import SceneDataset, Source, open_source
-from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate, uniforms
-from minimuse.muse import Muse, build, ready_tokenizer
+from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
+from minimuse.muse import Muse, build
 from minimuse.text import Context, TextEncoder, pad_contexts
-from minimuse.train_engine import Engine, Stage, batch_indices, generator, learning_rate, make_optimizers, sync
-from minimuse.train_log import Watch
-from minimuse.transformer import SuperRes, Transformer, init_from_codebook
-from minimuse.vqgan import VQGAN, codebook_usage
+from minimuse.train_engine import (
+    Engine,
+    EvalFn,
+    Progress,
+    Stage,
+    batch_indices,
+    learning_rate,
+    make_optimizers,
+    sync,
+)
+from minimuse.train_log import TrainLog
+from minimuse.transformer import Transformer, init_from_codebook
+from minimuse.utils import seeded_generator
+from minimuse.vqgan import VQGAN, Reconstruction, codebook_usage
 from minimuse.vqgan_loss import COMMITMENT, Perceptual, SceneFeatures, VQGANLoss, feature_distance
-
-Look = Callable[[nn.Module, int], dict[str, float]]  # (model or its MaskedLoss, steps done) -> figures for the log
-
-
-class Progress(NamedTuple):
-    """Where a stage stands after a step."""
-
-    stage: str
-    step: int  # steps done
-    steps: int
-    figures: dict[str, float]  # loss and whatever else the stage reports
-    model: nn.Module | Muse
-
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
-def random_crop(images: Tensor, size: int, draws: torch.Generator) -> Tensor:
-    """images (B, 3, H, W) -> one random square of all, (B, 3, size, size); size 0 keeps them whole."""
+def random_crop(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """images (B, 3, H, W) -> the same random square of all of them, (B, 3, size, size). Size 0 keeps whole images."""
     if not size or size >= images.shape[-1]:
         return images
-    top, left = torch.randint(images.shape[-1] - size + 1, (2,), generator=draws).tolist()
+    top, left = torch.randint(images.shape[-1] - size + 1, (2,), generator=generator).tolist()
     return images[:, :, top : top + size, left : left + size]
 
 
@@ -70,11 +67,11 @@ def train_tokenizer(
     stage: str = "tokenizer",
     perceptual: Perceptual | None = None,
     engine: Engine | None = None,
-    look: Look | None = None,
+    eval_fn: EvalFn | None = None,
 ) -> Iterator[Progress]:
-    """VQGAN, images -> a Progress a step (Muse 2.2; with encoder and codebook frozen: 2.5).
+    """Train a VQGAN (Muse 2.2), or only its decoder where encoder and codebook are frozen (2.5).
 
-    images: a tensor (n, 3, H, W) uint8, or whatever has a length and gives such tensors for indices.
+    images: a tensor (n, 3, H, W) uint8, or any object with a length that returns such tensors for indices.
     """
     engine = engine or Engine()
     for part in (vqgan.encoder, vqgan.quantizer, vqgan.decoder):
@@ -84,52 +81,57 @@ def train_tokenizer(
     vqgan.quantizer.sync = sync
     losses = VQGANLoss(perceptual, config.perceptual_weight, config.adversarial_weight, config.adversarial_start)
     losses.to(engine.device, memory_format=torch.channels_last)
-    modules = {"model": vqgan} | ({"critic": losses.discriminator} if losses.discriminator is not None else {})
+    modules = {"model": vqgan}
+    if losses.discriminator is not None:
+        modules["discriminator"] = losses.discriminator
     job = Stage(engine, stage, config, modules, {"idle": vqgan.quantizer.watch_codes()})
-    last_layer = vqgan.decoder.conv_out.weight
     if job.first:
         yield Progress(stage, job.first, config.steps, {}, vqgan)
     for step in job.steps():
-        shares: list[dict[str, Tensor]] = []
         for at, _ in job.micro_batches(len(images), step):
-            x = to_float(random_crop(images[at], config.crop, generator(engine.seed, step))).to(engine.device)
-            x = x.contiguous(memory_format=torch.channels_last)
-            with engine.precision():
-                made = job.modules["model"](x)
-            made = made._replace(images=made.images.float())
-            with engine.precision():
-                loss = losses.generator(x, made.images, last_layer, step)
-            loss = loss + made.codebook_loss + COMMITMENT * made.commitment_loss
-            job.backward(loss / job.parts)
-            figures = {"loss": loss, "l1": F.l1_loss(made.images, x), "mse": F.mse_loss(made.images, x)}
-            if losses.adversarial(step):
-                with engine.precision():
-                    critic = losses.critic(x, made.images, job.modules["critic"])
-                job.backward(critic / job.parts)
-                figures["critic"] = critic
-            shares.append({k: v.detach() / job.parts for k, v in figures.items()})
-        job.update(step)
-        if losses.adversarial(step):
-            job.update(step, "critic")
-        figures = job.total(shares)
-        figures["psnr"] = -10 * math.log10(max(figures.pop("mse"), 1e-10) / 4)
-        figures["used"], figures["perplexity"] = codebook_usage(made.tokens, vqgan.codebook_size)
-        job.end(step)
-        if look and (step + 1) % config.eval_every == 0:
-            figures |= look(vqgan, step + 1)
-        yield Progress(stage, step + 1, config.steps, figures, vqgan)
+            x = to_float(random_crop(images[at], config.crop, seeded_generator(engine.seed, step))).to(engine.device)
+            made = _tokenizer_backward(job, vqgan, losses, x.contiguous(memory_format=torch.channels_last), step)
+        metrics = job.finish(step)
+        metrics["psnr"] = -10 * math.log10(max(metrics.pop("mse"), 1e-10) / 4)
+        metrics["used"], metrics["perplexity"] = codebook_usage(made.tokens, vqgan.codebook_size)
+        if eval_fn and (step + 1) % config.eval_every == 0:
+            metrics |= eval_fn(vqgan, step + 1)
+        yield Progress(stage, step + 1, config.steps, metrics, vqgan)
 
 
-def train_features(images: Tensor, kinds: Tensor, *, steps: int = 200, seed: int = 0) -> SceneFeatures:
-    """images (n, 3, H, W) uint8, kinds (n, K) 0 or 1 -> features for a perceptual loss, trained to tell kinds."""
+def _tokenizer_backward(job: Stage, vqgan: VQGAN, losses: VQGANLoss, x: Tensor, step: int) -> Reconstruction:
+    """Backward passes of one micro-batch x (B, 3, H, W): first the VQGAN's, then the discriminator's."""
+    precision = job.engine.precision
+    with precision():
+        made = job.modules["model"](x)
+    made = made._replace(images=made.images.float())
+    with precision():
+        loss = losses.generator(x, made.images, vqgan.decoder.conv_out.weight, step)
+    loss = loss + made.codebook_loss + COMMITMENT * made.commitment_loss
+    l1 = F.l1_loss(made.images, x)
+    mse = F.mse_loss(made.images, x)
+    job.backward(loss / job.parts, loss=loss / job.parts, l1=l1 / job.parts, mse=mse / job.parts)
+    if losses.adversarial(step):
+        with precision():
+            loss = losses.critic(x, made.images, job.modules["discriminator"])
+        job.backward(loss / job.parts, discriminator_loss=loss / job.parts)
+    return made
+
+
+def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: int = 0) -> SceneFeatures:
+    """Features for a perceptual loss, from a small classifier.
+
+    images (n, 3, H, W) uint8, labels (n, K): 1 where the image shows an object of class k, otherwise 0.
+    """
     torch.manual_seed(seed)
-    net = SceneFeatures(kinds.shape[1])
+    net = SceneFeatures(labels.shape[1])
     config = StageConfig(steps=steps, batch=64, learning_rate=2e-3, warmup=10, weight_decay=1e-4)
     (optimizer,) = make_optimizers(net, config)
     for step in range(steps):
         at = batch_indices(len(images), config.batch, step, seed)
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(config, step)
-        F.binary_cross_entropy_with_logits(net.classify(to_float(images[at])), kinds[at]).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        F.binary_cross_entropy_with_logits(net.classify(to_float(images[at])), labels[at]).backward()
         optimizer.step()
         optimizer.zero_grad()
     return net.eval().requires_grad_(False)
@@ -139,7 +141,7 @@ def train_features(images: Tensor, kinds: Tensor, *, steps: int = 200, seed: int
 
 
 class MaskedLoss(nn.Module):
-    """The masked loss (Muse 2.3) as one module, so that DDP, FSDP and torch.compile see the whole pass."""
+    """The masked loss (Muse 2.3) as one module, so that DDP, FSDP and torch.compile see the whole forward pass."""
 
     def __init__(self, model: Transformer):
         super().__init__()
@@ -154,29 +156,14 @@ class MaskedLoss(nn.Module):
         count: int,
         label_smoothing: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """True tokens and masked (B, N), texts, low-res tokens -> shares of loss and accuracy of `count` tokens, ()."""
+        """Tokens x (B, N), masked (B, N), texts, low-res tokens -> loss and accuracy, (), each summed and / count.
+
+        count: the masked tokens of the whole batch. x may be only a part of it.
+        """
         memory = self.model.memory(context, *([] if low_tokens is None else [low_tokens]))
         logits = self.model(x.masked_fill(masked, self.model.mask_id), memory)
-        right = ((logits.detach().argmax(-1) == x) & masked).sum() / count
-        return masked_cross_entropy(logits, x, masked, label_smoothing, count), right
-
-
-class NextLoss(MaskedLoss):
-    """The same of a causal model. It sees no token that it is asked for, so none is hidden; asked for all, -log p."""
-
-    def forward(
-        self,
-        x: Tensor,
-        masked: Tensor,
-        context: Context,
-        low_tokens: None,
-        count: int,
-        label_smoothing: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
-        """As `MaskedLoss`, all of x given: shares of loss and accuracy of the `count` tokens asked for, ()."""
-        logits = self.model(x, self.model.memory(context))
-        right = ((logits.detach().argmax(-1) == x) & masked).sum() / count
-        return masked_cross_entropy(logits, x, masked, label_smoothing, count), right
+        accuracy = ((logits.detach().argmax(-1) == x) & masked).sum() / count
+        return masked_cross_entropy(logits, x, masked, label_smoothing, count), accuracy
 
 
 def train_transformer(
@@ -188,89 +175,44 @@ def train_transformer(
     low_tokens: Any = None,
     stage: str = "base",
     engine: Engine | None = None,
-    look: Look | None = None,
+    eval_fn: EvalFn | None = None,
 ) -> Iterator[Progress]:
-    """Masked training of the base (Muse 2.3) or, with `low_tokens`, the super-resolution transformer (2.4).
+    """Masked training of the base (Muse 2.3) or, with `low_tokens`, of the super-resolution transformer (2.4).
 
-    tokens (n, N), low_tokens (n, N_low): tensors, or whatever gives such rows for indices. texts: for each example its
-    captions, each as unpadded embeddings (L, D_lm).
-    The loss is the mean over the masked tokens of the whole batch, whatever number of processes and micro-batches.
+    tokens (n, N), low_tokens (n, N_low): tensors, or objects that return such rows for indices. texts: the captions of
+    each example, each caption as unpadded embeddings (L, D_lm).
+    The loss is the mean over the masked tokens of the whole batch, for any number of processes and micro-batches.
     """
     engine = engine or Engine()
-    device = engine.device
     model.train()
     torch.manual_seed(engine.seed)
-    schedule = config.mask_schedule
     job = Stage(engine, stage, config, {"model": MaskedLoss(model)}, shard=True)
     if job.first:
         yield Progress(stage, job.first, config.steps, {}, model)
     for step in job.steps():
-        rates = sample_mask_rate(config.batch, schedule=schedule, generator=job.draws(job.places(step)))
-        count = int(masked_counts(rates, tokens.shape[1]).sum())  # of the whole batch: an example's rate comes first
-        shares = []
-        for at, draws in job.micro_batches(len(tokens), step):
+        rates = sample_mask_rate(config.batch, schedule=config.mask_schedule, generator=job.generators(step))
+        count = int(masked_counts(rates, tokens.shape[1]).sum())  # masked tokens of the whole batch
+        for at, generators in job.micro_batches(len(tokens), step):
             x = tokens[at]
-            rates = sample_mask_rate(len(x), schedule=schedule, generator=draws)  # one an example (Muse 2.6)
-            masked = random_mask(x, rates, draws)
-            context = drop_text(pad_contexts(pick(texts, at, draws)), config.cond_drop_prob, draws)  # Muse 2.7
-            low = None if low_tokens is None else low_tokens[at].to(device)
+            rates = sample_mask_rate(len(x), schedule=config.mask_schedule, generator=generators)  # Muse 2.6
+            masked = random_mask(x, rates, generators)
+            context = pad_contexts(pick_captions(texts, at, generators))
+            context = drop_text(context, config.cond_drop_prob, generators)  # Muse 2.7
+            low = None if low_tokens is None else low_tokens[at].to(engine.device)
+            inputs = (value.to(engine.device) for value in (x, masked, context))
             with engine.precision():
-                loss, right = job.modules["model"](
-                    x.to(device), masked.to(device), context.to(device), low, count, config.label_smoothing
-                )
-            job.backward(loss)
-            shares.append({"loss": loss, "accuracy": right})
-        job.update(step)
-        figures = job.total(shares)
-        job.end(step)
-        if look and (step + 1) % config.eval_every == 0:
-            figures |= look(job.modules["model"], step + 1)
-        yield Progress(stage, step + 1, config.steps, figures, model)
+                loss, accuracy = job.modules["model"](*inputs, low, count, config.label_smoothing)
+            job.backward(loss, loss=loss, accuracy=accuracy)
+        metrics = job.finish(step)
+        if eval_fn and (step + 1) % config.eval_every == 0:
+            metrics |= eval_fn(job.modules["model"], step + 1)
+        yield Progress(stage, step + 1, config.steps, metrics, model)
     model.eval()
 
 
-def train_dit(
-    model: DiT,
-    config: StageConfig,
-    z: Tensor,
-    texts: Any,
-    *,
-    stage: str = "base",
-    engine: Engine | None = None,
-    look: Look | None = None,
-) -> Iterator[Progress]:
-    """Noise prediction (`baseline_dit.py`) on latents z (n, d, h, w) as the encoder gives them; texts as `train_transformer`."""
-    engine = engine or Engine()
-    device = engine.device
-    model.train().observe(z)
-    torch.manual_seed(engine.seed)
-    job = Stage(engine, stage, config, {"model": NoiseLoss(model)}, shard=True)
-    if job.first:
-        yield Progress(stage, job.first, config.steps, {}, model)
-    for step in job.steps():
-        shares = []
-        for at, draws in job.micro_batches(len(z), step):
-            x = z[at]
-            when = (uniforms(len(x), generator=draws) * len(LEVELS)).long()  # one an example, uniform on 0 .. S-1
-            noise = gaussians(*x.shape, generator=draws)
-            context = drop_text(pad_contexts(pick(texts, at, draws)), config.cond_drop_prob, draws)
-            with engine.precision():
-                inputs = (t.to(device) for t in (x, noise, when, context))
-                loss = job.modules["model"](*inputs, config.batch * x[0].numel())
-            job.backward(loss)
-            shares.append({"loss": loss})
-        job.update(step)
-        figures = job.total(shares)
-        job.end(step)
-        if look and (step + 1) % config.eval_every == 0:
-            figures |= look(job.modules["model"], step + 1)
-        yield Progress(stage, step + 1, config.steps, figures, model)
-    model.eval()
-
-
-def pick(texts: Any, at: Tensor, draws: list[torch.Generator]) -> list[Tensor]:
-    """One of the captions of each example `at`, drawn from its own generator, (L, D_lm) each."""
-    u = [torch.rand((), generator=g).item() for g in draws]
+def pick_captions(texts: Any, at: Tensor, generators: list[torch.Generator]) -> list[Tensor]:
+    """One random caption of each example `at`, (L, D_lm) each, chosen by the example's own generator."""
+    u = [torch.rand((), generator=g).item() for g in generators]
     if hasattr(texts, "pick"):
         return [text.float() for text in texts.pick(at, u)]
     return [texts[i][int(x * len(texts[i]))].float() for i, x in zip(at.tolist(), u, strict=True)]
@@ -280,7 +222,7 @@ def pick(texts: Any, at: Tensor, draws: list[torch.Generator]) -> list[Tensor]:
 
 
 class Decimated:
-    """Images (n, 3, H, W) -> (n, 3, H / factor, W / factor), made as they are asked for: the low-res images."""
+    """Images (n, 3, H, W) -> (n, 3, H / factor, W / factor), computed when they are read: the low-res images."""
 
     def __init__(self, images: Any, factor: int):
         self.images, self.factor = images, factor
@@ -295,84 +237,121 @@ class Decimated:
 def train_muse(
     config: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None
 ) -> Iterator[Progress]:
-    """A configuration -> a Progress a step of every stage; the last one's model is the finished Muse.
+    """All five stages -> a Progress a step. The last one's model is the finished Muse.
 
-    data: "scenes", a folder of captioned images, or tar shards; see `folders.open_source`. Or the source itself.
-    With `engine.folder` a stopped run goes on where it was; without, nothing is kept. The low-resolution image is the
-    decimated high-resolution one (Muse 3.3.1).
+    data: "scenes", a source, or what `data_sources.open_source` opens: a folder of captioned images, tar shards.
+    With `engine.folder` a stopped run is resumed where it was; without, nothing is kept. The low-resolution image is
+    the downsampled high-resolution one (Muse 3.3.1).
     """
-    engine, started = engine or Engine(), time.monotonic()
-    watch = Watch(config, engine)
-    for p in _stages(config, data, engine, watch):
-        yield p._replace(figures=watch(p))
-    yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, p.model)
-
-
-def _stages(config: MuseConfig, data: str | Path | Source, engine: Engine, watch: Watch) -> Iterator[Progress]:
-    """The five stages, and before each what it reads; the last Progress holds the Muse."""
-    torch.manual_seed(engine.seed)
-    parts, high = build(config), VQGAN(config.high_tokenizer)
-    encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
-    factor = config.high_tokenizer.image_size // config.low_tokenizer.image_size
-    perceptual = _perceptual(config, engine)
-
-    def tokenizer(name: str, vqgan: VQGAN, images: Any, held_out: Any) -> Iterator[Progress]:
-        seen = {"perceptual": perceptual, "look": watch.tokenizer(name, held_out)}
-        return train_tokenizer(vqgan, config.stages[name], images, stage=name, engine=engine, **seen)
-
-    def transformer(name: str, tokens: Any, low_tokens: Any = None) -> Iterator[Progress]:
-        seen = {"low_tokens": low_tokens, "look": watch.transformer(name, corpus, parts)}
-        return train_transformer(parts[name], config.stages[name], tokens, texts, stage=name, engine=engine, **seen)
-
+    engine = engine or Engine()
+    started = time.monotonic()
     with ExitStack() as stack:
-        root = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
+        folder = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
+        trainer = MuseTrainer(config, data, engine, Path(folder))
+        for progress in trainer.five_stages():
+            yield progress._replace(metrics=trainer.log(progress))
+    yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, progress.model)
+
+
+class MuseTrainer:
+    """The networks, the data and the log of one run."""
+
+    def __init__(self, config: MuseConfig, data: str | Path | Source, engine: Engine, folder: Path):
+        torch.manual_seed(engine.seed)
+        self.config, self.engine = config, engine
+        self.parts, self.high = build(config), VQGAN(config.high_tokenizer)
+        self.encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
+        self.perceptual = scene_perceptual(config, engine)
         source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
-        corpus = TrainingData(Path(root, "cache"), source, config, engine, encoder)
-        yield from _work("read images", corpus.read(), parts)
-        images, held_out = corpus.split(corpus.images), corpus.split(corpus.images, held_out=True)
+        self.data = TrainingData(folder / "cache", source, config, engine, self.encoder)
+        self.log = TrainLog(config, engine)
 
-        small = Decimated(images, factor), Decimated(held_out, factor)
-        if (ready := ready_tokenizer(config)) is not None:
-            parts["low_tokenizer"] = ready
+    def five_stages(self) -> Iterator[Progress]:
+        """The stages in order, and before each the data that it reads. The last Progress holds the Muse."""
+        config, parts, data = self.config, self.parts, self.data
+        yield from self.prepare("read images", data.read())
+
+        if (ready := published_tokenizer(config)) is None:
+            yield from self.tokenizer("low_tokenizer", parts["low_tokenizer"])
         else:
-            yield from tokenizer("low_tokenizer", parts["low_tokenizer"], *small)
-        yield from _work("low tokens", corpus.tokenize("low", parts["low_tokenizer"]), parts)
-        yield from _work("embed captions", corpus.embed(), parts)
-        low_tokens, texts = corpus.split(corpus.tokens["low"]), corpus.split(corpus.texts)
-        torch.manual_seed(engine.seed)  # whatever ran before: a resumed run begins each stage as a whole one does
+            parts["low_tokenizer"] = ready
+        yield from self.prepare("low tokens", data.tokenize("low", parts["low_tokenizer"]))
+        yield from self.prepare("embed captions", data.embed())
+
+        self.reseed()
         init_from_codebook(parts["base"], parts["low_tokenizer"].codebook)
-        yield from transformer("base", low_tokens)
-        parts["base"] = engine.whole(parts["base"], lambda: build(config)["base"])
+        yield from self.transformer("base")
 
-        def finished() -> Muse:
-            return Muse(config, parts, encoder, **corpus.words()).to(engine.device, torch.float32)
+        parts["high_tokenizer"] = self.high
+        yield from self.tokenizer("high_tokenizer", self.high)
+        yield from self.prepare("high tokens", data.tokenize("high", self.high))
 
-        yield from tokenizer("high_tokenizer", high, images, held_out)
-        parts["high_tokenizer"] = high
-        yield from _work("high tokens", corpus.tokenize("high", high), parts)
-        torch.manual_seed(engine.seed)
-        init_from_codebook(parts["superres"], high.codebook, parts["low_tokenizer"].codebook)
-        yield from transformer("superres", corpus.split(corpus.tokens["high"]), low_tokens)
-        parts["superres"] = engine.whole(parts["superres"], lambda: SuperRes(config.superres))
+        self.reseed()
+        init_from_codebook(parts["superres"], self.high.codebook, parts["low_tokenizer"].codebook)
+        yield from self.transformer("superres")
 
-        torch.manual_seed(engine.seed)
-        parts["high_tokenizer"] = high.grow_decoder(config.finetuned_tokenizer)
-        yield from tokenizer("decoder", parts["high_tokenizer"], images, held_out)
-        yield Progress("all", 1, 1, {}, finished())
+        self.reseed()
+        parts["high_tokenizer"] = self.high.grow_decoder(config.finetuned_tokenizer)
+        yield from self.tokenizer("decoder", parts["high_tokenizer"])
+
+        parts.eval().requires_grad_(False)
+        muse = Muse(config, parts, self.encoder, **data.words()).to(self.engine.device, torch.float32)
+        yield Progress("all", 1, 1, {}, muse)
+
+    def prepare(self, name: str, work: Iterator[tuple[int, int]]) -> Iterator[Progress]:
+        """Work that is done once, as a stage of its own: `work` yields (done, of how many)."""
+        for done, total in work:
+            self.engine.check_stop()
+            yield Progress(name, done, total, {}, self.parts)
+
+    def reseed(self) -> None:
+        """Make what follows independent of what ran before, so that a resumed run draws the same random numbers."""
+        torch.manual_seed(self.engine.seed)
+
+    def tokenizer(self, name: str, vqgan: VQGAN) -> Iterator[Progress]:
+        """A tokenizer stage: the low tokenizer sees the downsampled images."""
+        images = self.data.split(self.data.images)
+        held_out = self.data.split(self.data.images, held_out=True)
+        factor = self.config.high_tokenizer.image_size // vqgan.config.image_size
+        if factor > 1:
+            images, held_out = Decimated(images, factor), Decimated(held_out, factor)
+        return train_tokenizer(
+            vqgan,
+            self.config.stages[name],
+            images,
+            stage=name,
+            perceptual=self.perceptual,
+            engine=self.engine,
+            eval_fn=self.log.tokenizer(name, held_out),
+        )
+
+    def transformer(self, name: str) -> Iterator[Progress]:
+        """A transformer stage, "base" or "superres"."""
+        data, model, high = self.data, self.parts[name], name == "superres"
+        low_tokens = data.split(data.tokens["low"])
+        yield from train_transformer(
+            model,
+            self.config.stages[name],
+            data.split(data.tokens["high"]) if high else low_tokens,
+            data.split(data.texts),
+            low_tokens=low_tokens if high else None,
+            stage=name,
+            engine=self.engine,
+            eval_fn=self.log.transformer(name, data, self.parts),
+        )
+        self.parts[name] = self.engine.gather_full_model(model, lambda: build(self.config)[name])
 
 
-def _work(name: str, work: Iterator[tuple[int, int]], parts: nn.ModuleDict) -> Iterator[Progress]:
-    """What is computed once, as a stage of its own."""
-    for done, of in work:
-        yield Progress(name, done, of, {}, parts)
+def scene_perceptual(config: MuseConfig, engine: Engine, n: int = 2000) -> Perceptual | None:
+    """A perceptual loss from features trained on n scenes, or None if no tokenizer stage weighs one.
 
-
-def _perceptual(config: MuseConfig, engine: Engine, n: int = 2000) -> Perceptual | None:
-    """Features trained on scenes, whatever the data, where a tokenizer stage weighs a perceptual loss."""
+    Choice: the features come from scenes for any data, so that no weights have to be downloaded.
+    """
     if not any(s.perceptual_weight for name, s in config.stages.items() if name not in ("base", "superres")):
         return None
-    scenes, kinds = SceneDataset(n, config.low_tokenizer.image_size, seed=engine.seed), [*product(COLORS, SHAPES)]
-    there = [{(t.color, t.shape) for t in scenes.scene(i).things} for i in range(n)]
-    labels = torch.tensor([[float(k in t) for k in kinds] for t in there])
+    scenes = SceneDataset(n, config.low_tokenizer.image_size, seed=engine.seed)
+    classes = [*product(COLORS, SHAPES)]
+    seen = [{(t.color, t.shape) for t in scenes.scene(i).things} for i in range(n)]
+    labels = torch.tensor([[float(c in objects) for c in classes] for objects in seen])
     features = train_features(scenes.images(), labels, seed=engine.seed)
     return feature_distance(features.to(engine.device))

@@ -8,7 +8,7 @@
 Nothing of the run is changed, and nothing is computed that it does not hold yet.
 Choice: the thresholds, set so that `nano` is far on the right side of each; beside them figures of an earlier nano.
 
-Not here: the losses themselves (`validation.py`), whether pictures show what was asked for.
+Not here: the losses themselves (`train_log.py`), whether pictures show what was asked for.
 """
 
 import math
@@ -24,17 +24,17 @@ from torch import Tensor
 
 from minimuse import checkpoint
 from minimuse import train_state as runs
+from minimuse.amused import published_tokenizer
 from minimuse.config import STAGES, MuseConfig
 from minimuse.data_cache import Subset, TrainingData
 from minimuse.data_images import to_float
 from minimuse.data_sources import open_source
-from minimuse.muse import ready_tokenizer
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import Decimated, MaskedLoss
-from minimuse.train_engine import Engine, generator
-from minimuse.train_log import read_log
+from minimuse.train_engine import Engine
+from minimuse.train_log import RATES, STRATA, eval_mode, read_log, unigram_entropy, validate
 from minimuse.transformer import SuperRes, Transformer
-from minimuse.validation import RATES, STRATA, eval_mode, unigram_entropy, validate
+from minimuse.utils import seeded_generator
 from minimuse.vqgan import VQGAN, codebook_usage
 
 MOST = 128  # examples that a figure is the mean of
@@ -220,7 +220,7 @@ def _total(loss: Callable, rows: Sequence[Any], size: int, engine: Engine, most:
     x, text, *low = rows[0][first], rows[1].pick(first, [0.0]), *(r[first].to(engine.device) for r in rows[2:])
     context, masked = pad_contexts([t.float() for t in text]).to(engine.device), torch.zeros_like(x).bool()
     masked[0, x.shape[1] // 2] = True
-    values, total = torch.randperm(size, generator=generator(size))[:most], 0.0
+    values, total = torch.randperm(size, generator=seeded_generator(size))[:most], 0.0
     for value in values:
         shown = x.masked_fill(masked, value).to(engine.device), masked.to(engine.device), context, *(low or [None]), 1
         with eval_mode(loss), engine.precision():
@@ -300,7 +300,9 @@ def _stage(folder: Path, name: str, config: MuseConfig, corpus: TrainingData) ->
         images = [Decimated(corpus.split(corpus.images, held_out), factor) for held_out in (False, True)]
         yield from examine_tokenizer(tokenizer(name), *images, engine=engine, stage=name)
         return
-    deque(corpus.tokenize("low", ready_tokenizer(config) or tokenizer("low_tokenizer")), maxlen=0)
+    if config.model in ("ar", "dit"):
+        raise ValueError(f"{config.name} is no masked transformer, and these checks are of one")
+    deque(corpus.tokenize("low", published_tokenizer(config) or tokenizer("low_tokenizer")), maxlen=0)
     deque(corpus.embed(), maxlen=0)
     rows, model = [corpus.tokens["low"], corpus.texts], Transformer(config.base)
     if name == "superres":

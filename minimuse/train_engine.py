@@ -1,16 +1,15 @@
 """How a stage trains, whatever it trains: one code path from a laptop to many accelerators.
 
-Hugging Face accelerate does the distributed part: DDP and FSDP2 by `accelerate launch`, mixed precision, clipping. What
-is ours makes a run repeatable:
-    the examples of a step are a function of (seed, step); the draws of an example one of (seed, its place in the run)
-    so 1 process, P processes and A micro-batches see the same masks and make the same gradient
-    a stopped run goes on to the same weights, bit for bit: all there is to a state is saved, all else follows from it
+Hugging Face accelerate does the distributed part: DDP and FSDP2 through `accelerate launch`, mixed precision, clipping.
+This file makes a run repeatable:
+    the examples of a step depend only on (seed, step); the random draws of an example only on (seed, its place)
+    so one process, P processes and A micro-batches see the same masks and compute the same gradient
+    a stopped run resumes to the same weights, bit for bit: a state holds every tensor that the next step depends on
 
-Glossary: P processes, A micro-batches a step, a batch is the global one; a place counts examples since the first step.
+Glossary: P processes, A micro-batches a step. A batch is the global batch. A place counts examples since step 0.
 Not here: what is trained (`train.py`), files (`train_state.py`).
 """
 
-import hashlib
 import math
 import signal
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +25,34 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointWrapper,
     apply_activation_checkpointing,
 )
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from minimuse import train_state as runs
+from minimuse import train_state
 from minimuse.config import StageConfig
 from minimuse.transformer import Layer, TextLayer
-from minimuse.utils import precision
+from minimuse.utils import derive_seed, precision, seeded_generator
 from minimuse.vqgan import ResBlock
 
 RECOMPUTED = (Layer, TextLayer, ResBlock)  # what activation checkpointing runs again
 
-# --- what follows from seed and step ----------------------------------------------------------------------------------
+EvalFn = Callable[[nn.Module, int], dict[str, float]]  # (model or its loss module, steps done) -> metrics for the log
+
+
+class Progress(NamedTuple):
+    """Where a stage stands after a step."""
+
+    stage: str
+    step: int  # steps done
+    steps: int
+    metrics: dict[str, float]  # the loss and whatever else the stage reports
+    model: Any  # the module in training; at the end of a run the finished Muse
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended the run. All finished steps are saved."""
+
+
+# --- batches, learning rates, optimizers ------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=2)
@@ -44,64 +61,58 @@ def _order(n: int, seed: int) -> Tensor:
 
 
 def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
-    """The examples of a step, (batch,): a function of seed and step alone. Each epoch is a permutation of all n."""
+    """The examples of a step, (batch,): a function of seed and step only. Each epoch is a permutation of all n."""
     places = range(step * batch, (step + 1) * batch)
     return torch.stack([_order(n, seed + 7919 * (p // n))[p % n] for p in places])
-
-
-def mix(*numbers: int) -> int:
-    """Whole numbers -> a seed that has nothing to do with that of other numbers."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
-
-
-def generator(*numbers: int) -> torch.Generator:
-    """A CPU generator that is a function of the numbers, such as (seed, place)."""
-    return torch.Generator().manual_seed(mix(*numbers))
 
 
 def learning_rate(config: StageConfig, step: int) -> float:
     """Linear warm-up, then a cosine down to 0 (Muse 3)."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
-    return (
-        config.learning_rate
-        * 0.5
-        * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
-    )
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The matrices inside a transformer's layers, which Muon is for."""
+    """The weight matrices inside a transformer's layers: Muon trains these."""
     return [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and "layers." in name]
 
 
 def make_optimizers(model: nn.Module, config: StageConfig) -> list[torch.optim.Optimizer]:
-    """What trains a model: AdamW, Adafactor, or Muon for the matrices inside its layers and AdamW for the rest.
+    """AdamW, Adafactor, or Muon for the matrices inside the layers together with AdamW for the rest.
 
-    Vectors (norms, biases) are not decayed. A group's `share` is of the learning rate.
+    Vectors (norms, biases) get no weight decay. `lr_scale` of a group multiplies the learning rate of the step.
     """
     hidden = hidden_matrices(model) if config.optimizer == "muon" else []
-    others = {id(p) for p in hidden}
-    slow = [p for name, p in model.named_parameters() if name.endswith("text.weight") and config.text_lr_scale < 1]
-    others |= {id(p) for p in slow}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
+    hidden_ids = {id(p) for p in hidden}
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    text: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad or id(p) in hidden_ids:
+            continue
+        if name.endswith("text.weight") and config.text_lr_scale < 1:
+            text.append(p)
+        else:
+            (matrices if p.ndim > 1 else vectors).append(p)
     groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+        {"params": text, "weight_decay": config.weight_decay, "lr_scale": config.text_lr_scale},
     ]
-    if slow:
-        groups.append({"params": slow, "weight_decay": config.weight_decay, "share": config.text_lr_scale})
+    groups = groups if text else groups[:2]
     if config.optimizer == "adafactor":
-        # Deviation: Muse sets beta1 0.9 and beta2 0.96; torch's Adafactor has no beta1, and a beta2 that rises to 1
+        # Deviation: Muse uses beta1 0.9 and beta2 0.96. torch's Adafactor has no beta1, and its beta2 rises to 1.
         return [torch.optim.Adafactor(groups, lr=config.learning_rate)]
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     if not hidden:
         return [adamw]
-    if not hasattr(torch.optim, "Muon"):
-        raise ImportError(f'optimizer "muon" needs torch 2.9 or newer, {torch.__version__} is here; or take "adamw"')
-    # updates as large as AdamW's, so that one learning rate serves both (Moonlight, arXiv 2502.16982)
-    how = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return [torch.optim.Muon(hidden, **how), adamw]
+    # "match_rms_adamw" makes updates as large as AdamW's, so one learning rate serves both (arXiv 2502.16982)
+    muon = torch.optim.Muon(
+        hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, adamw]
 
 
 def sync(tensor: Tensor, how: str) -> None:
@@ -126,22 +137,16 @@ def checkpoint_activations(module: nn.Module) -> None:
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
-class Stopped(KeyboardInterrupt):
-    """The run was told to stop (Ctrl-C, SIGTERM); what it had done is saved.
-
-    No Exception: a signal may come while an image is decoded, and that one is not damaged.
-    """
-
-
 class Engine:
-    """The processes and devices at hand, and how steps are done on them. A run has one, shared by its stages.
+    """The processes and devices of a run, shared by all its stages.
 
-    seed        all draws of the run follow from it
-    bf16        None: where it is fast, or as `accelerate launch --mixed_precision` says
+    seed        fixes all random draws of the run
+    bf16        None: bf16 where it is fast, or what `accelerate launch --mixed_precision` chose
     accumulate  A, micro-batches a step: less memory, the same gradient
-    compile     torch.compile the modules; recompute: activation checkpointing, about a third more work for less memory
-    folder      where states are saved, each stage in a folder of its own; None saves nothing
-    keep        states kept of a stage; 0 keeps all, for `average`
+    compile     apply torch.compile to the modules
+    recompute   activation checkpointing: less memory, about a third more compute
+    folder      where states are saved, one subfolder a stage; None saves nothing
+    keep        number of states kept for each stage; 0 keeps all, for `average`
     """
 
     def __init__(
@@ -160,84 +165,88 @@ class Engine:
 
         self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
-        if self.device.type == "cpu":  # several processes get "cpu:0", "cpu:1": moving there would copy each tensor
+        if self.device.type == "cpu":  # accelerate names them "cpu:0", "cpu:1"; moving there would copy each tensor
             self.device = torch.device("cpu")
         self.processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
-        told = self.accelerator.mixed_precision  # by `accelerate launch`; fp16 and fp8 are accelerate's own affair
-        self.bf16 = bf16 if told == "no" else told == "bf16"
+        chosen = self.accelerator.mixed_precision  # by `accelerate launch`
+        self.bf16 = bf16 if chosen == "no" else chosen == "bf16"
         self.accumulate = accumulate or self.accelerator.gradient_accumulation_steps
         self.seed, self.compile, self.recompute = seed, compile, recompute
         self.folder, self.keep = folder and Path(folder), keep
-        self.signal, self.stepping = 0, False
-        if compile:  # the balance of a tokenizer's losses walks back through its network more than once
+        self.signal = 0  # number of the signal that asks the run to stop
+        if compile:  # the adaptive weight of a tokenizer's losses needs more than one backward pass
             from torch._functorch import config as functorch
 
             functorch.donated_buffer = False
         if self.accumulate < 1 or keep < 0:
             raise ValueError(
-                f"accumulate={accumulate}, keep={keep}; give at least one micro-batch, and 0 or more states"
+                f"accumulate={accumulate}, keep={keep}; give accumulate of at least 1 and keep of 0 or more"
             )
 
     @property
     def sharded(self) -> bool:
-        """Are the parameters spread over the processes (FSDP2)?"""
+        """True where FSDP2 spreads the parameters over the processes."""
         return getattr(self.accelerator, "is_fsdp2", False)
 
     def prepare(self, module: nn.Module, optimizers: list[torch.optim.Optimizer], shard: bool) -> tuple[Any, ...]:
-        """Module and optimizers as accelerate wraps them. In a sharded run, small modules may train by DDP instead."""
+        """Module and optimizers as accelerate wraps them. In a sharded run, `shard=False` trains a module by DDP."""
         if not self.sharded or shard:
             return self.accelerator.prepare(module, *optimizers)
         ids = [self.device.index] if self.device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(module.to(self.device), device_ids=ids)
         return wrapped, *(self.accelerator.prepare_optimizer(o) for o in optimizers)
 
-    def heed_signals(self) -> None:
-        """From now on Ctrl-C and SIGTERM finish the step, save, and raise Stopped; a second one ends at once.
+    def handle_signals(self) -> None:
+        """From now on Ctrl-C and SIGTERM finish the step, save the state and raise Stopped. A second one ends at once."""
 
-        Between two steps, as while validating, the next one is finished first, so that what is done is saved.
-        """
-
-        def stop(number: int, frame) -> None:
+        def request_stop(number: int, frame: Any) -> None:
             self.signal = number
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            if not self.stepping:
-                raise Stopped
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
+            signal.signal(number, request_stop)
+
+    def check_stop(self) -> None:
+        """Raise Stopped if this process got a signal."""
+        if self.signal:
+            raise Stopped
 
     def must_stop(self, step: int) -> bool:
-        """Was this process told to stop, or any of them? They ask each other every ten steps."""
+        """True if any process got a signal. Several processes ask each other only every ten steps."""
         if self.processes == 1:
             return bool(self.signal)
-        told = torch.tensor(float(bool(self.signal)), device=self.device)
-        return step % 10 == 0 and bool(self.accelerator.reduce(told, "sum") > 0)
+        signals = torch.tensor(float(bool(self.signal)), device=self.device)
+        return step % 10 == 0 and bool(self.accelerator.reduce(signals, "sum") > 0)
 
-    def whole(self, module: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
-        """A module that FSDP has sharded -> its like from `make`, with all weights in this process's memory."""
+    def gather_full_model(self, module: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
+        """A module that FSDP has sharded -> a new one from `make` with all weights. Only the main process has them."""
         if not self.sharded:
             return module
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        whole = make()
+        full = make()
         if self.is_main:
-            whole.load_state_dict(weights)
-        return whole
+            full.load_state_dict(weights)
+        return full
 
     def precision(self) -> AbstractContextManager:
+        """The autocast context of this run."""
         return precision(self.device, self.bf16)
 
 
+# --- a stage ----------------------------------------------------------------------------------------------------------
+
+
 class Stage:
-    """One stage under way. Its modules are trained alike; `extra` are tensors that belong to its state; `shard` says
-    whether FSDP, where the run has it, spreads the modules over the processes.
+    """A stage under way: its modules with their optimizers, its place in the run, its states.
+
+    extra: tensors that belong to the state besides weights and optimizers. shard: whether FSDP may shard the modules.
 
     >>> for step in stage.steps():
-    ...     for at, draws in stage.micro_batches(n, step):
-    ...         stage.backward(loss(at, draws) / stage.parts)
-    ...     stage.update(step)
-    ...     stage.end(step)
+    ...     for at, generators in stage.micro_batches(n, step):
+    ...         stage.backward(loss(at, generators) / stage.parts)
+    ...     metrics = stage.finish(step)
     """
 
     def __init__(
@@ -249,16 +258,21 @@ class Stage:
         extra: dict[str, Tensor] | None = None,
         shard: bool = False,
     ):
-        self.engine, self.name, self.config, self.sharded = engine, name, config, shard and engine.sharded
+        self.engine, self.name, self.config = engine, name, config
+        self.sharded = shard and engine.sharded
         self.parts = engine.accumulate * engine.processes
         if config.batch % self.parts:
             raise ValueError(
                 f"{name}: a batch of {config.batch} does not split into {engine.processes} processes x "
                 f"{engine.accumulate} micro-batches; make it a multiple of {self.parts}"
             )
-        self.modules, self.optimizers, self.extra = {}, {}, dict(extra or {})
-        engine.accelerator.free_memory()  # it holds on to the stage before
+        self.modules: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, list[Any]] = {}
+        self.extra = dict(extra or {})
+        self.metrics: dict[str, Tensor] = {}
+        engine.accelerator.free_memory()  # it would keep the modules of the stage before
         for key, module in modules.items():
+            module.zero_grad()  # otherwise torch does not make the optimizer's state before its first step
             module.zero_grad()  # or torch would not make the optimizer's state ahead of its first step, for `state`
             if engine.recompute:
                 checkpoint_activations(module)
@@ -266,115 +280,123 @@ class Stage:
                 module.compile()
             self.modules[key], *self.optimizers[key] = engine.prepare(module, make_optimizers(module, config), shard)
         self.trained = [p for p in self.modules["model"].parameters() if p.requires_grad]
-        if config.ema:
-            self.extra |= {f"ema.{i}": p.detach().clone() for i, p in enumerate(self.trained)}
+        self.averages = [p.detach().clone() for p in self.trained] if config.ema else []
+        self.extra |= {f"ema.{i}": average for i, average in enumerate(self.averages)}
         self.folder = engine.folder and engine.folder / name
         self.first = 0
-        if self.folder and runs.states(self.folder):
-            self.first = runs.load_state(self.folder, self.state(), self.about(), sharded=self.sharded)
+        if self.folder and train_state.states(self.folder):
+            self.first = train_state.load_state(self.folder, self.state(), self.about(), sharded=self.sharded)
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors that the next step depends on, alive: written to disk, and read back in place."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict as optimizer_state
+        """All tensors that the next step depends on. They are written to disk, and read back in place."""
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            get_model_state_dict,
+            get_optimizer_state_dict,
+        )
 
-        tensors, flat = {}, StateDictOptions(flatten_optimizer_state_dict=True)
+        tensors: dict[str, Any] = {}
+        flat = StateDictOptions(flatten_optimizer_state_dict=True)
         for key, module in self.modules.items():
             inner = [optimizer.optimizer for optimizer in self.optimizers[key]]
             tensors |= {f"{key}.{k}": v for k, v in get_model_state_dict(module).items()}
-            tensors |= {f"{key}.{k}": v for k, v in optimizer_state(module, inner, options=flat).items()}
+            tensors |= {f"{key}.{k}": v for k, v in get_optimizer_state_dict(module, inner, options=flat).items()}
         return {k: v for k, v in (tensors | self.extra).items() if isinstance(v, Tensor)}
 
     def about(self) -> dict[str, object]:
-        """What a state must agree on with the run that reads it."""
+        """The settings that a saved state and the run that reads it must share."""
         config = {k: v for k, v in asdict(self.config).items() if k not in ("save_every", "eval_every")}
         return {"stage": self.name, "seed": self.engine.seed, "config": config}
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do. The global draws (dropout, codebook restarts) of each are a function of the step."""
-        self.engine.stepping = True
-        try:
-            for step in range(self.first, self.config.steps):
-                torch.manual_seed(mix(self.engine.seed, step, self.engine.rank))
-                yield step
-        finally:
-            self.engine.stepping = False
-        if self.engine.signal:  # it came when the last step was saved already
-            raise Stopped
+        """The steps still to do. torch's global random numbers (dropout, codebook restarts) depend on the step only."""
+        for step in range(self.first, self.config.steps):
+            torch.manual_seed(derive_seed(self.engine.seed, step, self.engine.rank))
+            yield step
+        self.engine.check_stop()  # a signal may come after the last state is saved
 
-    def places(self, step: int) -> range:
-        """The places of the whole batch of a step."""
-        return range(step * self.config.batch, (step + 1) * self.config.batch)
-
-    def draws(self, places: range) -> list[torch.Generator]:
-        """A generator for each example, by its place in the run."""
-        return [generator(self.engine.seed, place) for place in places]
+    def generators(self, step: int) -> list[torch.Generator]:
+        """A generator for each example of the global batch of a step, by its place in the run."""
+        places = range(step * self.config.batch, (step + 1) * self.config.batch)
+        return [seeded_generator(self.engine.seed, place) for place in places]
 
     def micro_batches(self, n: int, step: int) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
-        """-> this process's share of a step, A times: indices (b,), and a generator for each example.
+        """-> this process's part of a step, A times: indices (b,) of n examples, and a generator for each.
 
-        Gradients are summed over the processes at the last one alone.
+        Gradients are summed over the processes only at the last one.
         """
-        engine, at = self.engine, batch_indices(n, self.config.batch, step, self.engine.seed)
+        engine = self.engine
+        at = batch_indices(n, self.config.batch, step, engine.seed)
+        generators = self.generators(step)
+        size = self.config.batch // self.parts
+        self.metrics = {}
         for module in self.modules.values():
             module.zero_grad()
         for k in range(engine.accumulate):
-            size = self.config.batch // self.parts
-            mine = slice((k * engine.processes + engine.rank) * size, (k * engine.processes + engine.rank + 1) * size)
+            start = (k * engine.processes + engine.rank) * size
             with ExitStack() as stack:
                 for module in self.modules.values() if k < engine.accumulate - 1 else ():
                     stack.enter_context(self._no_sync(module))
-                yield at[mine], self.draws(self.places(step)[mine])
+                yield at[start : start + size], generators[start : start + size]
 
     def _no_sync(self, module: nn.Module) -> AbstractContextManager:
         if self.sharded:
             return self.engine.accelerator.no_sync(module)
-        return getattr(module, "no_sync", nullcontext)()  # of DDP; a single process has nothing to wait for
+        return getattr(module, "no_sync", nullcontext)()  # only DDP has it; a single process has nothing to sync
 
-    def backward(self, share: Tensor) -> None:
-        """A share of the step's loss: those of all micro-batches and processes add up to it."""
-        accelerator = self.engine.accelerator  # which averages over processes, and divides by its own accumulation
+    def backward(self, share: Tensor, **metrics: Tensor) -> None:
+        """Backward pass of a share of the step's loss. The shares of all micro-batches and processes add up to it.
+
+        metrics: further shares that add up to what `finish` returns.
+        """
+        accelerator = self.engine.accelerator  # it averages over processes, and divides by its own accumulation steps
         accelerator.backward(share * self.engine.processes * accelerator.gradient_accumulation_steps)
+        for key, value in metrics.items():
+            self.metrics[key] = self.metrics.get(key, 0) + value.detach().float()
 
-    def update(self, step: int, key: str = "model") -> None:
-        """Clip, one optimizer step at the step's rate, the moving average."""
-        trained = [p for p in self.modules[key].parameters() if p.requires_grad]
-        self.engine.accelerator.clip_grad_norm_(trained, self.config.clip)
-        for optimizer in self.optimizers[key]:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.config, step) * group.get("share", 1.0)
-            optimizer.step()
-        if self.config.ema and key == "model":
-            torch._foreach_lerp_(self._ema(), [p.detach() for p in self.trained], 1 - self.config.ema)
-
-    def _ema(self) -> list[Tensor]:
-        return [self.extra[f"ema.{i}"] for i in range(len(self.trained))]
-
-    def total(self, shares: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Figures of the micro-batches, each a share -> their sums, over all processes too, as numbers."""
-        values = torch.stack([sum(share[k].detach().float() for share in shares) for k in shares[0]])
-        if self.engine.processes > 1:
-            values = self.engine.accelerator.reduce(values, "sum")
-        return dict(zip(shares[0], values.tolist(), strict=True))
-
-    def end(self, step: int) -> None:
-        """A step is done: save where it is time to, stop where we were told to."""
-        engine, done = self.engine, step + 1
-        stop = engine.must_stop(done)
-        if done == self.config.steps and self.config.ema:
-            for p, mean in zip(self.trained, self._ema(), strict=True):
-                p.detach().copy_(mean)
+    def finish(self, step: int) -> dict[str, float]:
+        """End of a step: optimizers, moving average, saving -> the step's metrics. Raises Stopped after a signal."""
+        self.update(step)
+        metrics = self.total()
+        done = step + 1
+        stop = self.engine.must_stop(done)
+        if done == self.config.steps and self.averages:
+            for p, average in zip(self.trained, self.averages, strict=True):
+                p.detach().copy_(average)
         if self.folder and (stop or done == self.config.steps or done % self.config.save_every == 0):
             self.save(done)
         if stop:
             raise Stopped
+        return metrics
+
+    def update(self, step: int) -> None:
+        """Clip the gradients, one optimizer step at the step's learning rate, update the moving average.
+
+        A module without gradients, such as a discriminator that has not started, stays as it is.
+        """
+        for key, module in self.modules.items():
+            trained = [p for p in module.parameters() if p.requires_grad]
+            self.engine.accelerator.clip_grad_norm_(trained, self.config.clip)
+            for optimizer in self.optimizers[key]:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(self.config, step) * group.get("lr_scale", 1.0)
+                optimizer.step()
+        if self.averages:
+            get_ema_multi_avg_fn(self.config.ema)(self.averages, [p.detach() for p in self.trained], None)
+
+    def total(self) -> dict[str, float]:
+        """The step's metrics, summed over micro-batches and processes, as numbers."""
+        values = torch.stack(list(self.metrics.values())) if self.metrics else torch.zeros(0)
+        if self.engine.processes > 1:
+            values = self.engine.accelerator.reduce(values, "sum")
+        return dict(zip(self.metrics, values.tolist(), strict=True))
 
     def save(self, done: int) -> None:
-        """Everything into `folder/step-...`; all processes call it."""
+        """Write the state into `folder/step-...`. All processes call it."""
         engine, state, about = self.engine, self.state(), self.about()
         wait = engine.accelerator.wait_for_everyone
         if self.sharded:
-            runs.save_state(self.folder, done, state, about, engine.keep, main=engine.is_main, wait=wait)
+            train_state.save_state(self.folder, done, state, about, engine.keep, main=engine.is_main, wait=wait)
         elif engine.is_main:
-            runs.save_state(self.folder, done, state, about, engine.keep)
+            train_state.save_state(self.folder, done, state, about, engine.keep)
         wait()

@@ -1,158 +1,222 @@
-"""Watching a run: log.jsonl, TensorBoard where it is installed, pictures now and then of the same prompts and seeds.
+"""What a run reports: log.jsonl, sample grids, TensorBoard where it is installed, and held-out losses.
 
-    folder/log.jsonl              a line of figures every ten steps: {"stage", "step", "loss", ..., "tokens_per_s"}
-    folder/samples/base-...png    what the models draw, or the tokenizers give back, after so many steps
+    folder/log.jsonl              metrics every ten steps, one JSON object a line: {"stage", "step", "loss", ...}
+    folder/samples/base-...png    pictures of the transformers, or reconstructions of the tokenizers, by step
 
-Not here: what the figures mean (`train_doctor.py`), the progress bar (`cli.py`).
+Held-out metrics of a masked transformer, losses in nats a token:
+    loss@r       masked cross-entropy with about a fraction r masked. It falls with r, since more context is visible
+    unigram      entropy of the token histogram: the loss of a model that knows the frequency of each token and no more
+    bound        an upper bound on -log p of all tokens, the mean over uniform counts (`masking.likelihood_bound`)
+
+Not here: what healthy values are (`train_doctor.py`), the progress bar (`cli.py`).
 """
 
 import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from minimuse.checkpoint import CARD
 from minimuse.config import MuseConfig
 from minimuse.data_images import to_float
+from minimuse.masking import random_mask
 from minimuse.muse import Muse
 from minimuse.plots import curves, grid
-from minimuse.train_engine import Engine
-from minimuse.utils import atomic_write
-from minimuse.validation import eval_mode, validate
+from minimuse.text import pad_contexts
+from minimuse.train_engine import Engine, EvalFn, Progress
+from minimuse.utils import atomic_write, seeded_generator
 
-if TYPE_CHECKING:
-    from minimuse.data_cache import TrainingData
-    from minimuse.train import Look, Progress
+EVERY = 10  # steps between two lines of the log
+STRATA = 8  # the bound averages over one count of masked tokens from each eighth of 1..N
+RATES = (0.1, 0.3, 0.5, 0.7, 0.9)  # the middles of five buckets of mask rates
+MAX_TOKENS = 2**16  # Choice: validation reads at most so many tokens, 64 images of 32 x 32, to stay cheap
 
-EVERY = 10  # steps from one line of the log to the next
+# --- validation -------------------------------------------------------------------------------------------------------
 
 
-class Watch:
-    """The eyes of one run. Without `engine.folder` nothing is written; validation is part of the figures either way."""
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Modules in eval mode, without gradients. Afterwards each submodule has its own mode again."""
+    before = [(m, m.training) for module in modules for m in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for m, training in before:
+            m.training = training
+
+
+def unigram_entropy(tokens: Tensor, codebook_size: int) -> float:
+    """tokens (n, N) -> entropy of their histogram in nats: the loss of the best guess without any context."""
+    p = torch.bincount(tokens.flatten(), minlength=codebook_size).double() / tokens.numel()
+    return -torch.special.xlogy(p, p).sum().item()
+
+
+def validate(
+    loss: Callable[..., tuple[Tensor, Tensor]],
+    tokens: Any,
+    texts: Any,
+    low_tokens: Any = None,
+    *,
+    codebook_size: int,
+    engine: Engine | None = None,
+    most: int = 256,
+    batch: int = 64,
+    strata: int = STRATA,
+) -> dict[str, float]:
+    """Held-out examples -> {"loss@0.1": ..., ..., "accuracy@0.9": ..., "bound": ..., "unigram": ...}.
+
+    loss: a `train.MaskedLoss`, wrapped by an engine or not. The masks depend only on the index of the example, so two
+    results differ only by the model. Each example's first caption is read. strata=0 leaves out the bound.
+    """
+    engine = engine or Engine()
+    n = min(most, len(tokens), max(1, MAX_TOKENS // tokens.shape[1]))
+    totals: dict[str, float] = {}
+    for start in range(0, n, batch):
+        at = torch.arange(start, min(start + batch, n))
+        x = tokens[at]
+        low = None if low_tokens is None else low_tokens[at].to(engine.device)
+        captions = [text.float() for text in texts.pick(at, [0.0] * len(at))]
+        context = pad_contexts(captions).to(engine.device)
+        for names, masked in _masks(x, at, strata):
+            with eval_mode(loss), engine.precision():
+                values = loss(x.to(engine.device), masked.to(engine.device), context, low, int(masked.sum()))
+            for name, value in zip(names, values, strict=False):
+                totals[name] = totals.get(name, 0.0) + float(value) * len(at) / n
+    bounds = [totals.pop(f"bound{k}") for k in range(strata)]
+    metrics = totals | ({"bound": sum(bounds) / strata} if strata else {})
+    return metrics | {"unigram": unigram_entropy(tokens[torch.arange(n)], codebook_size)}
+
+
+def _masks(x: Tensor, at: Tensor, strata: int) -> Iterator[tuple[list[str], Tensor]]:
+    """Tokens (B, N) of the examples `at` -> names of the metrics under a mask, and the mask (B, N).
+
+    For the bound all rows of a batch have the same count of masked tokens, one count from each stratum of 1..N. Then
+    the mean over all masked tokens is the mean over the rows, and the bound is its mean over uniform counts.
+    """
+    n = x.shape[1]
+    for k, rate in enumerate(RATES):
+        generators = [seeded_generator(k, i) for i in at.tolist()]
+        rates = torch.stack([rate + 0.2 * (torch.rand((), generator=g) - 0.5) for g in generators])
+        yield [f"loss@{rate}", f"accuracy@{rate}"], random_mask(x, rates, generators)
+    for k in range(strata):
+        generators = [seeded_generator(len(RATES) + k, i) for i in at.tolist()]
+        u = torch.rand((), generator=generators[0]).item()
+        count = min(n, int((k + u) / strata * n) + 1)
+        rates = torch.full((len(x),), count / n, dtype=torch.double)  # float32 would round some counts up
+        yield [f"bound{k}"], random_mask(x, rates, generators)
+
+
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+
+class TrainLog:
+    """The log of one run. Without `engine.folder` nothing is written, but validation is still part of the metrics."""
 
     def __init__(self, config: MuseConfig, engine: Engine, prompts: list[str] | None = None):
         self.config, self.engine, self.prompts = config, engine, prompts
         self.folder = engine.folder if engine.is_main else None
-        self.board: Any = None
+        self.board = _tensorboard(self.folder) if self.folder else None
         self.last = ("", 0, time.perf_counter())
-        if self.folder:
-            self.board = _tensorboard(self.folder)
 
-    # --- what a stage shows of its model ------------------------------------------------------------------------------
-
-    def tokenizer(self, stage: str, images: Any) -> "Look":
-        """Held-out images above their reconstructions."""
-
-        def look(model: nn.Module, step: int) -> dict[str, float]:
-            """-> the PSNR of eight held-out images in dB; their picture goes into the folder."""
-            x = to_float(images[range(min(8, len(images)))]).to(self.engine.device)
-            with eval_mode(model), self.engine.precision():
-                made = model.decode(model.encode(x))
-            error = (x - made.float()).square().mean()
-            self.picture(stage, step, lambda: grid(torch.cat([x, made.float()]), columns=len(x)))
-            return {"held_out_psnr": float(-10 * (error / 4).log10())}
-
-        return look
-
-    def transformer(self, stage: str, corpus: "TrainingData", parts: nn.ModuleDict) -> "Look":
-        """Held-out losses by mask rate, and what the models so far draw for fixed prompts and seeds."""
-        prompts = self.prompts or corpus.words()["examples"]
-        rows = [corpus.tokens["low" if stage == "base" else "high"], corpus.texts]
-        rows += [] if stage == "base" else [corpus.tokens["low"]]
-        held_out = [corpus.split(r, held_out=True) for r in rows]
-        size = getattr(self.config, stage).codebook_size
-
-        def look(loss: nn.Module, step: int) -> dict[str, float]:
-            """-> what `validate` finds on held-out examples; pictures of the prompts go into the folder."""
-            figures = validate(loss, *held_out, codebook_size=size, engine=self.engine)
-            if self.folder and not self.engine.sharded:  # a sharded model works in all processes, or not at all
-                with eval_mode(parts), self.engine.precision():
-                    self.picture(
-                        stage, step, lambda: grid(self._draw(stage, parts, corpus, prompts), prompts, columns=3)
-                    )
-            return {f"held_out_{key}": value for key, value in figures.items()}
-
-        return look
-
-    def dit(self, corpus: "TrainingData", parts: nn.ModuleDict) -> "Look":
-        """What a diffusion draws for the same prompts and seeds."""
-        prompts = self.prompts or corpus.words()["examples"]
-
-        def look(loss: nn.Module, step: int) -> dict[str, float]:
-            if self.folder and not self.engine.sharded:
-                with eval_mode(parts), self.engine.precision():
-                    self.picture("base", step, lambda: grid(self._draw("base", parts, corpus, prompts), prompts, 3))
-            return {}
-
-        return look
-
-    def _draw(self, stage: str, parts: nn.ModuleDict, corpus: "TrainingData", prompts: list[str]) -> list[Any]:
-        wakened = [p for p in parts.parameters() if p.requires_grad]
-        muse = Muse(self.config, parts, corpus.encoder).to(self.engine.device)
-        for p in wakened:  # a Muse is frozen; the training goes on
-            p.requires_grad_(True)
-        if stage != "base":
-            return muse.generate(prompts, seed=0)
-        for step in muse.decode(muse.jobs(prompts, 1, 0, None, {})):
-            if not step.masked.any():  # the last of the base model
-                return muse.picture(step)
-        raise AssertionError("a decode ends with no token masked")
-
-    def picture(self, stage: str, step: int, make: Callable[[], Image.Image]) -> None:
-        """A PIL image into samples/, named by its stage and step."""
-        if self.folder:
-            path = self.folder / "samples" / f"{stage}-{step:07d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            make().save(path)
-
-    # --- the log ------------------------------------------------------------------------------------------------------
-
-    def __call__(self, p: "Progress") -> dict[str, float]:
-        """A Progress -> its figures with the speed; every tenth, and those with validation, go into the log."""
+    def __call__(self, p: Progress) -> dict[str, float]:
+        """A Progress -> its metrics with the speed. Every tenth, and those with validation, go into the log."""
         stage, step, then = self.last
-        now, figures = time.perf_counter(), dict(p.figures)
+        now, metrics = time.perf_counter(), dict(p.metrics)
         self.last = (p.stage, p.step, now)
         if p.stage not in self.config.stages:
-            return figures
+            return metrics
         if stage != p.stage:
-            if self.folder:  # a resumed stage first tells where it stands, without figures
-                self._forget(p.stage, p.step - bool(figures))
-        elif figures:
+            if self.folder:  # the first Progress of a resumed stage has no metrics
+                self._forget(p.stage, p.step - bool(metrics))
+        elif metrics:
             tokens = self.config.stages[stage].batch * tokens_of(self.config, stage)
-            figures["tokens_per_s"] = tokens * (p.step - step) / (now - then)
-        due = p.step % EVERY == 0 or p.step == p.steps or any(k.startswith("held_out") for k in figures)
-        if self.folder and figures and due:
-            line = {"stage": p.stage, "step": p.step, **{k: round(v, 5) for k, v in figures.items()}}
+            metrics["tokens_per_s"] = tokens * (p.step - step) / (now - then)
+        due = p.step % EVERY == 0 or p.step == p.steps or any(k.startswith("held_out") for k in metrics)
+        if self.folder and metrics and due:
+            line = {"stage": p.stage, "step": p.step, **{k: round(v, 5) for k, v in metrics.items()}}
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            for key, value in figures.items() if self.board else ():
+            for key, value in metrics.items() if self.board else ():
                 self.board.add_scalar(f"{p.stage}/{key}", value, p.step)
-        return figures
+        return metrics
 
     def _forget(self, stage: str, step: int) -> None:
-        """Drop the lines of steps that a resumed run does again, and what a dead run left half written."""
+        """Drop the lines of steps that a resumed run does again, and a half-written last line."""
         path = self.folder / "log.jsonl"
         kept = [line for line in read_log(path) if line["stage"] != stage or line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         if path.exists() and path.read_text(encoding="utf-8") != text:
             atomic_write(path, text)
 
+    # --- what a stage shows of its model ------------------------------------------------------------------------------
+
+    def tokenizer(self, stage: str, images: Any) -> EvalFn:
+        """-> a function that returns the PSNR of eight held-out images and saves a picture of them."""
+
+        def eval_fn(model: nn.Module, step: int) -> dict[str, float]:
+            x = to_float(images[range(min(8, len(images)))]).to(self.engine.device)
+            with eval_mode(model), self.engine.precision():
+                made = model.decode(model.encode(x)).float()
+            error = (x - made).square().mean()
+            self.picture(stage, step, lambda: grid(torch.cat([x, made]), columns=len(x)))
+            return {"held_out_psnr": float(-10 * (error / 4).log10())}
+
+        return eval_fn
+
+    def transformer(self, stage: str, data: Any, parts: nn.ModuleDict) -> EvalFn:
+        """-> a function that returns held-out losses, and saves pictures of fixed prompts and seeds."""
+        prompts = self.prompts or data.words()["examples"]
+        rows = [data.tokens["low"], data.texts]
+        if stage == "superres":
+            rows = [data.tokens["high"], data.texts, data.tokens["low"]]
+        held_out = [data.split(r, held_out=True) for r in rows]
+        size = getattr(self.config, stage).codebook_size
+
+        def eval_fn(loss: nn.Module, step: int) -> dict[str, float]:
+            metrics = validate(loss, *held_out, codebook_size=size, engine=self.engine)
+            if self.folder and not self.engine.sharded:  # drawing with a sharded model would need all processes
+                with eval_mode(parts), self.engine.precision():
+                    images = self.draw(stage, parts, data.encoder, prompts)
+                self.picture(stage, step, lambda: grid(images, prompts, columns=3))
+            return {f"held_out_{key}": value for key, value in metrics.items()}
+
+        return eval_fn
+
+    def draw(self, stage: str, parts: nn.ModuleDict, encoder: Any, prompts: list[str]) -> list[Image.Image]:
+        """What the networks in training draw for the prompts; before super-resolution is trained, at low resolution."""
+        muse = Muse(self.config, parts, encoder).to(self.engine.device)
+        if stage != "base":
+            return muse.generate(prompts, seed=0)
+        *_, last = muse.decode_base(muse.jobs(prompts, 1, 0, None, {}))
+        return muse.picture(last)
+
+    def picture(self, stage: str, step: int, make: Callable[[], Image.Image]) -> None:
+        """Save an image as samples/<stage>-<step>.png."""
+        if self.folder:
+            path = self.folder / "samples" / f"{stage}-{step:07d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make().save(path)
+
 
 def tokens_of(config: MuseConfig, stage: str) -> int:
-    """An image's tokens in a stage."""
+    """The number of tokens of an image in a stage."""
     return (config.low_tokenizer if stage in ("low_tokenizer", "base") else config.high_tokenizer).grid ** 2
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """log.jsonl -> its lines; one that a dead run left half written is passed over."""
+    """log.jsonl -> its lines, without a half-written last one."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -163,35 +227,31 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def add_record(folder: Path, config: MuseConfig) -> None:
-    """A finished run -> curves.png, and in its model card how each stage went and on what machine."""
+    """Of a finished run: write curves.png, and add to its model card how each stage went and on what machine."""
     log = read_log(folder / "log.jsonl")
     lines = ["", "| Stage | Minutes | Training, last lines | Held out |", "|---|---|---|---|"]
     for stage in dict.fromkeys(line["stage"] for line in log):
-        of = [line for line in log if line["stage"] == stage]
-        name, unit = ("psnr", "dB") if "psnr" in of[-1] else ("loss", "nats a token")
+        rows = [line for line in log if line["stage"] == stage]
+        name, unit = ("psnr", "dB") if "psnr" in rows[-1] else ("loss", "nats a token")
         held = "held_out_psnr" if name == "psnr" else "held_out_bound"
-        speeds = [line["tokens_per_s"] for line in of if "tokens_per_s" in line and held not in line]
+        speeds = [line["tokens_per_s"] for line in rows if "tokens_per_s" in line and held not in line]
         tokens = config.stages[stage].steps * config.stages[stage].batch * tokens_of(config, stage)
         minutes = f"{tokens * mean(1 / v for v in speeds) / 60:.1f}" if speeds else ""
-        last = [line[name] for line in of[-10:]]
-        held_out = [f"{line[held]:.2f} {unit}" for line in of if held in line][-1:]
-        lines.append(f"| {stage} | {minutes} | {mean(last):.2f} {unit} | {''.join(held_out)} |")
+        last = mean(line[name] for line in rows[-10:])
+        held_out = [f"{line[held]:.2f} {unit}" for line in rows if held in line][-1:]
+        lines.append(f"| {stage} | {minutes} | {last:.2f} {unit} | {''.join(held_out)} |")
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
-    lines += [
-        "",
-        f"Trained on {machine}, torch {torch.__version__}. Minutes are of the steps alone.",
-        "",
-        "![](curves.png)",
-    ]
+    lines += ["", f"Trained on {machine}, torch {torch.__version__}. Minutes count the steps only.", ""]
+    lines += ["![](curves.png)"]
     with (folder / CARD).open("a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
     curves(log).save(folder / "curves.png")
 
 
 def _tensorboard(folder: Path) -> Any:
-    """A writer of TensorBoard's files, or None where it is not installed."""
+    """A TensorBoard writer, or None if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,4 +1,4 @@
-"""Small helpers that every file may use: checks of settings, devices and precision, whole files."""
+"""Small helpers that every file may use: checks of settings, devices and precision, seeds, atomic writes."""
 
 import hashlib
 import json
@@ -75,6 +75,19 @@ def precision(device: torch.device, bf16: bool | None = None) -> AbstractContext
     """Matrix products in bf16 where that is fast (None), always or never; weights and losses stay fp32."""
     fast = fast_bf16(device) if bf16 is None else bf16
     return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def derive_seed(*numbers: int) -> int:
+    """Whole numbers, such as (seed, step) -> a seed. Other numbers give an unrelated seed."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
+
+
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """A CPU generator seeded by whole numbers, such as (seed, place)."""
+    return torch.Generator().manual_seed(derive_seed(*numbers))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

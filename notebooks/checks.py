@@ -250,7 +250,7 @@ def check_masked_loss(fn: Given) -> Iterator[str]:
 
 @_check
 def check_unigram(fn: Given) -> Iterator[str]:
-    """fn(tokens (n, N), codebook_size) -> nats: as `validation.unigram_entropy`."""
+    """fn(tokens (n, N), codebook_size) -> nats: as `train_log.unigram_entropy`."""
     for name, tokens, size, want in [
         ("one code alone has none", [[0, 0]], 1, 0.0),
         ("two codes, equally common, have log 2", [[0, 1]], 2, math.log(2)),

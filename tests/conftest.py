@@ -213,9 +213,8 @@ def tiny_muse(tiny_lm):
     )
     torch.manual_seed(0)
     encoder = TextEncoder(tiny_lm, max_tokens=config.text_tokens)
-    return Muse(
-        config, build(config), encoder, words=WORDS, examples=["a red cube", "a blue ball", "two small green boxes"]
-    )
+    parts = build(config).eval().requires_grad_(False)
+    return Muse(config, parts, encoder, words=WORDS, examples=["a red cube", "a blue ball", "two small green boxes"])
 
 
 @pytest.fixture(scope="session")

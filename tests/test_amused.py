@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 
 from minimuse import cli
 from minimuse import lab_models as picture_judge
-from minimuse.amused import Amused, VQTokenizer, _load, settings
+from minimuse.amused import Amused, VQTokenizer, _load, published_tokenizer, settings
 from minimuse.data_cache import tokenize
 from minimuse.eval_metrics import ClipScorer
 from minimuse.judge import estimate
 from minimuse.lab import compare
 from minimuse.lab_models import AmusedJudge
 from minimuse.masking import uniforms as draw_uniforms
-from minimuse.muse import Muse, ready_tokenizer
+from minimuse.muse import Muse
 from minimuse.sampler import decode, draw
 from minimuse.train import train_muse, train_transformer
 from minimuse.train_engine import Engine
@@ -417,7 +417,7 @@ def mixed(tiny_muse):
 
 def test_muse_draws_and_edits_with_it(mixed):
     seen = []
-    (image,) = mixed.generate("a red cube", seed=0, watch=seen.append)
+    (image,) = mixed.generate("a red cube", seed=0, callback=seen.append)
     assert mixed.picture(next(s for s in seen if s.stage == "base"))[0].size == (32, 32)
     mask = [[x > 31 for x in range(64)] for _ in range(64)]
     assert mixed.inpaint(image, mask, "a blue ball", seed=0)[0].size == image.size
@@ -431,7 +431,7 @@ def test_a_base_model_trains_on_its_tokens(mixed, tiny_muse):
     base = Transformer(tiny_muse.config.base)
     texts = [[torch.zeros(1, tiny_muse.config.base.text_width)]] * 8
     config = replace(tiny_muse.config.stages["base"], steps=16, batch=8, learning_rate=1e-2)
-    losses = [p.figures["loss"] for p in train_transformer(base, config, tokens, texts, engine=Engine(bf16=False))]
+    losses = [p.metrics["loss"] for p in train_transformer(base, config, tokens, texts, engine=Engine(bf16=False))]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), f"it learns: {losses}"
 
 
@@ -460,7 +460,7 @@ def test_a_muse_names_the_tokenizer_that_others_trained(tiny_muse, folder, tmp_p
     vocabulary["superres"] = {"low_codebook_size": 32}
     wrong = replace(config, **{name: replace(getattr(config, name), **change) for name, change in vocabulary.items()})
     with pytest.raises(ValueError, match="codebook_size 16, but low_tokenizer says 32"):
-        ready_tokenizer(wrong)
+        published_tokenizer(wrong)
 
 
 # --- in the lab -------------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def test_autoregression_learns_what_the_text_tells():
     tokens = codes[:, None].expand(-1, 16).contiguous()
     model = causal()
     *_, p = train_transformer(model, STAGE, tokens, texts, engine=engine())
-    assert p.figures["loss"] < 0.4, "the text tells every token, but for the tenth whose text is removed"
+    assert p.metrics["loss"] < 0.4, "the text tells every token, but for the tenth whose text is removed"
     text = Context(words, torch.ones(4, 3, dtype=torch.bool))
     logits_fn = cached(model, model.memory(text), model.memory(null_text(text)), 1.0)
     with torch.inference_mode():
@@ -148,7 +148,7 @@ def test_diffusion_learns_what_the_text_tells():
     torch.manual_seed(0)
     model = DiT(TransformerConfig(**SIZES, identity=True), 3)
     stage = replace(STAGE, steps=200, learning_rate=1e-2, optimizer="muon")
-    losses = [p.figures["loss"] for p in train_dit(model, stage, patterns[codes], texts, engine=engine())]
+    losses = [p.metrics["loss"] for p in train_dit(model, stage, patterns[codes], texts, engine=engine())]
     assert losses[0] == pytest.approx(1, abs=0.1), "no noise predicted at first: its variance"
     assert sum(losses[-20:]) / 20 < 0.2
     assert torch.allclose(model.mean.flatten(), patterns.mean((0, 2, 3)), atol=1e-4), "the latents are standardized"
@@ -184,7 +184,7 @@ def test_micro_batches_make_the_same_gradient():
 def test_each_draws_low_resolution_pictures(made, model):
     muse = made[model]
     seen = []
-    images = muse.generate([A, "a blue ball"], n=2, seed=3, watch=seen.append)
+    images = muse.generate([A, "a blue ball"], n=2, seed=3, callback=seen.append)
     assert [i.size for i in images] == [(muse.config.low_tokenizer.image_size,) * 2] * 4
     assert len(seen) == (64 if model == "ar" else muse.config.base_sampling.steps)
     assert not seen[-1].masked.any()
@@ -256,7 +256,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tiny_muse, tmp_path):
         for _ in range(1 if stop is None else 2):
             how = Engine(device="cpu", bf16=False, folder=tmp_path / folder)
             for p in train_muse(config, engine=how):
-                if p.stage == "base" and p.step == stop and p.figures:
+                if p.stage == "base" and p.step == stop and p.metrics:
                     stop = None
                     break
         ends.append(p.model.base.state_dict())

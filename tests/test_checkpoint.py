@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import field, make_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minimuse import checkpoint
-from minimuse.checkpoint import CARD, CONFIG, WEIGHTS, find, load, shipped
+from minimuse.checkpoint import CARD, CONFIG, WEIGHTS, find, fingerprint, load, shipped
 from minimuse.config import to_dict
 from minimuse.muse import Muse
 
@@ -121,13 +122,13 @@ def test_pitfall_23_overwriting_writes_a_new_name_then_renames(folder, tiny_muse
     other = Muse.from_pretrained(folder, device="cpu")
     for p in other.parts.parameters():
         p.data = torch.zeros_like(p)
-    moves, replace = [], os.replace
+    moves, os_replace = [], os.replace
 
     def spy(source, target):
         moves.append((Path(source), Path(target)))
         assert Path(source).is_file(), f"{source} must be whole before it is renamed"
         assert Path(source).parent == Path(target).parent, "beside its target: a rename within one file system"
-        replace(source, target)
+        os_replace(source, target)
 
     monkeypatch.setattr(os, "replace", spy)
     assert other.save_pretrained(folder, overwrite=True) == folder, "overwrite=True overwrites"
@@ -291,6 +292,44 @@ def test_a_config_of_another_size_does_not_fit_its_weights(folder):
     change_config(folder, lambda v: v["config"]["base"].update(layers=3))
     with pytest.raises(ValueError, match=r"do not fit its config\.json: lacks base\.layers\.2"):
         Muse.from_pretrained(folder)
+
+
+# --- the fingerprint --------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_of_what_draws(tiny_muse):
+    config, weights = tiny_muse.config, tiny_muse.parts.state_dict()
+    old = fingerprint(config, weights)
+    assert old == tiny_muse.fingerprint
+    assert len(old) == 16
+    assert int(old, 16) >= 0, "16 hex digits"
+    assert fingerprint(config, dict(reversed(weights.items()))) == old, "the order of the weights says nothing"
+    trained = replace(config, scenes=9, captions=2, synonyms=0.5, stages={}, base=replace(config.base, dropout=0.1))
+    assert fingerprint(trained, weights) == old, "how it was trained draws nothing"
+    assert fingerprint(replace(config, edit_guidance=1.0), weights) == old, "a picture from text knows nothing of edits"
+    fewer = replace(config.base_sampling, steps=3)
+    for other in (replace(config, base_sampling=fewer), replace(config, text_encoder="another")):
+        assert fingerprint(other, weights) != old, "what draws by default is part of it"
+    for name, tensor in weights.items():
+        changed = tensor.clone()
+        changed.flatten()[0] += 1
+        assert fingerprint(config, weights | {name: changed}) != old, f"{name} is not part of it"
+
+
+def test_a_field_of_a_later_version_leaves_the_fingerprint(tiny_muse):
+    """Or no version could draw an older one's pictures again."""
+    config, weights = tiny_muse.config, tiny_muse.parts.state_dict()
+    Later = make_dataclass("Later", [("tilt", float, field(default=0.0))], bases=(type(config),), frozen=True)
+    later = Later(**vars(config))
+    assert fingerprint(later, weights) == fingerprint(config, weights), "at its default it changes nothing"
+    assert fingerprint(replace(later, tilt=1.0), weights) != fingerprint(config, weights), "set, it does"
+
+
+def test_the_fingerprint_is_that_of_the_file_whatever_the_dtype(tiny_muse, tmp_path):
+    folder = tiny_muse.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    single, half = (Muse.from_pretrained(folder, device="cpu", dtype=d) for d in (torch.float32, torch.bfloat16))
+    assert single.fingerprint == half.fingerprint, "one file, one fingerprint"
+    assert single.fingerprint != tiny_muse.fingerprint, "weights in half precision are others"
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------

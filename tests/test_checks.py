@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimuse import cfg, editing, intervals, masking, sampler, transformer, validation
+from minimuse import cfg, editing, intervals, masking, sampler, train_log, transformer
 from minimuse import eval_metrics as metrics
 from minimuse.lab_worlds import World
 from minimuse.text import Context
@@ -125,7 +125,7 @@ OURS = {
     "check_world": Corners,
     "check_margin": sampler.margin,
     "check_attention": lambda q, k, v, attend: F.scaled_dot_product_attention(q, k, v, attn_mask=attend),
-    "check_unigram": validation.unigram_entropy,
+    "check_unigram": train_log.unigram_entropy,
     "check_resample_step": resample_step,
     "check_join_memory": join_memory,
     "check_grow": grow,
@@ -434,7 +434,7 @@ WRONG = [
     ("check_unigram", lambda tokens, size: math.log(len(tokens.unique())), "how common each is counts"),
     (
         "check_unigram",
-        lambda tokens, size: sum(validation.unigram_entropy(row, size) for row in tokens) / len(tokens),
+        lambda tokens, size: sum(train_log.unigram_entropy(row, size) for row in tokens) / len(tokens),
         "it is of all pictures together",
     ),
     ("check_resample_step", lambda _, tokens, **how: tokens.masked_fill(mask_of(tokens, 0.5, None), 2), "every state"),

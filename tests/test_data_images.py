@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from minimuse import data_sources
-from minimuse.data_images import area_downsample, from_pil, mask_from, painted, to_float, to_pil, to_uint8
+from minimuse.data_images import area_downsample, from_pil, mask_from, to_float, to_pil, to_uint8
 from minimuse.data_sources import Problems, SceneDataset
 
 
@@ -186,27 +186,3 @@ def test_problems_refuse_a_source_without_any_example():
         problems.check("folder")
     with pytest.raises(ValueError, match="nothing was found"):
         Problems().check("folder")
-
-
-# --- what is painted --------------------------------------------------------------------------------------------------
-
-
-def layer(side: int, *box: int, alpha: int = 255) -> Image.Image:
-    image = Image.new("RGBA", (side, side))
-    ImageDraw.Draw(image).rectangle(box, fill=(255, 0, 0, alpha))
-    return image
-
-
-def test_a_pixel_is_painted_if_a_part_of_it_is():
-    mask = painted([layer(96, 12, 6, 17, 6)], side=16, zoom=6)  # one row of the third pixel of the second row
-    assert np.argwhere(mask).tolist() == [[1, 2]], f"{np.argwhere(mask).tolist()}"
-    mask = painted([layer(96, 12, 6, 18, 6), layer(96, 95, 95, 95, 95)], side=16, zoom=6)
-    assert np.argwhere(mask).tolist() == [[1, 2], [1, 3], [15, 15]], f"all layers count: {np.argwhere(mask).tolist()}"
-    mask = painted([layer(192, 0, 0, 11, 11)], side=16, zoom=6)
-    assert np.argwhere(mask).tolist() == [[0, 0]], "a layer of another size is scaled, as of a screen of finer pixels"
-
-
-@pytest.mark.parametrize("layers", [[], [layer(96, 0, 0, 95, 95, alpha=100)], [Image.new("RGBA", (96, 96))]])
-def test_an_empty_mask_is_refused(layers):
-    with pytest.raises(ValueError, match="The mask is empty: paint over the part"):
-        painted(layers, side=16, zoom=6)

@@ -96,7 +96,7 @@ def test_each_iteration_masks_a_share_and_changes_no_other(n, share):
         return toy(x, u)
 
     before = tokens
-    for step in resample(spy, tokens, mask_id=MASK, iterations=3, share=share, generators=seeds(1, 2)):
+    for step in resample(spy, tokens, mask_id=MASK, iterations=3, fraction=share, generators=seeds(1, 2)):
         masked = seen[-1]
         assert masked.sum(1).tolist() == [math.ceil(share * n)] * 2, f"{share:.3f} of {n} tokens"
         assert step.tokens[~masked].equal(before[~masked]), "a token that was not masked changed"
@@ -147,9 +147,9 @@ def test_top_k_limits_the_edit():
 
     start = torch.full((2, 64), 5)
     for k, allowed in ((1, {0}), (3, {0, 1, 2})):
-        *_, last = resample(flat, start, mask_id=MASK, iterations=10, share=1.0, top_k=k, generators=seeds(1, 2))
+        *_, last = resample(flat, start, mask_id=MASK, iterations=10, fraction=1.0, top_k=k, generators=seeds(1, 2))
         assert set(last.tokens.unique().tolist()) == allowed, f"top-{k} of the codes"
-    *_, last = resample(flat, start, mask_id=MASK, iterations=2, share=1.0, top_k=None, generators=seeds(1, 2))
+    *_, last = resample(flat, start, mask_id=MASK, iterations=2, fraction=1.0, top_k=None, generators=seeds(1, 2))
     assert len(last.tokens.unique()) > 3, "None draws from all"
 
 
@@ -161,7 +161,7 @@ def test_pitfall_17_an_edit_does_not_depend_on_its_neighbours():
         assert alone.tokens[0].equal(together.tokens[i]), f"image {i} is edited otherwise in a batch"
 
 
-@pytest.mark.parametrize("change", [{"iterations": 0}, {"share": 0.0}, {"share": 1.5}, {"share": -0.1}])
+@pytest.mark.parametrize("change", [{"iterations": 0}, {"fraction": 0.0}, {"fraction": 1.5}, {"fraction": -0.1}])
 def test_edits_that_make_no_sense_are_refused(change):
     with pytest.raises(ValueError, match="give at least 1"):
         list(resample(toy, picture(), mask_id=MASK, generators=seeds(1, 2), **change))

@@ -14,8 +14,9 @@ from minimuse.config import StageConfig
 from minimuse.data_images import to_pil, to_uint8
 from minimuse.data_scenes import SPLITS, Scene, Thing, box, render, sample_scene
 from minimuse.eval_detector import GRID, HEADS, SPREAD, Found, Network, Reader, Reading, cells, compare, scaled
-from minimuse.train_engine import Engine, generator
+from minimuse.train_engine import Engine
 from minimuse.train_reader import TRAINING, loss, measure, spoiled, targets, warped
+from minimuse.utils import seeded_generator
 
 FOLDER = checkpoint.SHIPPED / "reader"
 SEED = 9_000_000_000  # neither the reader nor its card has seen these scenes
@@ -58,7 +59,7 @@ def test_it_reads_fresh_renders(reader, images):
 
 
 def test_it_reads_pictures_as_decoders_spoil_them(reader, images):
-    shaken = spoiled(images.float() / 127.5 - 1, generator(SEED))
+    shaken = spoiled(images.float() / 127.5 - 1, seeded_generator(SEED))
     assert share_right(reader, shaken, SCENES) >= 0.97
 
 
@@ -104,7 +105,7 @@ def test_reading_leaves_no_gradient_and_moves_no_buffer(reader, images):
 
 
 def test_it_finds_nothing_where_nothing_is(reader):
-    noise = torch.rand(20, 3, 64, 64, generator=generator(1)) * 2 - 1
+    noise = torch.rand(20, 3, 64, 64, generator=seeded_generator(1)) * 2 - 1
     assert sum(len(reading.things) for reading in reader.read(noise)) == 0
     assert reader.read(torch.zeros(1, 3, 64, 64)) == [Reading(())]
 
@@ -124,7 +125,7 @@ def test_it_is_less_sure_of_what_is_half_cube_and_half_cylinder(reader):
 
 
 def test_the_more_an_outline_wobbles_the_less_sure_it_is(reader, images):
-    pictures, doubt = warped((images.float() / 127.5 - 1).repeat(4, 1, 1, 1), generator(4))
+    pictures, doubt = warped((images.float() / 127.5 - 1).repeat(4, 1, 1, 1), seeded_generator(4))
     sure = [max((t.confidence for t in r.things), default=0.0) for r in reader.read(pictures)]
     sure = torch.tensor(sure)
     clear, lumps = sure[doubt == 0].mean(), sure[doubt > 0.6].mean()
@@ -136,7 +137,7 @@ def test_features_tell_pictures_apart(reader, images):
     features = reader.features(images)
     assert features.shape == (60, 192)
     assert features.isfinite().all()
-    near = spoiled(images.float() / 127.5 - 1, generator(3))
+    near = spoiled(images.float() / 127.5 - 1, seeded_generator(3))
     assert (reader.features(images) - features).abs().max() == 0
     assert torch.cdist(features, reader.features(near)).argmin(1).eq(torch.arange(60)).float().mean() > 0.3
 
@@ -277,14 +278,14 @@ def test_doubt_of_the_shape_is_asked_for():
 
 def test_warped_pictures_wobble_and_say_so(images):
     clean = (images.float() / 127.5 - 1).repeat(10, 1, 1, 1)
-    moved, doubt = warped(clean, generator(6))
+    moved, doubt = warped(clean, seeded_generator(6))
     same = (moved == clean).flatten(1).all(1)
     assert 0.6 < same.float().mean() < 0.73, "two thirds stay as they are"
     assert (doubt[same] == 0).all()
     assert doubt.min() >= 0
     assert 0.36 < doubt[~same].mean() < 0.48, "of 0 to 3 pixels, half a pixel is free: 0.42"
     assert doubt.max() <= 1
-    again, _ = warped(clean, generator(6))
+    again, _ = warped(clean, seeded_generator(6))
     assert torch.equal(moved, again)
 
 
@@ -296,8 +297,8 @@ def test_gradients_reach_every_weight():
 
 def test_spoiled_pictures_stay_themselves(images):
     clean = images.float() / 127.5 - 1
-    shaken = spoiled(clean, generator(2))
-    assert torch.equal(shaken, spoiled(clean, generator(2))), "a function of pictures and draws"
+    shaken = spoiled(clean, seeded_generator(2))
+    assert torch.equal(shaken, spoiled(clean, seeded_generator(2))), "a function of pictures and draws"
     assert shaken.shape == clean.shape
     assert shaken.abs().max() <= 1
     assert 0.02 < (shaken - clean).abs().mean() < 0.2, "changed, and not beyond knowing"

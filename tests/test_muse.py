@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 import minimuse.muse
+import minimuse.utils
 from minimuse import checkpoint, editing
 from minimuse.config import PRESETS, preset
-from minimuse.muse import FOREIGN, Muse, build, parameter_counts
+from minimuse.muse import DIFFUSERS_NAMES, Muse, build, parameter_counts
 from minimuse.text import TextEncoder
 from minimuse.utils import pick_device, pick_dtype
 
@@ -57,11 +58,11 @@ def final_tokens(muse: Muse, prompts, **settings) -> tuple[torch.Tensor, torch.T
     """The last low and the last high tokens of all pictures of one `generate`, however it is batched."""
     ends: dict[str, list[torch.Tensor]] = {"base": [], "superres": []}
 
-    def watch(step):
+    def callback(step):
         if not step.masked.any():
             ends[step.stage].append(step.tokens)
 
-    muse.generate(prompts, watch=watch, **settings)
+    muse.generate(prompts, callback=callback, **settings)
     return torch.cat(ends["base"]), torch.cat(ends["superres"])
 
 
@@ -131,9 +132,9 @@ def test_pictures_do_not_depend_on_the_batch_size(tiny_muse):
     assert off <= 1, f"pixels differ by {off} with another batch_size"
 
 
-def test_watch_sees_every_step(tiny_muse):
+def test_callback_sees_every_step(tiny_muse):
     seen = []
-    tiny_muse.generate(A, seed=0, steps=3, superres={"steps": 2}, watch=seen.append)
+    tiny_muse.generate(A, seed=0, steps=3, superres={"steps": 2}, callback=seen.append)
     assert [s.stage for s in seen] == ["base"] * 3 + ["superres"] * 2, f"{[s.stage for s in seen]}"
 
 
@@ -276,7 +277,7 @@ def test_unknown_settings_list_the_known(tiny_muse):
     ],
 )
 def test_names_of_diffusers_are_translated(tiny_muse, image, name, value, ours):
-    assert name in FOREIGN, f"{name} is a name that diffusers users will type"
+    assert name in DIFFUSERS_NAMES, f"{name} is a name that diffusers users will type"
     calls = [tiny_muse.generate, tiny_muse.steps, lambda p, **kw: tiny_muse.edit(image, p, **kw)]
     calls += [lambda p, **kw: tiny_muse.inpaint(image, image, p, **kw)]
     calls += [lambda p, **kw: tiny_muse.outpaint(image, 8, p, **kw)]
@@ -479,7 +480,7 @@ def test_inpaint_leaves_tokens_outside_as_they_are(exact, image):
     low, high = editing.tokenize(exact, image)
     mask = rectangle(image)
     ends = {}
-    exact.inpaint(image, mask, A, seed=0, steps=2, watch=lambda s: ends.update({s.stage: s}))
+    exact.inpaint(image, mask, A, seed=0, steps=2, callback=lambda s: ends.update({s.stage: s}))
     for stage, given, side in (("base", low, exact.config.base.grid), ("superres", high, exact.config.superres.grid)):
         size = len(mask) // side
         covered = torch.from_numpy(mask).view(side, size, side, size).any(3).any(1).flatten()
@@ -579,8 +580,8 @@ def test_outpaint_refuses_padding_that_makes_no_sense(tiny_muse, image, padding)
 
 
 def test_edit_defaults_are_the_papers():
-    defaults = {k: p.default for k, p in inspect.signature(editing._edit).parameters.items()}
-    paper = {"iterations": 100, "share": 0.08, "top_k": 3}
+    defaults = {k: p.default for k, p in inspect.signature(editing.edit_tokens).parameters.items()}
+    paper = {"iterations": 100, "fraction": 0.08, "top_k": 3}
     assert {k: defaults[k] for k in paper} == paper, f"Muse 3.3.2: {paper}; {defaults}"
     assert {name: preset(name).edit_guidance for name in PRESETS if name != "toy"} == dict.fromkeys(
         ("nano", "paper_632m", "paper_3b"), 4.0
@@ -628,7 +629,7 @@ def test_edit_superres_reads_the_edited_tokens(exact, image, monkeypatch):
 
 def test_edit_gives_pictures(tiny_muse, image):
     before = image.tobytes()
-    settings = {"iterations": 2, "share": 0.5, "superres": {"steps": 1}}
+    settings = {"iterations": 2, "fraction": 0.5, "superres": {"steps": 1}}
     images = tiny_muse.edit(image, A, n=2, seed=1, negative_prompt=B, **settings)
     assert [i.size for i in images] == [image.size] * 2, f"{images}"
     assert images[0].tobytes() != images[1].tobytes(), "two seeds, two pictures"
@@ -637,14 +638,14 @@ def test_edit_gives_pictures(tiny_muse, image):
     assert told == expected | {"prompt": A, "negative_prompt": B, "seed": 2} | settings, f"{told}"
     assert image.tobytes() == before, "the user's image is never written to"
     seen = []
-    again = tiny_muse.edit(image, A, n=2, seed=1, negative_prompt=B, watch=seen.append, **settings)
+    again = tiny_muse.edit(image, A, n=2, seed=1, negative_prompt=B, callback=seen.append, **settings)
     assert again[0].tobytes() == images[0].tobytes(), "the same seed, the same edit"
-    assert [s.stage for s in seen] == ["base", "base", "superres"], "watch sees every step"
+    assert [s.stage for s in seen] == ["base", "base", "superres"], "callback sees every step"
 
 
-@pytest.mark.parametrize("wrong", [{"iterations": 0}, {"share": 0.0}, {"share": 1.5}])
+@pytest.mark.parametrize("wrong", [{"iterations": 0}, {"fraction": 0.0}, {"fraction": 1.5}])
 def test_edit_refuses_nonsense(tiny_muse, image, wrong):
-    with pytest.raises(ValueError, match="iterations of a share"):
+    with pytest.raises(ValueError, match="iterations of a fraction"):
         tiny_muse.edit(image, A, **wrong)
 
 
@@ -696,7 +697,7 @@ def test_bf16_draws_on_a_cpu(folder, tiny_text, image):
     ],
 )
 def test_bf16_where_it_is_fast_and_worth_it(monkeypatch, fast, device, parameters, dtype):
-    monkeypatch.setattr(minimuse.muse, "fast_bf16", lambda device: fast)
+    monkeypatch.setattr(minimuse.utils, "fast_bf16", lambda device: fast)
     assert pick_dtype(torch.device(device), parameters) == dtype
 
 
@@ -820,7 +821,7 @@ def test_what_is_masked_shows_as_the_nearest_known_token():
     rows = [[7, x, x, x, 5, x, x, x, x], [x] * 9, list(range(1, 10))]
     masked = torch.tensor([[t is x for t in row] for row in rows])
     tokens = torch.tensor([[99 if t is x else t for t in row] for row in rows])
-    shown = minimuse.muse._nearest_known(tokens, masked)
+    shown = editing.fill_with_nearest(tokens, masked)
     assert shown[0, [0, 2, 4, 5, 6, 7, 8]].tolist() == [7, 5, 5, 5, 5, 5, 5], "the centre is nearer than the corner"
     assert set(shown[0, [1, 3]].tolist()) <= {5, 7}, "between both, either"
     assert shown[1].tolist() == [0] * 9, "nothing is known"

@@ -146,7 +146,7 @@ def public(room: str) -> list[str]:
     return found + [name for name in vars(own.get("Muse", object)) if name[0] != "_"]
 
 
-PLUMBING = set("several_processes pick_device pick_dtype compile ready_tokenizer contexts finish pick".split())
+PLUMBING = set("several_processes pick_device pick_dtype compile published_tokenizer contexts to_pictures pick".split())
 PLUMBING |= {"Decimated", "to_dict", "from_dict"}
 
 

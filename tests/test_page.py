@@ -353,7 +353,7 @@ def test_extend_and_change(page, tmp_path):
     page.get_by_label("number input for Iterations").fill("3")
     assert press(page, "Change").startswith("Done in 19 steps"), page.evaluate("window.told")
     settings = settings_of(picture(page))
-    assert {"task": "edit", "iterations": 3, "guidance": 4, "share": 0.08}.items() <= settings.items(), f"{settings}"
+    assert {"task": "edit", "iterations": 3, "guidance": 4, "fraction": 0.08}.items() <= settings.items(), f"{settings}"
     page.get_by_label("number input for Back through the steps").fill("1")
     page.keyboard.press("Enter")
     page.get_by_text("Base model, step 1:").wait_for()
@@ -364,9 +364,9 @@ def test_wrong_uploads_are_a_sentence(page, server, tmp_path):
     (tmp_path / "text.png").write_text("I am no picture")
     (tmp_path / "giant.png").write_bytes(giant_png())
     upload(page, tmp_path / "text.png")
-    page.get_by_text("is no picture that can be read, it is of an unknown format").wait_for()
+    page.get_by_text("cannot be read, it is of an unknown format").wait_for()
     upload(page, tmp_path / "giant.png")
-    page.get_by_text("is no picture that can be read, it is too huge").wait_for()
+    page.get_by_text("cannot be read, it is too large").wait_for()
     more = memory(server.process.pid, "VmHWM") - before
     assert more < 40, f"{more:.0f} MB more: 20,000 x 20,000 pixels would take 50 to 1,200"
     assert (
@@ -379,7 +379,7 @@ def test_an_empty_mask_is_a_sentence(page, tmp_path):
     Image.new("L", (200, 90), 128).save(tmp_path / "gray.jpg")
     upload(page, tmp_path / "gray.jpg")
     page.get_by_text("%").wait_for()
-    sentence = "Nothing was drawn. The mask is empty: paint over the part that shall be drawn anew"
+    sentence = "Nothing was drawn. The mask is empty: paint over the part to draw again"
     assert press(page, "Repaint") == sentence
     assert page.get_by_text("The mask is empty").count() >= 2, "it is told in a notice as well"
 

@@ -21,7 +21,6 @@ from conftest import D_LM, ROOT
 from safetensors.torch import load_file
 
 from minimuse import cli, train
-from minimuse import data_sources as folders
 from minimuse.checkpoint import WEIGHTS
 from minimuse.config import MuseConfig, StageConfig, to_dict
 from minimuse.muse import Muse
@@ -161,7 +160,7 @@ def test_a_finished_stage_is_read_and_not_done_again(tmp_path):
     *_, last = pixels(tmp_path)
     before = newest(tmp_path)
     (only,) = pixels(tmp_path)
-    assert (only.step, only.figures) == (7, {}), "no step is left"
+    assert (only.step, only.metrics) == (7, {}), "no step is left"
     assert all(torch.equal(a, b) for a, b in zip(last.model.parameters(), only.model.parameters(), strict=True))
     assert newest(tmp_path) == before
 
@@ -173,7 +172,7 @@ def heeding(folder: Path) -> Stage:
     """A stage of seven steps that saves at the third and the sixth, in an engine that heeds signals."""
     torch.manual_seed(0)
     engine = Engine(folder=folder)
-    engine.heed_signals()
+    engine.handle_signals()
     return Stage(engine, "base", PIXELS, {"model": torch.nn.Linear(2, 2)})
 
 
@@ -183,8 +182,7 @@ def steps(job: Stage, tell: int = -1, number: int = signal.SIGTERM, where: str =
             signal.raise_signal(number)
         for at, _ in job.micro_batches(9, step):
             job.backward(job.modules["model"](at.float()[:2]).square().mean())
-        job.update(step)
-        job.end(step)
+        job.finish(step)
         if (step, where) == (tell, "after"):  # as while it validates, draws or logs
             signal.raise_signal(number)
 
@@ -211,21 +209,20 @@ def test_a_second_one_ends_at_once(tmp_path):
         signal.raise_signal(signal.SIGINT)
     assert e.type is KeyboardInterrupt, "no Stopped, which would promise a saved state"
     assert not states(tmp_path / "base"), "nothing is half saved"
-    job.engine.heed_signals()
+    job.engine.handle_signals()
     job.engine.stepping = True
     signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "a second SIGTERM ends the process"
 
 
-def test_outside_a_step_a_signal_stops_at_once(tmp_path, monkeypatch):
-    """Caches go on part by part; an image that is being decoded is not a damaged one."""
-    Engine().heed_signals()
+def test_while_data_is_prepared_a_signal_stops_the_run(tiny_lm, tmp_path):
+    """Data is computed part by part: the next part raises Stopped, and a resumed run continues there."""
+    run = whole_run(tiny(tiny_lm), tmp_path)
+    assert next(run).stage == "read images"
+    run.gi_frame.f_locals["engine"].signal = signal.SIGTERM
     with pytest.raises(Stopped):
-        signal.raise_signal(signal.SIGTERM)
-    Engine().heed_signals()
-    monkeypatch.setattr("PIL.Image.open", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(Stopped):
-        folders.decode(tmp_path / "picture.png", 16)
+        list(run)
+    assert not (tmp_path / "low_tokenizer").exists(), "no stage has begun"
 
 
 # --- whole runs in this process ---------------------------------------------------------------------------------------
@@ -235,7 +232,7 @@ def whole_run(config: MuseConfig, folder: Path, keep: int = 2):
     """All five stages, with the perceptual features made in no time."""
     engine = Engine(device="cpu", folder=folder, keep=keep, bf16=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_perceptual", lambda config, engine: features())
+        patch.setattr(train, "scene_perceptual", lambda config, engine: features())
         yield from train.train_muse(config, engine=engine)
 
 

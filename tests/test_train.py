@@ -4,7 +4,6 @@ import copy
 import itertools
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,18 +189,18 @@ def test_precision():
 
 def test_a_tokenizer_learns():
     trace = list(train_tokenizer(vqgan(), PIXELS, plain_images(), engine=fp32()))
-    first, last = trace[0].figures, trace[-1].figures
+    first, last = trace[0].metrics, trace[-1].metrics
     assert last["l1"] < 0.4, f"gray costs 0.5 on such colors; l1 went from {first['l1']:.3f} to {last['l1']:.3f}"
     assert last["psnr"] > first["psnr"], "and the signal rises"
     assert [p.step for p in trace] == list(range(1, 61)), "a Progress a step"
     assert {(p.stage, p.steps) for p in trace} == {("tokenizer", 60)}, "which says what it is"
-    assert all(math.isfinite(x) for p in trace for x in p.figures.values()), "finite figures"
+    assert all(math.isfinite(x) for p in trace for x in p.metrics.values()), "finite figures"
 
 
 def test_pitfall_19_usage_and_perplexity_are_reported():
     *_, last = train_tokenizer(vqgan(), replace(PIXELS, steps=8), plain_images(), engine=fp32())
-    assert 0 < last.figures["used"] <= 1, "share of the codes in use"
-    assert 1 <= last.figures["perplexity"] <= 16, "perplexity of their histogram"
+    assert 0 < last.metrics["used"] <= 1, "share of the codes in use"
+    assert 1 <= last.metrics["perplexity"] <= 16, "perplexity of their histogram"
 
 
 def test_the_same_seed_makes_the_same_tokenizer():
@@ -217,7 +216,9 @@ def test_all_losses_at_once():
     config = replace(PIXELS, steps=5, adversarial_weight=0.1, adversarial_start=3)
     features = train_features(plain_images(), torch.rand(24, 2).round(), steps=2)
     trace = list(train_tokenizer(vqgan(), config, plain_images(), perceptual=feature_distance(features), engine=fp32()))
-    assert ["critic" in p.figures for p in trace] == [False] * 3 + [True] * 2, "the discriminator joins at its step"
+    assert ["discriminator_loss" in p.metrics for p in trace] == [False] * 3 + [True] * 2, (
+        "the discriminator joins at its step"
+    )
 
 
 @pytest.mark.slow
@@ -232,7 +233,7 @@ def test_a_compiled_tokenizer_can_balance_its_losses():
         torch.manual_seed(1)
         grown = vqgan().grow_decoder(replace(VQ, decoder_width=32, decoder_blocks=(1, 2)))
         trace = train_tokenizer(grown, config, plain_images(), engine=Engine(bf16=False, **how))
-        made.append([p.figures for p in trace])
+        made.append([p.metrics for p in trace])
     (first, second), (compiled, balanced) = made
     assert compiled == pytest.approx(first, rel=1e-4), "torch.compile computes something else"
     assert balanced == pytest.approx(second, rel=1e-2), "after a step, whose rounding Adam magnifies"
@@ -280,8 +281,8 @@ def test_a_transformer_learns_what_the_text_tells():
     tokens, texts = told()
     model = transformer()
     trace = list(train_transformer(model, MASKED, tokens, texts, engine=fp32()))
-    first = sum(p.figures["loss"] for p in trace[:10]) / 10
-    last = sum(p.figures["loss"] for p in trace[-10:]) / 10
+    first = sum(p.metrics["loss"] for p in trace[:10]) / 10
+    last = sum(p.metrics["loss"] for p in trace[-10:]) / 10
     assert last < 0.5 * first, f"the loss falls from {first:.2f} to {last:.2f}"
     assert not model.training, "a trained model is in eval mode"
     blind = torch.full((4, 16), model.mask_id)
@@ -297,7 +298,7 @@ def test_super_resolution_learns_what_the_low_tokens_tell():
     model = superres()
     trace = list(train_transformer(model, MASKED, tokens, texts, low_tokens=low, stage="superres", engine=fp32()))
     assert trace[-1].stage == "superres", "the stage has its name"
-    assert trace[-1].figures["accuracy"] > 0.9, f"accuracy {trace[-1].figures['accuracy']:.0%}"
+    assert trace[-1].metrics["accuracy"] > 0.9, f"accuracy {trace[-1].metrics['accuracy']:.0%}"
     context = pad_contexts([texts[0][0]] * 4)
     blind = torch.full((4, 16), model.mask_id)
     assert model(blind, model.memory(context, low[:4])).argmax(-1).equal(tokens[:4]), (
@@ -309,7 +310,6 @@ class Spy(torch.nn.Module):
     """Keeps what a training step shows a transformer."""
 
     mask_id = V
-    config = SimpleNamespace(causal=False)
 
     def __init__(self):
         super().__init__()
@@ -369,7 +369,7 @@ def test_pitfall_07_training_hides_what_it_asks_for(monkeypatch):
     for shown, (targets, masked, _), step in zip(spy.tokens, asked, (0, 1), strict=True):
         assert masked.equal(shown == V), "a token is asked for that the model sees"
         assert targets.equal(tokens[batch_indices(400, 200, step, 0)]), "the targets are not the true tokens"
-    assert trace[0].figures["loss"] == pytest.approx(math.log(V), rel=1e-4), "a flat guess costs log V"
+    assert trace[0].metrics["loss"] == pytest.approx(math.log(V), rel=1e-4), "a flat guess costs log V"
 
 
 def test_every_caption_of_an_example_is_used():
@@ -421,7 +421,7 @@ def test_bf16_and_label_smoothing_train_too():
     config = replace(MASKED, steps=3, label_smoothing=0.1)
     model = transformer()
     trace = list(train_transformer(model, config, tokens, texts, engine=Engine(bf16=True)))
-    assert all(math.isfinite(p.figures["loss"]) for p in trace), "bf16 products, finite losses"
+    assert all(math.isfinite(p.metrics["loss"]) for p in trace), "bf16 products, finite losses"
     assert all(p.dtype == torch.float32 for p in model.parameters()), "weights stay fp32"
 
 
@@ -467,7 +467,7 @@ def test_one_step_at_the_papers_depth(name, part):
         low = torch.randint(config.low_codebook_size, (2, config.low_grid**2))
     texts = [[torch.randn(5, D_LM)]] * 2
     progress = next(train_transformer(model, stage, tokens, texts, low_tokens=low, engine=fp32()))
-    assert progress.figures["loss"] == pytest.approx(math.log(config.codebook_size), rel=0.1), "a flat guess, at first"
+    assert progress.metrics["loss"] == pytest.approx(math.log(config.codebook_size), rel=0.1), "a flat guess, at first"
     moved = [not torch.equal(a, b) for a, b in zip(model.layers.parameters(), before.layers.parameters(), strict=True)]
     assert all(moved), f"{moved.count(False)} of {len(moved)} weights of the layers did not move"
 

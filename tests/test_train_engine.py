@@ -23,8 +23,9 @@ from minimuse import train_state as runs
 from minimuse import transformer as transformer_module
 from minimuse.config import StageConfig, to_dict
 from minimuse.train import train_transformer
-from minimuse.train_engine import Engine, Stage, Stopped, batch_indices, generator, mix
+from minimuse.train_engine import Engine, Stage, Stopped, batch_indices
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
+from minimuse.utils import derive_seed, seeded_generator
 
 V, D_LM, N = 8, 6, 16
 LAUNCH = Path(checkpoint.__file__).parent / "launch"
@@ -81,7 +82,7 @@ def assert_close(a, b, why, atol=1e-4):
 
 
 def test_generators_are_functions_of_their_numbers():
-    a, b, c, d = (torch.rand(4, generator=generator(*x)) for x in ((1, 2), (1, 2), (2, 1), (12,)))
+    a, b, c, d = (torch.rand(4, generator=seeded_generator(*x)) for x in ((1, 2), (1, 2), (2, 1), (12,)))
     assert a.equal(b), "the same numbers, other draws"
     assert not a.equal(c), "the order of the numbers does not matter"
     assert not a.equal(d), "1, 2 is taken for 12"
@@ -90,7 +91,7 @@ def test_generators_are_functions_of_their_numbers():
 @given(numbers=st.lists(st.integers(-(2**70), 2**70), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=50, derandomize=True)
 def test_any_whole_numbers_make_a_seed(numbers):
-    assert 0 <= mix(*numbers) < 2**63, "what torch takes as a seed"
+    assert 0 <= derive_seed(*numbers) < 2**63, "what torch takes as a seed"
 
 
 # --- pitfall 22: one gradient, however it is shared -------------------------------------------------------------------
@@ -117,7 +118,7 @@ def test_masks_of_an_example_do_not_depend_on_the_batch():
 def test_a_batch_that_does_not_split_is_refused():
     with pytest.raises(ValueError, match=r"a batch of 8 does not split.*multiple of 3"):
         run(transformer(), engine=fp32(accumulate=3))
-    with pytest.raises(ValueError, match="at least one micro-batch"):
+    with pytest.raises(ValueError, match="accumulate of at least 1"):
         Engine(accumulate=-1)
 
 
@@ -198,7 +199,7 @@ PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 assert engine.sharded and engine.processes == 2
 model = run(superres(), replace(CFG, steps=4, save_every=1, ema=0.5), engine, low=True, steps=int(sys.argv[2]) or None)
 assert type(next(model.parameters())).__name__ == "DTensor", "nothing is sharded"
-whole = engine.whole(model, superres)
+whole = engine.gather_full_model(model, superres)
 if engine.is_main:
     save_file(whole.state_dict(), sys.argv[1] + "/whole.safetensors")
 """
@@ -349,9 +350,12 @@ def test_shares_of_a_step_make_the_whole_batch():
     assert torch.cat(shares).equal(batch_indices(24, 8, 1, 0)), "in the order of the batch"
 
 
-def test_figures_are_summed_over_shares():
-    stage = Stage(fp32(), "s", CFG, {"model": torch.nn.Linear(2, 2)})
-    assert stage.total([{"a": torch.tensor(1.0)}, {"a": torch.tensor(2.5)}]) == {"a": 3.5}
+def test_metrics_are_summed_over_shares():
+    net = torch.nn.Linear(2, 2)
+    stage = Stage(fp32(accumulate=2), "s", CFG, {"model": net})
+    for (at, _), value in zip(stage.micro_batches(24, 0), (1.0, 2.5), strict=True):
+        stage.backward(net(at.float()[:2]).sum(), a=torch.tensor(value))
+    assert stage.finish(0) == {"a": 3.5}
 
 
 def test_an_engine_leaves_the_model_alone_that_it_is_not_given():

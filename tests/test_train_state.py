@@ -50,8 +50,7 @@ def work(folder: Path, until: int = 8, keep: int = 2, seed: int = 0, stage: str 
     for step in job.steps():
         for at, _ in job.micro_batches(9, step):
             job.backward((job.modules["model"](torch.randn(4, 3)) - at[0]).square().mean())
-        job.update(step)
-        job.end(step)
+        job.finish(step)
         if step + 1 == until:
             break
     return job
@@ -477,12 +476,12 @@ def test_changed_data_are_refused(run, tmp_path):
 
 def test_a_log_whose_last_line_is_half_written(tmp_path, tiny_muse):
     from minimuse.train import Progress
-    from minimuse.train_log import Watch
+    from minimuse.train_log import TrainLog
 
     lines = [{"stage": stage, "step": step} for stage in ("low_tokenizer", "base") for step in (10, 20)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "log.jsonl").write_text(text + '{"stage": "ba')
-    Watch(tiny_muse.config, Engine(folder=tmp_path))(Progress("base", 15, 30, {}, None))
+    TrainLog(tiny_muse.config, Engine(folder=tmp_path))(Progress("base", 15, 30, {}, None))
     assert (tmp_path / "log.jsonl").read_text() == "".join(json.dumps(line) + "\n" for line in lines[:3])
     assert read_log(tmp_path / "log.jsonl") == lines[:3], "steps that are done again have no lines twice"
 

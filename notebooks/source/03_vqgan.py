@@ -562,8 +562,8 @@ for name, (w_p, w_a) in weights.items():
     )
     run = train_tokenizer(VQGAN(config.low_tokenizer), how, small, perceptual=perceptual)
     *_, last = seen = list(run)
-    trained[name], curves[name] = last.model.eval(), [p.figures for p in seen]
-    print(f"{name:>26}: PSNR of the last batch {last.figures['psnr']:.1f} dB")
+    trained[name], curves[name] = last.model.eval(), [p.metrics for p in seen]
+    print(f"{name:>26}: PSNR of the last batch {last.metrics['psnr']:.1f} dB")
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))

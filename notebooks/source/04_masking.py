@@ -341,7 +341,7 @@ curves over $r$, with text and without, before you go on.
 
 # %%
 from minimuse.cfg import null_text
-from minimuse.validation import unigram_entropy
+from minimuse.train_log import unigram_entropy
 
 context = muse.encoder.encode([data.captions(i)[0] for i in range(SCENES)])
 

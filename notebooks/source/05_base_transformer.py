@@ -10,7 +10,7 @@ r"""
 | **You will learn** | how tokens, places and text come together · why nothing is causal here · what attention sees, and what that proves · how to read a masked loss, by the share that is hidden · how a leak looks |
 | **Before this** | [3. VQGAN](03_vqgan.ipynb) and [4. Masking](04_masking.ipynb); matrix products, softmax, gradient descent |
 | **Takes** | @takes@ |
-| **Files** | [`transformer.py`](../minimuse/transformer.py), [`train.py`](../minimuse/train.py), [`validation.py`](../minimuse/validation.py) |
+| **Files** | [`transformer.py`](../minimuse/transformer.py), [`train.py`](../minimuse/train.py), [`train_log.py`](../minimuse/train_log.py) |
 """
 
 # %% knobs
@@ -523,7 +523,7 @@ never trained on.
 from minimuse.config import preset
 from minimuse.data_images import to_float
 from minimuse.data_sources import SceneDataset
-from minimuse.validation import unigram_entropy, validate
+from minimuse.train_log import unigram_entropy, validate
 
 
 class Captions(list):
@@ -643,7 +643,7 @@ Now train. We look at it again and again: the held-out loss, and a few sketches,
 # %%
 from minimuse.cfg import guided, null_text
 from minimuse.sampler import decode
-from minimuse.validation import eval_mode
+from minimuse.train_log import eval_mode
 
 SKETCHED = ["a large red cube", "a large blue sphere", "a large yellow cylinder"]
 
@@ -671,11 +671,11 @@ print(
 )
 sketches, losses, looks = {0: sketch(student)}, [], {0: begun}
 for p in train_transformer(
-    student, recipe, tokens, texts, engine=engine, look=look
+    student, recipe, tokens, texts, engine=engine, eval_fn=look
 ):  # each p a Progress
-    losses.append(p.figures["loss"])
+    losses.append(p.metrics["loss"])
     if p.step % EVERY == 0:
-        looks[p.step], sketches[p.step] = p.figures, sketch(student)
+        looks[p.step], sketches[p.step] = p.metrics, sketch(student)
 print(f"last step: {p.step} of {p.steps}; loss of its batch {losses[-1]:.2f}")
 
 # %%
@@ -727,7 +727,7 @@ and the checkpoint misled: each picture with *another picture's* caption.
 """
 
 # %%
-from minimuse.validation import RATES
+from minimuse.train_log import RATES
 
 moved = Captions(held_texts[1:] + held_texts[:1])
 how = {"codebook_size": V, "engine": engine, "most": 64, "strata": 0}
@@ -820,7 +820,7 @@ leaky = Transformer(student.config)
 init_from_codebook(leaky, codebook)
 leaky_losses = []
 for p in broken.train_transformer(leaky, recipe, tokens, texts, engine=engine):
-    leaky_losses.append(p.figures["loss"])
+    leaky_losses.append(p.metrics["loss"])
     if p.step == LEAK:
         break
 figure, ax = plt.subplots(figsize=(7, 2.8))

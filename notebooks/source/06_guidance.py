@@ -61,10 +61,8 @@ SIDE = (
 def coarse(prompts, n=1, seed=0, negative=None, **how):
     """Prompts -> n pictures of each by the base model alone, and their tokens."""
     with torch.inference_mode():
-        for step in muse.decode(muse.jobs(prompts, n, seed, negative, {}), **how):
-            if not step.masked.any():  # the base model is done
-                break
-        return muse.picture(step), step.tokens
+        *_, last = muse.decode_base(muse.jobs(prompts, n, seed, negative, {}), **how)
+        return muse.picture(last), last.tokens
 
 
 def is_right(images, prompts):

@@ -277,10 +277,8 @@ asked = [p for p in PROMPTS for _ in range(PICTURES)]
 def coarse(prompts, n=1, seed=0, **how):
     """Prompts -> n pictures of each by the base model alone."""
     with torch.inference_mode():
-        for step in muse.decode(muse.jobs(prompts, n, seed, None, {}), **how):
-            if not step.masked.any():  # the base model is done
-                break
-        return muse.picture(step)
+        *_, last = muse.decode_base(muse.jobs(prompts, n, seed, None, {}), **how)
+        return muse.picture(last)
 
 
 def right_share(**how):

@@ -697,9 +697,9 @@ coarse = base[-1].tokens  # (1, K)
 
 
 def refine(prompt, coarse, seed=0, **settings):
-    """Coarse tokens (B, K) -> B pictures: super-resolution alone, by `Muse.decode`, which takes tokens to start from."""
+    """Coarse tokens (B, K) -> B pictures: super-resolution alone."""
     jobs = muse.jobs(prompt, len(coarse), seed, None, {})
-    *_, last = muse.decode(jobs, low=coarse, superres=settings)
+    *_, last = muse.decode_superres(jobs, coarse, **settings)
     return muse.picture(last)
 
 

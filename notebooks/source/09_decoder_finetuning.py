@@ -247,7 +247,7 @@ def quality(vqgan):
     return psnr(held_out, vqgan.decode(tokens))
 
 
-curve = [(p.step, p.figures["psnr"]) for p in train_tokenizer(small, first, images)]
+curve = [(p.step, p.metrics["psnr"]) for p in train_tokenizer(small, first, images)]
 before = quality(small)
 print(f"small decoder: {before.mean():.2f} dB on held-out scenes")
 
@@ -647,7 +647,7 @@ torch.manual_seed(1)
 sharp = small.grow_decoder(muse.config.finetuned_tokenizer)
 with_critic = replace(recipe, adversarial_weight=0.4, adversarial_start=0)
 log = [
-    (p.step, p.figures["critic"], quality(sharp).mean().item() if p.step % look == 0 else None)
+    (p.step, p.metrics["discriminator_loss"], quality(sharp).mean().item() if p.step % look == 0 else None)
     for p in train_tokenizer(sharp, with_critic, images)
 ]
 

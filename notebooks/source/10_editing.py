@@ -76,7 +76,7 @@ at = torch.arange(size)
 mask = (at < 0.72 * size)[None] & (at > 0.12 * size)[:, None]  # True, or white: repaint
 seen = []
 prompt = "a large red cube"
-inpainted = muse.inpaint(source, mask, prompt, n=PICTURES, seed=0, watch=seen.append)
+inpainted = muse.inpaint(source, mask, prompt, n=PICTURES, seed=0, callback=seen.append)
 covered = mask_overlay(source, mask)
 grid(
     [source, covered, *inpainted],
@@ -454,7 +454,7 @@ budget = 0.08 * ITERATIONS
 edits, captions = [], []
 for share in shares:
     iterations = max(1, round(budget / share))
-    made = muse.edit(source, wish, n=PICTURES, seed=0, share=share, iterations=iterations)
+    made = muse.edit(source, wish, n=PICTURES, seed=0, fraction=share, iterations=iterations)
     edits += made
     captions += [f"{share:.0%}, {iterations} times" for _ in made]
 grid(edits, captions, columns=PICTURES * 2, scale=scale)

@@ -831,7 +831,7 @@ from minimuse.intervals import mean
 from minimuse.muse import build
 
 torch.manual_seed(0)
-parts = build(muse.config)  # the four networks with fresh weights
+parts = build(muse.config).eval()  # the four networks with fresh weights
 parts["low_tokenizer"] = muse.low_tokenizer
 fresh = Studio(Muse(muse.config, parts, muse.encoder), base_only=True)
 drawn_images, real_images = own.tensors["images"], own.tensors["real"]

@@ -408,7 +408,7 @@ for name in RIVALS:
         init_from_codebook(parts["base"], muse.low_tokenizer.codebook)
         run = train_transformer(parts["base"], stage, tokens, texts, engine=Engine(device="cpu"))
     began = time.monotonic()
-    losses[name] = torch.tensor([p.figures["loss"] for p in run])
+    losses[name] = torch.tensor([p.metrics["loss"] for p in run])
     models[name] = LowRes(config, parts, muse.encoder)
     print(f"{name:>7}: {steps} steps, {time.monotonic() - began:.0f} s")
 
