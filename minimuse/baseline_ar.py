@@ -15,6 +15,7 @@ Not here: the diffusion baseline (`baseline_dit.py`), the comparison (`benchmark
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -36,7 +37,7 @@ from minimuse.muse import Muse, sampling_settings
 from minimuse.plots import grid
 from minimuse.sampler import LogitsFn, SamplingConfig, Step, decode
 from minimuse.text import Context, TextEncoder, pad_contexts
-from minimuse.train import Decimated, MuseTrainer, pick_captions, train_transformer
+from minimuse.train import MuseTrainer, pick_captions
 from minimuse.train_engine import Engine, EvalFn, Progress, Stage
 from minimuse.train_log import eval_mode
 from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig, attention, init_from_codebook
@@ -83,10 +84,10 @@ class LowRes:
         """The network with fresh weights. It has a method `memory(context)`."""
         return Transformer(config.base)
 
-    def fit(self, images: Any, tokens: Any, texts: Any, **how: Any) -> Iterator[Progress]:
-        """Train the network on low-resolution images, their tokens and captions. how: engine, eval_fn."""
+    def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
+        """Train the network on what the trainer has prepared."""
         init_from_codebook(self.base, self.low_tokenizer.codebook)
-        return train_transformer(self.base, self.config.stages["base"], tokens, texts, **how)
+        return trainer.transformer("base")
 
     def draw(
         self, text: Memory, null: Memory, guidance: Guidance, generators: list[torch.Generator], **sampling: Any
@@ -149,7 +150,13 @@ class LowRes:
             checkpoint.refuse_existing(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in self.parts.state_dict().items()}
-        values = {"format": FORMAT, "model": self.model, "config": to_dict(self.config), "examples": self.examples}
+        values = {
+            "format": FORMAT,
+            "model": self.model,
+            "load_with": f"{type(self).__module__}.{type(self).__name__}.from_pretrained",
+            "config": to_dict(self.config),
+            "examples": self.examples,
+        }
         card = f"# {self.config.name}\n\nA baseline for Muse by minimuse ({self.model}). It draws at low resolution.\n"
         atomic_write(folder / checkpoint.WEIGHTS, lambda path: checkpoint.write_weights(weights, path))
         atomic_write(folder / checkpoint.CONFIG, json.dumps(values, indent=1) + "\n")
@@ -243,29 +250,33 @@ def train_baseline(
 
 def _stages(make: type[LowRes], trainer: MuseTrainer) -> Iterator[Progress]:
     """Train the tokenizer, compute tokens and embeddings, train the network."""
+    started = time.monotonic()
     config, engine, data = trainer.config, trainer.engine, trainer.data
     parts = trainer.parts = make.build(config)
     yield from trainer.prepare("read images", data.read())
     yield from trainer.tokenizer("low_tokenizer", parts["low_tokenizer"])
     yield from trainer.prepare("low tokens", data.tokenize("low", parts["low_tokenizer"]))
     yield from trainer.prepare("embed captions", data.embed())
-    model = make(config, parts, trainer.encoder, examples=data.words()["examples"])
+    about = {"examples": data.words()["examples"]}
+    trainer.reseed()
+    yield from make(config, parts, trainer.encoder, **about).to(engine.device).fit(trainer)
+    parts["base"] = engine.gather_full_model(parts["base"], lambda: make.network(config))
+    model = make(config, parts.eval(), trainer.encoder, **about).to(engine.device)
+    yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, model)
+
+
+def save_samples(model: LowRes, trainer: MuseTrainer) -> EvalFn:
+    """-> a function that saves what the model draws for fixed prompts and seeds."""
+    log, engine = trainer.log, trainer.engine
 
     def eval_fn(loss: nn.Module, step: int) -> dict[str, float]:
-        if trainer.log.folder and not engine.sharded:
-            with eval_mode(parts), engine.precision():
-                images = model.to(engine.device).generate(model.examples, seed=0)
-            trainer.log.picture("base", step, lambda: grid(images, model.examples, columns=3))
+        if log.folder and not engine.sharded:  # drawing with a sharded model would need all processes
+            with eval_mode(model.parts), engine.precision():
+                images = model.generate(model.examples, seed=0)
+            log.picture("base", step, lambda: grid(images, model.examples, columns=3))
         return {}
 
-    trainer.reseed()
-    factor = config.high_tokenizer.image_size // config.low_tokenizer.image_size
-    images = Decimated(data.split(data.images), factor)
-    tokens, texts = data.split(data.tokens["low"]), data.split(data.texts)
-    yield from model.fit(images, tokens, texts, engine=engine, eval_fn=eval_fn)
-    parts["base"] = engine.gather_full_model(parts["base"], lambda: make.network(config))
-    parts.eval()
-    yield Progress("done", 1, 1, {}, model.to(engine.device))
+    return eval_fn
 
 
 # --- autoregression ---------------------------------------------------------------------------------------------------
@@ -374,9 +385,11 @@ class Autoregressive(LowRes):
     def network(cls, config: MuseConfig) -> CausalTransformer:
         return CausalTransformer(config.base)
 
-    def fit(self, images: Any, tokens: Any, texts: Any, **how: Any) -> Iterator[Progress]:
+    def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
         init_from_codebook(self.base, self.low_tokenizer.codebook)
-        return train_ar(self.base, self.config.stages["base"], tokens, texts, **how)
+        data, stage = trainer.data, self.config.stages["base"]
+        how = {"engine": trainer.engine, "eval_fn": save_samples(self, trainer)}
+        return train_ar(self.base, stage, data.split(data.tokens["low"]), data.split(data.texts), **how)
 
     def draw(
         self, text: Memory, null: Memory, guidance: Guidance, generators: list[torch.Generator], **sampling: Any

@@ -25,13 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse.baseline_ar import LowRes, read_texts, train_network
+from minimuse.baseline_ar import LowRes, read_texts, save_samples, train_network
 from minimuse.cfg import Guidance, guided
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_images import to_float
 from minimuse.masking import Draws, uniforms
 from minimuse.sampler import Step
 from minimuse.text import Context
+from minimuse.train import Decimated, MuseTrainer
 from minimuse.train_engine import Progress
 from minimuse.transformer import CrossAttention, Memory, SelfAttention, Transformer, TransformerConfig
 from minimuse.utils import require
@@ -286,8 +287,12 @@ class Diffusion(LowRes):
     def network(cls, config: MuseConfig) -> DiT:
         return DiT(DiTConfig.matching(config.base, config.low_tokenizer.code_dim))
 
-    def fit(self, images: Any, tokens: Any, texts: Any, **how: Any) -> Iterator[Progress]:
-        return train_dit(self.base, self.config.stages["base"], latents(self.low_tokenizer, images), texts, **how)
+    def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
+        data, stage = trainer.data, self.config.stages["base"]
+        factor = self.config.high_tokenizer.image_size // self.config.low_tokenizer.image_size
+        z = latents(self.low_tokenizer, Decimated(data.split(data.images), factor))
+        how = {"engine": trainer.engine, "eval_fn": save_samples(self, trainer)}
+        return train_dit(self.base, stage, z, data.split(data.texts), **how)
 
     def draw(
         self, text: Memory, null: Memory, guidance: Guidance, generators: list[torch.Generator], **sampling: Any

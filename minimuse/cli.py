@@ -13,7 +13,7 @@ import itertools
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,11 +252,10 @@ def _draw(args: argparse.Namespace, draw: Callable[..., list]) -> list:
     paths = _output_paths(args)
     from tqdm import tqdm
 
-    from minimuse.muse import Muse
     from minimuse.pictures import save_png
     from minimuse.plots import film
 
-    muse = Muse.from_pretrained(args.model or "toy", device=args.device)
+    muse = open_model(args.model or "toy", device=args.device)
     settings = {name: value for name in SAMPLING if (value := getattr(args, name, None)) is not None}
     settings |= {"n": args.n, "seed": args.seed, "negative_prompt": args.negative_prompt}
     steps = []
@@ -278,6 +277,32 @@ def _draw(args: argparse.Namespace, draw: Callable[..., list]) -> list:
         save_png(strip, paths[-1])
         print(paths[-1])
     return images
+
+
+def open_model(name: str | Path, *, device: Any = None) -> Any:
+    """A Muse, or a baseline of `minimuse train --model`: a shipped name, a folder or a hub id."""
+    from minimuse.muse import Muse
+
+    model = _baseline_in(name)
+    return (_baseline(model) if model else Muse).from_pretrained(name, device=device)
+
+
+def _baseline(model: str) -> Any:
+    """The class of a baseline by its name: "masked", "ar" or "dit"."""
+    from minimuse.baseline_ar import Autoregressive, LowRes
+    from minimuse.baseline_dit import Diffusion
+
+    return {cls.model: cls for cls in (LowRes, Autoregressive, Diffusion)}[model]
+
+
+def _baseline_in(name: str | Path) -> str | None:
+    """The name of the baseline in a checkpoint; None for a Muse."""
+    from minimuse import checkpoint
+    from minimuse.baseline_ar import FORMAT
+
+    path = checkpoint.find(name) / checkpoint.CONFIG
+    values = checkpoint.read_json(path) if path.is_file() else None
+    return values.get("model") if isinstance(values, dict) and values.get("format") == FORMAT else None
 
 
 def _output_paths(args: argparse.Namespace) -> list[Path]:
@@ -321,7 +346,6 @@ def train(args: argparse.Namespace) -> None:
     from minimuse import train_state
     from minimuse.config import to_dict
     from minimuse.data_sources import open_source
-    from minimuse.train import train_muse
     from minimuse.train_engine import Engine, Stopped
     from minimuse.train_log import add_record
 
@@ -333,13 +357,14 @@ def train(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in ("seed", "device", "accumulate", "compile", "recompute", "keep")}
     engine = Engine(folder=args.out, **options)
     run = {"config": to_dict(config), "seed": args.seed, "data": args.data, "data_fingerprint": source.fingerprint}
+    run |= {"model": args.model} if args.model else {}
     if engine.is_main:
         train_state.open_run(args.out, run, resume=args.resume)
     engine.accelerator.wait_for_everyone()
     engine.handle_signals()
     bars: dict[str, tqdm] = {}
     try:
-        for p in train_muse(config, data=source, engine=engine):
+        for p in _progress(args.model, config, source, engine):
             if p.stage not in bars:
                 bars[p.stage] = tqdm(total=p.steps, desc=p.stage, disable=not engine.is_main)
             shown = {name: f"{value:.3g}" for name, value in p.metrics.items() if not name.startswith("held_out")}
@@ -356,6 +381,17 @@ def train(args: argparse.Namespace) -> None:
         print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
 
 
+def _progress(model: str | None, config: Any, source: Any, engine: Any) -> Iterator[Any]:
+    """Train a Muse, or a baseline by its name."""
+    if model:
+        from minimuse.baseline_ar import train_baseline
+
+        return train_baseline(_baseline(model), config, data=source, engine=engine)
+    from minimuse.train import train_muse
+
+    return train_muse(config, data=source, engine=engine)
+
+
 def _configuration(args: argparse.Namespace) -> Any:
     """The configuration of a preset, a JSON file or the run to resume, with the changes of --set."""
     from minimuse import checkpoint, train_state
@@ -368,6 +404,7 @@ def _configuration(args: argparse.Namespace) -> Any:
         run = train_state.read_run(args.out)
         args.seed = run["seed"]
         args.data = run["data"]
+        args.model = run.get("model")
         return changed(checkpoint.configuration(run, path), args.set)
     if args.preset is None:
         raise ValueError(f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
@@ -378,13 +415,13 @@ def _configuration(args: argparse.Namespace) -> Any:
         values = checkpoint.read_json(path)
         is_run = isinstance(values, dict) and "config" in values
         config = checkpoint.configuration(values if is_run else {"config": values}, path)
-    if args.model:
-        raise NotImplementedError("--model: the baselines are moving to files of their own")
-    return changed(config, args.set)
+    return changed(_baseline(args.model).configure(config) if args.model else config, args.set)
 
 
 def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
     """Print what a run would need. Nothing is written."""
+    if args.model:
+        raise ValueError(f"--dry-run counts a whole Muse, not the baseline {args.model!r}; leave out --model")
     from minimuse.data_cache import TrainingData
     from minimuse.text import TextEncoder
     from minimuse.train_budget import report
@@ -402,10 +439,9 @@ def average(args: argparse.Namespace) -> None:
     import torch
 
     from minimuse import checkpoint, train_state
-    from minimuse.muse import Muse
 
     checkpoint.refuse_existing(args.out)
-    muse = Muse.from_pretrained(args.folder, device="cpu")
+    muse = open_model(args.folder, device="cpu")
     for name in (name for name in ("base", "superres") if name in muse.parts):
         states = train_state.states(args.folder / name)
         if not states:
@@ -487,19 +523,27 @@ def eval_(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    """Print a few lines for each preset or checkpoint. No weights are loaded."""
+    """Print a few lines for each preset or checkpoint."""
     from minimuse import checkpoint
     from minimuse.config import PRESETS, preset
     from minimuse.muse import parameter_counts
 
     for name in args.names or PRESETS:
-        config = preset(name) if name in PRESETS else checkpoint.load(name)[0]
-        counts = parameter_counts(config)
+        baseline = None if name in PRESETS else _baseline_in(name)
+        if baseline:
+            model = open_model(name, device="cpu")
+            config = model.config
+            counts = {part: sum(p.numel() for p in module.parameters()) for part, module in model.parts.items()}
+        else:
+            config = preset(name) if name in PRESETS else checkpoint.load(name)[0]
+            counts = parameter_counts(config)
         print(f"{name}: {sum(counts.values()) / 1e6:,.1f}M parameters, text from {config.text_encoder}")
         for part, count in counts.items():
             model = getattr(config, part, None)
             line = f"  {part:14} {count / 1e6:8,.1f}M"
-            if part in ("base", "superres"):
+            if part == "base" and baseline:
+                line += f"  the baseline {baseline!r}, {config.base_sampling.steps} steps"
+            elif part in ("base", "superres"):
                 line += f"  {model.layers} layers x {model.width}, MLP {model.mlp_width}; {model.grid}x{model.grid} "
                 line += f"tokens of {model.codebook_size} codes; {getattr(config, f'{part}_sampling').steps} steps"
             elif model:
