@@ -34,7 +34,7 @@ from minimuse.data_captions import RELATION_PHRASES, noun_phrase
 from minimuse.data_images import to_float
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES, Thing, relations
 from minimuse.data_sources import SceneDataset
-from minimuse.intervals import Measured, mean, share
+from minimuse.eval_metrics import Estimate, mean_interval, proportion_interval
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import train_transformer
 from minimuse.train_engine import Engine
@@ -194,10 +194,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines = ["| text | nats a picture | " + " | ".join(f"{s} swapped: nats | told apart" for s in SWAPS) + " |"]
     lines += ["|---" * (2 + 2 * len(SWAPS)) + "|"]
     for way, found in results.items():
-        cells: list[Measured] = [mean(found["nats"])]
+        cells: list[Estimate] = [mean_interval(found["nats"])]
         for name in SWAPS:
             gains = torch.tensor(found["gains"][name])
-            cells += [mean(gains), share(gains > 0)]
+            cells += [mean_interval(gains), proportion_interval(gains > 0)]
         shown = [f"{c.value:.1f} ({c.low:.1f} to {c.high:.1f})" for c in cells]
         for at in (2, 4):
             c = cells[at]

@@ -2,10 +2,10 @@
 
     python benchmarks/nano_accuracy.py [checkpoint] [--n 210] [--out grid.png]
 
-The package's reader, trained on real renders alone, reads what the checkpoint draws for prompts "a red cube", "a large
+The package's detector, trained on real renders alone, reads what the checkpoint draws for prompts "a red cube", "a large
 green sphere", ..., every seen combination of colour and shape in turn, seeds 1000, 1001, ... (sampling was tuned on
-seeds from 0). Nothing is picked. Colour and shape are those of the thing that the reader is surest of; everything is
-right where there is one thing alone, with size and material too if they are named; clear where the reader is more sure
+seeds from 0). Nothing is picked. Colour and shape are those of the thing that the detector is surest of; everything is
+right where there is one thing alone, with size and material too if they are named; clear where the detector is more sure
 of that than not.
 Writes the pictures too: look at them.
 """
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from minimuse import Muse
 from minimuse.data_scenes import COLORS, SHAPES, Thing, is_novel
-from minimuse.eval_detector import Reader
+from minimuse.eval_detector import Detector
+from minimuse.eval_metrics import proportion_interval
 from minimuse.eval_prompts import matches, parse_prompt
-from minimuse.intervals import share
 from minimuse.plots import grid
 
 
@@ -36,11 +36,11 @@ def prompts(n: int) -> list[tuple[str, str, str]]:
     ]
 
 
-def accuracy(muse: Muse, reader: Reader, n: int, seed: int = 1000, **sampling) -> tuple[Tensor, list, list]:
+def accuracy(muse: Muse, detector: Detector, n: int, seed: int = 1000, **sampling) -> tuple[Tensor, list, list]:
     """-> right (n, 4) for colour, shape, everything named, and that clearly; the pictures, their prompts."""
     asked, right = prompts(n), []
     images = muse.generate([p for p, _, _ in asked], seed=seed, batch_size=32, **sampling)
-    for reading, (prompt, color, shape) in zip(reader.read(images), asked, strict=True):
+    for reading, (prompt, color, shape) in zip(detector.detect(images), asked, strict=True):
         surest = max(reading.things, key=lambda thing: thing.confidence, default=None)
         looks = (surest is not None and surest.color == color, surest is not None and surest.shape == shape)
         wants = parse_prompt(prompt)
@@ -55,11 +55,11 @@ def main() -> None:
     parser.add_argument("--out", default="nano_accuracy.png")
     args = parser.parse_args()
     muse = Muse.from_pretrained(args.checkpoint)
-    right, images, asked = accuracy(muse, Reader.from_pretrained(), args.n)
+    right, images, asked = accuracy(muse, Detector.from_pretrained(), args.n)
     color, shape, everything, clear = right.T
     columns = {"colour": color, "shape": shape, "both": color & shape, "everything": everything, "clear": clear}
     for name, column in columns.items():
-        print(f"{name:10} {int(column.sum())} of {args.n}: {share(column)}")
+        print(f"{name:10} {int(column.sum())} of {args.n}: {proportion_interval(column)}")
     marks = [f"{p}{'' if ok else '  WRONG'}" for p, ok in zip(asked, everything.tolist(), strict=True)]
     grid(images[:50], marks[:50], columns=10).save(args.out)
     print(f"the first 50 are in {args.out}")

@@ -41,10 +41,9 @@ from minimuse.config import MuseConfig, rival
 from minimuse.data_cache import TrainingData
 from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import SceneDataset, open_source
-from minimuse.eval_detector import Reader
-from minimuse.eval_metrics import frechet
+from minimuse.eval_detector import Detector
+from minimuse.eval_metrics import Estimate, frechet_interval, mean_interval, paired_difference, proportion_interval
 from minimuse.eval_prompts import matches, parse_prompt
-from minimuse.intervals import Measured, difference, mean, share
 from minimuse.masking import likelihood_bound
 from minimuse.muse import build
 from minimuse.plots import grid, tradeoff
@@ -92,7 +91,7 @@ class Race:
         self.out, self.steps, self.n, self.tuning, self.batch = out, steps, n, tuning, batch
         self.train_scenes = scenes
         self.nano = nano or Muse.from_pretrained("nano", device="cpu", dtype=torch.float32)
-        self.config, self.reader, self.muses = self.nano.config, Reader.from_pretrained(), {}
+        self.config, self.detector, self.muses = self.nano.config, Detector.from_pretrained(), {}
         self.scenes = SceneDataset(max(n, real) + tuning, self.config.high_tokenizer.image_size, "test", 1, (1, 0, 0))
         self.real = self.scenes.images(range(max(n, real)))
         masked, dit = rival(self.config, "masked"), rival(self.config, "dit")
@@ -172,7 +171,7 @@ class Race:
         return [self.scenes.captions(first + i, 1)[0] for i in range(self.tuning if tuning else self.n)]
 
     def measure(self, point: Point, tuning: bool = False) -> dict[str, Tensor]:
-        """-> right, clear (n,), reader's features (n, D), seconds a picture of each batch; kept in `out`."""
+        """-> right, clear (n,), detector's features (n, D), seconds a picture of each batch; kept in `out`."""
         label = " ".join([point.entrant, *(f"{k}={v}" for k, v in point.sampling.items()), "tuning" * tuning])
         path = (
             self.out
@@ -198,12 +197,12 @@ class Race:
         return found
 
     def read(self, images: Any, prompts: list[str]) -> dict[str, Tensor]:
-        readings, wants = self.reader.read(images), [parse_prompt(p) for p in prompts]
+        readings, wants = self.detector.detect(images), [parse_prompt(p) for p in prompts]
         found = {
             name: torch.tensor([matches(r, w, sure=sure).right for r, w in zip(readings, wants, strict=True)])
             for name, sure in (("right", 0.0), ("clear", 0.5))
         }
-        return found | {"features": self.reader.features(images)}
+        return found | {"features": self.detector.features(images)}
 
     def tuned(self, entrant: str) -> dict[str, Any]:
         """The best of six by the share that is clearly right; the first where several are."""
@@ -212,13 +211,13 @@ class Race:
         shares = [self.measure(p, tuning=True)["clear"].float().mean().item() for p in trials]
         return TUNE[model][shares.index(max(shares))]
 
-    def figures(self, point: Point | None, side: int) -> dict[str, Measured]:
+    def figures(self, point: Point | None, side: int) -> dict[str, Estimate]:
         """Measured of a point, or of what the low tokenizer makes of real scenes; `side` of the real ones in pixels."""
         real = area_downsample(self.real, self.config.high_tokenizer.image_size // side)
         found = self.ceiling() if point is None else self.measure(point)
-        result = {name: share(found[name].bool()) for name in ("right", "clear")}
-        result["frechet"] = frechet(self.reader.features(real), found["features"])
-        return result if point is None else result | {"seconds": mean(found["seconds"])}
+        result = {name: proportion_interval(found[name].bool()) for name in ("right", "clear")}
+        result["frechet"] = frechet_interval(self.detector.features(real), found["features"])
+        return result if point is None else result | {"seconds": mean_interval(found["seconds"])}
 
     def ceiling(self) -> dict[str, Tensor]:
         images, tokenizer = to_float(area_downsample(self.real[: self.n], self.factor)), self.nano.low_tokenizer
@@ -228,7 +227,7 @@ class Race:
 
     # --- likelihood ---------------------------------------------------------------------------------------------------
 
-    def nats(self, name: str, draws: int = 64) -> Measured:
+    def nats(self, name: str, draws: int = 64) -> Estimate:
         """Held-out pictures in nats a token: D3PM's bound, mean of so many draws each; of "ar" the exact figure."""
         model, corpus = self.muse(name).base, self.corpus
         tokens, texts = (corpus.split(r, held_out=True) for r in (corpus.tokens["low"], corpus.texts))
@@ -237,10 +236,10 @@ class Race:
             x, memory = tokens[at], model.memory(pad_contexts([t.float() for t in texts.pick(at, [0.0] * len(at))]))
             if model.config.causal:
                 nll = -model(x, memory).log_softmax(-1).gather(-1, x[..., None])[..., 0].mean(1)
-                return mean(nll)
+                return mean_interval(nll)
             seeds = [[seeded_generator(k, i) for i in at.tolist()] for k in range(draws)]
             bounds = [likelihood_bound(lambda t: model(t, memory), x, model.mask_id, g) for g in seeds]
-            return mean(torch.stack(bounds).mean(0))
+            return mean_interval(torch.stack(bounds).mean(0))
 
 
 def one_stage(config: MuseConfig) -> MuseConfig:
@@ -293,7 +292,7 @@ def watched(run: Any, name: str) -> None:
 
 def plain(found: Any) -> Any:
     """Figures as JSON values."""
-    if isinstance(found, Measured):
+    if isinstance(found, Estimate):
         return {k: v for k, v in found._asdict().items() if k != "shown"}
     return {k: plain(v) for k, v in found.items()} if isinstance(found, dict) else found
 
@@ -313,12 +312,12 @@ TITLES = {
 }
 
 
-def cell(found: Measured, times: float, shown: str) -> str:
+def cell(found: Estimate, times: float, shown: str) -> str:
     value, low, high = (f"{times * x:{shown}}" for x in (found.value, found.low, found.high))
     return f"{value} ({low.removesuffix('%')} to {high.removesuffix('%')})"
 
 
-def figures_table(found: dict[str, dict[str, Measured]]) -> str:
+def figures_table(found: dict[str, dict[str, Estimate]]) -> str:
     rows = [[name, *(cell(f[c], *how) if c in f else "" for c, *how in COLUMNS.values())] for name, f in found.items()]
     return markdown(["", *COLUMNS], rows)
 
@@ -333,10 +332,10 @@ def entrants_table(race: Race, names: list[str]) -> str:
     return markdown(["", "parameters", "layers x width", "training steps", "training FLOPs"], rows)
 
 
-def paired(race: Race, pairs: dict[str, tuple[Point, Point]]) -> tuple[str, dict[str, Measured]]:
+def paired(race: Race, pairs: dict[str, tuple[Point, Point]]) -> tuple[str, dict[str, Estimate]]:
     """Point against point on the same prompts and seeds: the difference of what is right, first less second."""
     found = {
-        f"{name}: {kind}": difference(*(race.measure(p)[kind].bool() for p in pair))
+        f"{name}: {kind}": paired_difference(*(race.measure(p)[kind].bool() for p in pair))
         for name, pair in pairs.items()
         for kind in ("right", "clear")
     }
@@ -451,7 +450,7 @@ def page(report: dict[str, Any]) -> str:
     at, how = report["machine"], report["settings"]
     head = (
         f"Made by `python benchmarks/race.py`: {how['scenes']:,} training scenes, {how['steps']:,} training steps of "
-        f"the base model, {how['n']} pictures a point; 95% intervals. *Clear*: right, reader at least half sure. "
+        f"the base model, {how['n']} pictures a point; 95% intervals. *Clear*: right, detector at least half sure. "
         f"Milliseconds: {at['device']}, {at['threads']} threads, torch {at['torch']}.\n"
     )
     parts = [f"## {TITLES[name]}\n\n{report['parts'][name]['text']}" for name in PARTS if name in report["parts"]]

@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 
 from minimuse import Muse
-from minimuse.eval_detector import Reader
-from minimuse.eval_prompts import matches, parse_prompt
+from minimuse.eval_detector import Detector
+from minimuse.eval_prompts import matches, parse_prompt, prompt_set
 from minimuse.plots import film, grid
-from minimuse.prompts import asks
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SETS = {
@@ -28,9 +27,9 @@ SETS = {
 def sheet(name: str):
     """Draw a sheet of twelve pictures with a checkpoint."""
     muse = Muse.from_pretrained(name)
-    prompts = [ask.prompt for kind, n in SETS.items() for ask in asks(kind, 2 * n)[::2]]
+    prompts = [ask.prompt for kind, n in SETS.items() for ask in prompt_set(kind, 2 * n)[::2]]
     images = [muse.generate(prompt, seed=i)[0] for i, prompt in enumerate(prompts)]
-    read = Reader.from_pretrained().read(images)
+    read = Detector.from_pretrained().detect(images)
     right = [matches(reading, parse_prompt(prompt)).right for reading, prompt in zip(read, prompts, strict=True)]
     captions = [prompt if ok else f"{prompt} (WRONG)" for prompt, ok in zip(prompts, right, strict=True)]
     return grid(images, captions, columns=6, scale=max(1, 160 // images[0].width))

@@ -22,8 +22,8 @@ import torch
 from timing import HERE, machine, markdown, save, write_readme
 
 from minimuse.data_captions import RELATION_PHRASES
+from minimuse.eval_metrics import Estimate, proportion_interval
 from minimuse.eval_run import RISING, measure, table
-from minimuse.intervals import Measured, share
 
 PARTS = {
     "base": {"base_only": True, "kinds": ["seen", "novel", "counts", "relations", "paraphrases", "negative"]},
@@ -54,19 +54,21 @@ def run(name: str, out: Path, how: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def by_relation(rows: list[dict[str, Any]]) -> dict[str, Measured]:
+def by_relation(rows: list[dict[str, Any]]) -> dict[str, Estimate]:
     """Rows of kind "relations" -> what is right of each; a row's group names it, as "red cube left gray sphere"."""
     found = {}
     for name in RELATION_PHRASES:
         mine = [row for row in rows if name in row["group"].split()]
         if mine:
-            found[f"right, {name}"] = share([row["right"] for row in mine], [row["group"] for row in mine])
+            found[f"right, {name}"] = proportion_interval(
+                [row["right"] for row in mine], [row["group"] for row in mine]
+            )
     return found
 
 
 def cell(figure: list[Any]) -> str:
     """A figure of eval.json as README shows it: "99.3% (98.6 to 99.7)"."""
-    return str(Measured(*figure)).rsplit(", n", 1)[0] + ")"
+    return str(Estimate(*figure)).rsplit(", n", 1)[0] + ")"
 
 
 def plain(figure: list[Any]) -> str:
@@ -120,7 +122,7 @@ def cascade_table(kinds: dict[str, dict[str, Any]]) -> str:
     ]
     if "decoder" in kinds:
         found = kinds["decoder"]
-        psnr = Measured(*found["psnr, gain"][:4], ".2f")
+        psnr = Estimate(*found["psnr, gain"][:4], ".2f")
         rows.append(
             [
                 "real pictures through the high tokenizer, decoder fine-tuned",
@@ -157,7 +159,7 @@ def told(report: dict[str, Any]) -> str:
     text = ["# How good is toy\n", head]
     for name in (n for n in PARTS if n in report["parts"]):
         how, kinds = report["parts"][name]["settings"], report["parts"][name]["kinds"]
-        found = {kind: {k: Measured(*v) for k, v in figures.items()} for kind, figures in kinds.items()}
+        found = {kind: {k: Estimate(*v) for k, v in figures.items()} for kind, figures in kinds.items()}
         text += [f"## {TITLES[name]}\n", f"{how['n']:,} pictures each, seeds from {how['seed']}.\n"]
         text += [table(found).split("\n\nSide by side")[0] + "\n"]
     return "\n".join(text)

@@ -28,7 +28,7 @@ from minimuse import Muse
 from minimuse.data_cache import TrainingData
 from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import SceneDataset, open_source
-from minimuse.intervals import mean
+from minimuse.eval_metrics import mean_interval
 from minimuse.judge import GROUPS, Estimate, estimate
 from minimuse.lab_models import MuseJudge
 from minimuse.masking import SCHEDULES, Schedule, likelihood_bound, sample_mask_rate
@@ -129,7 +129,7 @@ def combined(groups: list[list[float]]) -> Estimate:
     found = estimate(values.mean(0).tolist())
     if len(values) == 1:
         return found
-    runs = mean(values.mean(1))
+    runs = mean_interval(values.mean(1))
     return Estimate(found.mean, math.hypot(found.half, (runs.high - runs.low) / 2))
 
 

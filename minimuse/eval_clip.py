@@ -1,13 +1,19 @@
-"""The scorer: a small CLIP of our own for scenes, so that a CLIP score needs no network (Muse 3.2).
+"""CLIP scores: how well a picture fits its prompt (Muse 3.2).
 
-    image (B, 3, 64, 64) --convolutions, attention--> 64 cells (B, 64, d) ------------------+--> score (B,) in [-1, 1]
-    prompt --the frozen language model, attention--> a vector a text token (B, L, d) -------+
+    SceneClip    a small CLIP for scenes, shipped with the package, so that a CLIP score needs no download
+    ClipScorer   any CLIP of `transformers`
 
-The score is the mean over text tokens of the largest cosine with a cell (FILIP, arXiv 2111.07783): a token looks for
-its thing. It fits where `metrics.ClipScorer` does. It is for measuring alone: it shares no weights, training run or
-data seed with the reader or a perceptual network, and has seen no scene of split "train" and no generated picture.
+Both are functions images (B, 3, H, W), B prompts -> scores (B,). The CLIP score is
+`mean_interval(in_batches(scorer, images, prompts), groups=prompts)`.
 
-B pictures, T texts, L text tokens, d = 48. Not here: how it was trained (`train_scorer.py`), accuracy (`eval_prompts.py`).
+SceneClip:
+    image (B, 3, 64, 64) --convolutions, attention--> 64 cells (B, 64, d) -----------------+--> score (B,) in [-1, 1]
+    prompt --frozen language model, attention--> one vector per text token (B, L, d) ------+
+The score is the largest cosine of each text token with a cell, averaged over tokens (FILIP, arXiv 2111.07783).
+SceneClip only measures. It shares no weights, training run or data seed with the detector or a perceptual network. It
+was trained without scenes of split "train" and without generated pictures.
+
+B pictures, T texts, L text tokens, d = 48. Not here: training (benchmarks/train_clip.py).
 """
 
 from collections.abc import Sequence
@@ -15,27 +21,42 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minimuse import checkpoint
-from minimuse.eval_detector import SIZE, Images, _pixels
+from minimuse.data_images import to_pil
+from minimuse.eval_detector import SIZE, Images, load_network, to_network_input
 from minimuse.text import Context, TextEncoder
 from minimuse.vqgan import Encoder, VQGANConfig
 
-FORMAT, D = "minimuse-scorer-1", 48
-TOWER = VQGANConfig(SIZE, 1, D, 16, (1, 2, 3, 3), (0, 0, 1, 1), 16, (0, 0, 0, 0))  # of it, the encoder alone
+CLIP_FORMAT = "minimuse-scorer-1"
+WIDTH = 48  # d
+TOWER = VQGANConfig(  # only its encoder is used
+    image_size=SIZE,
+    codebook_size=1,
+    code_dim=WIDTH,
+    width=16,
+    multipliers=(1, 2, 3, 3),
+    blocks=(0, 0, 1, 1),
+    decoder_width=16,
+    decoder_blocks=(0, 0, 0, 0),
+)
 
 
-class Network(nn.Module):
-    """The two towers; `width` is the language model's."""
+class SceneClipNetwork(nn.Module):
+    """The image tower and the text tower; `text_width` is the language model's."""
 
-    def __init__(self, width: int = 384):
+    def __init__(self, text_width: int = 384):
         super().__init__()
-        mixing = [nn.TransformerEncoderLayer(D, 4, 2 * D, 0.0, F.gelu, batch_first=True, norm_first=True) for _ in "it"]
-        self.see, (self.mix_cells, self.mix_words) = Encoder(TOWER), mixing
-        self.place = nn.Parameter(torch.randn(TOWER.grid**2, D) * 0.1)
-        self.hear = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, D))
+
+        def mixing() -> nn.Module:
+            return nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, 0.0, F.gelu, batch_first=True, norm_first=True)
+
+        self.see = Encoder(TOWER)
+        self.mix_cells = mixing()
+        self.mix_words = mixing()
+        self.place = nn.Parameter(torch.randn(TOWER.grid**2, WIDTH) * 0.1)
+        self.hear = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, WIDTH))
         self.scale = nn.Parameter(torch.tensor(3.0))  # log of the softmax's scale in training
 
     def cells(self, images: Tensor) -> Tensor:
@@ -49,34 +70,29 @@ class Network(nn.Module):
         return F.normalize(words.float(), dim=-1)
 
     def forward(self, images: Tensor, text: Context) -> Tensor:
-        """B images, T texts -> (B, T): how well each fits each."""
+        """B images, T texts -> (B, T): the score of every image with every text."""
         best = torch.einsum("bcd,tld->btlc", self.cells(images), self.words(text)).amax(-1)
         return (best * text.mask).sum(-1) / text.mask.sum(-1)
 
 
-class Scorer:
-    """A trained network and its language model: images, B prompts -> scores (B,).
+class SceneClip:
+    """The trained network and its language model: images, B prompts -> scores (B,).
 
-    >>> Scorer.from_pretrained()(images, ["a red cube"] * len(images))
+    >>> SceneClip.from_pretrained()(images, ["a red cube"] * len(images))
     """
 
-    def __init__(self, net: Network, encoder: TextEncoder | None = None):
-        self.net, self.encoder = net.eval().requires_grad_(False), encoder or TextEncoder()
+    def __init__(self, net: SceneClipNetwork, encoder: TextEncoder | None = None):
+        self.net = net.eval().requires_grad_(False)
+        self.encoder = encoder or TextEncoder()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path = checkpoint.SHIPPED / "scorer") -> "Scorer":
-        """The scorer in the package, or one that `train_scorer.py` wrote."""
-        path, net = Path(folder, checkpoint.CONFIG), Network()
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no {path.name}; python -m minimuse.train_scorer trains a scorer")
-        if (found := checkpoint.read_json(path).get("format")) != FORMAT:
-            raise ValueError(f"{path} is not of this scorer: its format is {found!r}, expected {FORMAT!r}")
-        weights = load_file(path.with_name(checkpoint.WEIGHTS))
-        checkpoint.check_weights(net.state_dict(), weights, folder)
-        net.load_state_dict(weights)
+    def from_pretrained(cls, folder: str | Path = checkpoint.SHIPPED / "clip") -> "SceneClip":
+        """The SceneClip in the package, or a folder that benchmarks/train_clip.py wrote."""
+        net = SceneClipNetwork()
+        load_network(net, folder, CLIP_FORMAT, "train_clip.py")
         return cls(net)
 
-    def to(self, device: str | torch.device) -> "Scorer":
+    def to(self, device: str | torch.device) -> "SceneClip":
         self.net.to(device)
         self.encoder.to(device)
         return self
@@ -84,8 +100,8 @@ class Scorer:
     @torch.inference_mode()
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} pictures and {len(prompts)} prompts: give the prompt of each picture")
-        pixels, scores, device = _pixels(images), [], self.net.place.device
+            raise ValueError(f"{len(images)} pictures and {len(prompts)} prompts; give the prompt of each picture")
+        pixels, device, scores = to_network_input(images), self.net.place.device, []
         for i in range(0, len(pixels), 64):
             text = self.encoder.encode(prompts[i : i + 64]).to(device)
             scores.append(self.net(pixels[i : i + 64].to(device), text).diagonal().cpu())
@@ -99,3 +115,28 @@ class Scorer:
             if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
                 found.append(images)
         return found
+
+
+class ClipScorer:
+    """A CLIP of `transformers`: images (B, 3, H, W), B prompts -> cosines of image and text embeddings (B,).
+
+    `name` is a folder or a hub id. Each CLIP has its own scale of scores, so always report which one was used.
+    """
+
+    def __init__(self, name: str, device: torch.device | str = "cpu"):
+        from transformers import AutoProcessor, CLIPModel
+
+        self.processor = AutoProcessor.from_pretrained(name)
+        model, info = CLIPModel.from_pretrained(name, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{name!r} is not a complete CLIP: it lacks {sorted(info['missing_keys'])[0]!r} and others"
+            )
+        self.model = model.eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        settings = {"return_tensors": "pt", "padding": True, "truncation": True}
+        inputs = self.processor(text=list(prompts), images=to_pil(images), **settings)
+        out = self.model(**inputs.to(self.model.device))
+        return F.cosine_similarity(out.image_embeds, out.text_embeds)

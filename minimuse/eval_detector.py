@@ -1,17 +1,18 @@
-"""The reader: a small network that says what is in a picture of scenes, and so measures every generator here.
+"""Detector: a small network that finds the things in a picture of a scene. All accuracies in minimuse come from it.
 
-    image (B, 3, 64, 64) --convolutions--> a grid of 16 x 16 cells: heat, is the middle of a thing near?
-                                           and there, its colour, shape, size, material, place and box
+    image (B, 3, 64, 64) --convolutions--> maps (B, 22, 16, 16): in each of 16 x 16 cells
+        heat            is the center of a thing near this cell?
+        logits          of its color, shape, size and material
+        numbers         its box and its place on the floor
 
-Peaks of the heat are the things (CenterNet, arXiv 1904.07850), so that they are counted however many there are.
-It is for measuring alone, never part of a loss: it shares no weights, training run or data seed with the perceptual
-network of `vqgan_loss.py`, and has seen no scene of split "train" and no generated picture.
+Peaks of the heat map are the detected things (CenterNet, arXiv 1904.07850), so any number of things can be found.
+The detector only measures and is never part of a loss. It shares no weights, training run or data seed with the
+perceptual network of `vqgan_loss.py`. It was trained without scenes of split "train" and without generated pictures.
 
-`B` pictures, `K` things found in one, `G` = 16 cells a side.
-Not here: how it was trained (`train_reader.py`), what a prompt asks for (`eval_prompts.py`).
+B pictures, K things found in a picture, G = 16 cells per side.
+Not here: training (benchmarks/train_detector.py), what a prompt asks for (`eval_prompts.py`).
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from itertools import permutations
@@ -28,31 +29,34 @@ from minimuse import checkpoint
 from minimuse.data_images import from_pil, to_float
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES, Scene
 
-FORMAT = "minimuse-reader-1"
-SIZE, GRID = 64, 16  # the side it reads at; its cells a side, of 4 pixels each
+DETECTOR_FORMAT = "minimuse-reader-1"
+SIZE, GRID = 64, 16  # pixels per side of the network's input; cells per side of its output
 FIELDS = {"color": tuple(COLORS), "shape": SHAPES, "size": SIZES, "material": MATERIALS}
-HEADS = [1, *map(len, FIELDS.values()), 6]  # channels: heat, the logits of each field, box and place
-SPREAD = 0.8  # the heat of a thing is exp(-d^2 / (2 SPREAD^2)), d cells from its middle
-_SURE = math.exp(-0.5 / (2 * SPREAD**2))  # the peak of a thing that is surely there is no colder: its middle a corner
-_HOT, _MOST = _SURE / 2, 6  # the least heat of a peak; the most things found in a picture
+HEADS = [1, *map(len, FIELDS.values()), 6]  # output channels: heat, logits of each field, box and place
+SPREAD = 0.8  # target heat at d cells from the center of a thing: exp(-d^2 / (2 SPREAD^2))
+_FULL_HEAT = math.exp(-0.5 / (2 * SPREAD**2))  # smallest peak of a thing that is there: its center is a cell's corner
+_MIN_HEAT = _FULL_HEAT / 2  # peaks below it are ignored
+_MAX_THINGS = 6  # per picture
 Images = Sequence[Image.Image] | Tensor  # PIL images, or a tensor (B, 3, H, W), uint8 or in [-1, 1]
 
 
-class Found(NamedTuple):
-    """A thing that the reader sees."""
+class Detection(NamedTuple):
+    """One detected thing."""
 
     color: str
     shape: str
     size: str
     material: str
-    x: float  # as in scenes.Thing: left -> right
-    depth: float  # towards -> away
+    x: float  # as in data_scenes.Thing: left -> right
+    depth: float  # near -> far
     box: tuple[float, float, float, float]  # left, top, right, bottom in [0, 1]
-    confidence: float  # in [0, 1]: how surely a thing is there, times the probabilities of its four attributes
+    confidence: float  # in [0, 1]: heat relative to a certain thing, times the probabilities of the four attributes
 
 
-class Reading(NamedTuple):
-    things: tuple[Found, ...]  # left to right
+class Detections(NamedTuple):
+    """All things detected in one picture."""
+
+    things: tuple[Detection, ...]  # left to right
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -63,7 +67,7 @@ def _conv(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequent
     return nn.Sequential(conv, nn.BatchNorm2d(c_out))
 
 
-class Residual(nn.Module):
+class _Residual(nn.Module):
     """x (B, C, H, W) -> (B, C', H / stride, W / stride)."""
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1):
@@ -75,22 +79,25 @@ class Residual(nn.Module):
         return F.relu(self.skip(x) + self.layers(x))
 
 
-class Network(nn.Module):
-    """images (B, 3, 64, 64) in [-1, 1] -> maps (B, 22, 16, 16): HEADS, cell by cell."""
+class DetectorNetwork(nn.Module):
+    """images (B, 3, 64, 64) in [-1, 1] -> maps (B, 22, 16, 16), with the channels of HEADS."""
 
     def __init__(self, width: int = 32):
         super().__init__()
         a, b, c = width, 2 * width, 4 * width
         self.stem = nn.Sequential(_conv(5, a, 3, 2), nn.ReLU())
-        self.fine = nn.Sequential(Residual(a, b, 2), Residual(b, b))
-        self.coarse = nn.Sequential(Residual(b, c, 2), Residual(c, c))
+        self.fine = nn.Sequential(_Residual(a, b, 2), _Residual(b, b))
+        self.coarse = nn.Sequential(_Residual(b, c, 2), _Residual(c, c))
         self.up = _conv(c, b, 1)
         self.join = nn.Sequential(_conv(b, 3 * width), nn.ReLU())
         self.head = nn.Conv2d(3 * width, sum(HEADS), 1)
-        nn.init.constant_(self.head.bias[:1], -3.0)  # most cells are cold
+        nn.init.constant_(self.head.bias[:1], -3.0)  # most cells hold no center
 
     def trunk(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """-> fine (B, b, 16, 16) and coarse (B, c, 8, 8) features. It is told where each pixel is: far is small."""
+        """Images -> fine (B, b, 16, 16) and coarse (B, c, 8, 8) features.
+
+        Two more input channels hold each pixel's position, because distant things look smaller.
+        """
         at = torch.linspace(-1, 1, SIZE, device=images.device)
         places = torch.stack(torch.meshgrid(at, at, indexing="ij")).expand(len(images), -1, -1, -1)
         x = torch.cat([images, places], 1).contiguous(memory_format=torch.channels_last)
@@ -102,120 +109,122 @@ class Network(nn.Module):
         return self.head(self.join(F.relu(fine + F.interpolate(self.up(coarse), scale_factor=2.0))))
 
 
-def cells(device: torch.device | None = None) -> Tensor:
-    """-> the middles of the cells, (G, G, 2): left to right, top to bottom, in [0, 1]."""
+def cell_centers(device: torch.device | None = None) -> Tensor:
+    """Centers of the cells, (G, G, 2): x and y in [0, 1], row by row."""
     at = (torch.arange(GRID, device=device) + 0.5) / GRID
     return torch.stack(torch.meshgrid(at, at, indexing="xy"), -1)
 
 
-def scaled(place: Tensor, cell: Tensor, back: bool = False) -> Tensor:
-    """Box and place (M, 6) <-> what is asked of the network: edges from the cell's middle, in quarters of a picture."""
-    from_cell = torch.cat([cell, cell, torch.zeros_like(cell)], 1)
-    scale = place.new_tensor([4.0, 4.0, 4.0, 4.0, 1.0, 1.0])
-    return place / scale + from_cell if back else (place - from_cell) * scale
+def encode_numbers(numbers: Tensor, centers: Tensor, inverse: bool = False) -> Tensor:
+    """Box and place (M, 6) -> what the network predicts (M, 6): box edges from the cell's center, in quarter pictures.
+
+    `inverse` goes the other way. `centers` (M, 2) are the cells of the M things.
+    """
+    from_cell = torch.cat([centers, centers, torch.zeros_like(centers)], 1)
+    scale = numbers.new_tensor([4.0, 4.0, 4.0, 4.0, 1.0, 1.0])
+    return numbers / scale + from_cell if inverse else (numbers - from_cell) * scale
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- detection --------------------------------------------------------------------------------------------------------
 
 
-class Reader:
-    """A trained network and what it makes of pictures.
+class Detector:
+    """A trained network and the detections that follow from its maps.
 
-    >>> Reader.from_pretrained().read(images)[0].things[0].color
+    >>> Detector.from_pretrained().detect(images)[0].things[0].color
     'red'
     """
 
-    def __init__(self, net: Network):
+    def __init__(self, net: DetectorNetwork):
         self.net = net.eval().requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls) -> "Reader":
-        """The reader in the package."""
-        return cls.load(checkpoint.SHIPPED / "reader")
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Reader":
-        """A folder that `train_reader.py` wrote."""
-        path, net = Path(folder) / checkpoint.CONFIG, Network()
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no {path.name}; python -m minimuse.train_reader trains a reader")
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("format") != FORMAT or {k: tuple(v) for k, v in values["fields"].items()} != FIELDS:
-            raise ValueError(f"{path} is not of this reader: expected format {FORMAT!r}, and the fields {FIELDS}")
-        weights = load_file(path.with_name(checkpoint.WEIGHTS))
-        checkpoint.check_weights(net.state_dict(), weights, folder)
-        net.load_state_dict(weights)
+    def from_pretrained(cls, folder: str | Path = checkpoint.SHIPPED / "detector") -> "Detector":
+        """The detector in the package, or a folder that benchmarks/train_detector.py wrote."""
+        net = DetectorNetwork()
+        load_network(net, folder, DETECTOR_FORMAT, "train_detector.py")
         return cls(net)
 
-    def to(self, device: str | torch.device) -> "Reader":
+    def to(self, device: str | torch.device) -> "Detector":
         self.net.to(device)
         return self
 
-    def _run(self, make: Callable[[Tensor], Tensor], images: Images) -> Tensor:
-        """Pictures -> what `make` says of them, 64 at a time."""
-        device, pixels = self.net.head.weight.device, _pixels(images)
-        with torch.inference_mode():
-            return torch.cat([make(part.to(device)) for part in pixels.split(64)]).float().cpu()
-
     def features(self, images: Images) -> Tensor:
-        """Pictures -> (B, D), for a Frechet distance: the means over all places of the fine and coarse features."""
+        """Pictures -> (B, D) features for a Frechet distance: fine and coarse features, averaged over all cells."""
         return self._run(lambda x: torch.cat([level.mean((2, 3)) for level in self.net.trunk(x)], 1), images)
 
-    def read(self, images: Images) -> list[Reading]:
-        """PIL images, or (B, 3, H, W), uint8 or in [-1, 1] -> what is in each. Other sizes are resized to 64 x 64."""
+    def detect(self, images: Images) -> list[Detections]:
+        """PIL images, or (B, 3, H, W), uint8 or in [-1, 1] -> the things in each. Other sizes are resized to 64 x 64."""
         heat, *fields, numbers = self._run(self.net, images).split(HEADS, 1)
         heat = heat[:, 0].sigmoid()  # (B, G, G)
-        peak = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat > _HOT)  # (B, G, G) bool
-        return [
-            self._reading(heat[b], peak[b], [logits[b].softmax(0) for logits in fields], numbers[b])
-            for b in range(len(heat))
-        ]
+        peak = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat > _MIN_HEAT)  # (B, G, G) bool
+        fields = [logits.softmax(1) for logits in fields]
+        return [self._things(heat[b], peak[b], [p[b] for p in fields], numbers[b]) for b in range(len(heat))]
 
-    def _reading(self, heat: Tensor, peak: Tensor, fields: list[Tensor], numbers: Tensor) -> Reading:
-        v, u = peak.nonzero(as_tuple=True)  # (K,)
-        v, u = (at[heat[v, u].argsort(descending=True)[:_MOST]] for at in (v, u))
-        place = scaled(numbers[:, v, u].T, cells()[v, u], back=True)
-        best = [p[:, v, u].max(0) for p in fields]
-        sure = (heat[v, u] / _SURE).clamp(max=1) * torch.stack([p.values for p in best]).prod(0)
+    def _run(self, function: Callable[[Tensor], Tensor], images: Images) -> Tensor:
+        device = self.net.head.weight.device
+        with torch.inference_mode():
+            parts = to_network_input(images).split(64)
+            return torch.cat([function(part.to(device)) for part in parts]).float().cpu()
+
+    def _things(self, heat: Tensor, peak: Tensor, fields: list[Tensor], numbers: Tensor) -> Detections:
+        """The maps of one picture, and where they have peaks -> its things."""
+        row, column = peak.nonzero(as_tuple=True)  # (K,)
+        hottest = heat[row, column].argsort(descending=True)[:_MAX_THINGS]
+        row, column = row[hottest], column[hottest]
+        numbers = encode_numbers(numbers[:, row, column].T, cell_centers()[row, column], inverse=True)  # (K, 6)
+        best = [p[:, row, column].max(0) for p in fields]  # the most probable value of each field, (K,)
+        presence = (heat[row, column] / _FULL_HEAT).clamp(max=1)
+        confidence = presence * torch.stack([p.values for p in best]).prod(0)
         things = []
-        for k, (*edges, x, depth) in enumerate(place.tolist()):
-            looks = [kinds[p.indices[k]] for kinds, p in zip(FIELDS.values(), best, strict=True)]
-            things.append(Found(*looks, x, depth, tuple(edges), sure[k].item()))
-        return Reading(tuple(sorted(things, key=lambda thing: thing.x)))
+        for k, (*edges, x, depth) in enumerate(numbers.tolist()):
+            attributes = [values[p.indices[k]] for values, p in zip(FIELDS.values(), best, strict=True)]
+            things.append(Detection(*attributes, x, depth, tuple(edges), confidence[k].item()))
+        return Detections(tuple(sorted(things, key=lambda thing: thing.x)))
 
 
-def _pixels(images: Images) -> Tensor:
+def load_network(net: nn.Module, folder: str | Path, expected: str, script: str) -> None:
+    """Load a folder's weights into a network, after checking its format. `script` is the benchmark that writes them."""
+    path = Path(folder, checkpoint.CONFIG)
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {path.name}; train the network with `python benchmarks/{script}`")
+    if (found := checkpoint.read_json(path).get("format")) != expected:
+        raise ValueError(f"{path} has format {found!r}, expected {expected!r}; give a folder written by {script}")
+    weights = load_file(path.with_name(checkpoint.WEIGHTS))
+    checkpoint.check_weights(net.state_dict(), weights, folder)
+    net.load_state_dict(weights)
+
+
+def to_network_input(images: Images) -> Tensor:
     """Square pictures of any size -> (B, 3, 64, 64) in [-1, 1]."""
     if isinstance(images, Image.Image) or len(images) == 0:
         raise ValueError(
-            "expected at least one picture: PIL images or a tensor (B, 3, H, W); one alone needs [picture]"
+            "expected PIL images or a tensor (B, 3, H, W), at least one; give a single picture as [picture]"
         )
     if not isinstance(images, Tensor):
-        return torch.cat([_pixels(from_pil(image, getattr(image, "width", 0))) for image in images])
+        return torch.cat([to_network_input(from_pil(image, getattr(image, "width", 0))) for image in images])
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-        raise ValueError(f"expected square images (B, 3, H, W), {tuple(images.shape)} came; one image needs [None]")
+        raise ValueError(f"images are {tuple(images.shape)}, expected square ones (B, 3, H, W); one image needs [None]")
     images = to_float(images) if images.dtype == torch.uint8 else images.float()
     if images.abs().max() > 2:
-        raise ValueError(
-            f"expected uint8 or [-1, 1], values up to {images.abs().max():.3g} came; x / 127.5 - 1 mends it"
-        )
+        raise ValueError(f"values reach {images.abs().max():.3g}, expected uint8 or [-1, 1]; scale with x / 127.5 - 1")
     if images.shape[-1] != SIZE:
         images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True)
     return images.clamp(-1, 1)
 
 
-def compare(reading: Reading, scene: Scene) -> list[bool]:
-    """Reading and truth -> for each true thing in turn, is each of the FIELDS right? What is not found is wrong.
+def attributes_right(found: Detections, scene: Scene) -> list[bool]:
+    """Detections and the true scene -> for each true thing in turn, is each of FIELDS right? A missing thing is wrong.
 
-    Things are paired by place, not by looks: the pairing knows nothing of what is asked.
+    Things are paired by place only, so the pairing cannot favor the attributes that are compared.
     """
-    found = [*reading.things, *[None] * len(scene.things)]
+    candidates = [*found.things, *[None] * len(scene.things)]
 
-    def far(pairing: tuple) -> float:
+    def distance(pairing: tuple) -> float:
         pairs = zip(pairing, scene.things, strict=True)
         return sum(9.0 if f is None else min(9.0, (f.x - t.x) ** 2 + (f.depth - t.depth) ** 2) for f, t in pairs)
 
-    pairing = min(permutations(found, len(scene.things)), key=far)
+    pairing = min(permutations(candidates, len(scene.things)), key=distance)
     return [
         f is not None and getattr(f, name) == getattr(t, name)
         for f, t in zip(pairing, scene.things, strict=True)

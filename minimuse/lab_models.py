@@ -2,15 +2,15 @@
 
     MuseJudge     the base model of a Muse alone, its low-resolution pictures of held-out scenes
         accuracy  share of pictures that have everything their prompt names (`eval_detector.py`, `eval_prompts.py`)
-        frechet   Frechet distance of the reader's features to those of renders of the very scenes
+        frechet   Frechet distance of the detector's features to those of renders of the very scenes
     AmusedJudge   published weights, on the captions of a folder of pictures (extras `amused`, `metrics`)
         clip      CLIP score, the mean cosine of picture and prompt
         fid       Frechet distance of Inception's features to those of the folder's pictures
 
 Picture i has prompt i and seed i in every cell, so that cells compare pair by pair. As in `judge.py` each measure is
 kept as GROUPS values: means of groups, or jackknife pseudo-values of the distance, whose mean is free of a bias c / n.
-That asks for n well above the number of features (192 of the reader); with fewer, compare only equal n. Where all
-pictures are right, or all wrong, the accuracy's interval is 0: no error can be seen, and `intervals.share` does better.
+That asks for n well above the number of features (192 of the detector); with fewer, compare only equal n. Where all
+pictures are right, or all wrong, the accuracy's interval is 0: no error can be seen, and `eval_metrics.proportion_interval` does better.
 Not here: the whole cascade and its prompt sets, the comparison of many samplers (`lab.py`).
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from minimuse.cfg import guided
 from minimuse.data_images import area_downsample
 from minimuse.data_sources import Problems, SceneDataset
-from minimuse.eval_detector import Reader
+from minimuse.eval_detector import Detector
 from minimuse.eval_metrics import Features, frechet_distance, in_batches, inception_features
 from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.judge import GROUPS, Outcome, check_samples, drawn
@@ -49,11 +49,11 @@ def jackknife(statistic: Callable[[Tensor], float], rows: Tensor) -> list[float]
     return [GROUPS * whole - (GROUPS - 1) * s for s in without]
 
 
-def right(reader: Reader) -> Scorer:
+def right(detector: Detector) -> Scorer:
     """-> images, prompts -> (B,), 1.0 where the picture has everything that its prompt names."""
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        seen = zip(reader.read(images), prompts, strict=True)
+        seen = zip(detector.detect(images), prompts, strict=True)
         return torch.tensor([float(matches(reading, parse_prompt(p)).right) for reading, p in seen])
 
     return score
@@ -108,16 +108,16 @@ class MuseJudge(PictureJudge):
 
     titles: ClassVar = {
         "accuracy": "pictures with all that is asked for",
-        "frechet": "Frechet distance of reader features",
+        "frechet": "Frechet distance of detector features",
     }
 
     def __init__(self, muse: Muse, samples: int = 512, seed: int = 0, batch: int = 64):
         check_samples(samples)
         side, low = (getattr(muse.config, f"{name}_tokenizer").image_size for name in ("high", "low"))
         scenes = SceneDataset(samples, side, "test", seed, fractions=(1, 1, 0), k=1)
-        reader, prompts = Reader.from_pretrained().to(muse.device), [scenes.captions(i)[0] for i in range(samples)]
+        detector, prompts = Detector.from_pretrained().to(muse.device), [scenes.captions(i)[0] for i in range(samples)]
         super().__init__(
-            prompts, area_downsample(scenes.images(), side // low), right(reader), reader.features, seed, batch
+            prompts, area_downsample(scenes.images(), side // low), right(detector), detector.features, seed, batch
         )
         self.muse, self.n, self.v = muse, muse.config.base.tokens, muse.config.base.codebook_size
 

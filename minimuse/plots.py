@@ -24,7 +24,7 @@ from torch import Tensor
 from minimuse.data_images import to_pil
 
 if TYPE_CHECKING:
-    from minimuse.intervals import Measured
+    from minimuse.eval_metrics import Estimate
     from minimuse.muse import Muse
     from minimuse.sampler import Step
 
@@ -197,7 +197,7 @@ def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool]
 
 
 def tradeoff(
-    series: Mapping[str, Mapping[str, tuple["Measured", "Measured"]]],
+    series: Mapping[str, Mapping[str, tuple["Estimate", "Estimate"]]],
     x: str,
     y: str,
     lower: tuple[bool, bool] = (True, False),

@@ -142,7 +142,7 @@ def check_straight_through(fn: Given) -> Iterator[str]:
 
 @_check
 def check_psnr(fn: Given) -> Iterator[str]:
-    """fn(images, again), both (B, C, H, W) in [-1, 1] -> (B,) dB of pixels in [0, 1]: as `metrics.psnr`."""
+    """fn(images, again), both (B, C, H, W) in [-1, 1] -> (B,) dB of pixels in [0, 1]: as `eval_metrics.psnr`."""
     zeros = torch.zeros(1, 3, 2, 2)
     for name, again, want in [
         ("10 log10(1 / MSE), pixels in [0, 1]", [0.2], [20.0]),  # a tenth of the range
@@ -585,7 +585,7 @@ def check_ddim_step(fn: Given) -> Iterator[str]:
 
 @_check
 def check_wilson(fn: Given) -> Iterator[str]:
-    """fn(right, n) -> (low, high): Wilson's 95% interval of the share right / n, as `intervals.share`."""
+    """fn(right, n) -> (low, high): Wilson's 95% interval of the share right / n, as `eval_metrics.proportion_interval`."""
     yield "it holds the share itself"
     for right, n in [(1, 2), (9, 10), (0, 3)]:
         low, high = fn(right, n)
@@ -605,7 +605,7 @@ def check_wilson(fn: Given) -> Iterator[str]:
 
 @_check
 def check_frechet(fn: Given) -> Iterator[str]:
-    """fn(m1 (D,), C1 (D, D), m2, C2) -> the Frechet distance of two Gaussians, as `metrics.frechet_distance`."""
+    """fn(m1 (D,), C1 (D, D), m2, C2) -> the Frechet distance of two Gaussians, as `eval_metrics.frechet_distance`."""
     zero, unit, plus, minus = [0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], [[5.0, 4.0], [4.0, 5.0]], [[5.0, -4.0], [-4.0, 5.0]]
     for name, m1, c1, m2, c2, want in [
         ("a Gaussian is at 0 from itself", [1.0], [[4.0]], [1.0], [[4.0]], 0.0),

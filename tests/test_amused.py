@@ -20,7 +20,7 @@ from minimuse import cli
 from minimuse import lab_models as picture_judge
 from minimuse.amused import Amused, VQTokenizer, _load, published_tokenizer, settings
 from minimuse.data_cache import tokenize
-from minimuse.eval_metrics import ClipScorer
+from minimuse.eval_clip import ClipScorer
 from minimuse.judge import estimate
 from minimuse.lab import compare
 from minimuse.lab_models import AmusedJudge

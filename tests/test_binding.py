@@ -10,7 +10,7 @@ import torch
 from minimuse import Muse, transformer
 from minimuse.config import preset
 from minimuse.data_scenes import Thing, box, relations
-from minimuse.eval_detector import Found, Reading
+from minimuse.eval_detector import Detection, Detections
 from minimuse.eval_prompts import matches, parse_prompt
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +19,7 @@ import binding  # noqa: E402
 
 
 def seen(things):
-    return Reading(tuple(Found(t.color, t.shape, t.size, t.material, t.x, t.depth, box(t), 1.0) for t in things))
+    return Detections(tuple(Detection(t.color, t.shape, t.size, t.material, t.x, t.depth, box(t), 1.0) for t in things))
 
 
 def test_true_captions_are_true_and_swapped_ones_are_not():

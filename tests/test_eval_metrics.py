@@ -1,4 +1,4 @@
-"""eval_metrics.py: closed forms, scipy's matrix square root, transformers' logits, bad pictures that must score badly."""
+"""eval_metrics.py: against scipy and closed forms, and by how often simulated intervals hold the truth."""
 
 import math
 import sys
@@ -6,27 +6,200 @@ import types
 
 import pytest
 import torch
-from conftest import WORDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import linalg, ndimage
+from scipy import linalg, stats
 
-from minimuse.data_images import to_float, to_pil, to_uint8
+from minimuse.data_images import to_float
 from minimuse.data_scenes import COLORS, render, sample_scene
 from minimuse.eval_metrics import (
-    ClipScorer,
-    codebook,
+    Estimate,
     diversity,
-    frechet,
     frechet_distance,
+    frechet_interval,
+    half_sample_interval,
     in_batches,
     inception_features,
+    jackknife,
+    mean_interval,
+    paired_difference,
     pairwise,
+    proportion_interval,
     psnr,
-    reconstruction,
-    ssim,
 )
-from minimuse.intervals import mean
+
+
+def clustered(seed: int, groups: int = 40, size: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right or wrong, groups of `size` that agree: each group has its own rate, uniform on 0 to 1. Mean 1/2."""
+    g = torch.Generator().manual_seed(seed)
+    rate = torch.rand(groups, 1, generator=g)
+    right = torch.rand(groups, size, generator=g) < rate
+    return right.flatten(), torch.arange(groups).repeat_interleave(size)
+
+
+def coverage(intervals: list[Estimate], truth: float) -> float:
+    return sum(m.low <= truth <= m.high for m in intervals) / len(intervals)
+
+
+# ---------------------------------------------------------------- single figures
+
+
+def test_it_prints_well():
+    assert str(proportion_interval(torch.arange(210) < 182)) == "86.7% (81.4 to 90.6, n = 210)"
+    assert str(mean_interval([1.0, 2.0, 3.0, 4.0])).startswith("2.5 (0.4")
+    assert str(paired_difference(torch.arange(100) < 60, torch.arange(100) < 50)).startswith("+10.0% (+3.")
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
+@settings(deadline=None, max_examples=60)
+def test_share_is_scipys_wilson(case, confidence):
+    k, n = case
+    found = proportion_interval(torch.arange(n) < k, confidence=confidence)
+    low, high = stats.binomtest(k, n).proportion_ci(confidence, method="wilson")
+    assert (found.value, found.n) == (pytest.approx(k / n), n)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
+
+
+def test_one_row_or_one_group_tells_nothing():
+    assert mean_interval([3.0]).low == -math.inf
+    assert mean_interval([3.0, 4.0], groups=["a", "a"]).high == math.inf
+    alone = proportion_interval([True] * 50, groups=["a"] * 50)
+    assert alone.low < 0.1, f"one prompt drawn 50 times is one prompt: {alone}"
+
+
+# ---------------------------------------------------------------- groups
+
+
+@given(st.lists(st.booleans(), min_size=8, max_size=30), st.integers(2, 6))
+@settings(deadline=None, max_examples=40)
+def test_copies_in_groups_add_nothing(right, copies):
+    """Each row written down several times, and named so, leaves the interval of a mean as it was."""
+    once, groups = torch.tensor(right).double(), torch.arange(len(right))
+    again = mean_interval(once.repeat(copies), groups.repeat(copies))
+    assert (again.low, again.high) == pytest.approx((mean_interval(once).low, mean_interval(once).high), abs=1e-9)
+    shares = proportion_interval(once.repeat(copies), groups.repeat(copies)), proportion_interval(once, groups)
+    assert shares[0][:3] == pytest.approx(shares[1][:3], abs=1e-9)
+
+
+def test_order_and_names_of_groups_do_not_matter():
+    right, groups = clustered(0)
+    shuffle = torch.randperm(len(right), generator=torch.Generator().manual_seed(0))
+    named = [f"prompt {g}" for g in groups[shuffle].tolist()]
+    for measure in (proportion_interval, mean_interval):
+        assert measure(right[shuffle].double(), named)[:3] == pytest.approx(measure(right.double(), groups)[:3])
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        proportion_interval,
+        lambda right, groups=None: mean_interval(right.double(), groups),
+    ],
+    ids=["proportion", "mean"],
+)
+def test_coverage_of_clustered_intervals(measure):
+    """Prompts that repeat: intervals by group hold the truth in 95% of worlds, naive ones in far fewer."""
+    worlds = [clustered(seed) for seed in range(250)]
+    honest = coverage([measure(right, groups) for right, groups in worlds], 0.5)
+    naive = coverage([measure(right) for right, _ in worlds[:80]], 0.5)
+    assert 0.92 <= honest <= 0.98, f"95% intervals by group hold the truth in {honest:.1%}"
+    assert naive < 0.85, f"naive ones should under-cover here, not {naive:.1%}"
+
+
+def test_shares_near_one_by_group():
+    """No error is seen where all are right; the interval must not close."""
+    right, groups = torch.ones(100, dtype=torch.bool), torch.arange(100) // 10
+    found = proportion_interval(right, groups)
+    assert found.value == found.high == 1
+    assert found.low < proportion_interval(right).low < 1, "ten groups say less than a hundred rows"
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def test_difference_by_hand():
+    """Bonett & Price 2012: b = 20, c = 10 of n = 100: (21 - 11) / 102, error sqrt((32 / 102 - (10 / 102)^2) / 102)."""
+    first = torch.arange(100) < 20
+    second = (torch.arange(100) >= 20) & (torch.arange(100) < 30)
+    middle, error = 10 / 102, math.sqrt((32 / 102 - (10 / 102) ** 2) / 102)
+    found = paired_difference(first, second)
+    assert found.value == pytest.approx(0.1)
+    assert (found.low, found.high) == pytest.approx((middle - 1.96 * error, middle + 1.96 * error), rel=0.02, abs=2e-3)
+
+
+def test_difference_agrees_with_mcnemar():
+    """It leaves out 0 where the exact test of the pairs that disagree is clear, and holds it where that is not."""
+    for b, c in [(20, 4), (30, 10), (15, 2), (12, 10), (5, 3), (40, 38)]:
+        first = torch.arange(200) < b
+        second = (torch.arange(200) >= b) & (torch.arange(200) < b + c)
+        p = stats.binomtest(b, b + c).pvalue
+        assert (paired_difference(first, second).low > 0) == (p < 0.05), f"{b} against {c}: p = {p:.3f}"
+
+
+def test_pairs_that_all_agree_leave_it_open():
+    right = torch.arange(50) < 40
+    found = paired_difference(right, right)
+    assert found.low < found.value == 0 < found.high
+    grouped = paired_difference(right, right, groups=torch.arange(50) // 10)
+    assert grouped.high > found.high, "five groups say less than fifty rows"
+
+
+def test_pairing_helps_where_models_agree():
+    g = torch.Generator().manual_seed(3)
+    hard = torch.rand(400, generator=g)
+    first, second = hard < 0.80, hard < 0.75
+    paired = paired_difference(first, second)
+    assert paired.low > 0, "20 pairs disagree, all one way"
+    assert proportion_interval(first).low < proportion_interval(second).high, (
+        "two intervals overlap, and could not tell"
+    )
+    assert paired_difference(second, first)[:3] == pytest.approx((-paired.value, -paired.high, -paired.low))
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_coverage_of_differences(binary):
+    held = []
+    for seed in range(400):
+        g = torch.Generator().manual_seed(seed)
+        prompt = torch.rand(40, 1, generator=g)  # how hard it is
+        edge = torch.rand(40, 1, generator=g)  # how much better the first model is at it: mean 1/2 of 0.2
+        first = torch.rand(40, 5, generator=g) < (0.8 * prompt + 0.2 * edge)
+        second = torch.rand(40, 5, generator=g) < 0.8 * prompt
+        pair = [x.flatten() if binary else x.flatten().double() for x in (first, second)]
+        held.append(paired_difference(*pair, groups=torch.arange(40).repeat_interleave(5)))
+    assert 0.92 <= coverage(held, 0.1) <= 0.98
+
+
+# ---------------------------------------------------------------- any statistic
+
+
+def test_half_samples_of_a_mean():
+    """The delete-half jackknife of a mean is its standard error."""
+    values = torch.randn(100, generator=torch.Generator().manual_seed(5)).double()
+    found, truth = half_sample_interval(torch.mean, values, resamples=400), mean_interval(values)
+    assert found.high - found.low == pytest.approx(truth.high - truth.low, rel=0.15)
+    right, groups = clustered(1)
+    found, truth = (
+        half_sample_interval(torch.mean, right.double(), groups=[groups], resamples=400),
+        mean_interval(right.double(), groups),
+    )
+    assert found.high - found.low == pytest.approx(truth.high - truth.low, rel=0.15)
+
+
+def test_jackknife_of_a_mean_and_of_a_variance():
+    """Pseudo-values of a mean are the values; those of the biased variance average to the unbiased one."""
+    values = torch.tensor([1.0, 2.0, 4.0, 9.0]).double()
+    without = torch.stack([torch.cat([values[:i], values[i + 1 :]]) for i in range(4)])
+    assert jackknife(values.mean(), without.mean(1)).tolist() == pytest.approx(values.tolist())
+    found = jackknife(values.var(correction=0), without.var(1, correction=0))
+    assert mean_interval(found).value == pytest.approx(values.var().item())
+
+
+def test_extrapolation_removes_a_bias_of_one_over_n():
+    values = torch.full((100,), 3.0)
+    found = half_sample_interval(lambda v: v.mean() + 5 / len(v), values, extrapolate=True)
+    assert found.value == pytest.approx(3)
+    assert half_sample_interval(lambda v: v.mean() + 5 / len(v), values).value == pytest.approx(3.05)
 
 
 def draws(n: int, d: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -88,8 +261,8 @@ def test_frechet_with_fewer_rows_than_features():
 def test_frechet_is_biased_upwards_and_extrapolates():
     """Equal distributions: plain FD is c / n above 0 at every n; extrapolated, intervals hold 0 as they say."""
     pairs = [(draws(100, 6, 2 * i), draws(100, 6, 2 * i + 1)) for i in range(100)]
-    plain = [frechet(x, y) for x, y in pairs]
-    better = [frechet(x, y, extrapolate=True) for x, y in pairs]
+    plain = [frechet_interval(x, y) for x, y in pairs]
+    better = [frechet_interval(x, y, extrapolate=True) for x, y in pairs]
     bias = [torch.tensor([m.value for m in found]).mean().abs().item() for found in (plain, better)]
     assert bias[1] < bias[0] / 4, f"{bias[0]:.3f} -> {bias[1]:.3f}"
     assert sum(m.low <= 0 <= m.high for m in better) >= 92
@@ -100,18 +273,18 @@ def test_coverage_of_frechet_intervals():
     """N(0, I) against N(1, 2^2 I) in 4 dimensions, true FD 8: the extrapolated interval holds it in about 95%."""
     g = torch.Generator().manual_seed(0)  # one stream: neighbouring seeds are not quite independent
     pairs = [(torch.randn(150, 4, generator=g), 2 * torch.randn(150, 4, generator=g) + 1) for _ in range(250)]
-    found = [frechet(*pair, extrapolate=True) for pair in pairs]
+    found = [frechet_interval(*pair, extrapolate=True) for pair in pairs]
     held = sum(m.low <= 8 <= m.high for m in found) / len(found)
     assert 0.92 <= held <= 0.98, f"held in {held:.1%}"
-    assert frechet(*pairs[0], extrapolate=True) == found[0], "one seed, one figure"
-    assert frechet(*pairs[0], extrapolate=True, seed=1) != found[0]
+    assert frechet_interval(*pairs[0], extrapolate=True) == found[0], "one seed, one figure"
+    assert frechet_interval(*pairs[0], extrapolate=True, seed=1) != found[0]
 
 
 def test_repeated_prompts_widen_the_interval():
     """Twenty prompts, each drawn ten times over with little between: they are worth about twenty."""
     centres = draws(20, 3, 1, 1.0).repeat_interleave(10, 0)
     fake, prompts = centres + draws(200, 3, 2, 0.05), torch.arange(20).repeat_interleave(10)
-    naive, honest = (frechet(draws(400, 3, 0), fake, g) for g in (None, prompts))
+    naive, honest = (frechet_interval(draws(400, 3, 0), fake, g) for g in (None, prompts))
     assert naive.value == honest.value
     assert honest.high - honest.low > 2 * (naive.high - naive.low)
 
@@ -136,7 +309,7 @@ def test_diversity_is_within_prompts():
     assert diversity(features[order], [prompts[i] for i in order]).value == pytest.approx(found.value)
 
 
-# ---------------------------------------------------------------- reconstruction
+# ---------------------------------------------------------------- PSNR
 
 
 def test_psnr_by_hand():
@@ -145,48 +318,6 @@ def test_psnr_by_hand():
     y[0] += 51  # a fifth of the range: MSE 1/25
     assert psnr(x, y).tolist() == pytest.approx([10 * math.log10(25), 100])
     assert psnr(to_float(x), to_float(y)).tolist() == pytest.approx([10 * math.log10(25), 100], abs=1e-4)
-
-
-def test_ssim_is_the_published_one():
-    """Against Gaussian filters of scipy, borders left out, as scikit-image computes it."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 256, (2, 3, 24, 20), generator=g, dtype=torch.uint8)
-    y = (x + torch.randint(0, 60, x.shape, generator=g, dtype=torch.uint8)).clamp(max=255)
-
-    def one(a, b):
-        def blur(v):
-            return ndimage.gaussian_filter(v, 1.5, truncate=3.5)[5:-5, 5:-5]
-
-        ma, mb = blur(a), blur(b)
-        va, vb, ab = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
-        return ((2 * ma * mb + 1e-4) * (2 * ab + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))).mean()
-
-    a, b = (v.double().numpy() / 255 for v in (x, y))
-    truth = [sum(one(a[i, c], b[i, c]) for c in range(3)) / 3 for i in range(2)]
-    assert ssim(x, y).tolist() == pytest.approx(truth, abs=1e-10)
-    assert ssim(x, x).tolist() == pytest.approx([1, 1])
-
-
-def test_reconstruction_gets_worse_with_noise():
-    images = render([sample_scene(i) for i in range(12)], 32)
-    features = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten())
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    found = [reconstruction(images, (images + s * noise).clamp(-1, 1), features) for s in (0.0, 0.1, 0.5)]
-    assert set(found[0]) == {"psnr", "ssim", "rfid"}
-    assert [f["psnr"].value for f in found] == sorted((f["psnr"].value for f in found), reverse=True)
-    assert found[0]["ssim"].value == pytest.approx(1)
-    assert found[0]["rfid"].value == pytest.approx(0, abs=1e-9)
-    assert found[0]["rfid"].high == pytest.approx(0, abs=1e-9), "an image stays with its reconstruction"
-    assert 0 < found[1]["rfid"].value < found[2]["rfid"].low
-
-
-def test_codebook_use():
-    tokens = torch.arange(8).repeat(10, 2)
-    found = codebook(tokens, 16)
-    assert str(found["used"]) == "50.0% (50.0 to 50.0, n = 10)"
-    assert found["perplexity"].value == pytest.approx(8)
-    varied = codebook(torch.randint(0, 16, (10, 8), generator=torch.Generator().manual_seed(0)), 16)
-    assert varied["perplexity"].low < varied["perplexity"].value < varied["perplexity"].high
 
 
 # ---------------------------------------------------------------- pictures against renders, captions shuffled
@@ -207,7 +338,7 @@ def features(images: torch.Tensor) -> torch.Tensor:
 def test_random_pictures_are_far_from_renders(scenes):
     renders = in_batches(features, render(scenes, 32), batch=50)
     noise = in_batches(features, torch.rand(60, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    alike, random = frechet(renders[:60], renders[60:]), frechet(renders[:60], noise)
+    alike, random = frechet_interval(renders[:60], renders[60:]), frechet_interval(renders[:60], noise)
     assert random.low > 10 * alike.high, f"renders {alike}, noise {random}"
 
 
@@ -224,48 +355,12 @@ def test_shuffled_captions_score_badly(scenes):
     scenes = [s for s in scenes if s.things[0].color not in ("gray", "brown")]
     images, prompts = render(scenes, 32), [f"a {s.things[0].color} {s.things[0].shape}" for s in scenes]
     shuffled = [prompts[i] for i in torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))]
-    right, wrong = (mean(in_batches(colour_scorer, images, p), groups=p) for p in (prompts, shuffled))
+    right, wrong = (mean_interval(in_batches(colour_scorer, images, p), groups=p) for p in (prompts, shuffled))
     assert wrong.high < right.low, f"right captions {right}, shuffled {wrong}"
     assert wrong.low < 0.2, "shuffled captions are right by chance alone"
 
 
-# ---------------------------------------------------------------- CLIP, Inception
-
-
-def test_clip_score_is_transformers_own_logit(tiny_clip):
-    """Embeddings, temperature and the pictures' normalization: all theirs; only the cosine is ours."""
-    import transformers as tf
-
-    images = to_uint8(torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1)
-    prompts = ["a red cube", "two small green spheres behind a large blue cylinder", " ".join(WORDS * 3)]
-    model, tokenizer = tf.CLIPModel.from_pretrained(tiny_clip).eval(), tf.AutoTokenizer.from_pretrained(tiny_clip)
-    middle, spread = (
-        torch.tensor(v).view(3, 1, 1)
-        for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-    )
-    said = []
-    for image, prompt in zip(images, prompts, strict=True):  # one at a time: no padding
-        ids = tokenizer([prompt], truncation=True, max_length=77, return_tensors="pt")
-        with torch.no_grad():
-            out = model(**ids, pixel_values=((image / 255 - middle) / spread)[None])
-        said.append((out.logits_per_image / model.logit_scale.exp()).item())
-    scorer = ClipScorer(tiny_clip)
-    assert scorer(images, prompts).tolist() == pytest.approx(said, abs=1e-5)
-    assert in_batches(scorer, images, prompts, batch=2).tolist() == pytest.approx(said, abs=1e-5)
-    assert len(to_pil(images)) == 3
-
-
-def test_half_a_clip_is_refused(tmp_path, tiny_clip):
-    import shutil
-
-    import transformers as tf
-
-    shutil.copytree(tiny_clip, tmp_path / "half")
-    model = tf.CLIPModel.from_pretrained(tiny_clip)
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith("visual_projection")}
-    model.save_pretrained(tmp_path / "half", state_dict=state)
-    with pytest.raises(ValueError, match="lacks 'visual_projection"):
-        ClipScorer(str(tmp_path / "half"))
+# ---------------------------------------------------------------- Inception
 
 
 def test_inception_is_an_extra(monkeypatch):
@@ -299,15 +394,21 @@ def test_inception_gets_uint8(monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
+        (lambda: mean_interval([]), "at least one row"),
+        (lambda: mean_interval([1.0, math.nan]), "finite"),
+        (lambda: mean_interval([1.0, 2.0], groups=["a"]), "2 rows and 1 group labels"),
+        (lambda: mean_interval([1.0, 2.0], confidence=95), "fraction between 0 and 1"),
+        (lambda: proportion_interval([0.5]), "mean"),
+        (lambda: paired_difference([1.0], [1.0, 2.0]), "pairs"),
+        (lambda: half_sample_interval(torch.mean, torch.zeros(9), torch.zeros(3)), "too few"),
         (lambda: frechet_distance(torch.zeros(5, 3), torch.zeros(5, 4)), r"\(5, 3\) and \(5, 4\)"),
         (lambda: frechet_distance(torch.zeros(5, 3), torch.full((5, 3), math.nan)), "NaN"),
-        (lambda: frechet(torch.zeros(3, 2), torch.zeros(9, 2)), "too few"),
+        (lambda: frechet_interval(torch.zeros(3, 2), torch.zeros(9, 2)), "too few"),
         (lambda: diversity(torch.zeros(3, 2), ["a", "a", "b"]), "at least 2"),
         (lambda: diversity(torch.zeros(3, 2), ["a"]), "3 pictures and 1 prompts"),
         (lambda: psnr(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 9, 8)), "expected two"),
-        (lambda: ssim(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)), "11 x 11"),
         (lambda: in_batches(features, torch.zeros(0, 3, 8, 8)), "at least one"),
-        (lambda: in_batches(colour_scorer, torch.zeros(2, 3, 8, 8), ["a red cube"]), "rows: 2, 1"),
+        (lambda: in_batches(colour_scorer, torch.zeros(2, 3, 8, 8), ["a red cube"]), "2, 1 rows"),
     ],
 )
 def test_wrong_inputs_say_what_to_do(wrong, says):

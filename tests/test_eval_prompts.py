@@ -1,5 +1,6 @@
-"""eval_prompts.py: a prompt is read as it was meant, and a picture is right exactly where all that the prompt names is."""
+"""eval_prompts.py: prompts are parsed as meant, pictures match if all that is named is there, prompt sets are balanced."""
 
+from collections import Counter
 from functools import cache
 from random import Random
 
@@ -7,21 +8,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimuse.data_captions import EXAMPLE_PROMPTS, PARAPHRASES, RELATION_PHRASES, caption
-from minimuse.data_scenes import Scene, Thing, box, relations, sample_scene
-from minimuse.eval_detector import FIELDS, Found, Reading
-from minimuse.eval_prompts import Group, Wants, matches, parse_prompt, related
+from minimuse.data_captions import EXAMPLE_PROMPTS, PARAPHRASES, RELATION_PHRASES, caption, vocabulary
+from minimuse.data_scenes import HELD_OUT, SPLITS, Scene, Thing, box, relations, sample_scene
+from minimuse.eval_detector import FIELDS, Detection, Detections
+from minimuse.eval_prompts import (
+    EXTRAS,
+    NOVEL,
+    PROMPT_SETS,
+    SEEN,
+    ObjectGroup,
+    PromptSpec,
+    matches,
+    parse_prompt,
+    possible_relations,
+    prompt_set,
+)
 
 TOLD = [("any", False), ("short", False), ("long", False), ("any", True), ("short", True), ("long", True)]
 
 
-def perfect(scene: Scene) -> Reading:
+def perfect(scene: Scene) -> Detections:
     """What a reader without a fault reads."""
-    return Reading(tuple(Found(t.color, t.shape, t.size, t.material, t.x, t.depth, box(t), 1.0) for t in scene.things))
+    return Detections(
+        tuple(Detection(t.color, t.shape, t.size, t.material, t.x, t.depth, box(t), 1.0) for t in scene.things)
+    )
 
 
 @cache
-def told(seed: int) -> tuple[Scene, str, Wants]:
+def told(seed: int) -> tuple[Scene, str, PromptSpec]:
     """A scene of every split, count and style in turn, what is said of it, and what that asks for."""
     scene = sample_scene(seed, split=("train", "test", "novel")[seed % 3], n_things=1 + seed // 3 % 3)
     style, paraphrase = TOLD[seed % len(TOLD)]
@@ -29,22 +43,22 @@ def told(seed: int) -> tuple[Scene, str, Wants]:
     return scene, said, parse_prompt(said)
 
 
-def changed(reading: Reading, k: int, **fields) -> Reading:
-    return Reading(tuple(t._replace(**fields) if i == k else t for i, t in enumerate(reading.things)))
+def changed(reading: Detections, k: int, **fields) -> Detections:
+    return Detections(tuple(t._replace(**fields) if i == k else t for i, t in enumerate(reading.things)))
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def test_prompts_by_hand():
-    cube = Group(2, {"size": "small", "color": "red", "shape": "cube"})
-    ball = Group(1, {"color": "blue", "material": "metal", "shape": "sphere"})
-    assert parse_prompt("two small red cubes left of a blue metal sphere") == Wants((cube, ball), "left")
+    cube = ObjectGroup(2, {"size": "small", "color": "red", "shape": "cube"})
+    ball = ObjectGroup(1, {"color": "blue", "material": "metal", "shape": "sphere"})
+    assert parse_prompt("two small red cubes left of a blue metal sphere") == PromptSpec((cube, ball), "left")
     assert parse_prompt("There are two tiny crimson boxes to the left of a shiny azure orb, on a gray floor.".replace(
-        ", on", " on")) == Wants((cube, ball), "left"), "paraphrases, opening, floor and full stop"  # fmt: skip
-    can = Group(1, {"shape": "cylinder"})
-    assert parse_prompt("a picture with a can, a blue metal sphere and a can") == Wants((can, ball, can))
-    assert parse_prompt("a cylinder is next to a blue metal sphere and a tin") == Wants((can, ball, can), "beside")
+        ", on", " on")) == PromptSpec((cube, ball), "left"), "paraphrases, opening, floor and full stop"  # fmt: skip
+    can = ObjectGroup(1, {"shape": "cylinder"})
+    assert parse_prompt("a picture with a can, a blue metal sphere and a can") == PromptSpec((can, ball, can))
+    assert parse_prompt("a cylinder is next to a blue metal sphere and a tin") == PromptSpec((can, ball, can), "beside")
     assert str(ball) == "blue metal sphere"
 
 
@@ -115,11 +129,11 @@ def test_a_thing_too_many_or_too_few_is_wrong():
     for seed in range(400):
         scene, said, wants = told(seed)
         reading = perfect(scene)
-        more = Reading((*reading.things, reading.things[0]))
+        more = Detections((*reading.things, reading.things[0]))
         assert not matches(more, wants).right, f"{said!r}: one more {reading.things[0].shape}"
         assert f"{len(more.things)} things, not {len(scene.things)}" in matches(more, wants).wrong
-        assert not matches(Reading(reading.things[1:]), wants).right, f"{said!r}: one less"
-    assert matches(Reading(()), parse_prompt("a red cube")).wrong == ["0 things, not 1", "no red cube"]
+        assert not matches(Detections(reading.things[1:]), wants).right, f"{said!r}: one less"
+    assert matches(Detections(()), parse_prompt("a red cube")).wrong == ["0 things, not 1", "no red cube"]
 
 
 def test_a_relation_that_is_not_there_is_wrong():
@@ -134,7 +148,7 @@ def test_a_relation_that_is_not_there_is_wrong():
             verdict = matches(reading, wants._replace(relation=opposite[wants.relation]))
             same = len({tuple(group.looks.items()) for group in wants.groups}) < len(wants.groups)
             assert same or not verdict.right, f"{said!r} with the opposite relation"
-        heap = Reading(tuple(t._replace(x=0.0, depth=0.0) for t in reading.things))
+        heap = Detections(tuple(t._replace(x=0.0, depth=0.0) for t in reading.things))
         assert not matches(heap, wants).right, f"{said!r}: all in one place stand in no relation"
     assert seen > 150
 
@@ -143,13 +157,13 @@ def test_relations_are_those_of_scenes():
     for seed in range(150):
         a, b = perfect(sample_scene(seed, n_things=2)).things
         thing_a, thing_b = sample_scene(seed, n_things=2).things
-        assert related(a, b, slack=0.0) == relations(thing_a, thing_b)
-        assert related(a, b) >= relations(thing_a, thing_b), "slack forgives, it never takes away"
+        assert possible_relations(a, b, slack=0.0) == relations(thing_a, thing_b)
+        assert possible_relations(a, b) >= relations(thing_a, thing_b), "slack forgives, it never takes away"
 
 
 def test_slack_forgives_what_reading_blurs_and_no_more():
     a = perfect(Scene((Thing("red", "cube", x=0.0),))).things[0]
-    at = {x: related(a, a._replace(x=x)) for x in (0.65, 0.75, 0.95, -0.95)}
+    at = {x: possible_relations(a, a._replace(x=x)) for x in (0.65, 0.75, 0.95, -0.95)}
     assert at[0.65] == set(), "0.9 - 0.2 is the least"
     assert "left" in at[0.75]
     assert "left" in at[0.95] and "right" not in at[0.95]  # noqa: PT018
@@ -184,7 +198,7 @@ def test_what_is_unclear_is_wrong_where_it_is_asked_to_be_clear():
 def test_the_order_of_the_things_read_says_nothing(seed, order):
     scene, _, _ = told(3 * (seed % 1000) + 6)
     reading = perfect(scene)
-    shuffled = Reading(tuple(reading.things[i] for i in order if i < len(reading.things)))
+    shuffled = Detections(tuple(reading.things[i] for i in order if i < len(reading.things)))
     wants = told(seed)[2]
     assert matches(shuffled, wants).right == matches(reading, wants).right
 
@@ -193,3 +207,110 @@ def test_every_relation_of_captions_is_understood():
     for name, phrases in RELATION_PHRASES.items():
         for phrase in phrases:
             assert parse_prompt(f"a cube is {phrase} a sphere").relation == name
+
+
+# --- prompt sets --------------------------------------------------------------------------------------------------------
+
+ALL = pytest.mark.parametrize("name", PROMPT_SETS)
+SWAPS = {word for words in PARAPHRASES.values() for word in words}
+
+
+def looks(ask):
+    """The colour and shape of each group of a prompt."""
+    return [(g.looks["color"], g.looks["shape"]) for g in parse_prompt(ask.prompt).groups]
+
+
+@ALL
+def test_every_prompt_is_understood_and_true_of_its_scene(name):
+    for ask in prompt_set(name, 240):
+        verdict = matches(perfect(ask.scene), parse_prompt(ask.prompt))
+        assert verdict.right, f"{ask.prompt!r} is not true of its scene: {verdict.wrong}"
+
+
+@ALL
+def test_ask_i_follows_from_i_alone_and_prompts_come_in_pairs(name):
+    some = prompt_set(name, 40)
+    assert some == prompt_set(name, 60)[:40]
+    for a, b in zip(some[::2], some[1::2], strict=True):
+        assert (a.prompt, a.group, a.negative) == (b.prompt, b.group, b.negative)
+        assert a.scene != b.scene, "of one prompt, two scenes"
+
+
+def test_the_first_of_them():
+    assert [ask.prompt for ask in prompt_set("counts", 3)] == ["two gray cubes"] * 2 + ["three small blue cylinders"]
+    pairs = [looks(ask)[0] for ask in prompt_set("seen", 24)[::2]]
+    assert len({color for color, _ in pairs}) >= 6, "the pictures that are shown differ"
+
+
+def test_nonsense_is_refused():
+    for name, n in (("sene", 3), ("seen", 0)):
+        with pytest.raises(ValueError, match="at least 1, and one of seen, novel"):
+            prompt_set(name, n)
+
+
+@pytest.mark.parametrize("name", [name for name in PROMPT_SETS if name not in ("novel", "paraphrases")])
+def test_training_could_have_said_it(name):
+    for ask in prompt_set(name, 240):
+        assert set(ask.prompt.split()) <= set(vocabulary()), ask.prompt
+        assert not HELD_OUT & set(looks(ask)), f"{ask.prompt!r}: a pair that is held out"
+        assert ask.before is None or not HELD_OUT & {(t.color, t.shape) for t in ask.before.things}
+
+
+def test_novel_prompts_are_of_pairs_that_training_never_shows():
+    counts = Counter(pair for ask in prompt_set("novel", 300) for pair in looks(ask))
+    assert counts == dict.fromkeys(NOVEL, 100)
+    shown = {(t.color, t.shape) for seed in range(500) for t in sample_scene(seed, split="train").things}
+    assert shown == set(SEEN)
+
+
+def test_paraphrases_are_of_words_that_training_never_says():
+    assert not SWAPS & set(vocabulary())
+    said = Counter()
+    for ask in prompt_set("paraphrases", 1000):
+        words = SWAPS & set(ask.prompt.split())
+        assert words, f"{ask.prompt!r} has no paraphrase"
+        said.update(words)
+    assert set(said) == SWAPS, f"never said: {SWAPS - set(said)}"
+
+
+@pytest.mark.parametrize("name", ["seen", "paraphrases", "counts", "relations"])
+def test_combinations_are_balanced(name):
+    counts = Counter(looks(ask)[0] for ask in prompt_set(name, 420))
+    assert counts == dict.fromkeys(SEEN, 20)
+
+
+def test_extras_relations_and_numbers_are_balanced():
+    assert Counter(bool(size) for size, _ in EXTRAS) == Counter(bool(material) for _, material in EXTRAS)
+    named = Counter(tuple(parse_prompt(a.prompt).groups[0].looks.get(k) for k in ("size", "material"))
+                    for a in prompt_set("seen", 420))  # fmt: skip
+    assert set(named.values()) == {42, 84}, "each in turn; plain prompts are two of ten"
+    relations = Counter(parse_prompt(ask.prompt).relation for ask in prompt_set("relations", 100))
+    assert relations == dict.fromkeys(RELATION_PHRASES, 20)
+    numbers = Counter(parse_prompt(ask.prompt).groups[0].number for ask in prompt_set("counts", 100))
+    assert numbers == {2: 50, 3: 50}
+    assert Counter(ask.negative for ask in prompt_set("negative", 80)) == dict.fromkeys(
+        ("small", "large", "rubber", "metal"), 20
+    )
+
+
+def test_edits_change_what_they_say_and_nothing_else():
+    for ask in prompt_set("edit", 120):
+        (old,), (new,) = ask.before.things, ask.scene.things
+        assert old.color != new.color
+        assert vars(old) | {"color": new.color} == vars(new)
+    for name in ("edit", "inpaint"):
+        for ask in prompt_set(name, 120):
+            (old, *rest), (new, *others) = ask.before.things, ask.scene.things
+            assert rest == others
+            assert (old.color, old.shape) != (new.color, new.shape)
+            for edges in (box(old), box(new)):
+                assert all(a <= b for a, b in zip(ask.region[:2], edges[:2], strict=True)), "the region holds both"
+                assert all(a >= b for a, b in zip(ask.region[2:], edges[2:], strict=True)), "the region holds both"
+    assert Counter(len(ask.scene.things) for ask in prompt_set("inpaint", 120)) == {1: 60, 2: 60}
+    for ask in prompt_set("outpaint", 60):
+        assert box(ask.before.things[0])[2] < 0.5 < box(ask.scene.things[0])[0], "the window's left half is bare floor"
+
+
+def test_scenes_are_of_no_split():
+    shown = {sample_scene(seed, split=split) for split in SPLITS for seed in range(300)}
+    assert not shown & {ask.scene for name in PROMPT_SETS for ask in prompt_set(name, 60)}

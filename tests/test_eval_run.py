@@ -12,15 +12,12 @@ from test_eval_prompts import perfect
 from minimuse import cli
 from minimuse.data_images import area_downsample, to_pil, to_uint8
 from minimuse.data_scenes import MATERIALS, SIZES, Scene, relations, render
-from minimuse.eval_prompts import matches, parse_prompt
-from minimuse.eval_run import SWEEP, evaluate, table
-from minimuse.intervals import Measured
-from minimuse.kinds import KINDS, avoidance, regions
-from minimuse.prompts import _look, asks, place_things
-from minimuse.studio import ITERATIONS, Judge, Studio
+from minimuse.eval_metrics import Estimate
+from minimuse.eval_prompts import _look, matches, parse_prompt, place_things, prompt_set
+from minimuse.eval_run import ITERATIONS, KINDS, SWEEP, Judge, Studio, avoidance, evaluate, regions, table
 
 ABOUT, SEED = {"checkpoint": "oracle"}, 1000
-asked_of = cache(asks)
+asked_of = cache(prompt_set)
 
 
 def scene_of(prompt: str, seed: int, avoid: str = "") -> Scene:
@@ -154,7 +151,7 @@ def test_shuffled_prompts_score_like_chance(tmp_path, judge, name):
     """Chance, exactly: how many of the scenes drawn happen to have what their own prompt asks for."""
     n = 60
     studio = Shuffled(n)
-    asked = asks(name, n)
+    asked = prompt_set(name, n)
     lucky = [
         matches(perfect(studio.other(ask.prompt, SEED + i)), parse_prompt(ask.prompt)).right
         for i, ask in enumerate(asked)
@@ -239,7 +236,7 @@ def test_the_base_model_alone_has_no_edits(tmp_path, judge, tiny_muse):
     with pytest.raises(ValueError, match="leave out --base-only"):
         run(studio, tmp_path, judge, ["edit"])
     assert studio.draw(["a red cube"], [0]).shape == (1, 3, 32, 32)
-    assert studio.real([asks("seen", 1)[0].scene]).shape == (1, 3, 32, 32)
+    assert studio.real([prompt_set("seen", 1)[0].scene]).shape == (1, 3, 32, 32)
 
 
 def test_the_page_marks_what_is_wrong_and_the_table_has_intervals(tmp_path, judge):
@@ -248,8 +245,8 @@ def test_the_page_marks_what_is_wrong_and_the_table_has_intervals(tmp_path, judg
     text = (tmp_path / "eval.md").read_text()
     assert "| one object, seen combinations | 10 | 100.0% (" in text
     assert "| seen | diversity, real |" in text
-    assert str(Measured(0.5, 0.25, 0.75, 8, ".1%")) == "50.0% (25.0 to 75.0, n = 8)"
-    line = table({"counts": {"right": Measured(0.5, 0.25, 0.75, 8, ".1%")}}).splitlines()[2]
+    assert str(Estimate(0.5, 0.25, 0.75, 8, ".1%")) == "50.0% (25.0 to 75.0, n = 8)"
+    line = table({"counts": {"right": Estimate(0.5, 0.25, 0.75, 8, ".1%")}}).splitlines()[2]
     assert line == "| two or three alike | 8 | 50.0% (25.0 to 75.0) |  |  |  |  |"
 
 
@@ -285,8 +282,8 @@ def test_a_sweep_pairs_rising_guidance_with_constant_of_the_same_mean(tmp_path, 
             return right if isinstance(guidance, tuple) else torch.full_like(right, 128)  # constant: an empty floor
 
     found = evaluate(Rises(40), tmp_path, ABOUT, n=40, sweep=True, judge=judge)["kinds"]
-    gap = Measured(*found["rising guidance 0-2"]["right, less guidance 1"])
-    right = [Measured(*found[name]["right"]).value for name in ("rising guidance 0-2", "guidance 1")]
+    gap = Estimate(*found["rising guidance 0-2"]["right, less guidance 1"])
+    right = [Estimate(*found[name]["right"]).value for name in ("rising guidance 0-2", "guidance 1")]
     assert right[1] == 0.0, "nothing is on an empty floor"
     assert gap.value == pytest.approx(right[0]), "all pairs differ where the rising one is right"
     assert gap.low > 0, "and the interval says so"
@@ -324,7 +321,7 @@ def test_super_resolution_without_text_does_not_read_it(tiny_muse):
 
 
 def test_the_studio_edits_as_muse_edits(tiny_muse):
-    ask = asks("inpaint", 2)[1]
+    ask = prompt_set("inpaint", 2)[1]
     image = to_uint8(render([ask.before], 64))
     (picture,), region = to_pil(image), regions([ask], 64)
     studio = Studio(tiny_muse)
@@ -340,14 +337,14 @@ def test_the_studio_edits_as_muse_edits(tiny_muse):
 
 
 def test_the_studio_outpaints_as_muse_outpaints(tiny_muse, judge):
-    (ask,) = asks("outpaint", 1)
+    (ask,) = prompt_set("outpaint", 1)
     batch = KINDS["outpaint"].measure(Studio(tiny_muse), judge, [ask], [7])
     (wide,) = tiny_muse.outpaint(to_pil(to_uint8(render([ask.before], 64)))[0], (0, 0, 32, 0), ask.prompt, seed=7)
     same(batch.tensors["images"], [wide])
 
 
 def test_reconstructions_are_the_tokenizers_own(tiny_muse):
-    images = to_uint8(render([ask.scene for ask in asks("seen", 2)], 64))
+    images = to_uint8(render([ask.scene for ask in prompt_set("seen", 2)], 64))
     high, low = Studio(tiny_muse).reconstruct(images)
     with torch.no_grad():
         net, x = tiny_muse.low_tokenizer, area_downsample(images.float() / 127.5 - 1)
@@ -356,7 +353,7 @@ def test_reconstructions_are_the_tokenizers_own(tiny_muse):
 
 
 def test_regions_are_where_they_say():
-    ask = asks("seen", 1)[0]._replace(region=(0.5, 0.0, 1.0, 0.25))
+    ask = prompt_set("seen", 1)[0]._replace(region=(0.5, 0.0, 1.0, 0.25))
     (region,) = regions([ask], 8)
     assert region[:2, 4:].all()
     assert region.sum() == 8
@@ -366,7 +363,7 @@ def test_regions_are_where_they_say():
 
 
 def test_the_command_measures_a_run(tmp_path, tiny_run, monkeypatch, capsys):
-    monkeypatch.setattr("minimuse.studio.Scorer.from_pretrained", lambda: Plain())
+    monkeypatch.setattr("minimuse.eval_run.SceneClip.from_pretrained", lambda: Plain())
     words = ["eval", str(tiny_run), "--out", str(tmp_path / "out"), "--n", "10", "--device", "cpu", "--kinds"]
     assert cli.main([*words, "seen,decoder"]) == 0
     assert "| decoder | psnr, gain |" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 from minimuse import cli, lab
 from minimuse import lab_models as picture_judge
 from minimuse.data_sources import SceneDataset
-from minimuse.eval_detector import Reader
+from minimuse.eval_detector import Detector
 from minimuse.eval_metrics import frechet_distance
 from minimuse.judge import GROUPS, estimate
 from minimuse.lab import compare, difference
@@ -52,9 +52,9 @@ class Renders(PictureJudge):
 
     def __init__(self, shift, batch=64):
         scenes = SceneDataset(64, 64, "test", 0, fractions=(1, 1, 0), k=1)
-        self.images, reader = scenes.images().roll(shift, 0), Reader.from_pretrained()
+        self.images, detector = scenes.images().roll(shift, 0), Detector.from_pretrained()
         prompts = [scenes.captions(i)[0] for i in range(64)]
-        super().__init__(prompts, scenes.images(), right(reader), reader.features, 0, batch)
+        super().__init__(prompts, scenes.images(), right(detector), detector.features, 0, batch)
 
     def draw(self, prompts, sampling, draws):
         assert len(draws) == len(prompts)

@@ -201,8 +201,8 @@ LEDGER: list[tuple[str, str, str, str]] = [
     (
         "3.2",
         "Quality is FID, fit to the prompt CLIP score",
-        "eval_metrics.frechet",
-        "test_eval_metrics.py::test_frechet_is_scipys test_eval_metrics.py::test_clip_score_is_transformers_own_logit",
+        "eval_metrics.frechet_interval",
+        "test_eval_metrics.py::test_frechet_is_scipys test_eval_clip.py::test_clip_score_is_transformers_own_logit",
     ),
     (
         "Fig. 8",

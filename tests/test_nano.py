@@ -1,4 +1,4 @@
-"""The shipped nano checkpoint: what README says of it holds, counted by the reader."""
+"""The shipped nano checkpoint: what README says of it holds, counted by the detector."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minimuse import Muse, checkpoint
-from minimuse.eval_detector import Reader
+from minimuse.eval_detector import Detector
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -26,7 +26,7 @@ def test_prompts_cover_every_seen_combination():
 @pytest.mark.slow
 def test_nano_draws_the_colour_and_the_shape_that_the_prompt_names():
     muse = Muse.from_pretrained("nano")
-    right, _, _ = nano_accuracy.accuracy(muse, Reader.from_pretrained(), 105)
+    right, _, _ = nano_accuracy.accuracy(muse, Detector.from_pretrained(), 105)
     color, both = right[:, 0].float().mean().item(), right[:, :2].all(1).float().mean().item()
     assert color >= 0.95, f"colour right in {color:.1%} of 105; 99.5% of 210 when this checkpoint was shipped"
     assert both >= 0.90, f"colour and shape right in {both:.1%} of 105; 96.2% of 210 when it was shipped"

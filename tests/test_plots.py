@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from minimuse.cfg import guide
-from minimuse.intervals import Measured
+from minimuse.eval_metrics import Estimate
 from minimuse.muse import Muse
 from minimuse.plots import (
     Animation,
@@ -135,7 +135,7 @@ def test_pareto_front_keeps_equals_and_no_beaten_one():
 
 def test_tradeoff_draws_points_intervals_and_front():
     def measured(value, reach):
-        return Measured(value, value - reach, value + reach, 100)
+        return Estimate(value, value - reach, value + reach, 100)
 
     def plot(reach):
         rising = {f"t={t}": (measured(9 - t, reach), measured(0.2 + t / 50, reach / 50)) for t in range(4)}
@@ -150,7 +150,7 @@ def test_tradeoff_draws_points_intervals_and_front():
 
 
 def test_tradeoff_joins_numbers_but_not_names():
-    ends = [(Measured(v, v, v, 9), Measured(v, v, v, 9)) for v in (0.0, 1.0)]
+    ends = [(Estimate(v, v, v, 9), Estimate(v, v, v, 9)) for v in (0.0, 1.0)]
     ink = {}
     for labels in (("1", "2"), ("t = 1", "t = 2"), ("random", "halton")):
         picture = np.asarray(tradeoff({"line": dict(zip(labels, ends, strict=True))}, "FID", "CLIP")).astype(int)

@@ -6,8 +6,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from minimuse.eval_metrics import Estimate, proportion_interval
 from minimuse.eval_run import RISING
-from minimuse.intervals import Measured, share
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import toy_findings
@@ -81,7 +81,9 @@ def test_relations_are_told_apart():
         "right, right": 1,
         "right, beside": 0,
     }
-    assert found["right, left"] == share([True] * 3 + [False], ["one"] * 4), "clustered by what is asked for"
+    assert found["right, left"] == proportion_interval([True] * 3 + [False], ["one"] * 4), (
+        "clustered by what is asked for"
+    )
 
 
 @pytest.mark.slow
@@ -138,7 +140,7 @@ def test_it_was_measured_of_the_shipped_toy(stored):
 def test_what_the_prose_says(stored):
     """README tells the relations apart in numbers of pictures, and dials in percent."""
     text, found = (ROOT / "README.md").read_text(encoding="utf-8"), stored["parts"]["base"]["kinds"]["relations"]
-    figures = {name: Measured(*found[f"right, {name}"]) for name in ("left", "right", "front", "behind", "beside")}
+    figures = {name: Estimate(*found[f"right, {name}"]) for name in ("left", "right", "front", "behind", "beside")}
     count = {name: round(f.value * f.n) for name, f in figures.items()}
     for pair in (("left", "right"), ("front", "behind"), ("beside",)):
         said = f"{sum(count[n] for n in pair)} of {sum(figures[n].n for n in pair)}"

@@ -85,16 +85,16 @@ print(
 r"""
 ## 2. Is it right?
 
-Below, each prompt is drawn once with seed 0, and nothing is picked. A small network that we call the **reader** was
+Below, each prompt is drawn once with seed 0, and nothing is picked. A small network that we call the **detector** was
 trained on rendered scenes to say what is in a picture. `matches` compares its reading with what the prompt asks for.
 Expect errors: they become more with the number of things and of words.
 """
 
 # %%
-from minimuse.eval_detector import Reader
+from minimuse.eval_detector import Detector
 from minimuse.eval_prompts import matches, parse_prompt
 
-reader = Reader.from_pretrained()
+detector = Detector.from_pretrained()
 prompts = [
     "a large green sphere",
     "a small blue cylinder",
@@ -107,7 +107,7 @@ drawn = [muse.generate(prompt, seed=0)[0] for prompt in prompts]
 
 
 def verdict(image, prompt):
-    found = matches(reader.read([image])[0], parse_prompt(prompt))
+    found = matches(detector.detect([image])[0], parse_prompt(prompt))
     return "right" if found.right else "wrong: " + "; ".join(found.wrong)
 
 

@@ -455,14 +455,14 @@ more about it; with ours this is a limit that we inherit, and it will show in th
 r"""
 ## 5. And the pictures?
 
-The base model was trained on the vectors of known words. What does it draw for new ones? The reader says what came out.
+The base model was trained on the vectors of known words. What does it draw for new ones? The detector says what came out.
 """
 
 # %%
-from minimuse.eval_detector import Reader
+from minimuse.eval_detector import Detector
 from minimuse.eval_prompts import matches, parse_prompt
 
-reader = Reader.from_pretrained()
+detector = Detector.from_pretrained()
 asked = [
     "a large red cube",
     "a huge red box",
@@ -475,7 +475,7 @@ n = 1 if FAST else 3
 images = muse.generate(asked, n=n, seed=0)
 wanted = [parse_prompt(prompt) for prompt in asked for _ in range(n)]  # knows the synonyms, too
 verdicts = [
-    matches(reading, want) for reading, want in zip(reader.read(images), wanted, strict=True)
+    matches(reading, want) for reading, want in zip(detector.detect(images), wanted, strict=True)
 ]
 labels = [
     f"{prompt}: {'right' if v.right else v.wrong[0]}"

@@ -37,18 +37,17 @@ that you asked for, still has a low loss. **Guidance** compares the prediction w
 exaggerates the difference.
 
 First some tools. All of this notebook happens in the base model, so we draw with it alone, at low resolution. The
-reader of notebook 1 says whether a picture shows what its prompt asks for.
+detector of notebook 1 says whether a picture shows what its prompt asks for.
 """
 
 # %%
 from minimuse.cfg import null_text
-from minimuse.eval_detector import Reader
-from minimuse.eval_metrics import diversity
+from minimuse.eval_detector import Detector
+from minimuse.eval_metrics import diversity, proportion_interval
 from minimuse.eval_prompts import matches, parse_prompt
-from minimuse.intervals import share
 
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
-reader = Reader.from_pretrained()
+detector = Detector.from_pretrained()
 PROMPTS = ["two red cubes", "a yellow cube left of a blue sphere", "a small red metal cube"]
 PROMPTS += ["two green cylinders", "a gray sphere and a red cylinder", "a small blue rubber sphere"]
 PROMPTS += ["a large brown metal cylinder", "a small yellow cylinder"]
@@ -66,7 +65,7 @@ def coarse(prompts, n=1, seed=0, negative=None, **how):
 
 
 def is_right(images, prompts):
-    read = zip(reader.read(images), prompts, strict=True)
+    read = zip(detector.detect(images), prompts, strict=True)
     return [matches(reading, parse_prompt(prompt)).right for reading, prompt in read]
 
 
@@ -74,7 +73,7 @@ def is_right(images, prompts):
 r"""
 ## 1. Without guidance
 
-A row is a prompt, a column a seed. A **?** marks what the reader does not find right.
+A row is a prompt, a column a seed. A **?** marks what the detector does not find right.
 """
 
 # %%
@@ -90,7 +89,7 @@ grid(plain, captions, columns=6, scale=SIDE)
 # %% [markdown]
 r"""
 Pictures of *something*, and a good part of them not of what was asked for. They are seldom wrong by far: one cube where
-there should be two, the wrong material, a colour that changes halfway. (The reader errs too, above all with small
+there should be two, the wrong material, a colour that changes halfway. (The detector errs too, above all with small
 things at this resolution.)
 """
 
@@ -410,7 +409,7 @@ in. We measure it.
 
 - **Right** is the share of pictures with everything that the prompt names, over the prompts above.
 - **Variety** needs something that a prompt leaves *open*. For prompts with a single large thing, we take the place where
-  it stands, as the reader sees it, and average the distance of two pictures of the same prompt (`metrics.diversity`
+  it stands, as the detector sees it, and average the distance of two pictures of the same prompt (`eval_metrics.diversity`
   takes any features; these are x and depth).
 
 Bars are 95% intervals.
@@ -434,10 +433,10 @@ def measure(**how):
     asked = [p for p in PROMPTS for _ in range(PICTURES)]
     verdicts = is_right(coarse(PROMPTS, n=PICTURES, seed=100, **how)[0], asked)
     single = [p for p in SINGLE for _ in range(PICTURES)]
-    read = reader.read(coarse(SINGLE, n=PICTURES, seed=100, **how)[0])
+    read = detector.detect(coarse(SINGLE, n=PICTURES, seed=100, **how)[0])
     best = [max(r.things, key=lambda thing: thing.confidence, default=None) for r in read]
     places = torch.tensor([[t.x, t.depth] if t else [0.0, 0.0] for t in best])  # (n, 2)
-    return share(verdicts, groups=asked), diversity(places, single)
+    return proportion_interval(verdicts, groups=asked), diversity(places, single)
 
 
 constant = {t: measure(guidance=t) for t in SCALES}
@@ -595,7 +594,7 @@ away from "a red sphere". Which colours take red's place: all others alike, or s
 def colours(images):
     """Pictures -> how often the largest thing in each has each colour."""
     area = lambda thing: (thing.box[2] - thing.box[0]) * (thing.box[3] - thing.box[1])  # noqa: E731
-    seen = [max(r.things, key=area).color for r in reader.read(images) if r.things]
+    seen = [max(r.things, key=area).color for r in detector.detect(images) if r.things]
     return {name: seen.count(name) / len(images) for name in COLORS}
 
 

@@ -246,16 +246,16 @@ for name in names:
 r"""
 The first step works blind: what it fixes together is drawn independently, and the fewer there are, the less can
 clash. In the last, most of the picture stands, hardly anything is left to decide, and many tokens at once do little harm.
-`sqrt` does the opposite: half of all is decided in the first step. We count what that costs. The reader of notebook 1
+`sqrt` does the opposite: half of all is decided in the first step. We count what that costs. The detector of notebook 1
 says which pictures show what was asked for; bars are 95% intervals.
 """
 
 # %%
-from minimuse.eval_detector import Reader
+from minimuse.eval_detector import Detector
+from minimuse.eval_metrics import proportion_interval
 from minimuse.eval_prompts import matches, parse_prompt
-from minimuse.intervals import share
 
-reader = Reader.from_pretrained()
+detector = Detector.from_pretrained()
 PROMPTS = [
     "a large red cube",
     "two gray spheres",
@@ -283,8 +283,8 @@ def coarse(prompts, n=1, seed=0, **how):
 
 def right_share(**how):
     """How the base model decodes -> the share of pictures that show what their prompt asks for."""
-    read = reader.read(coarse(PROMPTS, n=PICTURES, seed=100, **how))
-    return share(
+    read = detector.detect(coarse(PROMPTS, n=PICTURES, seed=100, **how))
+    return proportion_interval(
         [matches(r, parse_prompt(p)).right for r, p in zip(read, asked, strict=True)], groups=asked
     )
 
@@ -549,10 +549,11 @@ by_noise, varied = [], []
 for tau in TAUS:
     images = coarse(PROMPTS, n=PICTURES, seed=100, choice_temperature=tau)
     verdicts = [
-        matches(r, parse_prompt(p)).right for r, p in zip(reader.read(images), asked, strict=True)
+        matches(r, parse_prompt(p)).right
+        for r, p in zip(detector.detect(images), asked, strict=True)
     ]
-    by_noise.append(share(verdicts, groups=asked))
-    varied.append(diversity(reader.features(images), asked))
+    by_noise.append(proportion_interval(verdicts, groups=asked))
+    varied.append(diversity(detector.features(images), asked))
 figure, axes = plt.subplots(1, 2, figsize=(10, 3))
 bars(axes[0], by_noise, fmt="o-")
 bars(axes[1], varied, fmt="s--", color="C1")

@@ -746,13 +746,13 @@ r"""
 In training, text and coarse tokens always agreed. What if they do not?
 
 **Predict, then run.** The text says *a large red cube*. The coarse tokens were drawn for *a large blue sphere*. Whom will
-super-resolution follow, in colour and in shape? The reader, a small network that says what is in a picture, keeps count.
+super-resolution follow, in colour and in shape? The detector, a small network that says what is in a picture, keeps count.
 """
 
 # %%
-from minimuse.eval_detector import Reader
+from minimuse.eval_detector import Detector
 
-reader = Reader.from_pretrained()
+detector = Detector.from_pretrained()
 
 
 def coarse_of(prompt, n, seed=0):
@@ -761,7 +761,7 @@ def coarse_of(prompt, n, seed=0):
 
 
 def seen(image):
-    things = reader.read([image])[0].things
+    things = detector.detect([image])[0].things
     return " and ".join(f"{t.color} {t.shape}" for t in things) or "nothing"
 
 
@@ -770,7 +770,7 @@ torn = refine("a large red cube", blue)
 strong = refine("a large red cube", blue, guidance=10.0)
 grid(
     torn + strong,
-    [f"reader: {seen(i)}" for i in torn] + [f"guidance 10; reader: {seen(i)}" for i in strong],
+    [f"detector: {seen(i)}" for i in torn] + [f"guidance 10; detector: {seen(i)}" for i in strong],
     columns=PICTURES,
 )
 
@@ -778,7 +778,7 @@ grid(
 r"""
 The coarse tokens win, in shape and in colour, and strong guidance changes little. The model does not *need* the text:
 in training all that a caption says was in the coarse grid as well, and there it was easier to find. What the text adds is what a coarse
-grid cannot show. (The reader's guess is also less sure here than usual; see how ragged the things are.)
+grid cannot show. (The detector's guess is also less sure here than usual; see how ragged the things are.)
 """
 
 # %%

@@ -523,14 +523,14 @@ has no history yet. The rise of the small one is what *more steps* would have br
 """
 
 # %%
-from minimuse.intervals import difference
+from minimuse.eval_metrics import paired_difference
 
 for name, vqgan in runners.items():
     after = quality(vqgan)
     print(
-        f"{name:>18}: {before.mean():.2f} -> {after.mean():.2f} dB, gain {difference(after, before)}"
+        f"{name:>18}: {before.mean():.2f} -> {after.mean():.2f} dB, gain {paired_difference(after, before)}"
     )
-gain = difference(quality(runners["grown"]), quality(runners["small, trained on"]))
+gain = paired_difference(quality(runners["grown"]), quality(runners["small, trained on"]))
 print(f"grown over small, same steps: {gain}")
 print(
     "\nencoder and codebook:", fingerprint(grown.encoder, grown.quantizer), "- as before:", end=" "

@@ -242,17 +242,17 @@ hides it best.
 r"""
 ### The prompt speaks of the whole picture
 
-The same mask and other prompts. The reader, a small network that says what is in a picture, checks each.
+The same mask and other prompts. The detector, a small network that says what is in a picture, checks each.
 """
 
 # %%
-from minimuse.eval_detector import Reader
+from minimuse.eval_detector import Detector
 
-reader = Reader.from_pretrained()
+detector = Detector.from_pretrained()
 
 
 def said(image):
-    things = reader.read([image])[0].things
+    things = detector.detect([image])[0].things
     return " and ".join(f"{t.size} {t.color} {t.shape}" for t in things) or "nothing"
 
 
@@ -262,7 +262,7 @@ grid(
     [covered, *replaced],
     [
         "gray: to repaint",
-        *[f"{w}. Reader: {said(i)}" for w, i in zip(wishes, replaced, strict=True)],
+        *[f"{w}. Detector: {said(i)}" for w, i in zip(wishes, replaced, strict=True)],
     ],
     columns=4,
     scale=scale + 1,
@@ -282,7 +282,7 @@ grid(
     [mask_overlay(source, empty), *added],
     [
         "gray: to repaint",
-        *[f"{asked[i // 2]}. Reader: {said(image)}" for i, image in enumerate(added)],
+        *[f"{asked[i // 2]}. Detector: {said(image)}" for i, image in enumerate(added)],
     ],
     columns=5,
     scale=scale + 1,
@@ -479,13 +479,13 @@ What both captions share, floor and size and shape, cancels; only the difference
 
 # %% [markdown]
 r"""
-**Predict, then run.** Three ways to edit: with no guidance, with $t = 4$ against no text, with $t = 4$ against the old caption. We count how often the reader
+**Predict, then run.** Three ways to edit: with no guidance, with $t = 4$ against no text, with $t = 4$ against the old caption. We count how often the detector
 agrees with the new prompt. Which way is ahead after a handful of iterations? And which after many?
 """
 
 # %%
+from minimuse.eval_metrics import proportion_interval as share_of
 from minimuse.eval_prompts import matches, parse_prompt
-from minimuse.intervals import share as share_of
 
 sources = [
     ("a large green sphere", "a large red sphere", Thing("green", "sphere", x=-0.7)),
@@ -496,7 +496,7 @@ scenes_of = [to_pil(render([Scene((thing,))], size))[0] for _, _, thing in sourc
 
 
 def right(image, prompt):
-    return matches(reader.read([image])[0], parse_prompt(prompt)).right
+    return matches(detector.detect([image])[0], parse_prompt(prompt)).right
 
 
 few = [4, 12] if FAST else [5, 10, 20, 40]
@@ -515,7 +515,7 @@ for offset, (name, mark) in enumerate(ways.items()):
     xs = [x + 0.2 * offset for x in few]
     reach = [[r.value - r.low for r in rates], [r.high - r.value for r in rates]]
     ax.errorbar(xs, [r.value for r in rates], yerr=reach, fmt=mark, capsize=3, label=name)
-ax.set(xlabel="iterations of 8%", ylabel="reader: as the new prompt", ylim=(-0.03, 1.03))
+ax.set(xlabel="iterations of 8%", ylabel="detector: as the new prompt", ylim=(-0.03, 1.03))
 ax.legend(loc="lower right")
 plt.show()
 
@@ -523,7 +523,7 @@ plt.show()
 r"""
 The hare and the tortoise, at least with nano in the full setting (read the intervals before the lines). The old caption is the *fastest* way out: it pushes
 where the captions differ, and nowhere else. But an edit has no end at which the pushing stops. Once the picture has turned, "not green" goes on driving it, past
-red, to pictures that no caption describes, and the reader is lost. No guidance at all is the slowest, and arrives with the cleanest picture.
+red, to pictures that no caption describes, and the detector is lost. No guidance at all is the slowest, and arrives with the cleanest picture.
 
 So use a negative prompt for few iterations, or a small $t$. A remedy to try: five iterations against the old caption, and `muse.edit` once more on the result,
 with `guidance=0.0`.
@@ -534,7 +534,7 @@ r"""
 ## 4. Where it fails
 
 One picture proves nothing. Let us change **one** word of the caption at a time, colour, shape or size, or ask for a second thing, and count: does
-the reader find what the new prompt says? And does the thing still stand where it stood?
+the detector find what the new prompt says? And does the thing still stand where it stood?
 """
 
 # %%
@@ -551,7 +551,7 @@ for kind, ask in kinds.items():
         made = muse.edit(image, ask(thing), n=COUNTED, seed=0, iterations=ITERATIONS)
         found += [right(i, ask(thing)) for i in made]
         seen_things = [
-            max(r.things, key=lambda t: t.confidence, default=None) for r in reader.read(made)
+            max(r.things, key=lambda t: t.confidence, default=None) for r in detector.detect(made)
         ]
         stayed += [t is not None and abs(t.x - thing.x) < 0.4 for t in seen_things]
         gallery.append(made[0])
@@ -589,7 +589,7 @@ grid(gallery, marks, columns=len(sources) * 2, scale=scale)
 
 # %% [markdown]
 r"""
-Colour and shape mostly come out as asked; look at the bars of size for yourself. (The reader names what is *nearest*: a lump counts, if it is nearest to the right
+Colour and shape mostly come out as asked; look at the bars of size for yourself. (The detector names what is *nearest*: a lump counts, if it is nearest to the right
 thing.) That the thing *stays where it stood* is less sure: nobody asked it to, and only its neighbours hold it. Strong guidance makes it wander more; try
 `guidance=0.0`, which is slower to persuade.
 
@@ -664,12 +664,12 @@ tries, names = [], []
 for name, rule in rules.items():
     tries += [mask_overlay(source, rule(ball, f_low)[0])]
     tries += inpaint_where(rule(ball, f_low), rule(ball, f_high), "a large red cube", n=2)
-    names += [f"{name}: hidden"] + [f"reader: {said(i)}" for i in tries[-2:]]
+    names += [f"{name}: hidden"] + [f"detector: {said(i)}" for i in tries[-2:]]
 tries += [
     mask_overlay(source, token_mask(mask[None], f_low)[0]),
     *muse.inpaint(source, mask, "a large red cube", n=2, seed=0),
 ]
-names += ["a generous mask: hidden"] + [f"reader: {said(i)}" for i in tries[-2:]]
+names += ["a generous mask: hidden"] + [f"detector: {said(i)}" for i in tries[-2:]]
 grid(tries, names, columns=3, scale=scale)
 
 # %% [markdown]

@@ -10,7 +10,7 @@ r"""
 | **You will learn** | what "right" can mean · intervals · Frechet distance by hand, and its bias · CLIP score · diversity · the trade-off of figure 8 · what a bad model and a good salesman do to the numbers |
 | **Before this** | [6. Guidance](06_guidance.ipynb); means, variances, a covariance matrix |
 | **Takes** | @takes@ |
-| **Files** | [`eval_prompts.py`](../minimuse/eval_prompts.py), [`intervals.py`](../minimuse/intervals.py), [`eval_metrics.py`](../minimuse/eval_metrics.py); [`eval_run.py`](../minimuse/eval_run.py) puts them together |
+| **Files** | [`eval_prompts.py`](../minimuse/eval_prompts.py), [`eval_metrics.py`](../minimuse/eval_metrics.py); [`eval_run.py`](../minimuse/eval_run.py) puts them together |
 """
 
 # %% knobs
@@ -47,15 +47,15 @@ holds the two networks that measure. They are what `minimuse eval` works with.
 """
 
 # %%
-from minimuse.prompts import asks
-from minimuse.studio import Judge, Studio
+from minimuse.eval_prompts import prompt_set
+from minimuse.eval_run import Judge, Studio
 
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
 studio, judge = Studio(muse, base_only=True), Judge()
 SIDE = (
     96 // muse.config.low_tokenizer.image_size
 )  # pictures of sheets are drawn about 96 pixels wide
-ASKS = asks("mixed", PICTURES)  # one thing, two in a relation, two or three alike, in turn
+ASKS = prompt_set("mixed", PICTURES)  # one thing, two in a relation, two or three alike, in turn
 for ask in ASKS[:6:2]:
     print(
         f"{ask.prompt!r}: one scene that has it is {[t.color + ' ' + t.shape for t in ask.scene.things]}"
@@ -114,7 +114,7 @@ trials = {
     ),
 }
 pictures = studio.real([Scene(things) for things in trials.values()])
-verdicts = [matches(seen, parse_prompt(WISH)) for seen in judge.reader.read(pictures)]
+verdicts = [matches(seen, parse_prompt(WISH)) for seen in judge.detector.detect(pictures)]
 captions = [
     f"{name}: {'right' if v.right else '; '.join(v.wrong)}"
     for name, v in zip(trials, verdicts, strict=True)
@@ -130,9 +130,9 @@ draw such lines, and a figure is worth as much as the lines are known: they stan
 
 # %% [markdown]
 r"""
-## 2. Who reads, and how often the reader errs
+## 2. Who reads, and how often the detector errs
 
-The **reader** is a small network, trained on renders to find things and name them. It never took part in any training of a
+The **detector** is a small network, trained on renders to find things and name them. It never took part in any training of a
 generator: a model that is trained to please its examiner learns the examiner. What it sees in the first pictures of the
 model, drawn with seeds from 1000, nothing picked:
 """
@@ -140,7 +140,7 @@ model, drawn with seeds from 1000, nothing picked:
 # %%
 import textwrap
 
-from minimuse.kinds import drawn, quality
+from minimuse.eval_run import drawn, quality
 
 SEEDS = list(range(1000, 1000 + PICTURES))
 
@@ -156,7 +156,7 @@ def measured(asks, **how):
 
 
 own = measured(ASKS)
-readings = judge.reader.read(own.tensors["images"])
+readings = judge.detector.detect(own.tensors["images"])
 figure, axes = plt.subplots(1, 6, figsize=(11, 2.5))
 for ax, image, seen, row in zip(
     axes, own.tensors["images"][::2], readings[::2], own.rows[::2], strict=False
@@ -184,14 +184,14 @@ draws; through the tokenizer, since everything that the base model draws goes th
 # %%
 from minimuse.data_images import area_downsample, to_uint8
 from minimuse.data_scenes import render
-from minimuse.intervals import share
+from minimuse.eval_metrics import proportion_interval
 
 scenes, prompts = [ask.scene for ask in ASKS], [ask.prompt for ask in ASKS]
 groups = [ask.group for ask in ASKS]
 
 
 def is_right(images, prompts):
-    read = zip(judge.reader.read(images), prompts, strict=True)
+    read = zip(judge.detector.detect(images), prompts, strict=True)
     return torch.tensor([matches(seen, parse_prompt(prompt)).right for seen, prompt in read])
 
 
@@ -200,10 +200,10 @@ real = studio.real(scenes)
 with torch.inference_mode():
     coded = to_uint8(muse.low_tokenizer.decode(muse.low_tokenizer.encode(real.float() / 127.5 - 1)))
 ceiling = {
-    f"real, {full.shape[-1]} px": share(is_right(full, prompts), groups),
-    f"real, {real.shape[-1]} px": share(is_right(real, prompts), groups),
-    "real, through the tokenizer": share(is_right(coded, prompts), groups),
-    f"drawn by {CHECKPOINT}": share([row["right"] for row in own.rows], groups),
+    f"real, {full.shape[-1]} px": proportion_interval(is_right(full, prompts), groups),
+    f"real, {real.shape[-1]} px": proportion_interval(is_right(real, prompts), groups),
+    "real, through the tokenizer": proportion_interval(is_right(coded, prompts), groups),
+    f"drawn by {CHECKPOINT}": proportion_interval([row["right"] for row in own.rows], groups),
 }
 figure, ax = plt.subplots(figsize=(8, 2.6))
 for y, (name, m) in enumerate(ceiling.items()):
@@ -223,16 +223,16 @@ figure without its ceiling says little.
 
 ### A lump is nearest to something
 
-The reader must name *one* of three shapes. Shown a lump, it does not say "lump". But it can be unsure, and
+The detector must name *one* of three shapes. Shown a lump, it does not say "lump". But it can be unsure, and
 `matches(..., sure=0.5)` asks it to be at least half sure of each thing. The pictures below are counted as right, and they are the ones
-of which the reader was least sure.
+of which the detector was least sure.
 """
 
 # %%
 sure = [min((t.confidence for t in seen.things), default=0.0) for seen in readings]
 doubtful = sorted((i for i, row in enumerate(own.rows) if row["right"]), key=lambda i: sure[i])[:6]
-print("right:", share([row["right"] for row in own.rows], groups))
-print("right, and clearly so:", share([row["clear"] for row in own.rows], groups))
+print("right:", proportion_interval([row["right"] for row in own.rows], groups))
+print("right, and clearly so:", proportion_interval([row["clear"] for row in own.rows], groups))
 grid(
     own.tensors["images"][doubtful],
     [f"{own.rows[i]['prompt']}: sure {sure[i]:.2f}" for i in doubtful],
@@ -269,8 +269,8 @@ interval begin, at 99%, at 95%, or at less than 90%? And after 200 of 200?
 
 # %%
 for n in (20, 200, 1000):
-    print(f"{n:4} of {n}: {share(torch.ones(n))}")
-show(share)
+    print(f"{n:4} of {n}: {proportion_interval(torch.ones(n))}")
+show(proportion_interval)
 
 # %% [markdown]
 r"""
@@ -290,7 +290,7 @@ wald = [
     )
     for x in k
 ]
-wilson = [share(torch.arange(n) < x)[1:3] for x in k]
+wilson = [proportion_interval(torch.arange(n) < x)[1:3] for x in k]
 truths = torch.linspace(0.5, 0.999, 300, dtype=torch.double)
 weight = torch.distributions.Binomial(n, truths[:, None]).log_prob(k).exp()  # (300, 21)
 figure, ax = plt.subplots(figsize=(8, 3))
@@ -360,7 +360,7 @@ for _ in range(tries):
     chance = torch.rand(20, generator=draw).repeat_interleave(10)
     right = torch.rand(200, generator=draw) < chance
     for name, which in (("no groups", None), ("groups", labels)):
-        m = share(right, which)
+        m = proportion_interval(right, which)
         held[name] += m.low <= 0.5 <= m.high
 for name, k in held.items():
     print(f"{name:>9}: the truth is inside in {k / tries:.0%} of {tries} repetitions")
@@ -478,7 +478,7 @@ check_frechet(my_frechet)
 r"""
 ### What it notices
 
-FID proper takes the features of Inception, a network for photographs (`metrics.inception_features`). For scenes the reader's features fit
+FID proper takes the features of Inception, a network for photographs (`eval_metrics.inception_features`). For scenes the detector's features fit
 better: they know colours and shapes of things. Let us damage real pictures in known ways and see what the distance to *other* real
 pictures says. "Untouched" is the floor: two heaps of the same kind.
 """
@@ -533,7 +533,8 @@ drawn_features, real_features = own.tensors["features"], own.tensors["real"]
 print(f"as drawn: {frechet_distance(real_features, drawn_features):.4f}")
 print(f"shuffled: {frechet_distance(real_features, drawn_features[shuffled]):.4f}")
 before, after = (
-    share(is_right(own.tensors["images"][at], prompts)) for at in (range(PICTURES), shuffled)
+    proportion_interval(is_right(own.tensors["images"][at], prompts))
+    for at in (range(PICTURES), shuffled)
 )
 print(f"share right, before: {before}\nshare right, after:  {after}")
 
@@ -576,27 +577,30 @@ Left: nothing is measured as 0, and few pictures look worse than many. Right, ag
 line through the origin: the bias is about $c / n$. Three rules follow:
 
 - Only figures of equal $n$ compare, against the same real pictures. A paper with 30,000 pictures "beats" one with 5,000 for free.
-- The bias is known in form, so it can be estimated: $2 d^2(n) - d^2(n / 2)$ is free of any $c / n$. `frechet(..., extrapolate=True)` does that.
+- The bias is known in form, so it can be estimated: $2 d^2(n) - d^2(n / 2)$ is free of any $c / n$. `frechet_interval(..., extrapolate=True)` does that.
 - Copies of a row would make it worse, so that the usual bootstrap lies here. Our intervals come from random *halves*.
 
 Below, *drawn* and *real* are heaps of different $n$, so that only the extrapolated figures compare.
 """
 
 # %%
-from minimuse.eval_metrics import frechet
+from minimuse.eval_metrics import frechet_interval
 
-print("drawn, as measured:      ", frechet(real_features, drawn_features, groups))
-print("drawn, for infinite n:   ", frechet(real_features, drawn_features, groups, extrapolate=True))
-print("real, as measured:       ", frechet(base, features["untouched"]))
-print("real, for infinite n:    ", frechet(base, features["untouched"], extrapolate=True))
-show(frechet)
+print("drawn, as measured:      ", frechet_interval(real_features, drawn_features, groups))
+print(
+    "drawn, for infinite n:   ",
+    frechet_interval(real_features, drawn_features, groups, extrapolate=True),
+)
+print("real, as measured:       ", frechet_interval(base, features["untouched"]))
+print("real, for infinite n:    ", frechet_interval(base, features["untouched"], extrapolate=True))
+show(frechet_interval)
 
 # %% [markdown]
 r"""
 ## 5. Does it fit the prompt? CLIP score
 
 CLIP is two networks, one for pictures and one for texts, trained so that a picture's vector points where its caption's does. The
-**CLIP score** is the cosine between both: no reader, no grammar, any text. `metrics.ClipScorer` takes every published CLIP; for scenes a
+**CLIP score** is the cosine between both: no detector, no grammar, any text. `eval_clip.ClipScorer` takes every published CLIP; for scenes a
 small one of our own comes along, the **scorer**. It gives each place of the picture and each word a vector $w_j$, $z_i$, and lets each word look for
 its place:
 
@@ -604,7 +608,7 @@ $$\text{score} = \frac{1}{L} \sum_{j=1}^{L} \max_i \, \cos(w_j, z_i).$$
 """
 
 # %%
-from minimuse.eval_clip import Network
+from minimuse.eval_clip import SceneClipNetwork
 
 some = [
     "a red cube",
@@ -641,7 +645,7 @@ ax.set_xticks(range(6), range(1, 7))
 ax.set(xlabel="picture made for text number", ylabel="text")
 ax.grid(False)
 plt.show()
-show(Network.forward)
+show(SceneClipNetwork.forward)
 
 # %% [markdown]
 r"""
@@ -697,7 +701,7 @@ scenes_of_two = pool.images()
 told = {}
 for name in truths:
     score = lambda texts, name=name: judge.scorer(scenes_of_two[words[name]], texts)  # noqa: E731
-    told[name] = share(score(truths[name]) > score(lies[name]))
+    told[name] = proportion_interval(score(truths[name]) > score(lies[name]))
     print(f"{name:>14}: the truth scores higher in {told[name]}")
 figure, ax = plt.subplots(figsize=(8, 2.6))
 for y, m in enumerate(told.values()):
@@ -827,7 +831,7 @@ Before you run it: which column of the table catches which of them?
 """
 
 # %%
-from minimuse.intervals import mean
+from minimuse.eval_metrics import mean_interval
 from minimuse.muse import build
 
 torch.manual_seed(0)
@@ -844,14 +848,18 @@ models = {
     "one picture": drawn_images[:1].expand_as(drawn_images),
     "untrained": fresh.draw(prompts, SEEDS),
 }
-others = judge.features(studio.real([ask.scene for ask in asks("mixed", 2 * PICTURES)[PICTURES:]]))
+others = judge.features(
+    studio.real([ask.scene for ask in prompt_set("mixed", 2 * PICTURES)[PICTURES:]])
+)
 table = {}
 for name, images in models.items():
     rows, f = judge.rows(images, ASKS), judge.features(images)
     table[name] = {
-        "right": share([row["right"] for row in rows], groups),
-        "score": mean([row["score"] for row in rows], groups),
-        "frechet": frechet(others, f, groups),  # to real renders of other prompts of the set
+        "right": proportion_interval([row["right"] for row in rows], groups),
+        "score": mean_interval([row["score"] for row in rows], groups),
+        "frechet": frechet_interval(
+            others, f, groups
+        ),  # to real renders of other prompts of the set
         "diversity": diversity(f[:pairs], prompts[:pairs]),
     }
     print(f"{name:>18}: " + "; ".join(f"{k} {m.value:.3g}" for k, m in table[name].items()))
@@ -893,7 +901,9 @@ many = studio.draw([HARD] * MANY, list(range(MANY)))
 ok = is_right(many, [HARD] * MANY)
 best = judge.scorer(many, [HARD] * MANY).argsort(descending=True)[:6]
 mark = lambda i: f"seed {i}{'' if ok[i] else ' (wrong)'}"  # noqa: E731
-print(f"right: {share(ok)}; of the six that score highest: {int(ok[best].sum())} of 6")
+print(
+    f"right: {proportion_interval(ok)}; of the six that score highest: {int(ok[best].sum())} of 6"
+)
 ks, p = range(1, 17), ok.double().mean().item()
 figure, ax = plt.subplots(figsize=(7, 2.8))
 for chance in (0.2, 0.5, 0.8):
@@ -971,7 +981,7 @@ Markdown(report)
 r"""
 ## Summary
 
-- "Right" needs rules, a reader, and the reader's own ceiling. Where the truth is known, all three can be stated.
+- "Right" needs rules, a detector, and the detector's own ceiling. Where the truth is known, all three can be stated.
 - A share has an interval (Wilson's), and pictures of one prompt count together.
 - Frechet distance compares means and covariances of features. It sees no prompts, depends on its network, and is larger for fewer pictures.
 - CLIP score sees fit, and hardly sees who is left of whom. It has no zero.

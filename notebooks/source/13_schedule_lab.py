@@ -432,8 +432,8 @@ Now the network errs too, and nobody knows its truth. What can be asked: are its
 real ones*? `compare` takes a `Muse` in the world's place. It draws with the base model alone (its low-resolution
 pictures, decoded by the low tokenizer), on captions of held-out scenes with one or two things:
 
-- **accuracy**: share of pictures in which everything the prompt names is right, by the reader;
-- **frechet**: Frechet distance of the reader's features to renders of the very scenes.
+- **accuracy**: share of pictures in which everything the prompt names is right, by the detector;
+- **frechet**: Frechet distance of the detector's features to renders of the very scenes.
 
 Picture $i$ has the same prompt and the same random numbers in every cell.
 """

@@ -589,12 +589,12 @@ sampler make a difference at all, when the network is the same?
 """
 
 # %%
-from minimuse.eval_detector import Reader
+from minimuse.eval_detector import Detector
+from minimuse.eval_metrics import proportion_interval
 from minimuse.eval_prompts import matches, parse_prompt
-from minimuse.intervals import share
 
-reader, base = (
-    Reader.from_pretrained(),
+detector, base = (
+    Detector.from_pretrained(),
     kind(rival(muse.config, "masked"))(
         rival(muse.config, "masked"),
         torch.nn.ModuleDict({k: muse.parts[k] for k in ("low_tokenizer", "base")}),
@@ -607,7 +607,8 @@ prompts = [test.captions(i % len(test), 1)[0] for i in range(PICTURES)]
 def right(drawn):
     """Pictures -> which of them have all that their prompt names."""
     return [
-        matches(r, parse_prompt(p)).right for r, p in zip(reader.read(drawn), prompts, strict=True)
+        matches(r, parse_prompt(p)).right
+        for r, p in zip(detector.detect(drawn), prompts, strict=True)
     ]
 
 
@@ -619,7 +620,7 @@ settings = {
 }
 for name, how in settings.items():
     drawn = base.generate(prompts, seed=0, steps=16, **how)
-    print(f"{name:>18}: {share(torch.tensor(right(drawn)))}")
+    print(f"{name:>18}: {proportion_interval(torch.tensor(right(drawn)))}")
 
 # %% [markdown]
 r"""
@@ -639,11 +640,10 @@ fast setting nothing has learned to draw, and only the seconds mean something.
 # %%
 from IPython.display import Markdown, display
 
-from minimuse.eval_metrics import frechet
-from minimuse.intervals import mean
+from minimuse.eval_metrics import frechet_interval, mean_interval
 
 points = {"masked": (1, 4, 16), "dit": (4, 16, 50), "ar": (muse.config.base.tokens,)}
-truth = reader.features(area_downsample(test.images(), side // low_side))
+truth = detector.features(area_downsample(test.images(), side // low_side))
 by_right, by_distance = {name: {} for name in points}, {name: {} for name in points}
 for name, t in [(name, t) for name, counts in points.items() for t in counts]:
     how = {} if name == "ar" else {"steps": t}
@@ -653,8 +653,11 @@ for name, t in [(name, t) for name, counts in points.items() for t in counts]:
         few, began = prompts[i : i + max(2, PICTURES // 4)], time.perf_counter()
         drawn += models[name].generate(few, seed=100 + i, **how)
         seconds.append((time.perf_counter() - began) / len(few))
-    by_right[name][str(t)] = mean(seconds), share(torch.tensor(right(drawn)))
-    by_distance[name][str(t)] = mean(seconds), frechet(truth, reader.features(drawn))
+    by_right[name][str(t)] = mean_interval(seconds), proportion_interval(torch.tensor(right(drawn)))
+    by_distance[name][str(t)] = (
+        mean_interval(seconds),
+        frechet_interval(truth, detector.features(drawn)),
+    )
 display(tradeoff(by_right, "seconds a picture", "everything right", log_x=True))
 tradeoff(by_distance, "seconds a picture", "Frechet distance", lower=(True, True), log_x=True)
 
@@ -736,7 +739,7 @@ trained above.
 for name in ("masked", "dit"):
     for told, how in (("constant, 2", 2.0), ("rising, 0 to 4", (0.0, 4.0))):
         drawn = models[name].generate(prompts, seed=0, steps=16, guidance=how)
-        print(f"{name:>7}, {told:15} {share(torch.tensor(right(drawn)))}")
+        print(f"{name:>7}, {told:15} {proportion_interval(torch.tensor(right(drawn)))}")
 
 # %% [markdown]
 r"""

@@ -1,4 +1,4 @@
-# %% [markdown] stubs=intervals,judge,lab.difference
+# %% [markdown] stubs=eval_metrics,judge,lab.difference
 r"""
 # Assignment: invent a schedule, and defend it with intervals
 
@@ -14,7 +14,7 @@ and make sure that your claim is no accident of the samples.
 | 5. A defence | 15 |
 
 **Before this**: notebooks 7 (parallel decoding) and 13 (the schedule lab).
-**Rules.** Write your code where it says so; cells of tests are put back before grading. `minimuse.intervals`, `minimuse.judge` and `lab.difference` raise
+**Rules.** Write your code where it says so; cells of tests are put back before grading. `minimuse.eval_metrics`, `minimuse.judge` and `lab.difference` raise
 an error while we grade; `lab.compare` is yours to use. Say in a comment what you took from where, and know that two of the
 tasks are in no package. Every cell of tests may take 30 seconds, and runs on a CPU.
 """

@@ -1,4 +1,4 @@
-"""Train the scorer (`eval_clip.py`) from nothing: `python -m minimuse.train_scorer FOLDER` made the shipped one.
+"""Train the scorer (`eval_clip.py`) from nothing: `python benchmarks/train_clip.py FOLDER` made the shipped one.
 
     scenes --render, spoiled as decoders spoil pictures--> images   \\
     scenes --data_captions.py--> what is true --swap--> what is not      --> each picture is to find its caption among all
@@ -21,17 +21,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
+from train_detector import scenes, spoiled
 
 from minimuse import checkpoint
 from minimuse.config import StageConfig
 from minimuse.data_captions import FLOOR_PHRASE, caption
 from minimuse.data_images import to_float, to_uint8
 from minimuse.data_scenes import render
-from minimuse.eval_clip import FORMAT, Network, Scorer
+from minimuse.eval_clip import CLIP_FORMAT, SceneClip, SceneClipNetwork
 from minimuse.eval_detector import FIELDS, SIZE
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train_engine import Engine, Stage
-from minimuse.train_reader import scenes, spoiled
 
 TRAINING = StageConfig(steps=1500, batch=64, learning_rate=2e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98))
 SCENES, SEED, FRESH, WRONG = 8_000, 5_000_000_000, 6_000_000_000, 2  # FRESH: seeds that it is measured on
@@ -57,10 +57,10 @@ def swap(text: str, rng: Random) -> tuple[str, str]:
 
 def train(
     engine: Engine, config: StageConfig, images: Tensor, texts: list[list[Tensor]]
-) -> Iterator[tuple[float, Network]]:
+) -> Iterator[tuple[float, SceneClipNetwork]]:
     """images (n, 3, 64, 64) uint8, of each its caption and WRONG false ones as (L, 384) -> loss, network."""
     torch.manual_seed(engine.seed)
-    stage = Stage(engine, "scorer", config, {"model": Network().to(memory_format=torch.channels_last)})
+    stage = Stage(engine, "scorer", config, {"model": SceneClipNetwork().to(memory_format=torch.channels_last)})
     net = stage.modules["model"]
     for step in stage.steps():
         shares = []
@@ -79,7 +79,7 @@ def train(
         yield stage.total(shares)["loss"], net
 
 
-def measure(scorer: Scorer, n: int, seed: int = FRESH, size: int = SIZE) -> dict[str, list[int]]:
+def measure(scorer: SceneClip, n: int, seed: int = FRESH, size: int = SIZE) -> dict[str, list[int]]:
     """n fresh renders of all counts and splits -> {what is swapped: [ranked right, of how many]}."""
     made, rng, table = scenes(n, seed, ("train", "test", "novel")), Random(seed), {}
     true = [caption(scene, seed + i) for i, scene in enumerate(made)]
@@ -100,9 +100,9 @@ license: apache-2.0
 How well a picture of minimuse's scenes fits a prompt: a small CLIP, {parameters:,} parameters over all-MiniLM-L6-v2
 (frozen, not stored here), read at 64 px. It is for measuring generators, never part of a loss.
 
-Made by `python -m minimuse.train_scorer`: {scenes:,} scenes of splits "novel" (a third) and "test", seeds from
+Made by `python benchmarks/train_clip.py`: {scenes:,} scenes of splits "novel" (a third) and "test", seeds from
 {seed:,}; {steps:,} steps of {batch} pictures, each with its caption and two that one swapped word makes false. It saw
-no scene of split "train" and no generated picture, and shares no weights, training run or data seed with the reader or
+no scene of split "train" and no generated picture, and shares no weights, training run or data seed with the detector or
 the perceptual network of `vqgan_loss.py`.
 
 On fresh renders of splits "train", "test" and "novel" in equal parts, 1 to 3 things, seeds from {fresh:,}: the true
@@ -114,7 +114,7 @@ caption ranked above the same one with one word swapped.
 """
 
 
-def save(scorer: Scorer, folder: Path, training: dict[str, int], n: int) -> None:
+def save(scorer: SceneClip, folder: Path, training: dict[str, int], n: int) -> None:
     """Write weights in half precision, config.json, and the model card with what is then measured."""
     weights = {k: v.half().contiguous() for k, v in scorer.net.state_dict().items()}
     scorer.net.load_state_dict(weights)  # what is measured is what is saved
@@ -124,7 +124,7 @@ def save(scorer: Scorer, folder: Path, training: dict[str, int], n: int) -> None
     parameters = sum(p.numel() for p in scorer.net.parameters())
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / checkpoint.WEIGHTS)
-    values = json.dumps({"format": FORMAT, "training": training}, indent=1)
+    values = json.dumps({"format": CLIP_FORMAT, "training": training}, indent=1)
     (folder / checkpoint.CONFIG).write_text(values + "\n", encoding="utf-8")
     card = CARD.format(parameters=parameters, rows=rows, fresh=FRESH, **training)
     (folder / checkpoint.CARD).write_text(card, encoding="utf-8")
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Render, embed, train, measure, save."""
     from tqdm import tqdm
 
-    parser = argparse.ArgumentParser(prog="python -m minimuse.train_scorer", description="Train a scorer from nothing.")
+    parser = argparse.ArgumentParser(prog="python benchmarks/train_clip.py", description="Train a scorer from nothing.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scenes", type=int, default=SCENES)
     parser.add_argument("--steps", type=int, default=TRAINING.steps)
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     _, net = deque(tqdm(progress, desc="training", total=config.steps), maxlen=1).pop()
     training = {"scenes": args.scenes, "seed": args.seed, "steps": config.steps, "batch": config.batch}
-    save(Scorer(net.cpu(), encoder.to("cpu")), args.folder, training, args.fresh)
+    save(SceneClip(net.cpu(), encoder.to("cpu")), args.folder, training, args.fresh)
     print(args.folder)
 
 

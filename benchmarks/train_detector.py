@@ -1,6 +1,6 @@
-"""Train the reader (`eval_detector.py`) from nothing: `python -m minimuse.train_reader FOLDER` made the shipped one.
+"""Train the detector (`eval_detector.py`) from nothing: `python benchmarks/train_detector.py FOLDER` made the shipped one.
 
-    scenes --render--> images --spoiled, as decoders spoil pictures--> Network --> heat, attributes, box and place
+    scenes --render--> images --spoiled, as decoders spoil pictures--> DetectorNetwork --> heat, attributes, box and place
 
 What it learns from is kept away from all that it measures: seeds from 7 billion, splits "test" and "novel", no
 generated picture. `K` things a scene at most, `G` cells a side, `M` cells in which there is a thing.
@@ -23,7 +23,19 @@ from minimuse import checkpoint
 from minimuse.config import StageConfig
 from minimuse.data_images import to_float, to_uint8
 from minimuse.data_scenes import MAX_THINGS, SPLITS, Scene, box, render, sample_scene
-from minimuse.eval_detector import FIELDS, FORMAT, GRID, HEADS, SIZE, SPREAD, Network, Reader, cells, compare, scaled
+from minimuse.eval_detector import (
+    DETECTOR_FORMAT,
+    FIELDS,
+    GRID,
+    HEADS,
+    SIZE,
+    SPREAD,
+    Detector,
+    DetectorNetwork,
+    attributes_right,
+    cell_centers,
+    encode_numbers,
+)
 from minimuse.train_engine import Engine, Stage
 
 TRAINING = StageConfig(steps=1200, batch=64, learning_rate=4e-3, warmup=100, weight_decay=0.01, betas=(0.9, 0.98))
@@ -54,7 +66,7 @@ def loss(maps: Tensor, index: Tensor, place: Tensor, doubt: Tensor | None = None
     """
     heat, *fields, numbers = maps.float().split(HEADS, 1)
     middle = (place[..., :2] + place[..., 2:4]) / 2  # (B, K, 2)
-    at = cells(maps.device)
+    at = cell_centers(maps.device)
     apart = (at - middle[:, :, None, None]).mul(GRID).square().sum(-1)  # (B, K, G, G), in cells
     warm = (-apart / (2 * SPREAD**2)).exp() * (index[:, :, :1, None] >= 0)
     warm, owner = warm.max(1)  # (B, G, G)
@@ -67,7 +79,7 @@ def loss(maps: Tensor, index: Tensor, place: Tensor, doubt: Tensor | None = None
         if name == "shape" and doubt is not None:
             surprise = surprise.lerp(-log_p.mean(1), doubt[b])
         total = total + (weight * surprise).sum()
-    wrong = F.smooth_l1_loss(numbers[b, :, v, u], scaled(place[b, k], at[v, u]), reduction="none", beta=0.1)
+    wrong = F.smooth_l1_loss(numbers[b, :, v, u], encode_numbers(place[b, k], at[v, u]), reduction="none", beta=0.1)
     return (total + (weight * wrong.sum(1)).sum()) / weight.sum()
 
 
@@ -113,10 +125,12 @@ def _quantized(images: Tensor, step: Tensor) -> Tensor:
     return (basis.T @ rounded @ basis).transpose(3, 4).reshape(b, c, h, w)
 
 
-def train(engine: Engine, config: StageConfig, images: Tensor, scenes: list[Scene]) -> Iterator[tuple[float, Network]]:
+def train(
+    engine: Engine, config: StageConfig, images: Tensor, scenes: list[Scene]
+) -> Iterator[tuple[float, DetectorNetwork]]:
     """images (n, 3, 64, 64) uint8 and their scenes -> (loss, network) after each step."""
     torch.manual_seed(engine.seed)
-    stage = Stage(engine, "reader", config, {"model": Network().to(memory_format=torch.channels_last)})
+    stage = Stage(engine, "detector", config, {"model": DetectorNetwork().to(memory_format=torch.channels_last)})
     net, (index, place) = stage.modules["model"], targets(scenes)
     for step in stage.steps():
         shares = []
@@ -132,14 +146,14 @@ def train(engine: Engine, config: StageConfig, images: Tensor, scenes: list[Scen
         yield stage.total(shares)["loss"], net
 
 
-def measure(reader: Reader, n: int, size: int, seed: int = FRESH) -> dict[int, list[int]]:
+def measure(detector: Detector, n: int, size: int, seed: int = FRESH) -> dict[int, list[int]]:
     """Fresh scenes of all splits, n with each number of things -> {number: [attributes right, of how many, scenes
     wholly right, of how many]}. A scene is wholly right where the number of things is, and every attribute."""
     table = {}
     for k in range(1, MAX_THINGS + 1):
         made = [sample_scene(seed + i, split=SPLITS[i % len(SPLITS)], n_things=k) for i in range(n)]
-        readings = [r for i in range(0, n, 100) for r in reader.read(render(made[i : i + 100], size))]
-        right = [compare(*pair) for pair in zip(readings, made, strict=True)]
+        readings = [r for i in range(0, n, 100) for r in detector.detect(render(made[i : i + 100], size))]
+        right = [attributes_right(*pair) for pair in zip(readings, made, strict=True)]
         whole = [all(each) and len(reading.things) == k for each, reading in zip(right, readings, strict=True)]
         table[k] = [sum(map(sum, right)), sum(map(len, right)), sum(whole), n]
     return table
@@ -149,12 +163,12 @@ CARD = """---
 library_name: minimuse
 license: apache-2.0
 ---
-# reader
+# detector
 
 What is in a picture of minimuse's scenes: how many things, and colour, shape, size, material, place and box of each.
 {parameters:,} parameters, read at 64 px. It is for measuring generators, never part of a loss.
 
-Made by `python -m minimuse.train_reader`, in {minutes:.0f} minutes (CPU threads: {threads}), rendering included:
+Made by `python benchmarks/train_detector.py`, in {minutes:.0f} minutes (CPU threads: {threads}), rendering included:
 {scenes:,} scenes of splits "novel" (a third) and "test", seeds from {seed:,}; {steps:,} steps of {batch} pictures,
 spoiled as decoders spoil them. It saw no scene of split "train" and no generated picture, and shares no weights,
 training run or data seed with the perceptual network of `vqgan_loss.py`.
@@ -170,18 +184,18 @@ doubt of shapes on renders with wobbling outlines.
 """
 
 
-def save(reader: Reader, folder: Path, training: dict[str, float], n: int = 700) -> None:
+def save(detector: Detector, folder: Path, training: dict[str, float], n: int = 700) -> None:
     """Write weights in half precision, config.json, and the model card with what is then measured."""
-    weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in reader.net.state_dict().items()}
-    reader.net.load_state_dict(weights)  # what is measured is what is saved
-    sizes = {size: measure(reader, n, size) for size in (64, 128)}
+    weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in detector.net.state_dict().items()}
+    detector.net.load_state_dict(weights)  # what is measured is what is saved
+    sizes = {size: measure(detector, n, size) for size in (64, 128)}
     rows = [
         f"| {size} px | {k} | {right:,} of {asked:,} | {whole:,} of {all_:,} |"
         for size, table in sizes.items()
         for k, (right, asked, whole, all_) in table.items()
     ]
-    values = {"format": FORMAT, "fields": FIELDS, "training": training}
-    parameters = sum(p.numel() for p in reader.net.parameters())
+    values = {"format": DETECTOR_FORMAT, "fields": FIELDS, "training": training}
+    parameters = sum(p.numel() for p in detector.net.parameters())
     card = CARD.format(parameters=parameters, rows="\n".join(rows), fresh=FRESH, **training)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / checkpoint.WEIGHTS)
@@ -191,7 +205,9 @@ def save(reader: Reader, folder: Path, training: dict[str, float], n: int = 700)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Render, train, measure, save."""
-    parser = argparse.ArgumentParser(prog="python -m minimuse.train_reader", description="Train a reader from nothing.")
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/train_detector.py", description="Train a detector from nothing."
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scenes", type=int, default=SCENES)
     parser.add_argument("--steps", type=int, default=TRAINING.steps)
@@ -209,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, net = deque(tqdm(progress, desc="training", total=config.steps), maxlen=1).pop()
     training = {"scenes": args.scenes, "seed": args.seed, "steps": config.steps, "batch": config.batch}
     spent = {"minutes": round((time.time() - begun) / 60, 1), "threads": torch.get_num_threads()}
-    save(Reader(net), args.folder, training | spent, args.fresh)
+    save(Detector(net), args.folder, training | spent, args.fresh)
     print(args.folder)
 
 
