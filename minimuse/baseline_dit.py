@@ -29,7 +29,7 @@ from minimuse.baseline_ar import LowRes, read_texts, save_samples, train_network
 from minimuse.cfg import Guidance, guided
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_images import to_float
-from minimuse.masking import Draws, uniforms
+from minimuse.masking import Generators, uniforms
 from minimuse.sampler import Step
 from minimuse.text import Context
 from minimuse.train import Decimated, MuseTrainer
@@ -186,7 +186,7 @@ def amounts(step: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return signal.view(-1, 1, 1, 1), spread.view(-1, 1, 1, 1)
 
 
-def gaussians(*shape: int, generator: Draws = None) -> Tensor:
+def gaussians(*shape: int, generator: Generators = None) -> Tensor:
     """N(0, 1) of a shape (B, ...) from CPU generators: one, or one for each image, as `masking.uniforms`."""
     return torch.special.ndtri(uniforms(*shape, generator=generator).double().clamp(1e-9, 1 - 1e-9)).float()
 
