@@ -15,13 +15,14 @@ import race
 
 
 def start(out, muse, **changes):
-    how = {"steps": 2, "scenes": 60, "n": 8, "real": 12, "tuning": 4, "batch": 4, "nano": muse}
+    how = {"steps": 2, "scenes": 60, "n": 4, "real": 6, "tuning": 2, "batch": 4, "nano": muse}
     return race.Race(out, **(how | changes))
 
 
 @pytest.mark.slow
 def test_a_race_from_training_to_tables(tiny_muse, tmp_path, monkeypatch):
     monkeypatch.setattr(race, "STEPS", (1, 4))
+    monkeypatch.setattr(race, "TUNE", {model: settings[:1] for model, settings in race.TUNE.items()})
     found = race.run(start(tmp_path, tiny_muse), list(race.PARTS))
     assert set(found["parts"]) == set(race.PARTS)
     parts = found["parts"]
@@ -42,7 +43,7 @@ def test_a_race_from_training_to_tables(tiny_muse, tmp_path, monkeypatch):
     again = race.run(start(tmp_path, tiny_muse), ["likelihood", "race"])  # from what was kept, in another order
     assert again["parts"] == parts == json.loads((tmp_path / "race.json").read_text(encoding="utf-8"))["parts"]
     with pytest.raises(SystemExit, match="holds a race of"):
-        race.run(start(tmp_path, tiny_muse, n=9), ["race"])
+        race.run(start(tmp_path, tiny_muse, n=5), ["race"])
 
 
 def test_all_get_the_same_training_compute(tiny_muse, tmp_path):
