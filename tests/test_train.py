@@ -488,6 +488,6 @@ def test_a_users_own_folder_trains_with_mistakes_mixed_in(tiny_muse, tmp_path, c
     with caplog.at_level("WARNING", "minimuse"):
         *_, last = train_muse(config, data=folder, engine=Engine(bf16=False, folder=tmp_path / "run"))
     told = " ".join(record.getMessage() for record in caplog.records)
-    assert "passed over 3 of 23 images" in told, f"what was left out is not told: {told}"
+    assert "left out 3 of 23 images" in told, f"what was left out is not told: {told}"
     assert {"picture", "mine"} <= set(last.model.words), "it knows the words of its captions"
     assert last.model.generate("picture 3 of mine", seed=0, steps=1)[0].size == (64, 64), "and draws"
