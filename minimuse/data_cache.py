@@ -233,7 +233,7 @@ class Subset:
 
 
 @torch.inference_mode()
-def tokenize(tokenizer: Any, images: Tensor, batch: int = 256, bf16: bool | None = None) -> Tensor:
+def tokenize_images(tokenizer: Any, images: Tensor, batch: int = 256, bf16: bool | None = None) -> Tensor:
     """A frozen tokenizer and images (n, 3, H, W) uint8 -> tokens (n, N) on the CPU."""
     device = next(tokenizer.parameters()).device
     tokenizer.eval()
@@ -324,7 +324,7 @@ class TrainingData:
 
         def make(part: int, problems: Problems) -> Blocks:
             for images, captions in self._read_again(part, problems):
-                tokens = tokenize(tokenizer, area_downsample(images, self.side // size), bf16=self.bf16)
+                tokens = tokenize_images(tokenizer, area_downsample(images, self.side // size), bf16=self.bf16)
                 if tokens.min() < 0 or tokens.max() >= v:
                     raise ValueError(f"{name} tokens {tokens.min()} to {tokens.max()}; expected 0 to {v - 1}")
                 yield {kind: tokens.numpy().astype(np.uint16 if v <= 2**16 else np.int32)}, captions

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minimuse import transformer
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import STAGES, MuseConfig, StageConfig
-from minimuse.data_cache import TrainingData, tokenize
+from minimuse.data_cache import TrainingData, tokenize_images
 from minimuse.data_images import Example, area_downsample
 from minimuse.data_sources import Problems
 from minimuse.masking import masked_cross_entropy
@@ -400,8 +400,8 @@ def preview(data: TrainingData, most: int = 64) -> str:
         tokenizer = VQGAN(getattr(data.config, f"{name}_tokenizer")).to(data.device)
         few = torch.stack([e.image for e in examples[:4]])
         few = area_downsample(few, data.side // tokenizer.config.image_size)
-        tokenize(tokenizer, few, bf16=data.bf16)
-        each[name] = timed(partial(tokenize, tokenizer, few, bf16=data.bf16)) / len(few)
+        tokenize_images(tokenizer, few, bf16=data.bf16)
+        each[name] = timed(partial(tokenize_images, tokenizer, few, bf16=data.bf16)) / len(few)
     try:
         length = sum(map(len, data.encode(captions))) / len(captions)
         each["text"], note = timed(partial(data.encode, captions)) / len(examples), ""

@@ -18,7 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimuse import data_cache
-from minimuse.data_cache import HELD_OUT, LiveTexts, Rows, Shards, Subset, Texts, TrainingData, text_block, tokenize
+from minimuse.data_cache import (
+    HELD_OUT,
+    LiveTexts,
+    Rows,
+    Shards,
+    Subset,
+    Texts,
+    TrainingData,
+    text_block,
+    tokenize_images,
+)
 from minimuse.data_captions import EXAMPLE_PROMPTS, vocabulary
 from minimuse.data_images import Example, area_downsample, to_pil
 from minimuse.data_sources import FolderDataset, SceneDataset
@@ -440,7 +450,7 @@ def test_decimated_images():
 
 def test_tokenizing_in_batches_changes_nothing():
     images = torch.arange(7).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).byte() * 30
-    assert tokenize(Counted(), images, batch=2, bf16=False).equal(tokenize(Counted(), images, bf16=False))
+    assert tokenize_images(Counted(), images, batch=2, bf16=False).equal(tokenize_images(Counted(), images, bf16=False))
 
 
 # --- text of a run ----------------------------------------------------------------------------------------------------
