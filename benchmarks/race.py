@@ -120,8 +120,8 @@ class Race:
     def corpus(self) -> TrainingData:
         """Scenes as nano's, the tokens of its own tokenizers, its captions' embeddings: computed once."""
         config = replace(self.config, scenes=self.train_scenes)
-        source, engine = open_source("scenes", config, seed=0), Engine(device="cpu")
-        corpus = TrainingData(self.out / "cache", source, config, engine, self.nano.encoder)
+        source = open_source("scenes", config, seed=0)
+        corpus = TrainingData(self.out / "cache", source, config, self.nano.encoder)
         for work in (
             corpus.read(),
             corpus.tokenize("low", self.nano.low_tokenizer),
