@@ -13,11 +13,18 @@ import itertools
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
-SAMPLING = ("guidance", "steps", "schedule", "order", "sampling_temperature", "choice_temperature")
+SAMPLING = "guidance steps schedule order sampling_temperature choice_temperature iterations fraction".split()
+BASELINES = {  # of `train --model`: trained at low resolution only
+    "masked": "minimuse.baseline_ar.LowRes",
+    "ar": "minimuse.baseline_ar.Autoregressive",
+    "dit": "minimuse.baseline_dit.Diffusion",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,18 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    from minimuse import __version__
+    import minimuse
 
     top = argparse.ArgumentParser("minimuse", description="Text-to-image by masked generative transformers (Muse).")
-    top.add_argument("--version", action="version", version=f"minimuse {__version__}")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    shared = _shared_options()
+    top.add_argument("--version", action="version", version=f"minimuse {minimuse.__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    groups = _option_groups()
 
-    def command(run: Callable, help: str, *options: str) -> argparse.ArgumentParser:
-        name = run.__name__.rstrip("_")
-        added = commands.add_parser(name, help=help, description=help, parents=[shared[option] for option in options])
+    def command(name: str, run: Callable, help: str, *options: str) -> Callable[..., argparse.Action]:
+        added = commands.add_parser(name, help=help, description=help, parents=[groups[option] for option in options])
         added.set_defaults(run=run)
-        return added
+        return added.add_argument
 
     _drawing_options(command)
     _training_options(command)
@@ -62,11 +68,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _shared_options() -> dict[str, argparse.ArgumentParser]:
-    """Options that several commands share, by the name of their group."""
-    names = ("picture", "drawing", "sampling", "seed", "half", "device")
+def _option_groups() -> dict[str, argparse.ArgumentParser]:
+    """Options that several commands share."""
+    names = ("prompts", "image", "drawing", "sampling", "seed", "half", "device")
     groups = {name: argparse.ArgumentParser(add_help=False) for name in names}
-    add = groups["picture"].add_argument
+    add = groups["prompts"].add_mutually_exclusive_group(required=True).add_argument
+    add("prompts", nargs="*", default=[], metavar="PROMPT")
+    add("--like", type=Path, metavar="PNG", help="draw this picture again: its prompt, seed and settings")
+    add = groups["image"].add_argument
     add("image", type=Path)
     add = groups["drawing"].add_argument
     add("--model", help="shipped name, folder or hub id (default: toy; with --like, the picture's own)")
@@ -84,49 +93,36 @@ def _shared_options() -> dict[str, argparse.ArgumentParser]:
     add("--sampling-temperature", type=float, help="temperature of the softmax that tokens are drawn from")
     add("--choice-temperature", type=float, help="scale of the noise in the choice of tokens to reveal")
     groups["seed"].add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
-    groups["half"].add_argument(
-        "--half", action="store_true", help="save weights in float16, as shipped checkpoints do"
-    )
+    groups["half"].add_argument("--half", action="store_true", help="save weights in float16, as shipped ones are")
     groups["device"].add_argument("--device", help="cpu, cuda or mps (default: the fastest one)")
     return groups
 
 
-def _drawing_options(command: Callable[..., argparse.ArgumentParser]) -> None:
+def _drawing_options(command: Callable) -> None:
     """Options of generate, inpaint, outpaint, edit and app."""
-    added = command(generate, "draw pictures from prompts", "drawing", "sampling", "device")
-    what = added.add_mutually_exclusive_group(required=True)
-    what.add_argument("prompts", nargs="*", default=[], metavar="PROMPT")
-    what.add_argument(
-        "--like", type=Path, metavar="PNG", help="draw this picture again with its prompt, seed and settings"
-    )
-    add = command(inpaint, "repaint the white part of a mask", "picture", "drawing", "sampling", "device").add_argument
+    command("generate", _draw, "draw pictures from prompts", "prompts", "drawing", "sampling", "device")
+    add = command("inpaint", _draw, "repaint the white part of a mask", "image", "drawing", "sampling", "device")
     add("mask", type=Path)
     add("prompts", nargs=1, metavar="PROMPT")
-    add = command(
-        outpaint, "extend a picture beyond its edges", "picture", "drawing", "sampling", "device"
-    ).add_argument
+    add = command("outpaint", _draw, "extend a picture beyond its edges", "image", "drawing", "sampling", "device")
     add("prompts", nargs=1, metavar="PROMPT")
     add("--padding", type=int, nargs="+", default=[16], help="pixels: one number, or left top right bottom")
-    add = command(
-        edit, "change a picture towards a prompt, without a mask", "picture", "drawing", "device"
-    ).add_argument
+    add = command("edit", _draw, "change a picture towards a prompt, without a mask", "image", "drawing", "device")
     add("prompts", nargs=1, metavar="PROMPT")
     add("--iterations", type=int, default=100, help="number of resampling steps (default: 100)")
-    add("--share", type=float, default=0.08, help="fraction of tokens resampled in each iteration (default: 0.08)")
-    add = command(app, "open a page to draw with in the browser (extra `app`)", "device").add_argument
-    add("--checkpoint", "--model", help="shipped name, folder or hub id (default: the last shipped one)")
+    add("--share", dest="fraction", type=float, default=0.08, help="fraction of tokens resampled in an iteration")
+    add = command("app", _app, "open a page to draw with in the browser (extra `app`)", "device")
+    add("--checkpoint", "--model", default="toy", help="shipped name, folder or hub id (default: toy)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=int, help="port to listen on (default: the first free one from 7860)")
 
 
-def _training_options(command: Callable[..., argparse.ArgumentParser]) -> None:
+def _training_options(command: Callable) -> None:
     """Options of train, average and doctor."""
-    from minimuse.config import STAGES
-
-    add = command(train, "train a Muse from scratch, or resume a run", "seed", "half", "device").add_argument
+    add = command("train", _train, "train a Muse from scratch, or resume a run", "seed", "half", "device")
     add("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     add("--out", type=Path, required=True, help="folder of the run: states, log, pictures, checkpoint")
-    add("--model", choices=("masked", "ar", "dit"), help="train this low-resolution baseline instead of Muse")
+    add("--model", choices=BASELINES, help="train this low-resolution baseline instead of Muse")
     add("--data", default="scenes", help="folder, tar shards, Parquet or hub id of captioned images (default: scenes)")
     add("--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting: stages.base.steps=500")
     add("--resume", action="store_true", help="continue the stopped run in --out")
@@ -138,19 +134,18 @@ def _training_options(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--recompute", action="store_true", help="activation checkpointing: less memory, more computation")
     add("--compile", action="store_true", help="compile the models with torch.compile")
     add("--keep", type=int, default=2, help="states to keep of each stage; 0 keeps all, for `average` (default: 2)")
-    add = command(average, "average the transformers' states of a run into a checkpoint (Muse 3)", "half").add_argument
+    add = command("average", _average, "average a run's states of the transformers into a checkpoint (Muse 3)", "half")
     add("folder", type=Path, metavar="RUN", help="a finished run of train --keep 0")
     add("--out", type=Path, required=True, help="folder for the checkpoint")
     add("--decay", type=float, default=0.7, help="decay of the moving average (default: 0.7, as in the paper)")
-    add = command(doctor, "check the losses and metrics of a run; exit code 1 if one is wrong", "device").add_argument
+    add = command("doctor", _doctor, "check losses and metrics of a run; exit code 1 if one is wrong", "device")
     add("folder", type=Path, metavar="RUN", help="a run of train, finished or not; it is not changed")
-    add("--stage", choices=STAGES, help="check only this stage (default: all that have a state)")
+    add("--stage", help="check only this stage, such as base (default: all that have a state)")
 
 
-def _measuring_options(command: Callable[..., argparse.ArgumentParser]) -> None:
+def _measuring_options(command: Callable) -> None:
     """Options of compare, eval and info."""
-    help = "measure schedules and orders in an exact world or on a trained model"
-    add = command(compare, help, "seed", "device").add_argument
+    add = command("compare", _compare, "measure schedules and orders in an exact world or on a model", "seed", "device")
     add("--world", default="mixture", help="mixture, chain or potts (default: mixture)")
     add("--muse", metavar="MODEL", help="the base model of this checkpoint instead of a world")
     add("--amused", metavar="MODEL", help="these aMUSEd weights instead of a world; needs --data and --clip")
@@ -161,10 +156,9 @@ def _measuring_options(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--preset", type=_names, default=[], help="published samplers: muse, maskgit, amused, halton, lucidrains")
     add("--steps", type=_names, default=["4", "8", "16"], help="comma-separated (default: 4,8,16)")
     add("--samples", type=int, help="number of samples (default: 4096 of a world, 512 of a model)")
-    add("--out", type=Path, help="folder for the report; finished cells are kept there and reused")
+    add("--out", type=Path, help="folder for the report: tables and figures")
     add("--force", action="store_true", help="overwrite another report")
-    help = "measure how often a checkpoint is right, with confidence intervals and pictures"
-    add = command(eval_, help, "device").add_argument
+    add = command("eval", _evaluate, "measure how often a checkpoint is right, with confidence intervals", "device")
     add("name", nargs="?", default="toy", metavar="CHECKPOINT", help="shipped name, folder or hub id (default: toy)")
     add("--out", type=Path, required=True, help="folder for the report; a stopped evaluation continues there")
     add("--kinds", type=_names, default=[], help="evaluation tasks, such as seen,counts,edit (default: all)")
@@ -174,7 +168,7 @@ def _measuring_options(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--seed", type=int, default=1000, help="picture i uses seed + i (default: 1000)")
     add("--batch", type=int, default=50, help="pictures drawn at once (default: 50)")
     add("--run", dest="training", type=Path, metavar="RUN", help="its training run, for the decoder before fine-tuning")
-    add = command(info, "show sizes and defaults of presets and checkpoints").add_argument
+    add = command("info", _info, "show sizes and defaults of presets and checkpoints")
     add("names", nargs="*", metavar="NAME")
 
 
@@ -190,73 +184,16 @@ def _names(text: str) -> list[str]:
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
-def generate(args: argparse.Namespace) -> None:
-    """Draw prompts, or a PNG of minimuse again."""
-    if args.like is None:
-        _draw(args, lambda muse, **settings: muse.generate(args.prompts, **settings))
-        return
-    import numpy as np
-
-    from minimuse.checkpoint import shipped
-    from minimuse.pictures import again, open_picture, settings_of
-    from minimuse.utils import require
-
-    changed = args.n != 1 or any(getattr(args, name) is not None for name in ("seed", "negative_prompt", *SAMPLING))
-    require(not changed, "--like takes seed and settings from the picture; leave out the other options")
-    old = open_picture(args.like)
-    settings = settings_of(old)
-    args.model = args.model or settings["model"]
-    message = f"{args.like} was made by {args.model!r}, which is not shipped; name its folder with --model"
-    require(args.model != settings["model"] or args.model in shipped(), message)
-    args.prompts = [settings["prompt"]]
-    (new,) = _draw(args, lambda muse, callback, **_: [again(muse, settings, callback=callback)])
-    if new.size == old.size:
-        difference = np.abs(np.asarray(new, dtype=int) - np.asarray(old.convert("RGB"))).max(2)
-        count = f"{(difference > 0).sum()} of {difference.size} pixels differ from {args.like}"
-        found = f"{count}, by at most {difference.max()} of 255: other hardware rounds differently"
-        print(found if difference.any() else f"the same pixels as {args.like}")
-
-
-def inpaint(args: argparse.Namespace) -> None:
-    """Repaint the masked part of a picture."""
-    from minimuse.pictures import open_picture
-
-    image = open_picture(args.image)
-    mask = open_picture(args.mask)
-    _draw(args, lambda muse, **settings: muse.inpaint(image, mask, args.prompts[0], **settings))
-
-
-def outpaint(args: argparse.Namespace) -> None:
-    """Make a picture wider or higher by --padding."""
-    from minimuse.pictures import open_picture
-    from minimuse.utils import require
-
-    count = len(args.padding)
-    require(count in (1, 4), f"--padding has {count} numbers; give 1, or 4: left top right bottom")
-    padding = tuple(args.padding) if count == 4 else args.padding[0]
-    image = open_picture(args.image)
-    _draw(args, lambda muse, **settings: muse.outpaint(image, padding, args.prompts[0], **settings))
-
-
-def edit(args: argparse.Namespace) -> None:
-    """Change a picture towards a prompt."""
-    from minimuse.pictures import open_picture
-
-    image = open_picture(args.image)
-    iterating = {"iterations": args.iterations, "fraction": args.share}
-    _draw(args, lambda muse, **settings: muse.edit(image, args.prompts[0], **iterating, **settings))
-
-
-def _draw(args: argparse.Namespace, draw: Callable[..., list]) -> list:
-    """Load the model, draw with a progress bar, and save the pictures with their settings. Returns the pictures."""
-    paths = _output_paths(args)
+def _draw(args: argparse.Namespace) -> None:
+    """generate, inpaint, outpaint, edit: draw with a progress bar, and save the pictures with their settings."""
     from tqdm import tqdm
 
-    from minimuse.muse import Muse
     from minimuse.pictures import save_png
     from minimuse.plots import film
 
-    muse = Muse.from_pretrained(args.model or "toy", device=args.device)
+    draw = _method(args)
+    paths = _output_paths(args)
+    muse = open_model(args.model or "toy", device=args.device)
     settings = {name: value for name in SAMPLING if (value := getattr(args, name, None)) is not None}
     settings |= {"n": args.n, "seed": args.seed, "negative_prompt": args.negative_prompt}
     steps = []
@@ -277,7 +214,61 @@ def _draw(args: argparse.Namespace, draw: Callable[..., list]) -> list:
         strip.info = images[0].info
         save_png(strip, paths[-1])
         print(paths[-1])
-    return images
+    if getattr(args, "like", None):
+        _print_difference(images[0], args.like)
+
+
+def open_model(name: str | Path, *, device: Any = None) -> Any:
+    """A Muse, or a baseline of `minimuse train --model`, from a shipped name, a folder or a hub id."""
+    from minimuse import checkpoint
+
+    path = checkpoint.find(name) / checkpoint.CONFIG
+    values = checkpoint.read_json(path) if path.is_file() else None
+    model = values.get("model") if isinstance(values, dict) else None  # a Muse has none
+    return locate(BASELINES.get(model, "minimuse.muse.Muse")).from_pretrained(name, device=device)
+
+
+def _method(args: argparse.Namespace) -> Callable[..., list]:
+    """The method of Muse that a command calls, with its inputs. With --like, checks and sets the other options."""
+    from minimuse.checkpoint import shipped
+    from minimuse.pictures import again, open_picture, settings_of
+    from minimuse.utils import require
+
+    if args.command == "generate" and args.like:
+        changed = args.n != 1 or any(
+            getattr(args, name, None) is not None for name in ("seed", "negative_prompt", *SAMPLING)
+        )
+        require(not changed, "--like takes seed and settings from the picture; leave out the other options")
+        settings = settings_of(args.like)
+        name = settings["model"]
+        known = args.model or name in shipped()
+        require(known, f"{args.like} was made by {name!r}, which is not shipped; name its folder with --model")
+        args.model = args.model or name
+        args.prompts = [settings["prompt"]]
+        return lambda muse, callback, **_: [again(muse, settings, callback=callback)]
+    if args.command == "generate":
+        return lambda muse, **settings: muse.generate(args.prompts, **settings)
+    inputs = [open_picture(args.image)]
+    if args.command == "inpaint":
+        inputs.append(open_picture(args.mask))
+    if args.command == "outpaint":
+        count = len(args.padding)
+        require(count in (1, 4), f"--padding has {count} numbers; give 1, or 4: left top right bottom")
+        inputs.append(tuple(args.padding) if count == 4 else args.padding[0])
+    return lambda muse, **settings: getattr(muse, args.command)(*inputs, args.prompts[0], **settings)
+
+
+def _print_difference(new: Any, path: Path) -> None:
+    import numpy as np
+
+    from minimuse.pictures import open_picture
+
+    old = open_picture(path).convert("RGB")
+    if new.size == old.size:
+        difference = np.abs(np.asarray(new, dtype=int) - np.asarray(old)).max(2)
+        count = f"{(difference > 0).sum()} of {difference.size} pixels differ from {path}"
+        found = f"{count}, by at most {difference.max()} of 255: other hardware rounds differently"
+        print(found if difference.any() else f"the same pixels as {path}")
 
 
 def _output_paths(args: argparse.Namespace) -> list[Path]:
@@ -289,12 +280,12 @@ def _output_paths(args: argparse.Namespace) -> list[Path]:
     is_png = args.out is None or args.out.suffix.lower() == ".png"
     require(is_png, f"--out {args.out}: give a name that ends in .png, the format that holds the settings")
     stem = re.sub(r"[\W_]+", "-", args.prompts[0].lower()).strip("-")[:60] or "picture"
-    versions = itertools.chain([""], (f"-v{i}" for i in itertools.count(2)))
-    for path in [args.out] if args.out else (Path(f"{stem}{version}.png") for version in versions):
-        endings = [*(f"-{i}" for i in range(1, count)), *(["-film"] if args.film else [])]
-        paths = [path, *(path.with_stem(path.stem + ending) for ending in endings)]
+    endings = ["", *(f"-{i}" for i in range(1, count)), *["-film"] * args.film]
+    for version in itertools.count(1):
+        path = args.out or Path(f"{stem}-v{version}.png" if version > 1 else f"{stem}.png")
+        paths = [path.with_stem(path.stem + ending) for ending in endings]
         existing = [str(path) for path in paths if path.exists()]
-        if not existing:
+        if args.out or not existing:
             break
     if existing and not args.force:
         raise FileExistsError(f"{', '.join(existing)} already there; give another --out, or --force to overwrite")
@@ -303,7 +294,7 @@ def _output_paths(args: argparse.Namespace) -> list[Path]:
     return paths
 
 
-def app(args: argparse.Namespace) -> None:
+def _app(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
     from minimuse.app import serve
 
@@ -313,15 +304,14 @@ def app(args: argparse.Namespace) -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def train(args: argparse.Namespace) -> None:
-    """Run all stages with a progress bar each, then save the checkpoint. `accelerate launch` starts several processes."""
+def _train(args: argparse.Namespace) -> None:
+    """Run all stages with a progress bar each, then save the checkpoint."""
     import torch
     from tqdm import tqdm
 
     from minimuse import train_state
     from minimuse.config import to_dict
     from minimuse.data_sources import open_source
-    from minimuse.train import train_muse
     from minimuse.train_engine import Engine, Stopped
     from minimuse.train_log import add_record
 
@@ -333,13 +323,14 @@ def train(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in ("seed", "device", "accumulate", "compile", "recompute", "keep")}
     engine = Engine(folder=args.out, **options)
     run = {"config": to_dict(config), "seed": args.seed, "data": args.data, "data_fingerprint": source.fingerprint}
+    run |= {"model": args.model} if args.model else {}
     if engine.is_main:
         train_state.open_run(args.out, run, resume=args.resume)
     engine.accelerator.wait_for_everyone()
     engine.handle_signals()
     bars: dict[str, tqdm] = {}
     try:
-        for p in train_muse(config, data=source, engine=engine):
+        for p in _trainer(args.model)(config, data=source, engine=engine):
             if p.stage not in bars:
                 bars[p.stage] = tqdm(total=p.steps, desc=p.stage, disable=not engine.is_main)
             shown = {name: f"{value:.3g}" for name, value in p.metrics.items() if not name.startswith("held_out")}
@@ -356,6 +347,13 @@ def train(args: argparse.Namespace) -> None:
         print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
 
 
+def _trainer(model: str | None) -> Callable[..., Iterator]:
+    """`train_muse`, or what trains a baseline."""
+    if model is None:
+        return locate("minimuse.train.train_muse")
+    return partial(locate("minimuse.baseline_ar.train_baseline"), locate(BASELINES[model]))
+
+
 def _configuration(args: argparse.Namespace) -> Any:
     """The configuration of a preset, a JSON file or the run to resume, with the changes of --set."""
     from minimuse import checkpoint, train_state
@@ -368,6 +366,7 @@ def _configuration(args: argparse.Namespace) -> Any:
         run = train_state.read_run(args.out)
         args.seed = run["seed"]
         args.data = run["data"]
+        args.model = run.get("model")
         return changed(checkpoint.configuration(run, path), args.set)
     if args.preset is None:
         raise ValueError(f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
@@ -379,33 +378,34 @@ def _configuration(args: argparse.Namespace) -> Any:
         is_run = isinstance(values, dict) and "config" in values
         config = checkpoint.configuration(values if is_run else {"config": values}, path)
     if args.model:
-        raise NotImplementedError("--model: the baselines are moving to files of their own")
+        config = locate(BASELINES[args.model]).configure(config)
     return changed(config, args.set)
 
 
 def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
     """Print what a run would need. Nothing is written."""
+    if args.model:
+        raise ValueError(f"--dry-run counts a whole Muse, not the baseline {args.model!r}; leave out --model")
     from minimuse.data_cache import TrainingData
     from minimuse.text import TextEncoder
-    from minimuse.train_budget import report
-    from minimuse.train_engine import Engine
+    from minimuse.train_budget import preview, report
+    from minimuse.utils import pick_device
 
-    engine = Engine(device=args.device)
-    encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens).to(engine.device)
-    print(TrainingData(args.out / "cache", source, config, engine, encoder).preview())
+    device = pick_device(args.device)
+    encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens).to(device)
+    print(preview(TrainingData(args.out / "cache", source, config, encoder, device=device)))
     ceiling = args.ceiling and args.ceiling * 1e12
     print(report(config, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))
 
 
-def average(args: argparse.Namespace) -> None:
+def _average(args: argparse.Namespace) -> None:
     """Average the weights of the transformers over the states of a run (Muse 3), and save the result."""
     import torch
 
     from minimuse import checkpoint, train_state
-    from minimuse.muse import Muse
 
     checkpoint.refuse_existing(args.out)
-    muse = Muse.from_pretrained(args.folder, device="cpu")
+    muse = open_model(args.folder, device="cpu")
     for name in (name for name in ("base", "superres") if name in muse.parts):
         states = train_state.states(args.folder / name)
         if not states:
@@ -415,7 +415,7 @@ def average(args: argparse.Namespace) -> None:
     print(muse.save_pretrained(args.out, dtype=torch.float16 if args.half else None))
 
 
-def doctor(args: argparse.Namespace) -> None:
+def _doctor(args: argparse.Namespace) -> None:
     """Print each finding: verdict, stage, check, the number and, once for each check, what to do."""
     from textwrap import fill
 
@@ -438,11 +438,12 @@ def doctor(args: argparse.Namespace) -> None:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def compare(args: argparse.Namespace) -> None:
+def _compare(args: argparse.Namespace) -> None:
     """Print a table, and paired differences from its first sampler. With --out, also write figures and tables."""
     from minimuse import lab
 
-    settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": args.out}
+    out = None if args.force else args.out  # compare refuses a folder with another report
+    settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": out}
     steps = [int(t) for t in args.steps]
     report = lab.compare(_target(args), args.schedule, args.order, steps, **settings)
     print(report.table())
@@ -450,7 +451,7 @@ def compare(args: argparse.Namespace) -> None:
         print(f"\ndifference from {args.schedule[0]}, {args.order[0]}; paired, bold where the interval excludes 0")
         print(report.table((args.schedule[0], args.order[0])))
     if args.out:
-        print(report.save(args.out, overwrite=args.force))
+        print(report.save(args.out, overwrite=True) if args.force else args.out)
 
 
 def _target(args: argparse.Namespace) -> Any:
@@ -464,7 +465,7 @@ def _target(args: argparse.Namespace) -> Any:
     if args.amused:
         from minimuse.amused import Amused
         from minimuse.eval_clip import ClipScorer
-        from minimuse.lab_models import AmusedJudge
+        from minimuse.lab_models import AmusedEvaluator
         from minimuse.utils import pick_device
 
         if not (args.data and args.clip):
@@ -472,33 +473,41 @@ def _target(args: argparse.Namespace) -> Any:
         device = pick_device(args.device)
         amused = Amused.from_pretrained(args.amused).to(device)
         scorer = ClipScorer(args.clip, device)
-        return AmusedJudge(amused, args.data, scorer, samples=args.samples or 512, seed=args.seed)
+        return AmusedEvaluator(amused, args.data, scorer, samples=args.samples or 512, seed=args.seed)
     if args.world not in lab.WORLDS:
         raise ValueError(f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
     return lab.WORLDS[args.world]()
 
 
-def eval_(args: argparse.Namespace) -> None:
+def _evaluate(args: argparse.Namespace) -> None:
     """Print the tables of the report."""
     from minimuse.eval_run import measure
 
-    options = {name: value for name, value in vars(args).items() if name not in ("run", "kinds")}
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "command", "kinds")}
     measure(**options, tasks=args.kinds)
     print((args.out / "eval.md").read_text(encoding="utf-8"))
 
 
-def info(args: argparse.Namespace) -> None:
-    """Print a few lines for each preset or checkpoint. No weights are loaded."""
+def _info(args: argparse.Namespace) -> None:
+    """Print a few lines for each preset or checkpoint."""
+    import torch
+
     from minimuse import checkpoint
     from minimuse.config import PRESETS, preset
-    from minimuse.muse import parameter_counts
+    from minimuse.muse import build
 
     for name in args.names or PRESETS:
-        config = preset(name) if name in PRESETS else checkpoint.load(name)[0]
-        counts = parameter_counts(config)
+        if name in PRESETS:
+            config = preset(name)
+            with torch.device("meta"):
+                parts = build(config)
+        else:
+            muse = open_model(name, device="cpu")
+            config, parts = muse.config, muse.parts
+        counts = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
         print(f"{name}: {sum(counts.values()) / 1e6:,.1f}M parameters, text from {config.text_encoder}")
         for part, count in counts.items():
-            model = getattr(config, part, None)
+            model = getattr(parts[part], "config", None)
             line = f"  {part:14} {count / 1e6:8,.1f}M"
             if part in ("base", "superres"):
                 line += f"  {model.layers} layers x {model.width}, MLP {model.mlp_width}; {model.grid}x{model.grid} "

@@ -84,7 +84,7 @@ def train_tokenizer(
     modules = {"model": vqgan}
     if losses.discriminator is not None:
         modules["discriminator"] = losses.discriminator
-    job = Stage(engine, stage, config, modules, {"idle": vqgan.quantizer.watch_codes()})
+    job = Stage(engine, stage, config, modules, {"idle": vqgan.quantizer.track_usage()})
     if job.first:
         yield Progress(stage, job.first, config.steps, {}, vqgan)
     for step in job.steps():
@@ -106,14 +106,14 @@ def _tokenizer_backward(job: Stage, vqgan: VQGAN, losses: VQGANLoss, x: Tensor, 
         made = job.modules["model"](x)
     made = made._replace(images=made.images.float())
     with precision():
-        loss = losses.generator(x, made.images, vqgan.decoder.conv_out.weight, step)
+        loss = losses.generator_loss(x, made.images, vqgan.decoder.conv_out.weight, step)
     loss = loss + made.codebook_loss + COMMITMENT * made.commitment_loss
     l1 = F.l1_loss(made.images, x)
     mse = F.mse_loss(made.images, x)
     job.backward(loss / job.parts, loss=loss / job.parts, l1=l1 / job.parts, mse=mse / job.parts)
-    if losses.adversarial(step):
+    if losses.discriminator_active(step):
         with precision():
-            loss = losses.critic(x, made.images, job.modules["discriminator"])
+            loss = losses.discriminator_loss(x, made.images, job.modules["discriminator"])
         job.backward(loss / job.parts, discriminator_loss=loss / job.parts)
     return made
 
@@ -263,7 +263,9 @@ class MuseTrainer:
         self.encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
         self.perceptual = scene_perceptual(config, engine)
         source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
-        self.data = TrainingData(folder / "cache", source, config, engine, self.encoder)
+        work = {"rank": engine.rank, "processes": engine.processes, "wait": engine.accelerator.wait_for_everyone}
+        options = {"device": engine.device, "bf16": engine.bf16, **work}
+        self.data = TrainingData(folder / "cache", source, config, self.encoder, **options)
         self.log = TrainLog(config, engine)
 
     def five_stages(self) -> Iterator[Progress]:
