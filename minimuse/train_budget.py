@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from statistics import median
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -36,6 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from minimuse import transformer
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import STAGES, MuseConfig, StageConfig
+from minimuse.data_cache import TrainingData, tokenize_images
+from minimuse.data_images import Example, area_downsample
+from minimuse.data_sources import Problems
 from minimuse.masking import masked_cross_entropy
 from minimuse.sampler import SamplingConfig
 from minimuse.text import Context
@@ -358,4 +362,61 @@ def report(
     if memory_gb is not None:
         mends = [_advice(b, accelerators, memory_gb * 1e9, checkpointing) for b in budgets]
         lines += list(filter(None, mends)) or [f"every stage's batch fits in {memory_gb:g} GB, at best"]
+    return "\n".join(lines)
+
+
+# --- caches -----------------------------------------------------------------------------------------------------------
+
+
+def cache_bytes(config: MuseConfig, images: int, captions: int, text_tokens: float, pixels: int) -> dict[str, float]:
+    """-> bytes of each cache before it is computed, without headers. `pixels`: images that are kept as pixels.
+
+    10 million captions of 77 T5-XXL tokens (4096-d) take 6.3 TB.
+    """
+    low, high = config.low_tokenizer, config.high_tokenizer
+    sizes = {"pixels": min(pixels, images) * 3 * high.image_size**2}
+    for name, c in (("low", low), ("high", high)):
+        sizes[name] = images * c.grid**2 * (2 if c.codebook_size <= 2**16 else 4)
+    return sizes | {"text": captions * text_tokens * config.base.text_width * 2}
+
+
+def preview(data: TrainingData, most: int = 64) -> str:
+    """Bytes of each cache and the time of one process to compute it, measured on the first images. Nothing is kept."""
+
+    def first() -> list[Example]:
+        return list(islice(data.source.read(0, data.side, Problems()), most))
+
+    def timed(work: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    examples = first()  # untimed: what is slow only once
+    if not examples:
+        return "the first part of the data holds no usable image"
+    captions = [text for e in examples for text in e.captions]
+    each = {"pixels": timed(first) / len(examples)}
+    for name in ("low", "high"):
+        tokenizer = VQGAN(getattr(data.config, f"{name}_tokenizer")).to(data.device)
+        few = torch.stack([e.image for e in examples[:4]])
+        few = area_downsample(few, data.side // tokenizer.config.image_size)
+        tokenize_images(tokenizer, few, bf16=data.bf16)
+        each[name] = timed(partial(tokenize_images, tokenizer, few, bf16=data.bf16)) / len(few)
+    try:
+        length = sum(map(len, data.encode(captions))) / len(captions)
+        each["text"], note = timed(partial(data.encode, captions)) / len(examples), ""
+    except OSError:
+        length, note = 32.0, f" ({data.config.text_encoder} is not here: 32 tokens per caption assumed)"
+    n = (
+        len(data.source)
+        if hasattr(data.source, "__len__")
+        else data.source.parts * sum(1 for _ in data.source.read(0, data.side, Problems()))
+    )
+    sizes = cache_bytes(data.config, n, n * len(captions) // len(examples), length, data.pixels_limit)
+    if sizes["text"] > data.config.text_gib * 2**30:
+        note += "; above text_gib: encoded at every step instead"
+    lines = [f"caches of about {n:,} images, and the time of one process:"]
+    for name, size in sizes.items():
+        took = duration(each[name] * n) if name in each else "?"
+        lines.append(f"  {name:7}{si(size, 'B'):>9}  {took:>10}{note * (name == 'text')}")
     return "\n".join(lines)

@@ -66,7 +66,7 @@ are those of the base model; what Muse does after it would be the same for all t
 """
 
 # %%
-from minimuse.data_cache import tokenize
+from minimuse.data_cache import tokenize_images
 from minimuse.data_images import area_downsample, to_float, to_pil
 from minimuse.data_sources import SceneDataset
 from minimuse.muse import build, kind
@@ -93,7 +93,7 @@ noise can be added.
 # %%
 from minimuse.baseline_dit import latents
 
-tokens = tokenize(muse.low_tokenizer, images)  # (SCENES, N)
+tokens = tokenize_images(muse.low_tokenizer, images)  # (SCENES, N)
 z = latents(muse.low_tokenizer, images)  # (SCENES, d, h, w)
 print("tokens (n, N):      ", tuple(tokens.shape), tokens[0, :8].tolist(), "...")
 print(
@@ -515,7 +515,7 @@ show(likelihood_bound)
 
 # %%
 test = SceneDataset(16 if FAST else 60, side, split="test", seed=1, fractions=(1, 0, 0))
-seen = tokenize(
+seen = tokenize_images(
     muse.low_tokenizer, area_downsample(test.images(), side // low_side)
 )  # held-out pictures
 said = muse.encoder.encode([test.captions(i, 1)[0] for i in range(len(test))])
