@@ -426,7 +426,7 @@ def _doctor(args: argparse.Namespace) -> None:
     for finding in findings:
         print(f"{finding.verdict:5}  {finding.stage}, {finding.check}")
         known = finding.verdict == "fine" and finding.check in explained
-        for text in [finding.says] if known else [finding.says, finding.mend]:
+        for text in [finding.message] if known else [finding.message, finding.hint]:
             print(fill(text, 110, initial_indent="       ", subsequent_indent="       "))
         explained.add(finding.check)
     wrong = sum(finding.verdict == "wrong" for finding in findings)
