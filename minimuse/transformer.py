@@ -320,7 +320,7 @@ class TextLayer(nn.Module):
     Deviation: Muse projects the embeddings of T5-XXL and adds nothing. MiniLM's word vectors encode the word but hardly
     its position in the sentence. Each text layer adds that context. Its output makes only the keys of cross-attention;
     the values remain the language model's embeddings.
-    Choice: no MLP, because with one the layer overfits to the words of the training captions (benchmarks/binding.md).
+    Choice: no MLP, because with one the layer overfits to the words of the training captions (benchmarks/choices.md).
     """
 
     def __init__(self, config: TransformerConfig):
