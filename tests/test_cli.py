@@ -325,7 +325,7 @@ def test_edit(run, here, image):
     assert code == 0, f"{err}"
     assert {"new.png", "new-1.png", "new-film.png"} <= set(files(here)), f"{files(here)}"
     assert Image.open("new.png").size == (len(image), len(image)), "an edited picture keeps its size"
-    expected = {"task": "edit", "iterations": 2, "share": 0.5, "guidance": 1.0, "seed": 2}
+    expected = {"task": "edit", "iterations": 2, "fraction": 0.5, "guidance": 1.0, "seed": 2}
     settings = told(here / "new-1.png")
     assert expected.items() <= settings.items(), f"{settings}"
 
