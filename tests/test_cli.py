@@ -339,7 +339,7 @@ def test_pictures_that_cannot_be_read(run, here, image):
     refused(run("edit", "empty.png", A), "empty.png cannot be read")
     refused(run("edit", "none.png", A), "none.png")
     refused(run("edit", ".", A), "")
-    refused(run("inpaint", "picture.png", "text.png", A), "text.png is no picture")
+    refused(run("inpaint", "picture.png", "text.png", A), "text.png cannot be read")
     refused(run("edit", "small.png", A), f"x {9} came")
     refused(run("inpaint", "picture.png", "small.png", A), f"x {9} came")
     refused(run("outpaint", "picture.png", A, "--padding", 1, 2), "--padding has 2 numbers")
