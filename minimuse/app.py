@@ -1,10 +1,11 @@
-"""`minimuse app`: a page to play with, on your own machine, over the public API alone (extra `app`).
+"""`minimuse app`: a page to draw and edit on your own machine, built on the public API (extra `app`).
 
-Draw: a prompt's decoding as it happens. Edit: repaint what is painted over, extend a side (Muse 3.3.1), change the
-whole without a mask (3.3.2). A slider goes back through the steps. What is saved holds its settings.
+Draw shows the decoding of a prompt step by step. Edit repaints a painted region, extends a side (Muse 3.3.1), or
+changes the whole picture without a mask (3.3.2). A slider goes back through the steps. Saved pictures hold their
+settings.
 
-Nothing is fetched from elsewhere and nothing is reported: the fonts are the system's, gradio's telemetry is off. One
-picture is drawn at a time; who comes meanwhile waits in a queue.
+The page fetches nothing from the network and reports nothing: system fonts, no telemetry. One picture is drawn at a
+time; other requests wait in a queue. Not here: how pictures are made (`muse.py`) and saved (`pictures.py`).
 """
 
 import os
@@ -19,7 +20,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from minimuse.checkpoint import shipped
 from minimuse.masking import SCHEDULES
 from minimuse.muse import Muse
 from minimuse.pictures import open_picture, settings_of, with_settings
@@ -29,10 +29,10 @@ from minimuse.sampler import ORDERS, Step
 STAGES = {"base": "Base model", "superres": "Super-resolution"}
 SIDES = ("left", "top", "right", "bottom")
 ABOUT = """# minimuse
-A prompt becomes a picture token by token ([Muse](https://arxiv.org/abs/2301.00704)): everything starts as gray [MASK],
-and the surest tokens are fixed first. This is `{}`, {} x {} pixels."""
-LEGEND = "Left the picture so far, right its tokens, a colour a code. Gray is masked, framed is just drawn."
-SAVED = "Saved pictures hold their settings: `minimuse generate --like image.png` draws one again, edits aside."
+A prompt becomes a picture token by token ([Muse](https://arxiv.org/abs/2301.00704)). All tokens start as gray [MASK],
+and the most confident ones are fixed first. This is `{}`, {} x {} pixels."""
+LEGEND = "Left: the picture so far. Right: its tokens, one color per code. Gray is masked, framed is new in this step."
+SAVED = "Saved pictures hold their settings: `minimuse generate --like image.png` draws one again (not edits)."
 CSS = """
 .pixels .image-frame, .film .image-frame { width: 100%; padding-top: 40px }
 .pixels .image-frame img { width: 100%; height: auto; object-fit: contain; image-rendering: pixelated }
@@ -44,13 +44,12 @@ CSS = """
 def follow(draw: Callable[..., list[Image.Image]]) -> Iterator[Step | Image.Image]:
     """A method of Muse, called with `callback` -> each Step as soon as it is made, then the picture.
 
-    The method runs in a thread of its own. It stops at its next step if nobody follows it any longer. Its error is
-    raised here.
+    The method runs in its own thread, and stops at its next step when this iterator is closed. Errors are raised here.
     """
-    steps, left = SimpleQueue(), Event()
+    steps, closed = SimpleQueue(), Event()
 
     def callback(step: Step) -> None:
-        if left.is_set():
+        if closed.is_set():
             raise CancelledError
         steps.put(step)
 
@@ -61,7 +60,7 @@ def follow(draw: Callable[..., list[Image.Image]]) -> Iterator[Step | Image.Imag
             while (step := steps.get()) is not job:
                 yield step
         finally:
-            left.set()
+            closed.set()
     yield job.result()[0]
 
 
@@ -80,101 +79,111 @@ def painted(layers: Sequence[Image.Image], side: int, zoom: int) -> np.ndarray:
 
 
 class Page:
-    """A Muse -> a page: `build` lays it out, and the other methods are what its buttons do.
+    """A Muse -> a page. `build` lays it out; the other public methods are what its buttons do.
 
-    Those that draw take prompt, seed, negative prompt and dials last, and yield after each step what changes on it.
+    Those that draw take prompt, seed, negative prompt and sampling controls last. After each step they yield what
+    changes on the page.
     """
 
     def __init__(self, muse: Muse):
-        self.gr, self.muse, self.side = _gradio(), muse, muse.config.high_tokenizer.image_size
-        self.zoom = max(1, 384 // self.side)  # of the picture to edit: a brush needs room
+        self.gr = _gradio()
+        self.muse = muse
+        self.side = muse.config.high_tokenizer.image_size
+        self.zoom = max(1, 384 // self.side)  # the picture to edit is enlarged, so a brush has room
 
-    def draw(self, *asked) -> Iterator[dict]:
-        yield from self._show(asked, lambda: self.muse.generate)
+    def draw(self, *request: Any) -> Iterator[dict]:
+        yield from self._run(request, lambda: self.muse.generate)
 
-    def repaint(self, start, canvas, *asked) -> Iterator[dict]:
+    def repaint(self, start: Any, canvas: Any, *request: Any) -> Iterator[dict]:
         layers, size = (canvas or {}).get("layers", []), (self.side, self.zoom)
-        yield from self._show(asked, lambda: partial(self.muse.inpaint, _begun(start), painted(layers, *size)))
+        yield from self._run(request, lambda: partial(self.muse.inpaint, _required(start), painted(layers, *size)))
 
-    def extend(self, start, where, by, *asked) -> Iterator[dict]:
+    def extend(self, start: Any, where: str, by: int, *request: Any) -> Iterator[dict]:
         padding = tuple(by * (where == side) for side in SIDES)
-        yield from self._show(asked, lambda: partial(self.muse.outpaint, _begun(start), padding))
+        yield from self._run(request, lambda: partial(self.muse.outpaint, _required(start), padding))
 
-    def change(self, start, iterations, fraction, guidance, *asked) -> Iterator[dict]:
-        own = {"iterations": iterations, "fraction": fraction, "guidance": guidance}
-        yield from self._show(asked, lambda: partial(self.muse.edit, _begun(start)), **own)
+    def change(self, start: Any, iterations: int, fraction: float, guidance: float, *request: Any) -> Iterator[dict]:
+        settings = {"iterations": iterations, "fraction": fraction, "guidance": guidance}
+        yield from self._run(request, lambda: partial(self.muse.edit, _required(start)), **settings)
 
-    def load(self, path) -> dict:
-        """An upload -> the picture to edit, as it is and enlarged."""
+    def load(self, path: str) -> dict:
+        """An uploaded file -> the picture to edit."""
         try:
-            return self._start(open_picture(path, self.side))
+            return self._to_edit(open_picture(path, self.side))
         except ValueError as error:
             self.gr.Warning(str(error), duration=None)
             return self.gr.skip()
 
-    def take(self, last) -> dict:
-        """The picture that was drawn last -> the same."""
-        return self._start(last[1]) if last else self.gr.skip()
+    def take(self, last: Any) -> dict:
+        """The last drawn picture -> the picture to edit."""
+        return self._to_edit(last[1]) if last else self.gr.skip()
 
-    def look_back(self, last, at) -> dict:
-        """The slider -> the page at that step; behind the last step stands the picture itself."""
-        if not last:  # it is an hour old, and forgotten
+    def look_back(self, last: Any, at: int) -> dict:
+        """The slider's position -> the page at that step. After the last step comes the picture itself."""
+        if not last:  # the page forgets a drawing after an hour
             return self.gr.skip()
-        steps, made = last
+        steps, picture = last
         if at <= len(steps):
-            return self._step(steps[at - 1])
-        sentence = f"**Done**, seed {settings_of(made)['seed']}"
-        return {self.picture: made, self.tokens: token_map(steps[-1]), self.status: sentence}
+            return self._show(steps[at - 1])
+        status = f"**Done**, seed {settings_of(picture)['seed']}"
+        return {self.picture: picture, self.tokens: token_map(steps[-1]), self.status: status}
 
-    def _show(self, asked: tuple, begin: Callable[[], Callable], **own) -> Iterator[dict]:
-        """`begin` gives the method of Muse that draws; `own`: what a mask-free edit has in place of the dials."""
-        (prompt, seed, negative, *dials), steps = asked, []
-        settings, how = self._settings(*dials), {"seed": seed, "negative_prompt": negative or None}
-        how |= own | {"superres": settings["superres"]} if own else settings
+    def _run(self, request: tuple, prepare: Callable[[], Callable], **edit: Any) -> Iterator[dict]:
+        """Draw with the method of Muse that `prepare` returns. `edit` replaces the controls in mask-free edits."""
+        prompt, seed, negative, *controls = request
+        settings = self._settings(*controls)
+        if edit:
+            settings = edit | {"superres": settings["superres"]}
+        settings |= {"seed": seed, "negative_prompt": negative or None}
         yield {self.status: "**Reading the prompt**"}
+        steps = []
         try:
-            for made in follow(partial(begin(), prompt, **how)):
-                if isinstance(made, Step):
-                    steps.append(made)
-                    yield self._step(made)
+            for result in follow(partial(prepare(), prompt, **settings)):
+                if isinstance(result, Step):
+                    steps.append(result)
+                    yield self._show(result)
         except (ValueError, TypeError) as error:
             self.gr.Warning(str(error), duration=None)
             yield {self.status: f"**Nothing was drawn.** {error}"}
             return
-        told, end = settings_of(made), len(steps) + 1
-        made, strip = with_settings(made, told), with_settings(film(self.muse, steps), told)
+        info, end = settings_of(result), len(steps) + 1
+        picture = with_settings(result, info)
         yield {
-            self.picture: made,
-            self.status: f"**Done** in {len(steps)} steps, seed {told['seed']}. {self.muse.unfamiliar(prompt)}",
-            self.strip: self.gr.Image(strip, visible=True),
+            self.picture: picture,
+            self.status: f"**Done** in {len(steps)} steps, seed {info['seed']}. {self.muse.unfamiliar(prompt)}",
+            self.strip: self.gr.Image(with_settings(film(self.muse, steps), info), visible=True),
             self.scrub: self.gr.Slider(maximum=end, value=end, visible=True),
-            self.last: (steps, made),
+            self.last: (steps, picture),
         }
 
-    def _settings(self, first, final, steps, high_steps, schedule, order) -> dict[str, Any]:
-        """The dials -> every setting of both decodes. What is not moved is the checkpoint's, in each decode its own."""
+    def _settings(
+        self, first: float, final: float, steps: int, high_steps: int, schedule: str, order: str
+    ) -> dict[str, Any]:
+        """The controls -> every setting of both decodes. What the user did not move is the checkpoint's."""
         base, high = asdict(self.muse.config.base_sampling), asdict(self.muse.config.superres_sampling)
-        given = {"guidance": (first, final), "steps": steps, "schedule": schedule, "order": order}
-        moved = {k: v for k, v in given.items() if v != base[k]}
-        if "order" in moved:  # then the ranking noise is `Muse`'s to choose
+        controls = {"guidance": (first, final), "steps": steps, "schedule": schedule, "order": order}
+        moved = {k: v for k, v in controls.items() if v != base[k]}
+        if "order" in moved:  # then `Muse` chooses the ranking noise
             del base["choice_temperature"], high["choice_temperature"]
         return base | moved | {"superres": high | moved | {"steps": high_steps}}
 
-    def _step(self, step: Step) -> dict:
-        drawn, masked, tokens = int(step.revealed[0].sum()), int(step.masked[0].sum()), step.tokens.shape[1]
-        numbers = f"{drawn} of {tokens} tokens drawn, {masked} still masked, guidance {step.guidance:.1f}"
-        sentence = f"**{STAGES[step.stage]}, step {step.index + 1}**: {numbers}"
+    def _show(self, step: Step) -> dict:
+        """A Step -> the picture so far, its tokens and a sentence."""
+        new, masked, tokens = int(step.revealed[0].sum()), int(step.masked[0].sum()), step.tokens.shape[1]
+        numbers = f"{new} of {tokens} tokens drawn, {masked} still masked, guidance {step.guidance:.1f}"
         picture = mask_overlay(self.muse.picture(step)[0], step.masked[0])
-        return {self.picture: picture, self.tokens: token_map(step), self.status: sentence}
+        status = f"**{STAGES[step.stage]}, step {step.index + 1}**: {numbers}"
+        return {self.picture: picture, self.tokens: token_map(step), self.status: status}
 
-    def _start(self, image: Image.Image) -> dict:
-        square, large = ImageOps.fit(image, (self.side,) * 2), (self.side * self.zoom,) * 2
-        return {self.start: square, self.canvas: square.resize(large, Image.Resampling.NEAREST)}
+    def _to_edit(self, image: Image.Image) -> dict:
+        square = ImageOps.fit(image, (self.side, self.side))
+        large = square.resize((self.side * self.zoom,) * 2, Image.Resampling.NEAREST)
+        return {self.start: square, self.canvas: large}
 
-    # --- how it looks -------------------------------------------------------------------------------------------------
+    # --- layout -------------------------------------------------------------------------------------------------------
 
-    def build(self):
-        """-> gradio's Blocks. Its events have names, so that programs may call them: /draw, /load, /repaint, ..."""
+    def build(self) -> Any:
+        """-> gradio's Blocks. Programs may call its events by name: /draw, /load, /repaint, /extend, /change."""
         gr, muse = self.gr, self.muse
         with gr.Blocks(title="minimuse", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
             self.start, self.last = gr.State(time_to_live=3600), gr.State(time_to_live=3600)
@@ -186,37 +195,37 @@ class Page:
                         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, min_width=90)
                     with gr.Tab("Draw"):
                         with gr.Row():
-                            go = gr.Button("Draw", variant="primary", min_width=120)
+                            draw = gr.Button("Draw", variant="primary", min_width=120)
                             another = gr.Button("Another", min_width=120)
                         if muse.examples:
                             gr.Examples(muse.examples[:5], prompt, label="Prompts to try")
                     with gr.Tab("Edit") as tab:
                         edits = self._edits(tab)
                     with gr.Accordion("How it decodes", open=False):
-                        asked = [prompt, seed, *self._dials()]
+                        request = [prompt, seed, *self._controls()]
                 with gr.Column(scale=3, min_width=320):
-                    shown = self._shown()
-            queued = {"concurrency_id": "muse", "concurrency_limit": 1, "show_progress_on": self.status}
+                    outputs = self._outputs()
+            queue = {"concurrency_id": "muse", "concurrency_limit": 1, "show_progress_on": self.status}
             more = another.click(lambda n: (n or 0) + 1, seed, seed, api_name=False)
             for trigger in (prompt.submit, more.then):
-                trigger(self.draw, asked, shown, api_name=False, **queued)
-            for button, method, inputs in [(go, self.draw, []), *edits]:
-                button.click(method, [*inputs, *asked], shown, api_name=method.__name__, **queued)
+                trigger(self.draw, request, outputs, api_name=False, **queue)
+            for button, method, inputs in [(draw, self.draw, []), *edits]:
+                button.click(method, [*inputs, *request], outputs, api_name=method.__name__, **queue)
         return blocks
 
-    def _edits(self, tab) -> list[tuple]:
-        """The tab of edits -> its buttons, what each does, and with what."""
+    def _edits(self, tab: Any) -> list[tuple]:
+        """The tab of edits -> its buttons, each with its method and inputs."""
         gr = self.gr
         with gr.Row():
-            taken = gr.Button("Take the drawn picture", size="sm", min_width=120)
-            loaded = gr.UploadButton("Load a picture", file_types=["image"], size="sm", min_width=120)
+            take = gr.Button("Take the drawn picture", size="sm", min_width=120)
+            load = gr.UploadButton("Load a picture", file_types=["image"], size="sm", min_width=120)
         self.canvas = gr.ImageEditor(
             label="To edit", type="pil", format="png", sources=(), transforms=(), layers=False, buttons=[],
             brush=gr.Brush(default_size=24, colors=["#ff2d95"], color_mode="fixed"), elem_id="canvas",
             canvas_size=(self.side * self.zoom,) * 2, fixed_canvas=True,
         )  # fmt: skip
         with gr.Tab("Repaint"):
-            gr.Markdown("Paint over a part; the prompt says what shall stand there.")
+            gr.Markdown("Paint over a part. The prompt says what to draw there.")
             repaint = gr.Button("Repaint", variant="primary")
         with gr.Tab("Extend"):
             where = gr.Radio(SIDES, value="right", label="Side")
@@ -225,18 +234,17 @@ class Page:
         with gr.Tab("Change all"):
             gr.Markdown("No mask: a few tokens at a time are drawn again under the prompt.")
             iterations = gr.Slider(1, 100, 100, step=1, label="Iterations")
-            fraction = gr.Slider(0.01, 0.5, 0.08, step=0.01, label="Share of the tokens, each time")
-            strength = self.muse.config.edit_guidance
-            how = [self.start, iterations, fraction, gr.Slider(0, 10, strength, step=0.5, label="Guidance")]
+            fraction = gr.Slider(0.01, 0.5, 0.08, step=0.01, label="Fraction of the tokens in each iteration")
+            guidance = gr.Slider(0, 10, self.muse.config.edit_guidance, step=0.5, label="Guidance")
             change = gr.Button("Change", variant="primary")
         edited = [self.start, self.canvas]
-        loaded.upload(self.load, loaded, edited, api_name="load")
-        taken.click(self.take, self.last, edited, api_name=False)
+        load.upload(self.load, load, edited, api_name="load")
+        take.click(self.take, self.last, edited, api_name=False)
         tab.select(lambda old, last: self.take(None if old else last), [self.start, self.last], edited, api_name=False)
-        side = [self.start, where, by]
-        return [(repaint, self.repaint, edited), (extend, self.extend, side), (change, self.change, how)]
+        side, strength = [self.start, where, by], [self.start, iterations, fraction, guidance]
+        return [(repaint, self.repaint, edited), (extend, self.extend, side), (change, self.change, strength)]
 
-    def _dials(self) -> list:
+    def _controls(self) -> list:
         gr, base, high = self.gr, self.muse.config.base_sampling, self.muse.config.superres_sampling
         return [
             gr.Textbox(label="Negative prompt"),
@@ -248,33 +256,31 @@ class Page:
             gr.Dropdown([*ORDERS], value=base.order, label="Order: which tokens first"),
         ]
 
-    def _shown(self) -> list:
-        gr, look = self.gr, {"format": "png", "buttons": ["download", "fullscreen"], "min_width": 140}
+    def _outputs(self) -> list:
+        gr, image = self.gr, {"format": "png", "buttons": ["download", "fullscreen"], "min_width": 140}
         self.status = gr.Markdown("Press *Draw*.", elem_id="status")
         with gr.Row():
-            self.picture = gr.Image(label="Picture", elem_id="picture", elem_classes="pixels", **look)
-            self.tokens = gr.Image(label="Tokens", elem_id="tokens", elem_classes="pixels", **look)
+            self.picture = gr.Image(label="Picture", elem_id="picture", elem_classes="pixels", **image)
+            self.tokens = gr.Image(label="Tokens", elem_id="tokens", elem_classes="pixels", **image)
         gr.Markdown(LEGEND)
         self.scrub = gr.Slider(1, 2, 2, step=1, label="Back through the steps", elem_id="scrub", visible=False)
-        self.strip = gr.Image(label="Film", elem_id="film", elem_classes="film", visible=False, **look)
+        self.strip = gr.Image(label="Film", elem_id="film", elem_classes="film", visible=False, **image)
         gr.Markdown(SAVED)
-        now, back = [self.picture, self.tokens, self.status], [self.last, self.scrub]
-        light = {"show_progress": "hidden", "trigger_mode": "always_last"}
-        self.scrub.input(self.look_back, back, now, api_name=False, **light)
-        return [*now, self.strip, self.scrub, self.last]
+        shown = [self.picture, self.tokens, self.status]
+        options = {"show_progress": "hidden", "trigger_mode": "always_last", "api_name": False}
+        self.scrub.input(self.look_back, [self.last, self.scrub], shown, **options)
+        return [*shown, self.strip, self.scrub, self.last]
 
 
-def _begun(start: Image.Image | None) -> Image.Image:
+def _required(start: Image.Image | None) -> Image.Image:
     if start is None:
         raise ValueError("There is no picture to edit yet: load one, or draw one and take it")
     return start
 
 
-def serve(
-    name: str | None = None, *, host: str = "127.0.0.1", port: int | None = None, device: str | None = None
-) -> None:
-    """Load a checkpoint (default: the last shipped one), serve the page, say where, until Ctrl-C."""
-    gr, muse = _gradio(), Muse.from_pretrained(name or shipped()[-1], device=device)
+def serve(name: str = "toy", *, host: str = "127.0.0.1", port: int | None = None, device: str | None = None) -> None:
+    """Load a checkpoint, serve the page, print its address, until Ctrl-C."""
+    gr, muse = _gradio(), Muse.from_pretrained(name, device=device)
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     blocks = Page(muse).build().queue(max_size=100)
     _, url, _ = blocks.launch(
@@ -285,8 +291,8 @@ def serve(
     blocks.block_thread()
 
 
-def _gradio():
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read when it is imported
+def _gradio() -> Any:
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # gradio reads them on import
     try:
         import gradio
     except ImportError as error:

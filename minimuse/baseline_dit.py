@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimuse.data_images import to_float
-from minimuse.masking import Draws, uniforms
+from minimuse.masking import Generators, uniforms
 from minimuse.transformer import (
     CrossAttention,
     Memory,
@@ -175,7 +175,7 @@ def amounts(step: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return signal.view(-1, 1, 1, 1), spread.view(-1, 1, 1, 1)
 
 
-def gaussians(*shape: int, generator: Draws = None) -> Tensor:
+def gaussians(*shape: int, generator: Generators = None) -> Tensor:
     """N(0, 1) of a shape (B, ...) from CPU generators: one, or one for each image, as `masking.uniforms`."""
     return torch.special.ndtri(uniforms(*shape, generator=generator).double().clamp(1e-9, 1 - 1e-9)).float()
 

@@ -26,10 +26,8 @@ from minimuse.utils import atomic_write
 SHIPPED = Path(__file__).parent / "checkpoints"
 FORMAT = "minimuse-1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-NOT_DRAWN = {  # fields of a configuration that do not change what `generate` draws
-    "name", "stages", "scenes", "captions", "fractions", "synonyms", "pixels_gib", "text_gib", "dropout",
-    "edit_guidance",
-}  # fmt: skip
+# fields of a configuration that do not change what `generate` draws
+NOT_DRAWN = "name stages scenes captions fractions synonyms pixels_gib text_gib dropout edit_guidance".split()
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
@@ -46,17 +44,15 @@ def find(name: str | Path) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    known = ", ".join(shipped())
+    problem = f"no checkpoint {str(name)!r}: no such folder, and the shipped ones are: {', '.join(shipped())}"
     if isinstance(name, Path) or str(name).count("/") != 1 or str(name)[0] in "./~":
-        raise FileNotFoundError(f"no checkpoint {str(name)!r}: no such folder, and the shipped ones are: {known}")
+        raise FileNotFoundError(problem)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS]))
     except Exception as e:  # the hub has many errors for offline, unknown, private, ...
-        raise FileNotFoundError(
-            f"no checkpoint {name!r}: no such folder, and the hub gave none ({type(e).__name__}); shipped: {known}"
-        ) from e
+        raise FileNotFoundError(f"{problem}; the hub gave none: {type(e).__name__}") from e
 
 
 def load(name: str | Path) -> tuple[MuseConfig, dict[str, Tensor], dict[str, Any]]:
@@ -124,7 +120,7 @@ def fingerprint(config: MuseConfig, weights: Mapping[str, Tensor]) -> str:
 
 
 def _not_default(config: Any) -> dict[str, Any]:
-    """Fields that decide what is drawn and differ from their defaults, including those of nested configurations."""
+    """The fields that decide what is drawn and differ from their defaults, nested configurations included."""
     pairs = {f.name: (getattr(config, f.name), f.default) for f in fields(config) if f.name not in NOT_DRAWN}
     return {k: _not_default(v) if is_dataclass(v) else v for k, (v, default) in pairs.items() if v != default}
 
@@ -133,12 +129,7 @@ def _not_default(config: Any) -> dict[str, Any]:
 
 
 def save(
-    folder: str | Path,
-    config: MuseConfig,
-    weights: dict[str, Tensor],
-    about: dict[str, Any],
-    *,
-    overwrite: bool = False,
+    folder: str | Path, config: MuseConfig, weights: dict[str, Tensor], about: dict[str, Any], *, overwrite: bool
 ) -> Path:
     """Write a checkpoint. FileExistsError if one is already there, unless `overwrite`."""
     folder = Path(folder)
@@ -169,15 +160,13 @@ def refuse_existing(folder: Path) -> None:
 
 
 def card(config: MuseConfig, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
-    """The model card: what the model is, its sizes, its training, how to use it."""
-    parts: Counter[str] = Counter()
+    """The model card: what the model is, the sizes of its parts, how to use it."""
+    sizes: Counter[str] = Counter()
     for key, value in weights.items():
-        parts[key.split(".")[0]] += value.numel()
+        sizes[key.split(".")[0]] += value.numel()
+    rows = "\n".join(f"| {name} | {n:,} |" for name, n in sizes.items())
     low = f"{config.low_tokenizer.image_size} px ({config.base.grid}x{config.base.grid} tokens)"
     high = f"{config.high_tokenizer.image_size} px ({config.superres.grid}x{config.superres.grid} tokens)"
-    sizes = "\n".join(f"| {name} | {n:,} |" for name, n in parts.items())
-    rows = [(name, f"{s.steps:,}", s.batch, f"{s.learning_rate:g}", s.optimizer) for name, s in config.stages.items()]
-    stages = "\n".join("| {} | {} | {} | {} | {} |".format(*row) for row in rows)
     return f"""---
 library_name: minimuse
 pipeline_tag: text-to-image
@@ -186,17 +175,11 @@ license: apache-2.0
 # {config.name}
 
 A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {low} to {high}.
-Text: {config.text_encoder}, frozen.
+Text: {config.text_encoder}, frozen. All settings, also those of the training, are in `{CONFIG}`.
 
 | Part | Parameters |
 |---|---|
-{sizes}
-
-Data: {about.get("data", f"{config.scenes:,} scenes of minimuse, {config.captions} captions each")}.
-
-| Stage | Steps | Batch | Learning rate | Optimizer |
-|---|---|---|---|---|
-{stages}
+{rows}
 
 ```python
 from minimuse import Muse

@@ -105,7 +105,7 @@ def _drawing_options(command: Callable) -> None:
     add("--iterations", type=int, default=100, help="number of resampling steps (default: 100)")
     add("--share", dest="fraction", type=float, default=0.08, help="fraction of tokens resampled in an iteration")
     add = command("app", _app, "open a page to draw with in the browser (extra `app`)", "device")
-    add("--checkpoint", "--model", help="shipped name, folder or hub id (default: the last shipped one)")
+    add("--checkpoint", "--model", default="toy", help="shipped name, folder or hub id (default: toy)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=int, help="port to listen on (default: the first free one from 7860)")
 

@@ -4,9 +4,9 @@
     outpaint     the same with new canvas as the region, window by window
     edit         mask a random 8% of the tokens and resample them under the new prompt, many times
 
-Over tokens each is a few lines on top of `sampler.decode` (`infill`, `resample`). The functions over pictures take a
-Muse first and are its methods: `muse.inpaint(image, mask, prompt)`.
-Glossary: `repaint` is True where something new is drawn. Not here: decoding (`sampler.py`), pixels (`data_images.py`).
+Over tokens each is a few lines on top of `sampler.decode` (`infill`, `resample`). The functions over pictures are
+methods of Muse: `muse.inpaint(image, mask, prompt)`.
+Glossary: `repaint` is True where something new is drawn. Not here: decoding (`sampler.py`).
 """
 
 import math
@@ -25,6 +25,7 @@ from minimuse.masking import random_mask
 from minimuse.sampler import LogitsFn, Step, decode
 
 Callback = Callable[[Step], None]  # called with every Step of a decode
+Jobs = list[dict[str, Any]]  # one dict for each picture: prompt, negative prompt, seed
 Muse = Any  # a `muse.Muse`; that file imports this one
 
 # --- over tokens ------------------------------------------------------------------------------------------------------
@@ -44,20 +45,13 @@ def infill(logits_fn: LogitsFn, tokens: Tensor, repaint: Tensor, *, mask_id: int
 
 
 def resample(
-    logits_fn: LogitsFn,
-    tokens: Tensor,
-    *,
-    mask_id: int,
-    iterations: int = 100,
-    fraction: float = 0.08,
-    top_k: int | None = 3,
-    generators: Sequence[torch.Generator],
-) -> Iterator[Step]:
+    logits_fn: LogitsFn, tokens: Tensor, *, mask_id: int, generators: Sequence[torch.Generator],
+    iterations: int = 100, fraction: float = 0.08, top_k: int | None = 3,
+) -> Iterator[Step]:  # fmt: skip
     """tokens (B, N) of an image -> one Step per iteration: a random fraction is masked and drawn again (Muse 3.3.2).
 
-    This is like Gibbs sampling: the image drifts towards the prompt of `logits_fn`, and every state on the way is a
-    whole picture. The paper: 100 iterations, 8% of the tokens, top-k 3. Each iteration is one forward pass. u goes from
-    0 at the first to 1 at the last.
+    As in Gibbs sampling, every state is a whole picture, and it drifts towards the prompt of `logits_fn`. The defaults
+    are the paper's. An iteration is one forward pass; u goes from 0 at the first to 1 at the last.
     """
     if iterations < 1 or not 0 < fraction <= 1:
         raise ValueError(f"{iterations} iterations of a fraction {fraction}; give at least 1, and a fraction in (0, 1]")
@@ -114,7 +108,7 @@ def tokenize(muse: Muse, *images: Image.Image) -> tuple[Tensor, Tensor]:
 
 
 def inpaint_tokens(
-    muse: Muse, tokens: tuple[Tensor, Tensor], repaint: Tensor, jobs: list[dict[str, Any]], **sampling
+    muse: Muse, tokens: tuple[Tensor, Tensor], repaint: Tensor, jobs: Jobs, **sampling
 ) -> Iterator[Step]:
     """Low and high tokens of one picture or one per job, repaint (1 or B, H, W) bool -> Steps of both stages."""
     scale = muse.config.high_tokenizer.image_size // muse.config.low_tokenizer.image_size
@@ -128,16 +122,9 @@ def inpaint_tokens(
 
 @torch.inference_mode()
 def edit_tokens(
-    muse: Muse,
-    tokens: tuple[Tensor, Tensor],
-    jobs: list[dict[str, Any]],
-    *,
-    iterations: int = 100,
-    fraction: float = 0.08,
-    guidance: Guidance | None = None,
-    top_k: int | None = 3,
-    superres: dict[str, Any] | None = None,
-) -> Iterator[Step]:
+    muse: Muse, tokens: tuple[Tensor, Tensor], jobs: Jobs, *, iterations: int = 100, fraction: float = 0.08,
+    guidance: Guidance | None = None, top_k: int | None = 3, superres: dict[str, Any] | None = None,
+) -> Iterator[Step]:  # fmt: skip
     """Tokens as in `inpaint_tokens` -> a Step per iteration on the low tokens, then super-resolution's Steps."""
     low = tokens[0].repeat(len(jobs) // len(tokens[0]), 1)
     text, null = muse.contexts(jobs)
@@ -154,23 +141,14 @@ def edit_tokens(
 
 
 def inpaint(
-    muse: Muse,
-    image: Image.Image,
-    mask: Any,
-    prompt: str,
-    *,
-    n: int = 1,
-    seed: int | Sequence[int] | None = None,
-    negative_prompt: str | None = None,
-    keep: bool = True,
-    callback: Callback | None = None,
-    **sampling,
-) -> list[Image.Image]:
+    muse: Muse, image: Image.Image, mask: Any, prompt: str, *,
+    n: int = 1, seed: int | Sequence[int] | None = None, negative_prompt: str | None = None,
+    keep: bool = True, callback: Callback | None = None, **sampling,
+) -> list[Image.Image]:  # fmt: skip
     """Repaint the white part of `mask`, an image or array of the picture's size, after the prompt (Muse 3.3.1).
 
-    A token of either grid is masked where it overlaps the region. The base model fills the low tokens,
-    super-resolution the high ones. With `keep` your pixels outside the mask come back bit for bit. `sampling` is as in
-    `Muse`.
+    Tokens of both grids that overlap the region are masked and decoded again. With `keep` your pixels outside the mask
+    come back bit for bit. `sampling` is as in `Muse`.
     """
     tokens = tokenize(muse, image)
     repaint = mask_from(mask, image.size)
@@ -187,17 +165,10 @@ def inpaint(
 
 
 def outpaint(
-    muse: Muse,
-    image: Image.Image,
-    padding: int | tuple[int, int, int, int],
-    prompt: str,
-    *,
-    n: int = 1,
-    seed: int | Sequence[int] | None = None,
-    negative_prompt: str | None = None,
-    callback: Callback | None = None,
-    **sampling,
-) -> list[Image.Image]:
+    muse: Muse, image: Image.Image, padding: int | tuple[int, int, int, int], prompt: str, *,
+    n: int = 1, seed: int | Sequence[int] | None = None, negative_prompt: str | None = None,
+    callback: Callback | None = None, **sampling,
+) -> list[Image.Image]:  # fmt: skip
     """Extend the picture by `padding` pixels: one number, or (left, top, right, bottom) (Muse 3.3.1).
 
     New canvas is inpainted window by window, starting next to the picture, whose pixels come back bit for bit.
@@ -227,16 +198,10 @@ def outpaint(
 
 
 def edit(
-    muse: Muse,
-    image: Image.Image,
-    prompt: str,
-    *,
-    n: int = 1,
-    seed: int | Sequence[int] | None = None,
-    negative_prompt: str | None = None,
-    callback: Callback | None = None,
-    **settings,
-) -> list[Image.Image]:
+    muse: Muse, image: Image.Image, prompt: str, *,
+    n: int = 1, seed: int | Sequence[int] | None = None, negative_prompt: str | None = None,
+    callback: Callback | None = None, **settings,
+) -> list[Image.Image]:  # fmt: skip
     """Change the picture towards the prompt, without a mask (Muse 3.3.2). `settings` as in `edit_steps`."""
     jobs = muse.jobs(prompt, n, seed, negative_prompt, settings)
     if settings.get("guidance") is None:  # noted in the picture, because the fingerprint leaves it out

@@ -26,7 +26,7 @@ from minimuse import lab_samplers as variants
 from minimuse.judge import Estimate, Judge, Outcome, WorldJudge, estimate
 from minimuse.lab_worlds import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World
 from minimuse.masking import get_schedule, reveal_counts
-from minimuse.sampler import ORDERS, Order, _is_adaptive, entropy_bound
+from minimuse.sampler import ORDERS, Order, entropy_bound, is_adaptive
 from minimuse.utils import atomic_write, content_hash
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def _trial(judge: Judge, name: str, other: str, t: int, schedule: Any, order: An
     """Checks both before anything is measured; functions other than curves have no key."""
     if isinstance(schedule, str) and schedule.startswith("bound"):
         rule, mark = entropy_bound(float(schedule.removeprefix("bound"))), schedule
-    elif _is_adaptive(schedule):
+    elif is_adaptive(schedule):
         rule, mark = schedule, None
     else:
         rule = get_schedule(schedule, judge.n)

@@ -1,10 +1,10 @@
-"""Variable masking: schedules, training rates, random masks, the masked loss and the likelihood bound (Muse 2.6).
+"""Variable masking: schedules, mask rates, random masks, the masked loss, a likelihood bound (Muse 2.6).
 
     u in [0, 1] --schedule--> r, the ratio still masked, falling from 1 to 0
 
-One curve serves twice. Decoding walks along it: after step i of T, floor(n * schedule((i + 1) / T)) of the n positions
-stay masked. Training draws u uniformly, so that r = schedule(u) has the density that decoding will meet;
-for the cosine p(r) = (2 / pi) (1 - r^2)^(-1/2) (Muse 2.6), whose mean is 2 / pi = 0.64.
+Decoding follows this curve: after step i of T, floor(n * schedule((i + 1) / T)) of the n tokens stay masked.
+Training draws u uniformly, so r = schedule(u) has the distribution that decoding meets. For the cosine schedule its
+density is p(r) = (2 / pi) (1 - r^2)^(-1/2), with mean 2 / pi = 0.64 (Muse 2.6).
 
 Glossary: B batch, N tokens, V codebook size, u progress, r mask ratio.
 Not here: which positions are revealed, and what is drawn there (`sampler.py`).
@@ -17,21 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimuse.utils import require
+
 Schedule = Callable[[float], float]
-Draws = torch.Generator | Sequence[torch.Generator] | None  # one for the whole batch, or one for each example
+Generators = torch.Generator | Sequence[torch.Generator] | None  # one for the whole batch, or one for each example
 
 
 def power_schedule(p: float) -> Schedule:
     """u -> 1 - u ** p. p = 1 is linear, 2 square, 3 cubic, 1/2 sqrt (MaskGIT, table 3)."""
-    if not p > 0:
-        raise ValueError(f"a power schedule of exponent {p} does not fall from 1 to 0; give a positive exponent")
+    require(p > 0, f"power_schedule got the exponent {p}, which does not fall from 1 to 0; give a positive exponent")
     return lambda u: 1 - u**p
 
 
 def log_schedule(n: int) -> Schedule:
     """u -> -log(u) / log(n), at most 1: the one curve that depends on the number n of tokens (MaskGIT)."""
-    if n < 2:
-        raise ValueError(f"the log schedule needs at least 2 tokens, got {n}")
+    require(n >= 2, f"log_schedule got {n} tokens; give at least 2 tokens")
     return lambda u: 1.0 if u * n <= 1 else -math.log(u) / math.log(n)
 
 
@@ -46,15 +46,17 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def get_schedule(schedule: str | Schedule, n: int | None = None) -> Schedule:
-    """A schedule by name ("cosine", "log", "pow2.5", ...) or as it is. "log" asks for the number n of tokens."""
+    """A name ("cosine", "log", "pow2.5", ...) or a function -> the function. "log" needs the number n of tokens.
+
+    A new schedule is any function u -> r that falls from 1 to 0. To give it a name, add it to `SCHEDULES`.
+    """
     if callable(schedule):
         return schedule
     if schedule in SCHEDULES:
         return SCHEDULES[schedule]
-    if schedule == "log" and n is not None:
-        return log_schedule(n)
     if schedule == "log":
-        raise ValueError('"log" depends on the number of tokens; pass log_schedule(n) instead of its name')
+        require(n is not None, '"log" depends on the number of tokens; pass log_schedule(n) instead of its name')
+        return log_schedule(n)
     if isinstance(schedule, str) and schedule.startswith("pow") and schedule[3:].replace(".", "", 1).isdigit():
         return power_schedule(float(schedule[3:]))
     known = ", ".join([*SCHEDULES, "log", "powP (such as pow2.5)"])
@@ -62,47 +64,48 @@ def get_schedule(schedule: str | Schedule, n: int | None = None) -> Schedule:
 
 
 def reveal_counts(n: int, steps: int, schedule: str | Schedule = "cosine") -> list[int]:
-    """How many of n masked tokens each step reveals; they sum to n, at least one a step.
+    """How many of n masked tokens each step reveals. They sum to n; every step reveals at least one.
 
-    MaskGIT: after step i of T, floor(n * schedule((i + 1) / T)) stay masked; we keep enough for one a step to the end.
+    MaskGIT: after step i of T, floor(n * schedule((i + 1) / T)) stay masked. We keep at least one for each step to come.
     With n < steps there are only n steps.
 
     >>> reveal_counts(256, 12)
     [3, 6, 11, 15, 18, 22, 26, 27, 31, 31, 33, 33]
     """
-    if n < 0 or steps < 1:
-        raise ValueError(f"cannot reveal {n} tokens in {steps} steps; give n >= 0 and steps >= 1")
-    curve, steps = get_schedule(schedule, n if n > 1 else 2), min(n, steps)
-    counts, left = [], n
+    require(n >= 0 and steps >= 1, f"cannot reveal {n} tokens in {steps} steps; give n >= 0 and steps >= 1")
+    curve = get_schedule(schedule, max(n, 2))
+    steps = min(n, steps)
+    counts = []
+    left = n
     for i in range(steps):
-        ratio = curve((i + 1) / steps)
-        if not -1e-6 <= ratio <= 1 + 1e-6:
-            raise ValueError(f"the schedule gives {ratio} at u = {(i + 1) / steps:.3g}; it must stay within [0, 1]")
-        stay = min(max(math.floor(n * ratio + 1e-6), steps - 1 - i), left - 1) if i < steps - 1 else 0
+        u = (i + 1) / steps
+        ratio = curve(u)
+        require(-1e-6 <= ratio <= 1 + 1e-6, f"the schedule gives {ratio} at u = {u:.3g}; it must stay within [0, 1]")
+        steps_to_come = steps - 1 - i
+        stay = max(math.floor(n * ratio + 1e-6), steps_to_come)
+        stay = min(stay, left - 1) if steps_to_come else 0
         counts.append(left - stay)
         left = stay
     return counts
 
 
-def uniforms(*shape: int, generator: Draws = None) -> Tensor:
-    """Uniforms in [0, 1) of shape (B, ...) from CPU generators: one, or one for each example.
+def uniforms(*shape: int, generator: Generators = None) -> Tensor:
+    """Random numbers in [0, 1) of shape (B, ...), from one CPU generator or from one per example.
 
-    With a generator an example, row i never depends on its neighbours. On the CPU, a seed means the same everywhere.
+    With one generator per example, row i never depends on its neighbours. CPU generators give the same numbers on every
+    machine, whatever device the model is on.
     """
-    each = list(generator) if isinstance(generator, Sequence) else [generator]
-    if isinstance(generator, Sequence) and len(each) != shape[0]:
-        raise ValueError(f"{len(each)} generators for a batch of {shape[0]}; give one, or one for each image")
-    for g in each:
-        if g is not None and g.device.type != "cpu":
-            raise ValueError(
-                f"a generator on {g.device}; give CPU generators, so that a seed means the same everywhere"
-            )
+    each = generator if isinstance(generator, Sequence) else [generator]
+    devices = [g.device for g in each if g is not None and g.device.type != "cpu"]
+    require(not devices, f"generators on {devices}; give CPU generators, so that a seed means the same everywhere")
     if not isinstance(generator, Sequence):
         return torch.rand(shape, generator=generator)
-    return torch.stack([torch.rand(shape[1:], generator=g) for g in each])
+    n = len(generator)
+    require(n == shape[0], f"{n} generators for a batch of {shape[0]}; give one generator, or one for each image")
+    return torch.stack([torch.rand(shape[1:], generator=g) for g in generator])
 
 
-def sample_mask_rate(n: int, *, schedule: str | Schedule = "cosine", generator: Draws = None) -> Tensor:
+def sample_mask_rate(n: int, *, schedule: str | Schedule = "cosine", generator: Generators = None) -> Tensor:
     """One rate for each of n examples, (n,) in [0, 1]: r = schedule(u), u uniform on [0, 1).
 
     Muse 2.6: for the cosine p(r) = (2 / pi) (1 - r^2)^(-1/2), mean 0.64 and P(r > 0.9) = 0.287.
@@ -112,26 +115,25 @@ def sample_mask_rate(n: int, *, schedule: str | Schedule = "cosine", generator: 
 
 
 def masked_counts(rate: Tensor, n: int) -> Tensor:
-    """rate (B,) -> (B,) how many of n tokens that masks: ceil(r n)."""
+    """rate (B,) -> how many of n tokens to mask, (B,): ceil(r n)."""
     return (rate.cpu().double() * n - 1e-6).ceil().long()
 
 
-def random_mask(tokens: Tensor, rate: Tensor, generator: Draws = None) -> Tensor:
+def random_mask(tokens: Tensor, rate: Tensor, generator: Generators = None) -> Tensor:
     """tokens (B, N), rate (B,) -> masked (B, N) bool: True at exactly ceil(r N) random positions of each row."""
     b, n = tokens.shape
-    if rate.shape != (b,):
-        raise ValueError(f"rate of shape {tuple(rate.shape)} for a batch of {b}; give one rate an example, ({b},)")
-    place = uniforms(b, n, generator=generator).argsort(1).argsort(1)  # (B, N) a random permutation a row
+    require(rate.shape == (b,), f"rate of shape {tuple(rate.shape)} for a batch of {b}; give one rate per example")
+    place = uniforms(b, n, generator=generator).argsort(1).argsort(1)  # (B, N), a random permutation per row
     return (place < masked_counts(rate, n)[:, None]).to(tokens.device)
 
 
 def masked_cross_entropy(
     logits: Tensor, targets: Tensor, masked: Tensor, label_smoothing: float = 0.0, count: float | None = None
 ) -> Tensor:
-    """logits (B, N, V), targets (B, N), masked (B, N) -> (): mean cross-entropy in nats where masked.
+    """logits (B, N, V), targets (B, N), masked (B, N) -> (): mean cross-entropy in nats over the masked tokens.
 
-    Muse 2.3. The mean is over the masked tokens of the whole batch, not a mean of each row's mean. Where the rows are a
-    part of a batch, `count` is how many tokens are masked in all of it: the parts' losses then add up to its mean.
+    Muse 2.3. The mean is over the whole batch, not a mean of each row's mean. If the rows are only a part of a batch,
+    `count` is the number of masked tokens in all of it: the losses of the parts then add up to the batch's mean.
     """
     hidden = targets.masked_fill(~masked, -100).flatten()
     total = F.cross_entropy(
@@ -141,12 +143,12 @@ def masked_cross_entropy(
 
 
 def likelihood_bound(
-    logits_fn: Callable[[Tensor], Tensor], tokens: Tensor, mask_id: int, generator: Draws = None
+    logits_fn: Callable[[Tensor], Tensor], tokens: Tensor, mask_id: int, generator: Generators = None
 ) -> Tensor:
-    """tokens (B, N) -> (B,) one-sample estimates, in nats a token, of an upper bound on -log p(tokens) / N.
+    """tokens (B, N) -> (B,): one-sample estimates, in nats per token, of an upper bound on -log p(tokens) / N.
 
     D3PM's absorbing diffusion: -log p / N <= E over k uniform on 1..N of the mean cross-entropy with exactly k masked.
-    It is fair to every training density: p(r) of Muse 2.6 only re-weights the integrand.
+    The bound does not depend on the training density p(r) (Muse 2.6), which only weights the integrand.
     `logits_fn` maps tokens (B, N) to logits (B, N, V).
     """
     b, n = tokens.shape

@@ -1,17 +1,16 @@
 """Iterative parallel decoding over any LogitsFn (Muse 2.8; MaskGIT, arXiv 2202.04200).
 
-    all [MASK] -> predict every masked token -> fix the most confident ones -> predict the rest -> ... -> no [MASK]
+    all [MASK] -> predict every masked token -> keep the most confident ones -> predict the rest -> ... -> no [MASK]
 
-`decode` knows nothing of networks: a LogitsFn (tokens (B, N), u) -> logits (B, N, V) is all it asks for. Its axes are
-independent, each a plain function that you may replace:
+`decode` needs only a LogitsFn (tokens (B, N), u) -> logits (B, N, V), and knows nothing about networks. Its settings
+are independent of each other, and each is a plain function that you may replace:
     how many are revealed   schedule: a curve, or an adaptive rule (logits, masked, u) -> (B,), such as `entropy_bound`
     which are revealed      order: (logits, drawn, masked, u) -> scores (B, N), the highest are kept
-    what is drawn           sampling_temperature, top_k
-    how noisy the ranking   choice_temperature, annealed linearly to 0
-Both temperatures may be functions of u, for any other annealing.
+    what is drawn           sampling_temperature: a number or a function of u; top_k
+    how noisy the ranking   choice_temperature: a number that falls linearly to 0, or a function of u
 
-Randomness: uniforms from CPU generators, two a token a step (value and ranking), drawn before the loop. One seed makes
-the same draws on a laptop and on a GPU; with a generator an image, image i never depends on its neighbours.
+Randomness: uniforms from CPU generators, two per token and step (value and ranking), drawn before the loop. One seed
+gives the same numbers on a laptop and on a GPU. With one generator per image, image i never depends on its neighbours.
 Not here: the schedules (`masking.py`), guidance (`cfg.py`).
 """
 
@@ -19,17 +18,19 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minimuse.masking import Draws, Schedule, reveal_counts, uniforms
-from minimuse.utils import require_positive
+from minimuse.masking import Generators, Schedule, reveal_counts, uniforms
+from minimuse.utils import require, require_at_least, require_positive
 
 LogitsFn = Callable[[Tensor, float], Tensor]
-Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N): the picture filled in, known tokens kept
+Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N): drawn tokens at masked positions, known ones
 Count = Schedule | Callable[[Tensor, Tensor, float], Tensor]
+Temperature = float | Callable[[float], float]
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,11 @@ class SamplingConfig:
     schedule: str = "cosine"
     order: str = "confidence"
     sampling_temperature: float = 1.0
-    choice_temperature: float = 4.5  # noise of the ranking, annealed to 0 (MaskGIT's released value)
+    choice_temperature: float = 4.5  # Choice: noise of the ranking, annealed to 0, as in MaskGIT's released code
 
     def __post_init__(self):
         require_positive(self, "steps")
+        require_at_least(self, 0, "sampling_temperature", "choice_temperature")
 
 
 class Step(NamedTuple):
@@ -54,9 +56,9 @@ class Step(NamedTuple):
     u: float  # progress that guidance and network saw: index / (T - 1)
     tokens: Tensor  # (B, N) after the step, mask_id where still masked
     masked: Tensor  # (B, N) bool, True = still masked after the step
-    revealed: Tensor  # (B, N) bool, True = fixed in this step
+    revealed: Tensor  # (B, N) bool, True = revealed in this step
     confidence: Tensor  # (B, N) probability of the token drawn in this step; 0 where the token was known
-    stage: str = ""  # the model at work and its guidance, filled in by `Muse`
+    stage: str = ""  # which model decodes, and its guidance: filled in by `Muse`
     guidance: float = 0.0
 
 
@@ -69,55 +71,68 @@ def confidence(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tenso
 
 
 def margin(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
-    """p(first) - p(second), (B, N): sure where the runner-up is far behind."""
+    """p(first) - p(second), (B, N): high where the second most likely token is far behind."""
     top = logits.softmax(-1).topk(2, dim=-1).values
     return top[..., 0] - top[..., 1]
 
 
 def entropy(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
-    """minus the entropy in nats, (B, N): sure where the whole distribution is narrow."""
+    """Minus the entropy in nats, (B, N): high where the whole distribution is narrow."""
     return -token_entropy(logits)
 
 
-def random(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
+def random_order(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
     """Zeros, (B, N): `decode` breaks ties at random."""
     return torch.zeros_like(drawn, dtype=torch.float)
 
 
 def raster(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
-    """Row by row from the top left, (B, N): an autoregressive model's order."""
+    """Row by row from the top left, (B, N): the order of an autoregressive model."""
     return -torch.arange(drawn.shape[1], device=drawn.device).float().expand_as(drawn)
 
 
 def halton(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
     """Tokens revealed together lie far apart, (B, N): the 2-D Halton sequence (arXiv 2503.17076)."""
-    side = math.isqrt(drawn.shape[1])
-    if side * side != drawn.shape[1]:
-        raise ValueError(f"{drawn.shape[1]} tokens are no square; pass order=by_rank(halton_rank(h, w))")
+    side = math.isqrt(n := drawn.shape[1])
+    require(side * side == n, f"{n} tokens are not a square; pass order=by_rank(halton_rank(h, w))")
     return by_rank(halton_rank(side, side))(logits, drawn, masked, u)
 
 
-ORDERS: dict[str, Order] = {f.__name__: f for f in (confidence, random, raster, halton, entropy, margin)}
+ORDERS: dict[str, Order] = {
+    f.__name__.removesuffix("_order"): f for f in (confidence, random_order, raster, halton, entropy, margin)
+}
+
+
+def get_order(order: str | Order) -> Order:
+    """A name of `ORDERS` or a function -> the function. To give a new order a name, add it to `ORDERS`."""
+    known = f"{', '.join(ORDERS)}; or pass a function (logits, drawn, masked, u) -> scores"
+    require(callable(order) or order in ORDERS, f"unknown order {order!r}; known: {known}")
+    return order if callable(order) else ORDERS[order]
 
 
 def by_rank(rank: Tensor) -> Order:
-    """rank (N,), 0 = first -> an order that reveals positions by it."""
+    """rank (N,), 0 = first -> an order that reveals positions by rank."""
     return lambda logits, drawn, masked, u: -rank.to(drawn.device).float().expand_as(drawn)
 
 
+@lru_cache(maxsize=16)
 def halton_rank(h: int, w: int) -> Tensor:
-    """(h*w,) long: the place of each cell in the Halton sequence of bases 2 (rows) and 3 (columns)."""
+    """(h*w,) long: the rank of each cell in the Halton sequence of bases 2 (rows) and 3 (columns)."""
 
     def radical_inverse(i: int, base: int) -> float:
-        x, scale = 0.0, 1.0 / base
+        x = 0.0
+        scale = 1.0 / base
         while i:
             i, digit = divmod(i, base)
-            x, scale = x + digit * scale, scale / base
+            x += digit * scale
+            scale /= base
         return x
 
-    rank, i = {}, 1
+    rank: dict[int, int] = {}
+    i = 1
     while len(rank) < h * w:
-        rank.setdefault(int(radical_inverse(i, 2) * h) * w + int(radical_inverse(i, 3) * w), len(rank))
+        cell = int(radical_inverse(i, 2) * h) * w + int(radical_inverse(i, 3) * w)
+        rank.setdefault(cell, len(rank))
         i += 1
     return torch.tensor([rank[cell] for cell in range(h * w)])
 
@@ -128,27 +143,26 @@ def halton_rank(h: int, w: int) -> Tensor:
 def token_entropy(logits: Tensor) -> Tensor:
     """logits (..., V) -> entropy in nats (...)."""
     p = logits.softmax(-1)
-    return -torch.special.xlogy(p, p).sum(-1)  # 0 log 0 = 0: exact worlds hold impossible tokens
+    return -torch.special.xlogy(p, p).sum(-1)  # 0 log 0 = 0: exact worlds have impossible tokens
 
 
 def entropy_bound(bound: float) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """A rule that reveals as many of the surest tokens as keep their summed entropy within `bound` nats.
+    """A rule that reveals tokens, lowest entropy first, as long as their summed entropy is within `bound` nats.
 
-    Tokens drawn together are drawn independently; the error of that is at most the sum of their entropies.
-    Use it with order="entropy", which reveals in the same order as it counts.
+    Tokens revealed together are drawn independently; the error of that is at most the sum of their entropies.
+    Use it with order="entropy", which ranks the tokens as the rule counts them.
     """
-    if not bound >= 0:
-        raise ValueError(f"an entropy bound of {bound} reveals nothing; give 0 nats or more")
+    require(bound >= 0, f"entropy_bound got {bound}, which reveals nothing; give 0 nats or more")
 
     def rule(logits: Tensor, masked: Tensor, u: float) -> Tensor:
-        spent = token_entropy(logits).masked_fill(~masked, math.inf).sort(1).values.cumsum(1)
-        return (spent <= bound).sum(1)
+        total = token_entropy(logits).masked_fill(~masked, math.inf).sort(1).values.cumsum(1)
+        return (total <= bound).sum(1)
 
     return rule
 
 
-def _is_adaptive(schedule: object) -> bool:
-    """True for a callable of three arguments (logits, masked, u); a curve takes one."""
+def is_adaptive(schedule: object) -> bool:
+    """True for a function of three required arguments (logits, masked, u). A curve takes one."""
     if not callable(schedule):
         return False
     try:
@@ -170,10 +184,8 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None
         best = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
     cdf = logits.softmax(-1).cumsum_(-1)
-    point = (
-        uniforms.clamp(max=1 - 2**-22)[..., None] * cdf[..., -1:]
-    )  # strictly below the last entry, rounding included
-    return torch.searchsorted(cdf, point, right=True).squeeze(-1)
+    below_one = uniforms.clamp(max=1 - 2**-22)[..., None]  # so that rounding cannot reach the end of the CDF
+    return torch.searchsorted(cdf, below_one * cdf[..., -1:], right=True).squeeze(-1)
 
 
 # --- decode -----------------------------------------------------------------------------------------------------------
@@ -187,91 +199,84 @@ def decode(
     steps: int,
     schedule: str | Count = "cosine",
     order: str | Order = "confidence",
-    sampling_temperature: float | Callable[[float], float] = 1.0,
-    choice_temperature: float | Callable[[float], float] = 0.0,
+    sampling_temperature: Temperature = 1.0,
+    choice_temperature: Temperature = 0.0,
     top_k: int | None = None,
     remask: bool = False,
-    generator: Draws = None,
+    generator: Generators = None,
 ) -> Iterator[Step]:
-    """tokens (B, N), mask_id where unknown -> a Step at a time until none is masked; the last holds the whole decode.
+    """tokens (B, N), mask_id where unknown -> one Step at a time until no token is masked; the last has the result.
 
-    Of T steps, step i sees u = i / (T - 1) and leaves the schedule's ratio at (i + 1) / T of the tokens that were
-    masked at the start, counted for each image. Known tokens are never touched; a revealed one stays (Muse 2.8).
-    An image with n < T masked tokens joins at step T - n: it takes n steps, and sees the guidance of the last ones.
-    An adaptive rule may finish early; in the last of its T steps all that is left is revealed.
-    Deviation: with `remask` each step keeps the best of all tokens but the given ones, as many as would stand without
-    it, so that a revealed one may be masked again (Token-Critic, arXiv 2209.04439). The order then judges them too.
+    Of T steps, step i sees u = i / (T - 1) and leaves masked the ratio schedule((i + 1) / T) of the tokens that were
+    masked at the start, counted per image. Tokens given as input never change, and revealed ones do not either (2.8).
+    An image with fewer masked tokens than steps (n < T) is decoded in the last n steps only, one token each.
+    An adaptive rule may finish early; the last of its T steps reveals all that is left.
+    Deviation: with remask=True every step re-ranks all generated tokens, not only the masked ones. The number kept is
+    unchanged, so a token revealed earlier can be masked again (Token-Critic, arXiv 2209.04439).
 
     >>> *_, last = decode(logits_fn, torch.full((1, 64), mask_id), mask_id=mask_id, steps=12)
     """
-    rank_by = _check(tokens, steps, order, sampling_temperature, choice_temperature, top_k)
-    heat = sampling_temperature if callable(sampling_temperature) else lambda u: sampling_temperature
+    _check(tokens, steps, top_k, sampling_temperature, choice_temperature)
+    order = get_order(order)
     b, n = tokens.shape
-    draws = uniforms(b, steps, 2, n, generator=generator).to(tokens.device)  # (B, T, 2, N), ahead of the loop
-    free = masked = tokens == mask_id
-    adaptive = _is_adaptive(schedule)
-    plan = None if adaptive else _plan(masked, steps, schedule)
+    random = uniforms(b, steps, 2, n, generator=generator).to(tokens.device)  # (B, T, 2, N)
+    unknown = masked = tokens == mask_id
+    plan = None if is_adaptive(schedule) else _plan(masked, steps, schedule)  # (T, B)
     if not masked.any():
-        none = torch.zeros_like(masked)
-        yield Step(0, 0.0, tokens, none, none, none.float())
+        nothing = torch.zeros_like(masked)
+        yield Step(0, 0.0, tokens, nothing, nothing, nothing.float())
     for i in range(steps):
-        left = masked.sum(1)
-        if (plan is not None and not plan[i].any()) or (adaptive and not left.any()):
+        if not (masked if plan is None else plan[i]).any():
             continue
         u = i / (steps - 1) if steps > 1 else 1.0
         logits = logits_fn(tokens, u).float()
-        drawn = torch.where(masked, draw(logits, draws[:, i, 0], heat(u), top_k), tokens)
-        if plan is not None:
-            reveal = plan[i].to(tokens.device)
-        else:
-            reveal = left if i == steps - 1 else torch.minimum(schedule(logits, masked, u).clamp(min=1), left)
-        gumbel = -torch.log(-torch.log(draws[:, i, 1].clamp(1e-20, 1 - 1e-7)))
-        noise = choice_temperature(u) if callable(choice_temperature) else choice_temperature * (1 - (i + 1) / steps)
-        sure = confidence(logits, drawn, masked, u)
-        judged = sure if rank_by is confidence else rank_by(logits, drawn, masked, u)
-        scores = judged + noise * gumbel
-        pool, keep = (free, reveal + (free & ~masked).sum(1)) if remask else (masked, reveal)
-        kept = _highest(scores.clamp(min=-1e30).masked_fill(~pool, -math.inf), gumbel, keep) & pool
-        p = sure.exp().masked_fill(~masked, 0)
-        revealed, masked = kept & masked, pool & ~kept
+        temperature = sampling_temperature(u) if callable(sampling_temperature) else sampling_temperature
+        drawn = torch.where(masked, draw(logits, random[:, i, 0], temperature, top_k), tokens)
+        log_prob = confidence(logits, drawn, masked, u)
+        score = log_prob if order is confidence else order(logits, drawn, masked, u)
+        gumbel = -torch.log(-torch.log(random[:, i, 1].clamp(1e-20, 1 - 1e-7)))
+        score = score + _annealed(choice_temperature, i, steps, u) * gumbel
+        count = _adaptive_count(schedule, logits, masked, u, i == steps - 1) if plan is None else plan[i]
+        candidates = unknown if remask else masked
+        count = count.to(tokens.device) + (candidates & ~masked).sum(1)
+        kept = top_mask(score.clamp(min=-1e30).masked_fill(~candidates, -math.inf), gumbel, count) & candidates
+        probability = log_prob.exp().masked_fill(~masked, 0)
+        revealed = kept & masked
+        masked = candidates & ~kept
         tokens = drawn.masked_fill(masked, mask_id)
-        yield Step(i, u, tokens, masked, revealed, p)
+        yield Step(i, u, tokens, masked, revealed, probability)
 
 
-def _check(
-    tokens: Tensor,
-    steps: int,
-    order: str | Order,
-    sampling_temperature: float | Callable[[float], float],
-    choice_temperature: float | Callable[[float], float],
-    top_k: int | None,
-) -> Order:
-    """Refuse nonsense; give the order as a function."""
-    if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype != torch.long:
-        raise ValueError(f"tokens {tuple(tokens.shape)} of {tokens.dtype}; give a (B, N) long tensor that is not empty")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; give a whole number of at least 1")
-    if any(not callable(t) and t < 0 for t in (sampling_temperature, choice_temperature)):
-        raise ValueError(f"temperatures {sampling_temperature}, {choice_temperature}; give 0 or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; give at least 1, or None for all")
-    if not callable(order) and order not in ORDERS:
-        known = ", ".join(ORDERS)
-        raise ValueError(
-            f"unknown order {order!r}; known: {known}; or pass a function (logits, drawn, masked, u) -> scores"
-        )
-    return order if callable(order) else ORDERS[order]
+def _check(tokens: Tensor, steps: int, top_k: int | None, *temperatures: Temperature) -> None:
+    """ValueError where an argument of `decode` makes no sense."""
+    ok = tokens.ndim == 2 and tokens.numel() > 0 and tokens.dtype == torch.long
+    require(ok, f"tokens {tuple(tokens.shape)} of {tokens.dtype}; give a (B, N) long tensor that is not empty")
+    require(isinstance(steps, int) and steps >= 1, f"steps is {steps!r}; give a whole number of at least 1")
+    require(top_k is None or top_k >= 1, f"top_k is {top_k}; give at least 1, or None for all")
+    for t in temperatures:
+        require(callable(t) or 0 <= t < math.inf, f"temperature {t}; give 0 or more, or a function of u")
 
 
 def _plan(masked: Tensor, steps: int, schedule: str | Schedule) -> Tensor:
-    """masked (B, N) -> how many each image reveals at each step, (T, B) on the CPU."""
+    """masked (B, N) -> how many tokens each image reveals at each step, (T, B) on the CPU."""
     sizes = masked.sum(1).tolist()
     counts = {n: reveal_counts(n, steps, schedule) for n in set(sizes)}
     return torch.tensor([[0] * (steps - len(counts[n])) + counts[n] for n in sizes]).T
 
 
-def _highest(scores: Tensor, ties: Tensor, counts: Tensor) -> Tensor:
-    """scores (B, N), counts (B,) -> (B, N) bool, True at each row's `counts` highest; ties broken by `ties`."""
+def _adaptive_count(rule: Callable, logits: Tensor, masked: Tensor, u: float, last: bool) -> Tensor:
+    """How many tokens an adaptive rule reveals, (B,): at least one, and in the last step all that are left."""
+    left = masked.sum(1)
+    return left if last else torch.minimum(rule(logits, masked, u).clamp(min=1), left)
+
+
+def _annealed(choice_temperature: Temperature, i: int, steps: int, u: float) -> float:
+    """The ranking noise of step i. A number falls linearly, to 0 at the last step (MaskGIT)."""
+    return choice_temperature(u) if callable(choice_temperature) else choice_temperature * (1 - (i + 1) / steps)
+
+
+def top_mask(scores: Tensor, ties: Tensor, counts: Tensor) -> Tensor:
+    """scores (B, N), counts (B,) -> (B, N) bool, True at the `counts` highest of each row; `ties` (B, N) break ties."""
     by_tie = ties.argsort(1, descending=True)
     order = by_tie.gather(1, scores.gather(1, by_tie).argsort(dim=1, descending=True, stable=True))
     return order.argsort(1) < counts[:, None]

@@ -84,7 +84,7 @@ def train_tokenizer(
     modules = {"model": vqgan}
     if losses.discriminator is not None:
         modules["discriminator"] = losses.discriminator
-    job = Stage(engine, stage, config, modules, {"idle": vqgan.quantizer.watch_codes()})
+    job = Stage(engine, stage, config, modules, {"idle": vqgan.quantizer.track_usage()})
     if job.first:
         yield Progress(stage, job.first, config.steps, {}, vqgan)
     for step in job.steps():
@@ -106,14 +106,14 @@ def _tokenizer_backward(job: Stage, vqgan: VQGAN, losses: VQGANLoss, x: Tensor, 
         made = job.modules["model"](x)
     made = made._replace(images=made.images.float())
     with precision():
-        loss = losses.generator(x, made.images, vqgan.decoder.conv_out.weight, step)
+        loss = losses.generator_loss(x, made.images, vqgan.decoder.conv_out.weight, step)
     loss = loss + made.codebook_loss + COMMITMENT * made.commitment_loss
     l1 = F.l1_loss(made.images, x)
     mse = F.mse_loss(made.images, x)
     job.backward(loss / job.parts, loss=loss / job.parts, l1=l1 / job.parts, mse=mse / job.parts)
-    if losses.adversarial(step):
+    if losses.discriminator_active(step):
         with precision():
-            loss = losses.critic(x, made.images, job.modules["discriminator"])
+            loss = losses.discriminator_loss(x, made.images, job.modules["discriminator"])
         job.backward(loss / job.parts, discriminator_loss=loss / job.parts)
     return made
 

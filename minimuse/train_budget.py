@@ -161,10 +161,10 @@ def _tokenizer_losses(vqgan: VQGAN, losses: VQGANLoss, size: int, batch: int, st
     x = torch.zeros(batch, 3, size, size)
     made = vqgan(x)
     made = made._replace(images=made.images.float())
-    loss = losses.generator(x, made.images, vqgan.decoder.conv_out.weight, step)
+    loss = losses.generator_loss(x, made.images, vqgan.decoder.conv_out.weight, step)
     yield loss + made.codebook_loss + COMMITMENT * made.commitment_loss
-    if losses.adversarial(step):
-        yield losses.critic(x, made.images)
+    if losses.discriminator_active(step):
+        yield losses.discriminator_loss(x, made.images)
 
 
 def _checkpointed(model: Any, checkpointing: bool) -> Any:

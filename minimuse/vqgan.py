@@ -1,12 +1,11 @@
-"""VQGAN: images <-> tokens (Muse 2.2 and A.2; VQGAN, arXiv 2012.09841).
+"""VQGAN: images <-> tokens (Muse 2.2, A.2; VQGAN, arXiv 2012.09841).
 
     images (B, 3, H, W) --Encoder--> z (B, d, h, w) --VectorQuantizer--> tokens (B, h*w) --codebook, Decoder--> images
 
-Every layer is a convolution: Muse removes VQGAN's attention block so that any image size works.
-The fine-tuned decoder of Muse 2.5 is the same `Decoder` with larger numbers: see `VQGAN.grow_decoder`.
+Every layer is a convolution: Muse removes VQGAN's attention block, so that any image size works.
 
 Glossary: f = downsampling, V = codebook_size, d = code_dim, h = H / f, w = W / f.
-Not here: the losses that train it (`vqgan_loss.py`), the loop (`train.py`).
+Not here: the losses (`vqgan_loss.py`), the training loop (`train.py`).
 """
 
 import copy
@@ -21,20 +20,20 @@ from torch import Tensor, nn
 
 from minimuse.utils import require, require_positive
 
-GROUP = 16  # channels a group of the VQGAN's normalization: fixed, so that a wider layer keeps a narrower one's groups
+GROUP = 16  # channels per normalization group: fixed, so that a wider layer keeps the groups of a narrower one
 
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """A tokenizer (Muse 2.2, A.2). Each tuple holds one number a resolution, from full size down to size / f."""
+    """A tokenizer (Muse 2.2, A.2). Each tuple has one number per resolution, from full size down to size / f."""
 
-    image_size: int  # pixels a side it is trained for; all-convolutional, so any multiple of f works
-    codebook_size: int  # V; the paper found that more than 8192 did not help
-    code_dim: int  # width of a code; small, so that nearest codes are well told apart
-    width: int  # channels at full size, times `multipliers` below it
+    image_size: int  # side of the training images in pixels; any multiple of f works
+    codebook_size: int  # V; in the paper, more than 8192 codes did not help
+    code_dim: int  # d
+    width: int  # channels at full size; `multipliers` scale it below
     multipliers: tuple[int, ...]  # f = 2 ** (len(multipliers) - 1)
-    blocks: tuple[int, ...]  # encoder residual blocks; 0 at full size saves most of a CPU's time
-    decoder_width: int  # the fine-tuned decoder (Muse 2.5) differs in these two alone
+    blocks: tuple[int, ...]  # residual blocks of the encoder; 0 at full size saves most of a CPU's time
+    decoder_width: int  # the fine-tuned decoder (Muse 2.5) differs only in these two
     decoder_blocks: tuple[int, ...]
 
     @property
@@ -44,32 +43,31 @@ class VQGANConfig:
 
     @property
     def grid(self) -> int:
-        """Tokens a side."""
+        """Tokens per side."""
         return self.image_size // self.downsampling
 
     def __post_init__(self):
         require_positive(self, "image_size", "codebook_size", "code_dim", "width", "decoder_width")
         levels = len(self.multipliers)
-        require(levels > 0, "VQGANConfig.multipliers is empty; give one number a resolution, such as (1, 2, 4)")
+        require(levels > 0, "VQGANConfig.multipliers is empty; give one number per resolution, such as (1, 2, 4)")
         for name in ("blocks", "decoder_blocks"):
             n = len(getattr(self, name))
             require(n == levels, f"VQGANConfig.{name} has {n} entries for {levels} resolutions; give {levels}")
-        for name in ("width", "decoder_width"):
+        for name, step in (("width", GROUP), ("decoder_width", GROUP), ("image_size", self.downsampling)):
             value = getattr(self, name)
-            mend = f"take {max(1, round(value / GROUP)) * GROUP}"
-            require(value % GROUP == 0, f"VQGANConfig.{name} {value} is not a multiple of {GROUP}; {mend}")
-        f = self.downsampling
-        mend = f"take {max(1, round(self.image_size / f)) * f}, or {levels - 1} fewer multipliers"
-        require(self.image_size % f == 0, f"image size {self.image_size} is not a multiple of f = {f}; {mend}")
+            nearest = max(1, round(value / step)) * step
+            require(value % step == 0, f"VQGANConfig.{name} {value} is not a multiple of {step}; give {nearest}")
 
 
 class ResBlock(nn.Module):
-    """x (B, C, h, w) -> same: x + conv(conv(x)); the identity at first, since its last convolution starts at zero."""
+    """x (B, C, h, w) -> x + conv(conv(x)), same shape. Starts as the identity: the last convolution is zero."""
 
-    def __init__(self, c: int):
+    def __init__(self, channels: int):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(c // GROUP, c), nn.Conv2d(c, c, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(c // GROUP, c), nn.Conv2d(c, c, 3, padding=1)
+        self.norm1 = nn.GroupNorm(channels // GROUP, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(channels // GROUP, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
@@ -79,25 +77,25 @@ class ResBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """images (B, 3, H, W) -> z (B, d, H/f, W/f): residual blocks at each resolution, a strided convolution between."""
+    """images (B, 3, H, W) -> z (B, d, H/f, W/f): residual blocks at each resolution, strided convolutions between."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
         widths = [config.width * m for m in config.multipliers]
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1)]
-        for level, (c, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
+        for level, (width, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
             if level > 0:
-                layers.append(nn.Conv2d(widths[level - 1], c, 4, stride=2, padding=1))
-            layers += [ResBlock(c) for _ in range(blocks)]
-        layers += [nn.GroupNorm(c // GROUP, c), nn.SiLU(), nn.Conv2d(c, config.code_dim, 1)]
+                layers.append(nn.Conv2d(widths[level - 1], width, 4, stride=2, padding=1))
+            layers += [ResBlock(width) for _ in range(blocks)]
+        layers += [nn.GroupNorm(width // GROUP, width), nn.SiLU(), nn.Conv2d(width, config.code_dim, 1)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
 
 
-class Level(nn.Module):
-    """x (B, C_in, h, w) -> (B, C_out, 2h, 2w): residual blocks at one resolution, then (but for the last) up by two."""
+class UpBlock(nn.Module):
+    """x (B, C_in, h, w) -> (B, C_out, 2h, 2w): residual blocks, then 2x upsampling if `up` (all but the last block)."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, up: bool):
         super().__init__()
@@ -111,7 +109,7 @@ class Level(nn.Module):
 
 
 class Decoder(nn.Module):
-    """codes (B, d, h, w) -> images (B, 3, H, W): the encoder's mirror, with a width and depths of its own."""
+    """codes (B, d, h, w) -> images (B, 3, H, W): the mirror of the encoder, with its own width and depths."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -120,7 +118,7 @@ class Decoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.code_dim, widths[0], 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(c, widths[min(i + 1, last)], depths[i], up=i < last) for i, c in enumerate(widths)
+            UpBlock(width, widths[min(i + 1, last)], depths[i], up=i < last) for i, width in enumerate(widths)
         )
         self.norm = nn.GroupNorm(widths[-1] // GROUP, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
@@ -138,65 +136,67 @@ class Quantized(NamedTuple):
     codes: Tensor  # (B, d, h, w), the gradient passed straight through to z
     tokens: Tensor  # (B, h*w) long
     codebook_loss: Tensor  # () moves codes towards the encoder
-    commitment_loss: Tensor  # () holds the encoder near its codes
+    commitment_loss: Tensor  # () keeps the encoder near its codes
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest code of a learned codebook (VQGAN 3.1), with dead codes brought back to life while training.
+    """Nearest code of a learned codebook (VQGAN 3.1). Training restarts codes that are no longer used.
 
     Straight-through gradient: codes = z + stopgrad(q - z), so the forward value is q and d codes / d z = 1.
-    Choice: a code unused for about `patience` steps restarts at a random encoder output of the batch.
+    Choice: a code that was not used for `patience` forward passes restarts at a random encoder output of the batch.
     """
 
     def __init__(self, codebook_size: int, code_dim: int, patience: int = 20):
         super().__init__()
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
         self.patience = patience
-        self.idle: Tensor | None = None  # (V,) steps since a code was last used; all count as dead at the first step
-        self.sync: Callable[[Tensor, str], None] | None = None  # several processes: see `train_engine.sync`
+        self.idle: Tensor | None = None  # (V,) passes since a code was last used; `track_usage` makes it
+        self.sync: Callable[[Tensor, str], None] | None = None  # training sets it, so that processes agree on codes
 
-    def lookup(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def embed_code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """tokens (B, h*w) -> codes (B, d, h, w)."""
         return F.embedding(tokens, self.codebook).transpose(1, 2).unflatten(2, grid).contiguous()
 
     def nearest(self, z: Tensor) -> Tensor:
         """z (B, d, h, w) -> tokens (B, h*w): argmin_k |z - e_k|^2 = argmin_k |e_k|^2 - 2 z.e_k."""
-        flat = z.flatten(2).transpose(1, 2).float()
+        flat = z.flatten(2).transpose(1, 2).float()  # (B, h*w, d)
         book = self.codebook.float()
         return torch.addmm(book.square().sum(1), flat.flatten(0, 1), book.T, alpha=-2).argmin(1).view(flat.shape[:2])
 
     def forward(self, z: Tensor) -> Quantized:
-        """z (B, d, h, w) -> its nearest codes, their tokens and the two losses; in training, dead codes restart."""
-        z, learning = z.float(), self.training and self.codebook.requires_grad  # frozen, `train()` does not wake it
+        """z (B, d, h, w) -> its nearest codes, their tokens and the two losses. In training, unused codes restart."""
+        z = z.float()
+        learning = self.training and self.codebook.requires_grad  # `train()` does not wake a frozen codebook
         if learning:
-            self._restart_dead_codes(z.detach())
+            self._restart_unused_codes(z.detach())
         tokens = self.nearest(z.detach())
-        codes = self.lookup(tokens, z.shape[2:])
-        losses = F.mse_loss(codes, z.detach()), F.mse_loss(z, codes.detach())
+        codes = self.embed_code(tokens, z.shape[2:])
         if learning:
-            self._count_used(tokens)
-        return Quantized(z + (codes - z).detach(), tokens, *losses)
+            self._count_usage(tokens)
+        codebook_loss = F.mse_loss(codes, z.detach())
+        commitment_loss = F.mse_loss(z, codes.detach())
+        return Quantized(z + (codes - z).detach(), tokens, codebook_loss, commitment_loss)
 
-    def watch_codes(self) -> Tensor:
-        """Begin to count how long each code is idle -> the counts (V,), which are part of a training's state."""
+    def track_usage(self) -> Tensor:
+        """Start to count how long each code is idle -> counts (V,), part of the training state. At first, all are."""
         self.idle = torch.full((len(self.codebook),), self.patience, device=self.codebook.device)
         return self.idle
 
     @torch.no_grad()
-    def _restart_dead_codes(self, z: Tensor) -> None:
+    def _restart_unused_codes(self, z: Tensor) -> None:
         if self.idle is None:
-            self.watch_codes()
-        dead = (self.idle >= self.patience).nonzero().squeeze(1)
-        if len(dead):
+            self.track_usage()
+        unused = (self.idle >= self.patience).nonzero().squeeze(1)
+        if len(unused):
             flat = z.transpose(0, 1).flatten(1).T  # (B*h*w, d)
-            new = flat[torch.randint(len(flat), (len(dead),), device=z.device)]
+            new = flat[torch.randint(len(flat), (len(unused),), device=z.device)]
             if self.sync:
-                self.sync(new, "first")  # all processes take the codes of the first one
-            self.codebook[dead] = new
-            self.idle[dead] = 0
+                self.sync(new, "first")  # every process takes the codes of the first one
+            self.codebook[unused] = new
+            self.idle[unused] = 0
 
     @torch.no_grad()
-    def _count_used(self, tokens: Tensor) -> None:
+    def _count_usage(self, tokens: Tensor) -> None:
         used = torch.zeros_like(self.idle).index_fill_(0, tokens.flatten(), 1)
         if self.sync:
             self.sync(used, "max")  # a code is idle if no process uses it
@@ -204,28 +204,23 @@ class VectorQuantizer(nn.Module):
 
 
 class Reconstruction(NamedTuple):
-    images: Tensor  # (B, 3, H, W)
+    images: Tensor  # (B, 3, H, W), not clamped
     tokens: Tensor  # (B, h*w)
     codebook_loss: Tensor
     commitment_loss: Tensor
 
 
 class VQGAN(nn.Module):
-    """The tokenizer: `encode` and `decode` are all that the rest of minimuse asks of it."""
+    """A tokenizer: `encode` images to tokens, `decode` tokens to images. `forward` is for training."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.codebook_size = config.codebook_size
+        self.downsampling = config.downsampling
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
         self.quantizer = VectorQuantizer(config.codebook_size, config.code_dim)
-
-    @property
-    def codebook_size(self) -> int:
-        return self.config.codebook_size
-
-    @property
-    def downsampling(self) -> int:
-        return self.config.downsampling
 
     @property
     def codebook(self) -> Tensor:
@@ -233,33 +228,33 @@ class VQGAN(nn.Module):
         return self.quantizer.codebook
 
     def encode(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [-1, 1] -> tokens (B, h*w) long; H and W any multiples of f."""
+        """images (B, 3, H, W) in [-1, 1] -> tokens (B, h*w) long; H and W are any multiples of f."""
         f = self.downsampling
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
-            raise ValueError(f"images of shape {tuple(images.shape)}; give (B, 3, H, W) with H and W multiples of {f}")
+        ok = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] % f == images.shape[3] % f == 0
+        require(ok, f"images of shape {tuple(images.shape)}; give (B, 3, H, W) with H and W multiples of {f}")
         return self.quantizer.nearest(self.encoder(images))
 
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """tokens (B, h*w) -> images (B, 3, H, W) in [-1, 1]; a square unless `grid` says (h, w)."""
-        side = math.isqrt(tokens.shape[1])
-        grid = grid or (side, side)
-        if grid[0] * grid[1] != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens are no {grid[0]} x {grid[1]} grid; pass grid=(h, w)")
-        return self.decoder(self.quantizer.lookup(tokens, grid)).clamp(-1, 1)
+        """tokens (B, h*w) -> images (B, 3, H, W) in [-1, 1]; a square, unless `grid` gives (h, w)."""
+        n = tokens.shape[1]
+        h, w = grid or (math.isqrt(n), math.isqrt(n))
+        require(h * w == n, f"{n} tokens do not fill a grid of {h} x {w}; pass grid=(h, w)")
+        return self.decoder(self.quantizer.embed_code(tokens, (h, w))).clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """images (B, 3, H, W) -> their reconstruction, for training: not clamped, with the quantizer's losses."""
+        """images (B, 3, H, W) -> their reconstruction with the quantizer's losses."""
         q = self.quantizer(self.encoder(images))
         return Reconstruction(self.decoder(q.codes), q.tokens, q.codebook_loss, q.commitment_loss)
 
     def grow_decoder(self, config: VQGANConfig) -> "VQGAN":
-        """A copy with `config`'s bigger decoder, encoder and codebook shared bit for bit and frozen (Muse 2.5).
+        """A copy with the bigger decoder of `config`; encoder and codebook are shared exactly and frozen (Muse 2.5).
 
-        Choice: the bigger decoder begins as the same function. Old weights fill the leading channels, new channels
-        feed old ones through zeros, and new residual blocks are the identity; so fine-tuning starts where we are.
+        Choice: the bigger decoder starts as the same function, so fine-tuning continues from the trained one. Old
+        weights fill the leading channels, new channels feed old ones through zeros, new blocks are the identity.
         """
         grown = VQGAN(config)
-        grown.encoder, grown.quantizer = copy.deepcopy(self.encoder), copy.deepcopy(self.quantizer)
+        grown.encoder = copy.deepcopy(self.encoder)
+        grown.quantizer = copy.deepcopy(self.quantizer)
         new = grown.decoder.state_dict()  # shares storage: written in place
         for name, old in self.decoder.state_dict().items():
             if old.ndim > 1:
@@ -268,13 +263,14 @@ class VQGAN(nn.Module):
         return grown.train(self.training).freeze_tokens()
 
     def freeze_tokens(self) -> "VQGAN":
-        """Freeze encoder and codebook, so that the token "language" of the transformers stays; returns itself."""
+        """Freeze encoder and codebook, so that tokens keep their meaning for the transformers; returns itself."""
         for part in (self.encoder, self.quantizer):
             part.eval().requires_grad_(False)
         return self
 
 
 def codebook_usage(tokens: Tensor, codebook_size: int) -> tuple[float, float]:
-    """tokens -> (share of the codes in use, perplexity exp(H) of their histogram): both small when it collapses."""
+    """tokens -> (fraction of codes in use, perplexity exp(H) of their histogram): both are low when it collapses."""
     p = torch.bincount(tokens.flatten(), minlength=codebook_size).double() / tokens.numel()
-    return (p > 0).double().mean().item(), math.exp(-torch.special.xlogy(p, p).sum().item())
+    perplexity = math.exp(-torch.special.xlogy(p, p).sum().item())
+    return (p > 0).double().mean().item(), perplexity

@@ -1,14 +1,13 @@
-"""What trains a VQGAN besides its quantizer: pixels, perceptual features, a patch discriminator (Muse 2.2, A.2).
+"""The losses that train a VQGAN: pixels, perceptual features, a patch discriminator (Muse 2.2, A.2).
 
-    loss = pixel_loss(x, x') + w_p * perceptual(x, x') + w_a * lambda * hinge(D(x'))
-           + codebook loss + 0.25 * commitment loss
+    generator loss      pixel_loss(x, x') + w_p * perceptual(x, x') - w_a * lambda * mean D(x')
+    discriminator loss  (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x'))) / 2
 
-The weights w_p = 0.05, w_a = 0.1 are Muse's (A.2). lambda balances the gradients of the two families (VQGAN 3.2), and
-the adversarial term starts late, when there is something worth telling from real.
-Perceptual losses are a plug, any (x, x') -> (): `feature_distance` over `SceneFeatures`, a small network trained on
-scenes, which needs no download; or `lpips_distance()`, the extra `lpips`, for those who can fetch its weights.
+A perceptual loss is any function (x, x') -> (). `feature_distance` uses `SceneFeatures`, a small network trained on
+scenes, and needs no download. `lpips_distance` needs the extra `lpips`, which downloads its weights.
 
-Not here: the quantizer's losses (`vqgan.py`), the training loops (`train.py`).
+Glossary: x images, x' reconstructions, D discriminator, w_p = 0.05 and w_a = 0.1 (A.2), lambda `adaptive_weight`.
+Not here: the quantizer's losses (`vqgan.py`), the training loop (`train.py`).
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
-COMMITMENT = 0.25  # VQGAN
+COMMITMENT = 0.25  # weight of the quantizer's commitment loss (VQGAN)
 
 
 def _down(c_in: int, c_out: int) -> nn.Sequential:
@@ -26,7 +25,10 @@ def _down(c_in: int, c_out: int) -> nn.Sequential:
 
 
 class PatchDiscriminator(nn.Module):
-    """images (B, 3, H, W) -> a logit a patch (B, 1, H/8, W/8), high where it looks real (VQGAN; pix2pix's PatchGAN)."""
+    """images (B, 3, H, W) -> one logit per patch, (B, 1, H/8, W/8), high where it looks real (pix2pix's PatchGAN).
+
+    Choice: width 32, three layers and no normalization, for every preset; VQGAN's has width 64 and BatchNorm.
+    """
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -39,36 +41,39 @@ class PatchDiscriminator(nn.Module):
 
 
 def pixel_loss(made: Tensor, images: Tensor) -> Tensor:
-    """|x - x'| + 4 (x - x')^2, both means.
+    """mean |x - x'| + 4 mean (x - x')^2.
 
-    Choice: the paper is silent and VQGAN takes |x - x'| alone; the square weighs the large errors of small things.
-    On scenes it kept cyan from becoming blue: colours read right after the 64 px tokenizer 76% -> 100%.
+    Choice: the paper is silent, and VQGAN uses only |x - x'|. The square gives more weight to the large errors of small
+    objects (benchmarks/choices.md).
     """
     return F.l1_loss(made, images) + 4 * F.mse_loss(made, images)
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """Logits of real and of reconstructed patches -> (): mean max(0, 1 - D(x)) + mean max(0, 1 + D(x')), halved."""
+    """Logits of real and of reconstructed patches -> (): (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x'))) / 2."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, most: float = 1e4) -> Tensor:
-    """VQGAN 3.2: lambda = |grad reconstruction| / (|grad adversarial| + 1e-4), at the decoder's last layer."""
+    """VQGAN 3.2: lambda = |grad reconstruction| / (|grad adversarial| + 1e-4), gradients at the decoder's last layer.
+
+    1e-4 is the value of the released code; the paper has 1e-6.
+    """
     (r,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (a,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     return (r.norm() / (a.norm() + 1e-4)).clamp(0, most).detach()
 
 
 class SceneFeatures(nn.Module):
-    """images (B, 3, H, W) -> features at 1/2, 1/4 and 1/8 of the size; `classify` says which kinds of thing are there.
+    """images (B, 3, H, W) -> features at 1/2, 1/4 and 1/8 of the size.
 
-    Trained on scenes by `train.train_features`. It is for losses alone: nothing that measures shares its weights.
+    `train.train_features` trains it to classify the objects of scenes. No metric shares its weights.
     """
 
-    def __init__(self, kinds: int, width: int = 32):
+    def __init__(self, classes: int, width: int = 32):
         super().__init__()
         self.stages = nn.ModuleList([_down(3, width), _down(width, 2 * width), _down(2 * width, 4 * width)])
-        self.head = nn.Linear(4 * width, kinds)
+        self.head = nn.Linear(4 * width, classes)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features = []
@@ -78,12 +83,12 @@ class SceneFeatures(nn.Module):
         return features
 
     def classify(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> logits (B, kinds): is a thing of this kind in the picture?"""
+        """images (B, 3, H, W) -> logits (B, classes): does the image show an object of this class?"""
         return self.head(self(images)[-1].amax((2, 3)))
 
 
 def feature_distance(features: Callable[[Tensor], list[Tensor]]) -> Perceptual:
-    """LPIPS without learned weights: squared distance of channel-normalized features, over levels and places."""
+    """LPIPS without learned weights: squared distance of channel-normalized features, mean over positions, summed."""
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         pairs = zip(features(x), features(y), strict=True)
@@ -93,17 +98,17 @@ def feature_distance(features: Callable[[Tensor], list[Tensor]]) -> Perceptual:
 
 
 def lpips_distance() -> Perceptual:
-    """LPIPS with VGG features, as VQGAN; the weights are downloaded by the extra at first use."""
+    """LPIPS with VGG features, as in VQGAN. The package downloads the weights at first use."""
     try:
         import lpips
     except ImportError as e:
-        raise ImportError('LPIPS is an extra: pip install "minimuse[lpips]"') from e
+        raise ImportError('lpips_distance needs the package lpips: pip install "minimuse[lpips]"') from e
     net = lpips.LPIPS(net="vgg").eval().requires_grad_(False)
     return lambda x, y: net.to(x.device)(x, y).mean()
 
 
 class VQGANLoss(nn.Module):
-    """The whole loss of a tokenizer; its only parameters are the discriminator's."""
+    """The losses of a tokenizer, without the quantizer's. Its only parameters are the discriminator's."""
 
     def __init__(
         self,
@@ -115,28 +120,29 @@ class VQGANLoss(nn.Module):
         super().__init__()
         self.perceptual = perceptual
         self.perceptual_weight = perceptual_weight if perceptual else 0.0
-        self.adversarial_weight, self.adversarial_start = adversarial_weight, adversarial_start
+        self.adversarial_weight = adversarial_weight
+        self.adversarial_start = adversarial_start
         self.discriminator = PatchDiscriminator() if adversarial_weight else None
 
-    def adversarial(self, step: int) -> bool:
-        """Does the discriminator play yet?"""
+    def discriminator_active(self, step: int) -> bool:
+        """Is the adversarial term part of the loss at this step?"""
         return self.discriminator is not None and step >= self.adversarial_start
 
-    def generator(self, images: Tensor, made: Tensor, last_layer: Tensor, step: int) -> Tensor:
-        """images, made (B, 3, H, W) -> (): pixels + perceptual + balanced adversarial."""
+    def generator_loss(self, images: Tensor, made: Tensor, last_layer: Tensor, step: int) -> Tensor:
+        """images, made (B, 3, H, W) -> (): pixels + perceptual + balanced adversarial term."""
         loss = pixel_loss(made, images)
         if self.perceptual_weight:
             loss = loss + self.perceptual_weight * self.perceptual(images, made)
-        if self.adversarial(step):
-            frozen = {k: p.detach() for k, p in self.discriminator.named_parameters()}
+        if self.discriminator_active(step):
+            frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
             fooled = -torch.func.functional_call(self.discriminator, frozen, made).mean()
             loss = loss + self.adversarial_weight * adaptive_weight(loss, fooled, last_layer) * fooled
         return loss
 
-    def critic(self, images: Tensor, made: Tensor, discriminator: nn.Module | None = None) -> Tensor:
-        """images, made (B, 3, H, W) -> (): the discriminator's hinge loss; no gradient reaches the generator.
+    def discriminator_loss(self, images: Tensor, made: Tensor, discriminator: nn.Module | None = None) -> Tensor:
+        """images, made (B, 3, H, W) -> (): the hinge loss; no gradient reaches the generator.
 
-        `discriminator` is the same one as its engine wrapped it for several processes.
+        `discriminator` is the module as the training engine wrapped it for several processes.
         """
         logits = (discriminator or self.discriminator)(torch.cat([images, made.detach()]))
         return hinge_discriminator(*logits.chunk(2))

@@ -1,8 +1,9 @@
-"""app.py without a browser; test_page.py has the page itself."""
+"""app.py without a browser or a server: what each button does. test_page.py has the page itself."""
 
 import sys
 import threading
 import time
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -10,22 +11,54 @@ from PIL import Image, ImageDraw
 
 from minimuse import cli
 from minimuse.app import follow, painted
+from minimuse.pictures import settings_of
 
 A = "a red cube"
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert cli.main(["app"]) == 1
+    assert cli.main(["app", "--checkpoint", "nano"]) == 1
     assert capsys.readouterr().err == 'minimuse: the app needs gradio: pip install "minimuse[app]"\n'
 
 
-def test_dials_left_alone_are_the_checkpoints(tiny_muse):
+# --- the buttons ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(tiny_muse):
+    """The page of the tiny Muse, laid out."""
     pytest.importorskip("gradio", reason="the extra `app` is not installed")
     from minimuse.app import Page
 
+    page = Page(tiny_muse)
+    page.build()
+    return page
+
+
+@pytest.fixture
+def request_(tiny_muse):
+    """Prompt, seed, negative prompt and controls, two steps for each decode."""
+    base = tiny_muse.config.base_sampling
+    return [A, 7, "", *base.guidance, 2, 2, base.schedule, base.order]
+
+
+@pytest.fixture
+def start(tiny_muse):
+    side = tiny_muse.config.high_tokenizer.image_size
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def run(page, updates) -> tuple[list[str], dict]:
+    """The updates of a drawing -> its sentences, and the last update by the names of the page's parts."""
+    names = {id(getattr(page, name)): name for name in ("picture", "tokens", "status", "strip", "scrub", "last")}
+    updates = [{names[id(k)]: v for k, v in update.items()} for update in updates]
+    return [update["status"] for update in updates], updates[-1]
+
+
+def test_controls_left_alone_are_the_checkpoints(page, tiny_muse):
     base, high = tiny_muse.config.base_sampling, tiny_muse.config.superres_sampling
-    page, left = Page(tiny_muse), [*base.guidance, base.steps, high.steps, base.schedule, base.order]
+    left = [*base.guidance, base.steps, high.steps, base.schedule, base.order]
     settings = page._settings(*left)
     assert settings["superres"]["choice_temperature"] == high.choice_temperature, "each decode has its own"
     one, two = tiny_muse.generate(A, seed=1), tiny_muse.generate(A, seed=1, **settings)
@@ -33,6 +66,64 @@ def test_dials_left_alone_are_the_checkpoints(tiny_muse):
     settings = page._settings(*left[:-1], "halton")
     one, two = tiny_muse.generate(A, seed=1, order="halton"), tiny_muse.generate(A, seed=1, **settings)
     assert one[0].tobytes() == two[0].tobytes(), "another order has no ranking noise, as in `generate`"
+
+
+def test_draw_shows_each_step_then_the_picture(page, request_, tiny_muse):
+    sentences, end = run(page, page.draw(*request_))
+    heads = [sentence.split(":")[0] for sentence in sentences[1:-1]]
+    assert heads == [f"**{stage}, step {i}**" for stage in ("Base model", "Super-resolution") for i in (1, 2)]
+    assert sentences[-1].startswith("**Done** in 4 steps, seed 7"), sentences[-1]
+    expected = tiny_muse.generate(A, seed=7, steps=2)[0]
+    assert end["picture"].tobytes() == expected.tobytes(), "the page draws what the library draws"
+    assert settings_of(end["picture"])["superres"]["steps"] == 2, "every setting is noted"
+    steps, picture = end["last"]
+    assert len(steps) == 4
+    for at, text in ((1, "Base model, step 1"), (5, "Done**, seed 7")):
+        update = page.look_back(end["last"], at)
+        assert text in update[page.status], "the slider goes back to a step, and to the picture"
+    assert update[page.picture] is picture
+    assert set(page.take(end["last"])) == {page.start, page.canvas}, "it can be edited"
+
+
+def test_edits(page, request_, start, tiny_muse):
+    zoom = page.zoom * page.side
+    canvas = {"layers": [layer(zoom, 0, 0, zoom // 2, zoom // 2)]}
+    _, end = run(page, page.repaint(start, canvas, *request_))
+    assert settings_of(end["picture"])["task"] == "inpaint"
+    old, new = np.asarray(start), np.asarray(end["picture"])
+    half = page.side // 2 + 1
+    assert (old[half:] == new[half:]).all(), "pixels outside the mask stay"
+    assert (old[:half, :half] != new[:half, :half]).any(), "pixels inside are new"
+    _, end = run(page, page.extend(start, "right", 16, *request_))
+    assert end["picture"].size == (page.side + 16, page.side)
+    _, end = run(page, page.change(start, 3, 0.1, 2.0, *request_))
+    given = {"task": "edit", "iterations": 3, "fraction": 0.1, "guidance": 2.0}
+    assert given.items() <= settings_of(end["picture"]).items()
+
+
+def test_what_cannot_be_drawn_is_a_sentence(page, request_, start, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(page.gr, "Warning", lambda text, duration: warnings.append(text))
+    for updates, text in [
+        (page.repaint(None, None, *request_), "There is no picture to edit yet"),
+        (page.repaint(start, None, *request_), "The mask is empty"),
+        (page.change(start, 0, 0.1, 2.0, *request_), "give at least 1"),
+    ]:
+        sentences, _ = run(page, updates)
+        assert sentences[-1].startswith("**Nothing was drawn.**"), sentences
+        assert text in sentences[-1], sentences
+        assert text in warnings[-1], warnings
+    (tmp_path / "text.png").write_text("I am not a picture")
+    page.load(tmp_path / "text.png")
+    assert "cannot be read, it is of an unknown format" in warnings[-1], warnings
+    Image.new("L", (200, 90), 128).save(tmp_path / "gray.jpg")
+    assert page.load(tmp_path / "gray.jpg")[page.start].size == (page.side, page.side)
+    page.take(None), page.look_back(None, 1)  # nothing was drawn yet
+
+
+def test_unknown_words_are_named(page, request_):
+    sentences, _ = run(page, page.draw("quixotic zebras", *request_[1:]))
+    assert "tiny never saw quixotic, zebras in training" in sentences[-1]
 
 
 # --- following a drawing ----------------------------------------------------------------------------------------------
@@ -81,13 +172,12 @@ def test_a_drawing_that_nobody_follows_stops():
             time.sleep(0.001)
 
     following = follow(draw)
-    next(following)
+    list(islice(following, 1))
     following.close()  # as gradio does when the client has left; it returns when the drawing has stopped
     assert len(made) < 10_000, "it drew to its end"
-    assert threading.active_count() < 20, "threads are left"
 
 
-# --- what is painted --------------------------------------------------------------------------------------------------
+# --- the painted mask -------------------------------------------------------------------------------------------------
 
 
 def layer(side: int, *box: int, alpha: int = 255) -> Image.Image:

@@ -171,6 +171,17 @@ def test_guided_mixes_the_two_branches_row_by_row():
     torch.testing.assert_close(out, expected, msg=lambda m: f"(1 + t) l_c - t l_u of each row: {m}")
 
 
+def test_pitfall_26_guidance_is_computed_in_float32():
+    """In bf16 a logit near 16 is rounded to steps of 0.125, and t multiplies the rounding of l_c - l_u."""
+    c, n = (16 * torch.rand(2, 3, 50)).bfloat16()
+    tokens = torch.zeros(3, 1, dtype=torch.long)
+    for t in (0.0, 8.0):
+        out = guided(FakeModel(), FakeMemory(c), FakeMemory(n), t)(tokens, 1.0)
+        assert out.dtype == torch.float32, f"t = {t}: guided logits are {out.dtype}"
+        expected = (1 + t) * c.float() - t * n.float()
+        torch.testing.assert_close(out[:, 0], expected, msg=lambda m: f"not the formula in float32: {m}")
+
+
 def test_guided_follows_the_ramp():
     c, n = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
     logits_fn = guided(FakeModel(), FakeMemory(c), FakeMemory(n), (0.0, 4.0))

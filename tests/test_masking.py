@@ -223,9 +223,9 @@ def test_pitfall_05_rates_differ_within_a_batch():
     assert len(masked.sum(1).unique()) > 20, "one number to mask for the whole batch"
     half = random_mask(tokens, torch.full((64,), 0.5), seeded(1))
     assert len({tuple(row) for row in half.tolist()}) == 64, "one mask for the whole batch"
-    with pytest.raises(ValueError, match="one rate an example"):
+    with pytest.raises(ValueError, match="one rate per example"):
         random_mask(tokens, torch.tensor([0.5]))
-    with pytest.raises(ValueError, match="one rate an example"):
+    with pytest.raises(ValueError, match="one rate per example"):
         random_mask(tokens, torch.tensor(0.5))
 
 

@@ -80,7 +80,7 @@ def test_images_that_cannot_be_tokenized_are_refused(shape):
 def test_tokens_that_are_no_grid_are_refused():
     with pytest.raises(ValueError, match=r"pass grid=\(h, w\)"):
         tokenizer().decode(torch.zeros(1, 15, dtype=torch.long))
-    with pytest.raises(ValueError, match="no 3 x 4 grid"):
+    with pytest.raises(ValueError, match="grid of 3 x 4"):
         tokenizer().decode(torch.zeros(1, 16, dtype=torch.long), (3, 4))
 
 
@@ -89,7 +89,7 @@ def test_tokens_keep_their_place():
     model = tokenizer()
     codes = torch.randn(12, 4)
     model.quantizer.codebook.data = codes
-    grid = model.quantizer.lookup(torch.arange(6)[None], (2, 3))
+    grid = model.quantizer.embed_code(torch.arange(6)[None], (2, 3))
     assert grid[0, :, 1, 0].equal(codes[3]), "token 3 of a 2 x 3 grid is the second row's first"
     x = images(1, 64, 64)
     z = model.encoder(x)
@@ -140,8 +140,8 @@ def test_nearest_is_the_brute_force_nearest(seed, codebook_size, dim):
 def test_codes_of_the_codebook_are_fixed_points():
     quantizer = VectorQuantizer(10, 4).eval()
     tokens = torch.randint(10, (2, 12))
-    z = quantizer.lookup(tokens, (3, 4))
-    assert quantizer.nearest(z).equal(tokens), "lookup and nearest are not inverse"
+    z = quantizer.embed_code(tokens, (3, 4))
+    assert quantizer.nearest(z).equal(tokens), "embed_code and nearest are not inverse"
     out = quantizer(z)
     assert out.tokens.equal(tokens), "forward gives other tokens than nearest"
     assert out.codebook_loss.item() == out.commitment_loss.item() == 0, "no loss where z is a code"
@@ -153,7 +153,7 @@ def test_straight_through_gradient():
     z = torch.randn(2, 4, 3, 3, requires_grad=True)
     out = quantizer(z)
     torch.testing.assert_close(
-        out.codes, quantizer.lookup(out.tokens, (3, 3)), msg=lambda m: f"the forward value is not the code: {m}"
+        out.codes, quantizer.embed_code(out.tokens, (3, 3)), msg=lambda m: f"the forward value is not the code: {m}"
     )
     weights = torch.randn_like(z)
     (out.codes * weights).sum().backward()
@@ -165,7 +165,7 @@ def test_each_loss_moves_its_own_side():
     quantizer = VectorQuantizer(10, 4).eval()
     z = torch.randn(2, 4, 3, 3, requires_grad=True)
     out = quantizer(z)
-    expected = F.mse_loss(z, quantizer.lookup(out.tokens, (3, 3))).item()
+    expected = F.mse_loss(z, quantizer.embed_code(out.tokens, (3, 3))).item()
     assert out.codebook_loss.item() == pytest.approx(expected), "|sg(z) - e|^2"
     assert out.commitment_loss.item() == pytest.approx(expected), "|z - sg(e)|^2"
     book = torch.autograd.grad(out.codebook_loss, (z, quantizer.codebook), allow_unused=True, retain_graph=True)

@@ -73,7 +73,7 @@ def test_adaptive_weight_by_hand():
 
 def test_adaptive_weight_is_bounded():
     w = torch.ones(2, requires_grad=True)
-    assert adaptive_weight(1e6 * w.sum(), 0 * w.sum(), w).item() == 1e4, "an adversary without gradient"
+    assert adaptive_weight(1e6 * w.sum(), 0 * w.sum(), w).item() == 1e4, "an adversarial loss without gradient"
     assert adaptive_weight(1e6 * w.sum(), 0 * w.sum(), w, most=5.0).item() == 5, "at most `most`"
 
 
@@ -110,7 +110,7 @@ def test_feature_distance_of_scene_features():
 def test_scene_features_shapes():
     net, x = SceneFeatures(5, width=8), images(size=32)
     assert [tuple(f.shape) for f in net(x)] == [(2, 8, 16, 16), (2, 16, 8, 8), (2, 32, 4, 4)], "1/2, 1/4, 1/8"
-    assert net.classify(x).shape == (2, 5), "a logit a kind"
+    assert net.classify(x).shape == (2, 5), "one logit per class"
 
 
 def test_lpips_is_an_extra(monkeypatch):
@@ -153,17 +153,17 @@ def test_lpips_is_frozen_and_averaged(monkeypatch):
 def test_pixels_alone():
     loss = VQGANLoss(adversarial_weight=0.0)
     x, y = images(0), images(1)
-    assert loss.generator(x, y, torch.zeros(1), 0).item() == pytest.approx(pixel_loss(x, y).item()), "pixels alone"
+    assert loss.generator_loss(x, y, torch.zeros(1), 0).item() == pytest.approx(pixel_loss(x, y).item()), "pixels alone"
     assert loss.discriminator is None, "no weight, no discriminator"
     assert not list(loss.parameters()), "nothing to train"
-    assert not loss.adversarial(10**9), "and it never plays"
+    assert not loss.discriminator_active(10**9), "it is never active"
 
 
 def test_perceptual_is_weighted():
     loss = VQGANLoss(lambda x, y: torch.tensor(2.0), perceptual_weight=0.05, adversarial_weight=0.0)
     x, y = images(0), images(1)
     expected = pixel_loss(x, y).item() + 0.05 * 2
-    assert loss.generator(x, y, torch.zeros(1), 0).item() == pytest.approx(expected), "w_p = 0.05 (Muse A.2)"
+    assert loss.generator_loss(x, y, torch.zeros(1), 0).item() == pytest.approx(expected), "w_p = 0.05 (Muse A.2)"
 
 
 def test_the_papers_weights_are_the_default():
@@ -171,17 +171,17 @@ def test_the_papers_weights_are_the_default():
     assert (loss.perceptual_weight, loss.adversarial_weight) == (0.05, 0.1), "Muse A.2"
 
 
-def test_the_adversary_starts_late():
+def test_the_adversarial_term_starts_late():
     torch.manual_seed(0)
     loss, net, x = VQGANLoss(adversarial_start=5), Generator(), images()
-    assert [loss.adversarial(s) for s in (0, 4, 5, 6)] == [False, False, True, True], "from step 5 on"
+    assert [loss.discriminator_active(s) for s in (0, 4, 5, 6)] == [False, False, True, True], "from step 5 on"
     made = net(x)
     pixels = pixel_loss(made, x).item()
-    assert loss.generator(x, made, net.last.weight, 4).item() == pytest.approx(pixels), "before: pixels alone"
+    assert loss.generator_loss(x, made, net.last.weight, 4).item() == pytest.approx(pixels), "before: pixels alone"
     fooled = -loss.discriminator(made).mean()
     weight = adaptive_weight(pixel_loss(made, x), fooled, net.last.weight)
     expected = pixels + 0.1 * (weight * fooled).item()
-    got = loss.generator(x, made, net.last.weight, 5)
+    got = loss.generator_loss(x, made, net.last.weight, 5)
     assert got.item() == pytest.approx(expected, rel=1e-5), "then w_a * lambda * -D(x')"
     assert got.item() != pytest.approx(pixels, rel=1e-6), "this example cannot tell the two apart"
 
@@ -191,33 +191,33 @@ def test_balanced_gradients_at_the_last_layer():
     torch.manual_seed(0)
     loss, net, x = VQGANLoss(), Generator(), images()
     made = net(x)
-    (whole,) = torch.autograd.grad(loss.generator(x, made, net.last.weight, 0), net.last.weight, retain_graph=True)
+    (whole,) = torch.autograd.grad(loss.generator_loss(x, made, net.last.weight, 0), net.last.weight, retain_graph=True)
     (pixels,) = torch.autograd.grad(pixel_loss(made, x), net.last.weight)
     ratio = ((whole - pixels).norm() / pixels.norm()).item()
-    assert ratio == pytest.approx(0.1, rel=0.05), f"the adversary's share of the gradient is {ratio:.3f}"
+    assert ratio == pytest.approx(0.1, rel=0.05), f"the adversarial fraction of the gradient is {ratio:.3f}"
 
 
 def test_the_generator_is_pushed_towards_what_looks_real():
     torch.manual_seed(0)
     loss, net, x = VQGANLoss(adversarial_weight=100.0), Generator(), images()
     before = loss.discriminator(net(x)).mean().item()
-    loss.generator(x, net(x), net.last.weight, 0).backward()
+    loss.generator_loss(x, net(x), net.last.weight, 0).backward()
     with torch.no_grad():
         for p in net.parameters():
             p -= 1e-3 * p.grad / p.grad.norm()
     assert loss.discriminator(net(x)).mean().item() > before, "the pictures look less real to the discriminator"
 
 
-def test_the_critic_sends_no_gradient_to_the_generator():
+def test_the_discriminator_loss_sends_no_gradient_to_the_generator():
     torch.manual_seed(0)
     loss, net, x = VQGANLoss(), Generator(), images()
-    critic = loss.critic(x, net(x))
-    critic.backward()
-    assert all(p.grad is None for p in net.parameters()), "the critic's loss reaches the generator"
+    discriminator_loss = loss.discriminator_loss(x, net(x))
+    discriminator_loss.backward()
+    assert all(p.grad is None for p in net.parameters()), "the discriminator loss reaches the generator"
     weights = [p for p in loss.discriminator.parameters() if p.ndim > 1]
     assert all(p.grad.abs().sum() > 0 for p in weights), "the discriminator learns nothing"
     expected = hinge_discriminator(loss.discriminator(x), loss.discriminator(net(x)))
-    assert critic.item() == pytest.approx(expected.item()), "hinge of real and made"
+    assert discriminator_loss.item() == pytest.approx(expected.item()), "hinge of real and made"
 
 
 def test_pixel_loss_by_hand():

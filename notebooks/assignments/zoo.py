@@ -74,29 +74,29 @@ MUTANTS = [
     Mutant(
         "schedule_off_by_one",
         "masking",
-        "ratio = curve((i + 1) / steps)",
+        "ratio = curve(u)",
         "ratio = curve(i / max(1, steps - 1))",
         "linspace(0, 1, T): the first step has nothing to reveal, and the others make up for it.",
     ),
     Mutant(
         "draws_shared",
         "masking",
-        "return torch.stack([torch.rand(shape[1:], generator=g) for g in each])",
-        "return torch.stack([torch.rand(shape[1:], generator=each[0]) for g in each])",
+        "return torch.stack([torch.rand(shape[1:], generator=g) for g in generator])",
+        "return torch.stack([torch.rand(shape[1:], generator=generator[0]) for g in generator])",
         "All images draw from the first one's generator: a picture depends on its neighbours in the batch.",
     ),
     Mutant(
         "fixed_tokens_redrawn",
         "sampler",
-        "drawn = torch.where(masked, draw(logits, draws[:, i, 0], heat(u), top_k), tokens)",
-        "drawn = draw(logits, draws[:, i, 0], heat(u), top_k)",
+        "drawn = torch.where(masked, draw(logits, random[:, i, 0], temperature, top_k), tokens)",
+        "drawn = draw(logits, random[:, i, 0], temperature, top_k)",
         "Every step draws all tokens anew: what was fixed changes, and inpainting repaints the whole picture.",
     ),
     Mutant(
         "noise_on_probabilities",
         "sampler",
-        "scores = judged + noise * gumbel",
-        "scores = judged.exp() + noise * gumbel",
+        "score = score + _annealed(",
+        "score = score.exp() + _annealed(",
         "Gumbel noise is added to p, not to log p: the ranking is nearly random, and pictures are patchy.",
     ),
     Mutant(
@@ -158,8 +158,8 @@ MUTANTS = [
     Mutant(
         "dead_codes_stay_dead",
         "vqgan",
-        "dead = (self.idle >= self.patience).nonzero().squeeze(1)",
-        "dead = (self.idle > 1e9).nonzero().squeeze(1)",
+        "unused = (self.idle >= self.patience).nonzero().squeeze(1)",
+        "unused = (self.idle > 1e9).nonzero().squeeze(1)",
         "Codes that are never nearest never learn: the codebook collapses onto a few.",
     ),
     Mutant(

@@ -63,7 +63,7 @@ pictures of any size pass.
 """
 
 # %%
-from minimuse.vqgan import Decoder, Encoder, Level, ResBlock
+from minimuse.vqgan import Decoder, Encoder, ResBlock, UpBlock
 
 show(Encoder)
 
@@ -85,7 +85,7 @@ encoder; a residual block, and a level of the decoder:
 """
 
 # %%
-show(ResBlock, Level, Decoder.forward)
+show(ResBlock, UpBlock, Decoder.forward)
 
 # %%
 f = muse.high_tokenizer.downsampling
@@ -237,7 +237,7 @@ quantized = flat.eval()(z)
 quantized.codes.sum().backward()
 print("z", z.detach().flatten().tolist(), "-> code", quantized.codes.detach().flatten().tolist())
 print("gradient at z:", z.grad.flatten().tolist())
-plain = flat.lookup(flat.nearest(z), (1, 1))
+plain = flat.embed_code(flat.nearest(z), (1, 1))
 print(
     "without the trick the code depends on",
     "the codebook alone" if plain.grad_fn is not None else "nothing",
@@ -292,7 +292,7 @@ def fit(restart):
     quantizer.codebook.data = 3.0 + 0.3 * torch.randn(9, 2)  # a bad start, far from all
     if not restart:
         quantizer.patience = 10**9
-        quantizer.watch_codes().zero_()
+        quantizer.track_usage().zero_()
     optimizer = torch.optim.SGD(quantizer.parameters(), lr=1.0)
     for _ in range(300):
         optimizer.zero_grad()
@@ -497,7 +497,7 @@ last layer. Muse weighs the terms with 0.05 (perceptual) and 0.1 (adversarial).
 # %%
 from minimuse.vqgan_loss import PatchDiscriminator, VQGANLoss, adaptive_weight, hinge_discriminator
 
-show(PatchDiscriminator, hinge_discriminator, adaptive_weight, VQGANLoss.generator)
+show(PatchDiscriminator, hinge_discriminator, adaptive_weight, VQGANLoss.generator_loss)
 
 # %%
 opinion = PatchDiscriminator()(clear[:1])

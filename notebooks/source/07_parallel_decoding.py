@@ -747,9 +747,9 @@ def broken(old, new):
     return module.decode
 
 
-true_line = "torch.where(masked, draw(logits, draws[:, i, 0], heat(u), top_k), tokens)"
-redrawn = broken(true_line, "draw(logits, draws[:, i, 0], heat(u), top_k)")
-on_p = broken("judged + noise", "judged.exp() + noise")
+true_line = "torch.where(masked, draw(logits, random[:, i, 0], temperature, top_k), tokens)"
+redrawn = broken(true_line, "draw(logits, random[:, i, 0], temperature, top_k)")
+on_p = broken("score + _annealed", "score.exp() + _annealed")
 
 
 def drawn_by(decode, n=7, seed=60):

@@ -288,9 +288,9 @@ Three more details make it work, each a line in [`vqgan.py`](../minimuse/vqgan.p
 """
 
 # %%
-from minimuse.vqgan import Level, ResBlock
+from minimuse.vqgan import ResBlock, UpBlock
 
-show(ResBlock, Level)
+show(ResBlock, UpBlock)
 
 # %% [markdown]
 r"""
@@ -640,7 +640,7 @@ where $\theta$ are the weights of the decoder's last layer: $\lambda$ keeps both
 # %%
 from minimuse.vqgan_loss import VQGANLoss, adaptive_weight, hinge_discriminator
 
-show(adaptive_weight, hinge_discriminator, VQGANLoss.generator)
+show(adaptive_weight, hinge_discriminator, VQGANLoss.generator_loss)
 
 # %%
 torch.manual_seed(1)
