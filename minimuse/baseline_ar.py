@@ -1,92 +1,398 @@
-"""Muse's rivals in its own house: autoregression and diffusion in the base model's place, and the base model alone.
+"""The autoregressive baseline (as Parti, arXiv 2206.10789), and what all baselines share.
 
-    config.model   trained to                              draws                                   in steps
-    "masked"    predict masked tokens (Muse 2.3)        many tokens at a time, the surest first any T
-    "ar"        predict the next token (as Parti)       one token at a time, row by row         N, no fewer
-    "dit"       predict noise in latents (`baseline_dit.py`)     all latents at a time, ever less noisy  any T
+A baseline takes the place of Muse's base model. It has the same data, text, tokenizer and optimizer, and about as many
+parameters. It draws the low-resolution picture alone, since what Muse does after it would be the same.
 
-The same data, text, tokenizer, training loop, and as many parameters (`config.rival`); all draw the low-resolution
-picture, since what Muse does after it is the same for all three. Each step shows tokens, so films and `minimuse
-generate` work.
+    model      is trained to predict                         draws                                   in steps
+    masked     masked tokens: Muse's base model by itself    many tokens a step, in any order        any T
+    ar         the next token, row by row                    one token a step, in that order         N
+    dit        the noise in latents (`baseline_dit.py`)      all latents, less noisy at each step    any T
 
-Not here: their training (`train.py`), the race (`benchmarks/race.py`).
+A new baseline is a subclass of `LowRes` with `configure`, `network`, `fit` and `draw`.
+
+Glossary: B batch, N image tokens, D width, V codebook size, u progress, t guidance scale.
+Not here: the diffusion baseline (`baseline_dit.py`), the comparison (`benchmarks/race.py`).
 """
 
-from collections.abc import Iterator
-from dataclasses import fields
-from typing import Any, NoReturn
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
 
-from minimuse.baseline_dit import ddim, gaussians
-from minimuse.cfg import Guidance, get_guidance, guide, guided
+from minimuse import checkpoint
+from minimuse.cfg import Guidance, drop_text, get_guidance, guide, guided
+from minimuse.config import MuseConfig, StageConfig, to_dict
+from minimuse.data_sources import Source
+from minimuse.editing import Callback
 from minimuse.muse import Muse, sampling_settings
+from minimuse.plots import grid
 from minimuse.sampler import LogitsFn, SamplingConfig, Step, decode
-from minimuse.transformer import Memory, Transformer
+from minimuse.text import Context, TextEncoder, pad_contexts
+from minimuse.train import MuseTrainer, pick_captions
+from minimuse.train_engine import Engine, EvalFn, Progress, Stage
+from minimuse.train_log import eval_mode
+from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig, attention, init_from_codebook
+from minimuse.utils import atomic_write
+from minimuse.vqgan import VQGAN
+
+FORMAT = "minimuse-baseline-1"  # of config.json
+
+# --- what all baselines share: a checkpoint that draws ----------------------------------------------------------------
 
 
-def cached(model: Transformer, cond: Memory, uncond: Memory, guidance: Guidance) -> LogitsFn:
-    """As `config.guided`, of a causal model whose tokens come one a step in raster order: keys and values are kept.
+class LowRes:
+    """Muse's base model by itself: low-resolution pictures from text alone. Each baseline is a subclass.
 
-    A step then costs one place, not N. The logits of all other places are 0. Both branches run where t = 0 too, since
-    a later step may need what they keep. For one decode from all [MASK]; begin another with another one.
+    config: a Muse's, changed by `configure`. parts: "low_tokenizer" and "base", the network that a baseline replaces.
+    A Muse of these two parts reads the prompts and decodes the tokens.
     """
-    scale, both, past = get_guidance(guidance), cond.cat(uncond), [[] for _ in model.layers]
+
+    model = "masked"  # its name in `minimuse train --model` and in config.json
+    settings = frozenset({f.name for f in fields(SamplingConfig)} | {"top_k", "remask"})  # of `generate`
+
+    def __init__(self, config: MuseConfig, parts: nn.ModuleDict, encoder: TextEncoder, *, examples: Sequence[str] = ()):
+        self.config = config
+        self.parts = parts
+        self.muse = Muse(config, parts, encoder, examples=examples)
+
+    base = property(lambda self: self.parts["base"])
+    low_tokenizer = property(lambda self: self.parts["low_tokenizer"])
+    examples = property(lambda self: self.muse.examples)
+    fingerprint = property(lambda self: self.muse.fingerprint)
+
+    # --- what a baseline replaces -------------------------------------------------------------------------------------
+
+    @classmethod
+    def configure(cls, config: MuseConfig) -> MuseConfig:
+        """A Muse's configuration -> this model's: its name, two of the five stages, its sampling."""
+        if config.low_tokenizer_from:
+            raise ValueError(f"low_tokenizer_from is {config.low_tokenizer_from!r}; a baseline trains its own: give ''")
+        stages = {name: config.stages[name] for name in ("low_tokenizer", "base") if name in config.stages}
+        return replace(config, name=f"{config.name}-{cls.model}", stages=stages)
+
+    @classmethod
+    def network(cls, config: MuseConfig) -> nn.Module:
+        """The network with fresh weights. It has a method `memory(context)`."""
+        return Transformer(config.base)
+
+    def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
+        """Train the network on what the trainer has prepared."""
+        init_from_codebook(self.base, self.low_tokenizer.codebook)
+        return trainer.transformer("base")
+
+    def draw(
+        self, text: Memory, null: Memory, guidance: Guidance, generators: list[torch.Generator], **sampling: Any
+    ) -> Iterator[Step]:
+        """Two memories, a generator for each picture, `settings` -> Steps."""
+        sampling |= {"mask_id": self.base.mask_id, "generator": generators}
+        return decode(guided(self.base, text, null, guidance), all_masked(self.base, text), **sampling)
+
+    # --- what all share -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(cls, config: MuseConfig) -> nn.ModuleDict:
+        """Tokenizer and network with fresh weights."""
+        return nn.ModuleDict({"low_tokenizer": VQGAN(config.low_tokenizer), "base": cls.network(config)})
+
+    @torch.inference_mode()
+    def decode(self, jobs: list[dict[str, Any]], **sampling: Any) -> Iterator[Step]:
+        """B jobs (prompt, negative prompt, seed) -> Steps with (B, N) tokens."""
+        if wrong := sorted(k for k, v in sampling.items() if v is not None and k not in self.settings):
+            known = ", ".join(sorted(self.settings))
+            raise TypeError(f"{self.config.name} has no setting {', '.join(wrong)}; it has {known}")
+        guidance, values = sampling_settings(self.config.base_sampling, sampling)
+        values = {k: v for k, v in values.items() if k in self.settings}
+        memories = [self.base.memory(context) for context in self.muse.contexts(jobs)]
+        generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
+        for step in self.draw(*memories, guidance, generators, **values):
+            yield step._replace(stage="base", guidance=guidance(step.u))
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        n: int = 1,
+        seed: int | Sequence[int] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        batch_size: int = 16,
+        callback: Callback | None = None,
+        **sampling: Any,
+    ) -> list[Image.Image]:
+        """As `Muse.generate`, with the sampling settings that the baseline has."""
+        images = []
+        jobs = self.muse.jobs(prompts, n, seed, negative_prompt, sampling)
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            images += self.muse.to_pictures(self.decode(batch, **sampling), batch, sampling, callback)
+        return images
+
+    def steps(self, prompt: str, *, n: int = 1, seed: int | None = None, **sampling: Any) -> Iterator[Step]:
+        """The Steps of `generate`, one at a time."""
+        return self.decode(self.muse.jobs(prompt, n, seed, None, sampling), **sampling)
+
+    def picture(self, step: Step) -> list[Image.Image]:
+        """A Step -> B images."""
+        return self.muse.picture(step)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
+        """Write config.json, model.safetensors and a model card (README.md)."""
+        folder = Path(folder)
+        if not overwrite:
+            checkpoint.refuse_existing(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in self.parts.state_dict().items()}
+        values = {
+            "format": FORMAT,
+            "model": self.model,
+            "load_with": f"{type(self).__module__}.{type(self).__name__}.from_pretrained",
+            "config": to_dict(self.config),
+            "examples": self.examples,
+        }
+        card = f"# {self.config.name}\n\nA baseline for Muse by minimuse ({self.model}). It draws at low resolution.\n"
+        atomic_write(folder / checkpoint.WEIGHTS, lambda path: checkpoint.write_weights(weights, path))
+        atomic_write(folder / checkpoint.CONFIG, json.dumps(values, indent=1) + "\n")
+        atomic_write(folder / checkpoint.CARD, card)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device | None = None) -> Self:
+        """A folder of `save_pretrained` of the same class -> the model. `device` None is cuda, then mps, then cpu."""
+        path = checkpoint.find(folder) / checkpoint.CONFIG
+        values = checkpoint.read_json(path)
+        if (values.get("format"), values.get("model")) != (FORMAT, cls.model):
+            raise ValueError(f"{path} holds {values.get('model')!r} of {values.get('format')!r}, not {cls.model!r}")
+        config = checkpoint.configuration(values, path)
+        with torch.device("meta"):
+            parts = cls.build(config)
+        weights = checkpoint.read_weights(path.with_name(checkpoint.WEIGHTS))
+        checkpoint.check_weights(parts.state_dict(), weights, folder)
+        parts.load_state_dict(weights, assign=True)
+        encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens)
+        return cls(config, parts.eval(), encoder, examples=values["examples"]).to(device)
+
+    def to(self, device: str | torch.device | None = None) -> Self:
+        """Move the networks and the language model; returns itself."""
+        self.muse.to(device)
+        return self
+
+
+def all_masked(model: Transformer, memory: Memory) -> Tensor:
+    """(B, N) tokens to begin with, all [MASK], for B texts."""
+    attend = memory.attend
+    return torch.full((len(attend), model.config.tokens), model.mask_id, device=attend.device)
+
+
+# --- what all baselines share: training -------------------------------------------------------------------------------
+
+
+def train_network(
+    loss: nn.Module,
+    config: StageConfig,
+    inputs: Callable[[Tensor, list[torch.Generator]], tuple[Any, ...]],
+    *,
+    n: int,
+    count: int,
+    engine: Engine | None = None,
+    eval_fn: EvalFn | None = None,
+) -> Iterator[Progress]:
+    """Train `loss.model` on n examples -> a Progress a step.
+
+    inputs(indices, generators) gives the arguments of `loss` for a micro-batch. `loss` returns a sum; `count` is how
+    many numbers the sum of a whole batch has.
+    """
+    engine = engine or Engine()
+    loss.train()
+    torch.manual_seed(engine.seed)
+    job = Stage(engine, "base", config, {"model": loss}, shard=True)
+    if job.first:
+        yield Progress("base", job.first, config.steps, {}, loss.model)
+    for step in job.steps():
+        for at, generators in job.micro_batches(n, step):
+            arguments = [x.to(engine.device) for x in inputs(at, generators)]
+            with engine.precision():
+                value = job.modules["model"](*arguments) / count
+            job.backward(value, loss=value)
+        metrics = job.finish(step)
+        if eval_fn and (step + 1) % config.eval_every == 0:
+            metrics |= eval_fn(job.modules["model"], step + 1)
+        yield Progress("base", step + 1, config.steps, metrics, loss.model)
+    loss.eval()
+
+
+def read_texts(texts: Any, at: Tensor, generators: list[torch.Generator], p: float) -> Context:
+    """One caption of each example `at`; a fraction p of them is removed (Muse 2.7)."""
+    return drop_text(pad_contexts(pick_captions(texts, at, generators)), p, generators)
+
+
+def train_baseline(
+    make: type[LowRes], config: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None
+) -> Iterator[Progress]:
+    """A configuration of `make.configure` -> a Progress a step. The last one's model is the trained baseline.
+
+    `data` and `engine` as in `train.train_muse`: with `engine.folder` a stopped run is resumed where it was.
+    """
+    engine = engine or Engine()
+    with ExitStack() as stack:
+        folder = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
+        trainer = MuseTrainer(config, data, engine, Path(folder))
+        for progress in _stages(make, trainer):
+            yield progress._replace(metrics=trainer.log(progress))
+
+
+def _stages(make: type[LowRes], trainer: MuseTrainer) -> Iterator[Progress]:
+    """Train the tokenizer, compute tokens and embeddings, train the network."""
+    started = time.monotonic()
+    config, engine, data = trainer.config, trainer.engine, trainer.data
+    parts = trainer.parts = make.build(config)
+    yield from trainer.prepare("read images", data.read())
+    yield from trainer.tokenizer("low_tokenizer", parts["low_tokenizer"])
+    yield from trainer.prepare("low tokens", data.tokenize("low", parts["low_tokenizer"]))
+    yield from trainer.prepare("embed captions", data.embed())
+    about = {"examples": data.words()["examples"]}
+    trainer.reseed()
+    yield from make(config, parts, trainer.encoder, **about).to(engine.device).fit(trainer)
+    parts["base"] = engine.gather_full_model(parts["base"], lambda: make.network(config))
+    model = make(config, parts.eval(), trainer.encoder, **about).to(engine.device)
+    yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, model)
+
+
+def save_samples(model: LowRes, trainer: MuseTrainer) -> EvalFn:
+    """-> a function that saves what the model draws for fixed prompts and seeds."""
+    log, engine = trainer.log, trainer.engine
+
+    def eval_fn(loss: nn.Module, step: int) -> dict[str, float]:
+        if log.folder and not engine.sharded:  # drawing with a sharded model would need all processes
+            with eval_mode(model.parts), engine.precision():
+                images = model.generate(model.examples, seed=0)
+            log.picture("base", step, lambda: grid(images, model.examples, columns=3))
+        return {}
+
+    return eval_fn
+
+
+# --- autoregression ---------------------------------------------------------------------------------------------------
+
+
+class CausalLayer(Layer):
+    """x (B, N, D) -> (B, N, D): Muse's layer, in which a token sees itself and the tokens before it.
+
+    `past`, empty or [keys, values] of earlier tokens, grows by the N tokens of x: the cache.
+    """
+
+    def forward(self, x: Tensor, *memory: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        x = x + self.dropout(self.look_back(self.norm1(x), past))
+        x = x + self.dropout(self.cross(self.norm2(x), *memory))
+        return x + self.dropout(self.mlp(self.norm3(x)))
+
+    def look_back(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        """Causal self-attention of x (B, n, D) over m tokens, of which the last n are x's -> (B, n, D)."""
+        q, k, v = self.attention.qkv(x).unflatten(-1, (3, self.attention.heads, -1)).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            k, v = past[:] = [torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True)] if past else [k, v]
+        n, m = q.shape[2], k.shape[2]
+        see = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m - n)
+        return self.attention.out(attention(q, k, v, see).transpose(1, 2).flatten(2))
+
+
+class CausalTransformer(Transformer):
+    """tokens (B, N), memory -> logits (B, N, V); those of place i follow from the tokens before it."""
+
+    def __init__(self, config: TransformerConfig):
+        if config.block:
+            raise ValueError(f"block is {config.block}; causal attention is not multi-axis attention: give block=0")
+        super().__init__(config)
+        for i, layer in enumerate(self.layers):
+            self.layers[i] = CausalLayer(config.width, config.heads, config.mlp_width, 0, config.dropout)
+            self.layers[i].load_state_dict(layer.state_dict())
+
+    def forward(self, tokens: Tensor, memory: Memory, cache: list[list[Tensor]] | None = None) -> Tensor:
+        """tokens (B, N) -> logits (B, N, V). The first place sees [MASK] and the text.
+
+        cache: an empty list for each layer at first. Each call then gives the logits of one more place, (B, 1, V).
+        """
+        x = self.embed(F.pad(tokens, (1, -1), value=self.mask_id))  # (B, N, D): place i holds token i - 1
+        if cache is not None:
+            place = cache[0][0].shape[2] if cache[0] else 0
+            x = x[:, place : place + 1]
+        pasts = [None] * len(self.layers) if cache is None else cache
+        for layer, k, v, past in zip(self.layers, memory.keys, memory.values, pasts, strict=True):
+            x = layer(x, k, v, memory.attend, past=past)
+        return self.head(self.norm(x))
+
+
+class NextTokenLoss(nn.Module):
+    """tokens x (B, N), texts -> -log p(x) by the chain rule, in nats, summed over all tokens."""
+
+    def __init__(self, model: CausalTransformer, label_smoothing: float = 0.0):
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        logits = self.model(x, self.model.memory(context)).flatten(0, 1).float()
+        return F.cross_entropy(logits, x.flatten(), reduction="sum", label_smoothing=self.label_smoothing)
+
+
+def train_ar(model: CausalTransformer, config: StageConfig, tokens: Any, texts: Any, **how: Any) -> Iterator[Progress]:
+    """Train to predict the next token. Tokens (n, N) and texts as in `train.train_transformer`; how: engine, eval_fn."""
+
+    def inputs(at: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Context]:
+        return tokens[at], read_texts(texts, at, generators, config.cond_drop_prob)
+
+    sizes = {"n": len(tokens), "count": config.batch * tokens.shape[1]}
+    return train_network(NextTokenLoss(model, config.label_smoothing), config, inputs, **sizes, **how)
+
+
+def cached(model: CausalTransformer, cond: Memory, uncond: Memory, guidance: Guidance) -> LogitsFn:
+    """As `cfg.guided`, for one decode from all [MASK] that reveals one token a step in raster order.
+
+    A step computes one place; the logits of all others are 0. Both branches run where t = 0 too: the cache needs them.
+    """
+    scale, both = get_guidance(guidance), cond.cat(uncond)
+    cache: list[list[Tensor]] = [[] for _ in model.layers]
 
     def logits_fn(tokens: Tensor, u: float) -> Tensor:
-        at = len(past[0][0][0, 0]) if past[0] else 0  # the place that is drawn now
-        new = model(tokens[:, : at + 1].repeat(2, 1), both, past)  # (2B, 1, V)
+        place = cache[0][0].shape[2] if cache[0] else 0
+        new = model(tokens.repeat(2, 1), both, cache)[:, 0]  # (2B, V)
         logits = new.new_zeros(*tokens.shape, new.shape[-1])
-        logits[:, at] = guide(*new[:, 0].chunk(2), scale(u))
+        logits[:, place] = guide(*new.chunk(2), scale(u))
         return logits
 
     return logits_fn
 
 
-KNOWN = {
-    "masked": {"guidance", *(f.name for f in fields(SamplingConfig)), "top_k"},
-    "ar": {"guidance", "sampling_temperature", "top_k"},
-    "dit": {"guidance", "steps"},
-}
+class Autoregressive(LowRes):
+    """One token a step, row by row."""
 
+    model = "ar"
+    settings = frozenset({"guidance", "sampling_temperature", "top_k"})
 
-class LowRes(Muse):
-    """The low-resolution stage alone, by a rival: generates as `Muse` does, pictures of the low tokenizer's size.
+    @classmethod
+    def configure(cls, config: MuseConfig) -> MuseConfig:
+        sampling = replace(config.base_sampling, guidance=(1.0, 1.0), steps=config.base.tokens)
+        return replace(super().configure(config), base_sampling=sampling)
 
-    Settings that mean nothing to a model are refused: KNOWN says which it is told.
-    """
+    @classmethod
+    def network(cls, config: MuseConfig) -> CausalTransformer:
+        return CausalTransformer(config.base)
 
-    @torch.inference_mode()
-    def decode(self, jobs: list[dict[str, Any]], **sampling: Any) -> Iterator[Step]:
-        """B jobs (prompt, negative prompt, seed) -> Steps, each with the tokens so far."""
-        if wrong := sorted(k for k in sampling if sampling[k] is not None and k not in KNOWN[self.config.model]):
-            known = ", ".join(sorted(KNOWN[self.config.model]))
-            raise TypeError(f"{', '.join(wrong)} means nothing to {self.config.name}, which is told {known}")
-        draws = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
-        t, how = sampling_settings(self.config.base_sampling, sampling)
-        memories = [self.base.memory(context) for context in self.contexts(jobs)]
-        if self.config.model == "dit":
-            steps = self._denoise(guided(self.base, *memories, t), draws, how["steps"])
-        else:
-            logits_fn = (guided if self.config.model == "masked" else cached)(self.base, *memories, t)
-            tokens = self._all_masked(self.base, len(jobs))
-            if self.config.model == "ar":
-                how |= {"steps": tokens.shape[1], "order": "raster", "choice_temperature": 0.0}
-            steps = decode(logits_fn, tokens, mask_id=self.base.mask_id, generator=draws, **how)
-        for step in steps:
-            yield step._replace(stage="base", guidance=t(step.u))
+    def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
+        init_from_codebook(self.base, self.low_tokenizer.codebook)
+        data, stage = trainer.data, self.config.stages["base"]
+        how = {"engine": trainer.engine, "eval_fn": save_samples(self, trainer)}
+        return train_ar(self.base, stage, data.split(data.tokens["low"]), data.split(data.texts), **how)
 
-    def _denoise(self, noise_fn: Any, draws: list[torch.Generator], steps: int) -> Iterator[Step]:
-        """DDIM; the tokens of a step are the codes nearest to the picture that the network then believes in."""
-        grid = self.config.low_tokenizer.grid
-        x = gaussians(len(draws), len(self.base.mean), grid, grid, generator=draws).to(self.device)
-        for d in ddim(noise_fn, x, steps=steps):
-            tokens = self.low_tokenizer.quantizer.nearest(self.base.standardize(d.clean, back=True))
-            none = torch.zeros_like(tokens, dtype=torch.bool)
-            yield Step(d.index, d.u, tokens, none, none, none.float())
-
-    def _from_text_alone(self, *args: Any, **settings: Any) -> NoReturn:
-        raise TypeError(f"{self.config.name} draws low-resolution pictures from text alone; editing needs a whole Muse")
-
-    inpaint = outpaint = edit = edit_steps = _from_text_alone
+    def draw(
+        self, text: Memory, null: Memory, guidance: Guidance, generators: list[torch.Generator], **sampling: Any
+    ) -> Iterator[Step]:
+        sampling |= {"mask_id": self.base.mask_id, "steps": self.base.config.tokens, "generator": generators}
+        return decode(cached(self.base, text, null, guidance), all_masked(self.base, text), order="raster", **sampling)

@@ -64,7 +64,9 @@ def load(name: str | Path) -> tuple[MuseConfig, dict[str, Tensor], dict[str, Any
     values = read_json(folder / CONFIG)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"{folder / CONFIG} is not of minimuse: its format is {found!r}, expected {FORMAT!r}")
+        hint = values.get("load_with") if isinstance(values, dict) else None  # another kind of model tells how
+        message = f"{folder / CONFIG} holds no Muse: its format is {found!r}, expected {FORMAT!r}"
+        raise ValueError(message + (f"; load it with {hint}" if hint else ""))
     about = {name: values.get(name, []) for name in ("words", "examples")}
     return configuration(values, folder / CONFIG), read_weights(folder / WEIGHTS), about
 

@@ -13,11 +13,18 @@ import itertools
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 SAMPLING = "guidance steps schedule order sampling_temperature choice_temperature iterations fraction".split()
+BASELINES = {  # of `train --model`: trained at low resolution only
+    "masked": "minimuse.baseline_ar.LowRes",
+    "ar": "minimuse.baseline_ar.Autoregressive",
+    "dit": "minimuse.baseline_dit.Diffusion",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +122,7 @@ def _training_options(command: Callable) -> None:
     add = command("train", _train, "train a Muse from scratch, or resume a run", "seed", "half", "device")
     add("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     add("--out", type=Path, required=True, help="folder of the run: states, log, pictures, checkpoint")
-    add("--model", choices=("masked", "ar", "dit"), help="train this low-resolution baseline instead of Muse")
+    add("--model", choices=BASELINES, help="train this low-resolution baseline instead of Muse")
     add("--data", default="scenes", help="folder, tar shards, Parquet or hub id of captioned images (default: scenes)")
     add("--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting: stages.base.steps=500")
     add("--resume", action="store_true", help="continue the stopped run in --out")
@@ -181,13 +188,12 @@ def _draw(args: argparse.Namespace) -> None:
     """generate, inpaint, outpaint, edit: draw with a progress bar, and save the pictures with their settings."""
     from tqdm import tqdm
 
-    from minimuse.muse import Muse
     from minimuse.pictures import save_png
     from minimuse.plots import film
 
     draw = _method(args)
     paths = _output_paths(args)
-    muse = Muse.from_pretrained(args.model or "toy", device=args.device)
+    muse = open_model(args.model or "toy", device=args.device)
     settings = {name: value for name in SAMPLING if (value := getattr(args, name, None)) is not None}
     settings |= {"n": args.n, "seed": args.seed, "negative_prompt": args.negative_prompt}
     steps = []
@@ -210,6 +216,16 @@ def _draw(args: argparse.Namespace) -> None:
         print(paths[-1])
     if getattr(args, "like", None):
         _print_difference(images[0], args.like)
+
+
+def open_model(name: str | Path, *, device: Any = None) -> Any:
+    """A Muse, or a baseline of `minimuse train --model`, from a shipped name, a folder or a hub id."""
+    from minimuse import checkpoint
+
+    path = checkpoint.find(name) / checkpoint.CONFIG
+    values = checkpoint.read_json(path) if path.is_file() else None
+    model = values.get("model") if isinstance(values, dict) else None  # a Muse has none
+    return locate(BASELINES.get(model, "minimuse.muse.Muse")).from_pretrained(name, device=device)
 
 
 def _method(args: argparse.Namespace) -> Callable[..., list]:
@@ -296,7 +312,6 @@ def _train(args: argparse.Namespace) -> None:
     from minimuse import train_state
     from minimuse.config import to_dict
     from minimuse.data_sources import open_source
-    from minimuse.train import train_muse
     from minimuse.train_engine import Engine, Stopped
     from minimuse.train_log import add_record
 
@@ -308,13 +323,14 @@ def _train(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in ("seed", "device", "accumulate", "compile", "recompute", "keep")}
     engine = Engine(folder=args.out, **options)
     run = {"config": to_dict(config), "seed": args.seed, "data": args.data, "data_fingerprint": source.fingerprint}
+    run |= {"model": args.model} if args.model else {}
     if engine.is_main:
         train_state.open_run(args.out, run, resume=args.resume)
     engine.accelerator.wait_for_everyone()
     engine.handle_signals()
     bars: dict[str, tqdm] = {}
     try:
-        for p in train_muse(config, data=source, engine=engine):
+        for p in _trainer(args.model)(config, data=source, engine=engine):
             if p.stage not in bars:
                 bars[p.stage] = tqdm(total=p.steps, desc=p.stage, disable=not engine.is_main)
             shown = {name: f"{value:.3g}" for name, value in p.metrics.items() if not name.startswith("held_out")}
@@ -331,6 +347,13 @@ def _train(args: argparse.Namespace) -> None:
         print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
 
 
+def _trainer(model: str | None) -> Callable[..., Iterator]:
+    """`train_muse`, or what trains a baseline."""
+    if model is None:
+        return locate("minimuse.train.train_muse")
+    return partial(locate("minimuse.baseline_ar.train_baseline"), locate(BASELINES[model]))
+
+
 def _configuration(args: argparse.Namespace) -> Any:
     """The configuration of a preset, a JSON file or the run to resume, with the changes of --set."""
     from minimuse import checkpoint, train_state
@@ -343,6 +366,7 @@ def _configuration(args: argparse.Namespace) -> Any:
         run = train_state.read_run(args.out)
         args.seed = run["seed"]
         args.data = run["data"]
+        args.model = run.get("model")
         return changed(checkpoint.configuration(run, path), args.set)
     if args.preset is None:
         raise ValueError(f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
@@ -354,12 +378,14 @@ def _configuration(args: argparse.Namespace) -> Any:
         is_run = isinstance(values, dict) and "config" in values
         config = checkpoint.configuration(values if is_run else {"config": values}, path)
     if args.model:
-        raise NotImplementedError("--model: the baselines are moving to files of their own")
+        config = locate(BASELINES[args.model]).configure(config)
     return changed(config, args.set)
 
 
 def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
     """Print what a run would need. Nothing is written."""
+    if args.model:
+        raise ValueError(f"--dry-run counts a whole Muse, not the baseline {args.model!r}; leave out --model")
     from minimuse.data_cache import TrainingData
     from minimuse.text import TextEncoder
     from minimuse.train_budget import report
@@ -377,10 +403,9 @@ def _average(args: argparse.Namespace) -> None:
     import torch
 
     from minimuse import checkpoint, train_state
-    from minimuse.muse import Muse
 
     checkpoint.refuse_existing(args.out)
-    muse = Muse.from_pretrained(args.folder, device="cpu")
+    muse = open_model(args.folder, device="cpu")
     for name in (name for name in ("base", "superres") if name in muse.parts):
         states = train_state.states(args.folder / name)
         if not states:
@@ -462,17 +487,25 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    """Print a few lines for each preset or checkpoint. No weights are loaded."""
+    """Print a few lines for each preset or checkpoint."""
+    import torch
+
     from minimuse import checkpoint
     from minimuse.config import PRESETS, preset
-    from minimuse.muse import parameter_counts
+    from minimuse.muse import build
 
     for name in args.names or PRESETS:
-        config = preset(name) if name in PRESETS else checkpoint.load(name)[0]
-        counts = parameter_counts(config)
+        if name in PRESETS:
+            config = preset(name)
+            with torch.device("meta"):
+                parts = build(config)
+        else:
+            muse = open_model(name, device="cpu")
+            config, parts = muse.config, muse.parts
+        counts = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
         print(f"{name}: {sum(counts.values()) / 1e6:,.1f}M parameters, text from {config.text_encoder}")
         for part, count in counts.items():
-            model = getattr(config, part, None)
+            model = getattr(parts[part], "config", None)
             line = f"  {part:14} {count / 1e6:8,.1f}M"
             if part in ("base", "superres"):
                 line += f"  {model.layers} layers x {model.width}, MLP {model.mlp_width}; {model.grid}x{model.grid} "

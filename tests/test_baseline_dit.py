@@ -1,6 +1,7 @@
-"""baseline_dit.py: the diffusion baseline: adaLN-Zero, noise, the loss, DDIM against diffusers (DiT, arXiv 2212.09748)."""
+"""baseline_dit.py: adaLN-Zero, noise, the loss, training, DDIM against diffusers (DiT, arXiv 2212.09748)."""
 
 import math
+from collections import deque
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from minimuse.baseline_dit import (
     LEVELS,
     Block,
     DiT,
+    DiTConfig,
     NoiseLoss,
     add_noise,
     ddim,
@@ -18,21 +20,23 @@ from minimuse.baseline_dit import (
     latents,
     noise_levels,
     time_waves,
+    train_dit,
 )
 from minimuse.cfg import guided, null_text
+from minimuse.config import StageConfig
 from minimuse.text import Context
+from minimuse.train_engine import Engine, hidden_matrices
 from minimuse.transformer import TransformerConfig
 from minimuse.vqgan import VQGAN, VQGANConfig
 
 CHANNELS, D_LM = 3, 6
-CFG = TransformerConfig(
-    codebook_size=11, grid=4, text_width=D_LM, width=32, layers=2, heads=4, mlp_width=64, identity=True
-)
+CONFIG = TransformerConfig(codebook_size=11, grid=4, text_width=D_LM, width=32, layers=2, heads=4, mlp_width=64)
 
 
-def dit(**changes):
+def dit(*, patch=1, zero_init=True, **changes):
     torch.manual_seed(0)
-    return DiT(replace(CFG, **changes), CHANNELS).eval()
+    sizes = replace(CONFIG, grid=4 // patch, **changes)
+    return DiT(DiTConfig(sizes, CHANNELS, patch, zero_init)).eval()
 
 
 def awake(model):
@@ -60,21 +64,21 @@ def test_every_block_is_the_identity_at_the_start():
     memory = model.memory(context())
     x, c = torch.randn(2, 16, 32), torch.randn(2, 1, 32)
     for block, k, v in zip(model.layers, memory.keys, memory.values, strict=True):
-        assert block(x, c, (k, v, memory.attend)).equal(x), "adaLN-Zero: bit for bit, whatever time and text say"
+        assert block(x, c, k, v, memory.attend).equal(x), "adaLN-Zero: bit for bit, whatever time and text say"
     step = torch.tensor([3, 900])
     spread = (1 - LEVELS[step]).sqrt().float().view(2, 1, 1, 1)
     assert torch.allclose(model(noisy(), memory, step), spread * noisy()), "the head begins at zero, and so does v"
-    plain = dit(identity=False)
+    plain = dit(zero_init=False)
     memory = plain.memory(context())
-    change = plain.layers[0](x, c, (memory.keys[0], memory.values[0], memory.attend)) - x
-    assert change.std() > 0.05, "without the switch a block does something from the start"
+    change = plain.layers[0](x, c, memory.keys[0], memory.values[0], memory.attend) - x
+    assert change.std() > 0.05, "with open gates a block does something from the start"
 
 
 def test_the_identity_can_be_left():
     """A gate at zero has a gradient, though what it closes off has none yet."""
     model = dit()
     nn.init.normal_(model.head.weight, std=0.1)
-    NoiseLoss(model)(noisy(), noisy(seed=1), torch.tensor([10, 500]), context(), 1).backward()
+    NoiseLoss(model)(noisy(), noisy(seed=1), torch.tensor([10, 500]), context()).backward()
     block = model.layers[0]
     gates = block.condition.weight.grad.view(6, 32, 32)[[2, 5]].abs().sum((1, 2))
     assert (gates > 0).all(), "a gate gets no gradient"
@@ -209,14 +213,12 @@ def test_the_loss_by_hand():
     model = Half()
     z, e = torch.tensor([3.0, 3.0]).view(2, 1, 1, 1), torch.tensor([1.0, -2.0]).view(2, 1, 1, 1)
     step = torch.tensor([0, 800])
-    loss = NoiseLoss(model)(z, e, step, None, 4)
+    loss = NoiseLoss(model)(z, e, step, None)
     a = LEVELS[[0, 800]].tolist()
     saw = [math.sqrt(a[0]) + math.sqrt(1 - a[0]), math.sqrt(a[1]) - 2 * math.sqrt(1 - a[1])]
     assert model.saw.flatten().tolist() == pytest.approx(saw, abs=1e-5)
-    expected = ((saw[0] / 2 - 1) ** 2 / a[0] + (saw[1] / 2 + 2) ** 2 / a[1]) / 4
-    assert loss.item() == pytest.approx(expected, rel=1e-5), "squared errors / a over `count`"
-    parts = [NoiseLoss(model)(z[i : i + 1], e[i : i + 1], step[i : i + 1], None, 4) for i in range(2)]
-    assert sum(parts).item() == pytest.approx(expected, rel=1e-5), "parts add up to the whole (pitfall 22)"
+    expected = (saw[0] / 2 - 1) ** 2 / a[0] + (saw[1] / 2 + 2) ** 2 / a[1]
+    assert loss.item() == pytest.approx(expected, rel=1e-5), "the sum of squared errors / a"
 
 
 def test_the_loss_is_the_velocitys_squared_error_at_every_level():
@@ -224,7 +226,7 @@ def test_the_loss_is_the_velocitys_squared_error_at_every_level():
     model, z, e = dit(), noisy(), noisy(seed=1)
     for s in (0, 500, 999):
         step, a = torch.tensor([s, s]), LEVELS[s].item()
-        loss = NoiseLoss(model)(z, e, step, context(), z.numel())
+        loss = NoiseLoss(model)(z, e, step, context()) / z.numel()
         expected = (a**0.5 * e - (1 - a) ** 0.5 * z).square().mean()
         assert loss.item() == pytest.approx(expected.item(), rel=2e-3), f"step {s}"
 
@@ -285,18 +287,53 @@ def test_ddim_finds_the_picture_where_the_noise_is_known():
         next(ddim(exact, noisy(), steps=0))
 
 
-def test_guidance_is_muses():
-    model = awake(dit())
-    x, step, text = noisy(), torch.tensor(300), context()
-    cond, uncond = model.memory(text), model.memory(null_text(text))
-    noise = guided(model, cond, uncond, lambda u: 2.0 * u)
-    c, n = model(x, cond, step), model(x, uncond, step)
-    assert torch.allclose(noise(x, 0.0, step), c, atol=1e-5), "t = 0 is the conditional"
-    assert torch.allclose(noise(x, 1.0, step), 3 * c - 2 * n, atol=1e-4), "(1 + t) e_c - t e_u, t = 2"
-
-
 def test_blocks_are_where_muon_looks():
-    from minimuse.train_engine import hidden_matrices
+    assert len(hidden_matrices(dit())) == 2 * len([p for p in Block(CONFIG).parameters() if p.ndim == 2])
 
-    matrices = hidden_matrices(dit())
-    assert len(matrices) == 2 * len([p for p in Block(CFG).parameters() if p.ndim == 2])
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+STAGE = StageConfig(steps=200, batch=16, learning_rate=1e-2, warmup=5, weight_decay=0.01, optimizer="muon")
+
+
+def test_training_learns_what_the_text_says():
+    codes = torch.arange(32) % 4
+    words = 3 * torch.randn(4, 3, D_LM, generator=torch.Generator().manual_seed(0))
+    patterns = 5 + 2 * torch.randn(4, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(2))
+    model, texts = dit(heads=2), [[words[c]] for c in codes.tolist()]
+    run = train_dit(model, STAGE, patterns[codes], texts, engine=Engine(device="cpu", bf16=False))
+    losses = [p.metrics["loss"] for p in run]
+    assert losses[0] == pytest.approx(1, abs=0.1), "at first the velocity is 0: the loss is its variance"
+    assert sum(losses[-20:]) / 20 < 0.2
+    assert torch.allclose(model.mean.flatten(), patterns.mean((0, 2, 3)), atol=1e-4), "the latents are standardized"
+
+    text = Context(words, torch.ones(4, 3, dtype=torch.bool))
+    memories = model.memory(text), model.memory(null_text(text))
+
+    def noise_fn(x, u, step):
+        return guided(lambda x, memory: model(x, memory, step), *memories, 1.0)(x, u)
+
+    with torch.inference_mode():
+        *_, last = ddim(noise_fn, gaussians(4, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0)), steps=20)
+    found = model.standardize(last.x, back=True).flatten(1)
+    distances = torch.cdist(found, patterns.flatten(1))
+    assert distances.argmin(1).tolist() == [0, 1, 2, 3], f"the text does not decide: {distances}"
+    assert distances.diag().max() < 0.5 * distances[~torch.eye(4, dtype=torch.bool)].min(), f"{distances}"
+
+
+def test_micro_batches_make_the_same_gradient():
+    """Pitfall 22, for the noise loss."""
+    z = torch.randn(32, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(3))
+    texts = [[w] for w in torch.randn(32, 3, D_LM, generator=torch.Generator().manual_seed(0))]
+    ends = []
+    for accumulate in (1, 4):
+        model, engine = dit(), Engine(device="cpu", bf16=False, accumulate=accumulate)
+        deque(train_dit(model, replace(STAGE, steps=3, optimizer="adamw"), z, texts, engine=engine), maxlen=0)
+        ends.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert torch.allclose(*ends, atol=1e-5)
+
+
+def test_a_patch_must_divide_the_grid():
+    with pytest.raises(ValueError, match="a grid of 4 does not split into patches of 3"):
+        DiTConfig.matching(CONFIG, CHANNELS, patch=3)
+    assert DiTConfig.matching(CONFIG, CHANNELS, patch=2).transformer.grid == 2
