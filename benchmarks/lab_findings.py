@@ -2,20 +2,19 @@
 
     python benchmarks/lab_findings.py [--out runs/lab_findings] [--samples 2048] [--worlds mixture,chain,potts]
 
-Finished cells are kept in --out, so that it may be stopped at any time. It writes a report for each world, and
-findings.md with four tables:
-    schedules   KL of each less KL of cosine, the same truth for both, Halton order: below 0 beats cosine
-    orders      under cosine: the squared distance of token pairs, which is fair to all, and the surprise
-    adaptive    passes and KL of entropy-bounded rules, beside cosine in the same order
-    presets     the samplers of known code bases, each as it is
+It writes a report for each world to --out, and findings.md with four tables:
+    schedules   paired difference of the KL from that of cosine, in Halton order: below 0 is better than cosine
+    orders      with cosine: KL, the squared distance of token pairs (for all orders), and the excess NLL
+    adaptive    NFE and KL of entropy-bounded rules, and of cosine in the same order
+    presets     the samplers of published code bases
 """
 
 import argparse
 from pathlib import Path
 
-from minimuse.judge import Estimate
-from minimuse.lab import WORLDS, Report, compare, difference
-from minimuse.lab_samplers import PRESETS
+from minimuse.eval_metrics import Estimate, paired_difference
+from minimuse.lab import WORLDS, Report, compare
+from minimuse.lab_samplers import SAMPLER_PRESETS
 
 SCHEDULES = ("cosine", "linear", "square", "cubic", "sqrt")
 ORDERS = ("halton", "random", "entropy", "confidence")
@@ -24,12 +23,12 @@ BOUNDS = tuple(f"bound{b}" for b in (0.25, 0.5, 1, 2, 4, 8))
 
 
 def show(e: Estimate, digits: int = 4, bound: bool = False) -> str:
-    return f"{'<= ' * bound}{round(e.mean, digits) + 0.0:.{digits}f} ± {e.half:.{digits}f}"
+    return f"{'<= ' * bound}{round(e.value, digits) + 0.0:.{digits}f} ± {e.margin:.{digits}f}"
 
 
 def verdict(e: Estimate) -> str:
-    """Bold where the interval leaves 0 out, and not by rounding alone."""
-    return f"**{show(e)}**" if abs(e.mean) > max(e.half, 1e-5) else show(e)
+    """Bold where the interval excludes 0 by more than rounding."""
+    return f"**{show(e)}**" if abs(e.value) > max(e.margin, 1e-5) else show(e)
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -39,7 +38,10 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def schedules_table(reports: dict[str, Report]) -> str:
     rows = [
         [w, str(t), show(r["cosine", "halton", t]["kl"])]
-        + [verdict(difference(r[s, "halton", t], r["cosine", "halton", t], "kl")) for s in SCHEDULES[1:]]
+        + [
+            verdict(paired_difference(r[s, "halton", t].groups["kl"], r["cosine", "halton", t].groups["kl"]))
+            for s in SCHEDULES[1:]
+        ]
         for w, r in reports.items()
         for t in STEPS
     ]
@@ -52,8 +54,8 @@ def orders_table(reports: dict[str, Report]) -> str:
         for t in STEPS:
             cells = [r["cosine", order, t] for order in ORDERS]
             kls = [show(c["kl"], bound=c.bound) for c in cells if "kl" in c.groups]
-            rows.append([w, str(t), *kls, *(show(c["pairs"]) for c in cells), show(cells[-1]["surprise"], 3)])
-    head = [*(f"KL, {o}" for o in ORDERS[:-1]), *(f"pairs, {o}" for o in ORDERS), "surprise, confidence"]
+            rows.append([w, str(t), *kls, *(show(c["pairs"]) for c in cells), show(cells[-1]["excess_nll"], 3)])
+    head = [*(f"KL, {o}" for o in ORDERS[:-1]), *(f"pairs, {o}" for o in ORDERS), "excess NLL, confidence"]
     return markdown(["world", "steps", *head], rows)
 
 
@@ -62,19 +64,19 @@ def adaptive_table(reports: dict[str, Report]) -> str:
     for w, r in reports.items():
         for name, t in [(b, 64) for b in BOUNDS] + [("cosine", t) for t in STEPS]:
             c = r[name, "entropy", t]
-            rows.append([w, name, f"{c.passes:.1f}", show(c["kl"], bound=c.bound), show(c["surprise"], 3)])
-    return markdown(["world", "rule", "passes", "KL", "surprise"], rows)
+            rows.append([w, name, f"{c.nfe:.1f}", show(c["kl"], bound=c.bound), show(c["excess_nll"], 3)])
+    return markdown(["world", "rule", "NFE", "KL", "excess NLL"], rows)
 
 
 def presets_table(reports: dict[str, Report]) -> str:
     rows = [
-        [w, name, str(t), show(c["surprise"], 3), show(c["singles"]), show(c["pairs"])]
+        [w, name, str(t), show(c["excess_nll"], 3), show(c["singles"]), show(c["pairs"])]
         for w, r in reports.items()
-        for name in PRESETS
+        for name in SAMPLER_PRESETS
         for t in (8, 16)
         for c in [r[f"as {name}", "", t]]
     ]
-    return markdown(["world", "sampler", "steps", "surprise", "singles", "pairs"], rows)
+    return markdown(["world", "sampler", "steps", "excess NLL", "singles", "pairs"], rows)
 
 
 def main() -> None:
@@ -86,9 +88,9 @@ def main() -> None:
     reports = {}
     for name in args.worlds.split(","):
         world, out = WORLDS[name](), args.out / name
-        fixed = compare(world, SCHEDULES, ORDERS, STEPS, samples=args.samples, out=out)
-        adaptive = compare(world, BOUNDS, ["entropy"], [64], samples=args.samples, out=out)
-        presets = compare(world, [], presets=PRESETS, steps=(8, 16), samples=args.samples, out=out)
+        fixed = compare(world, SCHEDULES, ORDERS, STEPS, samples=args.samples)
+        adaptive = compare(world, BOUNDS, ["entropy"], [64], samples=args.samples)
+        presets = compare(world, [], presets=SAMPLER_PRESETS, steps=(8, 16), samples=args.samples)
         reports[name] = Report(fixed.cells + adaptive.cells + presets.cells, fixed.titles, fixed.about)
         reports[name].save(out, overwrite=True)
         print(f"{name}: {out}", flush=True)

@@ -6,7 +6,7 @@ Muse 2.6 draws a mask rate for each example, r = curve(u) with u uniform; the cu
 nano's base model from nothing, as often as there are seeds, on the same scenes, tokens and texts in the same order.
 Judged by what no density is favoured in, both on scenes of split "test":
     bound      nats a token, masks of uniform counts, 8 a scene (`masking.likelihood_bound`); lower is better
-    accuracy   share of sampled pictures with all that is asked for, in 4 and in 16 steps (`picture_judge.MuseJudge`)
+    accuracy   share of sampled pictures with all that is asked for, in 4 and in 16 steps (`lab_models.MuseEvaluator`)
 Intervals are 95%, those of test scenes and of training runs added up as independent errors; differences are paired.
 Whatever is done is kept in --out and used again. Writes densities.json, .md and .png there, with --docs here as well.
 """
@@ -28,9 +28,9 @@ from minimuse import Muse
 from minimuse.data_cache import TrainingData
 from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import SceneDataset, open_source
-from minimuse.eval_metrics import mean_interval
-from minimuse.judge import GROUPS, Estimate, estimate
-from minimuse.lab_models import MuseJudge
+from minimuse.eval_metrics import Estimate, mean_interval
+from minimuse.lab_models import MuseEvaluator
+from minimuse.lab_samplers import GROUPS
 from minimuse.masking import SCHEDULES, Schedule, likelihood_bound, sample_mask_rate
 from minimuse.text import Context
 from minimuse.train import train_transformer
@@ -46,7 +46,7 @@ DENSITIES: dict[str, Schedule] = {
     "15% always (BERT)": lambda u: 0.15,
 }
 DECODING = (4, 16)
-Result = dict[str, list[float]]  # measure -> GROUPS values, as of a lab's cell
+Result = dict[str, list[float]]  # metric -> GROUPS values, as in a cell of the lab
 
 
 def train(config: Any, name: str, curve: Schedule, corpus: TrainingData, codebook: Any, engine: Engine) -> Transformer:
@@ -99,7 +99,11 @@ def study(
         for done, of in work():
             print(f"  cache: {done} of {of}", flush=True)
     trained = Muse(config, nn.ModuleDict({**muse.parts, "base": Transformer(config.base)}), muse.encoder)
-    judge, bound, results = MuseJudge(trained, samples), bounder(muse, samples), {name: [] for name in densities}
+    evaluator, bound, results = (
+        MuseEvaluator(trained, samples),
+        bounder(muse, samples),
+        {name: [] for name in densities},
+    )
     shared = {"steps": steps, "samples": samples, "tokens": content_hash(muse.low_tokenizer.state_dict())}
     for seed in range(seeds):  # all densities first, so that a stopped study compares them already
         for name, curve in densities.items():
@@ -114,23 +118,24 @@ def study(
                 trained.base.load_state_dict(base.state_dict())
                 found = {"bound": bound(trained.base)}
                 for t in DECODING:
-                    groups = judge(schedule="cosine", order="confidence", steps=t).groups
+                    groups = evaluator(schedule="cosine", order="confidence", steps=t).groups
                     found |= {f"{measure}@{t}": values for measure, values in groups.items()}
                 path.with_suffix(".new").write_text(json.dumps(found), encoding="utf-8")
                 path.with_suffix(".new").replace(path)
             results[name].append(json.loads(path.read_text(encoding="utf-8")))
-            print(f"{name}, seed {seed}: bound {estimate(results[name][-1]['bound']).mean:.4f}", flush=True)
+            print(f"{name}, seed {seed}: bound {mean_interval(results[name][-1]['bound']).value:.4f}", flush=True)
     return results
 
 
 def combined(groups: list[list[float]]) -> Estimate:
     """GROUPS values of each training run -> their mean; test scenes and training runs both may err."""
     values = torch.tensor(groups, dtype=torch.double)  # (seeds, GROUPS)
-    found = estimate(values.mean(0).tolist())
+    found = mean_interval(values.mean(0))
     if len(values) == 1:
         return found
     runs = mean_interval(values.mean(1))
-    return Estimate(found.mean, math.hypot(found.half, (runs.high - runs.low) / 2))
+    margin = math.hypot(found.margin, runs.margin)
+    return Estimate(found.value, found.value - margin, found.value + margin, found.n)
 
 
 def versus(results: list[Result], others: list[Result], measure: str) -> Estimate:
@@ -151,8 +156,11 @@ def table(results: dict[str, list[Result]], densities: Mapping[str, Schedule]) -
         row = [name, f"{rate:.2f}"]
         for m in measures:
             e, gap = combined([r[m] for r in runs]), versus(runs, first, m)
-            shown = f"{gap.mean:+.3f} ± {gap.half:.3f}" if runs is not first else ""
-            row += [f"{e.mean:.3f} ± {e.half:.3f}", f"**{shown}**" if abs(gap.mean) > max(gap.half, 1e-9) else shown]
+            shown = f"{gap.value:+.3f} ± {gap.margin:.3f}" if runs is not first else ""
+            row += [
+                f"{e.value:.3f} ± {e.margin:.3f}",
+                f"**{shown}**" if abs(gap.value) > max(gap.margin, 1e-9) else shown,
+            ]
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
@@ -165,10 +173,17 @@ def figure(results: dict[str, list[Result]], densities: Mapping[str, Schedule]) 
         rates = sample_mask_rate(20_000, schedule=densities[name], generator=seeded_generator(0))
         left.hist(rates.numpy(), bins=50, range=(0, 1), density=True, histtype="step", color=f"C{i}", label=name)
         e = combined([r["bound"] for r in runs])
-        middle.errorbar(i, e.mean, e.half, fmt="o", color=f"C{i}", capsize=4)
-        middle.plot([i + 0.15] * len(runs), [estimate(r["bound"]).mean for r in runs], "_", color=f"C{i}")
-        means, halves = zip(*(combined([r[f"accuracy@{t}"] for r in runs]) for t in DECODING), strict=True)
-        right.errorbar([t * 1.02**i for t in DECODING], means, halves, marker="o", color=f"C{i}", capsize=3)
+        middle.errorbar(i, e.value, e.margin, fmt="o", color=f"C{i}", capsize=4)
+        middle.plot([i + 0.15] * len(runs), [mean_interval(r["bound"]).value for r in runs], "_", color=f"C{i}")
+        accuracy = [combined([r[f"accuracy@{t}"] for r in runs]) for t in DECODING]
+        right.errorbar(
+            [t * 1.02**i for t in DECODING],
+            [a.value for a in accuracy],
+            [a.margin for a in accuracy],
+            marker="o",
+            color=f"C{i}",
+            capsize=3,
+        )
     left.set(xlabel="mask rate r", ylabel="density p(r)", yscale="log")
     left.legend(fontsize=7)
     middle.set(ylabel="bound on -log p, nats a token (lower is better)", xticks=[])

@@ -156,7 +156,7 @@ def _measuring_options(command: Callable) -> None:
     add("--preset", type=_names, default=[], help="published samplers: muse, maskgit, amused, halton, lucidrains")
     add("--steps", type=_names, default=["4", "8", "16"], help="comma-separated (default: 4,8,16)")
     add("--samples", type=int, help="number of samples (default: 4096 of a world, 512 of a model)")
-    add("--out", type=Path, help="folder for the report; finished cells are kept there and reused")
+    add("--out", type=Path, help="folder for the report: tables and figures")
     add("--force", action="store_true", help="overwrite another report")
     add = command("eval", _evaluate, "measure how often a checkpoint is right, with confidence intervals", "device")
     add("name", nargs="?", default="toy", metavar="CHECKPOINT", help="shipped name, folder or hub id (default: toy)")
@@ -442,7 +442,8 @@ def _compare(args: argparse.Namespace) -> None:
     """Print a table, and paired differences from its first sampler. With --out, also write figures and tables."""
     from minimuse import lab
 
-    settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": args.out}
+    out = None if args.force else args.out  # compare refuses a folder with another report
+    settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": out}
     steps = [int(t) for t in args.steps]
     report = lab.compare(_target(args), args.schedule, args.order, steps, **settings)
     print(report.table())
@@ -450,7 +451,7 @@ def _compare(args: argparse.Namespace) -> None:
         print(f"\ndifference from {args.schedule[0]}, {args.order[0]}; paired, bold where the interval excludes 0")
         print(report.table((args.schedule[0], args.order[0])))
     if args.out:
-        print(report.save(args.out, overwrite=args.force))
+        print(report.save(args.out, overwrite=True) if args.force else args.out)
 
 
 def _target(args: argparse.Namespace) -> Any:
@@ -464,7 +465,7 @@ def _target(args: argparse.Namespace) -> Any:
     if args.amused:
         from minimuse.amused import Amused
         from minimuse.eval_clip import ClipScorer
-        from minimuse.lab_models import AmusedJudge
+        from minimuse.lab_models import AmusedEvaluator
         from minimuse.utils import pick_device
 
         if not (args.data and args.clip):
@@ -472,7 +473,7 @@ def _target(args: argparse.Namespace) -> Any:
         device = pick_device(args.device)
         amused = Amused.from_pretrained(args.amused).to(device)
         scorer = ClipScorer(args.clip, device)
-        return AmusedJudge(amused, args.data, scorer, samples=args.samples or 512, seed=args.seed)
+        return AmusedEvaluator(amused, args.data, scorer, samples=args.samples or 512, seed=args.seed)
     if args.world not in lab.WORLDS:
         raise ValueError(f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
     return lab.WORLDS[args.world]()

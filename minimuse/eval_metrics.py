@@ -45,6 +45,11 @@ class Estimate(NamedTuple):
     n: int
     format: str = ".4g"
 
+    @property
+    def margin(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
+
     def __str__(self) -> str:
         return f"{self.short().removesuffix(')')}, n = {self.n})"
 

@@ -1,110 +1,203 @@
 """The schedule lab: test a masking idea against the exact answer, in seconds.
 
-    report = compare(MixtureWorld.random(), {"cosine": "cosine", "mine": lambda u: 1 - u**3}, orders=["halton"])
-    print(report.table())
-    report.plot()
-    report.save("out")
+`compare` decodes every schedule x order x steps with the same samples and seeds, and measures each with 95% intervals.
+p is the world, q the distribution of the sampler. The model makes no error, so all of the error is the sampler's:
 
-A grid of schedules x orders x steps, each decoded and measured by a Judge, all with the same truth and the same seeds:
-in an exact world (`judge.py`), in a trained Muse or with published weights (`lab_models.py`).
-Not here: the worlds (`lab_worlds.py`), what is measured, how known code bases sample (`lab_samplers.py`).
+    kl          KL(p || q), nats a token. Unbiased where q is a product along a known path: temperature 1, an order that
+                ignores the drawn tokens. Where the path is random (order "random", ties, ranking noise), an upper bound
+    excess_nll  E_q[-log p(y)] - H(p), nats a token: above 0 impossible examples, below 0 mode seeking; for all samplers
+    singles     sum over v of (p_i(v) - q_i(v))^2, mean over tokens i. Two-sample, unbiased: it may fall below 0
+    pairs       the same for the joint distributions of two tokens, mean over all pairs
+
+How to add something: each is one function or class, passed to `compare`. A preset: see `lab_samplers.py`.
+
+>>> schedule = lambda u: 1 - u**3  # progress -> the fraction still masked
+>>> rule = lambda logits, masked, u: masked.sum(1) // 2  # an adaptive schedule: how many tokens to reveal now, (B,)
+>>> order = lambda logits, drawn, masked, u: logits.amax(-1)  # scores (B, N); the highest are kept
+>>> class Coins(World):  # independent fair coins
+...     def log_evidence(self, e):
+...         return e.mean(-1).log().sum(1)
+>>> report = compare(Coins((2, 2), 2), {"mine": schedule, "rule": rule}, {"mine": order}, steps=[2], samples=64)
+>>> report["mine", "mine", 2]["excess_nll"].value
+0.0
+
+Not here: the worlds (`lab_worlds.py`), how code bases sample (`lab_samplers.py`), trained models (`lab_models.py`).
 """
 
-import csv
 import json
 import math
-import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from minimuse import __version__
-from minimuse import lab_samplers as variants
-from minimuse.judge import Estimate, Judge, Outcome, WorldJudge, estimate
+from minimuse.eval_metrics import Estimate, jackknife, mean_interval, paired_difference
+from minimuse.lab_samplers import GROUPS, Outcome, check_samples, preset_settings, run
 from minimuse.lab_worlds import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World
 from minimuse.masking import get_schedule, reveal_counts
-from minimuse.sampler import ORDERS, Order, entropy_bound, is_adaptive
-from minimuse.utils import atomic_write, content_hash
+from minimuse.sampler import ORDERS, Order, by_rank, confidence, decode, entropy_bound, halton_rank, is_adaptive
+from minimuse.utils import atomic_write
 
 if TYPE_CHECKING:
     from minimuse.muse import Muse
 
-__all__ = ["WORLDS", "Cell", "ChainWorld", "MixtureWorld", "PottsWorld", "Report", "World", "compare", "difference"]
+__all__ = ["WORLDS", "Cell", "ChainWorld", "MixtureWorld", "PottsWorld", "Report", "World", "compare"]
+
+# --- metrics of an exact world ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def path_log_q(world: World, x: Tensor, **sampling: Any) -> tuple[Tensor, Tensor]:
+    """x (B, N) -> (B,) log q(x) along the path that `decode` takes to x, and (B, N) the step that reveals each token.
+
+    `decode` runs as always, but the world sees x at every revealed position. Exact for an order that ignores the drawn
+    tokens, at sampling temperature 1 without top-k.
+    """
+    seen: list[Tensor] = []
+
+    def teacher_forced(tokens: Tensor, u: float) -> Tensor:
+        seen[:] = [world(torch.where(tokens == world.mask_id, world.mask_id, x), u)]
+        return seen[0]
+
+    start = torch.full_like(x, world.mask_id)
+    log_q, when = torch.zeros(len(x), dtype=torch.double), torch.full_like(x, -1)
+    sampling = {**sampling, "sampling_temperature": 0.0}  # drawn tokens are not used, and argmax is the fastest
+    for step in decode(teacher_forced, start, mask_id=world.mask_id, **sampling):
+        log_p = confidence(seen[0].double(), x, step.masked, step.u)
+        log_q += torch.where(step.revealed, log_p, 0.0).sum(1)
+        when = torch.where(step.revealed, step.index, when)
+    return log_q, when
+
+
+def ignores_drawn(order: str | Order, n: int, v: int) -> bool:
+    """Whether an order gives the same scores for two different draws, tried on random logits."""
+    score = ORDERS[order] if isinstance(order, str) else order
+    g = torch.Generator().manual_seed(0)
+    logits, masked = torch.randn(16, n, v, generator=g), torch.rand(16, n, generator=g) < 0.5
+    one, other = (torch.randint(v, (16, n), generator=g) for _ in range(2))
+    return all(score(logits, one, masked, u).equal(score(logits, other, masked, u)) for u in (0.0, 0.5, 1.0))
+
+
+def marginal_distances(x: Tensor, y: Tensor, v: int) -> dict[str, list[float]]:
+    """x, y (n, P): examples of two distributions -> "singles" and "pairs", jackknife pseudo-values of GROUPS groups.
+
+    With m the number of positions where two examples agree, E m(x, x') + E m(y, y') - 2 E m(x, y) is the sum over
+    positions of the squared distance. With m (m - 1) it is the sum over pairs. No example is compared with itself.
+    """
+    p = x.shape[1]
+    hot = F.one_hot(torch.cat([x, y]), v).flatten(1).float().unflatten(0, (2 * GROUPS, -1))  # (2 G, n / G, P V)
+    pairs = (hot.transpose(1, 2) @ hot).flatten(1)  # (2 G, (P V)^2)
+    agree = hot.sum(1).double() @ hot.sum(1).double().T  # (2 G, 2 G) sum of m over the examples of two groups
+    squared = sum(part.double() @ part.double().T for part in pairs.split(2**16, 1))  # the same of m^2
+
+    def distance(groups: Tensor, sums: Tensor, itself: int) -> float:
+        n = len(groups) * len(x) // GROUPS
+        within = sum(sums[g][:, g].sum() - n * itself for g in (groups, groups + GROUPS)) / (n * (n - 1))
+        return (within - 2 * sums[groups][:, groups + GROUPS].sum() / n**2).item()
+
+    found = {}
+    for name, sums, positions in (("singles", agree, p), ("pairs", squared - agree, p * (p - 1))):
+        every = torch.arange(GROUPS)
+        without = torch.tensor([distance(every[every != g], sums, positions) for g in every], dtype=torch.double)
+        values = jackknife(distance(every, sums, positions), without)
+        found[name] = (values / max(positions, 1)).tolist()
+    return found
+
+
+class WorldEvaluator:
+    """Measures samplers of an exact world. All of them see the same truth and the same seeds."""
+
+    titles: ClassVar = {
+        "kl": "KL(p || q), nats a token",
+        "excess_nll": "excess NLL, nats a token",
+        "singles": "squared distance of single tokens",
+        "pairs": "squared distance of token pairs",
+    }
+
+    def __init__(self, world: World, samples: int = 4096, seed: int = 0):
+        check_samples(samples)
+        self.world, self.seed = world, seed
+        self.grid, self.codebook_size = world.grid, world.v
+        name = f"{type(world).__name__} {world.grid[0]}x{world.grid[1]}, {world.v} codes"
+        self.about = {"target": name, "samples": samples, "seed": seed}
+        self.x = world.sample(samples, self._generator(0))
+        self.log_p = world.log_prob(self.x)
+        entropy, error = world.entropy(self.x)
+        self.minus_entropy = self.log_p if error else -entropy  # an estimated entropy is compared group by group
+        positions = torch.randperm(world.n, generator=self._generator(1))[: max(2, 1024 // world.v)]
+        self.positions = positions.sort().values  # where marginals are compared; limits the memory
+
+    def __call__(self, **sampling: Any) -> Outcome:
+        """Arguments of `decode` -> the metrics; "kl" only where q is a product along a path."""
+        world, parts = self.world, []
+        for i, start in enumerate(torch.full_like(self.x, world.mask_id).split(world.batch)):
+            steps = decode(world, start, mask_id=world.mask_id, generator=self._generator(4 + i), **sampling)
+            parts.append(run(steps, sampling.get("remask")))
+        y = torch.cat([tokens for tokens, _ in parts])
+        groups = {"excess_nll": self._grouped(self.minus_entropy - world.log_prob(y))}
+        groups |= marginal_distances(self.x[:, self.positions], y[:, self.positions], world.v)
+        nfe = sum(n for _, n in parts) / len(y)
+        get = sampling.get
+        plain = not get("remask") and get("top_k") is None and get("sampling_temperature", 1) == 1
+        if not plain or not ignores_drawn(sampling["order"], world.n, world.v):
+            return Outcome(nfe, groups)
+        log_q, when = self._paths(self.x, sampling, 2)
+        other_seed = self._paths(self.x[:64], sampling, 3)[1]
+        return Outcome(nfe, {"kl": self._grouped(self.log_p - log_q), **groups}, not other_seed.equal(when[:64]))
+
+    def _paths(self, x: Tensor, sampling: dict[str, Any], stream: int) -> list[Tensor]:
+        sampling = {**sampling, "generator": self._generator(stream)}
+        paths = [path_log_q(self.world, part, **sampling) for part in x.split(self.world.batch)]
+        return [torch.cat(parts) for parts in zip(*paths, strict=True)]
+
+    def _grouped(self, each: Tensor) -> list[float]:
+        return (each / self.world.n).view(GROUPS, -1).mean(1).tolist()
+
+    def _generator(self, stream: int) -> torch.Generator:
+        return torch.Generator().manual_seed(1_000_003 * self.seed + stream)
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+class Evaluator(Protocol):
+    """What `compare` asks: `WorldEvaluator`, an evaluator of `lab_models.py`, or one of your own.
+
+    titles: metric -> axis title. about: "target", and what else the values depend on.
+    """
+
+    grid: tuple[int, int]
+    codebook_size: int
+    titles: dict[str, str]
+    about: dict[str, Any]
+
+    def __call__(self, **sampling: Any) -> Outcome: ...
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One sampler of the grid and what was measured of it."""
+    """One sampler and its metrics. Two cells are compared group by group, since they share their samples."""
 
     schedule: str
     order: str
     steps: int
-    passes: float
+    nfe: float
     groups: dict[str, list[float]]
     bound: bool
 
-    def __getitem__(self, measure: str) -> Estimate:
+    def __getitem__(self, metric: str) -> Estimate:
         """cell["kl"] -> its mean and 95% interval."""
-        return estimate(self.groups[measure])
-
-
-def difference(a: Cell, b: Cell, measure: str) -> Estimate:
-    """a - b with its interval, group by group, since both saw the same samples."""
-    return estimate([x - y for x, y in zip(a.groups[measure], b.groups[measure], strict=True)])
-
-
-def compare(
-    target: "World | Muse | Judge",
-    schedules: Iterable[str] | Mapping[str, Any] = ("cosine",),
-    orders: Iterable[str] | Mapping[str, str | Order] = ("confidence",),
-    steps: Iterable[int] = (4, 8, 16),
-    *,
-    presets: Iterable[str] = (),
-    samples: int | None = None,
-    seed: int = 0,
-    out: str | Path | None = None,
-    **sampling: Any,
-) -> "Report":
-    """Measure every schedule x order x steps, and every preset x steps, in a world, a Muse, or by a Judge of your own.
-
-    Schedules and orders are names, or names with functions; an adaptive rule is a schedule, "bound0.5" the
-    entropy-bounded one of 0.5 nats. `samples` are 4096 in a world, 512 pictures of a Muse; a Judge brings its own and
-    its own seed. `sampling` is what `decode` takes besides. With `out`, finished cells are kept there and used again
-    where all settings are the same; a cell with functions of your own, but curves, is always measured anew, since code
-    cannot be compared.
-    """
-    judge = _judge(target, samples, seed)
-    trials = [
-        _trial(judge, name, other, t, schedule, order, sampling)
-        for name, schedule in _named(schedules).items()
-        for other, order in _named(orders).items()
-        for t in steps
-    ] + [_preset(judge, name, t, sampling) for name in presets for t in steps]
-    if not trials:
-        raise ValueError("nothing to compare: give at least one schedule, order and number of steps, or a preset")
-    about = {"minimuse": __version__, "torch": str(torch.__version__), **judge.identity()}
-    plain = all(isinstance(v, str | int | float | tuple | None) for v in sampling.values())
-    cells = []
-    for label, settings, key in trials:
-        kept = out and key and plain and Path(out) / "cells" / f"{content_hash(about, key, sampling)[:24]}.json"
-        if kept and kept.is_file():
-            outcome = Outcome(**json.loads(kept.read_text(encoding="utf-8")))
-        else:
-            outcome = judge(**settings)
-            if kept:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(kept, json.dumps(outcome._asdict()))
-        cells.append(Cell(*label, *outcome))
-    about |= {"python": platform.python_version(), "sampling": {k: repr(v) for k, v in sampling.items()}}
-    return Report(cells, dict(judge.titles), about)
+        return mean_interval(self.groups[metric])
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `compare` found: `cells`, and `about`, all that they depend on."""
+    """What `compare` measured: the cells, and what they depend on."""
 
     cells: list[Cell]
     titles: dict[str, str]
@@ -118,165 +211,152 @@ class Report:
         raise KeyError(f"no cell {key}; there are {[(c.schedule, c.order, c.steps) for c in self.cells]}")
 
     def table(self, against: tuple[str, str] | None = None) -> str:
-        """Markdown: a line a cell, 95% intervals; "<=" marks a KL that is an upper bound.
+        """A Markdown table with 95% intervals; "<=" marks a KL that is an upper bound.
 
-        against a (schedule, order): each cell less that one's in as many steps, paired, in bold where 0 is left out.
+        against a (schedule, order): paired differences to its cell with as many steps, bold where they exclude 0.
         """
-        lines = [["schedule", "order", "steps", "passes", *self.titles]]
+        lines = [["schedule", "order", "steps", "NFE", *self.titles]]
         for c in self.cells:
             base = against and self[(*against, c.steps)]
             if c is not base:
-                shown = (_shown(c, m, base) for m in self.titles)
-                lines.append([c.schedule, c.order, str(c.steps), f"{c.passes:.1f}", *shown])
+                shown = [_shown(c, metric, base) for metric in self.titles]
+                lines.append([c.schedule, c.order, str(c.steps), f"{c.nfe:.1f}", *shown])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = ["| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in lines]
         rows.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
         return "\n".join(rows)
 
-    def plot(self, ax=None, measure: str | None = None):
-        """A measure against the mean forward passes, 95% bars -> the axes. Dashes are schedules, colours orders.
-
-        Of one order, colours are schedules too. Those whose names begin with "bound" make one line, a point a bound.
-        """
+    def plot(self, ax: Any = None, metric: str | None = None) -> Any:
+        """A metric over the NFE, with 95% intervals -> the axes. Schedules named "bound..." form one line."""
         import matplotlib.pyplot as plt
 
-        measure = measure or next(m for m in self.titles if any(m in c.groups for c in self.cells))
-        cells = [c for c in self.cells if measure in c.groups]
-        if not cells:
-            raise ValueError(f"no cell has measured {measure!r}; known: {', '.join(self.titles)}")
-        lines: dict[tuple[str, str], list[Cell]] = {}
-        for c in cells:
-            name = "entropy bounds" if c.schedule.startswith("bound") else c.schedule
-            lines.setdefault((c.order or name, name), []).append(c)
-        many = len(lines) > 8  # the legend goes outside
-        ax = ax or plt.subplots(figsize=(9 if many else 6, 4), layout="constrained")[1]
-        colours, dashes = (list(dict.fromkeys(names)) for names in zip(*lines, strict=True))
-        for (order, name), points in lines.items():
-            points, i = sorted(points, key=lambda c: c.passes), dashes.index(name)
-            mean, half = zip(*(c[measure] for c in points), strict=True)
-            bound = " (upper bound)" if measure == "kl" and any(c.bound for c in points) else ""
-            hue = colours.index(order) if len(colours) > 1 else i
-            look = {"color": f"C{hue}", "marker": "osD^vP"[i % 6], "ls": ("-", "--", ":", "-.")[i % 4]}
-            look |= {"label": ", ".join(dict.fromkeys((order, name))) + bound, "capsize": 3, "ms": 4, "lw": 1.4}
-            ax.errorbar([c.passes for c in points], mean, half, **look)
-        _scales(ax, cells, measure)
-        ax.set(xlabel="forward passes a picture", ylabel=self.titles[measure])
-        ax.set_title(f"{self.about['target']}", fontsize=10)
-        ax.grid(alpha=0.25)
-        outside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}
-        ax.legend(fontsize=7, frameon=False, handlelength=3.5, **outside)
+        metric = metric or next(m for m in self.titles if any(m in c.groups for c in self.cells))
+        lines: dict[str, list[Cell]] = {}
+        for c in sorted(self.cells, key=lambda c: c.nfe):
+            schedule = "entropy bounds" if c.schedule.startswith("bound") else c.schedule
+            bound = " (upper bound)" if metric == "kl" and c.bound else ""
+            label = f"{c.order}, {schedule}{bound}".removeprefix(", ")
+            if metric in c.groups:
+                lines.setdefault(label, []).append(c)
+        if not lines:
+            raise ValueError(f"no cell has the metric {metric!r}; known: {', '.join(self.titles)}")
+        ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
+        values, margins = [], []
+        for i, (label, cells) in enumerate(lines.items()):
+            mean, margin = zip(*((c[metric].value, c[metric].margin) for c in cells), strict=True)
+            style = {"marker": "osD^vP"[i % 6], "ls": ("-", "--", ":", "-.")[i % 4], "capsize": 3, "ms": 4, "lw": 1.4}
+            ax.errorbar([c.nfe for c in cells], mean, margin, label=label, **style)
+            values += mean
+            margins += margin
+        typical = sorted(margins)[len(margins) // 2]
+        if min(values) > -typical and max(values) > 10 * max(min(values), typical):  # spans a power of ten
+            ax.set_yscale("symlog", linthresh=max(typical, 1e-9))
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel="NFE (forward passes of an image)", ylabel=self.titles[metric], title=self.about["target"])
+        ax.legend(fontsize=7, frameon=False)
         return ax
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """report.json, report.csv, report.md, and MEASURE.png and .pdf. FileExistsError where a figure would be lost:
-        a report may replace one whose every cell it holds."""
+        """Write report.json, report.md and METRIC.png. FileExistsError where the folder holds a report."""
         import matplotlib.pyplot as plt
 
         folder = Path(folder)
-        measures = [m for m in self.titles if any(m in c.groups for c in self.cells)]
-        cells = [asdict(c) for c in self.cells]
         if not overwrite:
-            figures = [f"{m}.{ending}" for m in measures for ending in ("png", "pdf")]
-            _refuse_loss(folder, ["report.json", "report.csv", "report.md", *figures], cells)
-        for measure in measures:
-            figure = self.plot(measure=measure).figure
-            folder.mkdir(parents=True, exist_ok=True)
-            for ending in ("png", "pdf"):
-                figure.savefig(folder / f"{measure}.{ending}", dpi=160)
+            refuse_report(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for metric in {m: None for c in self.cells for m in c.groups}:
+            figure = self.plot(metric=metric).figure
+            figure.savefig(folder / f"{metric}.png", dpi=160)
             plt.close(figure)
-        with open(folder / "report.csv", "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(["schedule", "order", "steps", "passes", "measure", "mean", "low", "high", "upper bound"])
-            for c in self.cells:
-                for m, (mean, half) in ((m, c[m]) for m in c.groups):
-                    bound = c.bound and m == "kl"
-                    rows.writerow([c.schedule, c.order, c.steps, c.passes, m, mean, mean - half, mean + half, bound])
         atomic_write(folder / "report.md", self.table() + "\n")
-        values = {"about": self.about, "titles": self.titles, "cells": cells}
-        atomic_write(folder / "report.json", json.dumps(values, indent=1) + "\n")
+        atomic_write(folder / "report.json", json.dumps(asdict(self), indent=1) + "\n")
         return folder
 
 
-def _shown(cell: Cell, measure: str, base: Cell | None = None) -> str:
-    """A figure and its interval as text, or its difference to that of `base`; "" where it was not measured."""
-    if measure not in cell.groups or (base and measure not in base.groups):
+def refuse_report(folder: Path) -> None:
+    """FileExistsError where a folder holds a report."""
+    if (folder / "report.json").exists():
+        raise FileExistsError(f"{folder} holds another report; give another folder, or overwrite it")
+
+
+def _shown(cell: Cell, metric: str, base: Cell | None = None) -> str:
+    """A value and its interval as text, or the difference to the value of `base`; "" where one was not measured."""
+    if metric not in cell.groups or (base and metric not in base.groups):
         return ""
-    mean, half = difference(cell, base, measure) if base else cell[measure]
+    found = paired_difference(cell.groups[metric], base.groups[metric]) if base else cell[metric]
+    half = found.margin
     digits = min(7, max(2, 1 - math.floor(math.log10(half)))) if half > 0 else 4
-    text = f"{round(mean, digits) + 0.0:.{digits}f} ± {half:.{digits}f}"
+    text = f"{round(found.value, digits) + 0.0:.{digits}f} ± {half:.{digits}f}"
     if base:
-        return f"**{text}**" if abs(mean) > max(half, 1e-5) else text
-    return f"<= {text}" if cell.bound and measure == "kl" else text
+        return f"**{text}**" if abs(found.value) > max(half, 1e-5) else text
+    return f"<= {text}" if cell.bound and metric == "kl" else text
 
 
-def _scales(ax: Any, cells: list[Cell], measure: str) -> None:
-    """Passes in powers of two; a distance that spans a power of ten in powers of ten, down to what tells from 0."""
-    values = [c[measure] for c in cells]
-    typical = sorted(v.half for v in values)[len(values) // 2]
-    least, most = min(v.mean for v in values), max(v.mean for v in values)
-    if least > -typical and most > 10 * max(least, typical):
-        ax.set_yscale("symlog", linthresh=max(typical, 1e-9))
-        lowest, highest = min(v.mean - v.half for v in values), max(v.mean + v.half for v in values)
-        ax.set_ylim(min(0, lowest) - typical / 5, 1.5 * highest)
-    if least - typical < 0 or most > 10 * least:
-        ax.axhline(0, color="0.6", lw=0.8, zorder=0)
-    ax.set_xscale("log", base=2)
-    ticks = sorted({c.steps for c in cells if c.passes == c.steps} or {round(c.passes) for c in cells})
-    ax.set_xticks(ticks, [str(t) for t in ticks])
-    ax.minorticks_off()
+def compare(
+    target: "World | Muse | Evaluator",
+    schedules: Iterable[str] | Mapping[str, Any] = ("cosine",),
+    orders: Iterable[str] | Mapping[str, str | Order] = ("confidence",),
+    steps: Iterable[int] = (4, 8, 16),
+    *,
+    presets: Iterable[str] = (),
+    samples: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    **sampling: Any,
+) -> Report:
+    """Measure every schedule x order x steps, and every preset x steps, in a world, in a Muse, or by an Evaluator.
+
+    Schedules and orders are names, or a mapping of names to functions. An adaptive rule is a schedule; "bound0.5" is
+    `entropy_bound(0.5)`. `samples` defaults to 4096 in a world and to 512 images of a Muse; an Evaluator brings its own
+    samples and seed. `sampling` goes to `decode`. `out` is a folder for the report, which must not hold another one.
+    """
+    if out:
+        refuse_report(Path(out))
+    evaluator = _evaluator(target, samples, seed)
+    grid, v = evaluator.grid, evaluator.codebook_size
+    trials = {
+        (name, order_name, t): {"schedule": schedule, "order": order, "steps": t}
+        for name, schedule in _named(schedules).items()
+        for order_name, order in _named(orders).items()
+        for t in steps
+    }
+    trials |= {(f"as {name}", "", t): preset_settings(name, math.prod(grid), v, t) for name in presets for t in steps}
+    if not trials:
+        raise ValueError("nothing to compare: give at least one schedule, order and number of steps, or a preset")
+    trials = {label: _resolved(settings, grid) | sampling for label, settings in trials.items()}  # all, then measure
+    cells = [Cell(*label, *evaluator(**settings)) for label, settings in trials.items()]
+    about = {**evaluator.about, "minimuse": __version__, "torch": str(torch.__version__)}
+    report = Report(cells, dict(evaluator.titles), about | {"sampling": {k: repr(v) for k, v in sampling.items()}})
+    if out:
+        report.save(out)
+    return report
 
 
-def _refuse_loss(folder: Path, files: list[str], cells: list[dict[str, Any]]) -> None:
-    """FileExistsError where a file would go whose figures are not all among `cells`."""
-    if not (there := [f for f in files if (folder / f).exists()]):
-        return
-    try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        if all(c in cells for c in report["cells"]):
-            return
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise FileExistsError(f"{folder} holds another report ({there[0]}); give another folder, or overwrite it")
-
-
-# --- the grid ---------------------------------------------------------------------------------------------------------
-
-Trial = tuple[tuple[str, str, int], dict[str, Any], dict[str, Any] | None]  # label, for `decode`, what it depends on
-
-
-def _judge(target: Any, samples: int | None, seed: int) -> Judge:
+def _evaluator(target: Any, samples: int | None, seed: int) -> Evaluator:
     if isinstance(target, World):
-        return WorldJudge(target, samples or 4096, seed)
-    if hasattr(target, "generate"):  # a Muse; only now are networks imported
-        from minimuse.lab_models import MuseJudge
+        return WorldEvaluator(target, samples or 4096, seed)
+    if hasattr(target, "generate"):  # a Muse; networks are imported only here
+        from minimuse.lab_models import MuseEvaluator
 
-        return MuseJudge(target, samples or 512, seed)
+        return MuseEvaluator(target, samples or 512, seed)
     return target
 
 
 def _named(x: Iterable[str] | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Names -> each its own; a mapping as it is. A lone name is one name, not its letters."""
+    """Names -> a mapping of each name to itself; one string is one name."""
     return x if isinstance(x, Mapping) else {name: name for name in ([x] if isinstance(x, str) else x)}
 
 
-def _trial(judge: Judge, name: str, other: str, t: int, schedule: Any, order: Any, sampling: dict[str, Any]) -> Trial:
-    """Checks both before anything is measured; functions other than curves have no key."""
+def _resolved(settings: dict[str, Any], grid: tuple[int, int]) -> dict[str, Any]:
+    """Check a schedule and an order, and replace names that depend on the grid by functions."""
+    schedule, order = settings["schedule"], settings["order"]
     if isinstance(schedule, str) and schedule.startswith("bound"):
-        rule, mark = entropy_bound(float(schedule.removeprefix("bound"))), schedule
-    elif is_adaptive(schedule):
-        rule, mark = schedule, None
-    else:
-        rule = get_schedule(schedule, judge.n)
-        mark = reveal_counts(judge.n, t, rule)
+        schedule = entropy_bound(float(schedule.removeprefix("bound")))
+    elif not is_adaptive(schedule):
+        schedule = get_schedule(schedule, math.prod(grid))
+        reveal_counts(math.prod(grid), settings["steps"], schedule)  # checks the curve
     if isinstance(order, str) and order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; known: {', '.join(ORDERS)}; or a mapping of names to functions")
-    key = {"schedule": mark, "order": order, "steps": t} if mark and isinstance(order, str) else None
-    by = judge.order(order) if isinstance(order, str) else order
-    return (name, other, t), {"schedule": rule, "order": by, **sampling, "steps": t}, key
-
-
-def _preset(judge: Judge, name: str, t: int, sampling: dict[str, Any]) -> Trial:
-    settings = {**variants.settings(name, judge.n, judge.v, t), **sampling}
-    if isinstance(settings["order"], str):
-        settings["order"] = judge.order(settings["order"])
-    return (f"as {name}", "", t), settings, {"preset": name, "steps": t}
+    if order == "halton" and grid[0] != grid[1]:
+        order = by_rank(halton_rank(*grid))
+    return {**settings, "schedule": schedule, "order": order}

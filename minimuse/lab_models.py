@@ -1,152 +1,126 @@
-"""What a sampler costs in a trained model: are its pictures right, and do they look like real ones?
+"""Samplers of a trained model: are its images right, and do they look like real ones?
 
-    MuseJudge     the base model of a Muse alone, its low-resolution pictures of held-out scenes
-        accuracy  share of pictures that have everything their prompt names (`eval_detector.py`, `eval_prompts.py`)
-        frechet   Frechet distance of the detector's features to those of renders of the very scenes
-    AmusedJudge   published weights, on the captions of a folder of pictures (extras `amused`, `metrics`)
-        clip      CLIP score, the mean cosine of picture and prompt
-        fid       Frechet distance of Inception's features to those of the folder's pictures
+    MuseEvaluator     the base model of a Muse, on prompts of held-out scenes
+        accuracy  fraction of images with everything that the prompt names (`eval_detector.py`, `eval_prompts.py`)
+        frechet   Frechet distance between detector features of the images and of renders of the same scenes
+    AmusedEvaluator   published weights, on the captions of an image folder (extras `amused`, `metrics`)
+        clip      CLIP score, the mean cosine similarity of image and prompt
+        fid       Frechet distance between Inception features of the images and of the folder
 
-Picture i has prompt i and seed i in every cell, so that cells compare pair by pair. As in `judge.py` each measure is
-kept as GROUPS values: means of groups, or jackknife pseudo-values of the distance, whose mean is free of a bias c / n.
-That asks for n well above the number of features (192 of the detector); with fewer, compare only equal n. Where all
-pictures are right, or all wrong, the accuracy's interval is 0: no error can be seen, and `eval_metrics.proportion_interval` does better.
-Not here: the whole cascade and its prompt sets, the comparison of many samplers (`lab.py`).
+Image i has the same prompt and seed for every sampler, so samplers are compared in pairs. A metric has GROUPS values:
+group means of the score, or jackknife pseudo-values of the distance, whose mean has no bias c / n. That needs more
+images than features (192 of the detector). Where all images are right, or none, the interval of the accuracy is 0: no
+error is visible, and `eval_metrics.proportion_interval` is better.
+Not here: the whole cascade (`eval_run.py`), the comparison of many samplers (`lab.py`).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from minimuse.cfg import guided
 from minimuse.data_images import area_downsample
-from minimuse.data_sources import Problems, SceneDataset
+from minimuse.data_sources import FolderDataset, Problems, SceneDataset
 from minimuse.eval_detector import Detector
-from minimuse.eval_metrics import Features, frechet_distance, in_batches, inception_features
+from minimuse.eval_metrics import Features, frechet_distance, in_batches, inception_features, jackknife
 from minimuse.eval_prompts import matches, parse_prompt
-from minimuse.judge import GROUPS, Outcome, check_samples, drawn
-from minimuse.muse import Muse, sampling_settings
-from minimuse.sampler import Order
-from minimuse.utils import content_hash
+from minimuse.lab_samplers import GROUPS, Outcome, check_samples, run
+from minimuse.muse import Muse
+from minimuse.sampler import decode
 
 if TYPE_CHECKING:
     from minimuse.amused import Amused
 
-Scorer = Callable[[Tensor, Sequence[str]], Tensor]  # images (B, 3, H, W), B prompts -> (B,), more is better
+Scorer = Callable[[Tensor, Sequence[str]], Tensor]  # images (B, 3, H, W), B prompts -> (B,), higher is better
 
 
-def jackknife(statistic: Callable[[Tensor], float], rows: Tensor) -> list[float]:
-    """Rows (n, ...) -> GROUPS pseudo-values G S - (G - 1) S(all but one group): S without its bias c / n, their mean.
+class ModelEvaluator:
+    """Measures samplers of a model on fixed prompts and seeds, against real images (n, 3, H, W).
 
-    G divides n.
+    A subclass defines `titles` (of the score, then of the distance), `grid`, `codebook_size` and `draw`.
     """
-    parts, whole = rows.chunk(GROUPS), statistic(rows)
-    without = [statistic(torch.cat(parts[:g] + parts[g + 1 :])) for g in range(GROUPS)]
-    return [GROUPS * whole - (GROUPS - 1) * s for s in without]
 
-
-def right(detector: Detector) -> Scorer:
-    """-> images, prompts -> (B,), 1.0 where the picture has everything that its prompt names."""
-
-    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        seen = zip(detector.detect(images), prompts, strict=True)
-        return torch.tensor([float(matches(reading, parse_prompt(p)).right) for reading, p in seen])
-
-    return score
-
-
-class PictureJudge:
-    """Prompts with a seed each, a scorer, real pictures to be like. A subclass draws, and names both measures."""
-
-    n: int
-    v: int
-    titles: dict[str, str]
+    titles: ClassVar[dict[str, str]]
 
     def __init__(self, prompts: list[str], real: Tensor, score: Scorer, features: Features, seed: int, batch: int):
         check_samples(len(prompts))
-        self.prompts, self.score, self.features, self.seed, self.batch = prompts, score, features, seed, batch
-        self.real, level = in_batches(features, real), in_batches(score, real, prompts)  # (n, D), (n,)
-        self.about = {"pictures": len(prompts), "seed": seed, "prompts": content_hash(prompts)[:16]}
-        # rounded, since threads add up in another order: what tells a scorer, features and pictures from others
-        levels = {next(iter(self.titles)): level, "features": self.real}
-        self.about["real pictures"] = {k: round(x.double().mean().item(), 4) for k, x in levels.items()}
+        self.prompts, self.seed, self.batch = prompts, seed, batch
+        self.score, self.features = score, features
+        self.real = in_batches(features, real)  # (n, D)
+        level = round(in_batches(score, real, prompts).double().mean().item(), 4)
+        self.about = {"samples": len(prompts), "seed": seed, "real images": {next(iter(self.titles)): level}}
 
-    def order(self, name: str) -> str | Order:
-        """Grids are square here, as `sampler.halton` asks."""
-        return name
-
-    def draw(self, prompts: list[str], sampling: dict[str, Any], draws: Any) -> tuple[Tensor, int]:
-        """B prompts, B generators -> images (B, 3, H, W) in [-1, 1], and their forward passes."""
+    def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
+        """B prompts, a seed each -> images (B, 3, H, W) in [-1, 1], and the forward passes of all of them together."""
         raise NotImplementedError
 
     @torch.no_grad()
     def __call__(self, **sampling: Any) -> Outcome:
-        """What `draw` takes -> the groups' means of the score, and the distance's pseudo-values."""
-        scores, seen, passes = [], [], 0
+        """Settings of the sampler -> the groups' means of the score, and pseudo-values of the distance."""
+        scores, features, nfe = [], [], 0
         for start in range(0, len(self.prompts), self.batch):
             prompts = self.prompts[start : start + self.batch]
-            draws = [torch.Generator().manual_seed(1_000_003 * self.seed + start + i) for i in range(len(prompts))]
-            images, took = self.draw(prompts, sampling, draws)
+            seeds = [1_000_003 * self.seed + start + i for i in range(len(prompts))]
+            images, passes = self.draw(prompts, seeds, sampling)
             scores.append(self.score(images, prompts).double().cpu())
-            seen.append(self.features(images).cpu())
-            passes += took
-        each = torch.cat(scores).view(GROUPS, -1).mean(1).tolist()
-        distances = jackknife(lambda fake: frechet_distance(self.real, fake), torch.cat(seen))
-        return Outcome(passes / len(self.prompts), dict(zip(self.titles, (each, distances), strict=True)))
+            features.append(self.features(images).cpu())
+            nfe += passes
+        fake = torch.cat(features)
+        parts = fake.chunk(GROUPS)
+        rest = [torch.cat(parts[:g] + parts[g + 1 :]) for g in range(GROUPS)]
+        without = torch.tensor([frechet_distance(self.real, x) for x in rest], dtype=torch.double)
+        distances = jackknife(frechet_distance(self.real, fake), without).tolist()
+        means = torch.cat(scores).view(GROUPS, -1).mean(1).tolist()
+        return Outcome(nfe / len(self.prompts), dict(zip(self.titles, (means, distances), strict=True)))
 
 
-class MuseJudge(PictureJudge):
-    """Samplers of a Muse's base model. Choice: of it alone, since it decides what is where, at a fraction of the cost.
+class MuseEvaluator(ModelEvaluator):
+    """The base model of a Muse. Choice: without super-resolution, as the base model decides what is where.
 
-    The prompts are captions of `samples` scenes of split "test" with one or two things. What a sampler does not say
-    comes from the checkpoint: guidance, temperature, and the ranking noise where the order is the checkpoint's own.
+    The prompts are captions of `samples` scenes of the split "test" with one or two objects. Guidance, temperature and,
+    for the checkpoint's own order, the ranking noise come from the checkpoint, unless the sampler sets them.
     """
 
     titles: ClassVar = {
-        "accuracy": "pictures with all that is asked for",
+        "accuracy": "fraction of images with everything asked for",
         "frechet": "Frechet distance of detector features",
     }
 
     def __init__(self, muse: Muse, samples: int = 512, seed: int = 0, batch: int = 64):
         check_samples(samples)
-        side, low = (getattr(muse.config, f"{name}_tokenizer").image_size for name in ("high", "low"))
-        scenes = SceneDataset(samples, side, "test", seed, fractions=(1, 1, 0), k=1)
-        detector, prompts = Detector.from_pretrained().to(muse.device), [scenes.captions(i)[0] for i in range(samples)]
-        super().__init__(
-            prompts, area_downsample(scenes.images(), side // low), right(detector), detector.features, seed, batch
-        )
-        self.muse, self.n, self.v = muse, muse.config.base.tokens, muse.config.base.codebook_size
+        detector = Detector.from_pretrained().to(muse.device)
+        size, low = muse.config.high_tokenizer.image_size, muse.config.low_tokenizer.image_size
+        scenes = SceneDataset(samples, size, "test", seed, fractions=(1, 1, 0), k=1)
+        prompts = [scenes.captions(i)[0] for i in range(samples)]
 
-    def identity(self) -> dict[str, Any]:
-        muse = self.muse
-        parts = [muse.base.state_dict(), muse.low_tokenizer.state_dict(), asdict(muse.config.base_sampling)]
-        weights = content_hash(*parts, muse.config.text_encoder)[:16]
-        return {"target": f"{muse.config.name}, base model alone", "weights": weights, **self.about}
+        def accuracy(images: Tensor, prompts: Sequence[str]) -> Tensor:
+            found = zip(detector.detect(images), prompts, strict=True)
+            return torch.tensor([float(matches(detections, parse_prompt(p)).right) for detections, p in found])
 
-    def draw(self, prompts: list[str], sampling: dict[str, Any], draws: Any) -> tuple[Tensor, int]:
-        """B prompts -> the base model's images (B, 3, H, W), and how many forward passes they took."""
-        muse, base = self.muse, self.muse.base
-        text, null = muse.contexts([{"prompt": p, "negative_prompt": None} for p in prompts])
-        t, sampling = sampling_settings(muse.config.base_sampling, sampling)
-        logits_fn = guided(base, base.memory(text), base.memory(null), t)
-        start = torch.full((len(prompts), self.n), base.mask_id, device=muse.device)
-        tokens, passes = drawn(logits_fn, start, base.mask_id, generator=draws, **sampling)
-        return muse.low_tokenizer.decode(tokens).float(), passes
+        real = area_downsample(scenes.images(), size // low)
+        super().__init__(prompts, real, accuracy, detector.features, seed, batch)
+        self.muse = muse
+        self.grid = (muse.config.base.grid,) * 2
+        self.codebook_size = muse.config.base.codebook_size
+        self.about["target"] = f"{muse.config.name}, base model"
+
+    def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
+        jobs = [{"prompt": p, "negative_prompt": None, "seed": s} for p, s in zip(prompts, seeds, strict=True)]
+        tokens, nfe = run(self.muse.decode_base(jobs, **sampling), sampling.get("remask"))
+        return self.muse.low_tokenizer.decode(tokens).float(), nfe
 
 
-class AmusedJudge(PictureJudge):
-    """Samplers of published weights, against the first `samples` pictures of a captioned folder (`data_sources.py`).
+class AmusedEvaluator(ModelEvaluator):
+    """Published weights, against the first `samples` images of a captioned folder (`data_sources.py`).
 
-    score: such as `ClipScorer(name)`; features: Inception's by default. A picture's first caption is its prompt.
-    guidance is constant at t = 9 unless a sampler says so; the ranking noise is aMUSEd's where none is given and the
-    order is "confidence".
+    score: such as `ClipScorer(name)`. features: Inception by default. The first caption of an image is its prompt. The
+    guidance is t = 9 unless the sampler sets it. For the order "confidence" the default ranking noise is aMUSEd's.
     """
 
-    titles: ClassVar = {"clip": "CLIP score", "fid": "FID to the folder's pictures"}
+    titles: ClassVar = {"clip": "CLIP score", "fid": "FID to the images of the folder"}
 
     def __init__(
         self,
@@ -158,33 +132,29 @@ class AmusedJudge(PictureJudge):
         seed: int = 0,
         batch: int = 16,
     ):
-        from minimuse.data_sources import FolderDataset
-
         check_samples(samples)
         grid = amused.transformer.config.sample_size
-        source, found = FolderDataset(folder), []
-        for part in range(source.parts):
-            found += source.read(part, grid * amused.tokenizer.downsampling, Problems()) if len(found) < samples else ()
+        source, size = FolderDataset(folder), grid * amused.tokenizer.downsampling
+        every = (example for part in range(source.parts) for example in source.read(part, size, Problems()))
+        found = list(islice(every, samples))
         if len(found) < samples:
-            raise ValueError(
-                f"{folder} holds {len(found)} usable pictures; give samples={len(found) // GROUPS * GROUPS}"
-            )
-        real = torch.stack([e.image for e in found[:samples]])
-        prompts, features = [e.captions[0] for e in found[:samples]], features or inception_features()
-        super().__init__(prompts, real, score, features, seed, batch)
-        self.amused, self.n, self.v = amused, grid**2, amused.tokenizer.codebook_size
+            raise ValueError(f"{folder} holds {len(found)} images; give samples={len(found) // GROUPS * GROUPS}")
+        real = torch.stack([e.image for e in found])
+        prompts = [e.captions[0] for e in found]
+        super().__init__(prompts, real, score, features or inception_features(), seed, batch)
+        self.amused = amused
+        self.grid = (grid, grid)
+        self.codebook_size = amused.tokenizer.codebook_size
+        self.about["target"] = "aMUSEd"
 
-    def identity(self) -> dict[str, Any]:
-        return {"target": "aMUSEd", "weights": content_hash(self.amused.state_dict())[:16], **self.about}
-
-    def draw(self, prompts: list[str], sampling: dict[str, Any], draws: Any) -> tuple[Tensor, int]:
-        """B prompts -> images of the published weights (B, 3, H, W), and how many forward passes they took."""
+    def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
         from minimuse.amused import settings
 
-        amused, how = self.amused, dict(sampling)
-        if how.get("order") == "confidence":
-            how.setdefault("choice_temperature", settings(how["steps"])["choice_temperature"])
-        logits_fn = amused.logits_fn(prompts, guidance=how.pop("guidance", 9.0))
-        start = torch.full((len(prompts), self.n), amused.mask_id, device=amused.transformer.device)
-        tokens, passes = drawn(logits_fn, start, amused.mask_id, generator=draws, **how)
-        return amused.decode(tokens).float(), passes
+        amused = self.amused
+        sampling = {"guidance": 9.0, **sampling, "generator": [torch.Generator().manual_seed(s) for s in seeds]}
+        if sampling.get("order") == "confidence":
+            sampling.setdefault("choice_temperature", settings(sampling["steps"])["choice_temperature"])
+        logits_fn = amused.logits_fn(prompts, guidance=sampling.pop("guidance"))
+        start = torch.full((len(prompts), self.grid[0] ** 2), amused.mask_id, device=amused.transformer.device)
+        tokens, nfe = run(decode(logits_fn, start, mask_id=amused.mask_id, **sampling), sampling.get("remask"))
+        return amused.decode(tokens).float(), nfe

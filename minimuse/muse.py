@@ -211,11 +211,15 @@ class Muse:
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
         """Write config.json, model.safetensors and a model card (README.md); `dtype` None keeps the weights' dtype.
 
-        A low tokenizer that others published is named in config.json, not stored.
+        A published low tokenizer is named in config.json, not stored. ValueError if the weights do not fit the config.
         """
-        weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in self.parts.state_dict().items()}
+        parts = nn.ModuleDict(self.parts)
+        with torch.device("meta"):
+            expected = build(self.config)
         if self.config.low_tokenizer_from:
-            weights = {k: v for k, v in weights.items() if not k.startswith("low_tokenizer.")}
+            del parts["low_tokenizer"], expected["low_tokenizer"]
+        checkpoint.check_weights(expected.state_dict(), parts.state_dict(), self.config.name)
+        weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in parts.state_dict().items()}
         about = {"words": self.words, "examples": self.examples}
         return checkpoint.save(folder, self.config, weights, about, overwrite=overwrite)
 

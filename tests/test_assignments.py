@@ -268,7 +268,7 @@ WRONG = {
     SCHEDULE: [
         ({"paired": ("student_t(len(d) - 1)", "1.96")}, ["test_paired"]),
         (
-            {"paired": "from minimuse.lab import difference\n\n\ndef paired(a, b):\n    return difference(a, b, 'kl')"},
+            {"paired": "from minimuse.eval_metrics import paired_difference\n\n\ndef paired(a, b):\n    return paired_difference(a, b)"},
             ["test_paired"],
         ),
         (

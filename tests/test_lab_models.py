@@ -1,150 +1,127 @@
-"""lab_models.py: a trained model in the lab. Oracles: real renders, Muse's own decode, closed forms of Gaussians."""
-
-from dataclasses import replace
+"""lab_models.py: a trained model in the lab. Oracles: real renders, `Muse.decode`, closed forms for Gaussians."""
 
 import pytest
 import torch
 
-from minimuse import cli, lab
-from minimuse import lab_models as picture_judge
+from minimuse import cli
 from minimuse.data_sources import SceneDataset
-from minimuse.eval_detector import Detector
-from minimuse.eval_metrics import frechet_distance
-from minimuse.judge import GROUPS, estimate
-from minimuse.lab import compare, difference
-from minimuse.lab_models import MuseJudge, PictureJudge, jackknife, right
-from minimuse.muse import Muse
+from minimuse.eval_metrics import frechet_distance, mean_interval, paired_difference
+from minimuse.lab import compare
+from minimuse.lab_models import ModelEvaluator, MuseEvaluator
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# --- the intervals ----------------------------------------------------------------------------------------------------
+class Gaussians(ModelEvaluator):
+    """Images are their own features, from N(shift, I); real ones from N(0, I). The score is the first feature."""
+
+    titles = {"first": "first feature", "frechet": "distance"}  # noqa: RUF012
+
+    def __init__(self, shift, seed):
+        self.shift = shift
+        real = torch.randn(20_000, 6, generator=seeded(1))
+        super().__init__([""] * 256, real[:256], lambda images, prompts: images[:, 0], lambda x: x, seed, batch=256)
+        self.real = real
+
+    def draw(self, prompts, seeds, sampling):
+        return torch.randn(len(prompts), 6, generator=seeded(2 + seeds[0])) + self.shift, len(prompts)
 
 
-def test_the_jackknife_of_a_mean_is_its_groups():
-    rows = torch.randn(96, 1, generator=seeded())
-    pseudo = jackknife(lambda x: x.double().mean().item(), rows)
-    assert pseudo == pytest.approx(rows.double().view(GROUPS, -1).mean(1).tolist())
-
-
-def test_the_jackknifed_distance_is_that_of_the_distributions():
-    """N(0, I) and N(m, I) are |m|^2 apart: intervals hold it, where the plain distance is biased upwards."""
-    hits, plain, mean, d, shift = 0, 0.0, 0.0, 6, 0.2
-    real = torch.randn(20_000, d, generator=seeded(1))
+def test_the_distance_is_that_of_the_distributions():
+    """N(0, I) and N(m, I) have the distance |m|^2. The intervals hold it; the plain distance is biased upwards."""
+    hits, plain, mean, shift = 0, 0.0, 0.0, 0.2
     for seed in range(30):
-        fake = torch.randn(256, d, generator=seeded(2 + seed)) + shift
-        found = estimate(jackknife(lambda x: frechet_distance(real, x), fake))
-        hits += abs(found.mean - d * shift**2) <= found.half
-        plain, mean = plain + frechet_distance(real, fake) / 30, mean + found.mean / 30
+        evaluator = Gaussians(shift, seed)
+        outcome = evaluator()
+        found = mean_interval(outcome.groups["frechet"])
+        hits += found.low <= 6 * shift**2 <= found.high
+        fake = evaluator.draw(evaluator.prompts, [1_000_003 * seed], {})[0]
+        plain, mean = plain + frechet_distance(evaluator.real, fake) / 30, mean + found.value / 30
+        score = mean_interval(outcome.groups["first"]).value
+        assert score == pytest.approx(fake[:, 0].double().mean().item()), "the mean over all images"
     assert hits >= 25, f"{hits} of 30 intervals of 95% hold the truth"
-    assert abs(mean - d * shift**2) < 0.5 * (plain - d * shift**2), f"{mean} and, without it, {plain}"
-
-
-# --- a judge whose pictures are known ---------------------------------------------------------------------------------
-
-
-class Renders(PictureJudge):
-    """Draws the scene that was asked for, or that of another prompt."""
-
-    titles = {"accuracy": "accuracy", "frechet": "distance"}  # noqa: RUF012
-
-    def __init__(self, shift, batch=64):
-        scenes = SceneDataset(64, 64, "test", 0, fractions=(1, 1, 0), k=1)
-        self.images, detector = scenes.images().roll(shift, 0), Detector.from_pretrained()
-        prompts = [scenes.captions(i)[0] for i in range(64)]
-        super().__init__(prompts, scenes.images(), right(detector), detector.features, 0, batch)
-
-    def draw(self, prompts, sampling, draws):
-        assert len(draws) == len(prompts)
-        return self.images[[self.prompts.index(p) for p in prompts]], 3 * len(prompts)
-
-
-def test_right_pictures_score_and_wrong_ones_do_not():
-    truth, wrong = Renders(0)(), Renders(1)()
-    assert truth.passes == 3
-    accuracy = [estimate(o.groups["accuracy"]).mean for o in (truth, wrong)]
-    assert accuracy[0] >= 0.95
-    assert accuracy[1] <= 0.1, "the picture of another prompt is wrong"
-    assert Renders(0).about["real pictures"]["accuracy"] == pytest.approx(accuracy[0]), "what real pictures reach"
-    for outcome in (truth, wrong):  # the same set of pictures; below 0 by the bias that n < D leaves
-        assert estimate(outcome.groups["frechet"]).mean < 0.05
-    noise = Renders(0)
-    noise.images = torch.rand(noise.images.shape, generator=seeded()) * 2 - 1
-    assert estimate(noise().groups["frechet"]).mean > 1, "noise is far from renders"
-
-
-def test_batches_do_not_matter():
-    some, all_ = Renders(1, batch=24)(), Renders(1)()
-    assert some.groups["accuracy"] == all_.groups["accuracy"]
-    assert some.groups["frechet"] == pytest.approx(all_.groups["frechet"], abs=1e-4)
+    assert abs(mean - 6 * shift**2) < 0.5 * (plain - 6 * shift**2), f"{mean} and, without the jackknife, {plain}"
 
 
 # --- a Muse -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def judge(tiny_muse):
-    return MuseJudge(tiny_muse, samples=64)
+def evaluator(tiny_muse):
+    return MuseEvaluator(tiny_muse, samples=64)
 
 
-def test_it_draws_what_the_base_model_of_muse_draws(judge, tiny_muse):
-    prompts = judge.prompts[:3]
+def test_right_images_score_and_wrong_ones_do_not(evaluator, monkeypatch):
+    scenes = SceneDataset(64, 64, "test", 0, fractions=(1, 1, 0), k=1)
+    captions = [scenes.captions(i)[0] for i in range(64)]
+
+    def rendered(images, batch=64):
+        monkeypatch.setattr(evaluator, "batch", batch)
+        draw = lambda prompts, *_: (images[[captions.index(p) for p in prompts]], 3 * len(prompts))  # noqa: E731
+        monkeypatch.setattr(evaluator, "draw", draw)
+        outcome = evaluator()
+        assert outcome.nfe == 3
+        return outcome.groups
+
+    real = scenes.images()
+    truth, wrong = rendered(real), rendered(real.roll(1, 0))
+    assert mean_interval(truth["accuracy"]).value >= 0.95
+    assert mean_interval(wrong["accuracy"]).value <= 0.1, "an image of another prompt is wrong"
+    noise = rendered(torch.rand(real.shape, generator=seeded()) * 2 - 1)
+    assert mean_interval(noise["frechet"]).value > 1 + mean_interval(truth["frechet"]).value
+    batches = rendered(real, batch=24)
+    assert batches["accuracy"] == truth["accuracy"]
+    assert batches["frechet"] == pytest.approx(truth["frechet"], abs=1e-4)
+    assert 0 <= evaluator.about["real images"]["accuracy"] <= 1
+
+
+def test_it_draws_what_the_base_model_of_muse_draws(evaluator, tiny_muse):
+    prompts, seeds = evaluator.prompts[:3], [5, 6, 7]
     sampling = {"schedule": "linear", "order": "confidence", "steps": 3}
-    draws = [seeded(s) for s in (5, 6, 7)]
-    images, passes = judge.draw(prompts, sampling, draws)
-    jobs = [{"prompt": p, "negative_prompt": None, "seed": s} for p, s in zip(prompts, (5, 6, 7), strict=True)]
+    images, nfe = evaluator.draw(prompts, seeds, sampling)
+    jobs = [{"prompt": p, "negative_prompt": None, "seed": s} for p, s in zip(prompts, seeds, strict=True)]
     *_, last = (s for s in tiny_muse.decode(jobs, **sampling) if s.stage == "base")
     torch.testing.assert_close(images, tiny_muse.low_tokenizer.decode(last.tokens))
-    assert passes == 3 * 3
+    assert nfe == 3 * 3
 
 
-def test_what_a_sampler_does_not_say_is_the_checkpoints(judge, monkeypatch):
+def test_settings_and_seeds_of_each_sampler(evaluator, tiny_muse, monkeypatch):
+    """What a sampler does not set comes from the checkpoint; image i has the same seed for each sampler."""
     seen = []
 
-    def spy(logits_fn, start, mask_id, **sampling):
-        seen.append(sampling)
-        return torch.zeros_like(start), 1
+    def decode(logits_fn, tokens, **settings):
+        seen.append(settings)
+        raise StopIteration
 
-    monkeypatch.setattr(picture_judge, "drawn", spy)
-    monkeypatch.setattr(picture_judge, "jackknife", lambda statistic, rows: [0.0] * GROUPS)
-    compare(judge, ["cosine"], ["confidence", "halton"], [2], presets=["muse", "maskgit"])
-    defaults = judge.muse.config.base_sampling
+    monkeypatch.setattr("minimuse.muse.decode", decode)
+    monkeypatch.setattr(evaluator, "batch", 32)
+    for preset, order in ((None, "confidence"), (None, "halton"), ("muse", None), ("maskgit", None)):
+        where = ([], [], [2]) if preset else (["cosine"], [order], [2])
+        with pytest.raises((RuntimeError, StopIteration)):
+            compare(evaluator, *where, presets=[preset] if preset else [])
+    defaults = tiny_muse.config.base_sampling
     noise = [s["choice_temperature"] for s in seen]
-    assert noise == [defaults.choice_temperature, 0.0, 0.0, 4.5], "its own order's noise; a preset says its own"
+    assert noise == [defaults.choice_temperature, 0.0, 0.0, 4.5], "the noise of its own order; a preset sets its own"
     assert [s["sampling_temperature"] for s in seen] == [defaults.sampling_temperature] * 2 + [1.0] * 2
-    assert len({id(s["generator"][0]) for s in seen}) == 4
-    assert len({s["generator"][0].initial_seed() for s in seen}) == 1, "picture i has the same seed in every cell"
+    assert {s["generator"][1].initial_seed() for s in seen} == {1}
 
 
-def test_compare_of_a_muse(judge, tiny_muse, tmp_path, monkeypatch):
-    """All that a world's report does: kept cells, paired differences, tables, plots, files."""
-    schedules, grid = {"cosine": "cosine", "mine": lambda u: 1 - u**3}, (["halton", "random"], [1, 2])
-    report = compare(tiny_muse, schedules, *grid, samples=64, out=tmp_path)
+def test_compare_of_a_muse(tiny_muse, tmp_path):
+    schedules = {"cosine": "cosine", "mine": lambda u: 1 - u**3}
+    report = compare(tiny_muse, schedules, ["halton", "random"], [1, 2], samples=64, out=tmp_path / "out")
     assert len(report.cells) == 8
-    same = difference(report["cosine", "halton", 1], report["mine", "halton", 1], "accuracy")
-    assert same == (0, 0), "in one step all schedules are one: paired by seed nothing is left"
+    one, other = (report[name, "halton", 1].groups["accuracy"] for name in ("cosine", "mine"))
+    assert paired_difference(one, other)[:3] == (0, 0, 0), "with one step all schedules are the same, and so are seeds"
     paired = report.table(("cosine", "halton")).splitlines()
     assert len(paired) == 2 + 8 - 2
     assert "0.0000 ± 0.0000" in next(line for line in paired if "mine" in line and "halton | 1 " in line)
-    assert report.about["target"] == "tiny, base model alone"
-    assert {"pictures", "prompts", "weights", "seed"} <= set(report.about)
-    report.save(tmp_path / "report")
-    assert (tmp_path / "report" / "frechet.pdf").is_file()
-    monkeypatch.setattr(MuseJudge, "draw", lambda *a: pytest.fail("a finished cell was drawn again"))
-    again = compare(tiny_muse, schedules, *grid, samples=64, out=tmp_path)
-    assert again.cells == report.cells
-
-
-def test_identity_is_all_that_the_figures_depend_on(judge, tiny_muse):
-    assert MuseJudge(tiny_muse, 64).identity() == judge.identity()
-    assert MuseJudge(tiny_muse, 64, seed=1).identity() != judge.identity()
-    sharper = replace(tiny_muse.config.base_sampling, sampling_temperature=0.1)
-    other = Muse(replace(tiny_muse.config, base_sampling=sharper), tiny_muse.parts, tiny_muse.encoder)
-    assert MuseJudge(other, 64).identity()["weights"] != judge.identity()["weights"]
+    assert report.about["target"] == "tiny, base model"
+    assert {"samples", "seed", "real images", "sampling"} <= set(report.about)
+    assert (tmp_path / "out" / "frechet.png").is_file()
     with pytest.raises(ValueError, match="multiple of 32"):
-        MuseJudge(tiny_muse, 80)
+        MuseEvaluator(tiny_muse, 80)
 
 
 def test_the_command(tiny_muse, tmp_path, capsys):
@@ -155,9 +132,3 @@ def test_the_command(tiny_muse, tmp_path, capsys):
     assert (tmp_path / "out" / "accuracy.png").is_file()
     assert cli.main("compare --amused here".split()) == 1
     assert "--data" in capsys.readouterr().err
-
-
-def test_the_axis_of_a_share_is_no_powers_of_ten():
-    cells = [lab.Cell("cosine", "random", t, t, {"accuracy": [0.3 + t / 20] * GROUPS}, False) for t in (2, 8)]
-    report = lab.Report(cells, {"accuracy": "share"}, {"target": "fake"})
-    assert report.plot().get_yscale() == "linear"

@@ -1,4 +1,4 @@
-"""lab_worlds.py: every world against enumeration, and each promise of a LogitsFn."""
+"""lab_worlds.py: every world against enumeration, and as a LogitsFn."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def seeded(seed=0):
 
 
 class Copies(World):
-    """A world of one function, as a user would write it: each code all over, or with some noise; slow `sample`."""
+    """A world of one function, as a user would write it: one code everywhere, with some noise; the default `sample`."""
 
     def __init__(self):
         super().__init__((1, 4), 3)
@@ -38,18 +38,18 @@ TINY = {
 worlds = pytest.mark.parametrize("world", TINY.values(), ids=TINY.keys())
 
 
-def everything(world):
+def all_examples(world):
     return torch.cartesian_prod(*[torch.arange(world.v)] * world.n)
 
 
 def table(world):
-    """All pictures (V^N, N) and their probabilities, by each world's definition, not by its code."""
-    x = everything(world)
+    """All examples (V^N, N) and their probabilities, by the definition of each world, not by its code."""
+    x = all_examples(world)
     if isinstance(world, MixtureWorld):
         terms = world.tables[:, torch.arange(world.n), x].prod(-1)  # (K, V^N)
         p = (world.weights[:, None] * terms).sum(0)
     elif isinstance(world, ChainWorld):
-        p = world.initial[x[:, 0]] * world.transition[x[:, :-1], x[:, 1:]].prod(1)
+        p = world.start[x[:, 0]] * world.transfer[x[:, :-1], x[:, 1:]].prod(1)
     elif isinstance(world, PottsWorld):
         g = x.view(-1, *world.grid)
         equal = (g[:, 1:] == g[:, :-1]).flatten(1).sum(1) + (g[:, :, 1:] == g[:, :, :-1]).flatten(1).sum(1)
@@ -75,19 +75,19 @@ def test_conditionals_are_those_of_the_enumeration(world, data):
     row = data.draw(st.lists(cell, min_size=world.n, max_size=world.n))
     x, p = table(world)
     known = torch.tensor(row) != world.mask_id
-    out, doubted = world(torch.tensor([row]))[0].exp(), world.leave_one_out(torch.tensor([row]))[0].exp()
+    out, left_out = world(torch.tensor([row]))[0].exp(), world.leave_one_out(torch.tensor([row]))[0].exp()
     for i in range(world.n):
         others = known.clone()
         others[i] = False
-        for given_, result in ((known, out), (others, doubted)):
+        for given_, result in ((known, out), (others, left_out)):
             fits = (x[:, given_] == torch.tensor(row)[given_]).all(1)
             expected = torch.stack([p[fits & (x[:, i] == v)].sum() for v in range(world.v)]) / p[fits].sum()
             torch.testing.assert_close(result[i], expected.double(), rtol=1e-8, atol=1e-12)
 
 
 @worlds
-def test_marginals_of_what_is_known(world):
-    """log_prob of a picture with [MASK] is the marginal of the rest."""
+def test_marginals_of_known_tokens(world):
+    """log_prob of an example with [MASK] is the marginal of the known tokens."""
     x, p = table(world)
     some = x[5].clone()
     some[[0, 2]] = world.mask_id
@@ -103,9 +103,9 @@ def test_entropy(world):
     nats, error = world.entropy()
     assert nats == pytest.approx(exact, abs=max(4 * error, 1e-9))
     if isinstance(world, ChainWorld | PottsWorld):
-        assert error == 0, "there is a closed form"
+        assert error == 0, "the entropy is exact"
     else:
-        assert 0 < error < 0.1, "estimated, and told so"
+        assert 0 < error < 0.1, "it is an estimate with its error"
 
 
 @worlds
@@ -120,11 +120,11 @@ def test_samples_have_the_distribution(world):
     rare = expected < 10
     seen, expected = (torch.cat([c[~rare], c[rare].sum()[None] + 1e-9]).numpy() for c in (seen, expected))
     assert stats.chisquare(seen, expected * seen.sum() / expected.sum()).pvalue > 1e-3
-    assert drawn.equal(world.sample(n, seeded(3))), "a seed is a seed"
+    assert drawn.equal(world.sample(n, seeded(3))), "the same seed gives the same samples"
 
 
 @worlds
-def test_it_does_not_matter_how_it_is_batched(world, monkeypatch):
+def test_batches_do_not_matter(world, monkeypatch):
     x = world.sample(7, seeded(4))
     x[torch.rand(x.shape, generator=seeded(5)) < 0.5] = world.mask_id
     whole, alone = world(x), world(x[3:4])
@@ -141,7 +141,7 @@ def test_it_does_not_matter_how_it_is_batched(world, monkeypatch):
     ids=["mixture", "chain", "potts"],
 )
 def test_large_worlds_stay_finite_and_consistent(world):
-    """The chain rule in any order gives log p: nothing underflows in 192 or 256 tokens."""
+    """The chain rule in any order gives log p, and nothing underflows in 192 or 256 tokens."""
     x = torch.cat([world.sample(2, seeded()), torch.randint(world.v, (1, world.n), generator=seeded(1))])
     tokens, total = torch.full_like(x, world.mask_id), 0
     for group in torch.randperm(world.n, generator=seeded(2)).split(1)[:20]:
@@ -162,7 +162,7 @@ def test_potts_by_hand():
 
 def test_the_named_worlds():
     for name, make in WORLDS.items():
-        assert make().n == 64, f"{name} is as large as nano's base model"
+        assert make().n == 64, f"{name} has the grid of the base model of nano"
 
 
 @pytest.mark.parametrize(
@@ -179,6 +179,6 @@ def test_the_named_worlds():
         lambda: TINY["chain"](torch.full((1, 6), 4)),
     ],
 )
-def test_nonsense_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"give|takes|at most|MASK"):
+def test_wrong_input_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"give|takes|MASK"):
         wrong()

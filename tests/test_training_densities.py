@@ -11,7 +11,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import training_densities as td
 
-from minimuse.judge import GROUPS
+from minimuse.lab_samplers import GROUPS
 
 TWO = {"cosine (Muse)": td.DENSITIES["cosine (Muse)"], "mine": lambda u: 1 - u**3}
 HOW = {"steps": 2, "seeds": 2, "samples": 64}
@@ -67,12 +67,12 @@ def test_what_is_written(done):
 
 def test_intervals_hold_test_scenes_and_training_runs():
     same = [1.0] * GROUPS
-    assert td.combined([same, same]) == (1, 0)
+    assert td.combined([same, same])[:3] == (1, 1, 1)
     runs = td.combined([[1.0] * GROUPS, [2.0] * GROUPS, [3.0] * GROUPS])
-    assert runs.mean == 2
-    assert runs.half == pytest.approx(4.30 / math.sqrt(3), rel=0.06), "Student's t of three runs"
+    assert runs.value == 2
+    assert runs.margin == pytest.approx(4.30 / math.sqrt(3), rel=0.06), "Student's t of three runs"
     spread = [float(i % 2) for i in range(GROUPS)]
     scenes = td.combined([spread])
-    assert scenes.half == pytest.approx(2.04 * math.sqrt(8 / 31) / math.sqrt(GROUPS), rel=0.01)
+    assert scenes.margin == pytest.approx(2.04 * math.sqrt(8 / 31) / math.sqrt(GROUPS), rel=0.01)
     paired = td.versus([{"x": [a + 0.5 for a in spread]}], [{"x": spread}], "x")
-    assert paired == pytest.approx((0.5, 0)), "what both share drops out"
+    assert paired[:3] == pytest.approx((0.5, 0.5, 0.5)), "what both share drops out"

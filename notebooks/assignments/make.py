@@ -11,7 +11,7 @@ What may stand after # %%:
     answer=ID                     the student's code; what stands between BEGIN and END SOLUTION is taken out
     test=ID points=N              graded; what stands between BEGIN and END HIDDEN TESTS is taken out
     [markdown] written=ID points=N    graded by a person
-    stubs=masking,lab.difference  in the first cell: rooms and functions that are not to be called
+    stubs=masking,eval_metrics.jackknife  in the first cell: rooms and functions that are not to be called
 Grading is `grade.py`'s; the page for instructors is README.md.
 """
 

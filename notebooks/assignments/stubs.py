@@ -1,6 +1,6 @@
 """While an assignment is graded, the packaged answers refuse to be called from a notebook.
 
-    MINIMUSE_STUBS=masking,lab.difference    place() turns all functions of masking, and one of lab, to stubs that raise
+    MINIMUSE_STUBS=masking,eval_metrics.jackknife    place() turns all functions of masking, and one of eval_metrics, to stubs that raise
 
 Calls from within the package pass, and whatever the zoo runs: worlds and mutants need the true functions. `checks`
 keeps its own, and may call no stub: what it calls is what a student handed in.
@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-USERS = ("editing", "muse", "lab", "variants", "train")  # import what is replaced, and may be imported from
+USERS = ("editing", "muse", "lab", "lab_samplers", "train")  # import what is replaced, and may be imported from
 
 
 class Packaged(RuntimeError):
@@ -51,7 +51,7 @@ def _functions(room: str, only: str | None = None) -> list[Callable]:
 
 
 def place(rooms: str | None = None) -> None:
-    """Replace functions ("masking,lab.difference"; default MINIMUSE_STUBS) wherever the package holds them."""
+    """Replace functions ("masking,eval_metrics.jackknife"; default MINIMUSE_STUBS) wherever the package holds them."""
     warnings.simplefilter("ignore")  # nbgrader takes a line on stderr for a failure
     rooms = os.environ.get("MINIMUSE_STUBS", "") if rooms is None else rooms
     importlib.import_module("checks")  # imported first, so it keeps the true functions

@@ -10,7 +10,7 @@ r"""
 | **You will learn** | why many tokens a step cost accuracy, in nats · where the cosine wins and where it does not · what an order changes · how to compare two samplers so that the difference is not luck |
 | **Before this** | [7. Parallel decoding](07_parallel_decoding.ipynb); entropy and KL divergence; conditional probability |
 | **Takes** | @takes@ |
-| **Files** | [`lab_worlds.py`](../minimuse/lab_worlds.py), [`judge.py`](../minimuse/judge.py), [`lab.py`](../minimuse/lab.py), [`lab_models.py`](../minimuse/lab_models.py), [`lab_samplers.py`](../minimuse/lab_samplers.py) |
+| **Files** | [`lab_worlds.py`](../minimuse/lab_worlds.py), [`lab.py`](../minimuse/lab.py), [`lab_models.py`](../minimuse/lab_models.py), [`lab_samplers.py`](../minimuse/lab_samplers.py) |
 """
 
 # %% knobs
@@ -21,7 +21,8 @@ import torch
 from checks import check_order, check_schedule, check_world
 
 from minimuse import Muse
-from minimuse.lab import ChainWorld, MixtureWorld, PottsWorld, World, compare, difference
+from minimuse.eval_metrics import paired_difference
+from minimuse.lab import ChainWorld, MixtureWorld, PottsWorld, World, compare
 from minimuse.plots import show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer samples
@@ -206,19 +207,19 @@ leave a tail to the left, pictures that began in two minds. Sixteen look like th
 r"""
 ## 4. Measures that can be trusted
 
-`Judge` keeps four, each with an interval:
+`WorldEvaluator` measures four, each with an interval:
 
 | | what it is | for which samplers |
 |---|---|---|
 | `kl` | $\mathrm{KL}(p \,\Vert\, q)$, nats a token, from $x \sim p$: the mean of $\log p(x) - \log q(x)$ | orders that do not look at what was drawn, at temperature 1 |
-| `surprise` | $E_q[-\log p(y)] - H(p)$: above 0 impossible pictures, below 0 *mode seeking* | all |
+| `excess_nll` | $E_q[-\log p(y)] - H(p)$: above 0 impossible pictures, below 0 *mode seeking* | all |
 | `singles`, `pairs` | squared distance of the distributions of one token, and of two | all |
 
 For `kl` the decoder walks along its own path but is shown the truth wherever it reveals, and so tells $q(x)$:
 """
 
 # %%
-from minimuse.judge import path_log_q
+from minimuse.lab import path_log_q
 
 show(path_log_q.__wrapped__)  # beneath its @torch.no_grad()
 
@@ -251,7 +252,7 @@ def kl(p, q):
 
 exact = kl(p, q_of([[0, 1], [2, 3]]))
 found = compare(tiny, ["linear"], ["raster"], steps=[2], samples=4096).cells[0]["kl"]
-print(f"enumerated {exact:.4f}, estimated {found.mean:.4f} ± {found.half:.4f}")
+print(f"enumerated {exact:.4f}, estimated {found.value:.4f} ± {found.margin:.4f}")
 
 # %% [markdown]
 r"""
@@ -268,12 +269,12 @@ each = [q_of(groups) for groups in parts]
 print(f"mean of the six KLs:        {sum(kl(p, q) for q in each) / 6:.4f}")
 print(f"KL of the mixture of six:   {kl(p, sum(each) / 6):.4f}")
 print(
-    f"what the judge says:        {compare(tiny, ['linear'], ['random'], steps=[2], samples=4096).table()}"
+    f"what the lab measures:      {compare(tiny, ['linear'], ['random'], steps=[2], samples=4096).table()}"
 )
 
 # %% [markdown]
 r"""
-The mean is larger: KL is convex in $q$, so mixing never hurts. A judge that follows one path a sample measures the
+The mean is larger: KL is convex in $q$, so mixing never hurts. An evaluator that follows one path a sample measures the
 mean, so for random orders it has an **upper bound**, and the table marks it with "<=". Never read a bound as if it
 were the figure itself: that random order is bounded by more than Halton order costs does not yet say that it is worse.
 """
@@ -310,9 +311,11 @@ for name, report in reports.items():
     print(f"{name}\n{report.table(against=('cosine', 'halton'))}\n")
 for name, report in reports.items():
     for steps in STEPS:
-        best = min((c for c in report.cells if c.steps == steps), key=lambda c: c["kl"].mean)
-        gap = difference(best, report["cosine", "halton", steps], "kl")
-        sure = "" if best.schedule == "cosine" or abs(gap.mean) > gap.half else "  (may be chance)"
+        best = min((c for c in report.cells if c.steps == steps), key=lambda c: c["kl"].value)
+        gap = paired_difference(best.groups["kl"], report["cosine", "halton", steps].groups["kl"])
+        sure = (
+            "" if best.schedule == "cosine" or abs(gap.value) > gap.margin else "  (may be chance)"
+        )
         print(f"{name:8} {steps:3} steps: least cost by {best.schedule}{sure}")
 
 # %% [markdown]
@@ -377,7 +380,7 @@ And will more steps make that better or worse?
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
 for ax, (name, report) in zip(axes, ordered.items(), strict=True):
-    report.plot(ax, "surprise").set_title(name)
+    report.plot(ax, "excess_nll").set_title(name)
 plt.show()
 
 # %% [markdown]
@@ -389,10 +392,10 @@ MaskGIT adds noise to the ranking, which gives the rare ones a chance. `presets`
 """
 
 # %%
-from minimuse.lab_samplers import PRESETS
+from minimuse.lab_samplers import SAMPLER_PRESETS
 
 known = compare(mixture, [], presets=["muse", "maskgit", "halton"], steps=STEPS, samples=SAMPLES)
-print("presets:", ", ".join(PRESETS))
+print("presets:", ", ".join(SAMPLER_PRESETS))
 print(known.table())
 
 # %% [markdown]
@@ -420,7 +423,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-The horizontal axis is the *mean* number of passes a picture. Compare the adaptive line with the cosine **in the same
+The horizontal axis is the *mean* NFE, the number of forward passes a picture. Compare the adaptive line with the cosine **in the same
 order** first, and only then with Halton: a rule has to beat the best fixed sampler of its cost, not the nearest one.
 """
 
@@ -439,15 +442,15 @@ Picture $i$ has the same prompt and the same random numbers in every cell.
 """
 
 # %%
-from minimuse.lab_models import MuseJudge
+from minimuse.lab_models import MuseEvaluator
 
 model = Muse.from_pretrained(CHECKPOINT)
-judge = MuseJudge(model, PICTURES)
-print("first prompts:", judge.prompts[:3])
-print("real renders reach an accuracy of", judge.about["real pictures"]["accuracy"])
+evaluator = MuseEvaluator(model, PICTURES)
+print("first prompts:", evaluator.prompts[:3])
+print("real renders reach an accuracy of", evaluator.about["real images"]["accuracy"])
 
 # %%
-trained = compare(judge, ["cosine", "linear"], ["confidence", "random", "halton"], TRAINED)
+trained = compare(evaluator, ["cosine", "linear"], ["confidence", "random", "halton"], TRAINED)
 print("each cell less cosine with confidence, paired:")
 print(trained.table(against=("cosine", "confidence")))
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -469,11 +472,11 @@ which is fair to all of them; the trained model by both of its measures. A "=" s
 def ranking(report, measure, steps, sign=1):
     """Orders under cosine from best to worst; = where the paired difference to the next may be chance."""
     cells = [report["cosine", order, steps] for order in ("confidence", "random", "halton")]
-    cells.sort(key=lambda c: sign * c[measure].mean)
+    cells.sort(key=lambda c: sign * c[measure].value)
     said = cells[0].order
     for a, b in pairwise(cells):
-        gap = difference(a, b, measure)
-        said += f" {'=' if abs(gap.mean) <= gap.half else '<'} {b.order}"
+        gap = paired_difference(a.groups[measure], b.groups[measure])
+        said += f" {'=' if abs(gap.value) <= gap.margin else '<'} {b.order}"
     return said
 
 
@@ -535,11 +538,13 @@ r"""
 Token-Critic trains a second network to tell drawn tokens from real ones, and keeps those that look most real. It may
 take back what was revealed (`remask`), which Muse never does. In a world the perfect ranker is known,
 $p(x_i \mid \text{all others})$. For the trained model a few lines train one (below), beginning as a copy of the base
-model, on scenes that are not the judge's.
+model, on scenes that the evaluator does not use.
 """
 
 # %%
-from minimuse.lab_samplers import critic, exact_score, learned_score, train_critic
+from token_critic import learned_score, train_critic
+
+from minimuse.lab_samplers import critic, exact_score
 
 perfect = critic(exact_score(mixture))
 plain = compare(mixture, ["cosine"], {"ranker": perfect, "random": "random"}, [8], samples=SAMPLES)
@@ -565,12 +570,13 @@ plt.show()
 # %%
 steps = TRAINED[-1]
 ranker = {"trained ranker": critic(learned_score(nets[-1]))}
-ranked = compare(judge, ["cosine"], {**ranker, "confidence": "confidence"}, [steps])
-taken_back = compare(judge, ["cosine"], ranker, [steps], remask=True)
+ranked = compare(evaluator, ["cosine"], {**ranker, "confidence": "confidence"}, [steps])
+taken_back = compare(evaluator, ["cosine"], ranker, [steps], remask=True)
 print(ranked.table(("cosine", "confidence")))
-for measure in judge.titles:
-    gap = difference(taken_back.cells[0], ranked["cosine", "trained ranker", steps], measure)
-    print(f"taking tokens back changes {measure} by {gap.mean:+.3f} ± {gap.half:.3f}")
+for measure in evaluator.titles:
+    before = ranked["cosine", "trained ranker", steps].groups[measure]
+    gap = paired_difference(taken_back.cells[0].groups[measure], before)
+    print(f"taking tokens back changes {measure} by {gap.value:+.3f} ± {gap.margin:.3f}")
 
 # %% [markdown]
 r"""
@@ -622,9 +628,9 @@ pairs = {
 }
 for name, (report, one, other, measure) in pairs.items():
     a, b = report[one], report[other]
-    gap = difference(a, b, measure)
-    apart = math.hypot(a[measure].half, b[measure].half)
-    print(f"{name:15} {gap.mean:+.4f} ± {gap.half:.4f} paired, ± {apart:.4f} not paired")
+    gap = paired_difference(a.groups[measure], b.groups[measure])
+    apart = math.hypot(a[measure].margin, b[measure].margin)
+    print(f"{name:15} {gap.value:+.4f} ± {gap.margin:.4f} paired, ± {apart:.4f} not paired")
 
 # %% [markdown]
 r"""

@@ -1,4 +1,4 @@
-# %% [markdown] stubs=eval_metrics,judge,lab.difference
+# %% [markdown] stubs=eval_metrics
 r"""
 # Assignment: invent a schedule, and defend it with intervals
 
@@ -14,7 +14,7 @@ and make sure that your claim is no accident of the samples.
 | 5. A defence | 15 |
 
 **Before this**: notebooks 7 (parallel decoding) and 13 (the schedule lab).
-**Rules.** Write your code where it says so; cells of tests are put back before grading. `minimuse.eval_metrics`, `minimuse.judge` and `lab.difference` raise
+**Rules.** Write your code where it says so; cells of tests are put back before grading. The functions of `minimuse.eval_metrics` raise
 an error while we grade; `lab.compare` is yours to use. Say in a comment what you took from where, and know that two of the
 tasks are in no package. Every cell of tests may take 30 seconds, and runs on a CPU.
 """
@@ -110,8 +110,8 @@ report = compare(
     world, ["cosine", "linear", "square", "cubic"], ["random"], [STEPS], samples=512, seed=0
 )
 for cell in report.cells:
-    mean, half = cell["kl"]
-    print(f"{cell.schedule:8} KL {mean:.4f} ± {half:.4f} nats a token")
+    found = cell["kl"]
+    print(f"{cell.schedule:8} KL {found.value:.4f} ± {found.margin:.4f} nats a token")
 
 # %% [markdown]
 r"""
@@ -305,8 +305,8 @@ for _row in range(40):
 
 # %% [markdown]
 r"""
-A rule is used like a schedule. It spends as many forward passes as a picture needs, so it is drawn against their mean number (`passes`). For
-orders that look at what was drawn no exact KL is known; `surprise` is how much less likely, in nats a token, drawn pictures are in the
+A rule is used like a schedule. It spends as many forward passes as a picture needs, so it is drawn against their mean number (`nfe`). For
+orders that look at what was drawn no exact KL is known; `excess_nll` is how much less likely, in nats a token, drawn pictures are in the
 true world than the world's own. Below 0 the sampler repeats what is likeliest. You may change this cell, and need it in part 5.
 """
 
@@ -317,14 +317,14 @@ try:
         world, {**rules, "cosine": "cosine"}, ["confidence"], [16], samples=256
     ).cells:
         print(
-            f"{cell.schedule:9} passes {cell.passes:4.1f}  surprise {cell['surprise'].mean:+.4f} ± {cell['surprise'].half:.4f}"
+            f"{cell.schedule:9} NFE {cell.nfe:4.1f}  excess NLL {cell['excess_nll'].value:+.4f} ± {cell['excess_nll'].margin:.4f}"
         )
 except NotImplementedError:
     print("make_rule is still to be written")
 
 # %% test=test_rule_in_compare points=5
 _cells = compare(world, {"mine": make_rule(0.5)}, ["confidence"], [8], samples=64).cells
-assert 1 <= _cells[0].passes <= 8
+assert 1 <= _cells[0].nfe <= 8
 assert make_rule(0.5)(torch.zeros(3, 4, 2), torch.ones(3, 4, dtype=torch.bool), 0.0).shape == (3,)
 
 # %% [markdown]
