@@ -60,7 +60,8 @@ class TransformerConfig:
             require_positive(self, "low_grid", "low_codebook_size")
         width, heads, block = self.width, self.heads, self.block
         require(width % heads == 0, f"width {width} is not divisible by {heads} heads; give a multiple of {heads}")
-        require(not block or self.grid % block == 0, f"a grid of {self.grid} is not divisible into blocks of {block}")
+        ok = not block or self.grid % block == 0
+        require(ok, f"a grid of {self.grid} is not divisible into blocks of {block}; give a divisor, or 0")
         halved = block or self.text_layers
         require(not halved or heads % 2 == 0, f"block and text_layers need an even number of heads, got {heads}")
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; give 0 or more, and less than 1")

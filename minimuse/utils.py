@@ -34,11 +34,19 @@ def require_at_least(config: Any, lowest: float, *names: str) -> None:
     """ValueError unless each named field is a finite number of at least `lowest`."""
     for name in names:
         value = getattr(config, name)
-        ok = lowest <= value < math.inf  # False for NaN too
-        require(ok, f"{type(config).__name__}.{name} is {value!r}; give a number of at least {lowest}")
+        ok = isinstance(value, int | float) and lowest <= value < math.inf  # NaN fails every comparison
+        require(ok, f"{type(config).__name__}.{name} is {value!r}; give {lowest} or more")
 
 
-# --- devices and precision ----------------------------------------------------------------------------------------------
+def require_fraction(config: Any, *names: str) -> None:
+    """ValueError unless each named field is a number in [0, 1]."""
+    for name in names:
+        value = getattr(config, name)
+        ok = isinstance(value, int | float) and 0 <= value <= 1
+        require(ok, f"{type(config).__name__}.{name} is {value!r}; give a fraction, from 0 to 1")
+
+
+# --- devices and precision --------------------------------------------------------------------------------------------
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

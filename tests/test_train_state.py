@@ -377,7 +377,7 @@ BROKEN_RUN = {
         lambda _: edit_run(lambda v: v["config"].update(stages=[])),
         "holds no whole configuration",
     ),
-    "no width": (lambda _: edit_run(lambda v: v["config"]["base"].pop("width")), "TransformerConfig lacks width"),
+    "no width": (lambda _: edit_run(lambda v: v["config"]["base"].pop("width")), "TransformerConfig lacks fields: width"),
 }
 
 
