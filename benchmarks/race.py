@@ -212,7 +212,7 @@ class Race:
     def read(self, images: Any, prompts: list[str]) -> dict[str, Tensor]:
         readings, wants = self.detector.detect(images), [parse_prompt(p) for p in prompts]
         found = {
-            name: torch.tensor([matches(r, w, sure=sure).right for r, w in zip(readings, wants, strict=True)])
+            name: torch.tensor([matches(r, w, min_confidence=sure).right for r, w in zip(readings, wants, strict=True)])
             for name, sure in (("right", 0.0), ("clear", 0.5))
         }
         return found | {"features": self.detector.features(images)}

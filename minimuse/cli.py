@@ -483,7 +483,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     """Print the tables of the report."""
     from minimuse.eval_run import measure
 
-    measure(**{name: value for name, value in vars(args).items() if name not in ("run", "command")})
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "command", "kinds")}
+    measure(**options, tasks=args.kinds)
     print((args.out / "eval.md").read_text(encoding="utf-8"))
 
 
