@@ -344,12 +344,12 @@ def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
         raise ValueError(f"--dry-run counts a whole Muse, not the baseline {args.model!r}; leave out --model")
     from minimuse.data_cache import TrainingData
     from minimuse.text import TextEncoder
-    from minimuse.train_budget import report
-    from minimuse.train_engine import Engine
+    from minimuse.train_budget import preview, report
+    from minimuse.utils import pick_device
 
-    engine = Engine(device=args.device)
-    encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens).to(engine.device)
-    print(TrainingData(args.out / "cache", source, config, engine, encoder).preview())
+    device = pick_device(args.device)
+    encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens).to(device)
+    print(preview(TrainingData(args.out / "cache", source, config, encoder, device=device)))
     ceiling = args.ceiling and args.ceiling * 1e12
     print(report(config, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))
 
@@ -414,7 +414,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     """Print the tables of the report."""
     from minimuse.eval_run import measure
 
-    measure(**{name: value for name, value in vars(args).items() if name not in ("run", "command")})
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "command", "kinds")}
+    measure(**options, tasks=args.kinds)
     print((args.out / "eval.md").read_text(encoding="utf-8"))
 
 

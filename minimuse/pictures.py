@@ -18,11 +18,10 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from minimuse.data_images import to_rgb
+from minimuse.data_images import FORMATS, to_rgb
 from minimuse.sampler import Step
 
 KEY = "minimuse"  # where the settings are: a dict in an image's `info`, JSON in a PNG's text chunk
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not EPS, which would run Ghostscript
 
 
 def _json(settings: dict[str, Any]) -> str:
