@@ -12,6 +12,7 @@ Not here: the losses themselves (`train_log.py`), whether pictures show what was
 """
 
 import math
+import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -274,19 +275,34 @@ def examine(folder: str | Path, stage: str | None = None, *, device: Any = None)
         raise ValueError(f"no state of {stage or 'any stage'} in {folder} yet; there are those of: {there}")
     encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
     source = open_source(run["data"], config, seed=run["seed"])
-    corpus, findings = TrainingData(folder / "cache", source, config, engine, encoder, read_only=True), []
+    device = {"device": engine.device, "bf16": engine.bf16}
+    corpus, findings = TrainingData(folder / "cache", source, config, encoder, **device, read_only=True), []
     for name in started if stage is None else [stage]:
         findings.append(examine_log([line for line in lines if line["stage"] == name], name))
         try:
-            findings += _stage(folder, name, config, corpus)
+            findings += _stage(folder, name, config, corpus, engine)
         except (ValueError, OSError) as error:
             findings.append(Finding(name, "files", "look", math.nan, f"Not examined: {error}."))
     return findings
 
 
-def _stage(folder: Path, name: str, config: MuseConfig, corpus: TrainingData) -> Iterator[Finding]:
+def report(findings: Sequence[Finding]) -> str:
+    """Findings as text: verdict, stage, check, the number and, once for each check, what to do."""
+    lines = []
+    explained = set()
+    for finding in findings:
+        lines.append(f"{finding.verdict:5}  {finding.stage}, {finding.check}")
+        known = finding.verdict == "fine" and finding.check in explained
+        for text in [finding.says] if known else [finding.says, finding.mend]:
+            lines.append(textwrap.fill(text, 110, initial_indent="       ", subsequent_indent="       "))
+        explained.add(finding.check)
+    look, wrong = (sum(finding.verdict == verdict for finding in findings) for verdict in ("look", "wrong"))
+    return "\n".join([*lines, f"{len(findings)} findings, {look} to look at, {wrong} wrong"])
+
+
+def _stage(folder: Path, name: str, config: MuseConfig, corpus: TrainingData, engine: Engine) -> Iterator[Finding]:
     """The newest state of a stage, against the caches that the run made for it."""
-    engine, low, high = corpus.engine, config.low_tokenizer, config.high_tokenizer
+    low, high = config.low_tokenizer, config.high_tokenizer
 
     def tokenizer(name: str) -> VQGAN:
         sizes = {"low_tokenizer": low, "high_tokenizer": high, "decoder": config.finetuned_tokenizer}

@@ -16,10 +16,9 @@ from diffusers.schedulers import scheduling_amused
 from PIL import Image
 from safetensors.torch import load_file
 
-from minimuse import cli
-from minimuse import lab_models
+from minimuse import cli, lab_models
 from minimuse.amused import Amused, VQTokenizer, _load, published_tokenizer, settings
-from minimuse.data_cache import tokenize
+from minimuse.data_cache import tokenize_images
 from minimuse.eval_clip import ClipScorer
 from minimuse.lab import compare
 from minimuse.lab_models import AmusedEvaluator
@@ -425,7 +424,7 @@ def test_muse_draws_and_edits_with_it(mixed):
 
 def test_a_base_model_trains_on_its_tokens(mixed, tiny_muse):
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
-    tokens = tokenize(mixed.low_tokenizer, images, batch=3, bf16=False)
+    tokens = tokenize_images(mixed.low_tokenizer, images, batch=3, bf16=False)
     assert torch.equal(tokens, mixed.low_tokenizer.encode(images / 127.5 - 1))
     base = Transformer(tiny_muse.config.base)
     texts = [[torch.zeros(1, tiny_muse.config.base.text_width)]] * 8
