@@ -749,7 +749,7 @@ def broken(old, new):
 
 true_line = "torch.where(masked, draw(logits, random[:, i, 0], temperature, top_k), tokens)"
 redrawn = broken(true_line, "draw(logits, random[:, i, 0], temperature, top_k)")
-on_p = broken("score + _annealed", "score.exp() + _annealed")
+on_p = broken("score + annealed", "score.exp() + annealed")
 
 
 def drawn_by(decode, n=7, seed=60):
