@@ -87,6 +87,13 @@ def configuration(values: Any, path: Path) -> MuseConfig:
         raise ValueError(f"{path} holds no whole configuration: {e!r}") from e
 
 
+def read_configuration(path: Path) -> MuseConfig:
+    """The configuration in a checkpoint's config.json, a run's run.json, or a JSON file that holds nothing else."""
+    values = read_json(path)
+    is_whole = isinstance(values, dict) and "config" in values
+    return configuration(values if is_whole else {"config": values}, path)
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. ValueError names a file that is broken."""
     try:

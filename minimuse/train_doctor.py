@@ -12,6 +12,7 @@ Not here: the losses themselves (`train_log.py`), whether pictures show what was
 """
 
 import math
+import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -283,6 +284,20 @@ def examine(folder: str | Path, stage: str | None = None, *, device: Any = None)
         except (ValueError, OSError) as error:
             findings.append(Finding(name, "files", "look", math.nan, f"Not examined: {error}."))
     return findings
+
+
+def report(findings: Sequence[Finding]) -> str:
+    """Findings as text: verdict, stage, check, the number and, once for each check, what to do."""
+    lines = []
+    explained = set()
+    for finding in findings:
+        lines.append(f"{finding.verdict:5}  {finding.stage}, {finding.check}")
+        known = finding.verdict == "fine" and finding.check in explained
+        for text in [finding.says] if known else [finding.says, finding.mend]:
+            lines.append(textwrap.fill(text, 110, initial_indent="       ", subsequent_indent="       "))
+        explained.add(finding.check)
+    look, wrong = (sum(finding.verdict == verdict for finding in findings) for verdict in ("look", "wrong"))
+    return "\n".join([*lines, f"{len(findings)} findings, {look} to look at, {wrong} wrong"])
 
 
 def _stage(folder: Path, name: str, config: MuseConfig, corpus: TrainingData, engine: Engine) -> Iterator[Finding]:
