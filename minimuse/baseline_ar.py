@@ -26,6 +26,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from minimuse import checkpoint
@@ -158,7 +159,7 @@ class LowRes:
             "examples": self.examples,
         }
         card = f"# {self.config.name}\n\nA baseline for Muse by minimuse ({self.model}). It draws at low resolution.\n"
-        atomic_write(folder / checkpoint.WEIGHTS, lambda path: checkpoint.write_weights(weights, path))
+        atomic_write(folder / checkpoint.WEIGHTS, lambda path: path.write_bytes(serialize(weights)))
         atomic_write(folder / checkpoint.CONFIG, json.dumps(values, indent=1) + "\n")
         atomic_write(folder / checkpoint.CARD, card)
         return folder
