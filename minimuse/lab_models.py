@@ -29,9 +29,9 @@ from minimuse.eval_detector import Detector
 from minimuse.eval_metrics import Features, frechet_distance, in_batches, inception_features, jackknife
 from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.lab_samplers import GROUPS, Outcome, check_samples, run
-from minimuse.utils import pick_device
 from minimuse.muse import Muse
 from minimuse.sampler import decode
+from minimuse.utils import pick_device
 
 if TYPE_CHECKING:
     from minimuse.amused import Amused

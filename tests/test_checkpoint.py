@@ -202,7 +202,7 @@ def test_broken_json(folder, broken):
 )
 def test_a_foreign_config(folder, foreign):
     (folder / CONFIG).write_text(foreign)
-    with pytest.raises(ValueError, match=r"config\.json holds no Muse.*expected 'minimuse-1'"):
+    with pytest.raises(ValueError, match=r"config\.json holds another kind of model.*expected 'minimuse-1'"):
         Muse.from_pretrained(folder)
 
 
