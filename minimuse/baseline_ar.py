@@ -33,14 +33,12 @@ from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_sources import Source
 from minimuse.editing import Callback
 from minimuse.muse import Muse, sampling_settings
-from minimuse.plots import grid
 from minimuse.sampler import LogitsFn, SamplingConfig, Step, decode
 from minimuse.text import Context, TextEncoder, pad_contexts
 from minimuse.train import MuseTrainer, pick_captions
 from minimuse.train_engine import Engine, EvalFn, Progress, Stage
-from minimuse.train_log import eval_mode
 from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig, attention, init_from_codebook
-from minimuse.utils import atomic_write
+from minimuse.utils import atomic_write, require
 from minimuse.vqgan import VQGAN
 
 FORMAT = "minimuse-{}-1"  # in config.json, with the name of the model
@@ -73,8 +71,8 @@ class LowRes:
     @classmethod
     def configure(cls, config: MuseConfig) -> MuseConfig:
         """A Muse's configuration -> this model's: its name, two of the five stages, its sampling."""
-        if config.low_tokenizer_from:
-            raise ValueError(f"low_tokenizer_from is {config.low_tokenizer_from!r}; a baseline trains its own: give ''")
+        foreign = config.low_tokenizer_from
+        require(not foreign, f"low_tokenizer_from is {foreign!r}; a baseline trains its own tokenizer: give ''")
         stages = {name: config.stages[name] for name in ("low_tokenizer", "base") if name in config.stages}
         return replace(config, name=f"{config.name}-{cls.model}", stages=stages)
 
@@ -82,11 +80,6 @@ class LowRes:
     def network(cls, config: MuseConfig) -> nn.Module:
         """The network with fresh weights. It has a method `memory(context)`."""
         return Transformer(config.base)
-
-    @staticmethod
-    def fixed(config: MuseConfig) -> dict[str, Any]:
-        """The sampling settings that are not the user's to choose."""
-        return {}
 
     def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
         """Train the network on what the trainer has prepared."""
@@ -96,7 +89,7 @@ class LowRes:
     def draw(
         self, text: Memory, null: Memory, guidance: Guidance, generators: list[torch.Generator], **sampling: Any
     ) -> Iterator[Step]:
-        """Two memories, a generator for each picture, `settings` and `fixed` -> Steps."""
+        """Two memories, a generator for each picture, arguments of `sampler.decode` -> Steps."""
         logits_fn = self.logits_fn(text, null, guidance)
         tokens = torch.full((len(generators), self.base.config.tokens), self.base.mask_id, device=self.muse.device)
         return decode(logits_fn, tokens, mask_id=self.base.mask_id, generator=generators, **sampling)
@@ -119,7 +112,6 @@ class LowRes:
             known = ", ".join(sorted(self.settings))
             raise TypeError(f"{self.config.name} has no setting {', '.join(wrong)}; it has {known}")
         guidance, values = sampling_settings(self.config.base_sampling, sampling)
-        values = {k: v for k, v in values.items() if k in self.settings} | self.fixed(self.config)
         memories = [self.base.memory(context) for context in self.muse.contexts(jobs)]
         generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
         for step in self.draw(*memories, guidance, generators, **values):
@@ -174,7 +166,7 @@ class LowRes:
         return cls(config, parts.eval(), encoder, examples=about["examples"]).to(device)
 
     def to(self, device: str | torch.device | None = None) -> Self:
-        """Move the networks and the language model; returns itself."""
+        """Move the networks and the language model. Returns itself."""
         self.muse.to(device)
         return self
 
@@ -182,22 +174,16 @@ class LowRes:
 # --- what all baselines share: training -------------------------------------------------------------------------------
 
 
+Inputs = Callable[[Tensor, list[torch.Generator]], tuple[Any, ...]]  # indices (b,), b generators -> arguments of a loss
+
+
 def train_network(
-    loss: nn.Module,
-    config: StageConfig,
-    inputs: Callable[[Tensor, list[torch.Generator]], tuple[Any, ...]],
-    *,
-    n: int,
-    count: int,
-    engine: Engine | None = None,
-    eval_fn: EvalFn | None = None,
+    loss: nn.Module, config: StageConfig, inputs: Inputs, n: int, count: int, engine: Engine, eval_fn: EvalFn | None
 ) -> Iterator[Progress]:
     """Train `loss.model` on n examples -> a Progress a step.
 
-    inputs(indices, generators) gives the arguments of `loss` for a micro-batch. `loss` returns a sum; `count` is how
-    many numbers the sum of a whole batch has.
+    `loss` returns a sum over its micro-batch; `count` is how many numbers the sum over a whole batch has.
     """
-    engine = engine or Engine()
     loss.train()
     torch.manual_seed(engine.seed)
     job = Stage(engine, "base", config, {"model": loss}, shard=True)
@@ -255,13 +241,10 @@ def _stages(make: type[LowRes], trainer: MuseTrainer) -> Iterator[Progress]:
 
 def save_samples(model: LowRes, trainer: MuseTrainer) -> EvalFn:
     """-> a function that saves what the model draws for fixed prompts and seeds."""
-    log, engine = trainer.log, trainer.engine
 
     def eval_fn(loss: nn.Module, step: int) -> dict[str, float]:
-        if log.folder and not engine.sharded:  # drawing with a sharded model would need all processes
-            with eval_mode(model.parts), engine.precision():
-                images = model.generate(model.examples, seed=0)
-            log.picture("base", step, lambda: grid(images, model.examples, columns=3))
+        prompts = model.examples
+        trainer.log.samples("base", step, model.parts, prompts, lambda: model.generate(prompts, seed=0))
         return {}
 
     return eval_fn
@@ -295,8 +278,7 @@ class CausalTransformer(Transformer):
     """tokens (B, N), memory -> logits (B, N, V); those of place i follow from the tokens before it."""
 
     def __init__(self, config: TransformerConfig):
-        if config.block:
-            raise ValueError(f"block is {config.block}; causal attention is not multi-axis attention: give block=0")
+        require(not config.block, f"block is {config.block}; causal attention is not multi-axis: give block=0")
         super().__init__(config)
         for i, layer in enumerate(self.layers):
             self.layers[i] = CausalLayer(config.width, config.heads, config.mlp_width, 0, config.dropout)
@@ -330,26 +312,37 @@ class NextTokenLoss(nn.Module):
         return F.cross_entropy(logits, x.flatten(), reduction="sum", label_smoothing=self.label_smoothing)
 
 
-def train_ar(model: CausalTransformer, config: StageConfig, tokens: Any, texts: Any, **how: Any) -> Iterator[Progress]:
-    """Train to predict the next token. Tokens (n, N) and texts as in `train_transformer`; how: engine, eval_fn."""
+def train_ar(
+    model: CausalTransformer,
+    config: StageConfig,
+    tokens: Any,
+    texts: Any,
+    *,
+    engine: Engine | None = None,
+    eval_fn: EvalFn | None = None,
+) -> Iterator[Progress]:
+    """Train to predict the next token. The arguments are those of `train.train_transformer`."""
 
     def inputs(at: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Context]:
         return tokens[at], read_texts(texts, at, generators, config.cond_drop_prob)
 
-    sizes = {"n": len(tokens), "count": config.batch * tokens.shape[1]}
-    return train_network(NextTokenLoss(model, config.label_smoothing), config, inputs, **sizes, **how)
+    loss, count = NextTokenLoss(model, config.label_smoothing), config.batch * tokens.shape[1]
+    return train_network(loss, config, inputs, len(tokens), count, engine or Engine(), eval_fn)
 
 
 def cached(model: CausalTransformer, cond: Memory, uncond: Memory, guidance: Guidance) -> LogitsFn:
     """As `cfg.guided`, for one decode from all [MASK] that reveals one token a step in raster order.
 
     A step computes one place; the logits of all others are 0. Both branches run where t = 0 too: the cache needs them.
+    ValueError if the tokens before that place are not all known.
     """
     scale, both = get_guidance(guidance), cond.cat(uncond)
     cache: list[list[Tensor]] = [[] for _ in model.layers]
 
     def logits_fn(tokens: Tensor, u: float) -> Tensor:
         place = cache[0][0].shape[2] if cache[0] else 0
+        known = int((tokens[0] != model.mask_id).sum())
+        require(known == place, f"step {place} came with {known} known tokens; reveal one a step, in raster order")
         new = model(tokens.repeat(2, 1), both, cache)[:, 0]  # (2B, V)
         logits = new.new_zeros(*tokens.shape, new.shape[-1])
         logits[:, place] = guide(*new.chunk(2), scale(u))
@@ -366,7 +359,8 @@ class Autoregressive(LowRes):
 
     @classmethod
     def configure(cls, config: MuseConfig) -> MuseConfig:
-        sampling = replace(config.base_sampling, guidance=(1.0, 1.0), steps=config.base.tokens)
+        one_by_one = {"steps": config.base.tokens, "order": "raster", "choice_temperature": 0.0}
+        sampling = replace(config.base_sampling, guidance=(1.0, 1.0), **one_by_one)
         return replace(super().configure(config), base_sampling=sampling)
 
     @classmethod
@@ -378,10 +372,6 @@ class Autoregressive(LowRes):
         data, stage = trainer.data, self.config.stages["base"]
         how = {"engine": trainer.engine, "eval_fn": save_samples(self, trainer)}
         return train_ar(self.base, stage, data.split(data.tokens["low"]), data.split(data.texts), **how)
-
-    @staticmethod
-    def fixed(config: MuseConfig) -> dict[str, Any]:
-        return {"steps": config.base.tokens, "order": "raster"}
 
     def logits_fn(self, text: Memory, null: Memory, guidance: Guidance) -> LogitsFn:
         return cached(self.base, text, null, guidance)

@@ -186,13 +186,19 @@ class TrainLog:
 
         def eval_fn(loss: nn.Module, step: int) -> dict[str, float]:
             metrics = validate(loss, *held_out, codebook_size=size, engine=self.engine)
-            if self.folder and not self.engine.sharded:  # drawing with a sharded model would need all processes
-                with eval_mode(parts), self.engine.precision():
-                    images = self.draw(stage, parts, data.encoder, prompts)
-                self.picture(stage, step, lambda: grid(images, prompts, columns=3))
+            self.samples(stage, step, parts, prompts, lambda: self.draw(stage, parts, data.encoder, prompts))
             return {f"held_out_{key}": value for key, value in metrics.items()}
 
         return eval_fn
+
+    def samples(
+        self, stage: str, step: int, parts: nn.ModuleDict, prompts: list[str], draw: Callable[[], list[Image.Image]]
+    ) -> None:
+        """Save what the networks in training draw for the prompts."""
+        if self.folder and not self.engine.sharded:  # drawing with a sharded model would need all processes
+            with eval_mode(parts), self.engine.precision():
+                images = draw()
+            self.picture(stage, step, lambda: grid(images, prompts, columns=3))
 
     def draw(self, stage: str, parts: nn.ModuleDict, encoder: Any, prompts: list[str]) -> list[Image.Image]:
         """What the networks in training draw for the prompts; before super-resolution is trained, at low resolution."""
