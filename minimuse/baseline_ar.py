@@ -8,7 +8,8 @@ parameters. It draws the low-resolution picture alone, since what Muse does afte
     ar         the next token, row by row                    one token a step, in that order         N
     dit        the noise in latents (`baseline_dit.py`)      all latents, less noisy at each step    any T
 
-A new baseline is a subclass of `LowRes` with `configure`, `network`, `fit` and `draw`.
+A new baseline is a subclass of `LowRes` with its own `configure`, `network`, `fit` and `draw`, and a line in
+`cli.BASELINES`.
 
 Glossary: B batch, N image tokens, D width, V codebook size, u progress, t guidance scale.
 Not here: the diffusion baseline (`baseline_dit.py`), the comparison (`benchmarks/race.py`).
@@ -42,6 +43,7 @@ from minimuse.utils import atomic_write, require
 from minimuse.vqgan import VQGAN
 
 FORMAT = "minimuse-{}-1"  # in config.json, with the name of the model
+Inputs = Callable[[Tensor, list[torch.Generator]], tuple[Any, ...]]  # indices (b,), b generators -> arguments of a loss
 
 # --- what all baselines share: a checkpoint that draws ----------------------------------------------------------------
 
@@ -49,8 +51,7 @@ FORMAT = "minimuse-{}-1"  # in config.json, with the name of the model
 class LowRes:
     """Muse's base model by itself: low-resolution pictures from text alone. Each baseline is a subclass.
 
-    config: a Muse's, changed by `configure`. parts: "low_tokenizer" and "base", the network that a baseline replaces.
-    A Muse of these two parts reads the prompts and decodes the tokens.
+    config: from `configure`; parts: from `build`. A Muse of the two parts reads the prompts and decodes the tokens.
     """
 
     model = "masked"  # its name in `minimuse train --model` and in config.json
@@ -65,8 +66,7 @@ class LowRes:
     low_tokenizer = property(lambda self: self.parts["low_tokenizer"])
     examples = property(lambda self: self.muse.examples)
     fingerprint = property(lambda self: self.muse.fingerprint)
-
-    # --- what a baseline replaces -------------------------------------------------------------------------------------
+    picture = property(lambda self: self.muse.picture)  # a Step -> B images
 
     @classmethod
     def configure(cls, config: MuseConfig) -> MuseConfig:
@@ -86,19 +86,15 @@ class LowRes:
         init_from_codebook(self.base, self.low_tokenizer.codebook)
         return trainer.transformer("base")
 
-    def draw(
-        self, text: Memory, null: Memory, guidance: Guidance, generators: list[torch.Generator], **sampling: Any
-    ) -> Iterator[Step]:
-        """Two memories, a generator for each picture, arguments of `sampler.decode` -> Steps."""
-        logits_fn = self.logits_fn(text, null, guidance)
+    def draw(self, memories: list[Memory], guidance: Guidance, generators: Any, sampling: dict) -> Iterator[Step]:
+        """Memories of the texts and of what to guide away from, a generator for each picture, settings -> Steps."""
+        logits_fn = self.logits_fn(*memories, guidance)
         tokens = torch.full((len(generators), self.base.config.tokens), self.base.mask_id, device=self.muse.device)
         return decode(logits_fn, tokens, mask_id=self.base.mask_id, generator=generators, **sampling)
 
     def logits_fn(self, text: Memory, null: Memory, guidance: Guidance) -> LogitsFn:
         """The function that `draw` decodes with."""
         return guided(self.base, text, null, guidance)
-
-    # --- what all share -----------------------------------------------------------------------------------------------
 
     @classmethod
     def build(cls, config: MuseConfig) -> nn.ModuleDict:
@@ -114,7 +110,7 @@ class LowRes:
         guidance, values = sampling_settings(self.config.base_sampling, sampling)
         memories = [self.base.memory(context) for context in self.muse.contexts(jobs)]
         generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
-        for step in self.draw(*memories, guidance, generators, **values):
+        for step in self.draw(memories, guidance, generators, values):
             yield step._replace(stage="base", guidance=guidance(step.u))
 
     def generate(
@@ -139,10 +135,6 @@ class LowRes:
     def steps(self, prompt: str, *, n: int = 1, seed: int | None = None, **sampling: Any) -> Iterator[Step]:
         """The Steps of `generate`, one at a time."""
         return self.decode(self.muse.jobs(prompt, n, seed), **sampling)
-
-    def picture(self, step: Step) -> list[Image.Image]:
-        """A Step -> B images."""
-        return self.muse.picture(step)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
         """Write config.json, model.safetensors and a model card (README.md)."""
@@ -174,16 +166,10 @@ class LowRes:
 # --- what all baselines share: training -------------------------------------------------------------------------------
 
 
-Inputs = Callable[[Tensor, list[torch.Generator]], tuple[Any, ...]]  # indices (b,), b generators -> arguments of a loss
-
-
 def train_network(
     loss: nn.Module, config: StageConfig, inputs: Inputs, n: int, count: int, engine: Engine, eval_fn: EvalFn | None
 ) -> Iterator[Progress]:
-    """Train `loss.model` on n examples -> a Progress a step.
-
-    `loss` returns a sum over its micro-batch; `count` is how many numbers the sum over a whole batch has.
-    """
+    """Train `loss.model` on n examples. `loss` sums over a micro-batch; `count` is the number of terms of a batch."""
     loss.train()
     torch.manual_seed(engine.seed)
     job = Stage(engine, "base", config, {"model": loss}, shard=True)
@@ -210,10 +196,7 @@ def read_texts(texts: Any, at: Tensor, generators: list[torch.Generator], p: flo
 def train_baseline(
     make: type[LowRes], config: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None
 ) -> Iterator[Progress]:
-    """A configuration of `make.configure` -> a Progress a step. The last one's model is the trained baseline.
-
-    `data` and `engine` as in `train.train_muse`: with `engine.folder` a stopped run is resumed where it was.
-    """
+    """As `train.train_muse`, for a configuration of `make.configure`. The last Progress holds the baseline."""
     engine = engine or Engine()
     with ExitStack() as stack:
         folder = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
@@ -237,17 +220,6 @@ def _stages(make: type[LowRes], trainer: MuseTrainer) -> Iterator[Progress]:
     parts["base"] = engine.gather_full_model(parts["base"], lambda: make.network(config))
     model = make(config, parts.eval(), trainer.encoder, **about).to(engine.device)
     yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, model)
-
-
-def save_samples(model: LowRes, trainer: MuseTrainer) -> EvalFn:
-    """-> a function that saves what the model draws for fixed prompts and seeds."""
-
-    def eval_fn(loss: nn.Module, step: int) -> dict[str, float]:
-        prompts = model.examples
-        trainer.log.samples("base", step, model.parts, prompts, lambda: model.generate(prompts, seed=0))
-        return {}
-
-    return eval_fn
 
 
 # --- autoregression ---------------------------------------------------------------------------------------------------
@@ -334,7 +306,6 @@ def cached(model: CausalTransformer, cond: Memory, uncond: Memory, guidance: Gui
     """As `cfg.guided`, for one decode from all [MASK] that reveals one token a step in raster order.
 
     A step computes one place; the logits of all others are 0. Both branches run where t = 0 too: the cache needs them.
-    ValueError if the tokens before that place are not all known.
     """
     scale, both = get_guidance(guidance), cond.cat(uncond)
     cache: list[list[Tensor]] = [[] for _ in model.layers]
@@ -370,7 +341,7 @@ class Autoregressive(LowRes):
     def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
         init_from_codebook(self.base, self.low_tokenizer.codebook)
         data, stage = trainer.data, self.config.stages["base"]
-        how = {"engine": trainer.engine, "eval_fn": save_samples(self, trainer)}
+        how = {"engine": trainer.engine, "eval_fn": trainer.log.samples_of(self)}
         return train_ar(self.base, stage, data.split(data.tokens["low"]), data.split(data.texts), **how)
 
     def logits_fn(self, text: Memory, null: Memory, guidance: Guidance) -> LogitsFn:

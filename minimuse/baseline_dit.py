@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse.baseline_ar import LowRes, read_texts, save_samples, train_network
+from minimuse.baseline_ar import LowRes, read_texts, train_network
 from minimuse.cfg import Guidance, guided
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_images import to_float
@@ -291,16 +291,14 @@ class Diffusion(LowRes):
         data, stage = trainer.data, self.config.stages["base"]
         factor = self.config.high_tokenizer.image_size // self.config.low_tokenizer.image_size
         z = latents(self.low_tokenizer, Decimated(data.split(data.images), factor))
-        how = {"engine": trainer.engine, "eval_fn": save_samples(self, trainer)}
+        how = {"engine": trainer.engine, "eval_fn": trainer.log.samples_of(self)}
         return train_dit(self.base, stage, z, data.split(data.texts), **how)
 
-    def draw(
-        self, text: Memory, null: Memory, guidance: Guidance, generators: list[torch.Generator], **sampling: Any
-    ) -> Iterator[Step]:
+    def draw(self, memories: list[Memory], guidance: Guidance, generators: Any, sampling: dict) -> Iterator[Step]:
         """DDIM in sampling["steps"] steps."""
 
         def noise_fn(x: Tensor, u: float, step: Tensor) -> Tensor:
-            return guided(partial(self.base, step=step), text, null, guidance)(x, u)
+            return guided(partial(self.base, step=step), *memories, guidance)(x, u)
 
         grid = self.config.low_tokenizer.grid
         x = gaussians(len(generators), len(self.base.mean), grid, grid, generator=generators)

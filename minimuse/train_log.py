@@ -200,6 +200,15 @@ class TrainLog:
                 images = draw()
             self.picture(stage, step, lambda: grid(images, prompts, columns=3))
 
+    def samples_of(self, model: Any) -> EvalFn:
+        """-> a function that saves what a model with `parts`, `examples` and `generate` draws at low resolution."""
+
+        def eval_fn(loss: nn.Module, step: int) -> dict[str, float]:
+            self.samples("base", step, model.parts, model.examples, lambda: model.generate(model.examples, seed=0))
+            return {}
+
+        return eval_fn
+
     def draw(self, stage: str, parts: nn.ModuleDict, encoder: Any, prompts: list[str]) -> list[Image.Image]:
         """What the networks in training draw for the prompts; before super-resolution is trained, at low resolution."""
         muse = Muse(self.config, parts, encoder).to(self.engine.device)
