@@ -129,7 +129,7 @@ class LowRes:
     ) -> list[Image.Image]:
         """As `Muse.generate`, with the sampling settings that the baseline has."""
         images = []
-        jobs = self.muse.jobs(prompts, n, seed, negative_prompt, sampling)
+        jobs = self.muse.jobs(prompts, n, seed, negative_prompt)
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             images += self.muse.to_pictures(self.decode(batch, **sampling), batch, sampling, callback)
@@ -137,7 +137,7 @@ class LowRes:
 
     def steps(self, prompt: str, *, n: int = 1, seed: int | None = None, **sampling: Any) -> Iterator[Step]:
         """The Steps of `generate`, one at a time."""
-        return self.decode(self.muse.jobs(prompt, n, seed, None, sampling), **sampling)
+        return self.decode(self.muse.jobs(prompt, n, seed), **sampling)
 
     def picture(self, step: Step) -> list[Image.Image]:
         """A Step -> B images."""

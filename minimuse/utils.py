@@ -38,6 +38,13 @@ def require_at_least(config: Any, lowest: float, *names: str) -> None:
         require(ok, f"{type(config).__name__}.{name} is {value!r}; give {lowest} or more")
 
 
+def require_multiple(config: Any, name: str, of: int) -> None:
+    """ValueError unless the named field is a multiple of `of`."""
+    value = getattr(config, name)
+    nearest = max(1, round(value / of)) * of
+    require(value % of == 0, f"{type(config).__name__}.{name} is {value}; give a multiple of {of}, such as {nearest}")
+
+
 def require_fraction(config: Any, *names: str) -> None:
     """ValueError unless each named field is a number in [0, 1]."""
     for name in names:

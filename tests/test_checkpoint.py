@@ -217,7 +217,7 @@ CHANGES = {
     "unknown field": (lambda v: v["config"].update(ema=0.7), "MuseConfig has unknown fields: ema"),
     "unknown inner field": (lambda v: v["config"]["superres"].update(heads2=1), "TransformerConfig has unknown fields: heads2"),
     "stages of another kind": (lambda v: v["config"].update(stages=[]), r"config\.json"),
-    "nonsense": (lambda v: v["config"]["base"].update(heads=5), "not divisible by 5 heads"),
+    "nonsense": (lambda v: v["config"]["base"].update(heads=5), "width is .*; give a multiple of 5"),
     "a text for a number": (lambda v: v["config"]["base"].update(width="wide"), "width is 'wide'"),
     "null for a list": (lambda v: v["config"]["low_tokenizer"].update(multipliers=None), r"config\.json"),
 }

@@ -277,7 +277,7 @@ asked = [p for p in PROMPTS for _ in range(PICTURES)]
 def coarse(prompts, n=1, seed=0, **how):
     """Prompts -> n pictures of each by the base model alone."""
     with torch.inference_mode():
-        *_, last = muse.decode_base(muse.jobs(prompts, n, seed, None, {}), **how)
+        *_, last = muse.decode_base(muse.jobs(prompts, n, seed), **how)
         return muse.picture(last)
 
 
