@@ -44,7 +44,7 @@ def accuracy(muse: Muse, detector: Detector, n: int, seed: int = 1000, **samplin
         surest = max(reading.things, key=lambda thing: thing.confidence, default=None)
         looks = (surest is not None and surest.color == color, surest is not None and surest.shape == shape)
         wants = parse_prompt(prompt)
-        right.append([*looks, matches(reading, wants).right, matches(reading, wants, sure=0.5).right])
+        right.append([*looks, matches(reading, wants).right, matches(reading, wants, min_confidence=0.5).right])
     return torch.tensor(right), images, [p for p, _, _ in asked]
 
 

@@ -94,7 +94,8 @@ def study(
     stage = replace(muse.config.stages["base"], steps=steps)
     config = replace(muse.config, stages={**muse.config.stages, "base": stage})
     engine = Engine(folder=out)
-    corpus = TrainingData(out / "cache", open_source("scenes", config), config, engine, muse.encoder)
+    source, device = open_source("scenes", config), {"device": engine.device, "bf16": engine.bf16}
+    corpus = TrainingData(out / "cache", source, config, muse.encoder, **device)
     for work in (corpus.read, lambda: corpus.tokenize("low", muse.low_tokenizer), corpus.embed):
         for done, of in work():
             print(f"  cache: {done} of {of}", flush=True)

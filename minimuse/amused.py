@@ -5,18 +5,17 @@
     *_, last = decode(amused.logits_fn(["a fox"]), tokens, mask_id=amused.mask_id, **settings(steps=12))
     images = amused.decode(last.tokens)  # (1, 3, 256, 256)
 
-So every schedule and order of `sampler.decode` runs on a real model of 600M parameters. Its `VQTokenizer` has the
-numbers of Muse's base tokenizer (f = 16, 8192 codes): a base model can train on its tokens without training a VQGAN.
+Every schedule and order of `sampler.decode` then runs on a real model with 600M parameters. Its `VQTokenizer` has the
+sizes of Muse's base tokenizer (f = 16, 8192 codes), so a base model can train on its tokens.
 
 What aMUSEd does differently from Muse:
-    one model for 256 or 512 px and no super-resolution: a U-ViT, layers of attention between convolutions
-    CLIP-L/14's penultimate layer is attended to, padding included; its pooled embedding modulates every layer,
-    and so do the image's size, the corner of its crop and an aesthetic score
-    removed text is the empty prompt; guidance is constant, t = 9; the ranking is noisy, as MaskGIT's
-    [MASK] is the last of the vocabulary (8255), not one past the codebook
+    one model for 256 or 512 px, without super-resolution: a U-ViT, attention layers between convolutions
+    text is the penultimate layer of CLIP-L/14, padding included; the pooled embedding modulates every layer, and so do
+    image size, crop corner and an aesthetic score
+    removed text is the empty prompt; guidance is constant, t = 9; the ranking has MaskGIT's noise
+    [MASK] is the last id of the vocabulary (8255), not one past the codebook
 
-Glossary: h w token grid, f downsampling, V codebook size, t guidance. Built on the models of diffusers alone, not on
-its deprecated pipelines. Not here: their training.
+Glossary: h w token grid, f downsampling, V codebook size, t guidance. Not here: training.
 """
 
 import math
@@ -34,10 +33,10 @@ from minimuse.sampler import LogitsFn
 
 
 def settings(steps: int = 12) -> dict[str, Any]:
-    """What `sampler.decode` needs to decode as aMUSEd's scheduler does: steps, schedule and ranking noise.
+    """Arguments with which `sampler.decode` decodes as aMUSEd's scheduler does: steps, schedule, ranking noise.
 
-    Their noise is 2 (T-1-i) / (T-1) at step i, ours c (T-1-i) / T: so c = 2 T / (T-1).
-    Their cosine is in single precision: at u = 2/3 it leaves 127 of 256 tokens, where MaskGIT's leaves 128.
+    Its noise at step i is 2 (T-1-i) / (T-1), ours c (T-1-i) / T, so c = 2 T / (T-1). Its cosine has single precision:
+    at u = 2/3 it leaves 127 of 256 tokens, where MaskGIT's leaves 128.
     """
     return {
         "steps": steps,
@@ -46,25 +45,27 @@ def settings(steps: int = 12) -> dict[str, Any]:
     }
 
 
-def _load(kind: str, name: str | Path, part: str) -> Any:
-    """A model of diffusers or transformers by the name of its class, from a subfolder of a folder or hub id."""
+def _load(kind: str, name: str | Path, subfolder: str) -> Any:
+    """Load a class of diffusers or transformers, given by its name, from a folder or hub id; frozen, float32."""
     try:
         import diffusers
         import transformers
     except ImportError as error:
-        raise ImportError("published weights need diffusers; mend it: pip install 'minimuse[amused]'") from error
+        raise ImportError("published weights need diffusers: pip install 'minimuse[amused]'") from error
     model_class = getattr(diffusers, kind, None) or getattr(transformers, kind)
     try:
         if kind == "CLIPTokenizer":
-            return model_class.from_pretrained(name, subfolder=part)
-        if hasattr(diffusers, kind) and (found := model_class.load_config(name, subfolder=part)["_class_name"]) != kind:
-            raise ValueError(f"its config.json says {found}")
-        how = {"use_safetensors": True, "output_loading_info": True}
-        model, info = model_class.from_pretrained(name, subfolder=part, **how)
+            return model_class.from_pretrained(name, subfolder=subfolder)
+        if hasattr(diffusers, kind):
+            found = model_class.load_config(name, subfolder=subfolder)["_class_name"]
+            if found != kind:
+                raise ValueError(f"its config.json says {found}")
+        options = {"use_safetensors": True, "output_loading_info": True}
+        model, info = model_class.from_pretrained(name, subfolder=subfolder, **options)
         if info["missing_keys"]:
             raise ValueError(f"it lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}, ...")
     except (OSError, ValueError) as error:
-        raise ValueError(f"no {kind} in {str(name)!r}, subfolder {part!r}: {error}") from error
+        raise ValueError(f"no {kind} in {str(name)!r}, subfolder {subfolder!r}: {error}") from error
     return model.float().eval().requires_grad_(False)
 
 
@@ -74,39 +75,29 @@ class VQTokenizer(nn.Module):
     def __init__(self, vq: nn.Module):
         super().__init__()
         if not vq.config.lookup_from_codebook:
-            raise ValueError("this VQModel has lookup_from_codebook=False: its tokens and pixels are not as aMUSEd's")
+            raise ValueError("this VQModel has lookup_from_codebook=False; give one that decodes tokens as aMUSEd's")
         self.vq = vq.eval().requires_grad_(False)
+        self.codebook_size = vq.config.num_vq_embeddings
+        self.downsampling = 2 ** (len(vq.config.block_out_channels) - 1)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, subfolder: str = "vqvae") -> "VQTokenizer":
-        """From a folder or hub id of a whole aMUSEd; subfolder="" where the VQModel lies alone."""
+        """From a folder or hub id of a whole aMUSEd; subfolder="" for a VQModel alone."""
         return cls(_load("VQModel", name, subfolder))
-
-    @property
-    def codebook_size(self) -> int:
-        return self.vq.config.num_vq_embeddings
-
-    @property
-    def downsampling(self) -> int:
-        return 2 ** (len(self.vq.config.block_out_channels) - 1)
 
     @property
     def codebook(self) -> Tensor:
         """(V, d)."""
         return self.vq.quantize.embedding.weight
 
-    def train(self, mode: bool = True) -> "VQTokenizer":
-        """Stays in eval mode, whatever a parent says."""
-        return super().train(False)
-
-    def _ready(self) -> nn.Module:
-        """The VQModel, in float32 where its config says that float16 overflows."""
+    def _model(self) -> nn.Module:
+        """The VQModel; in float32 if its configuration says that float16 overflows."""
         return self.vq.float() if self.vq.dtype == torch.float16 and self.vq.config.force_upcast else self.vq
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [-1, 1] -> tokens (B, h*w) long; H and W any multiples of f."""
-        vq, f = self._ready(), self.downsampling
+        """images (B, 3, H, W) in [-1, 1] -> tokens (B, h*w) long; H and W are any multiples of f."""
+        vq, f = self._model(), self.downsampling
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
             raise ValueError(f"images of shape {tuple(images.shape)}; give (B, 3, H, W) with H and W multiples of {f}")
         z = vq.encode((images.to(vq.dtype) + 1) / 2).latents.float().permute(0, 2, 3, 1)  # (B, h, w, d)
@@ -114,8 +105,8 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """tokens (B, h*w) -> images (B, 3, H, W) in [-1, 1]; a square unless `grid` says (h, w)."""
-        vq, (h, w) = self._ready(), grid or (math.isqrt(tokens.shape[1]),) * 2
+        """tokens (B, h*w) -> images (B, 3, H, W) in [-1, 1]; `grid` (h, w) None is a square."""
+        vq, (h, w) = self._model(), grid or (math.isqrt(tokens.shape[1]),) * 2
         if h * w != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens are no {h} x {w} grid; pass grid=(h, w)")
         if tokens.max() >= self.codebook_size:
@@ -125,11 +116,11 @@ class VQTokenizer(nn.Module):
 
 
 def published_tokenizer(config: MuseConfig) -> VQTokenizer | None:
-    """The frozen low tokenizer that `low_tokenizer_from` names, or None. ValueError if its sizes are others."""
+    """The frozen low tokenizer that `low_tokenizer_from` names, or None. ValueError if its sizes are different."""
     name = config.low_tokenizer_from
     if not name:
         return None
-    alone = Path(name, "config.json").exists()  # a folder of the VQModel only, not of a whole aMUSEd
+    alone = Path(name, "config.json").exists()  # a folder with a VQModel only, not a whole aMUSEd
     tokenizer = VQTokenizer.from_pretrained(name, subfolder="" if alone else "vqvae")
     for size in ("codebook_size", "downsampling"):
         found, expected = getattr(tokenizer, size), getattr(config.low_tokenizer, size)
@@ -139,16 +130,18 @@ def published_tokenizer(config: MuseConfig) -> VQTokenizer | None:
 
 
 class Amused(nn.Module):
-    """A published aMUSEd, frozen: tokenizer, U-ViT and CLIP text encoder. `.to(...)` takes devices and dtypes."""
+    """A published aMUSEd, frozen: tokenizer, U-ViT and CLIP text encoder. `.to(...)` moves it to devices and dtypes."""
 
     def __init__(self, tokenizer: VQTokenizer, transformer: nn.Module, clip: nn.Module, clip_tokenizer: Any):
         super().__init__()
         if (v := transformer.config.codebook_size) != tokenizer.codebook_size:
-            raise ValueError(f"a transformer over {v} codes and a tokenizer of {tokenizer.codebook_size} are no pair")
+            raise ValueError(f"a transformer over {v} codes and a tokenizer of {tokenizer.codebook_size} do not match")
         if (v := clip.config.vocab_size) != len(clip_tokenizer):
             raise ValueError(f"CLIP knows {v} text tokens, its tokenizer {len(clip_tokenizer)}; is vocab.json missing?")
-        self.tokenizer, self.clip_tokenizer = tokenizer, clip_tokenizer
-        self.transformer, self.clip = (part.eval().requires_grad_(False) for part in (transformer, clip))
+        self.tokenizer = tokenizer
+        self.clip_tokenizer = clip_tokenizer
+        self.transformer = transformer.eval().requires_grad_(False)
+        self.clip = clip.eval().requires_grad_(False)
         self.mask_id = transformer.config.vocab_size - 1  # as in its training
 
     @classmethod
@@ -157,10 +150,6 @@ class Amused(nn.Module):
         clip = _load("CLIPTextModelWithProjection", name, "text_encoder"), _load("CLIPTokenizer", name, "tokenizer")
         return cls(VQTokenizer.from_pretrained(name), _load("UVit2DModel", name, "transformer"), *clip)
 
-    def train(self, mode: bool = True) -> "Amused":
-        """Stays in eval mode, whatever a parent says."""
-        return super().train(False)
-
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B prompts, cut to 77 tokens with a warning -> penultimate layer (B, 77, D_lm), projected embedding (B, P)."""
@@ -168,30 +157,24 @@ class Amused(nn.Module):
         for prompt in prompts:
             if (n := len(self.clip_tokenizer(prompt, verbose=False)["input_ids"])) > limit:
                 warnings.warn(f"prompt cut from {n} to {limit} tokens: {prompt[:60]!r}...", stacklevel=3)
-        how = {"padding": "max_length", "truncation": True, "max_length": limit, "return_tensors": "pt"}
-        ids = self.clip_tokenizer(list(prompts), **how)["input_ids"].to(self.clip.device)
+        options = {"padding": "max_length", "truncation": True, "max_length": limit, "return_tensors": "pt"}
+        ids = self.clip_tokenizer(list(prompts), **options)["input_ids"].to(self.clip.device)
         out = self.clip(ids, output_hidden_states=True)
         return out.hidden_states[-2].to(self.transformer.dtype), out.text_embeds
 
     def logits_fn(
-        self,
-        prompts: Sequence[str],
-        *,
-        guidance: Guidance = 9.0,
-        negative_prompts: Sequence[str] | None = None,
-        grid: tuple[int, int] | None = None,
-        aesthetic_score: float = 6.0,
-    ) -> LogitsFn:
+        self, prompts: Sequence[str], *, guidance: Guidance = 9.0, negative_prompts: Sequence[str] | None = None,
+        grid: tuple[int, int] | None = None, aesthetic_score: float = 6.0,
+    ) -> LogitsFn:  # fmt: skip
         """B prompts -> the LogitsFn (tokens (B, h*w), u) -> guided logits (B, h*w, V).
 
-        guidance is t of Muse 2.7: a number, a pair (first, last), or a function of u; their guidance_scale is t + 1.
-        negative_prompts None are empty prompts; grid None is the square (h, w) that it was trained on.
+        guidance is t as in `cfg.get_guidance`; the guidance_scale of diffusers is t + 1. negative_prompts None are
+        empty prompts; grid None is the square (h, w) that the model was trained on.
         """
-        b, negatives = len(prompts), [""] * len(prompts) if negative_prompts is None else negative_prompts
+        b = len(prompts)
+        negatives = [""] * b if negative_prompts is None else negative_prompts
         if isinstance(prompts, str) or isinstance(negatives, str) or len(negatives) != b or not b:
-            raise ValueError(
-                f"prompts {prompts!r}, negative prompts {negative_prompts!r}; give two lists, equally long"
-            )
+            raise ValueError(f"prompts {prompts!r}, negatives {negative_prompts!r}; give two lists of the same length")
         h, w = grid or (self.transformer.config.sample_size,) * 2
         if self.transformer.config.downsample and (h % 2 or w % 2):
             raise ValueError(f"a grid of {h} x {w} tokens; this model halves it, so give even numbers")
@@ -207,8 +190,7 @@ class Amused(nn.Module):
             t = scale(u)
             n = b if t == 0 else 2 * b  # without guidance, no second branch
             x = tokens.view(b, h, w).repeat(n // b, 1, 1)
-            logits = self.transformer(x, states[:n], pooled[:n], micro[:n])  # (n, V, h, w)
-            logits = logits.flatten(2).transpose(1, 2)  # (n, h*w, V)
+            logits = self.transformer(x, states[:n], pooled[:n], micro[:n]).flatten(2).transpose(1, 2)  # (n, h*w, V)
             return logits if t == 0 else guide(*logits.chunk(2), t)
 
         return logits_fn

@@ -10,10 +10,33 @@ Not here: the scenes and their pictures (data_scenes.py).
 """
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from random import Random
+from typing import Any
 
-from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES, Scene, Thing, relations
+import torch
+from torch import Tensor
 
+from minimuse.data_images import Example, to_uint8
+from minimuse.data_scenes import (
+    COLORS,
+    FRACTIONS,
+    MATERIALS,
+    SHAPES,
+    SIZES,
+    SPLITS,
+    Scene,
+    Thing,
+    relations,
+    render,
+    sample_scene,
+)
+from minimuse.utils import content_hash
+
+SCENES_VERSION = 1  # raise it on purpose when the same scenes give other pixels or captions: caches become invalid
+PART = 500  # examples in a part, where a source has no parts of its own
 PARAPHRASES = {
     "cube": ("box", "block"), "sphere": ("ball", "globe", "orb"), "cylinder": ("tin", "can"),
     "small": ("tiny", "little"), "large": ("big", "huge"), "rubber": ("matte",), "metal": ("shiny", "metallic"),
@@ -152,3 +175,69 @@ def vocabulary(synonyms: bool = False) -> list[str]:
     )
     texts += ("an", *sum(SYNONYMS.values(), ())) if synonyms else ()
     return sorted({word for text in texts for word in text.split()} | {s + "s" for s in shapes} | {"and", "is", "are"})
+
+
+@dataclass(frozen=True)
+class SceneDataset:
+    """n captioned scenes of one split: a `Source`. Everything follows from (split, seed, i), so nothing is stored."""
+
+    n: int
+    size: int
+    split: str = "train"
+    seed: int = 0
+    fractions: tuple[float, ...] = FRACTIONS  # of scenes with 1, 2 and 3 things
+    k: int = 2  # captions per scene
+    synonyms: float = 0.0  # fraction of captions that use the words of data_captions.SYNONYMS
+
+    def __post_init__(self):
+        if self.n < 1 or self.size < 8 or self.k < 1 or self.split not in SPLITS:
+            raise ValueError(f"{self}: expected n >= 1, size >= 8, k >= 1 and a split of {', '.join(SPLITS)}")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of SCENES_VERSION and all fields except `size`, which `read` receives."""
+        return content_hash("scenes", SCENES_VERSION, asdict(replace(self, size=8)))
+
+    @property
+    def parts(self) -> int:
+        return -(-self.n // PART)
+
+    def read(self, part: int, size: int, problems: Any) -> Iterator[Example]:
+        """Part -> scenes 500 part to 500 part + 499, the same as `images` and `captions` give."""
+        if not 0 <= part < self.parts:
+            raise IndexError(f"part {part} of {self.parts}: expected 0 to {self.parts - 1}")
+        indices = range(part * PART, min((part + 1) * PART, self.n))
+        for start in range(0, len(indices), 50):
+            few = indices[start : start + 50]
+            for i, image in zip(few, replace(self, size=size).images(few), strict=True):
+                problems.seen += 1
+                yield Example(image, tuple(self.captions(i)))
+
+    def __len__(self) -> int:
+        return self.n
+
+    def scene(self, i: int) -> Scene:
+        """Index 0 to n - 1 -> the scene."""
+        if not 0 <= i < self.n:
+            raise IndexError(f"scene {i} of a data set of {self.n}: expected 0 to {self.n - 1}")
+        return sample_scene(self.seed * 1_000_003 + i, split=self.split, fractions=self.fractions)
+
+    def captions(self, i: int, k: int | None = None, *, paraphrase: bool = False) -> list[str]:
+        """-> k different captions of scene i (None: as many as the data set has per scene)."""
+        scene, found, k = self.scene(i), {}, self.k if k is None else k
+        for attempt in range(50 * k):
+            found[caption(scene, 10_007 * i + attempt, paraphrase=paraphrase, synonyms=self.synonyms)] = None
+            if len(found) == k:
+                return list(found)
+        raise ValueError(f"scene {i} has fewer than {k} different captions: ask for at most {len(found)}")
+
+    def images(self, indices: Sequence[int] | None = None, *, progress: bool = False) -> Tensor:
+        """Indices (None: all) -> uint8 images (B, 3, H, W), rendered 256 scenes at a time."""
+        indices = range(self.n) if indices is None else [int(i) for i in indices]
+        starts: Iterable[int] = range(0, len(indices), 256)
+        if progress:
+            from tqdm import tqdm
+
+            starts = tqdm(starts, f"rendering {len(indices)} scenes at {self.size} px", unit_scale=256, leave=False)
+        parts = [to_uint8(render([self.scene(i) for i in indices[s : s + 256]], self.size)) for s in starts]
+        return torch.cat(parts) if parts else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)

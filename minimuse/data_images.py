@@ -1,41 +1,63 @@
-"""Pixels: the ways between PIL images, uint8 and [-1, 1].
+"""Pixels <-> tensors: PIL images, image files, uint8 and [-1, 1].
 
-`B` images a batch, `H W` pixels. uint8 is how images are kept, [-1, 1] how models see them.
+`B` images in a batch, `H W` pixels. Images are stored as uint8. Models see them in [-1, 1].
 
 Not here: where images come from (data_sources.py), tokens (vqgan.py).
 """
 
-from typing import Any
+import os
+import warnings
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS: Pillow would run Ghostscript
+MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")  # and 16-bit gray
+HUGE, UNKNOWN, CORRUPT, TINY, UNREADABLE = "too huge", "of an unknown format", "corrupt", "too small", "unreadable"
+
+
+class Example(NamedTuple):
+    """What a source of captioned images yields."""
+
+    image: Tensor  # (3, size, size) uint8
+    captions: tuple[str, ...]  # at least one
+
+
+class Refused(Exception):
+    """An image that cannot be used. The text is the kind of problem, such as `CORRUPT`."""
+
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] -> uint8 of the same shape; what lies outside is clipped."""
+    """Images in [-1, 1] -> uint8 of the same shape. Values outside are clipped."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 images -> float32 of the same shape in [-1, 1]."""
     if images.dtype != torch.uint8:
-        raise ValueError(f"to_float: expected uint8 images, {images.dtype} came; floats in [-1, 1] need no change")
+        raise ValueError(f"to_float expected uint8 images and got {images.dtype}; floats in [-1, 1] need no change")
     return images.float() / 127.5 - 1
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Images (B, 3, H, W), uint8 or in [-1, 1] -> PIL images."""
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"to_pil: expected images (B, 3, H, W), {tuple(images.shape)} came; one image needs [None]")
+        raise ValueError(f"to_pil expected images (B, 3, H, W) and got {tuple(images.shape)}; one image needs [None]")
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode -> RGB; what is transparent becomes white."""
+    """A PIL image of any mode -> RGB. Transparent pixels become white."""
+    if image.mode[:1] == "I":  # 16-bit gray, which Pillow's own conversion clips
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise Refused(f"of mode {image.mode}")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -43,13 +65,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def from_pil(image: Image.Image, size: int) -> Tensor:
-    """A PIL image of size x size -> (1, 3, size, size) in [-1, 1]; what is transparent becomes white."""
+    """A PIL image of size x size pixels -> (1, 3, size, size) in [-1, 1]. Transparent pixels become white."""
     if not isinstance(image, Image.Image):
-        raise TypeError(f"expected a PIL image, {type(image).__name__} came; files open with PIL.Image.open(path)")
+        raise TypeError(f"expected a PIL image, {type(image).__name__} came; open a file with PIL.Image.open(path)")
     if image.size != (size, size):
         raise ValueError(
             f"expected an image of {size} x {size} pixels, {image.width} x {image.height} came; "
-            f"mend it with image.resize(({size}, {size})), after cropping it to a square"
+            f"crop it to a square, then use image.resize(({size}, {size}))"
         )
     if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
         raise ValueError(f"expected an image of mode RGB, RGBA, L or P, {image.mode} came; try image.convert('RGB')")
@@ -57,16 +79,43 @@ def from_pil(image: Image.Image, size: int) -> Tensor:
     return to_float(pixels.view(1, size, size, 3).permute(0, 3, 1, 2))
 
 
+def decode_image(file: str | os.PathLike | IO[bytes], size: int, min_side: int | None = None) -> Tensor:
+    """An image file -> (3, size, size) uint8: upright, RGB, shorter side scaled to `size`, cropped at the centre.
+
+    Raises `Refused` for a file that cannot be used, and where the shorter side has fewer than `min_side` pixels.
+    Choice: the default is size // 2, because images enlarged more than twofold teach blur. Colour profiles are not
+    applied. An animation gives its first frame.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:  # reads only the header
+                if min(image.size) < (size // 2 if min_side is None else min_side):
+                    raise Refused(TINY)
+                if image.mode not in MODES and image.mode[:1] != "I":
+                    raise Refused(f"of mode {image.mode}")
+                image.draft(None, (2 * size, 2 * size))  # JPEGs decode faster at a half, a quarter or an eighth
+                square = ImageOps.fit(to_rgb(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.LANCZOS)
+    except Refused:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Refused(HUGE) from error
+    except UnidentifiedImageError as error:
+        raise Refused(UNKNOWN) from error
+    except Exception as error:  # damaged files raise almost every kind of exception
+        raise Refused(UNREADABLE if getattr(error, "errno", None) else CORRUPT) from error
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
 def mask_from(mask: Any, size: tuple[int, int]) -> Tensor:
-    """A PIL image or an array (H, W), white or True = repaint -> bool tensor (H, W); `size` is the picture's (W, H)."""
+    """A PIL image or an array (H, W), white or True = repaint -> bool (H, W). `size` is the picture's (W, H)."""
     if isinstance(mask, Image.Image):
         mask = np.asarray(mask.convert("L"))
     mask = np.asarray(mask)
     if mask.shape != size[::-1]:
-        came = " x ".join(str(n) for n in mask.shape[::-1])
-        raise ValueError(
-            f"expected a mask of the picture's {size[0]} x {size[1]} pixels, {came or 'a single value'} came"
-        )
+        came = " x ".join(str(n) for n in mask.shape[::-1]) or "a single value"
+        raise ValueError(f"expected a mask of the picture's {size[0]} x {size[1]} pixels, {came} came")
     return torch.from_numpy(mask > 127 if mask.dtype == np.uint8 else mask > 0.5)
 
 
@@ -75,5 +124,5 @@ def area_downsample(images: Tensor, factor: int = 2) -> Tensor:
     if factor < 1 or images.shape[-1] % factor or images.shape[-2] % factor:
         height, width = images.shape[-2:]
         raise ValueError(f"factor={factor} must divide the image's {height} x {width} pixels")
-    small = F.avg_pool2d(images.float(), factor)  # the same as interpolate(mode="area"), which takes no uint8 either
+    small = F.avg_pool2d(images.float(), factor)  # equals interpolate(mode="area")
     return small.round().to(torch.uint8) if images.dtype == torch.uint8 else small

@@ -1,488 +1,411 @@
-"""Captioned images out of files: a folder, or tar shards, as sources (data_images.py says what a source is).
+"""Sources of captioned images: the embedded scenes, folders, tar shards, Parquet files, data sets of the hub.
 
-    pictures/metadata.jsonl   {"file_name": "a.png", "text": "a red cube"}, a line an image; "text" may be a list
-    pictures/a.png, a.txt     or a text file beside each image, a caption a line
-    shards/000.tar, ...       a.jpg with a.txt or a.json ("text" or "caption"), the WebDataset convention
+    scenes                      the embedded data set (`SceneDataset`)
+    pictures/                   metadata.jsonl or metadata.csv ("file_name", "text"), or a.txt next to a.png
+    shards/{000..009}.tar       a.jpg with a.txt or a.json ("text" or "caption"): the WebDataset layout
+    tables/*.parquet            a column of images and a column of captions
+    user/name, user/name@rev    a data set of the Hugging Face hub: split "train", streamed
 
-A file of its own, since all it knows is formats and what can be wrong with them: training never sees either. Files come
-from strangers. Nothing of them is executed or unpickled, no name leads out of the folder, and what cannot be used is
-passed over and counted (`Problems`).
+Training reads a source once, part by part, front to back. To add one, write a class with the three members of `Source`.
+Files come from strangers: nothing in them is executed, no name leads out of a folder, and every image that cannot be
+used is counted and named (`Problems`).
 
-Not here: pictures to read over the network.
+Choice: only Parquet and the hub use the library `datasets` (extra `data`). For folders it drops unlisted images and
+guesses splits from file names. In tar shards it stops at the first bad sample, or ends early. It counts none of this.
+
+Not here: pixels (data_images.py), how scenes look (data_scenes.py), what is stored of a source (data_cache.py).
 """
 
+import csv
 import glob
 import io
 import json
 import os
 import posixpath
+import re
 import tarfile
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
-
-import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from typing import Any, NamedTuple, Protocol
 
 from minimuse.config import MuseConfig
-from minimuse.data_captions import caption
-from minimuse.data_images import to_rgb, to_uint8
-from minimuse.data_scenes import FRACTIONS, SPLITS, Scene, render, sample_scene
+from minimuse.data_captions import PART, SceneDataset
+from minimuse.data_images import HUGE, Example, Refused, decode_image
 from minimuse.utils import content_hash
 
-PART = 500  # images that one process reads in one go, where the source itself has no parts
-SCENES_VERSION = 1  # part of the fingerprint: raise it when the same scenes begin to give other pixels or captions
-
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS, which would run Ghostscript
+FILES_VERSION = 2  # raise it on purpose when the same files give other pixels or captions: caches become invalid
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")  # and 16-bit gray
-LARGEST = 2**28  # bytes of a file in a tar: they are read as a whole, and a compressed tar may promise terabytes
-RULES = 1  # part of every fingerprint: raise it when the same files begin to give other pixels or captions
-
-HUGE, UNKNOWN, CORRUPT, TINY = "too huge", "of an unknown format", "corrupt", "too small"
-UNCAPTIONED, NOT_UTF8, NOT_JSON = "without a caption", "with a caption not in UTF-8", "with metadata not in JSON"
-MISSING, OUTSIDE, TWICE = "listed without a file", "listed outside of the folder", "listed twice"
-DAMAGED, UNREADABLE = "lost in a damaged tar", "unreadable"
-
-
-class Refused(Exception):
-    """An image that cannot be used; its text is the kind of problem."""
-
-
-# ---------------------------------------------------------------- sources
-
-
-class Example(NamedTuple):
-    image: Tensor  # (3, size, size) uint8
-    captions: tuple[str, ...]  # at least one
+UNREADABLE = ("avif", "eps", "heic", "heif", "jfif", "jp2", "jxl", "pgm", "psd", "svg", "tga")  # tried, then counted
+LARGEST = 2**28  # bytes of one file in a tar: a compressed tar may promise terabytes
+IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")  # names of columns
+TEXTS = ("text", "caption", "captions", "txt", "json")
+MISSING, TWICE, DAMAGED = "listed without a file", "listed twice", "lost in a damaged file"
+NOT_READ, NOT_UTF8, UNCAPTIONED = "with metadata that do not parse", "with a caption not in UTF-8", "without a caption"
 
 
 @dataclass
 class Problems:
-    """What reading passed over, by kind, with the first few names of each. Plain values: `Problems(**asdict(p))` is p.
+    """What a reader left out, by kind, with the first three names of each kind.
 
     >>> problems = Problems(seen=9)
     >>> problems.add("corrupt", "a.png")
     >>> problems.summary()
-    'passed over 1 of 9 images: 1 corrupt (a.png)'
+    'left out 1 of 9 images: 1 corrupt (a.png)'
     """
 
-    seen: int = 0  # images met, good ones included
-    counts: dict[str, int] = field(default_factory=dict)  # kind -> how many were passed over
-    names: dict[str, list[str]] = field(default_factory=dict)  # kind -> the first of them
-
-    NAMED = 3  # no annotation, so no field
+    seen: int = 0  # all images, good ones included
+    counts: dict[str, int] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, kind: str, name: str) -> None:
-        """One of the images seen is passed over."""
-        name = name.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that no text can
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        self.names[kind] = [*self.names.get(kind, []), name][: self.NAMED]
+        """Count one of the images seen as left out."""
+        self.merge(Problems(0, {kind: 1}, {kind: [name.encode("utf-8", "backslashreplace").decode()]}))
 
-    def __add__(self, other: "Problems") -> "Problems":
-        kinds = list(dict.fromkeys((*self.counts, *other.counts)))
-        counts = {kind: self.counts.get(kind, 0) + other.counts.get(kind, 0) for kind in kinds}
-        names = {kind: (self.names.get(kind, []) + other.names.get(kind, []))[: self.NAMED] for kind in kinds}
-        return Problems(self.seen + other.seen, counts, names)
-
-    @property
-    def usable(self) -> int:
-        """How many of the images seen were read."""
-        return self.seen - sum(self.counts.values())
+    def merge(self, other: "Problems") -> None:
+        """Add what another reading left out."""
+        self.seen += other.seen
+        for kind, n in other.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + n
+            self.names[kind] = (self.names.get(kind, []) + other.names[kind])[:3]
 
     def summary(self) -> str:
-        """-> one sentence, or "" where nothing was passed over."""
-        if not self.counts:
-            return ""
-        told = []
-        for kind, n in self.counts.items():
-            more = ", ..." if n > len(self.names[kind]) else ""
-            told.append(f"{n} {kind} ({', '.join(self.names[kind])}{more})")
-        return f"passed over {sum(self.counts.values())} of {self.seen} images: {', '.join(told)}"
+        """One sentence, or "" if nothing was left out."""
+        kinds = [f"{n} {kind} ({', '.join(self.names[kind])}{', ...' * (n > 3)})" for kind, n in self.counts.items()]
+        return f"left out {sum(self.counts.values())} of {self.seen} images: {', '.join(kinds)}" if kinds else ""
 
     def check(self, where: str) -> None:
-        """After reading all of `where`: ValueError if none of it was usable."""
-        if not self.usable:
+        """After all of `where` was read: ValueError if none of it was usable."""
+        if self.seen == sum(self.counts.values()):
             raise ValueError(f"{where}: no usable captioned image; {self.summary() or 'nothing was found'}")
 
 
 class Source(Protocol):
-    """Captioned images from anywhere, read from front to back. To read two parts at once, use two processes."""
+    """Captioned images from anywhere. Several processes read different parts."""
 
-    fingerprint: str  # hex; another one wherever an image, a caption or a rule of reading could have changed
-    parts: int  # units of work: a part is read by one process, in order
+    fingerprint: str  # hex; changes whenever an image, a caption or a rule of reading may have changed
+    parts: int  # units of work
 
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
-        """Part 0 to parts - 1 -> its examples at size x size pixels; what is passed over is added to `problems`."""
+        """Part 0 to parts - 1 -> its examples at size x size pixels, always in the same order."""
         ...
 
 
-def check_part(part: int, parts: int) -> None:
-    if not 0 <= part < parts:
-        raise IndexError(f"part {part} of {parts}: expected 0 to {parts - 1}")
+# ---------------------------------------------------------------- files
 
 
-@dataclass(frozen=True)
-class SceneDataset:
-    """n captioned scenes of one split: a `Source`. All follows from (split, seed, i), so there is nothing to store."""
+class Item(NamedTuple):
+    """What a reader knows about an image before it decodes it."""
 
-    n: int
-    size: int
-    split: str = "train"
-    seed: int = 0
-    fractions: tuple[float, ...] = FRACTIONS  # how often there are 1, 2 and 3 things
-    k: int = 2  # captions a scene
-    synonyms: float = 0.0  # share of the captions that are told in captions.SYNONYMS too
+    name: str
+    image: bytes | Path | None = None
+    captions: tuple[str, ...] = ()
+    problem: str = ""  # its kind, if the image cannot be used
 
-    def __post_init__(self):
-        if self.n < 1 or self.size < 8 or self.k < 1 or self.split not in SPLITS:
-            raise ValueError(f"{self}: expected n >= 1, size >= 8, k >= 1 and a split of {', '.join(SPLITS)}")
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of all fields but `size`, which `read` is told, and of SCENES_VERSION."""
-        return content_hash("scenes", SCENES_VERSION, asdict(replace(self, size=8)))
+class FileSource:
+    """A `Source` whose parts are lists of `Item`: a subclass gives them, and `read` decodes and counts."""
 
-    @property
-    def parts(self) -> int:
-        return -(-self.n // PART)
+    def __init__(self, parts: int, min_side: int | None, paths: Sequence[Path], *facts: Any):
+        stats = [(path.name, path.stat()) for path in paths]
+        times = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        self.parts, self.min_side = parts, min_side
+        self.fingerprint = content_hash(type(self).__name__, FILES_VERSION, min_side, times, facts)
+
+    def items(self, part: int) -> Iterable[Item]:
+        """Part -> its items in order."""
+        raise NotImplementedError
 
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
-        """Part -> its examples: scenes 500 part to 500 part + 499, the same as `images` and `captions` give."""
-        check_part(part, self.parts)
-        indices, sized = range(part * PART, min((part + 1) * PART, self.n)), replace(self, size=size)
-        for few in (indices[start : start + 50] for start in range(0, len(indices), 50)):
-            for i, image in zip(few, sized.images(few), strict=True):
-                problems.seen += 1
-                yield Example(image, tuple(self.captions(i)))
-
-    def __len__(self) -> int:
-        return self.n
-
-    def scene(self, i: int) -> Scene:
-        if not 0 <= i < self.n:
-            raise IndexError(f"scene {i} of a data set of {self.n}: expected 0 to {self.n - 1}")
-        return sample_scene(self.seed * 1_000_003 + i, split=self.split, fractions=self.fractions)
-
-    def captions(self, i: int, k: int | None = None, *, paraphrase: bool = False) -> list[str]:
-        """-> k different captions of scene i; None: as many as the data set has a scene."""
-        scene, found, k = self.scene(i), {}, self.k if k is None else k
-        for attempt in range(50 * k):
-            found[caption(scene, 10_007 * i + attempt, paraphrase=paraphrase, synonyms=self.synonyms)] = None
-            if len(found) == k:
-                return list(found)
-        raise ValueError(f"scene {i} has no {k} different captions: ask for at most {len(found)}")
-
-    def images(self, indices: Sequence[int] | None = None, *, progress: bool = False) -> Tensor:
-        """Indices (None: all) -> uint8 images (B, 3, H, W), rendered 256 scenes at a time."""
-        indices = range(self.n) if indices is None else [int(i) for i in indices]
-        starts = range(0, len(indices), 256)
-        if progress:
-            from tqdm import tqdm
-
-            starts = tqdm(
-                starts, desc=f"rendering {len(indices)} scenes at {self.size} px", unit_scale=256, leave=False
-            )
-        parts = [to_uint8(render([self.scene(i) for i in indices[s : s + 256]], self.size)) for s in starts]
-        return torch.cat(parts) if parts else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-
-
-# ---------------------------------------------------------------- one image, one caption
-
-
-def decode(file: str | os.PathLike | IO[bytes], size: int, min_side: int | None = None) -> Tensor:
-    """An image file -> (3, size, size) uint8: upright, RGB, its shorter side scaled to `size`, cropped at its centre.
-
-    Refused if the shorter side has fewer than `min_side` pixels. Choice: the default, size // 2, since an image that
-    is enlarged more than twofold teaches blur. Colour profiles are not applied. Of moving pictures, the first frame.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:  # reads the header alone
-                if min(image.size) < (size // 2 if min_side is None else min_side):
-                    raise Refused(TINY)
-                if image.mode not in MODES and image.mode[:1] != "I":
-                    raise Refused(f"of mode {image.mode}")
-                image.draft(None, (2 * size, 2 * size))  # lets a JPEG be decoded at half, a quarter or an eighth
-                square = ImageOps.fit(_rgb(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.LANCZOS)
-    except Refused:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Refused(HUGE) from error
-    except UnidentifiedImageError as error:
-        raise Refused(UNKNOWN) from error
-    except Exception as error:  # decoders meet damaged files with nearly every kind of exception
-        raise Refused(UNREADABLE if getattr(error, "errno", None) else CORRUPT) from error
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of one of MODES, or of 16-bit gray, which Pillow's own conversion clips -> RGB."""
-    if image.mode[:1] != "I":
-        return to_rgb(image)
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise Refused(f"of mode {image.mode}")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        """Part -> its examples. What cannot be used is added to `problems`."""
+        if not 0 <= part < self.parts:
+            raise IndexError(f"part {part} of {self.parts}: expected 0 to {self.parts - 1}")
+        for item in self.items(part):
+            problems.seen += 1
+            try:
+                if item.problem:
+                    raise Refused(item.problem)
+                file = io.BytesIO(item.image) if isinstance(item.image, bytes) else item.image
+                yield Example(decode_image(file, size, self.min_side), item.captions)
+            except Refused as problem:
+                problems.add(str(problem), item.name)
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
-    """A text, a list of texts, or an object that has either as "text" or "caption" -> those that say something."""
+    """A text, a list of texts, or an object with either as "text" or "caption" -> the captions that are not blank."""
     if isinstance(value, dict):
         value = value.get("text") or value.get("caption")
     texts = value if isinstance(value, list) else [value]
     texts = [" ".join(text.split()) for text in texts if isinstance(text, str)]
     try:
         "".join(texts).encode()
-    except UnicodeEncodeError as error:  # JSON can hold half a character
+    except UnicodeEncodeError as error:  # a byte that is no UTF-8, or half a character in JSON
         raise Refused(NOT_UTF8) from error
     return tuple(text for text in texts if text)
 
 
-def _lines(content: bytes) -> tuple[str, ...]:
-    """A caption file -> a caption for each line that says something."""
-    try:
-        return captions_of(content.decode("utf-8-sig").splitlines())
-    except UnicodeDecodeError as error:
-        raise Refused(NOT_UTF8) from error
-
-
-def _json(content: bytes) -> Any:
+def _parse(content: bytes) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # a wrong encoding is a ValueError too
-        raise Refused(NOT_JSON) from error
+        raise Refused(NOT_READ) from error
 
 
-# ---------------------------------------------------------------- folders
+def _item(name: str, read_captions: Callable[[], tuple[str, ...]]) -> Item:
+    try:
+        texts = read_captions()
+    except Refused as problem:
+        return Item(name, problem=str(problem))
+    return Item(name, captions=texts, problem="" if texts else UNCAPTIONED)
 
 
-class Row(NamedTuple):
-    """What a folder says of one image."""
+def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
+    """Files of a folder or tar -> an item for each image, and for each line and caption that leads to none, in order."""
+    place = {name: i for i, name in enumerate(names)}
+    rows: dict[str, Item] = {}
+    stray = []
 
-    name: str  # below the folder, with /
-    captions: tuple[str, ...] = ()
-    problem: str = ""  # its kind, if there is one already
+    def beside(stem: str) -> tuple[str, ...]:
+        text, values = (read(name) if name in place else b"" for name in (f"{stem}.txt", f"{stem}.json"))
+        lines = captions_of(text.decode("utf-8-sig", "surrogateescape").splitlines())
+        return lines or captions_of(_parse(values or b"{}"))
+
+    for name in names:
+        listed = _metadata(name, read(name)) if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv") else ()
+        for item in listed:
+            if item.name not in place:
+                stray.append(item._replace(problem=item.problem or MISSING))
+            elif item.name in rows:
+                stray.append(Item(item.name, problem=TWICE))
+            else:
+                rows[item.name] = item
+    for name in names:
+        stem, _, suffix = name.rpartition(".")
+        if suffix.lower() in SUFFIXES + UNREADABLE and name not in rows:
+            rows[name] = _item(name, partial(beside, stem))
+    stems = {name.rpartition(".")[0] for name in rows}
+    texts = [name for name in names if name.endswith((".txt", ".json")) and name not in rows]
+    stray += [
+        Item(name, problem="a caption without an image") for name in texts if name.rpartition(".")[0] not in stems
+    ]
+    return sorted([*rows.values(), *stray], key=lambda item: place.get(item.name, len(place)))
 
 
-class FolderDataset:
-    """A folder of images with metadata.jsonl, or a .txt beside each: a `Source`, in the order of the names.
+def _metadata(name: str, content: bytes) -> Iterator[Item]:
+    """metadata.jsonl or metadata.csv -> an item per line, with the name of the image, or else of the line."""
+    if name.endswith(".csv"):
+        table = csv.DictReader(io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline=""))
+        lines = [(number, partial(dict, row)) for number, row in enumerate(table, 2)]
+    else:
+        lines = [(n, partial(_parse, line)) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+    for number, read in lines:
+        file = f"{name}:{number}"
+        try:
+            values = read()
+            if not isinstance(values, dict) or not isinstance(values.get("file_name"), str):
+                raise Refused(NOT_READ)
+            file = posixpath.join(posixpath.dirname(name), values["file_name"].replace("\\", "/"))
+            file = posixpath.normpath(file)
+            if file.startswith(("../", "/")):
+                raise Refused("listed outside of the folder")
+            yield _item(file, partial(captions_of, values))
+        except Refused as problem:
+            yield Item(file, problem=str(problem))
 
-    Folders in it are searched too; a metadata.jsonl speaks of the files from its own folder on. Hidden files are left
-    out. Names and captions are read here, images when `read`. ValueError if there is no image with a caption.
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") and part != ".." for part in name.split("/"))
+
+
+class FolderDataset(FileSource):
+    """A folder of captioned images, in the order of the names, subfolders included and hidden files left out.
+
+    Metadata name files from their own folder on, and win over files next to the image. Captions are read here, images
+    in `read`. ValueError if no image has a caption.
     """
 
     def __init__(self, folder: str | Path, *, min_side: int | None = None):
-        self.folder, self.min_side = Path(folder), min_side
+        self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise ValueError(f"{folder} is no folder")
+            raise ValueError(f"{folder} is not a folder")
         files = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*") if path.is_file()}
-        files = {name: files[name] for name in sorted(files) if "/." not in f"/{name}"}
-        self.rows = _scan(files)
+        names = sorted(name for name in files if not _hidden(name))
+        self.rows = _scan(names, lambda name: files[name].read_bytes())
         if all(row.problem for row in self.rows):
-            raise ValueError(_nothing_in(self.folder, files, self.rows))
-        stats = [(row.name, files[row.name].stat()) for row in self.rows if row.name in files]
-        facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        self.fingerprint = content_hash("folder", RULES, min_side, self.rows, facts)
-        self.parts = -(-len(self.rows) // PART)
+            raise ValueError(_nothing_in(self.folder, names, self.rows))
+        paths = [files[row.name] for row in self.rows if row.name in files]
+        super().__init__(-(-len(self.rows) // PART), min_side, paths, self.rows)
 
     def __len__(self) -> int:
-        """How many images and rows of metadata there are, those with problems included."""
+        """How many images there are, those with problems included."""
         return len(self.rows)
 
-    def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
-        """Part -> its examples: up to 500, in the order of their names."""
-        check_part(part, self.parts)
-        for row in self.rows[part * PART : (part + 1) * PART]:
-            problems.seen += 1
-            try:
-                if row.problem:
-                    raise Refused(row.problem)
-                yield Example(decode(self.folder / row.name, size, self.min_side), row.captions)
-            except Refused as problem:
-                problems.add(str(problem), row.name)
+    def items(self, part: int) -> Iterable[Item]:
+        """Part -> up to 500 items."""
+        rows = self.rows[part * PART : (part + 1) * PART]
+        return (row._replace(image=self.folder / row.name) for row in rows)
 
 
-def _scan(files: dict[str, Path]) -> list[Row]:
-    """Files of a folder by their names -> a row for each image, and for each line of metadata that leads to none."""
-    rows: dict[str, Row] = {}
-    stray = []
-    for name, path in files.items():
-        if posixpath.basename(name) == "metadata.jsonl":
-            for row in _metadata(name, path.read_bytes()):
-                if row.name in files and row.name in rows:
-                    stray.append(row._replace(captions=(), problem=TWICE))
-                elif row.name in files:
-                    rows[row.name] = row
-                else:
-                    stray.append(row._replace(problem=row.problem or MISSING))
-    for name in files:
-        if name not in rows and name.rpartition(".")[2].lower() in SUFFIXES:
-            rows[name] = _beside(name, files)
-    return sorted([*rows.values(), *stray])
-
-
-def _metadata(name: str, content: bytes) -> Iterator[Row]:
-    """metadata.jsonl -> a row a line; the name of a line that names no file is the metadata's own, and its number."""
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        file = f"{name}:{number}"
-        try:
-            values = _json(line)
-            if not isinstance(values, dict) or not isinstance(values.get("file_name"), str):
-                raise Refused(NOT_JSON)
-            said = values["file_name"].replace("\\", "/")
-            file = posixpath.normpath(posixpath.join(posixpath.dirname(name), said))
-            if file.startswith(("../", "/")):
-                raise Refused(OUTSIDE)
-            texts = captions_of(values)
-            yield Row(file, texts, "" if texts else UNCAPTIONED)
-        except Refused as problem:
-            yield Row(file, (), str(problem))
-
-
-def _beside(name: str, files: dict[str, Path]) -> Row:
-    """An image that no metadata speak of -> its row, with the captions of the .txt beside it."""
-    path = files.get(f"{name.rpartition('.')[0]}.txt")
-    try:
-        texts = _lines(path.read_bytes()) if path else ()
-        return Row(name, texts, "" if texts else UNCAPTIONED)
-    except Refused as problem:
-        return Row(name, (), str(problem))
-
-
-def _nothing_in(folder: Path, files: dict[str, Path], rows: Sequence[Row]) -> str:
-    """What there is in a folder without captioned images, and what we expect."""
-    kinds = Counter(posixpath.splitext(name)[1].lower() or "without an ending" for name in files)
+def _nothing_in(folder: Path, names: list[str], rows: Sequence[Item]) -> str:
+    """The message for a folder without captioned images: what it holds, and what was expected."""
+    kinds = Counter(posixpath.splitext(name)[1].lower() or "without a suffix" for name in names)
     found = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) or "no file at all"
+    shards = next((folder / name for name in names if name.lower().endswith((".tar", ".parquet"))), None)
+    if shards:
+        return f"{folder} holds {found}; give a pattern for its shards: {shards.parent / ('*' + shards.suffix)}"
     wrong = "".join(f"; {n} {kind}" for kind, n in Counter(row.problem for row in rows).items())
-    if kinds[".tar"]:
-        first = next(name for name in files if name.lower().endswith(".tar"))
-        return f"{folder} holds {found}; for its tar shards give the pattern {(folder / first).parent / '*.tar'}"
     return (
         f"{folder} holds no captioned image: {found}{wrong}. Expected images ({', '.join(SUFFIXES)}) and either "
-        'metadata.jsonl with lines {"file_name": "a.png", "text": "a red cube"}, or a.txt beside a.png'
+        'metadata.jsonl with lines {"file_name": "a.png", "text": "a red cube"}, or a.txt next to a.png'
     )
 
 
-# ---------------------------------------------------------------- tar shards
+class TarDataset(FileSource):
+    """Tar shards, each with the same layout as a folder; a part is a shard. ValueError if none is a tar file."""
 
-
-class TarDataset:
-    """Tar shards on this machine, of images with .txt or .json beside them: a `Source`; a part is a shard.
-
-    pattern: a path, a pattern ("shards/{000..009}.tar", "shards/*.tar"), or a list of either. ValueError if a shard is
-    missing, or if none is a tar file.
-    """
-
-    def __init__(self, pattern: str | Path | Sequence[str | Path], *, min_side: int | None = None):
-        _webdataset()
-        patterns = [pattern] if isinstance(pattern, (str, Path)) else pattern
-        self.shards, self.min_side = [path for one in patterns for path in _expand(one)], min_side
+    def __init__(self, shards: Sequence[str | Path], *, min_side: int | None = None):
+        self.shards = [Path(shard) for shard in shards]
         if not any(tarfile.is_tarfile(path) for path in self.shards):
             named = ", ".join(str(path) for path in self.shards[:3])
-            raise ValueError(f"{pattern}: expected tar files, {named or 'no file'} came, and no tar file among it")
-        stats = [(path.name, path.stat()) for path in self.shards]
-        facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        self.fingerprint = content_hash("tar", RULES, min_side, facts)
-        self.parts = len(self.shards)
+            raise ValueError(f"{named}: expected a folder, tar files, or files that end in .parquet")
+        super().__init__(len(self.shards), min_side, self.shards)
 
-    def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
-        """Part -> the examples of one shard, in the order in which it holds them."""
-        check_part(part, self.parts)
+    def items(self, part: int) -> Iterator[Item]:
+        """Part -> the items of a shard in its order: captions are read first, images in a second pass."""
         shard = self.shards[part]
-        for sample in _samples(shard, problems):
-            image = next((sample[suffix] for suffix in SUFFIXES if suffix in sample), None)
-            if image is None and not {"txt", "json"} & set(sample):
-                continue  # a licence, or whatever else lies about
-            problems.seen += 1
-            try:
-                if image is None:
-                    raise Refused(MISSING)
-                texts = _lines(sample.get("txt", b"")) or captions_of(_json(sample.get("json", b"{}")))
-                if not texts:
-                    raise Refused(UNCAPTIONED)
-                yield Example(decode(io.BytesIO(image), size, self.min_side), texts)
-            except Refused as problem:
-                problems.add(str(problem), f"{shard.name}/{sample['__key__']}")
+        try:
+            with tarfile.open(shard) as archive:
+                yield from self._items(archive, f"{shard.name}/")
+                # tarfile takes damage after the first header for the end: look for the zeros that mark it
+                archive.fileobj.seek(archive.offset)
+                if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("unexpected end")
+        except Exception:  # tarfile and decompressors raise many kinds
+            yield Item(shard.name, problem=DAMAGED)
+
+    @staticmethod
+    def _items(archive: tarfile.TarFile, prefix: str) -> Iterator[Item]:
+        members: dict[str, tarfile.TarInfo] = {}
+        texts: dict[str, bytes] = {}
+        with suppress(Exception):  # damage: what stands before it is used, and the caller counts it
+            for member in archive:
+                name = posixpath.normpath(member.name)
+                if not member.isreg() or _hidden(name):
+                    continue
+                if name in members or member.size > LARGEST:
+                    yield Item(prefix + name, problem=TWICE if name in members else HUGE)
+                    continue
+                if name.endswith((".txt", ".json", ".jsonl", ".csv")):
+                    texts[name] = archive.extractfile(member).read()
+                members[name] = member
+        for item in _scan(list(members), texts.__getitem__):
+            image = None if item.problem else archive.extractfile(members[item.name]).read()
+            yield item._replace(name=prefix + item.name, image=image)
 
 
-def _webdataset() -> Any:
-    try:
-        from webdataset import tariterators
-    except ImportError as error:
-        raise ImportError('tar shards need the webdataset library: pip install "minimuse[webdataset]"') from error
-    return tariterators
+class ColumnError(ValueError):
+    """A table without a column of images or of captions."""
 
 
-def _expand(pattern: str | Path) -> list[Path]:
-    """A path or pattern -> the files that it names, in order; each must be there."""
-    if os.path.isfile(pattern):
-        return [Path(pattern)]
-    from braceexpand import braceexpand
+class TableDataset(FileSource):
+    """Parquet files, or a data set of the Hugging Face hub; a part is one file. The library `datasets` reads them.
 
-    found = []
-    for name in braceexpand(Path(pattern).as_posix()):  # to braceexpand, a backslash is an escape
-        paths = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-        if not paths:
-            raise ValueError(f"{pattern}: there is no file {name}; expected a folder, or tar files, on this machine")
-        found += [Path(path) for path in paths]
-    return found
-
-
-def _samples(shard: Path, problems: Problems) -> Iterator[dict[str, Any]]:
-    """A tar file -> its samples as webdataset groups them: {"__key__": "a", "jpg": bytes, "txt": bytes}.
-
-    We take that convention alone: webdataset's decoders would unpickle, and its opener runs `pipe:` commands.
+    Images are bytes in the rows. A path in a row is opened only if it lies within the hub data set itself.
     """
 
-    def twice(error: Exception) -> bool:  # all that grouping raises; the first of the two stays
-        problems.seen += 1
-        problems.add(TWICE, shard.name)
-        return True
+    def __init__(self, files: Sequence[str | Path] = (), *, hub: str = "", min_side: int | None = None):
+        self.files = [Path(file) for file in files]
+        self.hub, _, self.revision = hub.partition("@")
+        load = _datasets().load_dataset
+        if hub:
+            from huggingface_hub import HfApi
 
-    yield from _webdataset().group_by_keys(_members(shard, problems), handler=twice)
+            self.revision = HfApi().dataset_info(self.hub, revision=self.revision or None).sha
+        parts = len(self.files) or load(self.hub, revision=self.revision, split="train", streaming=True).num_shards
+        super().__init__(parts, min_side, self.files, self.hub, self.revision)
+        next(iter(self.items(0)), None)  # an unknown column should be an error now, not after hours
+
+    def items(self, part: int) -> Iterator[Item]:
+        """Part -> the items of one file, in the order of its rows."""
+        datasets, kind = _datasets(), {"split": "train", "streaming": True}
+        name = f"{self.hub}/{part}" if self.hub else self.files[part].name
+        try:
+            if self.hub:
+                table = datasets.load_dataset(self.hub, revision=self.revision, **kind).shard(self.parts, part)
+            else:
+                table = datasets.load_dataset("parquet", data_files=str(self.files[part]), **kind)
+            columns = dict(table.features or {})
+            pictures = [column for column, feature in columns.items() if isinstance(feature, datasets.Image)]
+            image = next(iter(pictures + [column for column in IMAGES if column in columns]), None)
+            text = next((column for column in TEXTS if column in columns), None)
+            if image is None or text is None:
+                found = ", ".join(columns) or "none that is known"
+                raise ColumnError(
+                    f"{name}: no image column ({', '.join(IMAGES)}) or caption column ({', '.join(TEXTS)}) among {found}"
+                )
+            for i, row in enumerate(table.cast_column(image, datasets.Image(decode=False))):
+                content = self._bytes(row[image] or {})
+                item = _item(f"{name}:{i}", partial(captions_of, row[text]))
+                yield item._replace(image=content, problem=item.problem or ("" if content else MISSING))
+        except ColumnError:
+            raise
+        except Exception:  # pyarrow raises many kinds
+            if self.hub:  # the network, not the file
+                raise
+            yield Item(name, problem=DAMAGED)
+
+    def _bytes(self, image: dict[str, Any]) -> bytes | None:
+        path = image.get("path") or ""
+        if image.get("bytes") or not self.hub or not path.rpartition("::")[2].startswith(f"hf://datasets/{self.hub}@"):
+            return image.get("bytes")
+        from fsspec import open as open_remote
+
+        with open_remote(path, "rb") as file:
+            return file.read()
 
 
-def _members(shard: Path, problems: Problems) -> Iterator[dict[str, Any]]:
-    """A tar file -> its files as webdataset hands them on. tarfile takes any damage after the first header for the end
-    of the archive, so we look whether the zeros that mark the end are there."""
+def _datasets() -> Any:
     try:
-        with tarfile.open(shard) as archive:
-            for member in archive:
-                if member.size > LARGEST:
-                    problems.seen += 1
-                    problems.add(HUGE, f"{shard.name}/{member.name}")
-                elif member.isreg():
-                    yield {"fname": member.name, "data": archive.extractfile(member).read(), "__url__": shard.name}
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("unexpected end")
-    except Exception:  # of tarfile, and of whatever decompresses
-        problems.seen += 1
-        problems.add(DAMAGED, shard.name)
+        import datasets
+    except ImportError as error:
+        raise ImportError('this data needs the library datasets: pip install "minimuse[data]"') from error
+    return datasets
 
 
-# ---------------------------------------------------------------- whatever the user names
+# ---------------------------------------------------------------- what the user names
 
 
 def open_source(spec: str | Path, config: MuseConfig, *, seed: int = 0, min_side: int | None = None) -> Source:
-    """What to train on -> a source: "scenes" (a folder of that name is ./scenes), a folder, a tar file, a pattern."""
+    """What to train on -> a source: "scenes" (a folder of that name is ./scenes), a folder, shards, or a hub id."""
     if spec == "scenes":
         size = config.high_tokenizer.image_size
-        return SceneDataset(
-            config.scenes, size, seed=seed, fractions=config.fractions, k=config.captions, synonyms=config.synonyms
-        )
+        options = {"fractions": config.fractions, "k": config.captions, "synonyms": config.synonyms}
+        return SceneDataset(config.scenes, size, seed=seed, **options)
     if os.path.isdir(spec):
         return FolderDataset(spec, min_side=min_side)
-    return TarDataset(spec, min_side=min_side)
+    files = _expand(str(spec))
+    if not files and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(spec)):
+        return TableDataset(hub=str(spec), min_side=min_side)
+    if not files:
+        raise ValueError(f"there is no file {spec}; expected scenes, a folder, shards, or user/name of a hub data set")
+    if all(file.endswith(".parquet") for file in files):
+        return TableDataset(files, min_side=min_side)
+    return TarDataset(files, min_side=min_side)
+
+
+def _expand(pattern: str) -> list[str]:
+    """A path or pattern, with {000..009} as in a shell -> the files in order; each number must have its file."""
+    if os.path.isfile(pattern):
+        return [pattern]
+    if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        first, last = match.groups()
+        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+        names = [pattern[: match.start()] + number + pattern[match.end() :] for number in numbers]
+        found = [_expand(name) for name in names]
+        if lacking := [name for name, files in zip(names, found, strict=True) if not files]:
+            raise ValueError(f"{pattern}: there is no file {lacking[0]}")
+        return [file for files in found for file in files]
+    return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))

@@ -23,12 +23,14 @@ from torch import Tensor
 
 from minimuse.data_images import area_downsample
 from minimuse.data_sources import FolderDataset, Problems, SceneDataset
+from minimuse.eval_clip import ClipScorer
 from minimuse.eval_detector import Detector
 from minimuse.eval_metrics import Features, frechet_distance, in_batches, inception_features, jackknife
 from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.lab_samplers import GROUPS, Outcome, check_samples, run
 from minimuse.muse import Muse
 from minimuse.sampler import decode
+from minimuse.utils import pick_device
 
 if TYPE_CHECKING:
     from minimuse.amused import Amused
@@ -153,3 +155,13 @@ class AmusedEvaluator(ModelEvaluator):
         start = torch.full((len(prompts), self.grid[0] ** 2), amused.mask_id, device=amused.transformer.device)
         tokens, nfe = run(decode(logits_fn, start, mask_id=amused.mask_id, **sampling), sampling.get("remask"))
         return amused.decode(tokens).float(), nfe
+
+
+def open_amused(name: str, folder: str, clip: str, *, device: Any = None, **settings: Any) -> AmusedEvaluator:
+    """Names of aMUSEd weights and of a CLIP, a folder of captioned images -> the evaluator of `minimuse compare`."""
+    from minimuse.amused import Amused
+
+    if not (folder and clip):
+        raise ValueError("--amused needs --data, a folder of captioned pictures, and --clip, the name of a CLIP")
+    device = pick_device(device)
+    return AmusedEvaluator(Amused.from_pretrained(name).to(device), folder, ClipScorer(clip, device), **settings)

@@ -263,7 +263,9 @@ class MuseTrainer:
         self.encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
         self.perceptual = scene_perceptual(config, engine)
         source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
-        self.data = TrainingData(folder / "cache", source, config, engine, self.encoder)
+        work = {"rank": engine.rank, "processes": engine.processes, "wait": engine.accelerator.wait_for_everyone}
+        options = {"device": engine.device, "bf16": engine.bf16, **work}
+        self.data = TrainingData(folder / "cache", source, config, self.encoder, **options)
         self.log = TrainLog(config, engine)
 
     def five_stages(self) -> Iterator[Progress]:

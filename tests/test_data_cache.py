@@ -1,523 +1,555 @@
-"""data_cache.py: parts that are there whole or not at all, whatever happens, and rows read from them by memory map."""
+"""data_cache.py: rows that are computed once, read again by memory map, and never paired wrongly."""
 
 import errno
-import hashlib
 import json
 import logging
 import os
-import pickle
 import subprocess
 import sys
-import tempfile
-import threading
-import time
+from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimuse import data_cache as cache
-from minimuse import utils
-from minimuse.data_cache import Rows, Shards, fill, in_bytes
-from minimuse.utils import content_hash as fingerprint
-
-ROOT = Path(__file__).resolve().parent.parent
-PRINT = fingerprint("a source")
-SIZES = (3, 5, 0, 4, 2)  # rows of each part; one part without a usable image
-
-
-def make(part, offset=0):
-    """low (n, 4) uint16, high (n, 2) int32: every number tells its part and row."""
-    low = np.arange(SIZES[part] * 4).reshape(-1, 4) + 100 * part + offset
-    return {"low": low.astype(np.uint16), "high": low[:, :2].astype(np.int32) + 70_000}, {"part": part, "é": [1, 2]}
-
-
-def all_of(name):
-    return np.concatenate([make(part)[0][name] for part in range(len(SIZES))])
-
-
-@pytest.fixture
-def shards(tmp_path):
-    return Shards(tmp_path / "root", "tokens", PRINT, len(SIZES), about={"source": "five parts"})
-
-
-def run(shards, make=make, **ranks):
-    return list(fill(shards, make, **ranks))
-
-
-def file_of(shards, part, name="low"):
-    return shards.folder / shards.record(part)[0]["arrays"][name]["file"]
-
-
-def files(shards):
-    return {path.name: path.read_bytes() for path in shards.folder.iterdir()}
-
-
-class TestFingerprint:
-    def test_worked_by_hand(self):
-        assert fingerprint("a", 1) == hashlib.sha256(b'["a", 1]').hexdigest()
-
-    def test_tells_apart(self):
-        x = torch.arange(6.0)
-        things = [
-            ("ab", "c"),
-            ("a", "bc"),
-            (["a", "bc"],),
-            (1,),
-            (1.0,),
-            (True,),
-            (None,),
-            ({"w": x},),
-            ({"v": x},),
-            ({"w": x + 1e-6},),
-            ({"w": x.view(2, 3)},),
-            ({"w": x.double()},),
-            ({"w": x.bfloat16()},),
-            ({"w": x.int()},),
-            ({"w": torch.tensor(0.0)},),
-            ({"w": torch.tensor(0, dtype=torch.int32)},),
-            ({"w": torch.empty(0)},),
-        ]
-        prints = [fingerprint(*thing) for thing in things]
-        assert len(set(prints)) == len(things), "two of these different things have one fingerprint"
-
-    def test_what_does_not_count(self):
-        layer = torch.nn.Linear(3, 4)
-        state = layer.state_dict()
-        assert fingerprint(state) == fingerprint(dict(reversed(state.items()))), "the order of keys"
-        assert fingerprint(layer.weight.T) == fingerprint(layer.weight.T.contiguous()), "strides, and gradients"
-        assert fingerprint(("a", 1)) == fingerprint(["a", 1]), "tuples are lists"
-
-    def test_refuses_what_it_does_not_know(self):
-        with pytest.raises(TypeError, match=r"content_hash got a \w*Path"):
-            fingerprint(Path("a"))
-
-
-@pytest.mark.parametrize(
-    ("n", "words"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (999_600, "1 MB"), (6.3e12, "6.3 TB")]
+from minimuse import data_cache
+from minimuse.data_cache import (
+    HELD_OUT,
+    LiveTexts,
+    Rows,
+    Shards,
+    Subset,
+    Texts,
+    TrainingData,
+    text_block,
+    tokenize_images,
 )
-def test_in_bytes(n, words):
-    assert in_bytes(n) == words
+from minimuse.data_captions import EXAMPLE_PROMPTS, vocabulary
+from minimuse.data_images import Example, area_downsample, to_pil
+from minimuse.data_sources import FolderDataset, SceneDataset
+from minimuse.text import TextEncoder
+from minimuse.train import Decimated
+
+SIDE = 64
+SIZES = (3, 0, 5, 2)  # rows of the parts in the tests of files
 
 
-class TestRoundTrip:
-    def test_every_array_comes_back(self, shards):
-        assert run(shards) == [(i, 5) for i in range(6)], "progress: a pair before each part and one at the end"
-        low, high = Rows(shards, "low"), Rows(shards, "high")
-        assert (low.shape, low[:].dtype, high[:].dtype) == ((14, 4), torch.uint16, torch.int32), "dtypes are kept"
-        assert np.array_equal(low[:].numpy(), all_of("low"))
-        assert np.array_equal(high[:].numpy(), all_of("high"))
-        assert Rows(shards, "low", torch.long)[3].tolist() == [100, 101, 102, 103], "long on demand"
-        assert [record["extra"] for record in shards.records()] == [make(p)[1] for p in range(5)]
-        assert shards.verify() == {}
-
-    def test_the_files_say_what_they_are(self, shards):
-        run(shards)
-        about = json.loads((shards.folder / "about.json").read_text())
-        assert about == {"kind": "tokens", "fingerprint": PRINT, "about": {"source": "five parts"}}
-        assert shards.folder.name == f"tokens-{PRINT[:16]}"
-        entry = shards.record(1)[0]["arrays"]["low"]
-        content = file_of(shards, 1).read_bytes()
-        assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
-        assert np.array_equal(np.load(file_of(shards, 1), allow_pickle=False), make(1)[0]["low"]), "plain .npy files"
-
-    def test_the_json_comes_last_and_by_a_rename(self, shards, monkeypatch):
-        replace, told = os.replace, []
-
-        def watch(new, path):
-            told.append((Path(path).name, Path(path).exists(), len(list(shards.folder.glob("*.npy")))))
-            replace(new, path)
-
-        monkeypatch.setattr(os, "replace", watch)
-        run(shards, rank=0, world=4)
-        assert told == [("about.json", False, 0), ("00000.json", False, 2), ("00004.json", False, 4)]
-
-    def test_nothing_is_made_twice(self, shards):
-        run(shards)
-        before = files(shards)
-        run(shards, make=lambda part: pytest.fail(f"part {part} was there"))
-        assert files(shards) == before
-
-    def test_rows_are_copies(self, shards):
-        run(shards)
-        rows = Rows(shards, "low")
-        rows[0:3].fill_(7)
-        assert np.array_equal(rows[:].numpy(), all_of("low")), "writing into a batch reached the cache"
-
-    def test_objects_are_never_pickled(self, shards):
-        with pytest.raises(ValueError, match="allow_pickle"):
-            run(shards, make=lambda part: ({"low": np.array([{}], dtype=object)}, {}))
-        assert [path.name for path in shards.folder.iterdir()] == ["about.json"], "a failed part leaves no file"
-
-    def test_pickled_readers_read(self, shards):
-        run(shards)
-        rows = Rows(shards, "low")
-        rows[:]
-        again = pickle.loads(pickle.dumps(rows))
-        assert (len(rows._maps), again._maps) == (4, {}), "the maps must not be pickled"
-        assert torch.equal(again[:].int(), rows[:].int())
-
-    def test_few_maps_stay_open(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(cache, "OPEN", 3)
-        shards = Shards(tmp_path, "tokens", PRINT, 20)
-        run(shards, make=lambda part: ({"low": np.array([part])}, {}))
-        rows = Rows(shards, "low")
-        assert rows[:].tolist() == list(range(20))
-        assert [part for part, _ in rows._maps] == [17, 18, 19], "the last used"
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-class TestRows:
-    @settings(max_examples=40, deadline=None)
-    @given(
-        sizes=st.lists(st.integers(0, 4), min_size=1, max_size=6),
-        row=st.sampled_from([(), (3,), (2, 2)]),
-        limit=st.none() | st.integers(1, 12),
-        data=st.data(),
-    )
-    def test_indexing_is_that_of_one_array(self, sizes, row, limit, data):
-        arrays = [
-            np.random.default_rng(i).integers(0, 60_000, (n, *row)).astype(np.uint16) for i, n in enumerate(sizes)
-        ]
-        whole = np.concatenate(arrays)[:limit]
-        with tempfile.TemporaryDirectory() as root:
-            shards = Shards(root, "tokens", PRINT, len(sizes), limit=limit)
-            run(shards, make=lambda part: ({"x": arrays[part]}, {}))
-            rows, n = Rows(shards, "x"), len(whole)
-            assert (len(rows), rows.shape) == (n, whole.shape)
-            valid = st.integers(-n, n - 1) if n else st.nothing()
-            chosen = data.draw(st.lists(valid, max_size=8)) if n else []
-            for index in (chosen, torch.tensor(chosen, dtype=torch.long), np.array(chosen, np.int32)):
-                assert np.array_equal(rows[index].numpy(), whole[np.array(chosen, int)])
-            part = data.draw(st.slices(n)) if n else slice(None)
-            assert np.array_equal(rows[part].numpy(), whole[part])
-            if n:
-                i = data.draw(valid)
-                assert np.array_equal(rows[i].numpy(), whole[i])
-                assert np.array_equal(rows[[[i], [0]]].numpy(), whole[[[i], [0]]]), "indices of any shape"
-            for outside in (n, -n - 1, [0, n]):
-                with pytest.raises(IndexError, match=f"of {n}"):
-                    rows[outside]
-            rows._maps.clear()
-
-    @pytest.mark.parametrize("wrong", [[0.5], [True, False], "low", None, torch.tensor([1.0])])
-    def test_refuses_what_is_no_index(self, shards, wrong):
-        run(shards)
-        with pytest.raises(TypeError, match="whole numbers or a slice"):
-            Rows(shards, "low")[wrong]
-
-    def test_says_what_does_not_fit(self, shards, tmp_path):
-        run(shards)
-        with pytest.raises(ValueError, match=r"no 'tokens' in part 0 .*: low, high"):
-            Rows(shards, "tokens")
-        for wrong in (lambda p: np.zeros((2, 3 + p)), lambda p: np.zeros((2, 3), np.int32 if p else np.uint16)):
-            mixed = Shards(tmp_path, "tokens", fingerprint(id(wrong)), 2)
-            run(mixed, make=lambda p, wrong=wrong: ({"low": wrong(p)}, {}))
-            with pytest.raises(ValueError, match="differ in dtype or shape of 'low'"):
-                Rows(mixed, "low")
-        ragged = Shards(tmp_path, "text", PRINT, 1)
-        run(ragged, make=lambda p: ({"spans": np.zeros((2, 2)), "values": np.zeros((9, 3))}, {}))
-        with pytest.raises(ValueError, match="not one row an example"):
-            Rows(ragged, "values")
-
-    def test_a_missing_part_is_no_shorter_cache(self, shards):
-        with pytest.raises(ValueError, match=r"part 0 of 5 is not in .*run fill"):
-            Rows(shards, "low")
-        run(shards, rank=0, world=2)
-        with pytest.raises(ValueError, match="part 1 of 5"):
-            Rows(shards, "low")
+def blocks(part, problems):
+    """Rows (i, 10 i) of all parts in order, in blocks of up to 2; every part leaves one image out."""
+    problems.seen += SIZES[part] + 1
+    problems.add("corrupt", f"{part}.png")
+    first = sum(SIZES[:part])
+    numbers = range(first, first + SIZES[part])
+    for start in range(0, len(numbers), 2):
+        few = numbers[start : start + 2]
+        yield {"rows": np.array([[i, 10 * i] for i in few], np.uint16)}, [(f"number {i}",) for i in few]
 
 
-class TestFill:
-    def test_two_ranks_are_one(self, shards, tmp_path):
-        alone = Shards(tmp_path / "alone", "tokens", PRINT, len(SIZES))
-        run(alone)
-        assert run(shards, rank=1, world=2)[-1] == (2, 2), "parts 1, 3"
-        assert run(shards, rank=0, world=2)[-1] == (3, 3), "parts 0, 2, 4"
-        for name in ("low", "high"):
-            assert np.array_equal(Rows(shards, name)[:].numpy(), Rows(alone, name)[:].numpy())
-        assert all(
-            file_of(shards, p, name).read_bytes() == file_of(alone, p, name).read_bytes()
-            for p in range(5)
-            for name in ("low", "high")
-        )
+def filled(folder: Path, **options) -> Shards:
+    shards = Shards(folder, "rows", "0" * 64, len(SIZES), **options)
+    deque(shards.fill(blocks), maxlen=0)
+    return shards
 
-    @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
-    @pytest.mark.parametrize("limit", [1, 3, 4, 8, 9, 14, 50])
-    def test_a_limit_gives_the_same_rows_whoever_is_first(self, shards, limit, order):
-        shards.limit = limit
-        for rank in order:
-            run(shards, rank=rank, world=3)
-        assert np.array_equal(Rows(shards, "low")[:].numpy(), all_of("low")[:limit])
 
-    def test_a_limit_spares_the_rest(self, shards):
-        shards.limit, made = 8, []
-        run(shards, make=lambda part: (made.append(part), make(part))[1])
-        assert made == [0, 1], "3 + 5 rows are 8"
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
 
-    def test_the_first_row_of_a_limit_may_be_read_before_the_rest_is_made(self, shards):
-        shards.limit = 3
-        run(shards, rank=0, world=5)
-        assert len(Rows(shards, "low")) == 3
 
-    @pytest.mark.parametrize("ranks", [{"rank": 2, "world": 2}, {"rank": -1, "world": 2}, {"world": 0}])
-    def test_refuses_ranks_that_are_none(self, shards, ranks):
-        with pytest.raises(ValueError, match="world - 1"):
-            run(shards, **ranks)
+def test_all_rows_come_back_in_order(tmp_path):
+    shards = filled(tmp_path)
+    rows = Rows(shards, torch.long)
+    assert rows.shape == (10, 2)
+    assert rows[:].tolist() == [[i, 10 * i] for i in range(10)]
+    assert Rows(shards)[:1].dtype == torch.uint16, "without a dtype, the stored one"
+    assert [text for part in range(4) for text in shards.captions(part)] == [(f"number {i}",) for i in range(10)]
+    assert [record["problems"]["counts"] for record in shards.records()] == [{"corrupt": 1}] * 4
+    before = tree(tmp_path)
+    assert list(shards.fill(blocks)) == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)], "it says where it stands"
+    assert tree(tmp_path) == before, "nothing is made twice"
 
-    def test_two_at_once_with_other_results_break_nothing(self, shards):
-        """Two jobs started on one folder by accident; GPUs seldom agree on the last bit."""
-        barrier, failures = threading.Barrier(2), []
 
-        def job(offset):
-            try:
-                for _ in fill(shards, lambda part: (barrier.wait(2), make(part, offset))[1]):
-                    pass
-            except threading.BrokenBarrierError:
-                pass
-            except Exception as error:
-                failures.append(error)
+@settings(deadline=None, max_examples=30)
+@given(at=st.lists(st.integers(0, 9), max_size=20), handles=st.integers(1, 3))
+def test_indexing_is_that_of_one_array(tmp_path_factory, at, handles):
+    shards = filled(tmp_path_factory.getbasetemp() / "indexing")
+    data_cache.OPEN, opened = handles, data_cache.OPEN
+    try:
+        rows = Rows(shards, torch.long)
+    finally:
+        data_cache.OPEN = opened
+    assert rows[torch.tensor(at, dtype=torch.long)].tolist() == [[i, 10 * i] for i in at]
+    assert rows.map.cache_info().currsize <= handles, "few files stay open"
+    got = rows[[0]]
+    got[:] = 77
+    assert rows[[0]].tolist() == [[0, 0]], "rows are copies"
 
-        jobs = [threading.Thread(target=job, args=(offset,)) for offset in (0, 1000)]
-        _ = [t.start() for t in jobs], [t.join(30) for t in jobs]
-        assert not failures
-        run(shards)
-        assert shards.verify() == {}
-        for part, n in enumerate(SIZES):
-            low, high = (np.load(file_of(shards, part, name)) for name in ("low", "high"))
-            assert np.array_equal(low[:, :2].astype(np.int32) + 70_000, high), f"part {part} ({n} rows) is of two jobs"
 
-    def test_the_first_of_two_wins(self, shards):
-        def slower(part):
-            run(shards, make=make)  # another job makes all parts meanwhile
-            return make(part, 1000)
+@pytest.mark.parametrize("wrong", [[10], [-1], [[1]], 3])
+def test_what_is_no_list_of_rows_is_refused(tmp_path, wrong):
+    with pytest.raises(IndexError, match="expected a list of numbers from 0 to 9"):
+        Rows(filled(tmp_path))[wrong]
 
-        run(shards, make=slower)
-        assert np.array_equal(Rows(shards, "low")[:].numpy(), all_of("low"))
-        assert len(list(shards.folder.glob("*.npy"))) == 10, "the loser's files are gone"
+
+@pytest.mark.parametrize("limit", [1, 3, 4, 9, 10, 50])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_processes_share_the_parts(tmp_path, limit, order):
+    shards = Shards(tmp_path, "rows", "0" * 64, 4, limit)
+    with pytest.raises(ValueError, match="part 0 of 4 is not in .*not computed yet"):
+        Rows(shards)
+    for rank in order:
+        deque(shards.fill(blocks, rank, 2), maxlen=0)
+    n = min(limit, 10)
+    assert Rows(shards, torch.long)[:].tolist() == [[i, 10 * i] for i in range(n)], "whoever comes first"
+
+
+def test_a_limit_spares_the_rest(tmp_path):
+    shards = filled(tmp_path, limit=3)
+    assert [shards.record(part) is None for part in range(4)] == [False, True, True, True]
+    wider = filled(tmp_path, limit=9)
+    assert len(Rows(wider)) == 9, "a larger limit adds to what is there"
+
+
+def test_another_content_is_another_folder(tmp_path):
+    filled(tmp_path)
+    other = Shards(tmp_path, "rows", "1" * 64, len(SIZES))
+    assert other.record(0) is None, "a stale cache is never read"
 
 
 KILLED = """
-import os, sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_data_cache import make, fill, Shards, PRINT, SIZES
-fsync, calls = os.fsync, 0
-def hang(fd):
+import os, sys
+from pathlib import Path
+import numpy as np
+from minimuse import utils
+from minimuse.data_cache import Shards
+
+calls, rename = 0, os.replace
+def killed(*paths):
     global calls
     calls += 1
-    if calls == {at}:
-        print("now", flush=True)
-        time.sleep(60)
-    fsync(fd)
-os.fsync = hang
-list(fill(Shards({folder!r}, "tokens", PRINT, len(SIZES)), make))
+    if calls == int(sys.argv[2]):
+        os._exit(9)
+    rename(*paths)
+utils.os.replace = killed
+
+def blocks(part, problems):
+    for i in range(2):
+        yield {"rows": np.full((1, 2), 2 * part + i)}, [("text",)]
+list(Shards(Path(sys.argv[1]), "rows", "0" * 64, 3).fill(blocks))
 """
 
 
-# about.json; then of part 1: low, high, JSON
-@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 6, 7])
-def test_killed_at_any_moment_then_resumed(shards, tmp_path, monkeypatch, at):
-    code = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path / "root"), at=at)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "now\n"
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    there = [part for part in range(5) if shards.record(part)[0]]
-    assert there == ([0] if at > 1 else []), "exactly the parts that were finished"
-    assert shards.verify() == {}, "no half part counts"
-    monkeypatch.setattr(cache, "ABANDONED", -1)  # the dead run's files are old by now
-    made = []
-    run(shards, make=lambda part: (made.append(part), make(part))[1])
-    assert made == [part for part in range(5) if part not in there], "only what was missing"
-    assert np.array_equal(Rows(shards, "high")[:].numpy(), all_of("high"))
-    for part in range(5):
-        whole = hashlib.sha256(file_of(shards, part).read_bytes()).hexdigest()
-        assert whole == shards.record(part)[0]["arrays"]["low"]["sha256"]
-    assert len(files(shards)) == 1 + 5 * 3, "nothing of the dead run is left"
+def test_killed_at_any_moment_then_resumed(tmp_path):
+    """Two renames a part: its captions, then its JSON. What is not finished is made again, the rest is kept."""
+    for call, finished in ((2, 0), (3, 1), (4, 2)):  # each continues where the last one was killed
+        command = [sys.executable, "-c", KILLED, tmp_path, str(call)]
+        assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 9
+        shards = Shards(tmp_path, "rows", "0" * 64, 3)
+        done = [part for part in range(3) if shards.record(part)]
+        assert done == list(range(finished)), "a part is there if and only if its JSON is"
+        kept = {name: stat for name, stat in tree(tmp_path).items() if any(f"{part:05d}." in name for part in done)}
+
+    def rest(part, problems):
+        yield {"rows": np.array([[2 * part] * 2, [2 * part + 1] * 2])}, [("text",)] * 2
+
+    deque(shards.fill(rest), maxlen=0)
+    assert Rows(shards)[:].tolist() == [[i, i] for i in range(6)]
+    assert all(tree(tmp_path)[name] == stat for name, stat in kept.items()), "finished parts are kept"
 
 
-class TestSweep:
-    def test_only_what_dead_runs_left(self, shards):
-        run(shards)
-        before = files(shards)
-        mine = [
-            "00000.low.0123abcd.npy",
-            "00007.low.0123abcd.npy",
-            "00001.json.0123abcd.new",
-            "about.json.0123abcd.new",
-        ]
-        yours = ["notes.txt", "00000.npy", "00000.low.npy", "backup.low.0123abcd.npy"]
-        for name in (*mine, *yours):
-            (shards.folder / name).write_bytes(b"x")
-        run(shards)
-        assert set(files(shards)) == {*before, *mine, *yours}, "what is young may be another process's"
-        for name in files(shards):
-            os.utime(shards.folder / name, (time.time() - 2 * cache.ABANDONED,) * 2)
-        run(shards)
-        assert set(files(shards)) == {*before, *yours}
-
-    def test_stale_caches_stay_and_are_named(self, shards, tmp_path, caplog):
-        old = Shards(tmp_path / "root", "tokens", fingerprint("another source"), 5)
-        text = Shards(tmp_path / "root", "text", PRINT, 5)
-        run(old, make=lambda part: make(part, 5000))
-        run(text)
-        before = files(old)
-        with caplog.at_level(logging.INFO, "minimuse"):
-            run(shards)
-        told = [record.getMessage() for record in caplog.records]
-        assert len(told) == 1, "a cache of another kind is no stale one"
-        assert str(old.folder) in told[0]
-        assert in_bytes(sum(map(len, before.values()))) in told[0]
-        assert files(old) == before, "never touched"
-        assert np.array_equal(Rows(shards, "low")[:].numpy(), all_of("low")), "never read"
+@pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda c: b"no array", lambda c: b"", None])
+def test_a_damaged_file_is_named(tmp_path, damage):
+    shards = filled(tmp_path)
+    path = shards.folder / "00002.001.rows.npy"
+    content = path.read_bytes()
+    path.unlink()
+    if damage:
+        path.write_bytes(damage(content))
+    with pytest.raises(ValueError, match=r"00002.001.rows.npy is damaged .*delete .*rows-0000000000000000"):
+        Rows(shards)[:]
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-3])
+def test_lengths_are_compared(tmp_path):
+    shards = filled(tmp_path)
+    np.save(shards.folder / "00002.001.rows.npy", np.zeros((7, 2), np.uint16))
+    with pytest.raises(ValueError, match="7 rows, expected 2; delete the folder"):
+        Rows(shards)[:]
+
+    def more(part, problems):
+        yield {"rows": np.zeros((3, 1))}, [("a",), ("b",)]
+
+    with pytest.raises(ValueError, match="part 0: 3 rows of rows, captions"):
+        deque(Shards(tmp_path, "rows", "1" * 64, 1).fill(more), maxlen=0)
 
 
-def lengthen(path):
-    path.write_bytes(path.read_bytes() + b"\0")
+@pytest.mark.parametrize("code", [errno.ENOSPC, None])
+def test_a_full_disk(tmp_path, monkeypatch, code):
+    save = np.save
+
+    def full(path, array, **options):
+        if "00002" in str(path):
+            raise OSError(code, "full") if code else OSError("24 requested and 8 written")
+        save(path, array, **options)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="no space left for 0 MB of rows; finished parts are kept, so make room"):
+        filled(tmp_path)
+    monkeypatch.undo()
+    assert len(Rows(filled(tmp_path))) == 10
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+def test_other_errors_pass_through(tmp_path, monkeypatch):
+    monkeypatch.setattr(np, "save", lambda *_, **__: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
+    with pytest.raises(PermissionError):
+        filled(tmp_path)
 
 
-def other_header(path):
-    path.write_bytes(path.read_bytes().replace(b"<u2", b"<i2"))
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
-DAMAGE = {
-    "truncated array": ("array", truncate, "bytes, not"),
-    "empty array": ("array", lambda path: path.write_bytes(b""), "has 0 bytes"),
-    "longer array": ("array", lengthen, "bytes, not"),
-    "missing array": ("array", Path.unlink, "is missing"),
-    "flipped bit": ("array", flip, "checksum"),
-    "other header": ("array", other_header, "checksum"),
-    "truncated JSON": ("json", truncate, "JSONDecodeError"),
-    "empty JSON": ("json", lambda path: path.write_bytes(b""), "JSONDecodeError"),
-    "binary JSON": ("json", lambda path: path.write_bytes(b"\xff\xfe\0"), "UnicodeDecodeError"),
-    "other JSON": ("json", lambda path: path.write_text("[1]"), "damaged"),
-    "number": ("json", lambda path: path.write_text("3"), "damaged"),
-    "no checksum": ("json", lambda path: path.write_text('{"rows": 3}'), "sha256"),
-    "changed JSON": (
-        "json",
-        lambda path: path.write_text(path.read_text().replace('"rows": 5', '"rows": 4')),
-        "checksum",
-    ),
-}
+def encode_words(texts):
+    """One vector per word and one for the end; its numbers tell the text and the place."""
+    return [torch.tensor([[len(text), i, -1.5] for i in range(len(text.split()) + 1)]).float() for text in texts]
 
 
-class TestDamage:
-    @pytest.mark.parametrize("kind", DAMAGE)
-    def test_found_and_mended(self, shards, kind, caplog):
-        run(shards)
-        where, damage, reason = DAMAGE[kind]
-        path = file_of(shards, 1) if where == "array" else shards.folder / "00001.json"
-        damage(path)
-        wrong = shards.verify()
-        assert list(wrong) == [1]
-        assert reason in wrong[1]
-        assert str(path) in wrong[1], "the file is named"
-        if kind != "flipped bit":
-            with pytest.raises(ValueError, match=r"fill\(\)"):
-                Rows(shards, "low")[:]
-        made = []
-        run(shards, make=lambda part: (made.append(part), make(part))[1])
-        assert made == [1], "the whole parts are kept"
-        assert ["part 1 is made anew" in record.getMessage() for record in caplog.records] == [True]
-        assert np.array_equal(Rows(shards, "low")[:].numpy(), all_of("low"))
-        assert shards.verify() == {}
-
-    def test_beyond_a_size_lengths_alone(self, shards, monkeypatch):
-        run(shards)
-        flip(file_of(shards, 1))
-        monkeypatch.setattr(cache, "CHECKED", 10)
-        assert shards.verify() == {}, "hashing would read everything"
-        truncate(file_of(shards, 3))
-        assert list(shards.verify()) == [3]
-        assert shards.verify([0, 1]) == {}, "of some parts alone"
-
-    def test_a_mapped_file_is_neither_replaced_nor_changed(self, shards, monkeypatch):
-        """Pitfall 23: Windows refuses to write, rename or delete a file that is mapped."""
-        run(shards)
-        rows = Rows(shards, "low")
-        rows[:]
-        mapped = {str(path) for path in shards.folder.glob("*.low.*.npy")}
-        replace, unlink = os.replace, os.unlink
-
-        def refuse(path):
-            if str(path) in mapped:
-                raise PermissionError(errno.EACCES, "mapped", str(path))
-
-        monkeypatch.setattr(os, "replace", lambda a, b: (refuse(a), refuse(b), replace(a, b))[-1])
-        monkeypatch.setattr(os, "unlink", lambda path, **kwargs: (refuse(path), unlink(path, **kwargs))[-1])
-        monkeypatch.setattr(cache, "ABANDONED", -1)
-        truncate(file_of(shards, 3, "high"))
-        for _ in range(2):  # the second time sweeps what the first left
-            run(shards)
-        assert np.array_equal(rows[:].numpy(), all_of("low")), "a reader goes on"
-        assert np.array_equal(Rows(shards, "high")[:].numpy(), all_of("high"))
-        assert mapped <= {str(path) for path in shards.folder.iterdir()}
+CAPTIONS = [tuple(["a cube", f"number {i}", "wide " * (i % 7)][: 1 + i % 3]) for i in range(1, 11)]
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])  # low, high, JSON of the part
-@pytest.mark.parametrize("code", sorted(cache.FULL))
-def test_a_full_disk(shards, monkeypatch, at, code):
-    run(shards, make=make, rank=0, world=5)
-    before, fsync, calls = files(shards), os.fsync, []
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    def make(part, problems):
+        few = CAPTIONS[5 * part : 5 * part + 5]
+        yield text_block(few, encode_words), few
 
-    def full(fd):
-        calls.append(fd)
-        if len(calls) == at:
-            raise OSError(code, os.strerror(code))
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"no space for part 1 of 5: it takes 80 bytes, .* free.*make room") as error:
-        run(shards)
-    assert (error.value.errno, error.value.filename) == (code, str(shards.folder)), "it says where"
-    assert files(shards) == before, "no half part, and nothing in the way"
-    monkeypatch.setattr(os, "fsync", fsync)
-    run(shards)
-    assert np.array_equal(Rows(shards, "low")[:].numpy(), all_of("low")), "with room again it goes on"
+    shards = Shards(tmp_path_factory.mktemp("text"), "text", "0" * 64, 2)
+    deque(shards.fill(make), maxlen=0)
+    return Texts(shards)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has other modes")
-def test_what_is_written_whole_is_read_by_whom_the_user_lets(tmp_path):
-    """Whatever mode the writer gives: a checkpoint that its owner alone can read fails on a shared machine."""
-
-    def closed(path):
-        path.unlink(missing_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-
-    (tmp_path / "plain").touch()
-    utils.atomic_write(tmp_path / "whole", closed)
-    assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_other_errors_pass_through(shards, monkeypatch):
-    def broken(fd):
-        raise OSError(errno.EIO, "disk on fire")
-
-    next(fill(shards, make))
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="disk on fire"):
-        run(shards)
-    assert [path.name for path in shards.folder.iterdir()] == ["about.json"]
+@settings(deadline=None)
+@given(data=st.data())
+def test_pick_takes_one_caption_of_each(texts, data):
+    at = data.draw(st.lists(st.integers(0, 9), max_size=6))
+    u = data.draw(st.lists(st.floats(0, 1, exclude_max=True, width=32), min_size=len(at), max_size=len(at)))
+    for rows in (texts, LiveTexts(CAPTIONS, encode_words)):
+        picked = rows.pick(torch.tensor(at, dtype=torch.long), torch.tensor(u))
+        assert len(picked) == len(at)
+        for row, i, x in zip(picked, at, u, strict=True):
+            (want,) = encode_words([CAPTIONS[i][int(x * len(CAPTIONS[i]))]])
+            assert torch.equal(row.float(), want), f"u = {x} of the {len(CAPTIONS[i])} captions of example {i}"
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"kind": "../x"}, {"kind": ""}, {"fingerprint": "abc"}, {"fingerprint": "Z" * 64}, {"parts": 0}, {"limit": 0}],
-)
-def test_refuses_nonsense(tmp_path, wrong):
-    with pytest.raises(ValueError, match="give"):
-        Shards(tmp_path, **({"kind": "tokens", "fingerprint": PRINT, "parts": 3} | wrong))
-    assert not list(tmp_path.iterdir()), "nothing is written"
+def test_pick_is_uniform_and_texts_are_stored_once(texts):
+    picked = texts.pick([1] * 300, torch.arange(300) / 300)
+    assert [sum(row[0, 0] == len(text) for row in picked) for text in CAPTIONS[1]] == [100, 100, 100]
+    assert texts.pick([1], [1.0])[0].shape == picked[-1].shape, "u rounded up to 1 is the last one"
+    block = text_block([("a", "b"), ("a",)], encode_words)
+    assert (len(block["values"]), block["spans"].tolist()) == (4, [[0, 2], [2, 4], [0, 2]])
+
+
+def test_half_precision_must_hold_the_embeddings():
+    with pytest.raises(ValueError, match="65,504"):
+        text_block([("a",)], lambda texts: [torch.full((2, 3), 70_000.0) for _ in texts])
+
+
+# --- the data of a run ------------------------------------------------------------------------------------------------
+
+
+class Made:
+    """A source of plain images: three parts, each of `n` images whose captions tell their colour and number."""
+
+    parts = 3
+
+    def __init__(self, n=4, fingerprint="0" * 64, broken=()):
+        self.n, self.fingerprint, self.broken, self.reads = n, fingerprint, broken, []
+
+    def read(self, part, size, problems):
+        self.reads.append(part)
+        for i in range(part * self.n, (part + 1) * self.n):
+            problems.seen += 1
+            if i in self.broken:
+                problems.add("corrupt", f"{i}.png")
+                continue
+            image = torch.full((3, size, size), 10 * (i % 25) + 5, dtype=torch.uint8)
+            yield Example(image, ("a red cube", f"a blue ball and {'two small ' * (i % 3)}green boxes"))
+
+
+class Counted(torch.nn.Module):
+    """A tokenizer that keeps what it saw."""
+
+    codebook_size = 16
+
+    def __init__(self, weight=1.0, grid=8):
+        super().__init__()
+        self.grid, self.weight, self.seen = grid, torch.nn.Parameter(torch.tensor(weight)), []
+
+    def encode(self, images):
+        assert not self.training, "pitfall 18: a tokenizer at work is in eval mode"
+        self.seen.append(images)
+        level = ((images[:, 0, 0, 0] + 1) * 7.99).long()
+        return level[:, None].expand(-1, self.grid**2)
+
+
+def levels(numbers):
+    """The token of each of these images."""
+    return [int((10 * (i % 25) + 5) / 127.5 * 7.99) for i in numbers]
+
+
+@pytest.fixture
+def make(tiny_muse, tmp_path):
+    """make(source, ...) -> TrainingData under tmp_path."""
+
+    def make(source=None, encoder=None, read_only=False, **changes):
+        config, encoder = replace(tiny_muse.config, **changes), encoder or tiny_muse.encoder
+        return TrainingData(tmp_path / "cache", source or Made(), config, encoder, bf16=False, read_only=read_only)
+
+    return make
+
+
+def work(data, low=None, high=None):
+    """Compute everything -> the steps that it reported."""
+    steps = [*data.read()]
+    steps += data.tokenize("low", low or Counted())
+    steps += data.embed()
+    steps += data.tokenize("high", high or Counted(grid=16))
+    return steps
+
+
+def test_images_tokens_and_texts_of_the_same_examples(make, tiny_muse):
+    data, low, high = make(), Counted(), Counted(grid=16)
+    steps = work(data, low, high)
+    assert (steps[0], steps[-1]) == ((0, 3), (3, 3)), "it reports where it stands"
+    assert data.images.shape == (12, 3, SIDE, SIDE)
+    assert (len(data.tokens["low"]), len(data.tokens["high"]), len(data.texts)) == (12, 12, 12), "one row each"
+    assert data.tokens["low"][:][:, 0].tolist() == levels(range(12)), "each image's own tokens, in the source's order"
+    assert data.tokens["low"][[0]].dtype == torch.long, "as models read them"
+    expected = tiny_muse.encoder.encode(["a blue ball and two small green boxes"]).embeds[0].half()
+    assert data.texts.pick([4], [0.9])[0].equal(expected), "each image's own captions, in half precision"
+    assert {tuple(x.shape[1:]) for x in low.seen} == {(3, 32, 32)}, "Muse 3.3.1: the decimated image"
+    assert {tuple(x.shape[1:]) for x in high.seen} == {(3, 64, 64)}
+    assert all(x.min() >= -1 and x.max() <= 1 for x in low.seen + high.seen), "as models see them"
+
+
+def test_blocks_do_not_show(make, monkeypatch):
+    monkeypatch.setattr(data_cache, "BLOCK", 3)
+    data = make()
+    work(data)
+    assert data.images.blocks == [(part, block) for part in range(3) for block in range(2)]
+    assert data.images[:][:, 0, 0, 0].tolist() == [10 * i + 5 for i in range(12)]
+    assert data.tokens["high"][:][:, 0].tolist() == levels(range(12))
+    assert [len(t) for t in data.texts.pick(range(12), [0.9] * 12)] == [9 + 2 * (i % 3) for i in range(12)]
+
+
+def test_beyond_pixels_gib_the_source_is_read_again(make):
+    limit = 5 * 3 * SIDE**2 / 2**30
+    source = Made()
+    data = make(source, pixels_gib=limit)
+    work(data)
+    assert (len(data.images), len(data.tokens["low"]), len(data.texts)) == (5, 12, 12)
+    assert source.reads == [0, 1, 0, 1, 2, 0, 1, 2], "pixels, low tokens, high tokens"
+
+
+def test_rows_of_other_examples_are_refused(make):
+    """Read again, a file may fail once, or work again: every row after it would be another's."""
+    source = Made()
+    data = make(source, pixels_gib=5 * 3 * SIDE**2 / 2**30)
+    deque(data.read(), maxlen=0)
+    deque(data.tokenize("low", Counted()), maxlen=0)
+    source.broken = (9,)
+    with pytest.raises(ValueError, match="part 2 of the data gave other examples when it was read again"):
+        deque(data.tokenize("high", Counted(grid=16)), maxlen=0)
+
+
+@pytest.mark.parametrize(("v", "dtype"), [(65_536, np.uint16), (65_537, np.int32)])
+def test_the_largest_token_fits(make, v, dtype):
+    data, tokenizer = make(), Counted()
+    tokenizer.codebook_size = v
+    tokenizer.encode = lambda images: torch.full((len(images), 3), v - 1)
+    deque(data.read(), maxlen=0)
+    deque(data.tokenize("low", tokenizer), maxlen=0)
+    low = data.tokens["low"]
+    assert (low.map(0, "low_tokens").dtype, low[[0]].tolist()) == (dtype, [[v - 1] * 3])
+    tokenizer.encode = lambda images: torch.full((len(images), 3), v)
+    with pytest.raises(ValueError, match=f"high tokens {v} to {v}; expected 0 to {v - 1}"):
+        deque(data.tokenize("high", tokenizer), maxlen=0)
+
+
+def test_problems_are_logged_once_and_nothing_usable_is_an_error(make, caplog):
+    with caplog.at_level(logging.WARNING, "minimuse"):
+        work(make(Made(broken=(0, 1))))
+    assert caplog.messages == ["left out 2 of 12 images: 2 corrupt (0.png, 1.png)"]
+    with pytest.raises(ValueError, match="no usable captioned image"):
+        deque(make(Made(fingerprint="2" * 64, broken=range(12))).read())
+
+
+def test_scenes_end_to_end(make):
+    scenes = SceneDataset(6, SIDE)
+    data = make(scenes)
+    work(data)
+    assert torch.equal(data.images[:], scenes.images())
+    assert data.captions() == [tuple(scenes.captions(i)) for i in range(6)]
+    assert data.words() == {"words": vocabulary(), "examples": list(EXAMPLE_PROMPTS)}
+
+
+# --- held out ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [49, 50, 149, 150])
+def test_every_50th_is_held_out(make, n):
+    rows = torch.arange(n)[:, None]
+    train, held_out = make().split(rows), make().split(rows, held_out=True)
+    seen, kept = ([int(x) for x in part[torch.arange(len(part))]] for part in (train, held_out))
+    if n < HELD_OUT:
+        assert seen == kept == list(range(n)), "of few, all serve for both"
+        return
+    assert kept == list(range(HELD_OUT - 1, n, HELD_OUT))
+    assert sorted(seen + kept) == list(range(n)), "an example is lost, or both trained on and held out"
+
+
+def test_images_tokens_and_texts_are_split_alike(make):
+    data = make(Made(n=40))
+    work(data)
+    for held_out, numbers in ((True, [49, 99]), (False, [i for i in range(120) if i not in (49, 99)])):
+        images, tokens, texts = (data.split(r, held_out) for r in (data.images, data.tokens["low"], data.texts))
+        assert isinstance(images, Subset)
+        assert images.shape == (len(numbers), 3, SIDE, SIDE)
+        at = torch.arange(len(numbers))
+        assert images[at][:, 0, 0, 0].tolist() == [10 * (i % 25) + 5 for i in numbers], "another image"
+        assert tokens[at][:, 0].tolist() == levels(numbers), "its tokens"
+        assert [len(t) for t in texts.pick(at, [0.9] * len(at))] == [9 + 2 * (i % 3) for i in numbers], "its captions"
+
+
+def test_decimated_images():
+    images = torch.randint(256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    small = Decimated(images, 2)
+    assert len(small) == 5
+    assert small[[3, 0]].equal(area_downsample(images[[3, 0]])), "made as they are asked for"
+
+
+def test_tokenizing_in_batches_changes_nothing():
+    images = torch.arange(7).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).byte() * 30
+    assert tokenize_images(Counted(), images, batch=2, bf16=False).equal(tokenize_images(Counted(), images, bf16=False))
+
+
+# --- text of a run ----------------------------------------------------------------------------------------------------
+
+
+def test_text_beyond_text_gib_is_encoded_live(make, tmp_path):
+    stored, live = make(), make(text_gib=0.0)
+    work(stored)
+    assert isinstance(stored.texts, Texts)
+    before = tree(tmp_path / "cache")
+    work(live)
+    assert isinstance(live.texts, LiveTexts)
+    assert len(live.texts) == 12
+    assert tree(tmp_path / "cache") == before, "nothing is written"
+    at, u = torch.tensor([4, 0, 11]), [0.99, 0.0, 0.5]
+    for a, b in zip(stored.texts.pick(at, u), live.texts.pick(at, u), strict=True):
+        assert a.dtype == b.dtype == torch.float16
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
+
+
+def test_encoding_is_unpadded_and_whatever_the_batch(make, tiny_muse):
+    prompts = ["a red cube", "a blue ball and two small green boxes", "a"]
+    rows = make().encode(prompts, batch=2)
+    assert [len(r) for r in rows] == [4, 11, 2], "each with its end token"
+    for row, text in zip(rows, prompts, strict=True):
+        assert row.equal(tiny_muse.encoder.encode([text]).embeds[0].half()), "a text depends on its neighbours"
+
+
+def test_words_and_examples_of_a_folder(make, tmp_path):
+    """The most common words first, of letters only; prompts from the beginning, the middle and on."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, text in enumerate(["A red cube, 3 cm", "a red ball", "a größerer cube", "a box"]):
+        to_pil(torch.full((1, 3, SIDE, SIDE), 50 * i).byte())[0].save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(text, encoding="utf-8")
+    data = make(FolderDataset(pictures))
+    work(data)
+    found = data.words()
+    assert found["words"][:3] == ["a", "red", "cube"]
+    assert set(found["words"]) == {"a", "red", "cube", "cm", "ball", "größerer", "box"}
+    assert data.words(most=2)["words"] == ["a", "red"]
+    assert found["examples"] == ["A red cube, 3 cm", "a red ball", "a größerer cube"]
+
+
+# --- opened again -----------------------------------------------------------------------------------------------------
+
+
+def test_opened_again_nothing_is_computed(make, tmp_path):
+    work(make())
+    before = tree(tmp_path / "cache")
+    source, low, high = Made(), Counted(), Counted(grid=16)
+    again = make(source)
+    work(again, low, high)
+    assert (source.reads, low.seen, high.seen) == ([], [], [])
+    assert tree(tmp_path / "cache") == before, "a file was written"
+    assert again.tokens["low"][:][:, 0].tolist() == levels(range(12))
+
+
+def test_the_language_model_embeds_nothing_again(make, tiny_lm):
+    """A second opening encodes the captions of about 64 examples, however many there are."""
+    work(make(Made(n=100)))
+    encoder = TextEncoder(tiny_lm, max_tokens=64)
+    asked, encode = [], encoder.encode
+    encoder.encode = lambda prompts: asked.extend(prompts) or encode(prompts)
+    work(make(Made(n=100), encoder))
+    assert len(asked) <= 2 * 75, f"{len(asked)} of 600 captions were encoded"
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "data", "lm"])
+def test_what_changed_has_a_cache_of_its_own(make, tmp_path, tiny_lms, what):
+    work(make())
+    kinds = {"tokenizer": {"low_tokens"}, "data": {"pixels", "low_tokens", "high_tokens", "text"}, "lm": {"text"}}
+    before = tree(tmp_path / "cache")
+    source = Made(fingerprint="1" * 64) if what == "data" else Made()
+    low = Counted(weight=2.0) if what == "tokenizer" else Counted()
+    work(make(source, TextEncoder(tiny_lms["bert"], max_tokens=64) if what == "lm" else None), low)
+    after = tree(tmp_path / "cache")
+    assert all(after[name] == stat for name, stat in before.items() if name.count("/")), "the old cache was touched"
+    assert {name.split("-")[0] for name in after.keys() - before.keys() if "/" not in name} == kinds[what]
+
+
+def test_read_only(make, tmp_path):
+    with pytest.raises(ValueError, match="part 0 of 3 is not in"):
+        deque(make(read_only=True).read())
+    assert not (tmp_path / "cache").exists(), "a folder was made for what is not there"
+    work(make())
+    before = tree(tmp_path / "cache")
+    data, low = make(read_only=True), Counted()
+    assert work(data, low) == []
+    assert low.seen == [], "nothing was computed"
+    assert len(data.texts) == 12, "but everything is there to be read"
+    with pytest.raises(ValueError, match="low_tokens"):
+        deque(data.tokenize("low", Counted(weight=3.0)))
+    assert tree(tmp_path / "cache") == before, "reading wrote"
+
+
+def test_several_processes_share_the_work_and_wait(make, tiny_muse, tmp_path):
+    waited, source = [], Made()
+    options = {"bf16": False, "processes": 2}
+    second = TrainingData(tmp_path / "cache", source, tiny_muse.config, tiny_muse.encoder, rank=1, **options)
+    steps = second.read()
+    assert [next(steps), next(steps)] == [(0, 1), (1, 1)]
+    first = TrainingData(
+        tmp_path / "cache", Made(), tiny_muse.config, tiny_muse.encoder, wait=lambda: waited.append(1), **options
+    )
+    assert list(first.read())[-1] == (2, 2)
+    assert waited == [1], "it waits for the others before it reads"
+    assert list(steps) == []
+    assert len(second.images) == len(first.images) == 12
+
+
+def test_records_are_plain_json(make, tmp_path):
+    work(make())
+    (folder,) = (tmp_path / "cache").glob("pixels-*")
+    record = json.loads((folder / "00000.json").read_text(encoding="utf-8"))
+    assert record["rows"] == [4]
+    assert record["problems"] == {"seen": 4, "counts": {}, "names": {}}

@@ -1,48 +1,20 @@
-"""data_images.py: the embedded data set, and pictures on their way between PIL, uint8 and [-1, 1]."""
+"""data_images.py: images between PIL, files, uint8 and [-1, 1]."""
 
-import json
-from dataclasses import asdict, replace
+import io
+import struct
+import subprocess
+import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from minimuse import data_sources
-from minimuse.data_images import area_downsample, from_pil, mask_from, to_float, to_pil, to_uint8
-from minimuse.data_sources import Problems, SceneDataset
-
-
-def test_dataset_follows_from_its_seed():
-    a, b = SceneDataset(10, 32), SceneDataset(10, 32)
-    assert len(a) == 10, "the length is n"
-    assert a.scene(3) == b.scene(3), "the same data set must hold the same scenes"
-    assert a.scene(3) != SceneDataset(10, 32, seed=1).scene(3), "another seed, other scenes"
-    assert a.scene(3) != SceneDataset(10, 32, split="test").scene(3), "another split, other scenes"
-    assert a.captions(3) == b.captions(3), "captions must follow from the index"
-    for i in range(10):
-        assert len(set(a.captions(i, 5))) == 5, f"captions of scene {i} repeat: {a.captions(i, 5)}"
-    assert a.captions(3, paraphrase=True) != a.captions(3), "paraphrases differ from the captions"
-
-
-@pytest.mark.parametrize("progress", [False, True])
-def test_images_do_not_depend_on_neighbours(progress):
-    data = SceneDataset(300, 16)
-    images = data.images(progress=progress)
-    assert (images.shape, images.dtype) == ((300, 3, 16, 16), torch.uint8), f"{images.shape} {images.dtype}"
-    alone = data.images(torch.tensor([299, 4])).int()
-    assert (images[[299, 4]] - alone).abs().max() <= 1, "an image alone and in a batch should be the same"
-    assert data.images([]).shape == (0, 3, 16, 16), "no index, no image"
-
-
-def test_dataset_refuses_nonsense():
-    for wrong in ({"n": 0}, {"size": 4}, {"split": "valid"}):
-        with pytest.raises(ValueError, match="expected"):
-            SceneDataset(**({"n": 3, "size": 32} | wrong))
-    with pytest.raises(IndexError, match="0 to 2"):
-        SceneDataset(3, 32).scene(3)
-    with pytest.raises(ValueError, match="at most"):
-        SceneDataset(3, 32).captions(0, 500)
+from minimuse.data_images import Refused, area_downsample, decode_image, from_pil, mask_from, to_float, to_pil, to_uint8
+from minimuse.data_sources import SceneDataset
 
 
 def test_uint8_round_trip():
@@ -128,61 +100,143 @@ def test_mask_from_says_what_is_wrong(wrong):
         mask_from(wrong, (9, 6))
 
 
-def test_shares_say_how_often_there_are_one_two_and_three_things():
-    for n in (1, 2, 3):
-        data = SceneDataset(20, 32, fractions=tuple(float(i == n) for i in (1, 2, 3)))
-        assert {len(data.scene(i).things) for i in range(20)} == {n}, f"all of the weight is on {n}"
+# --- image files ---
 
 
-def read_all(source, size):
-    """All parts of a source, and what it passed over."""
-    problems = Problems()
-    return [example for part in range(source.parts) for example in source.read(part, size, problems)], problems
+def picture(i: int = 0, size=(40, 32), mode: str = "RGB", form: str = "PNG", **options) -> bytes:
+    """An image file with a colour of its own."""
+    file = io.BytesIO()
+    color = (10 * i % 256, 80, 160)
+    Image.new("RGB", size, color).convert(mode).save(file, form, **options)
+    return file.getvalue()
 
 
-def test_scenes_are_read_in_parts_of_500():
-    data = SceneDataset(503, 32, seed=3, k=3)
-    examples, problems = read_all(data, 16)
-    small = SceneDataset(503, 16, seed=3)
-    want = torch.cat([small.images(range(500)), small.images(range(500, 503))])
-    assert data.parts == 2
-    assert torch.equal(torch.stack([example.image for example in examples]), want), "the size is the one asked for"
-    assert [example.captions for example in examples] == [tuple(small.captions(i, 3)) for i in range(503)]
-    assert (problems.seen, problems.usable, problems.summary()) == (503, 503, ""), f"{problems}"
-    for part in (-1, 2):
-        with pytest.raises(IndexError, match="0 to 1"):
-            next(data.read(part, 16, problems))
+def header(width: int, height: int) -> bytes:
+    """A PNG that claims to have this size, and holds no pixel."""
+    chunk = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    ihdr = struct.pack(">I", len(chunk)) + b"IHDR" + chunk + struct.pack(">I", zlib.crc32(b"IHDR" + chunk))
+    return b"\x89PNG\r\n\x1a\n" + ihdr + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
 
 
-def test_pitfall_34_fingerprint_of_scenes_tells_what_they_depend_on(monkeypatch):
-    data = SceneDataset(10, 32)
-    others = ({"n": 11}, {"split": "test"}, {"seed": 1}, {"fractions": (1, 0, 0)}, {"k": 3})
-    prints = [replace(data, **other).fingerprint for other in others]
-    assert len({data.fingerprint, *prints}) == 6, "another field, other data"
-    assert replace(data, size=64).fingerprint == data.fingerprint, "the size is told when reading"
-    monkeypatch.setattr(data_sources, "SCENES_VERSION", 2)
-    assert replace(data).fingerprint != data.fingerprint, "another renderer, other pictures"
+@pytest.mark.parametrize("size", [(60_000, 60_000), (12_000, 10_000)])
+def test_a_bomb_is_never_decoded(size, monkeypatch):
+    """The first is beyond Pillow's own limit, the second between its warning and its limit."""
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("a bomb was decoded"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # even where a user silenced Pillow
+        with pytest.raises(Refused, match="huge"):
+            decode_image(io.BytesIO(header(*size)), 16)
 
 
-def test_problems_add_up_and_are_plain_values():
-    first, second = Problems(seen=20), Problems(seen=7)
-    for name in "abcd":
-        first.add("corrupt", f"{name}.png")
-    second.add("without a caption", "z.png")
-    second.add("corrupt", "e.png")
-    both = first + Problems(**json.loads(json.dumps(asdict(second))))
-    assert (both.seen, both.usable, both.counts) == (27, 21, {"corrupt": 5, "without a caption": 1})
-    told = "passed over 6 of 27 images: 5 corrupt (a.png, b.png, c.png, ...), 1 without a caption (z.png)"
-    assert both.summary() == told
-    assert first.counts == {"corrupt": 4}, "adding leaves the parts as they were"
-    assert Problems(seen=9).summary() == "", "nothing to tell"
+def test_no_postscript_runs(monkeypatch):
+    """Pillow would hand an EPS to Ghostscript, whatever its name says."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail(f"{args} was run"))
+    eps = picture(mode="RGB", form="EPS")
+    with Image.open(io.BytesIO(eps)) as image:
+        assert image.format == "EPS", "Pillow alone knows it"
+    with pytest.raises(Refused, match="unknown format"):
+        decode_image(io.BytesIO(eps), 16)
 
 
-def test_problems_refuse_a_source_without_any_example():
-    problems = Problems(seen=1)
-    problems.check("folder")
-    problems.add("corrupt", "a.png")
-    with pytest.raises(ValueError, match=r"folder: no usable .* 1 of 1 images: 1 corrupt \(a.png\)"):
-        problems.check("folder")
-    with pytest.raises(ValueError, match="nothing was found"):
-        Problems().check("folder")
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "I"])
+def test_modes_become_rgb(mode):
+    """White, dark gray and black bars survive every mode (1 has no gray; I is 16-bit gray in a wider box)."""
+    bars = np.repeat(np.array([255, 64, 0], dtype=np.uint8), 16)[None].repeat(48, 0)
+    if mode.startswith("I"):
+        image = Image.fromarray((bars.astype(np.uint16) * 257).astype(np.uint16 if mode == "I;16" else np.int32))
+    else:
+        image = Image.fromarray(bars).convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE)
+    file = io.BytesIO()
+    image.save(file, "TIFF")
+    bar = decode_image(io.BytesIO(file.getvalue()), 48)[:, 24, [8, 24, 40]].int()
+    want = torch.tensor([255, 64, 0]).expand(3, 3)
+    there = [0, 2] if mode == "1" else [0, 1, 2]
+    assert (bar - want)[:, there].abs().max() <= 2, f"{mode}: {bar.tolist()}"
+
+
+def test_transparent_is_white():
+    file = io.BytesIO()
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(file, "PNG")
+    assert (decode_image(file, 16) == 255).all()
+
+
+def test_values_beyond_16_bits_are_refused():
+    file = io.BytesIO()
+    Image.fromarray(np.full((32, 32), 70_000, dtype=np.int32)).save(file, "TIFF")
+    with pytest.raises(Refused, match="of mode I"):
+        decode_image(file, 16)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_stand_upright(orientation):
+    """EXIF 1 to 8, against Pillow's own table of turns: a red top left corner comes back as where EXIF puts it."""
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[:16, :16] = (255, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", exif=exif)
+    red = (decode_image(file, 32)[0] > 128).nonzero().float().mean(0).tolist()
+    corner = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}[orientation]
+    assert [value > 16 for value in red] == [bool(value) for value in corner]
+
+
+@given(st.integers(8, 70), st.integers(8, 70), st.sampled_from(["PNG", "JPEG"]))
+def test_shorter_side_is_scaled_and_the_centre_kept(width, height, form):
+    """A horizontal and a vertical ramp: the middle of the picture stays in the middle, at one scale for both axes."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    ramp = np.stack([100 + 3 * (x - (width - 1) / 2), 100 + 3 * (y - (height - 1) / 2), 0 * x], -1)
+    file = io.BytesIO()
+    Image.fromarray(ramp.clip(0, 255).astype(np.uint8)).save(file, form, **{"quality": 95} if form == "JPEG" else {})
+    image = decode_image(file, 16).float()
+    assert image.shape == (3, 16, 16)
+    middle = image[:2, 6:10, 6:10].mean((1, 2))
+    assert (middle - 100).abs().max() < 5, f"the centre moved: {middle.tolist()}"
+    slope = 3 * min(width, height) / 16
+    across = (image[0, 4:12, 10] - image[0, 4:12, 5]).mean() / 5
+    down = (image[1, 10, 4:12] - image[1, 5, 4:12]).mean() / 5
+    assert abs(across - slope) < 1.5, f"{across} a pixel across, {slope} expected"
+    assert abs(down - slope) < 1.5, f"{down} a pixel down, {slope} expected"
+
+
+def test_resizing_is_antialiased():
+    stripes = np.zeros((128, 128, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    file = io.BytesIO()
+    Image.fromarray(stripes).save(file, "PNG")
+    inner = decode_image(file, 16)[:, :, 2:-2].int()
+    assert (inner - 127).abs().max() <= 2, "black and white stripes finer than a pixel are gray"
+
+
+def test_a_drafted_jpeg_is_nearly_the_whole_one():
+    """128 px of detail that 32 px can just hold: decoded at half it is kept, at an eighth it would be lost."""
+    rng = np.random.default_rng(0)
+    blobs = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    blobs = blobs.resize((128, 128), Image.Resampling.BICUBIC)
+    jpeg, png = io.BytesIO(), io.BytesIO()
+    blobs.save(jpeg, "JPEG", quality=95, subsampling=0)
+    with Image.open(jpeg) as image:
+        image.save(png, "PNG")
+    with Image.open(jpeg) as image:
+        image.draft(None, (16, 16))
+        eighth = np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS)).transpose(2, 0, 1).astype(int)
+    whole = decode_image(png, 32).int()
+    assert (decode_image(jpeg, 32).int() - whole).abs().max() <= 8
+    assert np.abs(eighth - whole.numpy()).max() > 30, "else this test could not tell"
+
+
+def test_min_side():
+    for file, min_side in ((picture(0, (16, 90)), None), (picture(0, (7, 90)), 7)):
+        assert decode_image(io.BytesIO(file), 32, min_side).shape == (3, 32, 32)
+    for file, min_side in ((picture(0, (15, 90)), None), (picture(0, (63, 90)), 64)):
+        with pytest.raises(Refused, match="small"):
+            decode_image(io.BytesIO(file), 32, min_side)
+
+
+@given(st.binary(max_size=300), st.integers(0, 60))
+def test_no_bytes_break_the_decoder(noise, keep):
+    for start in (picture(form="JPEG"), picture(), picture(form="GIF"), picture(form="WEBP")):
+        try:
+            assert decode_image(io.BytesIO(start[:keep] + noise), 16).shape == (3, 16, 16)
+        except Refused:
+            continue

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minimuse.data_captions import EXAMPLE_PROMPTS, PARAPHRASES, SYNONYMS, caption, vocabulary
+from minimuse.data_captions import caption, vocabulary
 from minimuse.data_scenes import (
     COLORS,
     HELD_OUT,
@@ -29,7 +28,6 @@ from minimuse.data_scenes import (
     truth,
 )
 from minimuse.data_sources import SceneDataset
-from minimuse.eval_prompts import parse_prompt
 
 SCENES = [sample_scene(seed) for seed in range(500)]
 
@@ -61,7 +59,7 @@ def test_scene_of_known_seed_stays_the_same():
 
 def test_splits_hold_out_the_pairs():
     for split in ("train", "test"):
-        pairs = {(t.color, t.shape) for seed in range(2000) for t in sample_scene(seed, split=split).things}
+        pairs = {(t.color, t.shape) for seed in range(500) for t in sample_scene(seed, split=split).things}
         assert not pairs & HELD_OUT, f"{split} shows held-out pairs: {pairs & HELD_OUT}"
         assert len(pairs) == 21, f"{split} shows {len(pairs)} of the 24 - 3 pairs"
     for seed in range(300):
@@ -104,7 +102,7 @@ def test_sizes_in_the_picture():
 
 
 def test_things_are_in_frame_and_mostly_visible():
-    for scene in SCENES[:100]:
+    for scene in SCENES[:30]:
         for k, thing in enumerate(scene.things):
             seen, whole = coverage(scene, k), coverage(Scene((thing,)), 0)
             border = whole[0].any() | whole[-1].any() | whole[:, 0].any() | whole[:, -1].any()
@@ -215,113 +213,7 @@ def test_speed():
     assert (time.perf_counter() - start) / 100 < 0.05, "rendering takes more than 50 ms an image at 64 px"
 
 
-# ---------------------------------------------------------------- captions
-
-PHRASE = re.compile(
-    rf"(?:an?|(two|three)) (?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLORS)}) )?(?:({'|'.join(MATERIALS)}) )?"
-    rf"({'|'.join(SHAPES)})s?"
-)
-RELATION = re.compile(r"(left of|right of|in front of|behind|next to)")
-HOLDS = {
-    "left of": lambda a, b: a.x < b.x - 0.5,
-    "right of": lambda a, b: a.x > b.x + 0.5,
-    "in front of": lambda a, b: a.depth < b.depth - 0.8,
-    "behind": lambda a, b: a.depth > b.depth + 0.8,
-    "next to": lambda a, b: abs(a.x - b.x) > 0.5 and abs(a.depth - b.depth) < 1.5,
-}
-
-
-def parse(text: str) -> list[tuple[int, tuple]]:
-    """Text -> (number, (size, colour, material, shape)) of each phrase, None for what is not said."""
-    text = text.replace("on a gray floor", "")
-    return [({"two": 2, "three": 3}.get(m[1], 1), m.groups()[1:]) for m in PHRASE.finditer(text)]
-
-
-def fits(thing: Thing, words: tuple) -> bool:
-    looks = (thing.size, thing.color, thing.material, thing.shape)
-    return all(word in (None, look) for word, look in zip(words, looks, strict=True))
-
-
-@pytest.mark.parametrize("style", ["any", "short", "long"])
-def test_captions_are_true(style):
-    related = Counter()
-    for seed, scene in enumerate(SCENES):
-        text = caption(scene, seed, style=style)
-        told = parse(text)
-        assert sum(number for number, _ in told) == len(scene.things), f"{text!r} of {scene}"
-        for number, words in told:
-            assert number == sum(fits(t, words) for t in scene.things), f"the number is wrong: {text!r} of {scene}"
-        if match := RELATION.search(text):
-            related[match[1]] += 1
-            before, after = parse(text[: match.start()]), parse(text[match.end() :])
-            subjects = [t for t in scene.things if any(fits(t, words) for _, words in before)]
-            objects = [t for t in scene.things if any(fits(t, words) for _, words in after)]
-            assert min(len(subjects), len(objects)) > 0, f"a relation needs two sides: {text!r}"
-            assert all(HOLDS[match[1]](a, b) for a in subjects for b in objects), f"{text!r} is not true of {scene}"
-    assert set(related) == set(HOLDS), f"some relations are never spoken of: {related}"
-
-
-def test_most_captions_name_every_colour_and_shape():
-    texts = [caption(scene, 1000 + seed) for seed, scene in enumerate(SCENES)]
-    full = sum(all(words[1] and words[3] for _, words in parse(text)) for text in texts) / len(texts)
-    assert full >= 0.85, f"only {full:.0%} of the captions name every thing's colour and shape"
-    assert any(text.startswith("two ") for text in texts), "some captions should count"
-    for scene in SCENES[:50]:
-        told = parse(caption(scene, 0, style="long"))
-        assert all(None not in words for _, words in told), f"a long caption leaves something out: {told}"
-
-
-def test_grammar():
-    for seed, scene in enumerate(SCENES):
-        for text in (caption(scene, seed), caption(scene, seed, paraphrase=True), caption(scene, seed, synonyms=1.0)):
-            assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|  |^ | $| ,", text), f"article or blank: {text!r}"
-            assert not re.search("there is (two|three)|there are an? ", text), f"verb: {text!r}"
-            assert not re.search(
-                r"boxs|(two|three) ((?!and)[a-z]+[^s ] ){0,3}(cube|sphere|box|ball|bead|tube|crate)\b", text
-            ), f"plural: {text!r}"
-
-
-def test_vocabulary_is_what_captions_say():
-    said = {
-        word for i, s in enumerate(SCENES) for k in range(6) for word in caption(s, 6 * i + k).replace(",", "").split()
-    }
-    assert said == set(vocabulary()), f"said, not listed: {said - set(vocabulary())}; never: {set(vocabulary()) - said}"
-    prompts = {word for prompt in EXAMPLE_PROMPTS for word in prompt.split()}
-    assert prompts <= set(vocabulary()), f"example prompts leave the vocabulary: {prompts - set(vocabulary())}"
-
-
-def test_paraphrases_are_new_words_and_at_least_one_is_used():
-    new = {word for words in PARAPHRASES.values() for word in words}
-    assert set(PARAPHRASES) == {*COLORS, *SHAPES, *SIZES, *MATERIALS}, "each content word should have a paraphrase"
-    assert not new & set(vocabulary()), f"paraphrases in training captions: {new & set(vocabulary())}"
-    for seed, scene in enumerate(SCENES):
-        words = caption(scene, seed, paraphrase=True).replace(",", "").split()
-        singular = {form for word in words for form in (word, word.removesuffix("s"), word.removesuffix("es"))}
-        assert singular & new, f"nothing was paraphrased: {' '.join(words)!r}"
-
-
-def test_synonyms_are_true_words_and_no_paraphrases():
-    """They are a share of the captions, mean what the plain words mean, and none is a word that is held out."""
-    new = {word for words in PARAPHRASES.values() for word in words}
-    assert set(SYNONYMS) == set(PARAPHRASES), "each content word should have other words"
-    assert not new & set(vocabulary(synonyms=True)), f"held-out words: {new & set(vocabulary(synonyms=True))}"
-    plain = [caption(scene, seed) for seed, scene in enumerate(SCENES)]
-    assert plain == [caption(scene, seed, synonyms=0.0) for seed, scene in enumerate(SCENES)]
-    told = [caption(scene, seed, synonyms=0.5) for seed, scene in enumerate(SCENES)]
-    said = {word for text in told for word in text.replace(",", "").split()}
-    assert said <= set(vocabulary(synonyms=True)), f"not listed: {said - set(vocabulary(synonyms=True))}"
-    changed = sum(a != b for a, b in zip(plain, told, strict=True)) / len(SCENES)
-    assert 0.3 < changed < 0.55, f"{changed:.0%} of the captions are told in other words"
-    looks = [[(g.number, g.looks) for g in parse_prompt(text).groups] for text in (*plain, *told)]
-    assert looks[: len(plain)] == looks[len(plain) :], "other words, the same things"
-
-
-def test_example_prompts_hold_no_held_out_pair():
-    for prompt in EXAMPLE_PROMPTS:
-        assert not {(words[1], words[3]) for _, words in parse(prompt)} & HELD_OUT, f"{prompt!r} was never trained on"
-
-
-# --- stored hashes ------------------------------------------------------------------------------------------------------
+# --- stored hashes ---
 
 
 def sha256(content: str | bytes) -> str:

@@ -5,15 +5,14 @@ import json
 import os
 import pickle
 import struct
-import subprocess
 import sys
 import tarfile
 import tempfile
-import warnings
 import zlib
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,17 +20,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minimuse.config import preset
+from minimuse.data_images import Refused
 from minimuse.data_sources import (
     FolderDataset,
     Problems,
-    Refused,
     SceneDataset,
     TarDataset,
     captions_of,
-    decode,
     open_source,
 )
 
+CONFIG = preset("nano")
 GOOD = 20
 
 
@@ -72,6 +71,10 @@ def good(n: int = GOOD) -> dict[str, bytes | str]:
     return {f"g{i:02}.{end}": c for i in range(n) for end, c in (("png", picture(i)), ("txt", f"number {i}\n"))}
 
 
+def opened(spec, **options):
+    return open_source(spec, CONFIG, **options)
+
+
 def read_all(source, size: int = 16):
     problems = Problems()
     return [example for part in range(source.parts) for example in source.read(part, size, problems)], problems
@@ -96,12 +99,13 @@ WRONG = {  # kind -> an image and its caption file, in a folder as in a tar
 @pytest.mark.parametrize("kind", WRONG)
 def test_each_kind_of_problem_among_good_images(kind, tmp_path, recwarn):
     folder = FolderDataset(write(tmp_path / "pictures", good() | WRONG[kind]))
-    shards = TarDataset(tar(tmp_path / "0.tar", good() | WRONG[kind]))
-    for source, name in ((folder, next(iter(WRONG[kind]))), (shards, "0.tar/bad")):
+    shards = TarDataset([tar(tmp_path / "0.tar", good() | WRONG[kind])])
+    bad = next(iter(WRONG[kind]))
+    for source, name in ((folder, ""), (shards, "0.tar/")):
         examples, problems = read_all(source)
         assert said(examples) == [f"number {i}" for i in range(GOOD)], "every good image, in order"
-        assert problems.summary() == f"passed over 1 of 21 images: 1 {kind} ({name})"
-        assert problems.usable == GOOD
+        assert problems.summary() == f"left out 1 of 21 images: 1 {kind} ({name}{bad})"
+        assert problems.seen == GOOD + 1
     assert not recwarn.list, "Pillow's warnings are ours to handle"
 
 
@@ -118,7 +122,7 @@ def test_a_file_that_went_away(tmp_path):
     (tmp_path / "g01.png").unlink()
     examples, problems = read_all(data)
     assert said(examples) == ["number 0", "number 2"]
-    assert problems.summary() == "passed over 1 of 3 images: 1 unreadable (g01.png)", "not called corrupt"
+    assert problems.summary() == "left out 1 of 3 images: 1 unreadable (g01.png)", "not called corrupt"
 
 
 def line(name, text) -> str:
@@ -137,7 +141,12 @@ def test_metadata(tmp_path):
 
 
 BAD_LINES = {
-    "with metadata not in JSON (metadata.jsonl:21)": ["{'file_name'", '["g01.png"]', '{"text": "x"}', "[" * 100_000],
+    "with metadata that do not parse (metadata.jsonl:21)": [
+        "{'file_name'",
+        '["g01.png"]',
+        '{"text": "x"}',
+        "[" * 100_000,
+    ],
     "listed without a file (none.png)": [line("none.png", "x")],
     "listed twice (g03.png)": [line("g03.png", "again"), line("./g03.png", "again")],
     "listed outside of the folder (../x.png)": [line("../x.png", "x"), line("sub/../../x.png", "x")],
@@ -155,141 +164,7 @@ def test_bad_lines_of_metadata_among_good_ones(kind, row, tmp_path):
     lines = "".join(line(f"g{i:02}.png", f"number {i}") for i in range(GOOD)) + row
     examples, problems = read_all(FolderDataset(write(tmp_path / "in", files | {"metadata.jsonl": lines})))
     assert said(examples) == [f"number {i}" for i in range(GOOD)]
-    assert problems.summary() == f"passed over 1 of 21 images: 1 {kind}"
-
-
-def test_a_line_of_metadata_in_another_encoding(tmp_path):
-    rows = (
-        line("a.png", "one").encode() + b'{"file_name": "b.png", "text": "caf\xe9"}\n' + line("c.png", "two").encode()
-    )
-    files = {name: picture() for name in ("a.png", "b.png", "c.png")} | {"metadata.jsonl": rows}
-    examples, problems = read_all(FolderDataset(write(tmp_path, files)))
-    assert said(examples) == ["one", "two"]
-    assert problems.counts == {"with metadata not in JSON": 1, "without a caption": 1}, "the line, and its image"
-
-
-@pytest.mark.parametrize("size", [(60_000, 60_000), (12_000, 10_000)])
-def test_a_bomb_is_never_decoded(size, monkeypatch):
-    """The first is beyond Pillow's own limit, the second between its warning and its limit."""
-    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("a bomb was decoded"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # even where a user silenced Pillow
-        with pytest.raises(Refused, match="huge"):
-            decode(io.BytesIO(header(*size)), 16)
-
-
-def test_no_postscript_runs(monkeypatch):
-    """Pillow would hand an EPS to Ghostscript, whatever its name says."""
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail(f"{args} was run"))
-    eps = picture(mode="RGB", form="EPS")
-    with Image.open(io.BytesIO(eps)) as image:
-        assert image.format == "EPS", "Pillow alone knows it"
-    with pytest.raises(Refused, match="unknown format"):
-        decode(io.BytesIO(eps), 16)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "I"])
-def test_modes_become_rgb(mode):
-    """White, dark gray and black bars survive every mode (1 has no gray; I is 16-bit gray in a wider box)."""
-    bars = np.repeat(np.array([255, 64, 0], dtype=np.uint8), 16)[None].repeat(48, 0)
-    if mode.startswith("I"):
-        image = Image.fromarray((bars.astype(np.uint16) * 257).astype(np.uint16 if mode == "I;16" else np.int32))
-    else:
-        image = Image.fromarray(bars).convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE)
-    file = io.BytesIO()
-    image.save(file, "TIFF")
-    bar = decode(io.BytesIO(file.getvalue()), 48)[:, 24, [8, 24, 40]].int()
-    want = torch.tensor([255, 64, 0]).expand(3, 3)
-    there = [0, 2] if mode == "1" else [0, 1, 2]
-    assert (bar - want)[:, there].abs().max() <= 2, f"{mode}: {bar.tolist()}"
-
-
-def test_transparent_is_white():
-    file = io.BytesIO()
-    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(file, "PNG")
-    assert (decode(file, 16) == 255).all()
-
-
-def test_values_beyond_16_bits_are_refused():
-    file = io.BytesIO()
-    Image.fromarray(np.full((32, 32), 70_000, dtype=np.int32)).save(file, "TIFF")
-    with pytest.raises(Refused, match="of mode I"):
-        decode(file, 16)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_stand_upright(orientation):
-    """EXIF 1 to 8, against Pillow's own table of turns: a red top left corner comes back as where EXIF puts it."""
-    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
-    pixels[:16, :16] = (255, 0, 0)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", exif=exif)
-    red = (decode(file, 32)[0] > 128).nonzero().float().mean(0).tolist()
-    corner = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}[orientation]
-    assert [value > 16 for value in red] == [bool(value) for value in corner]
-
-
-@given(st.integers(8, 70), st.integers(8, 70), st.sampled_from(["PNG", "JPEG"]))
-def test_shorter_side_is_scaled_and_the_centre_kept(width, height, form):
-    """A horizontal and a vertical ramp: the middle of the picture stays in the middle, at one scale for both axes."""
-    x, y = np.meshgrid(np.arange(width), np.arange(height))
-    ramp = np.stack([100 + 3 * (x - (width - 1) / 2), 100 + 3 * (y - (height - 1) / 2), 0 * x], -1)
-    file = io.BytesIO()
-    Image.fromarray(ramp.clip(0, 255).astype(np.uint8)).save(file, form, **{"quality": 95} if form == "JPEG" else {})
-    image = decode(file, 16).float()
-    assert image.shape == (3, 16, 16)
-    middle = image[:2, 6:10, 6:10].mean((1, 2))
-    assert (middle - 100).abs().max() < 5, f"the centre moved: {middle.tolist()}"
-    slope = 3 * min(width, height) / 16
-    across = (image[0, 4:12, 10] - image[0, 4:12, 5]).mean() / 5
-    down = (image[1, 10, 4:12] - image[1, 5, 4:12]).mean() / 5
-    assert abs(across - slope) < 1.5, f"{across} a pixel across, {slope} expected"
-    assert abs(down - slope) < 1.5, f"{down} a pixel down, {slope} expected"
-
-
-def test_resizing_is_antialiased():
-    stripes = np.zeros((128, 128, 3), dtype=np.uint8)
-    stripes[:, ::2] = 255
-    file = io.BytesIO()
-    Image.fromarray(stripes).save(file, "PNG")
-    inner = decode(file, 16)[:, :, 2:-2].int()
-    assert (inner - 127).abs().max() <= 2, "black and white stripes finer than a pixel are gray"
-
-
-def test_a_drafted_jpeg_is_nearly_the_whole_one():
-    """128 px of detail that 32 px can just hold: decoded at half it is kept, at an eighth it would be lost."""
-    rng = np.random.default_rng(0)
-    blobs = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    blobs = blobs.resize((128, 128), Image.Resampling.BICUBIC)
-    jpeg, png = io.BytesIO(), io.BytesIO()
-    blobs.save(jpeg, "JPEG", quality=95, subsampling=0)
-    with Image.open(jpeg) as image:
-        image.save(png, "PNG")
-    with Image.open(jpeg) as image:
-        image.draft(None, (16, 16))
-        eighth = np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS)).transpose(2, 0, 1).astype(int)
-    whole = decode(png, 32).int()
-    assert (decode(jpeg, 32).int() - whole).abs().max() <= 8
-    assert np.abs(eighth - whole.numpy()).max() > 30, "else this test could not tell"
-
-
-def test_min_side():
-    for file, min_side in ((picture(0, (16, 90)), None), (picture(0, (7, 90)), 7)):
-        assert decode(io.BytesIO(file), 32, min_side).shape == (3, 32, 32)
-    for file, min_side in ((picture(0, (15, 90)), None), (picture(0, (63, 90)), 64)):
-        with pytest.raises(Refused, match="small"):
-            decode(io.BytesIO(file), 32, min_side)
-
-
-@given(st.binary(max_size=300), st.integers(0, 60))
-def test_no_bytes_break_the_decoder(noise, keep):
-    for start in (picture(form="JPEG"), picture(), picture(form="GIF"), picture(form="WEBP")):
-        try:
-            assert decode(io.BytesIO(start[:keep] + noise), 16).shape == (3, 16, 16)
-        except Refused:
-            continue
+    assert problems.summary() == f"left out 1 of 21 images: 1 {kind}"
 
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.text(st.characters())
@@ -318,15 +193,6 @@ def test_parts_of_a_folder(tmp_path):
     for part in (-1, 3):
         with pytest.raises(IndexError, match="0 to 2"):
             next(data.read(part, 8, Problems()))
-
-
-def test_sources_travel_to_other_processes(tmp_path):
-    for source in (FolderDataset(write(tmp_path / "in", good(2))), TarDataset(tar(tmp_path / "0.tar", good(2)))):
-        there = pickle.loads(pickle.dumps(source))
-        assert there.fingerprint == source.fingerprint
-        for ours, theirs in zip(read_all(source)[0], read_all(there)[0], strict=True):
-            assert torch.equal(ours.image, theirs.image)
-            assert ours.captions == theirs.captions
 
 
 def test_fingerprint_of_a_folder(tmp_path):
@@ -359,15 +225,15 @@ def test_fingerprint_of_tars(tmp_path):
     pattern = f"{tmp_path}/{{0..1}}.tar"
     tar(tmp_path / "0.tar", good(2))
     tar(tmp_path / "1.tar", good(2))
-    prints = [TarDataset(pattern).fingerprint, TarDataset(pattern, min_side=3).fingerprint]
-    assert TarDataset(pattern).fingerprint == prints[0]
-    prints.append(TarDataset(tmp_path / "0.tar").fingerprint)
+    prints = [opened(pattern).fingerprint, opened(pattern, min_side=3).fingerprint]
+    assert opened(pattern).fingerprint == prints[0]
+    prints.append(opened(tmp_path / "0.tar").fingerprint)
     prints.append(TarDataset([tmp_path / "1.tar", tmp_path / "0.tar"]).fingerprint)
     os.utime(tmp_path / "1.tar", (1, 1))
-    prints.append(TarDataset(pattern).fingerprint)
+    prints.append(opened(pattern).fingerprint)
     tar(tmp_path / "1.tar", good(30))
     os.utime(tmp_path / "1.tar", (1, 1))
-    prints.append(TarDataset(pattern).fingerprint)
+    prints.append(opened(pattern).fingerprint)
     assert len(set(prints)) == len(prints), "each change shows"
 
 
@@ -377,18 +243,16 @@ def test_a_part_is_a_shard_and_patterns_keep_their_order(tmp_path):
     for pattern in (
         f"{tmp_path}/{{000..010}}.tar",
         tmp_path / "*.tar",
-        sorted(tmp_path.glob("*.tar")),
-        [f"{tmp_path}/{{000..004}}.tar", str(tmp_path / "00[5-9].tar"), tmp_path / "010.tar"],
     ):
-        source = TarDataset(pattern)
+        source = opened(pattern)
         assert source.parts == 11
         assert said(read_all(source)[0]) == [f"shard {i}" for i in range(11)], f"{pattern}"
     odd = tar(tmp_path / "{odd}[1].tar", {"a.png": picture(), "a.txt": "odd"})
-    assert said(read_all(TarDataset(odd))[0]) == ["odd"], "a file of that very name comes before a pattern"
+    assert said(read_all(opened(odd))[0]) == ["odd"], "a file of that very name comes before a pattern"
     with pytest.raises(ValueError, match=r"there is no file .*011\.tar"):
-        TarDataset(f"{tmp_path}/{{000..011}}.tar")
+        opened(f"{tmp_path}/{{000..011}}.tar")
     with pytest.raises(IndexError, match="0 to 0"):
-        next(TarDataset(tmp_path / "000.tar").read(1, 16, Problems()))
+        next(opened(tmp_path / "000.tar").read(1, 16, Problems()))
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -402,23 +266,23 @@ def test_captions_of_tars(mode, tmp_path):
         "4.png": picture(), "4.json": "[1, 2]",
         "5.txt": "words alone",
     }  # fmt: skip
-    examples, problems = read_all(TarDataset(tar(tmp_path / "0.tar", files, mode)))
+    examples, problems = read_all(TarDataset([tar(tmp_path / "0.tar", files, mode)]))
     assert [example.captions for example in examples] == [("from json",), ("from txt",), ("one", "two")]
     assert problems.seen == 6
     assert problems.counts == {
-        "with metadata not in JSON": 1,
+        "with metadata that do not parse": 1,
         "without a caption": 1,
-        "listed without a file": 1,
+        "a caption without an image": 1,
     }
 
 
 def test_a_tar_may_name_a_file_twice(tmp_path):
     files = list(good().items())
     twice = [*files[:2], (files[0][0], picture(7)), *files[2:]]
-    examples, problems = read_all(TarDataset(tar(tmp_path / "0.tar", twice)))
+    examples, problems = read_all(TarDataset([tar(tmp_path / "0.tar", twice)]))
     assert said(examples) == [f"number {i}" for i in range(GOOD)]
     assert examples[0].image[0, 0, 0] == 0, "the first one counts"
-    assert problems.summary() == "passed over 1 of 21 images: 1 listed twice (0.tar)"
+    assert problems.summary() == "left out 1 of 21 images: 1 listed twice (0.tar/g00.png)"
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
@@ -427,12 +291,12 @@ def test_a_truncated_tar_gives_what_it_still_has(mode, share, tmp_path):
     whole = tar(tmp_path / "0.tar", good(), mode).read_bytes()
     (tmp_path / "1.tar").write_bytes(whole[: int(len(whole) * share)])
     (tmp_path / "2.tar").write_bytes(b"no tar at all")
-    examples, problems = read_all(TarDataset(tmp_path / "*.tar"))
+    examples, problems = read_all(opened(tmp_path / "*.tar"))
     assert said(examples)[:GOOD] == [f"number {i}" for i in range(GOOD)]
     rest = said(examples)[GOOD:]
     assert len(rest) < GOOD
     assert rest == said(examples)[: len(rest)], "from the front, in order"
-    assert problems.names["lost in a damaged tar"] == ["1.tar", "2.tar"], f"{problems}"
+    assert problems.names["lost in a damaged file"] == ["1.tar", "2.tar"], f"{problems}"
 
 
 @given(st.integers(0, 39), st.integers(0, 511))
@@ -446,12 +310,12 @@ def test_a_tar_damaged_anywhere_tells(member, offset):
         content[start : start + 512] = bytes([7] * offset + [9] * (512 - offset))
         path.write_bytes(content)
         if member == 0:
-            with pytest.raises(ValueError, match="no tar file"):
-                TarDataset(path)
+            with pytest.raises(ValueError, match="expected a folder, tar files"):
+                TarDataset([path])
             return
-        examples, problems = read_all(TarDataset(path))
+        examples, problems = read_all(TarDataset([path]))
     assert said(examples) == [f"number {i}" for i in range(member // 2)]
-    assert problems.counts["lost in a damaged tar"] == 1, f"{problems}"
+    assert problems.counts["lost in a damaged file"] == 1, f"{problems}"
 
 
 def test_a_tar_that_promises_terabytes(tmp_path):
@@ -460,9 +324,9 @@ def test_a_tar_that_promises_terabytes(tmp_path):
     info.size = 2**42
     zeros = path.read_bytes().rindex(b"number 2") + 512
     path.write_bytes(path.read_bytes()[:zeros] + info.tobuf() + bytes(1024))
-    examples, problems = read_all(TarDataset(path))
+    examples, problems = read_all(TarDataset([path]))
     assert said(examples) == ["number 0", "number 1", "number 2"]
-    assert problems.names == {"too huge": ["0.tar/huge.png"], "lost in a damaged tar": ["0.tar"]}
+    assert problems.names == {"too huge": ["0.tar/huge.png"], "lost in a damaged file": ["0.tar"]}
 
 
 def test_nothing_in_a_tar_is_executed(tmp_path, monkeypatch):
@@ -472,20 +336,13 @@ def test_nothing_in_a_tar_is_executed(tmp_path, monkeypatch):
 
     bomb = pickle.dumps(Trap())
     files = {"a.png": picture(), "a.txt": "fine", "a.pkl": bomb, "a.pyd": bomb, "a.pth": bomb, "../b.txt": "x"}
-    examples, _ = read_all(TarDataset(tar(tmp_path / "0.tar", files)))
+    examples, _ = read_all(TarDataset([tar(tmp_path / "0.tar", files)]))
     assert said(examples) == ["fine"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar"], "nothing ran, nothing was unpacked"
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="there is no file"):
-        TarDataset(f"pipe:mkdir {tmp_path / 'sprung'}")
+        opened(f"pipe:mkdir {tmp_path / 'sprung'}")
     assert not (tmp_path / "sprung").exists()
-
-
-def test_without_webdataset_tars_name_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(ImportError, match=r"minimuse\[webdataset\]"):
-        TarDataset(tar(tmp_path / "0.tar", good(1)))
-    assert FolderDataset(write(tmp_path / "in", good(1))).parts == 1, "folders do without"
 
 
 def test_open_source_of_scenes():
@@ -513,9 +370,12 @@ def test_open_source_finds_out_what_it_is_given(tmp_path):
     [
         ({}, "no captioned image: no file at all. Expected images .*metadata.jsonl"),
         ({"a.png": picture(), "b.png": picture(), "c.csv": "x"}, "2 .png, 1 .csv; 2 without a caption. Expected"),
-        ({"a.avif": "x", "b": "x"}, "1 .avif, 1 without an ending. Expected images .png, jpg"),
-        ({"metadata.jsonl": line("a.png", "x") + "{"}, "1 with metadata not in JSON.*1 listed without a file|1 listed"),
-        ({"in/0.tar": "x", "in/1.tar": "x"}, r"holds 2 .tar; for its tar shards give the pattern .*\*\.tar"),
+        ({"a.avif": "x", "b": "x"}, "1 .avif, 1 without a suffix; 1 without a caption. Expected images .png, jpg"),
+        (
+            {"metadata.jsonl": line("a.png", "x") + "{"},
+            "1 with metadata that do not parse.*1 listed without a file|1 listed",
+        ),
+        ({"in/0.tar": "x", "in/1.tar": "x"}, r"holds 2 .tar; give a pattern for its shards: .*\*\.tar"),
     ],
 )
 def test_open_source_says_what_it_found_in_a_folder(files, message, tmp_path):
@@ -524,15 +384,176 @@ def test_open_source_says_what_it_found_in_a_folder(files, message, tmp_path):
 
 
 def test_open_source_says_what_is_wrong_with_a_file(tmp_path):
-    config = preset("nano")
     (tmp_path / "a.zip").write_bytes(b"PK")
     (tmp_path / "empty.tar").write_bytes(b"")
     for name in ("a.zip", "empty.tar"):
-        with pytest.raises(ValueError, match=f"{name}: expected tar files.*{name} came"):
-            open_source(tmp_path / name, config)
-    with pytest.raises(ValueError, match=r"there is no file .*none; expected a folder, or tar files"):
-        open_source(tmp_path / "none", config)
-    with pytest.raises(ValueError, match="no file came"):
-        TarDataset([])
-    with pytest.raises(ValueError, match=r"a\.zip is no folder"):
+        with pytest.raises(ValueError, match=f"{name}: expected a folder, tar files"):
+            opened(tmp_path / name)
+    with pytest.raises(ValueError, match=r"there is no file .*none; expected scenes, a folder, shards, or user/name"):
+        opened(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"a\.zip is not a folder"):
         FolderDataset(tmp_path / "a.zip")
+
+
+# --- metadata.csv, and pitfall 31 -------------------------------------------------------------------------------------
+
+
+def test_csv_metadata(tmp_path):
+    files = {f"g{i}.png": picture(i) for i in range(3)}
+    rows = (
+        b'\xef\xbb\xbffile_name,text\ng2.png,"last, in quotes\nand two lines"\ng0.png,caf\xc3\xa9\ng1.png,caf\xe9\n,x\n'
+    )
+    examples, problems = read_all(opened(write(tmp_path, files | {"metadata.csv": rows})))
+    assert [e.captions for e in examples] == [("café",), ("last, in quotes and two lines",)]
+    assert problems.counts == {"with a caption not in UTF-8": 1, "listed without a file": 1}
+
+
+def test_pitfall_31_nothing_that_looks_like_an_image_is_ignored(tmp_path):
+    files = good(2) | {
+        "a.heic": b"?",
+        "a.txt": "x",
+        "B.SVG": "<svg/>",
+        "c.xyz": b"?",
+        "c.txt": "y",
+        "d.v2.png": picture(),
+    }
+    files |= {"e.txt": "its image was deleted", "notes.md": "not an image"}
+    want = {"of an unknown format": 1, "without a caption": 2, "a caption without an image": 2}
+    for source in (opened(write(tmp_path / "in", files)), opened(tar(tmp_path / "0.tar", files))):
+        examples, problems = read_all(source)
+        assert said(examples) == ["number 0", "number 1"]
+        assert problems.counts == want, f"{problems}"
+        assert problems.seen == 7
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table(path: Path, image: str = "image", text: str = "text", n: int = 3, first: int = 0) -> Path:
+    """A Parquet file of images as the hub stores them."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(first, first + n)]
+    pq.write_table(pa.table({image: rows, text: [f"number {i}" for i in range(first, first + n)]}), path)
+    return path
+
+
+def test_parquet(tmp_path):
+    for i in range(3):
+        table(tmp_path / f"{i}.parquet", first=3 * i)
+    source = opened(tmp_path / "*.parquet", min_side=4)
+    examples, problems = read_all(source)
+    assert (source.parts, said(examples), problems.summary()) == (3, [f"number {i}" for i in range(9)], "")
+    assert [e.image[0, 5, 5].item() for e in examples] == [10 * i for i in range(9)], "each with its own image"
+    again = [opened(tmp_path / name).fingerprint for name in ("*.parquet", "0.parquet")]
+    assert len({source.fingerprint, *again}) == 3
+
+
+def test_bytes_and_datasets_own_parquet(tmp_path):
+    datasets, pa = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(
+        pa.table({"id": [7], "jpg": [picture(4, form="JPEG")], "caption": [["one", "two"]]}), tmp_path / "a.parquet"
+    )
+    features = datasets.Features({"photo": datasets.Image(), "text": datasets.Value("string")})
+    rows = {"photo": [Image.new("RGB", (40, 32))], "text": ["three"]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "b.parquet")
+    examples, problems = read_all(opened(tmp_path / "*.parquet"))
+    assert [e.captions for e in examples] == [("one", "two"), ("three",)]
+    assert problems.summary() == ""
+
+
+def test_what_is_wrong_in_a_table_is_counted(tmp_path, monkeypatch):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    good_file = table(tmp_path / "0.parquet").read_bytes()
+    (tmp_path / "1.parquet").write_bytes(good_file[: len(good_file) // 2])
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(picture())
+    rows = [{"bytes": picture(), "path": ""}, None, {"bytes": None, "path": str(secret)}, {"bytes": b"?", "path": ""}]
+    pq.write_table(pa.table({"image": rows, "text": ["", "b", "c", "d"]}), tmp_path / "2.parquet")
+    examples, problems = read_all(opened(tmp_path / "*.parquet"))
+    assert said(examples) == ["number 0", "number 1", "number 2"]
+    assert problems.names == {
+        "lost in a damaged file": ["1.parquet"],
+        "without a caption": ["2.parquet:0"],
+        "listed without a file": ["2.parquet:1", "2.parquet:2"],
+        "of an unknown format": ["2.parquet:3"],
+    }, "no path of a row is opened on this machine"
+    assert problems.seen == 8
+
+
+def test_unknown_columns_and_a_missing_library_are_errors(tmp_path, monkeypatch):
+    odd = table(tmp_path / "odd.parquet", text="alt")
+    with pytest.raises(ValueError, match=r"odd.parquet: no image column .* or caption column .* among image, alt"):
+        opened(odd)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "minimuse\[data\]"'):
+        opened(table(tmp_path / "0.parquet"))
+    assert opened(write(tmp_path / "in", good(1))).parts == 1, "folders do without"
+    assert opened(tar(tmp_path / "0.tar", good(1))).parts == 1, "and so do tar shards"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one data set of two files, at two revisions."""
+    datasets, client = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    files = [str(table(tmp_path / f"{i}.parquet", first=3 * i)) for i in range(2)]
+    load, asked = datasets.load_dataset, []
+
+    def load_dataset(path, revision=None, **options):
+        asked.append((path, revision))
+        return load("parquet", data_files=files, **options)
+
+    class Api:
+        def dataset_info(self, name, revision):
+            return SimpleNamespace(sha={None: "new", "v1": "old"}[revision])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(client, "HfApi", Api)
+    return asked
+
+
+def test_a_hub_data_set(hub, tmp_path, monkeypatch):
+    source, old = opened("user/name"), opened("user/name@v1")
+    assert set(hub) == {("user/name", "new"), ("user/name", "old")}, "the revision is fixed when it is opened"
+    assert source.fingerprint != old.fingerprint
+    examples, problems = read_all(source)
+    assert (source.parts, said(examples), problems.summary()) == (2, [f"number {i}" for i in range(6)], "")
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(picture())
+    assert source._bytes({"bytes": None, "path": str(secret)}) is None, "only files of the data set are opened"
+    import fsspec
+
+    monkeypatch.setattr(fsspec, "open", lambda path, mode: secret.open(mode))
+    assert source._bytes({"bytes": None, "path": "zip://a.png::hf://datasets/user/name@new/a.zip"}) == picture()
+    monkeypatch.setattr(source, "_bytes", lambda image: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # as if the network broke: no image is left out for that
+        read_all(source)
+
+
+# --- problems ---
+
+
+def test_problems_add_up_and_are_plain_values():
+    first, second = Problems(seen=20), Problems(seen=7)
+    for name in "abcd":
+        first.add("corrupt", f"{name}.png")
+    second.add("without a caption", "z.png")
+    second.add("corrupt", "e.png")
+    both = Problems(**json.loads(json.dumps(asdict(first))))
+    both.merge(Problems(**json.loads(json.dumps(asdict(second)))))
+    assert (both.seen, both.counts) == (27, {"corrupt": 5, "without a caption": 1})
+    told = "left out 6 of 27 images: 5 corrupt (a.png, b.png, c.png, ...), 1 without a caption (z.png)"
+    assert both.summary() == told
+    assert first.counts == {"corrupt": 4}, "adding leaves the parts as they were"
+    assert Problems(seen=9).summary() == "", "nothing to tell"
+
+
+def test_problems_refuse_a_source_without_any_example():
+    problems = Problems(seen=1)
+    problems.check("folder")
+    problems.add("corrupt", "a.png")
+    with pytest.raises(ValueError, match=r"folder: no usable .* 1 of 1 images: 1 corrupt \(a.png\)"):
+        problems.check("folder")
+    with pytest.raises(ValueError, match="nothing was found"):
+        Problems().check("folder")

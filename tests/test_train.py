@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minimuse.config import StageConfig, preset
-from minimuse.data_cache import tokenize
+from minimuse.data_cache import tokenize_images
 from minimuse.masking import masked_cross_entropy
 from minimuse.text import pad_contexts
 from minimuse.train import (
@@ -25,7 +25,6 @@ from minimuse.train import (
 )
 from minimuse.train_engine import Engine, Stage, batch_indices, learning_rate
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
-from minimuse.utils import fast_bf16, precision
 from minimuse.vqgan import VQGAN, VQGANConfig
 from minimuse.vqgan_loss import feature_distance
 
@@ -173,17 +172,6 @@ def test_random_crop():
         assert random_crop(images, size, g).equal(images), f"size {size} keeps the images whole"
 
 
-def test_precision():
-    cpu, a = torch.device("cpu"), torch.randn(4, 4)
-    with precision(cpu, True):
-        assert (a @ a).dtype == torch.bfloat16, "True: products in bf16"
-    with precision(cpu, False):
-        assert (a @ a).dtype == torch.float32, "False: never"
-    with precision(cpu):
-        assert ((a @ a).dtype == torch.bfloat16) == fast_bf16(cpu), "None: where it is fast"
-    assert isinstance(fast_bf16(cpu), bool), "yes or no"
-
-
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
@@ -251,12 +239,12 @@ def test_fine_tuning_the_decoder_alone():
     assert same(small.quantizer, grown.quantizer), "fine-tuning moved the codebook"
     assert not same(decoder, grown.decoder), "the decoder learnt nothing"
     x = plain_images()
-    assert tokenize(grown, x, bf16=False).equal(tokenize(small, x, bf16=False)), "the token language changed"
+    assert tokenize_images(grown, x, bf16=False).equal(tokenize_images(small, x, bf16=False)), "the token language changed"
 
 
-def test_tokenize():
+def test_tokenize_images():
     model, x = vqgan(), plain_images(10)
-    tokens = tokenize(model, x, batch=3, bf16=False)
+    tokens = tokenize_images(model, x, batch=3, bf16=False)
     assert tokens.shape == (10, 64), "(n, N)"
     assert tokens.equal(model.encode(x.float() / 127.5 - 1)), "uint8 pictures as the model's [-1, 1]"
     assert not model.training, "pitfall 18: a tokenizer at work is in eval mode"
@@ -488,6 +476,6 @@ def test_a_users_own_folder_trains_with_mistakes_mixed_in(tiny_muse, tmp_path, c
     with caplog.at_level("WARNING", "minimuse"):
         *_, last = train_muse(config, data=folder, engine=Engine(bf16=False, folder=tmp_path / "run"))
     told = " ".join(record.getMessage() for record in caplog.records)
-    assert "passed over 3 of 23 images" in told, f"what was left out is not told: {told}"
+    assert "left out 3 of 23 images" in told, f"what was left out is not told: {told}"
     assert {"picture", "mine"} <= set(last.model.words), "it knows the words of its captions"
     assert last.model.generate("picture 3 of mine", seed=0, steps=1)[0].size == (64, 64), "and draws"
