@@ -201,9 +201,9 @@ class TokenEmbedding(nn.Module):
     def __init__(self, codebook_size: int, grid: int, width: int):
         super().__init__()
         self.codes = nn.Embedding(codebook_size + 1, width)
-        a, b = width // 2, width - width // 2  # channels of the rows, of the columns
-        self.rows = nn.Parameter(F.pad(sinusoids(grid, a), (0, b))[:, None])  # (g, 1, D)
-        self.columns = nn.Parameter(F.pad(sinusoids(grid, b), (a, 0))[None])  # (1, g, D)
+        half = width // 2
+        self.rows = nn.Parameter(F.pad(sinusoids(grid, half), (0, width - half))[:, None])  # (g, 1, D)
+        self.columns = nn.Parameter(F.pad(sinusoids(grid, width - half), (half, 0))[None])  # (1, g, D)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.codes(tokens) + (self.rows + self.columns).flatten(0, 1)

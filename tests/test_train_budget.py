@@ -317,20 +317,6 @@ def test_nonsense_is_refused():
             report(NANO, **nonsense)
 
 
-@pytest.mark.parametrize(
-    ("x", "says"), [(0, "0.00 B"), (999, "999 B"), (999.9, "1.00 kB"), (32.6e9, "32.6 GB"), (2e27, "2,000 YB")]
-)
-def test_si(x, says):
-    assert si(x, "B") == says
-
-
-@pytest.mark.parametrize(
-    ("x", "says"), [(0.0123, "12.3 ms"), (59.0, "59.0 s"), (90, "1.5 min"), (7200, "2.0 h"), (3.6e6, "1,000.0 h")]
-)
-def test_duration(x, says):
-    assert duration(x) == says
-
-
 @pytest.mark.slow
 def test_paper_3b_takes_no_memory():
     b = stage_budget(preset("paper_3b"), "base")

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 
@@ -25,7 +23,6 @@ from minimuse.config import StageConfig, to_dict
 from minimuse.train import train_transformer
 from minimuse.train_engine import Engine, Stage, Stopped, batch_indices, checkpoint_activations
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
-from minimuse.utils import derive_seed, seeded_generator
 
 V, D_LM, N = 8, 6, 16
 LAUNCH = Path(checkpoint.__file__).parent / "launch"
@@ -76,22 +73,6 @@ def weights(model):
 def assert_close(a, b, why, atol=1e-4):
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{why}: {n}: {m}")
-
-
-# --- seeds ------------------------------------------------------------------------------------------------------------
-
-
-def test_generators_are_functions_of_their_numbers():
-    a, b, c, d = (torch.rand(4, generator=seeded_generator(*x)) for x in ((1, 2), (1, 2), (2, 1), (12,)))
-    assert a.equal(b), "the same numbers, other draws"
-    assert not a.equal(c), "the order of the numbers does not matter"
-    assert not a.equal(d), "1, 2 is taken for 12"
-
-
-@given(numbers=st.lists(st.integers(-(2**70), 2**70), min_size=1, max_size=4))
-@settings(deadline=None, max_examples=50, derandomize=True)
-def test_any_whole_numbers_make_a_seed(numbers):
-    assert 0 <= derive_seed(*numbers) < 2**63, "what torch takes as a seed"
 
 
 # --- pitfall 22: one gradient, however it is shared -------------------------------------------------------------------

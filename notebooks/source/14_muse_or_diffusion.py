@@ -753,7 +753,6 @@ were gone.
 """
 
 # %%
-from minimuse.baseline_ar import all_masked
 from minimuse.cfg import rising
 from minimuse.editing import resample
 from minimuse.transformer import Layer
@@ -774,7 +773,7 @@ rows = [
     ("architecture", (DiT, "nn.ModuleList(Block"), (build, '"superres": SuperRes')),
     ("transformer", (Block, "self.attention(modulate"), (Layer, "self.attention(self.norm1")),
     ("it predicts", (DiT, "self.head = "), (Transformer, "self.head = ")),
-    ("a picture begins as", (Diffusion.draw, "gaussians("), (all_masked, "torch.full")),
+    ("a picture begins as", (Diffusion.draw, "gaussians("), (LowRes.draw, "torch.full")),
     ("guidance", (Diffusion.draw, "guided("), (Muse.decode_base, "guided(self.base")),
     (
         "nice ideas",
