@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_weights
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from minimuse.config import MuseConfig, from_dict, to_dict
@@ -146,18 +146,10 @@ def save(
         refuse_existing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = {"format": FORMAT, "config": to_dict(config), **about}
-    atomic_write(folder / WEIGHTS, lambda path: write_weights(weights, path))
+    atomic_write(folder / WEIGHTS, lambda path: path.write_bytes(serialize(weights, {"format": "pt"})))
     atomic_write(folder / CONFIG, json.dumps(values, indent=1) + "\n")
     atomic_write(folder / CARD, card(config, weights, about))
     return folder
-
-
-def write_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. OSError if that fails, for example on a full disk."""
-    try:
-        save_file(weights, path, metadata={"format": "pt"})
-    except SafetensorError as e:
-        raise OSError(f"{path} could not be written: {e}") from e
 
 
 def refuse_existing(folder: Path) -> None:

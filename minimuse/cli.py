@@ -374,10 +374,10 @@ def _average(args: argparse.Namespace) -> None:
 
 def _doctor(args: argparse.Namespace) -> None:
     """Print the findings. The exit code is 1 if one of them is wrong."""
-    from minimuse.train_doctor import examine, report
+    from minimuse.train_doctor import examine, findings_text
 
     findings = examine(args.folder, args.stage, device=args.device)
-    print(report(findings))
+    print(findings_text(findings))
     if any(finding.verdict == "wrong" for finding in findings):
         raise SystemExit(1)
 

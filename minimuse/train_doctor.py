@@ -282,7 +282,7 @@ def examine(folder: str | Path, stage: str | None = None, *, device: Any = None)
     return findings
 
 
-def report(findings: Sequence[Finding]) -> str:
+def findings_text(findings: Sequence[Finding]) -> str:
     """Findings as text: verdict, stage, check, the number and, once for each check, what to do."""
     lines = []
     explained = set()

@@ -493,7 +493,7 @@ check_ddim_step(my_step)
 r"""
 ### Guidance is one formula
 
-In all three it is $(1 + t)\,\text{cond} - t\,\text{uncond}$, applied to logits or to predicted noise: `config.guided` does not know which it has. The
+In all three it is $(1 + t)\,\text{cond} - t\,\text{uncond}$, applied to logits or to predicted noise: `cfg.guided` does not know which it has. The
 difference in the table, "when needed" against "used", is one of habit.
 """
 
