@@ -1,4 +1,4 @@
-"""eval_prompts.py: prompts are parsed as meant, pictures match if all that is named is there, prompt sets are balanced."""
+"""eval_prompts.py: prompts are parsed as meant; a picture matches if all that is named is there; sets are balanced."""
 
 from collections import Counter
 from functools import cache
@@ -209,7 +209,7 @@ def test_every_relation_of_captions_is_understood():
             assert parse_prompt(f"a cube is {phrase} a sphere").relation == name
 
 
-# --- prompt sets --------------------------------------------------------------------------------------------------------
+# --- prompt sets ------------------------------------------------------------------------------------------------------
 
 ALL = pytest.mark.parametrize("name", PROMPT_SETS)
 SWAPS = {word for words in PARAPHRASES.values() for word in words}
