@@ -14,7 +14,6 @@ Glossary: B batch, N image tokens, D width, V codebook size, u progress, t guida
 Not here: the diffusion baseline (`baseline_dit.py`), the comparison (`benchmarks/race.py`).
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from minimuse import checkpoint
 from minimuse.cfg import Guidance, drop_text, get_guidance, guide, guided
-from minimuse.config import MuseConfig, StageConfig, to_dict
+from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_sources import Source
 from minimuse.editing import Callback
 from minimuse.muse import Muse, sampling_settings
@@ -44,7 +43,7 @@ from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig, 
 from minimuse.utils import atomic_write
 from minimuse.vqgan import VQGAN
 
-FORMAT = "minimuse-baseline-1"  # of config.json
+FORMAT = "minimuse-{}-1"  # in config.json, with the name of the model
 
 # --- what all baselines share: a checkpoint that draws ----------------------------------------------------------------
 
@@ -84,6 +83,11 @@ class LowRes:
         """The network with fresh weights. It has a method `memory(context)`."""
         return Transformer(config.base)
 
+    @staticmethod
+    def fixed(config: MuseConfig) -> dict[str, Any]:
+        """The sampling settings that are not the user's to choose."""
+        return {}
+
     def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
         """Train the network on what the trainer has prepared."""
         init_from_codebook(self.base, self.low_tokenizer.codebook)
@@ -92,9 +96,14 @@ class LowRes:
     def draw(
         self, text: Memory, null: Memory, guidance: Guidance, generators: list[torch.Generator], **sampling: Any
     ) -> Iterator[Step]:
-        """Two memories, a generator for each picture, `settings` -> Steps."""
-        sampling |= {"mask_id": self.base.mask_id, "generator": generators}
-        return decode(guided(self.base, text, null, guidance), all_masked(self.base, text), **sampling)
+        """Two memories, a generator for each picture, `settings` and `fixed` -> Steps."""
+        logits_fn = self.logits_fn(text, null, guidance)
+        tokens = torch.full((len(generators), self.base.config.tokens), self.base.mask_id, device=self.muse.device)
+        return decode(logits_fn, tokens, mask_id=self.base.mask_id, generator=generators, **sampling)
+
+    def logits_fn(self, text: Memory, null: Memory, guidance: Guidance) -> LogitsFn:
+        """The function that `draw` decodes with."""
+        return guided(self.base, text, null, guidance)
 
     # --- what all share -----------------------------------------------------------------------------------------------
 
@@ -110,7 +119,7 @@ class LowRes:
             known = ", ".join(sorted(self.settings))
             raise TypeError(f"{self.config.name} has no setting {', '.join(wrong)}; it has {known}")
         guidance, values = sampling_settings(self.config.base_sampling, sampling)
-        values = {k: v for k, v in values.items() if k in self.settings}
+        values = {k: v for k, v in values.items() if k in self.settings} | self.fixed(self.config)
         memories = [self.base.memory(context) for context in self.muse.contexts(jobs)]
         generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
         for step in self.draw(*memories, guidance, generators, **values):
@@ -129,7 +138,7 @@ class LowRes:
     ) -> list[Image.Image]:
         """As `Muse.generate`, with the sampling settings that the baseline has."""
         images = []
-        jobs = self.muse.jobs(prompts, n, seed, negative_prompt, sampling)
+        jobs = self.muse.jobs(prompts, n, seed, negative_prompt)
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             images += self.muse.to_pictures(self.decode(batch, **sampling), batch, sampling, callback)
@@ -137,7 +146,7 @@ class LowRes:
 
     def steps(self, prompt: str, *, n: int = 1, seed: int | None = None, **sampling: Any) -> Iterator[Step]:
         """The Steps of `generate`, one at a time."""
-        return self.decode(self.muse.jobs(prompt, n, seed, None, sampling), **sampling)
+        return self.decode(self.muse.jobs(prompt, n, seed), **sampling)
 
     def picture(self, step: Step) -> list[Image.Image]:
         """A Step -> B images."""
@@ -145,50 +154,29 @@ class LowRes:
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
         """Write config.json, model.safetensors and a model card (README.md)."""
-        folder = Path(folder)
-        if not overwrite:
-            checkpoint.refuse_existing(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in self.parts.state_dict().items()}
-        values = {
-            "format": FORMAT,
-            "model": self.model,
-            "load_with": f"{type(self).__module__}.{type(self).__name__}.from_pretrained",
-            "config": to_dict(self.config),
-            "examples": self.examples,
-        }
+        load_with = f"{type(self).__module__}.{type(self).__name__}.from_pretrained"
+        about = {"format": FORMAT.format(self.model), "load_with": load_with, "examples": self.examples}
+        folder = checkpoint.save(folder, self.config, weights, about, overwrite=overwrite)
         card = f"# {self.config.name}\n\nA baseline for Muse by minimuse ({self.model}). It draws at low resolution.\n"
-        atomic_write(folder / checkpoint.WEIGHTS, lambda path: checkpoint.write_weights(weights, path))
-        atomic_write(folder / checkpoint.CONFIG, json.dumps(values, indent=1) + "\n")
         atomic_write(folder / checkpoint.CARD, card)
         return folder
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device | None = None) -> Self:
         """A folder of `save_pretrained` of the same class -> the model. `device` None is cuda, then mps, then cpu."""
-        path = checkpoint.find(folder) / checkpoint.CONFIG
-        values = checkpoint.read_json(path)
-        if (values.get("format"), values.get("model")) != (FORMAT, cls.model):
-            raise ValueError(f"{path} holds {values.get('model')!r} of {values.get('format')!r}, not {cls.model!r}")
-        config = checkpoint.configuration(values, path)
+        config, weights, about = checkpoint.load(folder, FORMAT.format(cls.model))
         with torch.device("meta"):
             parts = cls.build(config)
-        weights = checkpoint.read_weights(path.with_name(checkpoint.WEIGHTS))
         checkpoint.check_weights(parts.state_dict(), weights, folder)
         parts.load_state_dict(weights, assign=True)
         encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens)
-        return cls(config, parts.eval(), encoder, examples=values["examples"]).to(device)
+        return cls(config, parts.eval(), encoder, examples=about["examples"]).to(device)
 
     def to(self, device: str | torch.device | None = None) -> Self:
         """Move the networks and the language model; returns itself."""
         self.muse.to(device)
         return self
-
-
-def all_masked(model: Transformer, memory: Memory) -> Tensor:
-    """(B, N) tokens to begin with, all [MASK], for B texts."""
-    attend = memory.attend
-    return torch.full((len(attend), model.config.tokens), model.mask_id, device=attend.device)
 
 
 # --- what all baselines share: training -------------------------------------------------------------------------------
@@ -343,7 +331,7 @@ class NextTokenLoss(nn.Module):
 
 
 def train_ar(model: CausalTransformer, config: StageConfig, tokens: Any, texts: Any, **how: Any) -> Iterator[Progress]:
-    """Train to predict the next token. Tokens (n, N) and texts as in `train.train_transformer`; how: engine, eval_fn."""
+    """Train to predict the next token. Tokens (n, N) and texts as in `train_transformer`; how: engine, eval_fn."""
 
     def inputs(at: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Context]:
         return tokens[at], read_texts(texts, at, generators, config.cond_drop_prob)
@@ -391,8 +379,9 @@ class Autoregressive(LowRes):
         how = {"engine": trainer.engine, "eval_fn": save_samples(self, trainer)}
         return train_ar(self.base, stage, data.split(data.tokens["low"]), data.split(data.texts), **how)
 
-    def draw(
-        self, text: Memory, null: Memory, guidance: Guidance, generators: list[torch.Generator], **sampling: Any
-    ) -> Iterator[Step]:
-        sampling |= {"mask_id": self.base.mask_id, "steps": self.base.config.tokens, "generator": generators}
-        return decode(cached(self.base, text, null, guidance), all_masked(self.base, text), order="raster", **sampling)
+    @staticmethod
+    def fixed(config: MuseConfig) -> dict[str, Any]:
+        return {"steps": config.base.tokens, "order": "raster"}
+
+    def logits_fn(self, text: Memory, null: Memory, guidance: Guidance) -> LogitsFn:
+        return cached(self.base, text, null, guidance)

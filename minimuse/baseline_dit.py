@@ -34,7 +34,7 @@ from minimuse.sampler import Step
 from minimuse.text import Context
 from minimuse.train import Decimated, MuseTrainer
 from minimuse.train_engine import Progress
-from minimuse.transformer import CrossAttention, Memory, SelfAttention, Transformer, TransformerConfig
+from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig
 from minimuse.utils import require
 from minimuse.vqgan import VQGAN
 
@@ -66,30 +66,22 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-class Block(nn.Module):
+class Block(Layer):
     """x (B, N, D), time c (B, 1, D), a layer's keys and values -> (B, N, D): adaLN-Zero (DiT 3.2).
 
-    Shift, scale and gate of self-attention and MLP are linear in the time.
+    Muse's layer with a shift, scale and gate of self-attention and MLP that are linear in the time.
     """
 
     def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
+        super().__init__(config.width, config.heads, config.mlp_width, config.block, config.dropout)
+        self.norm1 = self.norm3 = nn.LayerNorm(config.width, elementwise_affine=False)
         self.condition = nn.Linear(config.width, 6 * config.width)
-        self.attention = SelfAttention(config.width, config.heads)
-        self.cross_norm = nn.LayerNorm(config.width, bias=False)
-        self.cross = CrossAttention(config.width, config.heads)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.width, config.mlp_width, bias=False),
-            nn.GELU(),
-            nn.Linear(config.mlp_width, config.width, bias=False),
-        )
 
     def forward(self, x: Tensor, c: Tensor, *memory: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(c).chunk(6, -1)
-        x = x + gate1 * self.attention(modulate(self.norm(x), shift1, scale1))
-        x = x + self.cross(self.cross_norm(x), *memory)
-        return x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))
+        x = x + gate1 * self.dropout(self.attention(modulate(self.norm1(x), shift1, scale1)))
+        x = x + self.dropout(self.cross(self.norm2(x), *memory))
+        return x + gate2 * self.dropout(self.mlp(modulate(self.norm3(x), shift2, scale2)))
 
 
 def time_waves(step: Tensor, width: int) -> Tensor:

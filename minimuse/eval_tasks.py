@@ -125,7 +125,7 @@ class EvalModel:
     def _jobs(
         self, prompts: Sequence[str], seeds: Sequence[int], negatives: Sequence[str] = ()
     ) -> list[dict[str, Any]]:
-        return self.muse.jobs(prompts, 1, seeds, negatives or None, {})
+        return self.muse.jobs(prompts, 1, seeds, negatives or None)
 
     def _last(self, steps: Iterator[Step]) -> Tensor:
         *_, step = steps

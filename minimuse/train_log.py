@@ -199,7 +199,7 @@ class TrainLog:
         muse = Muse(self.config, parts, encoder).to(self.engine.device)
         if stage != "base":
             return muse.generate(prompts, seed=0)
-        *_, last = muse.decode_base(muse.jobs(prompts, 1, 0, None, {}))
+        *_, last = muse.decode_base(muse.jobs(prompts, seed=0))
         return muse.picture(last)
 
     def picture(self, stage: str, step: int, make: Callable[[], Image.Image]) -> None:

@@ -198,7 +198,7 @@ def test_it_draws_what_generate_draws(tiny_muse):
 
 def test_super_resolution_without_text_does_not_read_it(tiny_muse, monkeypatch):
     low = torch.randint(16, (1, 64))
-    jobs = [tiny_muse.jobs(prompt, 1, 3, None, {}) for prompt in ("a red cube", "two blue spheres")]
+    jobs = [tiny_muse.jobs(prompt, seed=3) for prompt in ("a red cube", "two blue spheres")]
     (*_, a), (*_, b) = (tiny_muse.decode_superres(job, low, guidance=-1.0, choice_temperature=0.0) for job in jobs)
     assert (a.tokens == b.tokens).float().mean() > 0.98, "apart from rounding"
 

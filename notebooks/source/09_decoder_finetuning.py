@@ -86,7 +86,7 @@ renumbered = torch.randperm(twin.codebook_size, generator=torch.Generator().manu
 twin.quantizer.codebook.data = twin.codebook[renumbered]
 
 prompts = ["a large red cube", "a large yellow cylinder", "a large blue sphere"]
-*_, last = muse.decode(muse.jobs(prompts, 1, 0, None, {}))
+*_, last = muse.decode(muse.jobs(prompts, seed=0))
 drawn = last.tokens  # (3, N), what the transformers say
 with torch.inference_mode():
     by_twin = twin.decode(twin.encode(held_out[:3]))

@@ -644,7 +644,7 @@ Beside it, the same mask by the right rule, and a generous one.
 def inpaint_where(at_low, at_high, prompt, n=1, seed=0):
     """Inpainting with token masks of our own: what `muse.inpaint` does after it has made them."""
     low, high = tokenize(muse, source)
-    jobs = muse.jobs(prompt, n, seed, None, {})
+    jobs = muse.jobs(prompt, n, seed)
     low = low.masked_fill(at_low, muse.base.mask_id).repeat(n, 1)
     high = high.masked_fill(at_high, muse.superres.mask_id).repeat(n, 1)
     *_, last = muse.decode(jobs, low=low, high=high)
