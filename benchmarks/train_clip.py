@@ -64,20 +64,15 @@ def train(
     stage = Stage(engine, "clip", config, {"model": SceneClipNetwork().to(memory_format=torch.channels_last)})
     net = stage.modules["model"]
     for step in stage.steps():
-        losses = []
         for at, generators in stage.micro_batches(len(images), step):
             rows = [texts[i][k].float() for k in range(1 + WRONG) for i in at.tolist()]
+            pictures = degrade(to_float(images[at]), generators[0]).to(engine.device)
             with engine.precision():
-                scores = net(
-                    degrade(to_float(images[at]), generators[0]).to(engine.device), pad_contexts(rows).to(engine.device)
-                )
+                scores = net(pictures, pad_contexts(rows).to(engine.device))
             logits, right = scores * net.scale.exp().clamp(max=100), torch.arange(len(at), device=scores.device)
             both = F.cross_entropy(logits, right) + F.cross_entropy(logits[:, : len(at)].T, right)
-            stage.backward(both / stage.parts)
-            losses.append({"loss": both.detach() / stage.parts})
-        stage.update(step)
-        stage.end(step)
-        yield stage.total(losses)["loss"], net
+            stage.backward(both / stage.parts, loss=both / stage.parts)
+        yield stage.finish(step)["loss"], net
 
 
 def measure(clip: SceneClip, n: int, seed: int = FRESH, size: int = SIZE) -> dict[str, list[int]]:

@@ -136,17 +136,13 @@ def train(
     stage = Stage(engine, "detector", config, {"model": DetectorNetwork().to(memory_format=torch.channels_last)})
     net, (index, place) = stage.modules["model"], targets(scenes)
     for step in stage.steps():
-        losses = []
         for at, generators in stage.micro_batches(len(images), step):
             pictures, doubt = warp(to_float(images[at]), generators[0])
             with engine.precision():
                 maps = net(degrade(pictures, generators[0]).to(engine.device))
             value = loss(maps, *(part.to(maps.device) for part in (index[at], place[at], doubt))) / stage.parts
-            stage.backward(value)
-            losses.append({"loss": value})
-        stage.update(step)
-        stage.end(step)
-        yield stage.total(losses)["loss"], net
+            stage.backward(value, loss=value)
+        yield stage.finish(step)["loss"], net
 
 
 def measure(detector: Detector, n: int, size: int, seed: int = FRESH) -> dict[int, list[int]]:
@@ -175,8 +171,8 @@ Finds the things in a picture of minimuse's scenes: color, shape, size, material
 
 Made by `python benchmarks/train_detector.py`, in {minutes:.0f} minutes (CPU threads: {threads}), rendering included:
 {scenes:,} scenes of splits "novel" (a third) and "test", seeds from {seed:,}; {steps:,} steps of {batch} pictures,
-spoiled as decoders spoil them. It saw no scene of split "train" and no generated picture, and losses no weights,
-training run or data seed with the perceptual network of `vqgan_loss.py`.
+degraded as by decoders. It was trained without scenes of split "train" and without generated pictures, and shares no
+weights, training run or data seed with the perceptual network of `vqgan_loss.py`.
 
 On fresh renders of splits "train", "test" and "novel" in equal parts, seeds from {fresh:,}:
 

@@ -161,7 +161,7 @@ def test_what_is_no_picture_is_refused(detector, images):
         detector.detect([])
     with pytest.raises(TypeError, match="expected a PIL image, str came"):
         detector.detect(["picture.png"])
-    with pytest.raises(ValueError, match="mend it with"):
+    with pytest.raises(ValueError, match="crop it to a square"):
         detector.detect([to_pil(images[:1])[0].crop((0, 0, 64, 32))])
     with pytest.raises(ValueError, match=r"values reach .*expected uint8 or \[-1, 1\]"):
         detector.detect(images.float())

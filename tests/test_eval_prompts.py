@@ -105,9 +105,8 @@ def test_true_captions_are_right_of_their_scenes(seeds):
     for seed in seeds:
         scene, said, wants = told(seed)
         assert sum(group.number for group in wants.groups) == len(scene.things), f"{said!r}: captions count all things"
-        for slack in (0.0, 0.2):
-            verdict = matches(perfect(scene), wants, tolerance=slack)
-            assert verdict.right, f"{said!r} is true of its scene, but: {verdict.wrong}"
+        verdict = matches(perfect(scene), wants)
+        assert verdict.right, f"{said!r} is true of its scene, but: {verdict.wrong}"
 
 
 def test_one_changed_attribute_is_wrong_where_it_is_named_and_only_there():
