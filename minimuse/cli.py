@@ -225,8 +225,9 @@ def open_model(name: str | Path, *, device: Any = None) -> Any:
 
     path = checkpoint.find(name) / checkpoint.CONFIG
     values = checkpoint.read_json(path) if path.is_file() else None
-    model = values.get("model") if isinstance(values, dict) else None  # a Muse has none
-    return locate(BASELINES.get(model, "minimuse.muse.Muse")).from_pretrained(name, device=device)
+    format = values.get("format") if isinstance(values, dict) else None
+    models = {f"minimuse-{model}-1": place for model, place in BASELINES.items()}
+    return locate(models.get(format, "minimuse.muse.Muse")).from_pretrained(name, device=device)
 
 
 def _method(args: argparse.Namespace) -> Callable[..., list]:
@@ -373,10 +374,10 @@ def _average(args: argparse.Namespace) -> None:
 
 def _doctor(args: argparse.Namespace) -> None:
     """Print the findings. The exit code is 1 if one of them is wrong."""
-    from minimuse.train_doctor import examine, report
+    from minimuse.train_doctor import examine, findings_text
 
     findings = examine(args.folder, args.stage, device=args.device)
-    print(report(findings))
+    print(findings_text(findings))
     if any(finding.verdict == "wrong" for finding in findings):
         raise SystemExit(1)
 

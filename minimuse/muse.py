@@ -178,10 +178,9 @@ class Muse:
     def from_pretrained(
         cls, name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> "Muse":
-        """A shipped name ("nano"), a folder, or a hub id -> Muse, frozen.
+        """A shipped name ("nano"), a folder, or a hub id -> Muse, frozen. Its language model loads at the first prompt.
 
-        `device` None is cuda, then mps, then cpu. `dtype` None is what `pick_dtype` chooses. The language model is
-        loaded with the first prompt.
+        `device` None is cuda, then mps, then cpu. `dtype` None is what `pick_dtype` chooses.
         """
         config, weights, about = checkpoint.load(name)
         with torch.device("meta"):

@@ -123,7 +123,8 @@ def difference(old: Image.Image, new: Image.Image) -> str:
     off = np.abs(np.asarray(old.convert("RGB"), dtype=int) - np.asarray(new.convert("RGB"))).max(2)
     if not off.any():
         return "the same pixels"
-    return f"{(off > 0).sum()} of {off.size} pixels differ, by at most {off.max()} of 255: other hardware rounds differently"
+    count = f"{(off > 0).sum()} of {off.size} pixels differ, by at most {off.max()} of 255"
+    return f"{count}: other hardware rounds differently"
 
 
 def output_paths(out: Path | None, prompt: str, count: int, *, film: bool = False, force: bool = False) -> list[Path]:

@@ -182,7 +182,9 @@ def open_run(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
     elif not resume:
         raise FileExistsError(f"{folder} already holds a run; --resume continues it, or give another folder")
     elif changed := differences(read_run(folder), json.loads(json.dumps(values))):
-        raise ValueError(f"the run in {folder} has other settings: {'; '.join(changed[:4])}. Restore them, or start anew")
+        raise ValueError(
+            f"the run in {folder} has other settings: {'; '.join(changed[:4])}. Restore them, or start anew"
+        )
 
 
 def read_run(folder: Path) -> dict[str, Any]:

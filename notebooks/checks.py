@@ -321,7 +321,7 @@ def check_join_memory(fn: Given) -> Iterator[str]:
 
 @_check
 def check_drop_text(fn: Given) -> Iterator[str]:
-    """fn(context, p, generator=...) -> the same shape, a share p of the texts removed: as `config.drop_text`."""
+    """fn(context, p, generator=...) -> the same shape, a share p of the texts removed: as `cfg.drop_text`."""
 
     def run(b: int, p: float) -> Context:
         made = Context(*fn(Context(torch.ones(b, 2, 1), torch.ones(b, 2, dtype=torch.bool)), p, generator=_seeded()))
@@ -339,7 +339,7 @@ def check_drop_text(fn: Given) -> Iterator[str]:
 
 @_check
 def check_guide(fn: Given) -> Iterator[str]:
-    """fn(cond, uncond, t) -> guided logits: as `config.guide`."""
+    """fn(cond, uncond, t) -> guided logits: as `cfg.guide`."""
     for name, c, u, t, want in [
         ("t = 0 gives the conditional logits", 2.0, 1.0, 0.0, 2.0),
         ("cond = uncond gives cond, whatever t", 2.0, 2.0, 3.0, 2.0),
@@ -351,7 +351,7 @@ def check_guide(fn: Given) -> Iterator[str]:
 
 @_check
 def check_rising(fn: Given) -> Iterator[str]:
-    """fn(t, start) -> a function of u: as `config.rising`."""
+    """fn(t, start) -> a function of u: as `cfg.rising`."""
     for name, u, want in [("it begins at start", 0.0, 1.0), ("it ends at t", 1.0, 4.0), ("it is linear", 0.5, 2.5)]:
         yield name
         ramp = fn(4.0, 1.0)
@@ -444,7 +444,7 @@ def check_token_mask(fn: Given) -> Iterator[str]:
 
 @_check
 def check_resample_step(fn: Given) -> Iterator[str]:
-    """fn(logits_fn, tokens (1, N), mask_id=, share=, generator=) -> (1, N): an iteration as of `editing.resample`."""
+    """fn(logits_fn, tokens (1, N), mask_id=, share=, generator=) -> (1, N): one iteration of `editing.resample`."""
     start, seen = torch.zeros(1, 8, dtype=torch.long), []
 
     def other(tokens: Tensor, u: float) -> Tensor:  # sure that code 1 stands everywhere
@@ -499,7 +499,7 @@ def check_order(fn: Given) -> Iterator[str]:
 
 @_check
 def check_world(fn: Given) -> Iterator[str]:
-    """fn() -> a `worlds.World` of 4 tokens of 2 codes: the first and the last agree in 9 of 10, others are coins."""
+    """fn() -> a `lab_worlds.World` of 4 tokens of 2 codes: the first and the last agree in 9 of 10, others are coins."""
     yield "all pictures together have probability 1"
     world, every = fn(), torch.cartesian_prod(*[torch.arange(2)] * 4)  # (16, 4)
     log_p = _shaped("log_evidence(e of 16 pictures)", world.log_prob(every), (16,)).double()
@@ -557,7 +557,7 @@ def check_sharded_bytes(fn: Given) -> Iterator[str]:
 
 @_check
 def check_add_noise(fn: Given) -> Iterator[str]:
-    """fn(x, noise, a) -> x at level a, noise in it: as `dit.add_noise`, told a itself."""
+    """fn(x, noise, a) -> x at level a, noise in it: as `baseline_dit.add_noise`, with a itself given."""
     for name, a, want in [
         ("a = 1 leaves the picture", 1.0, 3.0),
         ("a = 0 is noise alone", 0.0, 5.0),
@@ -569,7 +569,7 @@ def check_add_noise(fn: Given) -> Iterator[str]:
 
 @_check
 def check_ddim_step(fn: Given) -> Iterator[str]:
-    """fn(x, noise, now, then) -> x at level `then`: one step of `dit.ddim`, nothing clipped."""
+    """fn(x, noise, now, then) -> x at level `then`: one step of `baseline_dit.ddim`, without clipping."""
     for name, now, then, want in [
         ("then = 1 gives the picture", 0.36, 1.0, 2.0),
         ("nothing moves where then = now", 0.36, 0.36, 0.4),

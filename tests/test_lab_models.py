@@ -19,10 +19,12 @@ class Gaussians(ModelEvaluator):
 
     titles = {"first": "first feature", "frechet": "distance"}  # noqa: RUF012
 
+    batch = 256
+
     def __init__(self, shift, seed):
         self.shift = shift
         real = torch.randn(20_000, 6, generator=seeded(1))
-        super().__init__([""] * 256, real[:256], lambda images, prompts: images[:, 0], lambda x: x, seed, batch=256)
+        super().__init__([""] * 256, real[:256], lambda images, prompts: images[:, 0], lambda x: x, seed)
         self.real = real
 
     def draw(self, prompts, seeds, sampling):

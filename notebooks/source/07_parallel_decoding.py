@@ -605,7 +605,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-Left: with enough steps nothing is torn, whatever the order. Right, the surprise: one token at a time, random and
+Left: with enough steps nothing is torn, whatever the order. Right, the excess NLL: one token at a time, random and
 Halton are exact, but **confidence is not**. It is cleaner than the truth. A code that was drawn against the odds
 has a low confidence, is not fixed, and is *drawn again* next time: unlikely draws are rejected until likely ones come.
 That is no sampling of the model, it is a search for typical pictures. For pictures to look at, that may be welcome.

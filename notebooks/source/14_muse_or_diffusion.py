@@ -493,7 +493,7 @@ check_ddim_step(my_step)
 r"""
 ### Guidance is one formula
 
-In all three it is $(1 + t)\,\text{cond} - t\,\text{uncond}$, applied to logits or to predicted noise: `config.guided` does not know which it has. The
+In all three it is $(1 + t)\,\text{cond} - t\,\text{uncond}$, applied to logits or to predicted noise: `cfg.guided` does not know which it has. The
 difference in the table, "when needed" against "used", is one of habit.
 """
 
@@ -753,7 +753,6 @@ were gone.
 """
 
 # %%
-from minimuse.baseline_ar import all_masked
 from minimuse.cfg import rising
 from minimuse.editing import resample
 from minimuse.transformer import Layer
@@ -774,7 +773,7 @@ rows = [
     ("architecture", (DiT, "nn.ModuleList(Block"), (build, '"superres": SuperRes')),
     ("transformer", (Block, "self.attention(modulate"), (Layer, "self.attention(self.norm1")),
     ("it predicts", (DiT, "self.head = "), (Transformer, "self.head = ")),
-    ("a picture begins as", (Diffusion.draw, "gaussians("), (all_masked, "torch.full")),
+    ("a picture begins as", (Diffusion.draw, "gaussians("), (LowRes.draw, "torch.full")),
     ("guidance", (Diffusion.draw, "guided("), (Muse.decode_base, "guided(self.base")),
     (
         "nice ideas",
