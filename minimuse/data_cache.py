@@ -72,13 +72,14 @@ class Shards:
     def records(self) -> list[dict[str, Any]]:
         """The records of all parts, or of as many as hold `limit` rows. ValueError if one is missing."""
         records: list[dict[str, Any]] = []
-        for part in range(self.parts):
-            if self.limit is not None and sum(sum(record["rows"]) for record in records) >= self.limit:
-                break
+        rows = 0
+        while len(records) < self.parts and (self.limit is None or rows < self.limit):
+            part = len(records)
             record = self.record(part)
             if record is None:
                 raise ValueError(f"part {part} of {self.parts} is not in {self.folder}; it was not computed yet")
             records.append(record)
+            rows += sum(record["rows"])
         return records
 
     def captions(self, part: int) -> Captions:
@@ -88,11 +89,14 @@ class Shards:
 
     def load(self, part: int, block: int, name: str, mapped: bool = False) -> np.ndarray:
         """An array of a block, or a read-only memory map of it; ValueError if its file is damaged."""
-        path = self.folder / f"{part:05d}.{block:03d}.{name}.npy"
+        path = self._file(part, block, name)
         try:
             return np.load(path, mmap_mode="r" if mapped else None)
         except (ValueError, EOFError, FileNotFoundError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete {self.folder} to compute it again") from error
+
+    def _file(self, part: int, block: int, name: str) -> Path:
+        return self.folder / f"{part:05d}.{block:03d}.{name}.npy"
 
     def fill(self, make: Make, rank: int = 0, processes: int = 1) -> Iterator[tuple[int, int]]:
         """Make the missing ones of parts rank, rank + processes, ... -> (done, of how many).
@@ -116,26 +120,24 @@ class Shards:
     def _write(self, part: int, make: Make) -> None:
         problems, rows, captions = Problems(), [], []
         for block, (arrays, texts) in enumerate(make(part, problems)):
-            if len(arrays[self.kind]) != len(texts) or not all(texts):
-                raise ValueError(
-                    f"part {part}: {len(arrays[self.kind])} rows of {self.kind}, captions {texts[:3]}, ..."
-                )
-            for name, array in arrays.items():
-                self._save(self.folder / f"{part:05d}.{block:03d}.{name}.npy", array)
-            rows.append(len(texts))
+            n = len(arrays[self.kind])
+            if n != len(texts) or not all(texts):
+                raise ValueError(f"part {part}: {n} rows of {self.kind} with the captions {texts[:3]}, ...")
+            try:
+                for name, array in arrays.items():
+                    np.save(self._file(part, block, name), array, allow_pickle=False)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, None):  # NumPy's own message has no number
+                    raise
+                message = f"no space left for part {part} of {self.parts} of {self.kind}"
+                raise OSError(
+                    f"{message}: make room in {self.folder} and start again; finished parts are kept"
+                ) from error
+            rows.append(n)
             captions += texts
         atomic_write(self.folder / f"{part:05d}.captions.json", json.dumps(captions))
         record = {"rows": rows, "captions": content_hash(captions), "problems": asdict(problems)}
         atomic_write(self.folder / f"{part:05d}.json", json.dumps(record))
-
-    def _save(self, path: Path, array: np.ndarray) -> None:
-        try:
-            np.save(path, array, allow_pickle=False)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, None):  # NumPy's own message has no number
-                raise
-            message = f"no space left for {array.nbytes / 1e6:,.0f} MB of {self.kind}; finished parts are kept"
-            raise OSError(errno.ENOSPC, f"{message}, so make room and start again", str(path)) from error
 
 
 class Rows:
@@ -148,7 +150,7 @@ class Rows:
         self.starts = np.cumsum([0] + [n for record in records for n in record["rows"]])
         self.n = min(int(self.starts[-1]), shards.limit or int(self.starts[-1]))
         self.map = lru_cache(OPEN)(partial(self._load, mapped=True))
-        self.whole = cache(self._load)  # for small arrays: they need no file handle
+        self.whole = cache(self._load)  # small arrays, without a file handle
         self.shape = (self.n, *self.map(0, shards.kind).shape[1:])
 
     def __len__(self) -> int:
@@ -197,7 +199,7 @@ class Texts(Rows):
 
 
 class LiveTexts:
-    """Captions that are encoded at each reading, if too many to store: the same `pick` as `Texts`."""
+    """Captions that are encoded at each reading, because they are too many to store."""
 
     def __init__(self, captions: Captions, encode: Callable[[list[str]], list[Tensor]]):
         self.captions, self.encode = captions, encode
@@ -206,7 +208,7 @@ class LiveTexts:
         return len(self.captions)
 
     def pick(self, indices: Sequence[int] | Tensor, u: Sequence[float] | Tensor) -> list[Tensor]:
-        """indices (B,), u (B,) in [0, 1) -> caption floor(u k) of the k of each example: B tensors (L, D)."""
+        """As `Texts.pick`."""
         rows = [self.captions[int(i)] for i in indices]
         return self.encode([texts[int(float(x) * len(texts))] for texts, x in zip(rows, u, strict=True)])
 

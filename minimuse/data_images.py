@@ -1,4 +1,4 @@
-"""Pixels <-> tensors: PIL images, image files, uint8 and [-1, 1].
+"""Pixels <-> tensors: PIL images, image files, uint8 and [-1, 1]; what readers of images yield and leave out.
 
 `B` images in a batch, `H W` pixels. Images are stored as uint8. Models see them in [-1, 1].
 
@@ -7,6 +7,7 @@ Not here: where images come from (data_sources.py), tokens (vqgan.py).
 
 import os
 import warnings
+from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,42 @@ class Example(NamedTuple):
 
     image: Tensor  # (3, size, size) uint8
     captions: tuple[str, ...]  # at least one
+
+
+@dataclass
+class Problems:
+    """What a reader left out, by kind, with the first three names of each kind.
+
+    >>> problems = Problems(seen=9)
+    >>> problems.add("corrupt", "a.png")
+    >>> problems.summary()
+    'left out 1 of 9 images: 1 corrupt (a.png)'
+    """
+
+    seen: int = 0  # all images, good ones included
+    counts: dict[str, int] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, name: str) -> None:
+        """Count one of the images seen as left out."""
+        self.merge(Problems(0, {kind: 1}, {kind: [name.encode("utf-8", "backslashreplace").decode()]}))
+
+    def merge(self, other: "Problems") -> None:
+        """Add what another reading left out."""
+        self.seen += other.seen
+        for kind, n in other.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + n
+            self.names[kind] = (self.names.get(kind, []) + other.names[kind])[:3]
+
+    def summary(self) -> str:
+        """One sentence, or "" if nothing was left out."""
+        kinds = [f"{n} {kind} ({', '.join(self.names[kind])}{', ...' * (n > 3)})" for kind, n in self.counts.items()]
+        return f"left out {sum(self.counts.values())} of {self.seen} images: {', '.join(kinds)}" if kinds else ""
+
+    def check(self, where: str) -> None:
+        """After all of `where` was read: ValueError if none of it was usable."""
+        if self.seen == sum(self.counts.values()):
+            raise ValueError(f"{where}: no usable captioned image; {self.summary() or 'nothing was found'}")
 
 
 class Refused(Exception):
