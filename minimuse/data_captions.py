@@ -9,7 +9,8 @@ them comes from its language model.
 Not here: the scenes and their pictures (data_scenes.py), data from files (data_sources.py).
 """
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -163,6 +164,12 @@ def vocabulary(synonyms: bool = False) -> list[str]:
     texts = (*COLORS, *SHAPES, *SIZES, *MATERIALS, *_NUMBERS, *OPENINGS, *sum(RELATION_PHRASES.values(), ()))
     texts += (FLOOR_PHRASE, *(("an", *sum(SYNONYMS.values(), ())) if synonyms else ()))
     return sorted({word for text in texts for word in text.split()} | {s + "s" for s in shapes} | {"and", "is", "are"})
+
+
+def common_words(captions: Iterable[str], most: int) -> list[str]:
+    """The most common words of any captions, of letters only."""
+    counts = Counter(word for text in captions for word in re.findall(r"[^\W\d_]+", text.lower()))
+    return [word for word, _ in counts.most_common(most)]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 `B` images in a batch, `H W` pixels. Images are stored as uint8. Models see them in [-1, 1].
 
-Not here: where images come from (data_sources.py), tokens (vqgan.py).
+Not here: where images come from (data_sources.py), the tokenizer itself (vqgan.py).
 """
 
 import os
@@ -15,6 +15,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
+
+from minimuse.utils import precision
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS: Pillow would run Ghostscript
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")  # and 16-bit gray
@@ -163,3 +165,12 @@ def area_downsample(images: Tensor, factor: int = 2) -> Tensor:
         raise ValueError(f"factor={factor} must divide the image's {height} x {width} pixels")
     small = F.avg_pool2d(images.float(), factor)  # equals interpolate(mode="area")
     return small.round().to(torch.uint8) if images.dtype == torch.uint8 else small
+
+
+@torch.inference_mode()
+def tokenize_images(tokenizer: Any, images: Tensor, batch: int = 256, bf16: bool | None = None) -> Tensor:
+    """A frozen tokenizer and images (n, 3, H, W) uint8 -> tokens (n, N) on the CPU."""
+    device = next(tokenizer.parameters()).device
+    tokenizer.eval()
+    with precision(device, bf16):
+        return torch.cat([tokenizer.encode(to_float(x).to(device)).cpu() for x in images.split(batch)])
