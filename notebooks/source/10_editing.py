@@ -602,7 +602,7 @@ its next turn. It is easier to grow the old thing, often to a lump. Small random
 r"""
 ### Exercise 10.2: one step of it
 
-Write one iteration: hide `ceil(share * N)` random tokens, show the model the rest, draw the hidden ones. `random_mask(tokens, rate, generator)` and
+Write one iteration: hide `ceil(fraction * N)` random tokens, show the model the rest, draw the hidden ones. `random_mask(tokens, rate, generator)` and
 `draw(logits, uniforms, temperature)` are in the package. The stub redraws tokens that the model could *see*; what does the check say?
 """
 
@@ -611,8 +611,8 @@ from minimuse.masking import random_mask
 from minimuse.sampler import draw
 
 
-def my_step(logits_fn, tokens, *, mask_id, share, generator):
-    hidden = random_mask(tokens, torch.tensor([share]), generator)
+def my_step(logits_fn, tokens, *, mask_id, fraction, generator):
+    hidden = random_mask(tokens, torch.tensor([fraction]), generator)
     logits = logits_fn(tokens, 1.0)  # your code: what should the model see?
     drawn = draw(logits, torch.rand(tokens.shape, generator=generator), 1.0)
     return torch.where(hidden, drawn, tokens)
@@ -622,8 +622,8 @@ check_resample_step(my_step)
 
 
 # %% tags=["solution"]
-def my_step(logits_fn, tokens, *, mask_id, share, generator):
-    hidden = random_mask(tokens, torch.tensor([share]), generator)
+def my_step(logits_fn, tokens, *, mask_id, fraction, generator):
+    hidden = random_mask(tokens, torch.tensor([fraction]), generator)
     logits = logits_fn(tokens.masked_fill(hidden, mask_id), 1.0)
     drawn = draw(logits, torch.rand(tokens.shape, generator=generator), 1.0)
     return torch.where(hidden, drawn, tokens)
