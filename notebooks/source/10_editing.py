@@ -27,7 +27,7 @@ from minimuse.plots import Animation, film, film_strip, grid, mask_overlay, show
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: fewer pictures and iterations
 CHECKPOINT = "nano"  # a shipped name or a folder
 PICTURES = 2 if FAST else 4  # a row of pictures
-ITERATIONS = 25 if FAST else 100  # of a mask-free edit; the paper's 100
+ITERATIONS = 8 if FAST else 100  # of a mask-free edit; the paper's 100
 COUNTED, SOURCES = (2, 2) if FAST else (6, 3)  # edits of each source, and sources, when we count
 style()
 
@@ -499,7 +499,7 @@ def right(image, prompt):
     return matches(detector.detect([image])[0], parse_prompt(prompt)).right
 
 
-few = [4, 12] if FAST else [5, 10, 20, 40]
+few = [2, 4] if FAST else [5, 10, 20, 40]
 ways = {"no guidance": "o-", "t = 4 against no text": "s--", "t = 4 against the old caption": "D:"}
 figure, ax = plt.subplots(figsize=(7.5, 3.4))
 for offset, (name, mark) in enumerate(ways.items()):
