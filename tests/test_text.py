@@ -372,6 +372,7 @@ class TestMiniLM:
         for row, mask, prompt in zip(context.embeds, context.mask, PROMPTS, strict=True):
             assert_close(row[mask], reference(encoder._source, "bert", prompt), atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.slow
     @packaged
     def test_package_is_not_imported(self):
         code = (
