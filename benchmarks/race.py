@@ -24,6 +24,7 @@ import json
 import shutil
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,9 +36,9 @@ from timing import machine, markdown, save
 from torch import Tensor, nn
 
 from minimuse import Muse
-from minimuse.baseline_ar import LowRes
-from minimuse.baseline_dit import latents
-from minimuse.config import MuseConfig, rival
+from minimuse.baseline_ar import Autoregressive, CausalTransformer, LowRes, NextTokenLoss, train_ar
+from minimuse.baseline_dit import Diffusion, latents, train_dit
+from minimuse.config import MuseConfig
 from minimuse.data_cache import TrainingData
 from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import SceneDataset, open_source
@@ -48,13 +49,14 @@ from minimuse.masking import likelihood_bound
 from minimuse.muse import build
 from minimuse.plots import grid, tradeoff
 from minimuse.text import Context, pad_contexts
-from minimuse.train import Decimated, MaskedLoss, NextLoss, train_dit, train_transformer
+from minimuse.train import Decimated, MaskedLoss, train_transformer
 from minimuse.train_budget import count_flops
 from minimuse.train_engine import Engine
-from minimuse.transformer import init_from_codebook
+from minimuse.transformer import init_from_codebook, zero_init_residual
 from minimuse.utils import atomic_write, seeded_generator
 
 PARTS = ("race", "likelihood", "identity", "stages", "guidance")
+MAKES = (LowRes, Autoregressive, Diffusion)  # "masked", "ar", "dit"
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 SEED = 1000  # pictures draw with SEED + i; tuning with seeds from 0, on prompts of its own
 TUNE = {  # six settings each
@@ -64,6 +66,14 @@ TUNE = {  # six settings each
 }
 FINE = {"guidance": (1.0, 3.0), "sampling_temperature": 0.4, "choice_temperature": 0.5}  # nano's own super-resolution
 TUNING_STEPS = {"masked": {"steps": 16}, "ar": {}, "dit": {"steps": 32}}
+
+
+class Entrant(NamedTuple):
+    """A model that is trained: its class, its configuration, and a change of its fresh weights."""
+
+    make: type[LowRes]
+    config: MuseConfig
+    change: Callable[[nn.Module], Any] = lambda model: model
 
 
 class Point(NamedTuple):
@@ -94,14 +104,14 @@ class Race:
         self.config, self.detector, self.muses = self.nano.config, Detector.from_pretrained(), {}
         self.scenes = SceneDataset(max(n, real) + tuning, self.config.high_tokenizer.image_size, "test", 1, (1, 0, 0))
         self.real = self.scenes.images(range(max(n, real)))
-        masked, dit = rival(self.config, "masked"), rival(self.config, "dit")
+        masked, ar, dit = (Entrant(make, make.configure(self.config)) for make in MAKES)
         self.entrants = {
             "masked": masked,
-            "ar": rival(self.config, "ar"),
+            "ar": ar,
             "dit": dit,
-            "masked, identity": replace(masked, base=replace(masked.base, identity=True)),
-            "dit, open gates": replace(dit, base=replace(dit.base, identity=False)),
-            "one stage": one_stage(self.config),
+            "masked, identity": masked._replace(change=zero_init_residual),
+            "dit, open gates": dit._replace(change=lambda model: model.init_weights(zero_init=False)),
+            "one stage": Entrant(LowRes, one_stage(self.config)),
         }
 
     # --- training -----------------------------------------------------------------------------------------------------
@@ -123,42 +133,45 @@ class Race:
 
     def flops(self, name: str) -> int:
         """Of one example's forward and backward pass."""
-        return flops(self.entrants[name])
+        return flops(*self.entrants[name][:2])
 
     def train_steps(self, name: str) -> int:
         """As many as make the FLOPs of --steps steps of the base model; "one stage" has super-resolution's as well."""
-        total = self.steps * flops(rival(self.config, "masked"))
+        total = self.steps * self.flops("masked")
         if name == "one stage":
             stage = self.config.stages["superres"]
             total += stage.steps * stage.batch / self.config.stages["base"].batch * superres_flops(self.config)
         return max(1, round(total / self.flops(name)))
 
-    def muse(self, name: str) -> Muse:
+    def muse(self, name: str) -> Muse | LowRes:
         """A trained entrant; its training goes on where it was stopped."""
         if name == "two stages":
             parts = {**self.nano.parts, "base": self.muse("masked").base}
-            return Muse(self.config, nn.ModuleDict(parts), self.nano.encoder)
+            return Muse(self.config, nn.ModuleDict(parts).eval(), self.nano.encoder)
         if name not in self.muses:
-            config, fine = self.entrants[name], name == "one stage"
-            torch.manual_seed(0)
-            parts = build(config)
-            parts["low_tokenizer"] = self.nano.high_tokenizer if fine else self.nano.low_tokenizer
-            model, stage = parts["base"], replace(config.stages["base"], steps=self.train_steps(name), eval_every=10**9)
+            make, config, change = self.entrants[name]
             slug = name.replace(", ", "-").replace(" ", "-")
-            how = {"engine": Engine(device="cpu", folder=self.out / "runs" / slug)}
-            texts = self.corpus.split(self.corpus.texts)
-            if config.model == "dit":
-                images = Decimated(self.corpus.split(self.corpus.images), self.factor)
-                run = train_dit(model, stage, latents(self.nano.low_tokenizer, images), texts, **how)
-            else:
-                init_from_codebook(model, parts["low_tokenizer"].codebook)
-                tokens = self.corpus.split(self.corpus.tokens["high" if fine else "low"])
-                run = train_transformer(model, stage, tokens, texts, **how)
-            watched(run, name)
-            parts.eval().requires_grad_(False)
-            self.muses[name] = LowRes(config, parts, self.nano.encoder, **self.corpus.words())
+            torch.manual_seed(0)
+            parts = make.build(config)
+            change(parts["base"])
+            parts["low_tokenizer"] = self.nano.high_tokenizer if name == "one stage" else self.nano.low_tokenizer
+            watched(self.training(name, parts, Engine(device="cpu", folder=self.out / "runs" / slug)), name)
+            self.muses[name] = make(config, parts, self.nano.encoder, examples=self.corpus.words()["examples"])
             self.muses[name].save_pretrained(self.out / "checkpoints" / slug, overwrite=True)
         return self.muses[name]
+
+    def training(self, name: str, parts: nn.ModuleDict, engine: Engine) -> Any:
+        """-> the steps of an entrant's training."""
+        make, config, _ = self.entrants[name]
+        stage = replace(config.stages["base"], steps=self.train_steps(name), eval_every=10**9)
+        texts = self.corpus.split(self.corpus.texts)
+        if make is Diffusion:
+            images = Decimated(self.corpus.split(self.corpus.images), self.factor)
+            return train_dit(parts["base"], stage, latents(parts["low_tokenizer"], images), texts, engine=engine)
+        init_from_codebook(parts["base"], parts["low_tokenizer"].codebook)
+        tokens = self.corpus.split(self.corpus.tokens["high" if name == "one stage" else "low"])
+        train = train_ar if make is Autoregressive else train_transformer
+        return train(parts["base"], stage, tokens, texts, engine=engine)
 
     @property
     def factor(self) -> int:
@@ -181,7 +194,7 @@ class Race:
         if path.exists() and len((kept := load_file(path))["right"]) == (self.tuning if tuning else self.n):
             return kept
         muse, prompts, seed = self.muse(point.entrant), self.prompts(tuning), 0 if tuning else SEED
-        muse.contexts(muse.jobs(prompts, 1, 0, None, {}))  # the language model keeps what it has read
+        self.nano.encoder.encode(prompts)  # the language model keeps what it has read
         muse.generate(prompts[: self.batch], seed=seed, batch_size=self.batch, **point.sampling)  # the first is slow
         images, seconds = [], []
         for i in range(0, len(prompts), self.batch):
@@ -199,14 +212,14 @@ class Race:
     def read(self, images: Any, prompts: list[str]) -> dict[str, Tensor]:
         readings, wants = self.detector.detect(images), [parse_prompt(p) for p in prompts]
         found = {
-            name: torch.tensor([matches(r, w, sure=sure).right for r, w in zip(readings, wants, strict=True)])
+            name: torch.tensor([matches(r, w, min_confidence=sure).right for r, w in zip(readings, wants, strict=True)])
             for name, sure in (("right", 0.0), ("clear", 0.5))
         }
         return found | {"features": self.detector.features(images)}
 
     def tuned(self, entrant: str) -> dict[str, Any]:
         """The best of six by the share that is clearly right; the first where several are."""
-        model = self.entrants[entrant].model
+        model = self.entrants[entrant].make.model
         trials = [Point(entrant, how | TUNING_STEPS[model]) for how in TUNE[model]]
         shares = [self.measure(p, tuning=True)["clear"].float().mean().item() for p in trials]
         return TUNE[model][shares.index(max(shares))]
@@ -234,7 +247,7 @@ class Race:
         with torch.inference_mode():
             at = torch.arange(len(tokens))
             x, memory = tokens[at], model.memory(pad_contexts([t.float() for t in texts.pick(at, [0.0] * len(at))]))
-            if model.config.causal:
+            if isinstance(model, CausalTransformer):
                 nll = -model(x, memory).log_softmax(-1).gather(-1, x[..., None])[..., 0].mean(1)
                 return mean_interval(nll)
             seeds = [[seeded_generator(k, i) for i in at.tolist()] for k in range(draws)]
@@ -244,27 +257,28 @@ class Race:
 
 def one_stage(config: MuseConfig) -> MuseConfig:
     """A masked transformer of the fine grid from the text alone, with the parameters of base and super-resolution."""
-    config, layers = rival(config, "masked"), config.base.layers + config.superres.layers + config.superres.low_layers
+    config, layers = LowRes.configure(config), config.base.layers + config.superres.layers + config.superres.low_layers
     high, sr = config.finetuned_tokenizer, config.superres
     base = replace(config.base, grid=sr.grid, block=sr.block, codebook_size=sr.codebook_size, layers=layers)
     low = {"low_grid": sr.grid, "low_codebook_size": sr.codebook_size}
     return replace(config, name="one stage", low_tokenizer=high, base=base, superres=replace(sr, **low))
 
 
-def flops(config: MuseConfig, text_tokens: int = 16) -> int:
-    """Forward and backward pass of one example of a rival's own loss."""
+def flops(make: type[LowRes], config: MuseConfig, text_tokens: int = 16) -> int:
+    """Forward and backward pass of one example with the model's own loss."""
     with torch.device("meta"):
-        model = build(config)["base"]
+        model = make.network(config)
         context = Context(
             torch.zeros(1, text_tokens, config.base.text_width), torch.ones(1, text_tokens, dtype=torch.bool)
         )
-        if config.model == "dit":
+        if make is Diffusion:
             z = torch.zeros(1, len(model.mean), config.low_tokenizer.grid, config.low_tokenizer.grid)
             step = torch.zeros(1, dtype=torch.long)
             return count_flops(lambda: (model(z, model.memory(context), step).sum() / z.numel()).backward())
         x = torch.zeros(1, config.base.tokens, dtype=torch.long)
-        loss = (NextLoss if config.model == "ar" else MaskedLoss)(model)
-        return count_flops(lambda: loss(x, x == 0, context, None, x.numel())[0].backward())
+        if make is Autoregressive:
+            return count_flops(lambda: NextTokenLoss(model)(x, context).backward())
+        return count_flops(lambda: MaskedLoss(model)(x, x == 0, context, None, x.numel())[0].backward())
 
 
 def superres_flops(config: MuseConfig, text_tokens: int = 16) -> int:
@@ -325,10 +339,13 @@ def figures_table(found: dict[str, dict[str, Estimate]]) -> str:
 def entrants_table(race: Race, names: list[str]) -> str:
     rows = []
     for name in names:
-        config, steps = race.entrants[name], race.train_steps(name)
-        size = sum(p.numel() for p in race.muse(name).base.parameters())
+        config, steps = race.entrants[name].config, race.train_steps(name)
+        network = race.muse(name).base
+        size = sum(p.numel() for p in network.parameters())
         total = steps * config.stages["base"].batch * race.flops(name)
-        rows.append([name, f"{size:,}", f"{config.base.layers} x {config.base.width}", f"{steps:,}", f"{total:.3g}"])
+        rows.append(
+            [name, f"{size:,}", f"{network.config.layers} x {network.config.width}", f"{steps:,}", f"{total:.3g}"]
+        )
     return markdown(["", "parameters", "layers x width", "training steps", "training FLOPs"], rows)
 
 

@@ -53,8 +53,9 @@ from timing import (
 from minimuse.sampler import SamplingConfig
 from minimuse.text import Context
 from minimuse.train import MaskedLoss
-from minimuse.train_budget import _decode_flops, count_flops, duration, matmul_ceiling, si
+from minimuse.train_budget import count_flops, decode_flops, matmul_ceiling
 from minimuse.transformer import Transformer
+from minimuse.utils import duration, si
 
 SHAPES = {
     "4 pictures of 256 tokens": Shape(batch=4, grid=16, codes=8192, width=512, layers=8, text=32, steps=24),
@@ -89,7 +90,7 @@ def sampling_flops(shape: Shape) -> int:
     """FLOPs to decode one batch."""
     how = SamplingConfig(steps=shape.steps, guidance=(GUIDANCE, GUIDANCE))
     with torch.device("meta"), torch.no_grad():
-        return shape.batch * sum(_decode_flops(Transformer(shape.config()), how, shape.text))
+        return shape.batch * sum(decode_flops(Transformer(shape.config()), how, shape.text))
 
 
 def training_flops(shape: Shape) -> int:

@@ -1,4 +1,4 @@
-"""How good is toy? `minimuse eval` in its three forms, and README's tables of what it finds.
+"""How good is `toy`? The three forms of `minimuse eval`, and the tables of benchmarks/README.md.
 
     python benchmarks/toy_findings.py [--run RUN] [--out runs/toy_findings] [--parts base,cascade,sweep] [--docs]
 
@@ -6,15 +6,19 @@
     cascade   minimuse eval toy --kinds seen,relations,inpaint,outpaint,edit,superres,decoder --run RUN
     sweep     minimuse eval toy --sweep
 
-1,000 pictures a kind (--n), 300 a point of the sweep (--points), seeds from 1000; two to three hours on 2 CPU cores,
-as measured in pieces. Each part has a folder of its own in --out, pictures included, and goes on where it was stopped.
-RUN is the folder of toy's training, for the decoder before its fine-tuning; without it that kind is left out.
-Writes toy.json, toy.md and toy_sweep.png into --out; with --docs here as well, and README's tables.
+From the values of each picture it also computes metrics of parts of a task: each relation, each number of things, what
+an edit leaves as it was; and paired differences between variants of a picture.
+
+1,000 pictures per task (--n), 300 per point of the sweep (--points), seeds from 1000; two to three hours on 2 CPU
+cores. Each part has its own folder in --out, with pictures, and continues after its last finished task. RUN is the
+folder of toy's training, with the decoder before fine-tuning; without it, that task is left out.
+Writes toy.json, toy.md and toy_sweep.png into --out; with --docs also into this folder, with the tables of README.md.
 """
 
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +26,24 @@ import torch
 from timing import HERE, machine, markdown, save, write_readme
 
 from minimuse.data_captions import RELATION_PHRASES
-from minimuse.eval_metrics import Estimate, proportion_interval
-from minimuse.eval_run import RISING, measure, table
+from minimuse.data_scenes import MATERIALS, SIZES
+from minimuse.eval_detector import FIELDS
+from minimuse.eval_metrics import Estimate, paired_difference, proportion_interval
+from minimuse.eval_prompts import prompt_set
+from minimuse.eval_run import measure, table
 
 PARTS = {
-    "base": {"base_only": True, "kinds": ["seen", "novel", "counts", "relations", "paraphrases", "negative"]},
-    "cascade": {"kinds": ["seen", "relations", "inpaint", "outpaint", "edit", "superres", "decoder"]},
+    "base": {"base_only": True, "tasks": ["seen", "novel", "counts", "relations", "paraphrases", "negative"]},
+    "cascade": {"tasks": ["seen", "relations", "inpaint", "outpaint", "edit", "superres", "decoder"]},
     "sweep": {"sweep": True},
 }
 TITLES = {
     "base": "The base model alone, at 64 px",
     "cascade": "The whole cascade, at 128 px",
-    "sweep": "How it draws: a point of the sweep a line (base model, Muse's figure 8)",
+    "sweep": "The sweep: one line per point (base model, Muse's figure 8)",
 }
-PROMPTS = (  # what README says of a kind, which figure of it, and what we want of it
+RISING = {f"rising guidance 0-{2 * t}": f"guidance {t}" for t in (1, 2, 4, 8)}  # pairs with the same mean guidance
+PROMPTS = (  # what the table says of a task, which metric it shows, and the bar
     ("one thing, seen combinations", "seen", "right", "97%"),
     ("one thing, held-out combinations", "novel", "right", "93%"),
     ("two or three alike", "counts", "right", "85%"),
@@ -45,55 +53,106 @@ PROMPTS = (  # what README says of a kind, which figure of it, and what we want 
 )
 
 
-def run(name: str, out: Path, how: dict[str, Any]) -> dict[str, Any]:
-    """One part -> its figures, those of each relation among them."""
-    found = measure(name, out, **how)
-    if (path := out / "kinds" / "relations.json").exists():
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        found["kinds"]["relations"] |= json.loads(json.dumps(by_relation(rows)))
+def run(name: str, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Measure one part -> its report, with the derived metrics."""
+    report = measure(name, out, **options)
+    paths = {task: out / "tasks" / f"{task}.json" for task in report["tasks"]}
+    values = {task: json.loads(path.read_text(encoding="utf-8"))["values"] for task, path in paths.items()}
+    for task, columns in values.items():
+        found = derived(task, columns)
+        if task in RISING:
+            found[f"right, less {RISING[task]}"] = paired(columns["right"], values[RISING[task]]["right"], columns)
+        report["tasks"][task] |= json.loads(json.dumps(found))
+    return report
+
+
+def proportion(successes: Sequence[bool], values: dict[str, list[Any]], rows: Sequence[int]) -> Estimate:
+    """The fraction of successes among some pictures of a task."""
+    return proportion_interval([successes[i] for i in rows], [values["group"][i] for i in rows])
+
+
+def paired(first: list[Any], second: list[Any], values: dict[str, list[Any]]) -> Estimate:
+    return paired_difference(torch.tensor(first), torch.tensor(second), values["group"])
+
+
+def derived(task: str, values: dict[str, list[Any]]) -> dict[str, Estimate]:
+    """Values of a task's pictures -> metrics that are made from them."""
+    groups, found = values["group"], {}
+    if task == "relations":  # a group is "red cube left gray sphere"
+        for name in RELATION_PHRASES:
+            if rows := [i for i, group in enumerate(groups) if name in group.split()]:
+                found[f"right, {name}"] = proportion(values["right"], values, rows)
+    if task == "inpaint":
+        for things in (1, 2):
+            rows = [i for i, group in enumerate(groups) if group.count(" and ") == things - 1]
+            found[f"right, of {things}"] = proportion(values["right"], values, rows)
+    if task == "negative":
+        found |= avoidance(values)
+    if task == "edit":
+        found |= unchanged(values)
+    for variant in ("bicubic", "no text"):
+        if f"right, {variant}" in values:
+            found[f"right, gain over {variant}"] = paired(values["right"], values[f"right, {variant}"], values)
+    for name in ("psnr", "perceptual"):
+        if f"{name}, before" in values:
+            found[f"{name}, gain"] = paired(values[name], values[f"{name}, before"], values)
     return found
 
 
-def by_relation(rows: list[dict[str, Any]]) -> dict[str, Estimate]:
-    """Rows of kind "relations" -> what is right of each; a row's group names it, as "red cube left gray sphere"."""
+def avoidance(values: dict[str, list[Any]]) -> dict[str, Estimate]:
+    """How often each word to guide away from shows; together, those that at least 40% of unguided pictures show."""
+    names = {"unguided": "word shown, unguided", "without": "word shown, without", "with": "word shown"}
+    found, often = {}, []
+    for word in (*SIZES, *MATERIALS):
+        rows = [i for i, group in enumerate(values["group"]) if group.endswith(f"not {word}")]  # "red cube, not metal"
+        for name, column in names.items() if rows else ():
+            found[f"{word}, {name}"] = proportion(values[column], values, rows)
+        often += rows if rows and found[f"{word}, unguided"].value >= 0.4 else []
+    return found | {name: proportion(values[names[name]], values, often) for name in ("without", "with") if often}
+
+
+def unchanged(values: dict[str, list[Any]]) -> dict[str, Estimate]:
+    """Of edits after some iterations and at the end: is the color the new one, and the rest as it was?"""
+    things = [ask.scene.things[0] for ask in prompt_set("edit", len(values["group"]))]
     found = {}
-    for name in RELATION_PHRASES:
-        mine = [row for row in rows if name in row["group"].split()]
-        if mine:
-            found[f"right, {name}"] = proportion_interval(
-                [row["right"] for row in mine], [row["group"] for row in mine]
-            )
+    for mark in (", 10", ", 30", ", 100", ""):
+        equal = {
+            field: [seen == getattr(thing, field) for seen, thing in zip(values[f"{field}{mark}"], things, strict=True)]
+            for field in FIELDS
+        }
+        rest = [all(row) for row in zip(*(equal[k] for k in ("shape", "size", "material")), strict=True)]
+        found[f"colour{mark}"] = proportion_interval(equal["color"], values["group"])
+        found[f"rest{mark}"] = proportion_interval(rest, values["group"])
     return found
 
 
-def cell(figure: list[Any]) -> str:
-    """A figure of eval.json as README shows it: "99.3% (98.6 to 99.7)"."""
-    return str(Estimate(*figure)).rsplit(", n", 1)[0] + ")"
+def cell(metric: list[Any]) -> str:
+    """A metric of eval.json as the tables show it: "99.3% (98.6 to 99.7)"."""
+    return Estimate(*metric).short()
 
 
-def plain(figure: list[Any]) -> str:
-    return f"{figure[0]:{figure[4]}}"
+def plain(metric: list[Any]) -> str:
+    """The value alone: "99.3%"."""
+    return f"{metric[0]:{metric[4]}}"
 
 
-def prompts_table(kinds: dict[str, dict[str, Any]]) -> str:
-    rows = [[says, cell(kinds[kind][name]), bar] for says, kind, name, bar in PROMPTS]
-    without = kinds["negative"]["without"]
+def prompts_table(tasks: dict[str, dict[str, Any]]) -> str:
+    rows = [[says, cell(tasks[task][name]), bar] for says, task, name, bar in PROMPTS]
+    without = tasks["negative"]["without"]
     rows[-1][0] += f" (without it: {plain(without)}; {without[3]:,} pictures)"
     return markdown(["Prompts", "Right, 95% interval", "Bar"], rows)
 
 
-def cascade_table(kinds: dict[str, dict[str, Any]]) -> str:
-    """A row a kind; what else is known of it beside."""
-    inpaint, outpaint, edit, superres = (kinds[name] for name in ("inpaint", "outpaint", "edit", "superres"))
-    changed = max(kind["changed outside"][0] for kind in (inpaint, outpaint))  # 0: bit for bit
+def cascade_table(tasks: dict[str, dict[str, Any]]) -> str:
+    """One row per task, with what else is known about it."""
+    inpaint, outpaint, edit, superres = (tasks[name] for name in ("inpaint", "outpaint", "edit", "superres"))
     rows = [
-        ["one thing, seen combinations", cell(kinds["seen"]["right"]), ""],
-        ["two things and where they stand", cell(kinds["relations"]["right"]), ""],
+        ["one thing, seen combinations", cell(tasks["seen"]["right"]), ""],
+        ["two things and where they stand", cell(tasks["relations"]["right"]), ""],
         [
             "inpainting: a thing replaced",
             cell(inpaint["right"]),
-            f"of one thing {plain(inpaint['right, of 1'])}, of two {plain(inpaint['right, of 2'])}; of the user's "
-            f"pixels outside the mask {f'{changed:.2%}' if changed else 'none'} change",
+            f"of one thing {plain(inpaint['right, of 1'])}, of two {plain(inpaint['right, of 2'])}",
         ],
         [
             "outpainting to the right",
@@ -105,7 +164,7 @@ def cascade_table(kinds: dict[str, dict[str, Any]]) -> str:
             "mask-free edit: another colour",
             cell(edit["right"]),
             "after 100 iterations, the paper's number, and super-resolution; shape, size and material are then still "
-            f"right in {plain(edit['rest, final'])}; after 10 the colour is there in {plain(edit['colour, 10'])}, "
+            f"right in {plain(edit['rest'])}; after 10 the colour is there in {plain(edit['colour, 10'])}, "
             f"after 30 in {plain(edit['colour, 30'])}",
         ],
         ["one to three things, after super-resolution", cell(superres["right"]), ""],
@@ -120,8 +179,8 @@ def cascade_table(kinds: dict[str, dict[str, Any]]) -> str:
             f"the text gains {cell(superres['right, gain over no text'])} points".replace("%", ""),
         ],
     ]
-    if "decoder" in kinds:
-        found = kinds["decoder"]
+    if "decoder" in tasks:
+        found = tasks["decoder"]
         psnr = Estimate(*found["psnr, gain"][:4], ".2f")
         rows.append(
             [
@@ -134,14 +193,14 @@ def cascade_table(kinds: dict[str, dict[str, Any]]) -> str:
     return markdown(["The whole cascade", "Right, 95% interval", ""], rows)
 
 
-def rising_table(kinds: dict[str, dict[str, Any]]) -> str:
-    """Guidance that rises from 0 to 2t beside t throughout: what is right, pair by pair, and the Frechet distance."""
+def rising_table(tasks: dict[str, dict[str, Any]]) -> str:
+    """Guidance that rises from 0 to 2t, next to constant t: what is right, pair by pair, and the Frechet distance."""
     rows = [
         [
             f"0 to {name.split('-')[1]}, or {constant.split()[1]} throughout",
-            *(cell(kinds[k]["right"]) for k in (name, constant)),
-            cell(kinds[name][f"right, less {constant}"]),
-            *(f"{kinds[k]['frechet'][0]:.3f}" for k in (name, constant)),
+            *(cell(tasks[k]["right"]) for k in (name, constant)),
+            cell(tasks[name][f"right, less {constant}"]),
+            *(f"{tasks[k]['frechet'][0]:.3f}" for k in (name, constant)),
         ]
         for name, constant in RISING.items()
     ]
@@ -149,26 +208,26 @@ def rising_table(kinds: dict[str, dict[str, Any]]) -> str:
     return markdown(head, rows)
 
 
-def told(report: dict[str, Any]) -> str:
-    """toy.md: every figure."""
+def page(report: dict[str, Any]) -> str:
+    """toy.md: every metric."""
     at = report["machine"]
     head = (
-        "Made by `python benchmarks/toy_findings.py`; 95% intervals. *Clear*: right, and the reader at least half "
+        "Made by `python benchmarks/toy_findings.py`; 95% intervals. *Clear*: right, and the detector is at least half "
         f"sure. {at['device']}, torch {at['torch']}.\n"
     )
     text = ["# How good is toy\n", head]
     for name in (n for n in PARTS if n in report["parts"]):
-        how, kinds = report["parts"][name]["settings"], report["parts"][name]["kinds"]
-        found = {kind: {k: Estimate(*v) for k, v in figures.items()} for kind, figures in kinds.items()}
+        how, tasks = report["parts"][name]["settings"], report["parts"][name]["tasks"]
+        found = {task: {k: Estimate(*v) for k, v in metrics.items()} for task, metrics in tasks.items()}
         text += [f"## {TITLES[name]}\n", f"{how['n']:,} pictures each, seeds from {how['seed']}.\n"]
-        text += [table(found).split("\n\nSide by side")[0] + "\n"]
+        text += [table(found) + "\n"]
     return "\n".join(text)
 
 
 def summary(report: dict[str, Any]) -> str:
-    """README's tables."""
-    kinds = {name: report["parts"][name]["kinds"] for name in PARTS}
-    return "\n".join([prompts_table(kinds["base"]), cascade_table(kinds["cascade"]), rising_table(kinds["sweep"])])
+    """The tables of README.md."""
+    tasks = {name: report["parts"][name]["tasks"] for name in PARTS}
+    return "\n".join([prompts_table(tasks["base"]), cascade_table(tasks["cascade"]), rising_table(tasks["sweep"])])
 
 
 def main() -> None:
@@ -176,10 +235,10 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", default="toy")
     parser.add_argument("--run", type=Path, help="folder of its training, for the decoder before fine-tuning")
     parser.add_argument("--out", type=Path, default=Path("runs/toy_findings"))
-    parser.add_argument("--n", type=int, default=1000, help="pictures a kind")
-    parser.add_argument("--points", type=int, default=300, help="pictures a point of the sweep")
+    parser.add_argument("--n", type=int, default=1000, help="pictures per task")
+    parser.add_argument("--points", type=int, default=300, help="pictures per point of the sweep")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated (default: {','.join(PARTS)})")
-    parser.add_argument("--docs", action="store_true", help="also write here, and README's tables")
+    parser.add_argument("--docs", action="store_true", help="also write here, and the tables of README.md")
     args = parser.parse_args()
     names = args.parts.split(",")
     if unknown := set(names) - set(PARTS):
@@ -190,16 +249,16 @@ def main() -> None:
     for name in names:
         how = dict(PARTS[name]) | {"n": args.points if name == "sweep" else args.n}
         if name == "cascade":
-            how |= {"training": args.run, "kinds": [k for k in how["kinds"] if args.run or k != "decoder"]}
+            how |= {"training": args.run, "tasks": [k for k in how["tasks"] if args.run or k != "decoder"]}
         report["parts"][name] = run(args.checkpoint, args.out / name, how)
-    save(args.out, "toy", report, told(report))
+    save(args.out, "toy", report, page(report))
     if "sweep" in names:
         shutil.copy(args.out / "sweep" / "sweep-right.png", args.out / "toy_sweep.png")
     if args.docs:
         for name in ("toy.json", "toy.md", "toy_sweep.png"):
             shutil.copy(args.out / name, HERE)
         write_readme(summary(report), "toy")
-    print(told(report))
+    print(page(report))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ parameters. It draws the low-resolution picture alone, since what Muse does afte
     ar         the next token, row by row                    one token a step, in that order         N
     dit        the noise in latents (`baseline_dit.py`)      all latents, less noisy at each step    any T
 
-A new baseline is a subclass of `LowRes` with `configure`, `network`, `fit` and `draw`.
+A new baseline is a subclass of `LowRes` with its own `configure`, `network`, `fit` and `draw`, and a line in
+`cli.BASELINES`.
 
 Glossary: B batch, N image tokens, D width, V codebook size, u progress, t guidance scale.
 Not here: the diffusion baseline (`baseline_dit.py`), the comparison (`benchmarks/race.py`).
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -30,21 +30,20 @@ from torch import Tensor, nn
 
 from minimuse import checkpoint
 from minimuse.cfg import Guidance, drop_text, get_guidance, guide, guided
-from minimuse.config import MuseConfig, StageConfig, to_dict
+from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_sources import Source
 from minimuse.editing import Callback
 from minimuse.muse import Muse, sampling_settings
-from minimuse.plots import grid
 from minimuse.sampler import LogitsFn, SamplingConfig, Step, decode
 from minimuse.text import Context, TextEncoder, pad_contexts
 from minimuse.train import MuseTrainer, pick_captions
 from minimuse.train_engine import Engine, EvalFn, Progress, Stage
-from minimuse.train_log import eval_mode
 from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig, attention, init_from_codebook
-from minimuse.utils import atomic_write
+from minimuse.utils import atomic_write, require
 from minimuse.vqgan import VQGAN
 
-FORMAT = "minimuse-baseline-1"  # of config.json
+FORMAT = "minimuse-{}-1"  # in config.json, with the name of the model
+Inputs = Callable[[Tensor, list[torch.Generator]], tuple[Any, ...]]  # indices (b,), b generators -> arguments of a loss
 
 # --- what all baselines share: a checkpoint that draws ----------------------------------------------------------------
 
@@ -52,8 +51,7 @@ FORMAT = "minimuse-baseline-1"  # of config.json
 class LowRes:
     """Muse's base model by itself: low-resolution pictures from text alone. Each baseline is a subclass.
 
-    config: a Muse's, changed by `configure`. parts: "low_tokenizer" and "base", the network that a baseline replaces.
-    A Muse of these two parts reads the prompts and decodes the tokens.
+    config: from `configure`; parts: from `build`. A Muse of the two parts reads the prompts and decodes the tokens.
     """
 
     model = "masked"  # its name in `minimuse train --model` and in config.json
@@ -68,14 +66,13 @@ class LowRes:
     low_tokenizer = property(lambda self: self.parts["low_tokenizer"])
     examples = property(lambda self: self.muse.examples)
     fingerprint = property(lambda self: self.muse.fingerprint)
-
-    # --- what a baseline replaces -------------------------------------------------------------------------------------
+    picture = property(lambda self: self.muse.picture)  # a Step -> B images
 
     @classmethod
     def configure(cls, config: MuseConfig) -> MuseConfig:
         """A Muse's configuration -> this model's: its name, two of the five stages, its sampling."""
-        if config.low_tokenizer_from:
-            raise ValueError(f"low_tokenizer_from is {config.low_tokenizer_from!r}; a baseline trains its own: give ''")
+        foreign = config.low_tokenizer_from
+        require(not foreign, f"low_tokenizer_from is {foreign!r}; a baseline trains its own tokenizer: give ''")
         stages = {name: config.stages[name] for name in ("low_tokenizer", "base") if name in config.stages}
         return replace(config, name=f"{config.name}-{cls.model}", stages=stages)
 
@@ -89,14 +86,15 @@ class LowRes:
         init_from_codebook(self.base, self.low_tokenizer.codebook)
         return trainer.transformer("base")
 
-    def draw(
-        self, text: Memory, null: Memory, guidance: Guidance, generators: list[torch.Generator], **sampling: Any
-    ) -> Iterator[Step]:
-        """Two memories, a generator for each picture, `settings` -> Steps."""
-        sampling |= {"mask_id": self.base.mask_id, "generator": generators}
-        return decode(guided(self.base, text, null, guidance), all_masked(self.base, text), **sampling)
+    def draw(self, memories: list[Memory], guidance: Guidance, generators: Any, sampling: dict) -> Iterator[Step]:
+        """Memories of the texts and of what to guide away from, a generator for each picture, settings -> Steps."""
+        logits_fn = self.logits_fn(*memories, guidance)
+        tokens = torch.full((len(generators), self.base.config.tokens), self.base.mask_id, device=self.muse.device)
+        return decode(logits_fn, tokens, mask_id=self.base.mask_id, generator=generators, **sampling)
 
-    # --- what all share -----------------------------------------------------------------------------------------------
+    def logits_fn(self, text: Memory, null: Memory, guidance: Guidance) -> LogitsFn:
+        """The function that `draw` decodes with."""
+        return guided(self.base, text, null, guidance)
 
     @classmethod
     def build(cls, config: MuseConfig) -> nn.ModuleDict:
@@ -110,10 +108,9 @@ class LowRes:
             known = ", ".join(sorted(self.settings))
             raise TypeError(f"{self.config.name} has no setting {', '.join(wrong)}; it has {known}")
         guidance, values = sampling_settings(self.config.base_sampling, sampling)
-        values = {k: v for k, v in values.items() if k in self.settings}
         memories = [self.base.memory(context) for context in self.muse.contexts(jobs)]
         generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
-        for step in self.draw(*memories, guidance, generators, **values):
+        for step in self.draw(memories, guidance, generators, values):
             yield step._replace(stage="base", guidance=guidance(step.u))
 
     def generate(
@@ -129,7 +126,7 @@ class LowRes:
     ) -> list[Image.Image]:
         """As `Muse.generate`, with the sampling settings that the baseline has."""
         images = []
-        jobs = self.muse.jobs(prompts, n, seed, negative_prompt, sampling)
+        jobs = self.muse.jobs(prompts, n, seed, negative_prompt)
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             images += self.muse.to_pictures(self.decode(batch, **sampling), batch, sampling, callback)
@@ -137,79 +134,42 @@ class LowRes:
 
     def steps(self, prompt: str, *, n: int = 1, seed: int | None = None, **sampling: Any) -> Iterator[Step]:
         """The Steps of `generate`, one at a time."""
-        return self.decode(self.muse.jobs(prompt, n, seed, None, sampling), **sampling)
-
-    def picture(self, step: Step) -> list[Image.Image]:
-        """A Step -> B images."""
-        return self.muse.picture(step)
+        return self.decode(self.muse.jobs(prompt, n, seed), **sampling)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
         """Write config.json, model.safetensors and a model card (README.md)."""
-        folder = Path(folder)
-        if not overwrite:
-            checkpoint.refuse_existing(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in self.parts.state_dict().items()}
-        values = {
-            "format": FORMAT,
-            "model": self.model,
-            "load_with": f"{type(self).__module__}.{type(self).__name__}.from_pretrained",
-            "config": to_dict(self.config),
-            "examples": self.examples,
-        }
+        load_with = f"{type(self).__module__}.{type(self).__name__}.from_pretrained"
+        about = {"format": FORMAT.format(self.model), "load_with": load_with, "examples": self.examples}
+        folder = checkpoint.save(folder, self.config, weights, about, overwrite=overwrite)
         card = f"# {self.config.name}\n\nA baseline for Muse by minimuse ({self.model}). It draws at low resolution.\n"
-        atomic_write(folder / checkpoint.WEIGHTS, lambda path: checkpoint.write_weights(weights, path))
-        atomic_write(folder / checkpoint.CONFIG, json.dumps(values, indent=1) + "\n")
         atomic_write(folder / checkpoint.CARD, card)
         return folder
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device | None = None) -> Self:
         """A folder of `save_pretrained` of the same class -> the model. `device` None is cuda, then mps, then cpu."""
-        path = checkpoint.find(folder) / checkpoint.CONFIG
-        values = checkpoint.read_json(path)
-        if (values.get("format"), values.get("model")) != (FORMAT, cls.model):
-            raise ValueError(f"{path} holds {values.get('model')!r} of {values.get('format')!r}, not {cls.model!r}")
-        config = checkpoint.configuration(values, path)
+        config, weights, about = checkpoint.load(folder, FORMAT.format(cls.model))
         with torch.device("meta"):
             parts = cls.build(config)
-        weights = checkpoint.read_weights(path.with_name(checkpoint.WEIGHTS))
         checkpoint.check_weights(parts.state_dict(), weights, folder)
         parts.load_state_dict(weights, assign=True)
         encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens)
-        return cls(config, parts.eval(), encoder, examples=values["examples"]).to(device)
+        return cls(config, parts.eval(), encoder, examples=about["examples"]).to(device)
 
     def to(self, device: str | torch.device | None = None) -> Self:
-        """Move the networks and the language model; returns itself."""
+        """Move the networks and the language model. Returns itself."""
         self.muse.to(device)
         return self
-
-
-def all_masked(model: Transformer, memory: Memory) -> Tensor:
-    """(B, N) tokens to begin with, all [MASK], for B texts."""
-    attend = memory.attend
-    return torch.full((len(attend), model.config.tokens), model.mask_id, device=attend.device)
 
 
 # --- what all baselines share: training -------------------------------------------------------------------------------
 
 
 def train_network(
-    loss: nn.Module,
-    config: StageConfig,
-    inputs: Callable[[Tensor, list[torch.Generator]], tuple[Any, ...]],
-    *,
-    n: int,
-    count: int,
-    engine: Engine | None = None,
-    eval_fn: EvalFn | None = None,
+    loss: nn.Module, config: StageConfig, inputs: Inputs, n: int, count: int, engine: Engine, eval_fn: EvalFn | None
 ) -> Iterator[Progress]:
-    """Train `loss.model` on n examples -> a Progress a step.
-
-    inputs(indices, generators) gives the arguments of `loss` for a micro-batch. `loss` returns a sum; `count` is how
-    many numbers the sum of a whole batch has.
-    """
-    engine = engine or Engine()
+    """Train `loss.model` on n examples. `loss` sums over a micro-batch; `count` is the number of terms of a batch."""
     loss.train()
     torch.manual_seed(engine.seed)
     job = Stage(engine, "base", config, {"model": loss}, shard=True)
@@ -236,10 +196,7 @@ def read_texts(texts: Any, at: Tensor, generators: list[torch.Generator], p: flo
 def train_baseline(
     make: type[LowRes], config: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None
 ) -> Iterator[Progress]:
-    """A configuration of `make.configure` -> a Progress a step. The last one's model is the trained baseline.
-
-    `data` and `engine` as in `train.train_muse`: with `engine.folder` a stopped run is resumed where it was.
-    """
+    """As `train.train_muse`, for a configuration of `make.configure`. The last Progress holds the baseline."""
     engine = engine or Engine()
     with ExitStack() as stack:
         folder = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
@@ -263,20 +220,6 @@ def _stages(make: type[LowRes], trainer: MuseTrainer) -> Iterator[Progress]:
     parts["base"] = engine.gather_full_model(parts["base"], lambda: make.network(config))
     model = make(config, parts.eval(), trainer.encoder, **about).to(engine.device)
     yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, model)
-
-
-def save_samples(model: LowRes, trainer: MuseTrainer) -> EvalFn:
-    """-> a function that saves what the model draws for fixed prompts and seeds."""
-    log, engine = trainer.log, trainer.engine
-
-    def eval_fn(loss: nn.Module, step: int) -> dict[str, float]:
-        if log.folder and not engine.sharded:  # drawing with a sharded model would need all processes
-            with eval_mode(model.parts), engine.precision():
-                images = model.generate(model.examples, seed=0)
-            log.picture("base", step, lambda: grid(images, model.examples, columns=3))
-        return {}
-
-    return eval_fn
 
 
 # --- autoregression ---------------------------------------------------------------------------------------------------
@@ -307,8 +250,7 @@ class CausalTransformer(Transformer):
     """tokens (B, N), memory -> logits (B, N, V); those of place i follow from the tokens before it."""
 
     def __init__(self, config: TransformerConfig):
-        if config.block:
-            raise ValueError(f"block is {config.block}; causal attention is not multi-axis attention: give block=0")
+        require(not config.block, f"block is {config.block}; causal attention is not multi-axis: give block=0")
         super().__init__(config)
         for i, layer in enumerate(self.layers):
             self.layers[i] = CausalLayer(config.width, config.heads, config.mlp_width, 0, config.dropout)
@@ -342,14 +284,22 @@ class NextTokenLoss(nn.Module):
         return F.cross_entropy(logits, x.flatten(), reduction="sum", label_smoothing=self.label_smoothing)
 
 
-def train_ar(model: CausalTransformer, config: StageConfig, tokens: Any, texts: Any, **how: Any) -> Iterator[Progress]:
-    """Train to predict the next token. Tokens (n, N) and texts as in `train.train_transformer`; how: engine, eval_fn."""
+def train_ar(
+    model: CausalTransformer,
+    config: StageConfig,
+    tokens: Any,
+    texts: Any,
+    *,
+    engine: Engine | None = None,
+    eval_fn: EvalFn | None = None,
+) -> Iterator[Progress]:
+    """Train to predict the next token. The arguments are those of `train.train_transformer`."""
 
     def inputs(at: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Context]:
         return tokens[at], read_texts(texts, at, generators, config.cond_drop_prob)
 
-    sizes = {"n": len(tokens), "count": config.batch * tokens.shape[1]}
-    return train_network(NextTokenLoss(model, config.label_smoothing), config, inputs, **sizes, **how)
+    loss, count = NextTokenLoss(model, config.label_smoothing), config.batch * tokens.shape[1]
+    return train_network(loss, config, inputs, len(tokens), count, engine or Engine(), eval_fn)
 
 
 def cached(model: CausalTransformer, cond: Memory, uncond: Memory, guidance: Guidance) -> LogitsFn:
@@ -362,6 +312,8 @@ def cached(model: CausalTransformer, cond: Memory, uncond: Memory, guidance: Gui
 
     def logits_fn(tokens: Tensor, u: float) -> Tensor:
         place = cache[0][0].shape[2] if cache[0] else 0
+        known = int((tokens[0] != model.mask_id).sum())
+        require(known == place, f"step {place} came with {known} known tokens; reveal one a step, in raster order")
         new = model(tokens.repeat(2, 1), both, cache)[:, 0]  # (2B, V)
         logits = new.new_zeros(*tokens.shape, new.shape[-1])
         logits[:, place] = guide(*new.chunk(2), scale(u))
@@ -378,7 +330,8 @@ class Autoregressive(LowRes):
 
     @classmethod
     def configure(cls, config: MuseConfig) -> MuseConfig:
-        sampling = replace(config.base_sampling, guidance=(1.0, 1.0), steps=config.base.tokens)
+        one_by_one = {"steps": config.base.tokens, "order": "raster", "choice_temperature": 0.0}
+        sampling = replace(config.base_sampling, guidance=(1.0, 1.0), **one_by_one)
         return replace(super().configure(config), base_sampling=sampling)
 
     @classmethod
@@ -388,11 +341,8 @@ class Autoregressive(LowRes):
     def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
         init_from_codebook(self.base, self.low_tokenizer.codebook)
         data, stage = trainer.data, self.config.stages["base"]
-        how = {"engine": trainer.engine, "eval_fn": save_samples(self, trainer)}
+        how = {"engine": trainer.engine, "eval_fn": trainer.log.samples_of(self)}
         return train_ar(self.base, stage, data.split(data.tokens["low"]), data.split(data.texts), **how)
 
-    def draw(
-        self, text: Memory, null: Memory, guidance: Guidance, generators: list[torch.Generator], **sampling: Any
-    ) -> Iterator[Step]:
-        sampling |= {"mask_id": self.base.mask_id, "steps": self.base.config.tokens, "generator": generators}
-        return decode(cached(self.base, text, null, guidance), all_masked(self.base, text), order="raster", **sampling)
+    def logits_fn(self, text: Memory, null: Memory, guidance: Guidance) -> LogitsFn:
+        return cached(self.base, text, null, guidance)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse.baseline_ar import LowRes, read_texts, save_samples, train_network
+from minimuse.baseline_ar import LowRes, read_texts, train_network
 from minimuse.cfg import Guidance, guided
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_images import to_float
@@ -33,8 +33,8 @@ from minimuse.masking import Generators, uniforms
 from minimuse.sampler import Step
 from minimuse.text import Context
 from minimuse.train import Decimated, MuseTrainer
-from minimuse.train_engine import Progress
-from minimuse.transformer import CrossAttention, Memory, SelfAttention, Transformer, TransformerConfig
+from minimuse.train_engine import Engine, EvalFn, Progress
+from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig
 from minimuse.utils import require
 from minimuse.vqgan import VQGAN
 
@@ -66,30 +66,22 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-class Block(nn.Module):
+class Block(Layer):
     """x (B, N, D), time c (B, 1, D), a layer's keys and values -> (B, N, D): adaLN-Zero (DiT 3.2).
 
-    Shift, scale and gate of self-attention and MLP are linear in the time.
+    Muse's layer with a shift, scale and gate of self-attention and MLP that are linear in the time.
     """
 
     def __init__(self, config: TransformerConfig):
-        super().__init__()
-        self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
+        super().__init__(config.width, config.heads, config.mlp_width, config.block, config.dropout)
+        self.norm1 = self.norm3 = nn.LayerNorm(config.width, elementwise_affine=False)
         self.condition = nn.Linear(config.width, 6 * config.width)
-        self.attention = SelfAttention(config.width, config.heads)
-        self.cross_norm = nn.LayerNorm(config.width, bias=False)
-        self.cross = CrossAttention(config.width, config.heads)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.width, config.mlp_width, bias=False),
-            nn.GELU(),
-            nn.Linear(config.mlp_width, config.width, bias=False),
-        )
 
     def forward(self, x: Tensor, c: Tensor, *memory: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(c).chunk(6, -1)
-        x = x + gate1 * self.attention(modulate(self.norm(x), shift1, scale1))
-        x = x + self.cross(self.cross_norm(x), *memory)
-        return x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))
+        x = x + gate1 * self.dropout(self.attention(modulate(self.norm1(x), shift1, scale1)))
+        x = x + self.dropout(self.cross(self.norm2(x), *memory))
+        return x + gate2 * self.dropout(self.mlp(modulate(self.norm3(x), shift2, scale2)))
 
 
 def time_waves(step: Tensor, width: int) -> Tensor:
@@ -224,8 +216,16 @@ def latents(vqgan: VQGAN, images: Any, batch: int = 256) -> Tensor:
     return torch.cat([vqgan.encoder(to_float(images[at]).to(device)).float().cpu() for at in parts])
 
 
-def train_dit(model: DiT, config: StageConfig, z: Tensor, texts: Any, **how: Any) -> Iterator[Progress]:
-    """Train to predict noise in latents z (n, d, h, w). Texts as in `train.train_transformer`; how: engine, eval_fn."""
+def train_dit(
+    model: DiT,
+    config: StageConfig,
+    z: Tensor,
+    texts: Any,
+    *,
+    engine: Engine | None = None,
+    eval_fn: EvalFn | None = None,
+) -> Iterator[Progress]:
+    """Train to predict noise in latents z (n, d, h, w). The others are as in `train.train_transformer`."""
     model.observe(z)
 
     def inputs(at: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor, Context]:
@@ -233,8 +233,8 @@ def train_dit(model: DiT, config: StageConfig, z: Tensor, texts: Any, **how: Any
         noise = gaussians(len(at), *z.shape[1:], generator=generators)
         return z[at], noise, step, read_texts(texts, at, generators, config.cond_drop_prob)
 
-    sizes = {"n": len(z), "count": config.batch * z[0].numel()}
-    return train_network(NoiseLoss(model), config, inputs, **sizes, **how)
+    count = config.batch * z[0].numel()
+    return train_network(NoiseLoss(model), config, inputs, len(z), count, engine or Engine(), eval_fn)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -291,18 +291,18 @@ class Diffusion(LowRes):
         data, stage = trainer.data, self.config.stages["base"]
         factor = self.config.high_tokenizer.image_size // self.config.low_tokenizer.image_size
         z = latents(self.low_tokenizer, Decimated(data.split(data.images), factor))
-        how = {"engine": trainer.engine, "eval_fn": save_samples(self, trainer)}
+        how = {"engine": trainer.engine, "eval_fn": trainer.log.samples_of(self)}
         return train_dit(self.base, stage, z, data.split(data.texts), **how)
 
-    def draw(
-        self, text: Memory, null: Memory, guidance: Guidance, generators: list[torch.Generator], **sampling: Any
-    ) -> Iterator[Step]:
+    def draw(self, memories: list[Memory], guidance: Guidance, generators: Any, sampling: dict) -> Iterator[Step]:
+        """DDIM in sampling["steps"] steps."""
+
         def noise_fn(x: Tensor, u: float, step: Tensor) -> Tensor:
-            return guided(partial(self.base, step=step), text, null, guidance)(x, u)
+            return guided(partial(self.base, step=step), *memories, guidance)(x, u)
 
         grid = self.config.low_tokenizer.grid
         x = gaussians(len(generators), len(self.base.mean), grid, grid, generator=generators)
-        for d in ddim(noise_fn, x.to(self.muse.device), **sampling):
+        for d in ddim(noise_fn, x.to(self.muse.device), steps=sampling["steps"]):
             tokens = self.low_tokenizer.quantizer.nearest(self.base.standardize(d.clean, back=True))
             none = torch.zeros_like(tokens, dtype=torch.bool)
             yield Step(d.index, d.u, tokens, none, none, none.float())

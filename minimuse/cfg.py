@@ -8,21 +8,18 @@ Not here: the decoding (`sampler.py`).
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from minimuse.text import Context
+from minimuse.transformer import Memory, Transformer
 from minimuse.utils import require
-
-if TYPE_CHECKING:
-    from minimuse.text import Context
-    from minimuse.transformer import Memory, Transformer
 
 Guidance = float | tuple[float, float] | Callable[[float], float]
 
 
-def null_text(context: "Context") -> "Context":
+def null_text(context: Context) -> Context:
     """Removed text, (B, 1, D_lm): a single attended zero embedding.
 
     Choice: the paper is silent. An empty text would be an empty softmax, which is NaN or 0, depending on the backend.
@@ -32,8 +29,8 @@ def null_text(context: "Context") -> "Context":
 
 
 def drop_text(
-    context: "Context", p: float, generator: torch.Generator | Sequence[torch.Generator] | None = None
-) -> "Context":
+    context: Context, p: float, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> Context:
     """context (B, L, D_lm) -> same shape; each example loses its text with probability p, as in `null_text`.
 
     `generator` is one for the whole batch, or one for each example.
@@ -76,9 +73,7 @@ def from_guidance_scale(s: float) -> float:
     return s - 1
 
 
-def guided(
-    model: "Transformer", cond: "Memory", uncond: "Memory", guidance: Guidance
-) -> Callable[[Tensor, float], Tensor]:
+def guided(model: Transformer, cond: Memory, uncond: Memory, guidance: Guidance) -> Callable[[Tensor, float], Tensor]:
     """A model and two memories -> the LogitsFn (tokens (B, N), u) -> guided logits (B, N, V), in float32.
 
     Both branches run as one batch of 2B; if t = 0, only the first runs. `uncond` is the memory of `null_text`, or of a

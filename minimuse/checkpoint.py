@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_weights
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from minimuse.config import MuseConfig, from_dict, to_dict
@@ -55,17 +55,17 @@ def find(name: str | Path) -> Path:
         raise FileNotFoundError(f"{problem}; the hub gave none: {type(e).__name__}") from e
 
 
-def load(name: str | Path) -> tuple[MuseConfig, dict[str, Tensor], dict[str, Any]]:
+def load(name: str | Path, format: str = FORMAT) -> tuple[MuseConfig, dict[str, Tensor], dict[str, Any]]:
     """A checkpoint -> configuration, weights, {"words": ..., "examples": ...}. Errors name the file that is wrong."""
     folder = find(name)
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no {file}; a checkpoint is what Muse.save_pretrained writes")
     values = read_json(folder / CONFIG)
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+    if not isinstance(values, dict) or values.get("format") != format:
         found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        hint = values.get("load_with") if isinstance(values, dict) else None  # another kind of model tells how
-        message = f"{folder / CONFIG} holds no Muse: its format is {found!r}, expected {FORMAT!r}"
+        hint = values.get("load_with") if isinstance(values, dict) else None  # written by other kinds of models
+        message = f"{folder / CONFIG} holds another kind of model: its format is {found!r}, expected {format!r}"
         raise ValueError(message + (f"; load it with {hint}" if hint else ""))
     about = {name: values.get(name, []) for name in ("words", "examples")}
     return configuration(values, folder / CONFIG), read_weights(folder / WEIGHTS), about
@@ -85,6 +85,13 @@ def configuration(values: Any, path: Path) -> MuseConfig:
         return from_dict(values["config"])
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} holds no whole configuration: {e!r}") from e
+
+
+def read_configuration(path: Path) -> MuseConfig:
+    """The configuration in a checkpoint's config.json, a run's run.json, or a JSON file that holds nothing else."""
+    values = read_json(path)
+    is_whole = isinstance(values, dict) and "config" in values
+    return configuration(values if is_whole else {"config": values}, path)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -139,18 +146,10 @@ def save(
         refuse_existing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = {"format": FORMAT, "config": to_dict(config), **about}
-    atomic_write(folder / WEIGHTS, lambda path: write_weights(weights, path))
+    atomic_write(folder / WEIGHTS, lambda path: path.write_bytes(serialize(weights, {"format": "pt"})))
     atomic_write(folder / CONFIG, json.dumps(values, indent=1) + "\n")
     atomic_write(folder / CARD, card(config, weights, about))
     return folder
-
-
-def write_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. OSError if that fails, for example on a full disk."""
-    try:
-        save_file(weights, path, metadata={"format": "pt"})
-    except SafetensorError as e:
-        raise OSError(f"{path} could not be written: {e}") from e
 
 
 def refuse_existing(folder: Path) -> None:

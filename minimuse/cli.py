@@ -9,11 +9,9 @@ Not here: the page of `minimuse app` (`app.py`).
 """
 
 import argparse
-import itertools
 import logging
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from pydoc import locate
@@ -188,11 +186,14 @@ def _draw(args: argparse.Namespace) -> None:
     """generate, inpaint, outpaint, edit: draw with a progress bar, and save the pictures with their settings."""
     from tqdm import tqdm
 
-    from minimuse.pictures import save_png
+    from minimuse.pictures import difference, open_picture, output_paths, save_png
     from minimuse.plots import film
+    from minimuse.utils import require
 
     draw = _method(args)
-    paths = _output_paths(args)
+    count = len(args.prompts) * args.n
+    require(count >= 1, f"--n {args.n}: give at least 1")
+    paths = output_paths(args.out, args.prompts[0], count, film=args.film, force=args.force)
     muse = open_model(args.model or "toy", device=args.device)
     settings = {name: value for name in SAMPLING if (value := getattr(args, name, None)) is not None}
     settings |= {"n": args.n, "seed": args.seed, "negative_prompt": args.negative_prompt}
@@ -215,7 +216,7 @@ def _draw(args: argparse.Namespace) -> None:
         save_png(strip, paths[-1])
         print(paths[-1])
     if getattr(args, "like", None):
-        _print_difference(images[0], args.like)
+        print(f"{args.like}: {difference(open_picture(args.like), images[0])}")
 
 
 def open_model(name: str | Path, *, device: Any = None) -> Any:
@@ -224,8 +225,9 @@ def open_model(name: str | Path, *, device: Any = None) -> Any:
 
     path = checkpoint.find(name) / checkpoint.CONFIG
     values = checkpoint.read_json(path) if path.is_file() else None
-    model = values.get("model") if isinstance(values, dict) else None  # a Muse has none
-    return locate(BASELINES.get(model, "minimuse.muse.Muse")).from_pretrained(name, device=device)
+    format = values.get("format") if isinstance(values, dict) else None
+    models = {f"minimuse-{model}-1": place for model, place in BASELINES.items()}
+    return locate(models.get(format, "minimuse.muse.Muse")).from_pretrained(name, device=device)
 
 
 def _method(args: argparse.Namespace) -> Callable[..., list]:
@@ -258,42 +260,6 @@ def _method(args: argparse.Namespace) -> Callable[..., list]:
     return lambda muse, **settings: getattr(muse, args.command)(*inputs, args.prompts[0], **settings)
 
 
-def _print_difference(new: Any, path: Path) -> None:
-    import numpy as np
-
-    from minimuse.pictures import open_picture
-
-    old = open_picture(path).convert("RGB")
-    if new.size == old.size:
-        difference = np.abs(np.asarray(new, dtype=int) - np.asarray(old)).max(2)
-        count = f"{(difference > 0).sum()} of {difference.size} pixels differ from {path}"
-        found = f"{count}, by at most {difference.max()} of 255: other hardware rounds differently"
-        print(found if difference.any() else f"the same pixels as {path}")
-
-
-def _output_paths(args: argparse.Namespace) -> list[Path]:
-    """Paths of the pictures, then of the film if there is one. Without --out, the first free name is taken."""
-    from minimuse.utils import require
-
-    count = len(args.prompts) * args.n
-    require(count >= 1, f"--n {args.n}: give at least 1")
-    is_png = args.out is None or args.out.suffix.lower() == ".png"
-    require(is_png, f"--out {args.out}: give a name that ends in .png, the format that holds the settings")
-    stem = re.sub(r"[\W_]+", "-", args.prompts[0].lower()).strip("-")[:60] or "picture"
-    endings = ["", *(f"-{i}" for i in range(1, count)), *["-film"] * args.film]
-    for version in itertools.count(1):
-        path = args.out or Path(f"{stem}-v{version}.png" if version > 1 else f"{stem}.png")
-        paths = [path.with_stem(path.stem + ending) for ending in endings]
-        existing = [str(path) for path in paths if path.exists()]
-        if args.out or not existing:
-            break
-    if existing and not args.force:
-        raise FileExistsError(f"{', '.join(existing)} already there; give another --out, or --force to overwrite")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent}; create it first")
-    return paths
-
-
 def _app(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
     from minimuse.app import serve
@@ -309,11 +275,13 @@ def _train(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from minimuse import train_state
+    from minimuse.baseline_ar import train_baseline
     from minimuse.config import to_dict
     from minimuse.data_sources import open_source
+    from minimuse.train import train_muse
     from minimuse.train_engine import Engine, Stopped
     from minimuse.train_log import add_record
+    from minimuse.train_state import open_run
 
     config = _configuration(args)
     source = open_source(args.data, config, seed=args.seed)
@@ -323,14 +291,16 @@ def _train(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in ("seed", "device", "accumulate", "compile", "recompute", "keep")}
     engine = Engine(folder=args.out, **options)
     run = {"config": to_dict(config), "seed": args.seed, "data": args.data, "data_fingerprint": source.fingerprint}
-    run |= {"model": args.model} if args.model else {}
+    if args.model:
+        run["model"] = args.model
     if engine.is_main:
-        train_state.open_run(args.out, run, resume=args.resume)
+        open_run(args.out, run, resume=args.resume)
     engine.accelerator.wait_for_everyone()
     engine.handle_signals()
+    trainer = partial(train_baseline, locate(BASELINES[args.model])) if args.model else train_muse
     bars: dict[str, tqdm] = {}
     try:
-        for p in _trainer(args.model)(config, data=source, engine=engine):
+        for p in trainer(config, data=source, engine=engine):
             if p.stage not in bars:
                 bars[p.stage] = tqdm(total=p.steps, desc=p.stage, disable=not engine.is_main)
             shown = {name: f"{value:.3g}" for name, value in p.metrics.items() if not name.startswith("held_out")}
@@ -347,36 +317,23 @@ def _train(args: argparse.Namespace) -> None:
         print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
 
 
-def _trainer(model: str | None) -> Callable[..., Iterator]:
-    """`train_muse`, or what trains a baseline."""
-    if model is None:
-        return locate("minimuse.train.train_muse")
-    return partial(locate("minimuse.baseline_ar.train_baseline"), locate(BASELINES[model]))
-
-
 def _configuration(args: argparse.Namespace) -> Any:
     """The configuration of a preset, a JSON file or the run to resume, with the changes of --set."""
-    from minimuse import checkpoint, train_state
+    from minimuse.checkpoint import read_configuration
     from minimuse.config import PRESETS, changed, preset
+    from minimuse.train_state import RUN, read_run
+    from minimuse.utils import require
 
     if args.resume and args.preset is None:
-        path = args.out / train_state.RUN
-        if not path.exists():
+        if not (args.out / RUN).exists():
             raise FileNotFoundError(f"{args.out} holds no run to resume; give a preset to begin one")
-        run = train_state.read_run(args.out)
-        args.seed = run["seed"]
-        args.data = run["data"]
-        args.model = run.get("model")
-        return changed(checkpoint.configuration(run, path), args.set)
-    if args.preset is None:
-        raise ValueError(f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
-    path = Path(args.preset)
-    if args.preset in PRESETS or not path.is_file():
-        config = preset(args.preset)
-    else:
-        values = checkpoint.read_json(path)
-        is_run = isinstance(values, dict) and "config" in values
-        config = checkpoint.configuration(values if is_run else {"config": values}, path)
+        run = read_run(args.out)
+        for name in ("seed", "data", "model"):
+            setattr(args, name, run.get(name))
+        return changed(read_configuration(args.out / RUN), args.set)
+    require(args.preset is not None, f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
+    is_file = args.preset not in PRESETS and Path(args.preset).is_file()
+    config = read_configuration(Path(args.preset)) if is_file else preset(args.preset)
     if args.model:
         config = locate(BASELINES[args.model]).configure(config)
     return changed(config, args.set)
@@ -416,22 +373,12 @@ def _average(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    """Print each finding: verdict, stage, check, the number and, once for each check, what to do."""
-    from textwrap import fill
-
-    from minimuse.train_doctor import examine
+    """Print the findings. The exit code is 1 if one of them is wrong."""
+    from minimuse.train_doctor import examine, findings_text
 
     findings = examine(args.folder, args.stage, device=args.device)
-    explained = set()
-    for finding in findings:
-        print(f"{finding.verdict:5}  {finding.stage}, {finding.check}")
-        known = finding.verdict == "fine" and finding.check in explained
-        for text in [finding.says] if known else [finding.says, finding.mend]:
-            print(fill(text, 110, initial_indent="       ", subsequent_indent="       "))
-        explained.add(finding.check)
-    wrong = sum(finding.verdict == "wrong" for finding in findings)
-    print(f"{len(findings)} findings, {sum(f.verdict == 'look' for f in findings)} to look at, {wrong} wrong")
-    if wrong:
+    print(findings_text(findings))
+    if any(finding.verdict == "wrong" for finding in findings):
         raise SystemExit(1)
 
 
@@ -441,11 +388,21 @@ def _doctor(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     """Print a table, and paired differences from its first sampler. With --out, also write figures and tables."""
     from minimuse import lab
+    from minimuse.lab_models import open_amused
 
     out = None if args.force else args.out  # compare refuses a folder with another report
     settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": out}
     steps = [int(t) for t in args.steps]
-    report = lab.compare(_target(args), args.schedule, args.order, steps, **settings)
+    if args.muse:
+        target = open_model(args.muse, device=args.device)
+    elif args.amused:
+        samples = args.samples or 512
+        target = open_amused(args.amused, args.data, args.clip, device=args.device, samples=samples, seed=args.seed)
+    elif args.world in lab.WORLDS:
+        target = lab.WORLDS[args.world]()
+    else:
+        raise ValueError(f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
+    report = lab.compare(target, args.schedule, args.order, steps, **settings)
     print(report.table())
     if len(args.schedule) * len(args.order) > 1:
         print(f"\ndifference from {args.schedule[0]}, {args.order[0]}; paired, bold where the interval excludes 0")
@@ -454,36 +411,12 @@ def _compare(args: argparse.Namespace) -> None:
         print(report.save(args.out, overwrite=True) if args.force else args.out)
 
 
-def _target(args: argparse.Namespace) -> Any:
-    """What `compare` measures: a world, a Muse, or published weights."""
-    from minimuse import lab
-
-    if args.muse:
-        from minimuse.muse import Muse
-
-        return Muse.from_pretrained(args.muse, device=args.device)
-    if args.amused:
-        from minimuse.amused import Amused
-        from minimuse.eval_clip import ClipScorer
-        from minimuse.lab_models import AmusedEvaluator
-        from minimuse.utils import pick_device
-
-        if not (args.data and args.clip):
-            raise ValueError("--amused needs --data, a folder of captioned pictures, and --clip, the name of a CLIP")
-        device = pick_device(args.device)
-        amused = Amused.from_pretrained(args.amused).to(device)
-        scorer = ClipScorer(args.clip, device)
-        return AmusedEvaluator(amused, args.data, scorer, samples=args.samples or 512, seed=args.seed)
-    if args.world not in lab.WORLDS:
-        raise ValueError(f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
-    return lab.WORLDS[args.world]()
-
-
 def _evaluate(args: argparse.Namespace) -> None:
     """Print the tables of the report."""
     from minimuse.eval_run import measure
 
-    measure(**{name: value for name, value in vars(args).items() if name not in ("run", "command")})
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "command", "kinds")}
+    measure(**options, tasks=args.kinds)
     print((args.out / "eval.md").read_text(encoding="utf-8"))
 
 
@@ -491,7 +424,7 @@ def _info(args: argparse.Namespace) -> None:
     """Print a few lines for each preset or checkpoint."""
     import torch
 
-    from minimuse import checkpoint
+    from minimuse.checkpoint import shipped
     from minimuse.config import PRESETS, preset
     from minimuse.muse import build
 
@@ -503,19 +436,21 @@ def _info(args: argparse.Namespace) -> None:
         else:
             muse = open_model(name, device="cpu")
             config, parts = muse.config, muse.parts
-        counts = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
-        print(f"{name}: {sum(counts.values()) / 1e6:,.1f}M parameters, text from {config.text_encoder}")
+        counts = {part: sum(p.numel() for p in module.parameters()) / 1e6 for part, module in parts.items()}
+        print(f"{name}: {sum(counts.values()):,.1f}M parameters, text from {config.text_encoder}")
         for part, count in counts.items():
-            model = getattr(parts[part], "config", None)
-            line = f"  {part:14} {count / 1e6:8,.1f}M"
-            if part in ("base", "superres"):
-                line += f"  {model.layers} layers x {model.width}, MLP {model.mlp_width}; {model.grid}x{model.grid} "
-                line += f"tokens of {model.codebook_size} codes; {getattr(config, f'{part}_sampling').steps} steps"
-            elif model:
-                line += f"  {model.image_size} px, f={model.downsampling}"
-            print(line)
+            c = parts[part].config
+            about = (
+                f"{c.image_size} px, f={c.downsampling}"
+                if hasattr(c, "image_size")
+                else (
+                    f"{c.layers} layers x {c.width}, MLP {c.mlp_width}; {c.grid}x{c.grid} tokens of {c.codebook_size} codes; "
+                    f"{getattr(config, f'{part}_sampling').steps} steps"
+                )
+            )
+            print(f"  {part:14} {count:8,.1f}M  {about}")
     if not args.names:
-        print(f"shipped checkpoints: {', '.join(checkpoint.shipped()) or 'none'}")
+        print(f"shipped checkpoints: {', '.join(shipped()) or 'none'}")
 
 
 if __name__ == "__main__":

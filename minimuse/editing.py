@@ -154,7 +154,7 @@ def inpaint(
     repaint = mask_from(mask, image.size)
     if not repaint.any():
         raise ValueError("the mask is empty: no pixel is white; white is what to repaint")
-    jobs = muse.jobs(prompt, n, seed, negative_prompt, sampling)
+    jobs = muse.jobs(prompt, n, seed, negative_prompt)
     steps = inpaint_tokens(muse, tokens, repaint[None], jobs, **sampling)
     images = muse.to_pictures(steps, jobs, sampling | {"task": "inpaint"}, callback)
     if keep:
@@ -181,7 +181,7 @@ def outpaint(
     tokenize(muse, image)  # refuses what is not a picture of the right size
     side = image.width
     images = []
-    for job in muse.jobs(prompt, n, seed, negative_prompt, sampling):
+    for job in muse.jobs(prompt, n, seed, negative_prompt):
         canvas = Image.fromarray(np.pad(np.asarray(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge"))
         known = torch.zeros(canvas.height, canvas.width, dtype=torch.bool)
         known[top : top + side, left : left + side] = True
@@ -203,7 +203,7 @@ def edit(
     callback: Callback | None = None, **settings,
 ) -> list[Image.Image]:  # fmt: skip
     """Change the picture towards the prompt, without a mask (Muse 3.3.2). `settings` as in `edit_steps`."""
-    jobs = muse.jobs(prompt, n, seed, negative_prompt, settings)
+    jobs = muse.jobs(prompt, n, seed, negative_prompt)
     if settings.get("guidance") is None:  # noted in the picture, because the fingerprint leaves it out
         settings["guidance"] = muse.config.edit_guidance
     steps = edit_tokens(muse, tokenize(muse, image), jobs, **settings)
@@ -218,5 +218,5 @@ def edit_steps(
     The paper: iterations=100, fraction=0.08, guidance=4, top_k=3. A checkpoint may have another guidance
     (`MuseConfig.edit_guidance`). Choice: a pair rises from the first iteration to the last; the paper's is constant.
     """
-    jobs = muse.jobs(prompt, 1, seed, negative_prompt, settings)
+    jobs = muse.jobs(prompt, 1, seed, negative_prompt)
     return edit_tokens(muse, tokenize(muse, image), jobs, **settings)

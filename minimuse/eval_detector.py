@@ -154,7 +154,7 @@ class Detector:
         return self._run(lambda x: torch.cat([level.mean((2, 3)) for level in self.net.trunk(x)], 1), images)
 
     def detect(self, images: Images) -> list[Detections]:
-        """PIL images, or (B, 3, H, W), uint8 or in [-1, 1] -> the things in each. Other sizes are resized to 64 x 64."""
+        """PIL images, or (B, 3, H, W), uint8 or in [-1, 1] -> the things in each. Images are resized to 64 x 64."""
         heat, *fields, numbers = self._run(self.net, images).split(HEADS, 1)
         heat = heat[:, 0].sigmoid()  # (B, G, G)
         peak = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat > _MIN_HEAT)  # (B, G, G) bool

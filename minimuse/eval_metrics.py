@@ -268,7 +268,7 @@ def diversity(features: Tensor, prompts: Sequence[str], confidence: float = 0.95
 
 
 def psnr(images: Tensor, reconstructed: Tensor) -> Tensor:
-    """(B, C, H, W) twice -> (B,) dB, 10 log10(1 / MSE) of pixels in [0, 1]. Choice: at most 100, also for equal ones."""
+    """(B, C, H, W) twice -> (B,) dB, 10 log10(1 / MSE) of pixels in [0, 1]. Choice: at most 100, so equal ones too."""
     if images.shape != reconstructed.shape or images.ndim != 4:
         raise ValueError(f"images {tuple(images.shape)} and {tuple(reconstructed.shape)}: expected two of (B, C, H, W)")
     x, y = (x.double() / 255 if x.dtype == torch.uint8 else (x.double() + 1) / 2 for x in (images, reconstructed))

@@ -1,7 +1,6 @@
-"""The schedule lab: test a masking idea against the exact answer, in seconds.
+"""The schedule lab: `compare` measures schedules and orders against the exact answer, with 95% intervals, in seconds.
 
-`compare` decodes every schedule x order x steps with the same samples and seeds, and measures each with 95% intervals.
-p is the world, q the distribution of the sampler. The model makes no error, so all of the error is the sampler's:
+p is the world, q the distribution of the sampler. A world makes no error, so all of the error is the sampler's:
 
     kl          KL(p || q), nats a token. Unbiased where q is a product along a known path: temperature 1, an order that
                 ignores the drawn tokens. Where the path is random (order "random", ties, ranking noise), an upper bound
@@ -9,7 +8,7 @@ p is the world, q the distribution of the sampler. The model makes no error, so 
     singles     sum over v of (p_i(v) - q_i(v))^2, mean over tokens i. Two-sample, unbiased: it may fall below 0
     pairs       the same for the joint distributions of two tokens, mean over all pairs
 
-How to add something: each is one function or class, passed to `compare`. A preset: see `lab_samplers.py`.
+How to add something: pass one function or class to `compare`. A preset: see `lab_samplers.py`.
 
 >>> schedule = lambda u: 1 - u**3  # progress -> the fraction still masked
 >>> rule = lambda logits, masked, u: masked.sum(1) // 2  # an adaptive schedule: how many tokens to reveal now, (B,)
@@ -26,10 +25,11 @@ Not here: the worlds (`lab_worlds.py`), how code bases sample (`lab_samplers.py`
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from statistics import median
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +66,8 @@ def path_log_q(world: World, x: Tensor, **sampling: Any) -> tuple[Tensor, Tensor
 
     start = torch.full_like(x, world.mask_id)
     log_q, when = torch.zeros(len(x), dtype=torch.double), torch.full_like(x, -1)
-    sampling = {**sampling, "sampling_temperature": 0.0}  # drawn tokens are not used, and argmax is the fastest
-    for step in decode(teacher_forced, start, mask_id=world.mask_id, **sampling):
+    sampling |= {"mask_id": world.mask_id, "sampling_temperature": 0.0}  # drawn tokens are not used; argmax is fast
+    for step in decode(teacher_forced, start, **sampling):
         log_p = confidence(seen[0].double(), x, step.masked, step.u)
         log_q += torch.where(step.revealed, log_p, 0.0).sum(1)
         when = torch.where(step.revealed, step.index, when)
@@ -121,8 +121,7 @@ class WorldEvaluator:
 
     def __init__(self, world: World, samples: int = 4096, seed: int = 0):
         check_samples(samples)
-        self.world, self.seed = world, seed
-        self.grid, self.codebook_size = world.grid, world.v
+        self.world, self.seed, self.grid, self.codebook_size = world, seed, world.grid, world.v
         name = f"{type(world).__name__} {world.grid[0]}x{world.grid[1]}, {world.v} codes"
         self.about = {"target": name, "samples": samples, "seed": seed}
         self.x = world.sample(samples, self._generator(0))
@@ -163,20 +162,6 @@ class WorldEvaluator:
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
-
-
-class Evaluator(Protocol):
-    """What `compare` asks: `WorldEvaluator`, an evaluator of `lab_models.py`, or one of your own.
-
-    titles: metric -> axis title. about: "target", and what else the values depend on.
-    """
-
-    grid: tuple[int, int]
-    codebook_size: int
-    titles: dict[str, str]
-    about: dict[str, Any]
-
-    def __call__(self, **sampling: Any) -> Outcome: ...
 
 
 @dataclass(frozen=True)
@@ -231,25 +216,23 @@ class Report:
         import matplotlib.pyplot as plt
 
         metric = metric or next(m for m in self.titles if any(m in c.groups for c in self.cells))
+        measured = sorted((c for c in self.cells if metric in c.groups), key=lambda c: c.nfe)
+        if not measured:
+            raise ValueError(f"no cell has the metric {metric!r}; known: {', '.join(self.titles)}")
         lines: dict[str, list[Cell]] = {}
-        for c in sorted(self.cells, key=lambda c: c.nfe):
+        for c in measured:
             schedule = "entropy bounds" if c.schedule.startswith("bound") else c.schedule
             bound = " (upper bound)" if metric == "kl" and c.bound else ""
-            label = f"{c.order}, {schedule}{bound}".removeprefix(", ")
-            if metric in c.groups:
-                lines.setdefault(label, []).append(c)
-        if not lines:
-            raise ValueError(f"no cell has the metric {metric!r}; known: {', '.join(self.titles)}")
+            lines.setdefault(f"{c.order}, {schedule}{bound}".removeprefix(", "), []).append(c)
         ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
-        values, margins = [], []
         for i, (label, cells) in enumerate(lines.items()):
-            mean, margin = zip(*((c[metric].value, c[metric].margin) for c in cells), strict=True)
             style = {"marker": "osD^vP"[i % 6], "ls": ("-", "--", ":", "-.")[i % 4], "capsize": 3, "ms": 4, "lw": 1.4}
-            ax.errorbar([c.nfe for c in cells], mean, margin, label=label, **style)
-            values += mean
-            margins += margin
-        typical = sorted(margins)[len(margins) // 2]
-        if min(values) > -typical and max(values) > 10 * max(min(values), typical):  # spans a power of ten
+            found = [c[metric] for c in cells]
+            values, margins = [e.value for e in found], [e.margin for e in found]
+            ax.errorbar([c.nfe for c in cells], values, margins, label=label, **style)
+        typical = median(c[metric].margin for c in measured)
+        low, *_, high = sorted([c[metric].value for c in measured] * 2)
+        if low > -typical and high > 10 * max(low, typical):  # spans a power of ten
             ax.set_yscale("symlog", linthresh=max(typical, 1e-9))
         ax.set_xscale("log", base=2)
         ax.set(xlabel="NFE (forward passes of an image)", ylabel=self.titles[metric], title=self.about["target"])
@@ -260,10 +243,7 @@ class Report:
         """Write report.json, report.md and METRIC.png. FileExistsError where the folder holds a report."""
         import matplotlib.pyplot as plt
 
-        folder = Path(folder)
-        if not overwrite:
-            refuse_report(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = folder_for_report(folder, overwrite)
         for metric in {m: None for c in self.cells for m in c.groups}:
             figure = self.plot(metric=metric).figure
             figure.savefig(folder / f"{metric}.png", dpi=160)
@@ -273,10 +253,12 @@ class Report:
         return folder
 
 
-def refuse_report(folder: Path) -> None:
-    """FileExistsError where a folder holds a report."""
-    if (folder / "report.json").exists():
+def folder_for_report(folder: str | Path, overwrite: bool = False) -> Path:
+    """Make a folder. FileExistsError where it holds a report already."""
+    if (Path(folder) / "report.json").exists() and not overwrite:
         raise FileExistsError(f"{folder} holds another report; give another folder, or overwrite it")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
 
 
 def _shown(cell: Cell, metric: str, base: Cell | None = None) -> str:
@@ -293,7 +275,7 @@ def _shown(cell: Cell, metric: str, base: Cell | None = None) -> str:
 
 
 def compare(
-    target: "World | Muse | Evaluator",
+    target: "World | Muse | Callable[..., Outcome]",
     schedules: Iterable[str] | Mapping[str, Any] = ("cosine",),
     orders: Iterable[str] | Mapping[str, str | Order] = ("confidence",),
     steps: Iterable[int] = (4, 8, 16),
@@ -304,15 +286,21 @@ def compare(
     out: str | Path | None = None,
     **sampling: Any,
 ) -> Report:
-    """Measure every schedule x order x steps, and every preset x steps, in a world, in a Muse, or by an Evaluator.
+    """Measure every schedule x order x steps, and every preset x steps, in a world or in a Muse.
 
     Schedules and orders are names, or a mapping of names to functions. An adaptive rule is a schedule; "bound0.5" is
-    `entropy_bound(0.5)`. `samples` defaults to 4096 in a world and to 512 images of a Muse; an Evaluator brings its own
-    samples and seed. `sampling` goes to `decode`. `out` is a folder for the report, which must not hold another one.
+    `entropy_bound(0.5)`. `samples` defaults to 4096 in a world and to 512 images of a Muse. `sampling` goes to
+    `decode`. `out` is a folder for the report, which must not hold another one. The target may also be an evaluator
+    of your own: called as `WorldEvaluator` is, with its attributes grid, codebook_size, titles and about.
     """
-    if out:
-        refuse_report(Path(out))
-    evaluator = _evaluator(target, samples, seed)
+    folder = folder_for_report(out) if out else None
+    evaluator = target
+    if isinstance(target, World):
+        evaluator = WorldEvaluator(target, samples or 4096, seed)
+    elif hasattr(target, "generate"):  # a Muse; networks are imported only here
+        from minimuse.lab_models import MuseEvaluator
+
+        evaluator = MuseEvaluator(target, samples or 512, seed)
     grid, v = evaluator.grid, evaluator.codebook_size
     trials = {
         (name, order_name, t): {"schedule": schedule, "order": order, "steps": t}
@@ -325,21 +313,11 @@ def compare(
         raise ValueError("nothing to compare: give at least one schedule, order and number of steps, or a preset")
     trials = {label: _resolved(settings, grid) | sampling for label, settings in trials.items()}  # all, then measure
     cells = [Cell(*label, *evaluator(**settings)) for label, settings in trials.items()]
-    about = {**evaluator.about, "minimuse": __version__, "torch": str(torch.__version__)}
-    report = Report(cells, dict(evaluator.titles), about | {"sampling": {k: repr(v) for k, v in sampling.items()}})
-    if out:
-        report.save(out)
+    about = {**evaluator.about, "minimuse": __version__, "torch": str(torch.__version__), "sampling": repr(sampling)}
+    report = Report(cells, dict(evaluator.titles), about)
+    if folder:
+        report.save(folder)
     return report
-
-
-def _evaluator(target: Any, samples: int | None, seed: int) -> Evaluator:
-    if isinstance(target, World):
-        return WorldEvaluator(target, samples or 4096, seed)
-    if hasattr(target, "generate"):  # a Muse; networks are imported only here
-        from minimuse.lab_models import MuseEvaluator
-
-        return MuseEvaluator(target, samples or 512, seed)
-    return target
 
 
 def _named(x: Iterable[str] | Mapping[str, Any]) -> Mapping[str, Any]:

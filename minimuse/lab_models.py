@@ -9,8 +9,7 @@
 
 Image i has the same prompt and seed for every sampler, so samplers are compared in pairs. A metric has GROUPS values:
 group means of the score, or jackknife pseudo-values of the distance, whose mean has no bias c / n. That needs more
-images than features (192 of the detector). Where all images are right, or none, the interval of the accuracy is 0: no
-error is visible, and `eval_metrics.proportion_interval` is better.
+images than features (192 of the detector). An accuracy of 0 or 1 has an interval of width 0, which is too narrow.
 Not here: the whole cascade (`eval_run.py`), the comparison of many samplers (`lab.py`).
 """
 
@@ -24,12 +23,14 @@ from torch import Tensor
 
 from minimuse.data_images import area_downsample
 from minimuse.data_sources import FolderDataset, Problems, SceneDataset
+from minimuse.eval_clip import ClipScorer
 from minimuse.eval_detector import Detector
 from minimuse.eval_metrics import Features, frechet_distance, in_batches, inception_features, jackknife
 from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.lab_samplers import GROUPS, Outcome, check_samples, run
 from minimuse.muse import Muse
 from minimuse.sampler import decode
+from minimuse.utils import pick_device
 
 if TYPE_CHECKING:
     from minimuse.amused import Amused
@@ -44,11 +45,11 @@ class ModelEvaluator:
     """
 
     titles: ClassVar[dict[str, str]]
+    batch = 64  # images at a time
 
-    def __init__(self, prompts: list[str], real: Tensor, score: Scorer, features: Features, seed: int, batch: int):
+    def __init__(self, prompts: list[str], real: Tensor, score: Scorer, features: Features, seed: int):
         check_samples(len(prompts))
-        self.prompts, self.seed, self.batch = prompts, seed, batch
-        self.score, self.features = score, features
+        self.prompts, self.seed, self.score, self.features = prompts, seed, score, features
         self.real = in_batches(features, real)  # (n, D)
         level = round(in_batches(score, real, prompts).double().mean().item(), 4)
         self.about = {"samples": len(prompts), "seed": seed, "real images": {next(iter(self.titles)): level}}
@@ -69,10 +70,9 @@ class ModelEvaluator:
             features.append(self.features(images).cpu())
             nfe += passes
         fake = torch.cat(features)
-        parts = fake.chunk(GROUPS)
-        rest = [torch.cat(parts[:g] + parts[g + 1 :]) for g in range(GROUPS)]
-        without = torch.tensor([frechet_distance(self.real, x) for x in rest], dtype=torch.double)
-        distances = jackknife(frechet_distance(self.real, fake), without).tolist()
+        group = torch.arange(len(fake)) * GROUPS // len(fake)
+        without = [frechet_distance(self.real, fake[group != g]) for g in range(GROUPS)]
+        distances = jackknife(frechet_distance(self.real, fake), torch.tensor(without, dtype=torch.double)).tolist()
         means = torch.cat(scores).view(GROUPS, -1).mean(1).tolist()
         return Outcome(nfe / len(self.prompts), dict(zip(self.titles, (means, distances), strict=True)))
 
@@ -89,7 +89,7 @@ class MuseEvaluator(ModelEvaluator):
         "frechet": "Frechet distance of detector features",
     }
 
-    def __init__(self, muse: Muse, samples: int = 512, seed: int = 0, batch: int = 64):
+    def __init__(self, muse: Muse, samples: int = 512, seed: int = 0):
         check_samples(samples)
         detector = Detector.from_pretrained().to(muse.device)
         size, low = muse.config.high_tokenizer.image_size, muse.config.low_tokenizer.image_size
@@ -101,10 +101,9 @@ class MuseEvaluator(ModelEvaluator):
             return torch.tensor([float(matches(detections, parse_prompt(p)).right) for detections, p in found])
 
         real = area_downsample(scenes.images(), size // low)
-        super().__init__(prompts, real, accuracy, detector.features, seed, batch)
-        self.muse = muse
-        self.grid = (muse.config.base.grid,) * 2
-        self.codebook_size = muse.config.base.codebook_size
+        super().__init__(prompts, real, accuracy, detector.features, seed)
+        self.muse, self.codebook_size = muse, muse.config.base.codebook_size
+        self.grid = (muse.config.base.grid, muse.config.base.grid)
         self.about["target"] = f"{muse.config.name}, base model"
 
     def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
@@ -121,6 +120,7 @@ class AmusedEvaluator(ModelEvaluator):
     """
 
     titles: ClassVar = {"clip": "CLIP score", "fid": "FID to the images of the folder"}
+    batch = 16
 
     def __init__(
         self,
@@ -130,7 +130,6 @@ class AmusedEvaluator(ModelEvaluator):
         features: Features | None = None,
         samples: int = 512,
         seed: int = 0,
-        batch: int = 16,
     ):
         check_samples(samples)
         grid = amused.transformer.config.sample_size
@@ -141,10 +140,8 @@ class AmusedEvaluator(ModelEvaluator):
             raise ValueError(f"{folder} holds {len(found)} images; give samples={len(found) // GROUPS * GROUPS}")
         real = torch.stack([e.image for e in found])
         prompts = [e.captions[0] for e in found]
-        super().__init__(prompts, real, score, features or inception_features(), seed, batch)
-        self.amused = amused
-        self.grid = (grid, grid)
-        self.codebook_size = amused.tokenizer.codebook_size
+        super().__init__(prompts, real, score, features or inception_features(), seed)
+        self.amused, self.grid, self.codebook_size = amused, (grid, grid), amused.tokenizer.codebook_size
         self.about["target"] = "aMUSEd"
 
     def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
@@ -158,3 +155,13 @@ class AmusedEvaluator(ModelEvaluator):
         start = torch.full((len(prompts), self.grid[0] ** 2), amused.mask_id, device=amused.transformer.device)
         tokens, nfe = run(decode(logits_fn, start, mask_id=amused.mask_id, **sampling), sampling.get("remask"))
         return amused.decode(tokens).float(), nfe
+
+
+def open_amused(name: str, folder: str, clip: str, *, device: Any = None, **settings: Any) -> AmusedEvaluator:
+    """Names of aMUSEd weights and of a CLIP, a folder of captioned images -> the evaluator of `minimuse compare`."""
+    from minimuse.amused import Amused
+
+    if not (folder and clip):
+        raise ValueError("--amused needs --data, a folder of captioned pictures, and --clip, the name of a CLIP")
+    device = pick_device(device)
+    return AmusedEvaluator(Amused.from_pretrained(name).to(device), folder, ClipScorer(clip, device), **settings)

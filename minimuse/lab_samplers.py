@@ -23,20 +23,6 @@ from minimuse.sampler import Order, Step
 GROUPS = 32  # samples form so many groups; intervals compare the groups
 
 
-def _muse(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
-    """Muse 2.8 to the letter: cosine schedule, confidence order, no ranking noise."""
-    return {"schedule": "cosine", "order": "confidence"}
-
-
-def _maskgit(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
-    """google-research/maskgit: ranking noise 4.5, annealed to 0 by 1 - (i + 1) / T, as `decode` does.
-
-    The counts are those of `reveal_counts`, except with about as many steps as tokens: the original stops revealing
-    once its curve leaves one token.
-    """
-    return {"schedule": "cosine", "order": "confidence", "choice_temperature": 4.5}
-
-
 def _amused(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
     """huggingface/diffusers AmusedScheduler: MaskGIT with ranking noise 2, annealed by 1 - i / (T - 1).
 
@@ -81,8 +67,13 @@ class SamplerPreset(NamedTuple):
 
 
 SAMPLER_PRESETS = {
-    "muse": SamplerPreset(_muse, 24, None),
-    "maskgit": SamplerPreset(_maskgit, 12, 0.0),
+    # Muse 2.8 to the letter: cosine schedule, confidence order, no ranking noise
+    "muse": SamplerPreset(lambda n, v, t: {"schedule": "cosine", "order": "confidence"}, 24, None),
+    # google-research/maskgit: ranking noise 4.5, annealed by 1 - (i + 1) / T. With about as many steps as tokens the
+    # original stops revealing once its curve leaves one token; ours reveals one at each step
+    "maskgit": SamplerPreset(
+        lambda n, v, t: {"schedule": "cosine", "order": "confidence", "choice_temperature": 4.5}, 12, 0.0
+    ),
     "amused": SamplerPreset(_amused, 12, 9.0),
     "halton": SamplerPreset(_halton, 64, 4.0),
     "lucidrains": SamplerPreset(_lucidrains, 18, 2.0),
@@ -105,7 +96,7 @@ def preset_settings(name: str, n: int, codebook_size: int, steps: int | None = N
 def critic(score: Callable[[Tensor], Tensor]) -> Order:
     """score: tokens (B, N) -> (B, N), high where a token looks real; -> an order (Token-Critic, arXiv 2209.04439).
 
-    With `decode(remask=True)` it is Token-Critic's sampler. It costs one call of `score` a step.
+    With `decode(remask=True)` it is the sampler of Token-Critic.
     """
     return lambda logits, drawn, masked, u: score(drawn)
 

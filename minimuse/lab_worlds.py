@@ -1,6 +1,4 @@
-"""Exact worlds: distributions over token grids with known conditionals.
-
-A world is a LogitsFn without errors: it returns p(x_i | all known tokens). The error that is left is the schedule's.
+"""Exact worlds: distributions over token grids. As a LogitsFn, a world returns p(x_i | all known tokens) exactly.
 
     MixtureWorld  K modes, independent tokens within a mode: every token carries information about all others
     ChainWorld    a Markov chain along the raster: a token depends on its neighbours
@@ -8,10 +6,10 @@ A world is a LogitsFn without errors: it returns p(x_i | all known tokens). The 
 
 `log_evidence(e)` = log sum over x of p(x) e_1(x_1) ... e_N(x_N) defines a world. The sum is linear in each e_i, so one
 backward pass gives all conditionals: the derivative by e_i(v) is proportional to p(x_i = v | evidence on the others)
-(Darwiche's network polynomial, 2003). How to add a world: see `lab.py`.
+(Darwiche's network polynomial, 2003).
 
 Glossary: B batch, N tokens, V codebook size, K modes, S states, h w grid; token (r, c) has the index r w + c.
-Not here: the metrics and the comparison (`lab.py`).
+Not here: the metrics and the comparison, and how to add a world (`lab.py`).
 """
 
 import math
@@ -24,10 +22,7 @@ Grid = tuple[int, int]  # (h, w)
 
 
 class World:
-    """A distribution over N tokens of V codes. A subclass defines `log_evidence`, and may define a faster `sample`.
-
-    A world is a LogitsFn: `world(tokens, u)` -> logits (B, N, V). It ignores u. All sums are float64.
-    """
+    """A distribution over N tokens of V codes, in float64. A subclass defines `log_evidence`, and perhaps `sample`."""
 
     batch = 1024  # examples at a time; limits the memory
 
@@ -37,10 +32,7 @@ class World:
         self.v = self.mask_id = codebook_size
 
     def log_evidence(self, e: Tensor) -> Tensor:
-        """e (B, N, V) float64, not negative -> (B,): log of the sum over x of p(x) prod_i e_i(x_i), in nats.
-
-        A known token has e_i = 1 at its code and 0 elsewhere; an unknown token has 1 everywhere.
-        """
+        """e (B, N, V) >= 0 -> (B,) nats. A known token has 1 at its code, else 0; an unknown one has 1 everywhere."""
         raise NotImplementedError
 
     def __call__(self, tokens: Tensor, u: float = 0.0) -> Tensor:
@@ -87,10 +79,7 @@ class World:
 
 
 class MixtureWorld(World):
-    """p(x) = sum_k w_k prod_i p_ki(x_i): K modes, each with independent noise.
-
-    Tokens that are drawn together before the mode is decided come from different modes.
-    """
+    """p(x) = sum_k w_k prod_i p_ki(x_i). Tokens drawn together before the mode is decided mix the modes."""
 
     def __init__(self, tables: Tensor, weights: Tensor | None = None, grid: Grid | None = None):
         """tables (K, N, V): p_ki(v) > 0; weights (K,), equal by default; grid, by default a square or a row."""
@@ -123,8 +112,7 @@ class MixtureWorld(World):
 class MarkovWorld(World):
     """A Markov chain over columns of tokens: p(s_1 .. s_w) proportional to start(s_1) prod_i transfer(s_i, s_(i+1)).
 
-    `positions` (w, h): the index of each token, column by column. `columns` (S, h): the tokens of each state, S = V^h.
-    `start` (S,) and `transfer` (S, S) are weights. Messages between columns replace the sum over V^N examples.
+    positions (w, h): the index of each token, column by column. columns (S, h): the tokens of each state, S = V^h.
     """
 
     def __init__(self, grid: Grid, v: int, positions: Tensor, columns: Tensor, start: Tensor, transfer: Tensor):

@@ -33,14 +33,6 @@ from minimuse.transformer import SuperRes, Transformer
 from minimuse.utils import pick_device, pick_dtype
 from minimuse.vqgan import VQGAN
 
-DIFFUSERS_NAMES = {  # what users of diffusers may type -> our name
-    "guidance_scale": "guidance=t with t = guidance_scale - 1",
-    "num_inference_steps": "steps",
-    "num_images_per_prompt": "n",
-    "generator": "seed",
-    "mask_image": "mask",
-}
-
 
 def build(config: MuseConfig) -> nn.ModuleDict:
     """The four networks with fresh weights. The high tokenizer has the size of its fine-tuned decoder."""
@@ -63,12 +55,11 @@ def parameter_counts(config: MuseConfig) -> dict[str, int]:
 class Muse:
     """A text-to-image model: four networks, a frozen language model, and default settings for sampling.
 
-    The networks are used as they are: `from_pretrained` freezes them, and yours should be in eval mode.
+    The constructor leaves the networks as they are; `from_pretrained` freezes them.
     Every method that makes pictures takes, next to its own arguments:
-        negative_prompt       a text, or one for each prompt, to guide away from (Muse 2.7)
-        guidance              t: a number, a pair (first, last) that rises linearly, or a function of u; 0 is none
+        guidance     t: a number, a pair (first, last) that rises linearly, or a function of u; 0 is none
         steps, schedule, order, sampling_temperature, choice_temperature, top_k, remask    as in `sampler.decode`
-        superres              a dict of the same settings for super-resolution only, such as {"steps": 4}
+        superres     a dict of these settings for super-resolution only, such as {"steps": 4}
     The checkpoint decides what you leave out. With another `order` the ranking noise is 0 unless you set it.
     """
 
@@ -103,9 +94,9 @@ class Muse:
         text, null = self.contexts(jobs)
         guidance, settings = sampling_settings(self.config.base_sampling, sampling)
         tokens = self._all_masked(self.base, len(jobs)) if tokens is None else tokens
-        settings["generator"] = generators or _generators(jobs)
+        generators = generators or _generators(jobs)
         logits_fn = guided(self.base, self.base.memory(text), self.base.memory(null), guidance)
-        for step in decode(logits_fn, tokens, mask_id=self.base.mask_id, **settings):
+        for step in decode(logits_fn, tokens, mask_id=self.base.mask_id, generator=generators, **settings):
             yield step._replace(stage="base", guidance=guidance(step.u))
 
     @torch.inference_mode()
@@ -123,8 +114,8 @@ class Muse:
         text, null = self.contexts(jobs)
         guidance, settings = sampling_settings(self.config.superres_sampling, sampling)
         tokens = self._all_masked(self.superres, len(jobs)) if tokens is None else tokens
-        memories = [self.superres.memory(context, low_tokens) for context in (text, null)]
-        logits_fn = guided(self.superres, *memories, guidance)
+        cond, uncond = self.superres.memory(text, low_tokens), self.superres.memory(null, low_tokens)
+        logits_fn = guided(self.superres, cond, uncond, guidance)
         for step in decode(logits_fn, tokens, mask_id=self.superres.mask_id, generator=generators, **settings):
             yield step._replace(stage="superres", guidance=guidance(step.u))
 
@@ -145,7 +136,7 @@ class Muse:
         negative_prompt: str | Sequence[str] | None = None, batch_size: int = 16,
         callback: Callback | None = None, **sampling,
     ) -> list[Image.Image]:  # fmt: skip
-        """Prompts -> n PIL images of each, in order.
+        """Prompts -> n PIL images of each, in order. Negative prompts are texts to guide away from (Muse 2.7).
 
         Image i draws with seed + i, or with seeds[i], and never depends on its neighbours. Its `info["minimuse"]` holds
         the settings that made it. `callback` is called with every Step.
@@ -153,7 +144,7 @@ class Muse:
         >>> Muse.from_pretrained("nano").generate("two small red cubes", n=4, seed=0)
         """
         images = []
-        jobs = self.jobs(prompts, n, seed, negative_prompt, sampling)
+        jobs = self.jobs(prompts, n, seed, negative_prompt)
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             images += self.to_pictures(self.decode(batch, **sampling), batch, sampling, callback)
@@ -163,7 +154,7 @@ class Muse:
         self, prompt: str, *, n: int = 1, seed: int | None = None, negative_prompt: str | None = None, **sampling
     ) -> Iterator[Step]:
         """The Steps of `generate`, one at a time: tokens, masked, revealed, confidence and guidance."""
-        return self.decode(self.jobs(prompt, n, seed, negative_prompt, sampling), **sampling)
+        return self.decode(self.jobs(prompt, n, seed, negative_prompt), **sampling)
 
     @torch.inference_mode()
     def picture(self, step: Step) -> list[Image.Image]:
@@ -187,10 +178,9 @@ class Muse:
     def from_pretrained(
         cls, name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> "Muse":
-        """A shipped name ("nano"), a folder, or a hub id -> Muse, frozen.
+        """A shipped name ("nano"), a folder, or a hub id -> Muse, frozen. Its language model loads at the first prompt.
 
-        `device` None is cuda, then mps, then cpu. `dtype` None is what `pick_dtype` chooses. The language model is
-        loaded with the first prompt.
+        `device` None is cuda, then mps, then cpu. `dtype` None is what `pick_dtype` chooses.
         """
         config, weights, about = checkpoint.load(name)
         with torch.device("meta"):
@@ -245,10 +235,8 @@ class Muse:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def jobs(self, prompts: Any, n: int, seed: Any, negative: Any, sampling: dict[str, Any]) -> Jobs:
-        """One dict for each picture: prompt, negative prompt, seed. Refuses what cannot be drawn."""
-        for name in DIFFUSERS_NAMES.keys() & sampling.keys():
-            raise TypeError(f"{name} is diffusers' name; here it is {DIFFUSERS_NAMES[name]}")
+    def jobs(self, prompts: Any, n: int = 1, seed: Any = None, negative: Any = None) -> Jobs:
+        """Arguments of `generate` -> one dict for each picture: prompt, negative prompt, seed."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or not isinstance(n, Integral) or n < 1:
             raise ValueError(f"{len(prompts)} prompts, n = {n!r}; give at least one prompt and n of at least 1")
@@ -315,7 +303,8 @@ def sampling_settings(
     """A checkpoint's defaults, the user's settings -> guidance as a function of u, arguments for `sampler.decode`."""
     known = {f.name for f in fields(SamplingConfig)} | {"top_k", "remask"}
     if unknown := given.keys() - known:
-        raise TypeError(f"unknown setting {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+        hint = "; guidance is the guidance_scale of diffusers minus 1" if "guidance_scale" in unknown else ""
+        raise TypeError(f"unknown setting {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}{hint}")
     settings = asdict(defaults) | {k: v for k, v in given.items() if v is not None}
     if given.get("order") not in (None, defaults.order) and given.get("choice_temperature") is None:
         settings["choice_temperature"] = 0.0

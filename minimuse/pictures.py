@@ -6,12 +6,15 @@
 Not here: which settings are noted (`Muse.to_pictures`), captioned images to train on (`data_sources.py`).
 """
 
+import itertools
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
@@ -111,3 +114,36 @@ def again(muse: Any, settings: dict[str, Any], *, callback: Callable[[Step], Non
     if functions := settings.pop("functions", None):
         raise ValueError(f"its {', '.join(functions)} came as a function, which no PNG holds; pass it to `generate`")
     return muse.generate(settings.pop("prompt"), n=1, callback=callback, **settings)[0]
+
+
+def difference(old: Image.Image, new: Image.Image) -> str:
+    """Two pictures -> how many of their pixels differ and by how much, in words."""
+    if old.size != new.size:
+        return f"another size: {new.width} x {new.height} pixels, not {old.width} x {old.height}"
+    off = np.abs(np.asarray(old.convert("RGB"), dtype=int) - np.asarray(new.convert("RGB"))).max(2)
+    if not off.any():
+        return "the same pixels"
+    count = f"{(off > 0).sum()} of {off.size} pixels differ, by at most {off.max()} of 255"
+    return f"{count}: other hardware rounds differently"
+
+
+def output_paths(out: Path | None, prompt: str, count: int, *, film: bool = False, force: bool = False) -> list[Path]:
+    """Paths for `count` pictures, then for their film. Without `out`, the first free name made of the prompt is taken.
+
+    ValueError for another format, FileExistsError for existing files without `force`, FileNotFoundError for a folder.
+    """
+    if out is not None and out.suffix.lower() != ".png":
+        raise ValueError(f"{out}: give a name that ends in .png, the format that holds the settings")
+    stem = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+    endings = ["", *(f"-{i}" for i in range(1, count)), *["-film"] * film]
+    for version in itertools.count(1):
+        path = out or Path(f"{stem}-v{version}.png" if version > 1 else f"{stem}.png")
+        paths = [path.with_stem(path.stem + ending) for ending in endings]
+        existing = [str(path) for path in paths if path.exists()]
+        if out or not existing:
+            break
+    if existing and not force:
+        raise FileExistsError(f"{', '.join(existing)} already there; give another name, or force to overwrite")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent}; create it first")
+    return paths

@@ -9,8 +9,8 @@ are independent of each other, and each is a plain function that you may replace
     what is drawn           sampling_temperature: a number or a function of u; top_k
     how noisy the ranking   choice_temperature: a number that falls linearly to 0, or a function of u
 
-Randomness: uniforms from CPU generators, two per token and step (value and ranking), drawn before the loop. One seed
-gives the same numbers on a laptop and on a GPU. With one generator per image, image i never depends on its neighbours.
+Randomness: two uniforms per token and step (value and ranking), drawn before the loop from CPU generators. One seed
+gives the same numbers on every machine. With one generator per image, image i never depends on its neighbours.
 Not here: the schedules (`masking.py`), guidance (`cfg.py`).
 """
 
@@ -28,7 +28,7 @@ from minimuse.masking import Generators, Schedule, reveal_counts, uniforms
 from minimuse.utils import require, require_at_least, require_positive
 
 LogitsFn = Callable[[Tensor, float], Tensor]
-Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N): drawn tokens at masked positions, known ones
+Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N) holds the known tokens too
 Count = Schedule | Callable[[Tensor, Tensor, float], Tensor]
 Temperature = float | Callable[[float], float]
 
@@ -120,12 +120,11 @@ def halton_rank(h: int, w: int) -> Tensor:
     """(h*w,) long: the rank of each cell in the Halton sequence of bases 2 (rows) and 3 (columns)."""
 
     def radical_inverse(i: int, base: int) -> float:
-        x = 0.0
-        scale = 1.0 / base
+        x, scale = 0.0, 1.0
         while i:
-            i, digit = divmod(i, base)
-            x += digit * scale
             scale /= base
+            x += i % base * scale
+            i //= base
         return x
 
     rank: dict[int, int] = {}
@@ -150,7 +149,7 @@ def entropy_bound(bound: float) -> Callable[[Tensor, Tensor, float], Tensor]:
     """A rule that reveals tokens, lowest entropy first, as long as their summed entropy is within `bound` nats.
 
     Tokens revealed together are drawn independently; the error of that is at most the sum of their entropies.
-    Use it with order="entropy", which ranks the tokens as the rule counts them.
+    Use it with order="entropy", which ranks tokens in the same way.
     """
     require(bound >= 0, f"entropy_bound got {bound}, which reveals nothing; give 0 nats or more")
 
@@ -235,7 +234,8 @@ def decode(
         log_prob = confidence(logits, drawn, masked, u)
         score = log_prob if order is confidence else order(logits, drawn, masked, u)
         gumbel = -torch.log(-torch.log(random[:, i, 1].clamp(1e-20, 1 - 1e-7)))
-        score = score + _annealed(choice_temperature, i, steps, u) * gumbel
+        annealed = choice_temperature(u) if callable(choice_temperature) else choice_temperature * (1 - (i + 1) / steps)
+        score = score + annealed * gumbel
         count = _adaptive_count(schedule, logits, masked, u, i == steps - 1) if plan is None else plan[i]
         candidates = unknown if remask else masked
         count = count.to(tokens.device) + (candidates & ~masked).sum(1)
@@ -268,11 +268,6 @@ def _adaptive_count(rule: Callable, logits: Tensor, masked: Tensor, u: float, la
     """How many tokens an adaptive rule reveals, (B,): at least one, and in the last step all that are left."""
     left = masked.sum(1)
     return left if last else torch.minimum(rule(logits, masked, u).clamp(min=1), left)
-
-
-def _annealed(choice_temperature: Temperature, i: int, steps: int, u: float) -> float:
-    """The ranking noise of step i. A number falls linearly, to 0 at the last step (MaskGIT)."""
-    return choice_temperature(u) if callable(choice_temperature) else choice_temperature * (1 - (i + 1) / steps)
 
 
 def top_mask(scores: Tensor, ties: Tensor, counts: Tensor) -> Tensor:

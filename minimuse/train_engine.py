@@ -1,10 +1,8 @@
-"""How a stage trains, whatever it trains: one code path from a laptop to many accelerators.
+"""How a stage trains: one code path from a laptop to many accelerators, and a run that can be repeated.
 
 Hugging Face accelerate does the distributed part: DDP and FSDP2 through `accelerate launch`, mixed precision, clipping.
-This file makes a run repeatable:
-    the examples of a step depend only on (seed, step); the random draws of an example only on (seed, its place)
-    so one process, P processes and A micro-batches see the same masks and compute the same gradient
-    a stopped run resumes to the same weights, bit for bit: a state holds every tensor that the next step depends on
+The examples of a step depend only on (seed, step), the random draws of an example only on (seed, its place). So one
+process, P processes and A micro-batches compute the same gradient, and a stopped run resumes bit for bit.
 
 Glossary: P processes, A micro-batches a step. A batch is the global batch. A place counts examples since step 0.
 Not here: what is trained (`train.py`), files (`train_state.py`).
@@ -15,25 +13,21 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointWrapper,
-    apply_activation_checkpointing,
-)
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from minimuse import train_state
 from minimuse.config import StageConfig
 from minimuse.transformer import Layer, TextLayer
 from minimuse.utils import derive_seed, precision, seeded_generator
 from minimuse.vqgan import ResBlock
-
-RECOMPUTED = (Layer, TextLayer, ResBlock)  # what activation checkpointing runs again
 
 EvalFn = Callable[[nn.Module, int], dict[str, float]]  # (model or its loss module, steps done) -> metrics for the log
 
@@ -75,7 +69,7 @@ def learning_rate(config: StageConfig, step: int) -> float:
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weight matrices inside a transformer's layers: Muon trains these."""
+    """The weight matrices inside a transformer's layers, which Muon trains."""
     return [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and "layers." in name]
 
 
@@ -85,23 +79,15 @@ def make_optimizers(model: nn.Module, config: StageConfig) -> list[torch.optim.O
     Vectors (norms, biases) get no weight decay. `lr_scale` of a group multiplies the learning rate of the step.
     """
     hidden = hidden_matrices(model) if config.optimizer == "muon" else []
-    hidden_ids = {id(p) for p in hidden}
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    text: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
-        if not p.requires_grad or id(p) in hidden_ids:
-            continue
-        if name.endswith("text.weight") and config.text_lr_scale < 1:
-            text.append(p)
-        else:
-            (matrices if p.ndim > 1 else vectors).append(p)
+    slow = [p for name, p in model.named_parameters() if name.endswith("text.weight") and config.text_lr_scale < 1]
+    others = {id(p) for p in hidden + slow}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-        {"params": text, "weight_decay": config.weight_decay, "lr_scale": config.text_lr_scale},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    groups = groups if text else groups[:2]
+    if slow:
+        groups.append({"params": slow, "weight_decay": config.weight_decay, "lr_scale": config.text_lr_scale})
     if config.optimizer == "adafactor":
         # Deviation: Muse uses beta1 0.9 and beta2 0.96. torch's Adafactor has no beta1, and its beta2 rises to 1.
         return [torch.optim.Adafactor(groups, lr=config.learning_rate)]
@@ -109,29 +95,27 @@ def make_optimizers(model: nn.Module, config: StageConfig) -> list[torch.optim.O
     if not hidden:
         return [adamw]
     # "match_rms_adamw" makes updates as large as AdamW's, so one learning rate serves both (arXiv 2502.16982)
-    muon = torch.optim.Muon(
-        hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return [muon, adamw]
+    muon = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return [torch.optim.Muon(hidden, **muon), adamw]
+
+
+# --- several processes, less memory -----------------------------------------------------------------------------------
 
 
 def sync(tensor: Tensor, how: str) -> None:
-    """In place, in all processes: the first one's numbers ("first"), or the largest of all ("max")."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    """Make a tensor equal in all processes, in place: the first one's values ("first") or the maximum ("max")."""
+    if distributed.is_available() and distributed.is_initialized():
         if how == "first":
-            torch.distributed.broadcast(tensor, 0)
+            distributed.broadcast(tensor, 0)
         else:
-            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+            distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
 
 
 def checkpoint_activations(module: nn.Module) -> None:
-    """Activation checkpointing, in place: layers and residual blocks keep only their input for the backward pass.
-
-    Their forward pass then runs twice. The names in the state dict do not change.
-    """
-    wrapped = {part._checkpoint_wrapped_module for part in module.modules() if isinstance(part, CheckpointWrapper)}
-    again = lambda part: isinstance(part, RECOMPUTED) and part not in wrapped  # noqa: E731
-    apply_activation_checkpointing(module, check_fn=again)
+    """Activation checkpointing, in place: a layer or residual block keeps only its input, and runs again backward."""
+    for part in module.modules():
+        if isinstance(part, Layer | TextLayer | ResBlock) and "forward" not in vars(part):
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False)
 
 
 # --- the engine -------------------------------------------------------------------------------------------------------
@@ -140,13 +124,9 @@ def checkpoint_activations(module: nn.Module) -> None:
 class Engine:
     """The processes and devices of a run, shared by all its stages.
 
-    seed        fixes all random draws of the run
-    bf16        None: bf16 where it is fast, or what `accelerate launch --mixed_precision` chose
-    accumulate  A, micro-batches a step: less memory, the same gradient
-    compile     apply torch.compile to the modules
-    recompute   activation checkpointing: less memory, about a third more compute
-    folder      where states are saved, one subfolder a stage; None saves nothing
-    keep        number of states kept for each stage; 0 keeps all, for `average`
+    seed fixes all random draws. bf16=None takes bf16 where it is fast, or what `accelerate launch` chose. accumulate:
+    micro-batches a step. recompute: activation checkpointing, less memory for about a third more compute. folder:
+    where states are saved, None saves nothing. keep: states kept for each stage; 0 keeps all, for `average`.
     """
 
     def __init__(
@@ -164,10 +144,10 @@ class Engine:
         from accelerate import Accelerator
 
         self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
-        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
-        if self.device.type == "cpu":  # accelerate names them "cpu:0", "cpu:1"; moving there would copy each tensor
-            self.device = torch.device("cpu")
-        self.processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
+        found = self.accelerator.device  # on CPUs "cpu:0", "cpu:1"; moving there would copy each tensor
+        self.device = torch.device("cpu") if found.type == "cpu" else found
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
         chosen = self.accelerator.mixed_precision  # by `accelerate launch`
         self.bf16 = bf16 if chosen == "no" else chosen == "bf16"
         self.accumulate = accumulate or self.accelerator.gradient_accumulation_steps
@@ -197,7 +177,7 @@ class Engine:
         return wrapped, *(self.accelerator.prepare_optimizer(o) for o in optimizers)
 
     def handle_signals(self) -> None:
-        """From now on Ctrl-C and SIGTERM finish the step, save the state and raise Stopped. A second one ends at once."""
+        """From now on Ctrl-C and SIGTERM finish the step, save and raise Stopped. A second one ends at once."""
 
         def request_stop(number: int, frame: Any) -> None:
             self.signal = number
@@ -211,20 +191,11 @@ class Engine:
         if self.signal:
             raise Stopped
 
-    def must_stop(self, step: int) -> bool:
-        """True if any process got a signal. Several processes ask each other only every ten steps."""
-        if self.processes == 1:
-            return bool(self.signal)
-        signals = torch.tensor(float(bool(self.signal)), device=self.device)
-        return step % 10 == 0 and bool(self.accelerator.reduce(signals, "sum") > 0)
-
     def gather_full_model(self, module: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
         """A module that FSDP has sharded -> a new one from `make` with all weights. Only the main process has them."""
         if not self.sharded:
             return module
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        weights = self.accelerator.get_state_dict(module)
         full = make()
         if self.is_main:
             full.load_state_dict(weights)
@@ -268,12 +239,10 @@ class Stage:
             )
         self.modules: dict[str, nn.Module] = {}
         self.optimizers: dict[str, list[Any]] = {}
-        self.extra = dict(extra or {})
         self.metrics: dict[str, Tensor] = {}
         engine.accelerator.free_memory()  # it would keep the modules of the stage before
         for key, module in modules.items():
             module.zero_grad()  # otherwise torch does not make the optimizer's state before its first step
-            module.zero_grad()  # or torch would not make the optimizer's state ahead of its first step, for `state`
             if engine.recompute:
                 checkpoint_activations(module)
             if engine.compile:
@@ -281,29 +250,23 @@ class Stage:
             self.modules[key], *self.optimizers[key] = engine.prepare(module, make_optimizers(module, config), shard)
         self.trained = [p for p in self.modules["model"].parameters() if p.requires_grad]
         self.averages = [p.detach().clone() for p in self.trained] if config.ema else []
-        self.extra |= {f"ema.{i}": average for i, average in enumerate(self.averages)}
+        self.extra = (extra or {}) | {f"ema.{i}": average for i, average in enumerate(self.averages)}
         self.folder = engine.folder and engine.folder / name
         self.first = 0
         if self.folder and train_state.states(self.folder):
-            self.first = train_state.load_state(self.folder, self.state(), self.about(), sharded=self.sharded)
+            self.first = train_state.load_state(self.folder, self.state(), self.about())
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that the next step depends on. They are written to disk, and read back in place."""
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_model_state_dict,
-            get_optimizer_state_dict,
-        )
-
-        tensors: dict[str, Any] = {}
+        tensors: dict[str, Any] = dict(self.extra)
         flat = StateDictOptions(flatten_optimizer_state_dict=True)
         for key, module in self.modules.items():
             inner = [optimizer.optimizer for optimizer in self.optimizers[key]]
-            tensors |= {f"{key}.{k}": v for k, v in get_model_state_dict(module).items()}
-            tensors |= {f"{key}.{k}": v for k, v in get_optimizer_state_dict(module, inner, options=flat).items()}
-        return {k: v for k, v in (tensors | self.extra).items() if isinstance(v, Tensor)}
+            for part in get_state_dict(module, inner, options=flat):
+                tensors |= {f"{key}.{name}": value for name, value in part.items()}
+        return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
 
-    def about(self) -> dict[str, object]:
+    def about(self) -> dict[str, Any]:
         """The settings that a saved state and the run that reads it must share."""
         config = {k: v for k, v in asdict(self.config).items() if k not in ("save_every", "eval_every")}
         return {"stage": self.name, "seed": self.engine.seed, "config": config}
@@ -321,13 +284,9 @@ class Stage:
         return [seeded_generator(self.engine.seed, place) for place in places]
 
     def micro_batches(self, n: int, step: int) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
-        """-> this process's part of a step, A times: indices (b,) of n examples, and a generator for each.
-
-        Gradients are summed over the processes only at the last one.
-        """
-        engine = self.engine
+        """-> this process's part of a step, A times: indices (b,) of n examples, and a generator for each."""
+        engine, generators = self.engine, self.generators(step)
         at = batch_indices(n, self.config.batch, step, engine.seed)
-        generators = self.generators(step)
         size = self.config.batch // self.parts
         self.metrics = {}
         for module in self.modules.values():
@@ -335,19 +294,20 @@ class Stage:
         for k in range(engine.accumulate):
             start = (k * engine.processes + engine.rank) * size
             with ExitStack() as stack:
-                for module in self.modules.values() if k < engine.accumulate - 1 else ():
-                    stack.enter_context(self._no_sync(module))
+                if k < engine.accumulate - 1:  # processes sum their gradients only after the last one
+                    for module in self.modules.values():
+                        stack.enter_context(self._no_sync(module))
                 yield at[start : start + size], generators[start : start + size]
 
     def _no_sync(self, module: nn.Module) -> AbstractContextManager:
         if self.sharded:
             return self.engine.accelerator.no_sync(module)
-        return getattr(module, "no_sync", nullcontext)()  # only DDP has it; a single process has nothing to sync
+        return getattr(module, "no_sync", nullcontext)()  # only DDP has it
 
     def backward(self, share: Tensor, **metrics: Tensor) -> None:
-        """Backward pass of a share of the step's loss. The shares of all micro-batches and processes add up to it.
+        """Backward pass of a share of the step's loss: the shares of all micro-batches and processes add up to it.
 
-        metrics: further shares that add up to what `finish` returns.
+        metrics: other values that add up in the same way. `finish` returns their sums.
         """
         accelerator = self.engine.accelerator  # it averages over processes, and divides by its own accumulation steps
         accelerator.backward(share * self.engine.processes * accelerator.gradient_accumulation_steps)
@@ -355,24 +315,27 @@ class Stage:
             self.metrics[key] = self.metrics.get(key, 0) + value.detach().float()
 
     def finish(self, step: int) -> dict[str, float]:
-        """End of a step: optimizers, moving average, saving -> the step's metrics. Raises Stopped after a signal."""
+        """End of a step: optimizers, moving average, saving -> its metrics. Stopped if any process got a signal."""
+        engine, done = self.engine, step + 1
         self.update(step)
-        metrics = self.total()
-        done = step + 1
-        stop = self.engine.must_stop(done)
+        stop = torch.tensor(float(engine.signal), device=engine.device)
+        values = torch.stack([*self.metrics.values(), stop])
+        if engine.processes > 1:
+            values = engine.accelerator.reduce(values, "sum")
+        *values, stop = values.tolist()
         if done == self.config.steps and self.averages:
             for p, average in zip(self.trained, self.averages, strict=True):
                 p.detach().copy_(average)
         if self.folder and (stop or done == self.config.steps or done % self.config.save_every == 0):
-            self.save(done)
+            train_state.save_state(self.folder, done, self.state(), self.about(), engine.keep, engine.accelerator)
         if stop:
             raise Stopped
-        return metrics
+        return dict(zip(self.metrics, values, strict=True))
 
     def update(self, step: int) -> None:
         """Clip the gradients, one optimizer step at the step's learning rate, update the moving average.
 
-        A module without gradients, such as a discriminator that has not started, stays as it is.
+        A module without gradients stays as it is, such as a discriminator that has not started.
         """
         for key, module in self.modules.items():
             trained = [p for p in module.parameters() if p.requires_grad]
@@ -383,20 +346,3 @@ class Stage:
                 optimizer.step()
         if self.averages:
             get_ema_multi_avg_fn(self.config.ema)(self.averages, [p.detach() for p in self.trained], None)
-
-    def total(self) -> dict[str, float]:
-        """The step's metrics, summed over micro-batches and processes, as numbers."""
-        values = torch.stack(list(self.metrics.values())) if self.metrics else torch.zeros(0)
-        if self.engine.processes > 1:
-            values = self.engine.accelerator.reduce(values, "sum")
-        return dict(zip(self.metrics, values.tolist(), strict=True))
-
-    def save(self, done: int) -> None:
-        """Write the state into `folder/step-...`. All processes call it."""
-        engine, state, about = self.engine, self.state(), self.about()
-        wait = engine.accelerator.wait_for_everyone
-        if self.sharded:
-            train_state.save_state(self.folder, done, state, about, engine.keep, main=engine.is_main, wait=wait)
-        elif engine.is_main:
-            train_state.save_state(self.folder, done, state, about, engine.keep)
-        wait()

@@ -186,11 +186,26 @@ class TrainLog:
 
         def eval_fn(loss: nn.Module, step: int) -> dict[str, float]:
             metrics = validate(loss, *held_out, codebook_size=size, engine=self.engine)
-            if self.folder and not self.engine.sharded:  # drawing with a sharded model would need all processes
-                with eval_mode(parts), self.engine.precision():
-                    images = self.draw(stage, parts, data.encoder, prompts)
-                self.picture(stage, step, lambda: grid(images, prompts, columns=3))
+            self.samples(stage, step, parts, prompts, lambda: self.draw(stage, parts, data.encoder, prompts))
             return {f"held_out_{key}": value for key, value in metrics.items()}
+
+        return eval_fn
+
+    def samples(
+        self, stage: str, step: int, parts: nn.ModuleDict, prompts: list[str], draw: Callable[[], list[Image.Image]]
+    ) -> None:
+        """Save what the networks in training draw for the prompts."""
+        if self.folder and not self.engine.sharded:  # drawing with a sharded model would need all processes
+            with eval_mode(parts), self.engine.precision():
+                images = draw()
+            self.picture(stage, step, lambda: grid(images, prompts, columns=3))
+
+    def samples_of(self, model: Any) -> EvalFn:
+        """-> a function that saves what a model with `parts`, `examples` and `generate` draws at low resolution."""
+
+        def eval_fn(loss: nn.Module, step: int) -> dict[str, float]:
+            self.samples("base", step, model.parts, model.examples, lambda: model.generate(model.examples, seed=0))
+            return {}
 
         return eval_fn
 
@@ -199,7 +214,7 @@ class TrainLog:
         muse = Muse(self.config, parts, encoder).to(self.engine.device)
         if stage != "base":
             return muse.generate(prompts, seed=0)
-        *_, last = muse.decode_base(muse.jobs(prompts, 1, 0, None, {}))
+        *_, last = muse.decode_base(muse.jobs(prompts, seed=0))
         return muse.picture(last)
 
     def picture(self, stage: str, step: int, make: Callable[[], Image.Image]) -> None:

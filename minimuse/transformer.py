@@ -4,8 +4,7 @@
     Context, low-res tokens --SuperRes.memory--> Memory    the output of the low-res encoder joins the text
     tokens (B, N), Memory --forward--> logits (B, N, V)
 
-What the paper does not have stands last, under "deviations".
-
+What the paper does not have comes last, under "deviations".
 Glossary: B batch, N image tokens, g tokens per side (N = g^2), M memory entries, D width, H heads, d = D / H,
 V codebook size, b side of a multi-axis attention block. [MASK] is token V.
 Not here: masking (`masking.py`), guidance (`cfg.py`), decoding (`sampler.py`).
@@ -13,16 +12,16 @@ Not here: masking (`masking.py`), guidance (`cfg.py`), decoding (`sampler.py`).
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse.utils import require, require_at_least, require_positive
+from minimuse.text import Context
+from minimuse.utils import require, require_at_least, require_multiple, require_positive
 
-if TYPE_CHECKING:
-    from minimuse.text import Context
+RESIDUAL_OUTPUTS = ("attention.out.weight", "cross.out.weight", "mlp.2.weight")  # of a layer: they add to its input
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class TransformerConfig:
 
     @property
     def mask_id(self) -> int:
-        """The [MASK] token: one past the codebook."""
+        """The [MASK] token, one past the codebook."""
         return self.codebook_size
 
     def __post_init__(self):
@@ -58,12 +57,10 @@ class TransformerConfig:
         require_at_least(self, 0, "block", "low_layers", "text_layers")
         if self.low_layers:
             require_positive(self, "low_grid", "low_codebook_size")
-        width, heads, block = self.width, self.heads, self.block
-        require(width % heads == 0, f"width {width} is not divisible by {heads} heads; give a multiple of {heads}")
-        ok = not block or self.grid % block == 0
-        require(ok, f"a grid of {self.grid} is not divisible into blocks of {block}; give a divisor, or 0")
-        halved = block or self.text_layers
-        require(not halved or heads % 2 == 0, f"block and text_layers need an even number of heads, got {heads}")
+        require_multiple(self, "width", self.heads)
+        require_multiple(self, "grid", self.block or 1)
+        if self.block or self.text_layers:  # half of the heads attend in one way, half in another
+            require_multiple(self, "heads", 2)
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; give 0 or more, and less than 1")
 
 
@@ -90,14 +87,12 @@ class Memory(NamedTuple):
 def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None = None) -> Tensor:
     """q (B, H, N, d), k and v (B, H, M, d) -> softmax(q k^T / sqrt(d)) v, (B, H, N, d).
 
-    `attend` (..., N or 1, M): a boolean mask, True where a query may look, or numbers that are added to the scores.
-    Uses PyTorch's SDPA, except in bf16 on a CPU, where the fused kernel is slower than plain matmuls. Beyond 1,024
-    entries the fused kernel runs there too, because N x M weights would fill the memory.
+    `attend` (..., N or 1, M): bool, True where a query may look, or numbers that are added to the scores.
+    Uses PyTorch's SDPA, except in bf16 on a CPU with M <= 1024, where the fused kernel is slower than plain matmuls.
     """
     if attend is not None and attend.dtype != torch.bool:
         attend = attend.to(q.dtype)
-    plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 1024
-    if not plain:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[2] > 1024:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, N, M)
     if attend is not None:
@@ -106,17 +101,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None = None) -> 
 
 
 def multi_axis_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
-    """q, k, v (B, H, N, d) -> (B, H, N, d): half of the heads attend inside b x b blocks, half across them (2.4).
+    """q, k, v (B, H, N, d) -> (B, H, N, d): multi-axis attention in b x b blocks (Muse 2.4; HiT, arXiv 2106.07631).
 
-    Local heads: a token sees its own block. Dilated heads: a token sees the tokens at its position in every block.
-    The cost is O(N (b^2 + N / b^2)) instead of O(N^2). Source: HiT (arXiv 2106.07631).
+    In half of the heads a token sees its own block, in the others its position in every block: O(N (b^2 + N / b^2)).
     """
     batch, heads, n, d = q.shape
     blocks = math.isqrt(n) // block
     sizes = (batch, heads // 2, blocks, block, blocks, block, d)  # axes 2, 4: which block; axes 3, 5: where in it
 
-    def attend(half: slice, groups: tuple[int, int], members: tuple[int, int]) -> Tensor:
-        """Half of the heads: tokens that agree on the axes `groups` attend to each other."""
+    def attend(half: slice, groups: tuple[int, int], members: tuple[int, int]) -> Tensor:  # inside each group
         order = (0, *groups, 1, *members, 6)
         length = sizes[members[0]] * sizes[members[1]]
         split = [x[:, half].reshape(sizes).permute(order).reshape(-1, heads // 2, length, d) for x in (q, k, v)]
@@ -158,20 +151,13 @@ class CrossAttention(nn.Module):
         self.kv = KeyValue(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def project(self, memory: Tensor, keys_from: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """memory (B, M, D) -> keys and values, each (B, H, M, d). `keys_from` (B, M, D): make the keys from this."""
-        k, v = self.kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if keys_from is not None:
-            k, _ = self.kv(keys_from).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return k, v
+    def project(self, memory: Tensor) -> Tensor:
+        """memory (B, M, D) -> keys and values, (2, B, H, M, d)."""
+        return self.kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, attend: Tensor) -> Tensor:
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, d)
-        y = attention(q, k, v, attend)
-        return self.out(y.transpose(1, 2).flatten(2))  # (B, N, D)
-
-
-RESIDUAL_OUTPUTS = ("attention.out.weight", "cross.out.weight", "mlp.2.weight")  # what a layer adds to its input
+        return self.out(attention(q, k, v, attend).transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class Layer(nn.Module):
@@ -198,7 +184,7 @@ class Layer(nn.Module):
 
 
 def sinusoids(grid: int, width: int, shortest: float = 0.125) -> Tensor:
-    """Waves at the centres of `grid` cells, (grid, width): half-waves as long as the side down to `shortest` of it."""
+    """Waves at the centres of `grid` cells, (grid, width): half-waves from the whole side down to `shortest` of it."""
     x = (torch.arange(grid) + 0.5) / grid
     waves = x[:, None] * math.pi * torch.logspace(0, math.log10(1 / shortest), width // 2)
     return F.pad(torch.cat([waves.sin(), waves.cos()], 1), (0, width % 2)) / 2**0.5
@@ -207,20 +193,19 @@ def sinusoids(grid: int, width: int, shortest: float = 0.125) -> Tensor:
 class TokenEmbedding(nn.Module):
     """tokens (B, N) -> (B, N, D): a vector for each code and for [MASK], plus learned row and column positions.
 
-    Choice: positions start as sinusoids of the place in the picture, rows in the first half of the channels, columns in
-    the second. So the same place has the same position in a low-res and in a high-res grid.
+    Choice: positions start as sinusoids, half of the channels for rows, half for columns, alike in grids of any size.
     """
 
     def __init__(self, codebook_size: int, grid: int, width: int):
         super().__init__()
         self.codes = nn.Embedding(codebook_size + 1, width)
         half = width // 2
-        rows, columns = sinusoids(grid, half), sinusoids(grid, width - half)
-        self.rows = nn.Parameter(F.pad(rows, (0, width - half))[:, None])  # (g, 1, D)
-        self.columns = nn.Parameter(F.pad(columns, (half, 0))[None])  # (1, g, D)
+        self.rows = nn.Parameter(F.pad(sinusoids(grid, half), (0, width - half))[:, None])  # (g, 1, D)
+        self.columns = nn.Parameter(F.pad(sinusoids(grid, width - half), (half, 0))[None])  # (1, g, D)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.codes(tokens) + (self.rows + self.columns).flatten(0, 1)
+        positions = (self.rows + self.columns).flatten(0, 1)  # (N, D)
+        return self.codes(tokens) + positions.expand(tokens.shape[1], -1)  # expand refuses another number of tokens
 
 
 class Transformer(nn.Module):
@@ -233,19 +218,15 @@ class Transformer(nn.Module):
         self.text = nn.Linear(config.text_width, config.width, bias=False)  # Muse 2.1: a linear projection to the width
         self.text_layers = nn.ModuleList(TextLayer(config) for _ in range(config.text_layers))
         self.text_norm = nn.LayerNorm(config.width, bias=False)  # Choice: fits any LM's scale, and zero text stays zero
-        self.layers = nn.ModuleList(
-            Layer(config.width, config.heads, config.mlp_width, config.block, config.dropout)
-            for _ in range(config.layers)
-        )
+        sizes = (config.width, config.heads, config.mlp_width, config.block, config.dropout)
+        self.layers = nn.ModuleList(Layer(*sizes) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=False)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
+        self.mask_id = config.mask_id
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:
-        """Choice: linear weights with std 1/sqrt(fan in), smaller at each layer's outputs; embeddings 0.5; head 0.02.
-
-        In cross-attention, queries and keys start equal, so that a token attends to its like.
-        """
+        """Choice: std 1/sqrt(fan in), less where layers write; queries and keys of cross-attention start equal."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
@@ -259,22 +240,18 @@ class Transformer(nn.Module):
         elif isinstance(module, Transformer):
             nn.init.normal_(module.head.weight, std=0.02)
 
-    @property
-    def mask_id(self) -> int:
-        return self.config.mask_id
-
-    def memory(self, context: "Context", *extra: Tensor) -> Memory:
+    def memory(self, context: Context, *extra: Tensor) -> Memory:
         """context (B, L, D_lm), extra entries (B, K, D) -> Memory of M = L + K entries; padding is not attended to."""
         text = self.text(context.embeds)  # (B, L, D)
         entries = torch.cat([self.text_norm(text), *extra], 1)  # (B, M, D)
-        keys_from = None
+        keys, values = zip(*(layer.cross.project(entries) for layer in self.layers), strict=True)
         if self.text_layers:  # a deviation, see `TextLayer`
             bias = directional_bias(context.mask, self.config.heads)
             for layer in self.text_layers:
                 text = layer(text, bias)
-            keys_from = torch.cat([self.text_norm(text), *extra], 1)
+            entries = torch.cat([self.text_norm(text), *extra], 1)
+            keys = tuple(layer.cross.project(entries)[0] for layer in self.layers)
         attend = F.pad(context.mask, (0, entries.shape[1] - text.shape[1]), value=True)  # (B, M)
-        keys, values = zip(*(layer.cross.project(entries, keys_from) for layer in self.layers), strict=True)
         return Memory(keys, values, attend[:, None, None])
 
     def forward(self, tokens: Tensor, memory: Memory) -> Tensor:
@@ -292,19 +269,14 @@ class SuperRes(Transformer):
         require(config.low_layers > 0, "SuperRes got low_layers=0, but it reads low-res tokens; give low_layers > 0")
         super().__init__(config)
         self.low_embed = TokenEmbedding(config.low_codebook_size, config.low_grid, config.width)  # its own positions
-        self.low_layers = nn.ModuleList(
-            Layer(config.width, config.heads, config.mlp_width, 0, config.dropout, cross=False)
-            for _ in range(config.low_layers)
-        )
+        sizes = (config.width, config.heads, config.mlp_width, 0, config.dropout)
+        self.low_layers = nn.ModuleList(Layer(*sizes, cross=False) for _ in range(config.low_layers))
         self.low_norm = nn.LayerNorm(config.width, bias=False)
         self.low_embed.apply(self._initialize)
         self.low_layers.apply(self._initialize)
 
-    def memory(self, context: "Context", low_tokens: Tensor) -> Memory:
-        """context (B, L, D_lm), low_tokens (B, N_low) -> Memory of L + N_low entries.
-
-        Guidance removes only the text: give `null_text` as the context, and the low-res tokens stay.
-        """
+    def memory(self, context: Context, low_tokens: Tensor) -> Memory:
+        """context (B, L, D_lm), low_tokens (B, N_low) -> Memory of L + N_low entries; `null_text` keeps low_tokens."""
         low = self.low_embed(low_tokens)  # (B, N_low, D)
         for layer in self.low_layers:
             low = layer(low)
@@ -317,10 +289,9 @@ class SuperRes(Transformer):
 class TextLayer(nn.Module):
     """x (B, L, D), bias (B, H, L, L) -> (B, L, D): self-attention over the words of the prompt.
 
-    Deviation: Muse projects the embeddings of T5-XXL and adds nothing. MiniLM's word vectors encode the word but hardly
-    its position in the sentence. Each text layer adds that context. Its output makes only the keys of cross-attention;
-    the values remain the language model's embeddings.
-    Choice: no MLP, because with one the layer overfits to the words of the training captions (benchmarks/binding.md).
+    Deviation: Muse only projects the text. MiniLM's vectors encode the word but hardly its place in the sentence; text
+    layers add it. Their output makes only the keys of cross-attention, the values remain the projected text.
+    Choice: no MLP, because with one the layer overfits to the words of the training captions (benchmarks/choices.md).
     """
 
     def __init__(self, config: TransformerConfig):
@@ -337,8 +308,7 @@ def directional_bias(mask: Tensor, heads: int) -> Tensor:
     """mask (B, L) bool, True at a real text token -> numbers to add to the attention scores, (B, H, L, L).
 
     Half of the heads see a token and the tokens after it, half see it and those before (DiSAN, arXiv 1709.04696).
-    Scores fall with the distance, by 2^-1, 2^-3, ... per token (ALiBi, arXiv 2108.12409).
-    Padding sees itself, so that no softmax is empty.
+    Scores fall by 2^-1, 2^-3, ... per token of distance (ALiBi, arXiv 2108.12409). Padding sees only itself.
     """
     place = torch.arange(mask.shape[1], device=mask.device)
     ahead = (place - place[:, None]).float()  # (L, L): how many tokens the column is ahead of the row
@@ -351,14 +321,13 @@ def directional_bias(mask: Tensor, heads: int) -> Tensor:
 def init_from_codebook(model: Transformer, codebook: Tensor, low_codebook: Tensor | None = None) -> None:
     """Before training, in place: codes with similar vectors (V, d) get similar embeddings and output weights.
 
-    Choice: the paper is silent. Many codes look alike, and random embeddings would learn each one separately
-    (benchmarks/choices.md). [MASK] does not change. `low_codebook` (V_low, d_low) is for `SuperRes`.
+    Choice: many codes look alike; from random embeddings each would be learned separately (benchmarks/choices.md).
+    `low_codebook` (V_low, d_low) is for `SuperRes`.
     """
-    width = model.config.width
-    model.embed.codes.weight[:-1].copy_(0.5 * random_features(codebook, width))
-    model.head.weight.copy_(0.02 * random_features(codebook, width))
+    model.embed.codes.weight[:-1].copy_(0.5 * random_features(codebook, model.config.width))
+    model.head.weight.copy_(0.02 * random_features(codebook, model.config.width))
     if low_codebook is not None:
-        model.low_embed.codes.weight[:-1].copy_(0.5 * random_features(low_codebook, width))
+        model.low_embed.codes.weight[:-1].copy_(0.5 * random_features(low_codebook, model.config.width))
 
 
 def random_features(vectors: Tensor, width: int) -> Tensor:
@@ -369,18 +338,13 @@ def random_features(vectors: Tensor, width: int) -> Tensor:
     vectors = vectors.detach().float().cpu()  # on the CPU, so that a seed gives the same result on every machine
     distance = torch.cdist(vectors, vectors)
     scale = 0.5 * distance[distance > 0].median() if distance.any() else 1.0
-    frequencies = torch.randn(vectors.shape[1], width) / scale
-    phases = 2 * math.pi * torch.rand(width)
-    return 2**0.5 * (vectors @ frequencies + phases).cos()
+    waves = torch.randn(vectors.shape[1], width) / scale
+    return 2**0.5 * (vectors @ waves + 2 * math.pi * torch.rand(width)).cos()
 
 
-@torch.no_grad()
 def zero_init_residual(model: nn.Module) -> nn.Module:
-    """Before training, in place: each residual block starts as the identity (DiT, arXiv 2212.09748). Returns the model.
-
-    `benchmarks/race.py` trains the base model with and without it.
-    """
+    """Before training, in place: residual blocks start as the identity (DiT, arXiv 2212.09748); returns the model."""
     for name, weight in model.named_parameters():
         if name.endswith(RESIDUAL_OUTPUTS):
-            weight.zero_()
+            nn.init.zeros_(weight)
     return model

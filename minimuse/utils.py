@@ -38,6 +38,13 @@ def require_at_least(config: Any, lowest: float, *names: str) -> None:
         require(ok, f"{type(config).__name__}.{name} is {value!r}; give {lowest} or more")
 
 
+def require_multiple(config: Any, name: str, of: int) -> None:
+    """ValueError unless the named field is a multiple of `of`."""
+    value = getattr(config, name)
+    nearest = max(1, round(value / of)) * of
+    require(value % of == 0, f"{type(config).__name__}.{name} is {value}; give a multiple of {of}, such as {nearest}")
+
+
 def require_fraction(config: Any, *names: str) -> None:
     """ValueError unless each named field is a number in [0, 1]."""
     for name in names:
@@ -50,29 +57,29 @@ def require_fraction(config: Any, *names: str) -> None:
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """None -> cuda, then mps, then cpu. ValueError where this machine has no such device."""
+    """A device, or None for cuda, mps or cpu, in this order. ValueError if this machine does not have it."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device is None:
         return torch.device(best)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device {str(device)!r} is not on this machine, {best!r} is: {e}") from e
+        raise ValueError(f"device {str(device)!r} is not on this machine; give {best!r}. {e}") from e
     return torch.device(device)
 
 
 def pick_dtype(device: torch.device, parameters: int) -> torch.dtype:
-    """bfloat16 where the device multiplies it faster than float32, else float32.
+    """bfloat16 if the device multiplies it faster than float32, otherwise float32.
 
-    Choice: on a CPU a model of fewer than 30 million parameters stays in float32: it is fast anyhow, and its seeds mean
-    the same pictures on a laptop that knows no bfloat16.
+    Choice: on a CPU, models below 30 million parameters use float32. They are fast enough, and a seed then gives the
+    same picture on every CPU.
     """
     fast = fast_bf16(device) and (device.type != "cpu" or parameters >= 30_000_000)
     return torch.bfloat16 if fast else torch.float32
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Does this device multiply bf16 faster than fp32? On a CPU: AVX512-BF16 or AMX."""
+    """Does this device multiply bf16 faster than fp32? A CPU does with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     flags = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # absent in older torch
@@ -80,7 +87,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def precision(device: torch.device, bf16: bool | None = None) -> AbstractContextManager:
-    """Matrix products in bf16 where that is fast (None), always or never; weights and losses stay fp32."""
+    """A context: matrix products in bf16 where that is fast (None), always or never; weights and losses stay fp32."""
     fast = fast_bf16(device) if bf16 is None else bf16
     return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
 
@@ -102,9 +109,9 @@ def seeded_generator(*numbers: int) -> torch.Generator:
 
 
 def atomic_write(path: Path, content: str | Callable[[Path], Any]) -> None:
-    """A text, or what `content` writes to a path: under a new name, flushed, then renamed.
+    """Write a text, or what `content` writes to a path, under a new name; flush it, then rename it.
 
-    So there is never half a file, and none is changed under a reader's memory map.
+    So a crash never leaves half a file, and a reader's memory map never changes.
     """
     new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
     try:
@@ -112,7 +119,7 @@ def atomic_write(path: Path, content: str | Callable[[Path], Any]) -> None:
             new.write_text(content, encoding="utf-8")
         else:
             new.touch()
-            mode = new.stat().st_mode  # as the user's own files; safetensors shuts out all others
+            mode = new.stat().st_mode  # the user's default; safetensors would let nobody else read the file
             content(new)
             new.chmod(mode)
         with new.open("rb+") as file:
@@ -135,3 +142,23 @@ def content_hash(*values: Any) -> str:
         return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
 
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=plain).encode()).hexdigest()
+
+
+# --- numbers for people -----------------------------------------------------------------------------------------------
+
+
+def si(x: float, unit: str) -> str:
+    """1.5e12, "FLOP" -> "1.5 TFLOP": three digits and a prefix, powers of 1000."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]
+    while x >= 999.5 and len(prefixes) > 1:
+        x /= 1000
+        prefixes.pop(0)
+    return f"{x:,.{2 if x < 9.995 else 1 if x < 99.95 else 0}f} {prefixes[0]}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds -> "7.5 h", "3.2 min", "4.1 s" or "12.0 ms"."""
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds * 1000:.1f} ms"

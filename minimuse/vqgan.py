@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse.utils import require, require_positive
+from minimuse.utils import require, require_multiple, require_positive
 
 GROUP = 16  # channels per normalization group: fixed, so that a wider layer keeps the groups of a narrower one
 
@@ -53,10 +53,9 @@ class VQGANConfig:
         for name in ("blocks", "decoder_blocks"):
             n = len(getattr(self, name))
             require(n == levels, f"VQGANConfig.{name} has {n} entries for {levels} resolutions; give {levels}")
-        for name, step in (("width", GROUP), ("decoder_width", GROUP), ("image_size", self.downsampling)):
-            value = getattr(self, name)
-            nearest = max(1, round(value / step)) * step
-            require(value % step == 0, f"VQGANConfig.{name} {value} is not a multiple of {step}; give {nearest}")
+        require_multiple(self, "width", GROUP)
+        require_multiple(self, "decoder_width", GROUP)
+        require_multiple(self, "image_size", self.downsampling)
 
 
 class ResBlock(nn.Module):

@@ -142,11 +142,12 @@ def test_pitfall_23_overwriting_writes_a_new_name_then_renames(folder, tiny_muse
 def test_a_write_that_fails_leaves_the_old_checkpoint(folder, tiny_muse, monkeypatch):
     before = contents(folder)
 
-    def full(weights, path, metadata=None):
-        Path(path).write_bytes(b"half of it")
+    def full(path, content):
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space"):
         tiny_muse.save_pretrained(folder, overwrite=True)
     after = contents(folder)
@@ -201,7 +202,7 @@ def test_broken_json(folder, broken):
 )
 def test_a_foreign_config(folder, foreign):
     (folder / CONFIG).write_text(foreign)
-    with pytest.raises(ValueError, match=r"config\.json holds no Muse.*expected 'minimuse-1'"):
+    with pytest.raises(ValueError, match=r"config\.json holds another kind of model.*expected 'minimuse-1'"):
         Muse.from_pretrained(folder)
 
 
@@ -215,9 +216,9 @@ CHANGES = {
     "missing field": (_drop_width, "TransformerConfig lacks fields: width. Was it written by another version"),
     "missing part": (lambda v: v["config"].pop("base"), "MuseConfig lacks fields: base"),
     "unknown field": (lambda v: v["config"].update(ema=0.7), "MuseConfig has unknown fields: ema"),
-    "unknown inner field": (lambda v: v["config"]["superres"].update(heads2=1), "TransformerConfig has unknown fields: heads2"),
+    "unknown inner field": (lambda v: v["config"]["superres"].update(heads2=1), "has unknown fields: heads2"),
     "stages of another kind": (lambda v: v["config"].update(stages=[]), r"config\.json"),
-    "nonsense": (lambda v: v["config"]["base"].update(heads=5), "not divisible by 5 heads"),
+    "nonsense": (lambda v: v["config"]["base"].update(heads=5), "width is .*; give a multiple of 5"),
     "a text for a number": (lambda v: v["config"]["base"].update(width="wide"), "width is 'wide'"),
     "null for a list": (lambda v: v["config"]["low_tokenizer"].update(multipliers=None), r"config\.json"),
 }
@@ -358,7 +359,7 @@ def test_a_folder_is_not_asked_of_the_hub(folder, monkeypatch, no_network):
 
 def test_a_hub_that_does_not_answer_names_the_shipped(monkeypatch):
     monkeypatch.setattr(checkpoint, "shipped", lambda: ["nano"])
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint 'someone/else': .*shipped ones are: nano; the hub gave none"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 'someone/else': .*ones are: nano; the hub gave none"):
         Muse.from_pretrained("someone/else")
 
 

@@ -168,7 +168,7 @@ def test_free_names_are_found(run, here):
 def test_an_existing_file_is_refused(run, here, existing):
     (here / existing).write_bytes(b"mine")
     words = ["generate", A, "--n", 2, "--film", "--steps", 1, "--out", "x.png"]
-    refused(run(*words), f"{existing} already there; give another --out, or --force")
+    refused(run(*words), f"{existing} already there; give another name, or force")
     assert files(here) == [existing], f"nothing is written: {files(here)}"
     assert (here / existing).read_bytes() == b"mine", "the file must be untouched"
     code, _, _ = run(*words, "--force")
@@ -192,7 +192,7 @@ def test_it_is_refused_before_the_model_loads(run, here, monkeypatch):
         (["--steps", "0"], "steps is 0"),
         (["--schedule", "cosinus"], "unknown schedule 'cosinus'; known: cosine"),
         (["--order", "best"], "unknown order 'best'; known: confidence"),
-        (["--sampling-temperature", "-1"], "temperatures"),
+        (["--sampling-temperature", "-1"], "temperature -1"),
         (["--device", "toaster"], "device 'toaster'"),
         (["--model", "nowhere"], "no checkpoint 'nowhere'"),
     ],
@@ -258,7 +258,7 @@ def test_like_draws_the_same_pixels(run, here):
     assert (code, err) == (0, []), f"{code} {err}"
     one, two = (hashlib.sha256(Image.open(name).tobytes()).hexdigest() for name in ("x.png", "y.png"))
     assert one == two, "the same pixels"
-    assert out[-1] == "the same pixels as x.png", f"and it says so: {out}"
+    assert out[-1] == "x.png: the same pixels", f"and it says so: {out}"
     assert told(here / "x.png") == told(here / "y.png"), "the copy tells the same"
     assert told(here / "x.png") == told(here / "x-film.png"), "a film tells what it is the film of"
 
@@ -273,7 +273,7 @@ def test_like_says_how_many_pixels_differ(run, here):
         save_png(old, here / "touched.png")
     code, out, _ = run("generate", "--like", "touched.png", "--out", "y.png")
     assert code == 0, "it is drawn all the same"
-    assert out[-1].startswith("1 of 4096 pixels differ from touched.png, by at most 3 of 255"), f"{out}"
+    assert out[-1].startswith("touched.png: 1 of 4096 pixels differ, by at most 3 of 255"), f"{out}"
 
 
 def test_like_refuses_what_it_cannot_draw_again(run, here, image, folder):
@@ -325,7 +325,7 @@ def test_edit(run, here, image):
     assert code == 0, f"{err}"
     assert {"new.png", "new-1.png", "new-film.png"} <= set(files(here)), f"{files(here)}"
     assert Image.open("new.png").size == (len(image), len(image)), "an edited picture keeps its size"
-    expected = {"task": "edit", "iterations": 2, "share": 0.5, "guidance": 1.0, "seed": 2}
+    expected = {"task": "edit", "iterations": 2, "fraction": 0.5, "guidance": 1.0, "seed": 2}
     settings = told(here / "new-1.png")
     assert expected.items() <= settings.items(), f"{settings}"
 
@@ -339,7 +339,7 @@ def test_pictures_that_cannot_be_read(run, here, image):
     refused(run("edit", "empty.png", A), "empty.png cannot be read")
     refused(run("edit", "none.png", A), "none.png")
     refused(run("edit", ".", A), "")
-    refused(run("inpaint", "picture.png", "text.png", A), "text.png is no picture")
+    refused(run("inpaint", "picture.png", "text.png", A), "text.png cannot be read")
     refused(run("edit", "small.png", A), f"x {9} came")
     refused(run("inpaint", "picture.png", "small.png", A), f"x {9} came")
     refused(run("outpaint", "picture.png", A, "--padding", 1, 2), "--padding has 2 numbers")

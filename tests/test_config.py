@@ -47,21 +47,21 @@ STAGE = NANO.stages["base"]
     ("config", "change", "match"),
     [
         # image size and downsampling
-        (TOKENIZER, {"image_size": 34}, r"image_size 34 is not a multiple of 4; give 32"),
-        (TOKENIZER, {"image_size": 3}, r"image_size 3 is not a multiple of 4; give 4"),
+        (TOKENIZER, {"image_size": 34}, r"image_size is 34; give a multiple of 4, such as 32"),
+        (TOKENIZER, {"image_size": 3}, r"image_size is 3; give a multiple of 4, such as 4"),
         (TOKENIZER, {"image_size": 0}, r"VQGANConfig\.image_size is 0; give a positive whole number"),
         (TOKENIZER, {"image_size": 32.0}, r"image_size is 32\.0; give a positive whole"),
         (TOKENIZER, {"codebook_size": -5}, r"codebook_size is -5; give a positive"),
         (TOKENIZER, {"code_dim": 0}, r"code_dim is 0; give a positive"),
         # widths and depths
-        (TOKENIZER, {"width": 20}, r"width 20 is not a multiple of 16; give 16"),
-        (TOKENIZER, {"width": 30}, r"give 32"),
-        (TOKENIZER, {"decoder_width": 8}, r"decoder_width 8 is not a multiple of 16; give 16"),
+        (TOKENIZER, {"width": 20}, r"VQGANConfig\.width is 20; give a multiple of 16, such as 16"),
+        (TOKENIZER, {"width": 30}, r"such as 32"),
+        (TOKENIZER, {"decoder_width": 8}, r"decoder_width is 8; give a multiple of 16, such as 16"),
         (TOKENIZER, {"blocks": (1, 1)}, r"blocks has 2 entries for 3 resolutions; give 3"),
         (TOKENIZER, {"decoder_blocks": (1, 1, 1, 1)}, r"decoder_blocks has 4 entries for 3 resolutions"),
         (TOKENIZER, {"multipliers": ()}, r"multipliers is empty; give one number per resolution"),
         # transformers
-        (BASE, {"width": 162}, r"width 162 is not divisible by 5 heads; give a multiple of 5"),
+        (BASE, {"width": 162}, r"TransformerConfig\.width is 162; give a multiple of 5, such as 160"),
         (BASE, {"layers": 0}, r"TransformerConfig\.layers is 0; give a positive"),
         (BASE, {"grid": -8}, r"grid is -8"),
         (BASE, {"heads": 0}, r"heads is 0"),
@@ -69,12 +69,12 @@ STAGE = NANO.stages["base"]
         (BASE, {"text_width": None}, r"text_width is None"),
         (BASE, {"dropout": 1.0}, r"dropout is 1\.0; give 0 or more, and less than 1"),
         (BASE, {"dropout": -0.1}, r"dropout is -0\.1"),
-        (SR, {"block": 3}, r"a grid of 16 is not divisible into blocks of 3; give a divisor, or 0"),
+        (SR, {"block": 3}, r"TransformerConfig\.grid is 16; give a multiple of 3, such as 15"),
         (SR, {"block": -4}, r"block is -4; give 0 or more"),
         (SR, {"low_layers": -1}, r"low_layers is -1; give 0 or more"),
         (BASE, {"text_layers": -1}, r"text_layers is -1; give 0 or more"),
-        (BASE, {"text_layers": 1}, r"text_layers need an even number of heads, got 5"),
-        (SR, {"heads": 1}, r"need an even number of heads, got 1"),
+        (BASE, {"text_layers": 1}, r"heads is 5; give a multiple of 2"),
+        (SR, {"heads": 1}, r"heads is 1; give a multiple of 2, such as 2"),
         (SR, {"low_grid": 0}, r"low_grid is 0; give a positive"),
         (SR, {"low_codebook_size": 0}, r"low_codebook_size is 0; give a positive"),
         # sampling and stages
@@ -293,7 +293,7 @@ def change(path, value):
         ("extra", 3, r"MuseConfig has unknown fields: extra"),
         ("stages.decoder.speed", 3, r"StageConfig has unknown fields: speed"),
         ("base", 3, r"TransformerConfig is 3; expected an object with its fields"),
-        ("base.width", 161, r"not divisible by 5 heads"),
+        ("base.width", 161, r"width is 161; give a multiple of 5"),
         ("superres.codebook_size", 5, r"superres\.codebook_size is 5"),
     ],
 )
@@ -314,8 +314,8 @@ def test_as_many_fine_tuned_blocks_as_resolutions():
 
 
 def test_fields_with_a_default_may_be_missing():
-    """So that an old file loads after a new dial was added."""
-    assert from_dict(change("base.dropout", None)) == NANO, "a missing dial takes its default"
+    """So that an old file loads after a new field was added."""
+    assert from_dict(change("base.dropout", None)) == NANO, "a missing field takes its default"
 
 
 # --- changes by path --------------------------------------------------------------------------------------------------

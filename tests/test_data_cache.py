@@ -33,24 +33,9 @@ from minimuse.data_images import Example, area_downsample, to_pil, tokenize_imag
 from minimuse.data_sources import FolderDataset, SceneDataset
 from minimuse.text import TextEncoder
 from minimuse.train import Decimated
-from minimuse.utils import content_hash
 
 SIDE = 64
 SIZES = (3, 0, 5, 2)  # rows of the parts in the tests of files
-
-
-# --- content_hash -----------------------------------------------------------------------------------------------------
-
-
-def test_content_hash_tells_contents_apart():
-    ones = torch.ones(2, 3)
-    values = ["a", ["a"], ["a", 1], ones, ones.T, ones.half(), ones * 2, {"a": ones}, {"b": ones}, [ones, ones], None]
-    assert len({content_hash(value) for value in values}) == len(values), "two of these have one hash"
-    assert content_hash(ones.T.contiguous()) == content_hash(ones.T), "strides do not count"
-    assert content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1}), "nor does the order of keys"
-    assert len(content_hash()) == 64
-    with pytest.raises(TypeError, match="content_hash got a PosixPath|WindowsPath"):
-        content_hash(Path("x"))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

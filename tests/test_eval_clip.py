@@ -1,4 +1,4 @@
-"""eval_clip.py and train_scorer.py: true captions score above false ones; what is false is false."""
+"""eval_clip.py: true captions score above false ones, whatever the padding; scores of transformers' CLIP."""
 
 import sys
 from random import Random
@@ -72,6 +72,7 @@ def test_it_is_small_and_shares_nothing_with_the_reader():
         assert weight.numel() not in mine or weight.shape != mine[weight.numel()].shape, name
 
 
+@pytest.mark.slow
 @shipped
 def test_true_captions_rank_above_swapped_ones(scorer):
     table = train_clip.measure(scorer, 240, seed=FRESH + 10**5)
@@ -94,7 +95,7 @@ def test_it_is_a_scorer_as_metrics_asks_for(scorer):
 
 
 def test_what_is_no_scorer_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train_clip.py"):
+    with pytest.raises(FileNotFoundError, match="train_clip"):
         SceneClip.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected 'minimuse-scorer-1'"):
         SceneClip.from_pretrained(checkpoint.SHIPPED / "detector")

@@ -149,7 +149,7 @@ LEDGER: list[tuple[str, str, str, str]] = [
         "2.7",
         "Training: the text is removed from 10% of the examples",
         "cfg.drop_text",
-        "test_cfg.py::test_pitfall_03_the_share_of_dropped_texts "
+        "test_cfg.py::test_pitfall_03_the_fraction_of_dropped_texts "
         "test_train.py::test_pitfall_03_a_tenth_of_the_texts_is_dropped",
     ),
     (
@@ -216,20 +216,20 @@ LEDGER: list[tuple[str, str, str, str]] = [
         "The region is masked in both token grids, wherever a token overlaps it",
         "editing.token_mask",
         "test_editing.py::test_pitfall_16_one_pixel_masks_its_token "
-        "test_muse.py::test_pitfall_16_one_pixel_masks_the_tokens_that_hold_it",
+        "test_editing.py::test_pitfall_16_one_pixel_masks_the_tokens_that_hold_it",
     ),
     (
         "3.3.1",
         "Text-guided inpainting: the base model fills the low tokens, super-resolution the high ones",
         "editing.inpaint",
-        "test_muse.py::test_inpaint_leaves_tokens_outside_as_they_are "
-        "test_muse.py::test_inpaint_keeps_the_users_pixels test_editing.py::test_infill_leaves_the_others",
+        "test_editing.py::test_inpaint_leaves_tokens_outside_as_they_are "
+        "test_editing.py::test_inpaint_keeps_the_users_pixels test_editing.py::test_infill_leaves_the_others",
     ),
     (
         "3.3.1",
         "Outpainting: the region is new canvas",
         "editing.outpaint",
-        "test_muse.py::test_outpaint_grows_by_the_padding_and_keeps_the_picture "
+        "test_editing.py::test_outpaint_grows_by_the_padding_and_keeps_the_picture "
         "test_editing.py::test_windows_cover_the_canvas",
     ),
     (
@@ -238,14 +238,14 @@ LEDGER: list[tuple[str, str, str, str]] = [
         "editing.resample",
         "test_editing.py::test_the_papers_mask_free_edit "
         "test_editing.py::test_each_iteration_masks_a_share_and_changes_no_other "
-        "test_muse.py::test_edit_defaults_are_the_papers",
+        "test_editing.py::test_edit_defaults_are_the_papers",
     ),
     (
         "3.3.2",
         "Then super-resolution under the editing prompt",
         "editing.edit",
-        "test_muse.py::test_edit_changes_a_share_of_the_tokens_at_a_time "
-        "test_muse.py::test_edit_superres_reads_the_edited_tokens",
+        "test_editing.py::test_edit_changes_a_share_of_the_tokens_at_a_time "
+        "test_editing.py::test_edit_superres_reads_the_edited_tokens",
     ),
     (
         "A.1",

@@ -25,7 +25,6 @@ from minimuse.train import (
 )
 from minimuse.train_engine import Engine, Stage, batch_indices, learning_rate
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
-from minimuse.utils import fast_bf16, precision
 from minimuse.vqgan import VQGAN, VQGANConfig
 from minimuse.vqgan_loss import feature_distance
 
@@ -171,17 +170,6 @@ def test_random_crop():
     assert whole[0, 0].equal(images[0, 0, :4, :4]), "a crop is a piece in one piece"
     for size in (0, 8, 20):
         assert random_crop(images, size, g).equal(images), f"size {size} keeps the images whole"
-
-
-def test_precision():
-    cpu, a = torch.device("cpu"), torch.randn(4, 4)
-    with precision(cpu, True):
-        assert (a @ a).dtype == torch.bfloat16, "True: products in bf16"
-    with precision(cpu, False):
-        assert (a @ a).dtype == torch.float32, "False: never"
-    with precision(cpu):
-        assert ((a @ a).dtype == torch.bfloat16) == fast_bf16(cpu), "None: where it is fast"
-    assert isinstance(fast_bf16(cpu), bool), "yes or no"
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------

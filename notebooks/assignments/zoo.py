@@ -95,8 +95,8 @@ MUTANTS = [
     Mutant(
         "noise_on_probabilities",
         "sampler",
-        "score = score + _annealed(",
-        "score = score.exp() + _annealed(",
+        "score = score + annealed * gumbel",
+        "score = score.exp() + annealed * gumbel",
         "Gumbel noise is added to p, not to log p: the ranking is nearly random, and pictures are patchy.",
     ),
     Mutant(

@@ -60,7 +60,7 @@ SIDE = (
 def coarse(prompts, n=1, seed=0, negative=None, **how):
     """Prompts -> n pictures of each by the base model alone, and their tokens."""
     with torch.inference_mode():
-        *_, last = muse.decode_base(muse.jobs(prompts, n, seed, negative, {}), **how)
+        *_, last = muse.decode_base(muse.jobs(prompts, n, seed, negative), **how)
         return muse.picture(last), last.tokens
 
 

@@ -277,7 +277,7 @@ asked = [p for p in PROMPTS for _ in range(PICTURES)]
 def coarse(prompts, n=1, seed=0, **how):
     """Prompts -> n pictures of each by the base model alone."""
     with torch.inference_mode():
-        *_, last = muse.decode_base(muse.jobs(prompts, n, seed, None, {}), **how)
+        *_, last = muse.decode_base(muse.jobs(prompts, n, seed), **how)
         return muse.picture(last)
 
 
@@ -460,7 +460,7 @@ axes[0].set_xticks(range(len(found)), list(found), fontsize=8)
 axes[0].set(title="the trained model, 6 steps", xlim=(-0.5, len(found) - 0.5))
 chain = ChainWorld.sticky(n=64, codebook_size=4, stay=0.8)
 cost = compare(
-    chain, orders=["raster", "random", "halton"], steps=[4, 8, 16, 32], samples=64 if FAST else 1024
+    chain, orders=["raster", "random", "halton"], steps=[4, 8, 16, 32], samples=32 if FAST else 1024
 )
 cost.plot(ax=axes[1])
 axes[1].set_title("an exact world of like neighbours", fontsize=11)
@@ -605,7 +605,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-Left: with enough steps nothing is torn, whatever the order. Right, the surprise: one token at a time, random and
+Left: with enough steps nothing is torn, whatever the order. Right, the excess NLL: one token at a time, random and
 Halton are exact, but **confidence is not**. It is cleaner than the truth. A code that was drawn against the odds
 has a low confidence, is not fixed, and is *drawn again* next time: unlikely draws are rejected until likely ones come.
 That is no sampling of the model, it is a search for typical pictures. For pictures to look at, that may be welcome.
@@ -749,7 +749,7 @@ def broken(old, new):
 
 true_line = "torch.where(masked, draw(logits, random[:, i, 0], temperature, top_k), tokens)"
 redrawn = broken(true_line, "draw(logits, random[:, i, 0], temperature, top_k)")
-on_p = broken("score + _annealed", "score.exp() + _annealed")
+on_p = broken("score + annealed", "score.exp() + annealed")
 
 
 def drawn_by(decode, n=7, seed=60):

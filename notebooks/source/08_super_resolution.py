@@ -698,7 +698,7 @@ coarse = base[-1].tokens  # (1, K)
 
 def refine(prompt, coarse, seed=0, **settings):
     """Coarse tokens (B, K) -> B pictures: super-resolution alone."""
-    jobs = muse.jobs(prompt, len(coarse), seed, None, {})
+    jobs = muse.jobs(prompt, len(coarse), seed)
     *_, last = muse.decode_superres(jobs, coarse, **settings)
     return muse.picture(last)
 

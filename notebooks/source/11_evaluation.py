@@ -10,7 +10,7 @@ r"""
 | **You will learn** | what "right" can mean · intervals · Frechet distance by hand, and its bias · CLIP score · diversity · the trade-off of figure 8 · what a bad model and a good salesman do to the numbers |
 | **Before this** | [6. Guidance](06_guidance.ipynb); means, variances, a covariance matrix |
 | **Takes** | @takes@ |
-| **Files** | [`eval_prompts.py`](../minimuse/eval_prompts.py), [`eval_metrics.py`](../minimuse/eval_metrics.py); [`eval_run.py`](../minimuse/eval_run.py) puts them together |
+| **Files** | [`eval_prompts.py`](../minimuse/eval_prompts.py), [`eval_metrics.py`](../minimuse/eval_metrics.py); [`eval_tasks.py`](../minimuse/eval_tasks.py); [`eval_run.py`](../minimuse/eval_run.py) puts them together |
 """
 
 # %% knobs
@@ -42,16 +42,16 @@ The paper answers the first by CLIP score and the second by Frechet distance, as
 can say what is in a picture for certain. In our world somebody can. So we ask for exact answers first, and then
 watch how the usual numbers relate to them.
 
-All of this is about the base model at low resolution, which is quick. `Studio` draws with it and renders scenes; `Judge`
+All of this is about the base model at low resolution, which is quick. `EvalModel` draws with it and renders scenes; `Evaluator`
 holds the two networks that measure. They are what `minimuse eval` works with.
 """
 
 # %%
 from minimuse.eval_prompts import prompt_set
-from minimuse.eval_run import Judge, Studio
+from minimuse.eval_tasks import EvalModel, Evaluator
 
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
-studio, judge = Studio(muse, base_only=True), Judge()
+model, evaluator = EvalModel(muse, base_only=True), Evaluator()
 SIDE = (
     96 // muse.config.low_tokenizer.image_size
 )  # pictures of sheets are drawn about 96 pixels wide
@@ -86,7 +86,7 @@ show(matches)
 
 # %% [markdown]
 r"""
-So a picture is *right* if everything named is there, and nothing more. `Reading` is what somebody saw in it; who that is, comes
+So a picture is *right* if everything named is there, and nothing more. `Detections` are what somebody saw in it; who that is, comes
 in section 2. All or nothing is a strict rule: a share of correct words would let a model be "80% right" that never draws the
 right colour.
 
@@ -113,8 +113,8 @@ trials = {
         replace(sphere, x=0.1, depth=1.6),
     ),
 }
-pictures = studio.real([Scene(things) for things in trials.values()])
-verdicts = [matches(seen, parse_prompt(WISH)) for seen in judge.detector.detect(pictures)]
+pictures = model.real([Scene(things) for things in trials.values()])
+verdicts = [matches(seen, parse_prompt(WISH)) for seen in evaluator.detector.detect(pictures)]
 captions = [
     f"{name}: {'right' if v.right else '; '.join(v.wrong)}"
     for name, v in zip(trials, verdicts, strict=True)
@@ -140,26 +140,24 @@ model, drawn with seeds from 1000, nothing picked:
 # %%
 import textwrap
 
-from minimuse.eval_run import drawn, quality
+from minimuse.eval_tasks import draw_prompts, summarize
 
 SEEDS = list(range(1000, 1000 + PICTURES))
+scenes, prompts = [ask.scene for ask in ASKS], [ask.prompt for ask in ASKS]
+groups = [ask.group for ask in ASKS]
 
 
 def measured(asks, **how):
-    """Draw and judge -> rows (verdicts and scores) and tensors (pictures, features), with real ones beside them."""
-    batch = drawn(studio, judge, asks, SEEDS[: len(asks)], **how)
-    rows = [
-        a | {"prompt": ask.prompt, "group": ask.group}
-        for a, ask in zip(batch.rows, asks, strict=True)
-    ]
-    return batch._replace(rows=rows)
+    """Draw and measure -> values per picture (verdicts, scores), features and images; also for real renders."""
+    drawn = draw_prompts(model, asks, SEEDS[: len(asks)], **how)
+    return evaluator(drawn, asks, model.real([ask.scene for ask in asks]))
 
 
 own = measured(ASKS)
-readings = judge.detector.detect(own.tensors["images"])
+readings = evaluator.detector.detect(own.images)
 figure, axes = plt.subplots(1, 6, figsize=(11, 2.5))
-for ax, image, seen, row in zip(
-    axes, own.tensors["images"][::2], readings[::2], own.rows[::2], strict=False
+for ax, image, seen, prompt, ok in zip(
+    axes, own.images[::2], readings[::2], prompts[::2], own.values["right"][::2], strict=False
 ):
     ax.imshow(image.permute(1, 2, 0))
     side = image.shape[-1]
@@ -169,7 +167,7 @@ for ax, image, seen, row in zip(
             plt.Rectangle((left, top), right - left, bottom - top, fill=False, ec="w", lw=1.5)
         )
         ax.text(left, top - 1, f"{thing.color} {thing.shape}", fontsize=8, color="w")
-    title = row["prompt"] + ("" if row["right"] else " (wrong)")
+    title = prompt + ("" if ok else " (wrong)")
     ax.set_title(textwrap.fill(title, 24), fontsize=9)
     ax.axis("off")
 plt.show()
@@ -186,24 +184,21 @@ from minimuse.data_images import area_downsample, to_uint8
 from minimuse.data_scenes import render
 from minimuse.eval_metrics import proportion_interval
 
-scenes, prompts = [ask.scene for ask in ASKS], [ask.prompt for ask in ASKS]
-groups = [ask.group for ask in ASKS]
-
 
 def is_right(images, prompts):
-    read = zip(judge.detector.detect(images), prompts, strict=True)
+    read = zip(evaluator.detector.detect(images), prompts, strict=True)
     return torch.tensor([matches(seen, parse_prompt(prompt)).right for seen, prompt in read])
 
 
 full = to_uint8(render(scenes, muse.config.high_tokenizer.image_size))
-real = studio.real(scenes)
+real = model.real(scenes)
 with torch.inference_mode():
     coded = to_uint8(muse.low_tokenizer.decode(muse.low_tokenizer.encode(real.float() / 127.5 - 1)))
 ceiling = {
     f"real, {full.shape[-1]} px": proportion_interval(is_right(full, prompts), groups),
     f"real, {real.shape[-1]} px": proportion_interval(is_right(real, prompts), groups),
     "real, through the tokenizer": proportion_interval(is_right(coded, prompts), groups),
-    f"drawn by {CHECKPOINT}": proportion_interval([row["right"] for row in own.rows], groups),
+    f"drawn by {CHECKPOINT}": proportion_interval(own.values["right"], groups),
 }
 figure, ax = plt.subplots(figsize=(8, 2.6))
 for y, (name, m) in enumerate(ceiling.items()):
@@ -224,18 +219,18 @@ figure without its ceiling says little.
 ### A lump is nearest to something
 
 The detector must name *one* of three shapes. Shown a lump, it does not say "lump". But it can be unsure, and
-`matches(..., sure=0.5)` asks it to be at least half sure of each thing. The pictures below are counted as right, and they are the ones
+`matches(..., min_confidence=0.5)` asks it to be at least half sure of each thing. The pictures below are counted as right, and they are the ones
 of which the detector was least sure.
 """
 
 # %%
 sure = [min((t.confidence for t in seen.things), default=0.0) for seen in readings]
-doubtful = sorted((i for i, row in enumerate(own.rows) if row["right"]), key=lambda i: sure[i])[:6]
-print("right:", proportion_interval([row["right"] for row in own.rows], groups))
-print("right, and clearly so:", proportion_interval([row["clear"] for row in own.rows], groups))
+doubtful = sorted((i for i, ok in enumerate(own.values["right"]) if ok), key=lambda i: sure[i])[:6]
+print("right:", proportion_interval(own.values["right"], groups))
+print("right, and clearly so:", proportion_interval(own.values["clear"], groups))
 grid(
-    own.tensors["images"][doubtful],
-    [f"{own.rows[i]['prompt']}: sure {sure[i]:.2f}" for i in doubtful],
+    own.images[doubtful],
+    [f"{prompts[i]}: sure {sure[i]:.2f}" for i in doubtful],
     columns=6,
     scale=SIDE,
 )
@@ -504,8 +499,8 @@ damages = {
     "red and blue swapped": second.flip(1),
     "one picture": second[:1].expand_as(second),
 }
-features = {name: judge.features(images) for name, images in damages.items()}
-base = judge.features(first)
+features = {name: evaluator.detector.features(images) for name, images in damages.items()}
+base = evaluator.detector.features(first)
 found = {name: frechet_distance(base, f) for name, f in features.items()}
 figure, ax = plt.subplots(figsize=(8, 2.8))
 ax.barh(list(found)[::-1], list(found.values())[::-1], color="C0")
@@ -529,11 +524,11 @@ much does the Frechet distance rise?
 
 # %%
 shuffled = torch.randperm(PICTURES, generator=torch.Generator().manual_seed(0))
-drawn_features, real_features = own.tensors["features"], own.tensors["real"]
+drawn_features, real_features = own.features["", ""], own.features["real", ""]
 print(f"as drawn: {frechet_distance(real_features, drawn_features):.4f}")
 print(f"shuffled: {frechet_distance(real_features, drawn_features[shuffled]):.4f}")
 before, after = (
-    proportion_interval(is_right(own.tensors["images"][at], prompts))
+    proportion_interval(is_right(own.images[at], prompts))
     for at in (range(PICTURES), shuffled)
 )
 print(f"share right, before: {before}\nshare right, after:  {after}")
@@ -601,7 +596,7 @@ r"""
 
 CLIP is two networks, one for pictures and one for texts, trained so that a picture's vector points where its caption's does. The
 **CLIP score** is the cosine between both: no detector, no grammar, any text. `eval_clip.ClipScorer` takes every published CLIP; for scenes a
-small one of our own comes along, the **scorer**. It gives each place of the picture and each word a vector $w_j$, $z_i$, and lets each word look for
+small one of our own comes along, `SceneClip`. It gives each place of the picture and each word a vector $w_j$, $z_i$, and lets each word look for
 its place:
 
 $$\text{score} = \frac{1}{L} \sum_{j=1}^{L} \max_i \, \cos(w_j, z_i).$$
@@ -623,9 +618,9 @@ shown = [Scene((Thing(c, s),)) for c, s in looks]
 shown.append(Scene((Thing("blue", "cylinder", "small", "metal"),)))
 shown.append(Scene((Thing("green", "sphere", x=-1.0), Thing("green", "sphere", x=1.0))))
 shown.append(Scene((Thing("yellow", "cube", x=-1.0), Thing("gray", "cylinder", x=1.0))))
-images = studio.real(shown)
+images = model.real(shown)
 scores = torch.stack(
-    [judge.scorer(images, [text] * len(images)) for text in some]
+    [evaluator.clip(images, [text] * len(images)) for text in some]
 )  # (texts, images)
 figure, ax = plt.subplots(figsize=(9, 4))
 plot = ax.imshow(scores, cmap="viridis")
@@ -653,7 +648,7 @@ Bright on the diagonal: each text scores highest with its own picture. And it is
 0.6, is that good? A score has no zero and no 100%: it means something beside the score of *real* pictures of the same prompts, and
 nothing beside that of another CLIP.
 
-**What does it look at?** We tell the scorer a truth and a lie about real renders, where the lie changes one thing, and count how often the truth
+**What does it look at?** We tell SceneClip a truth and a lie about real renders, where the lie changes one thing, and count how often the truth
 scores higher. A coin would get a half.
 """
 
@@ -700,7 +695,7 @@ for i in range(PICTURES):
 scenes_of_two = pool.images()
 told = {}
 for name in truths:
-    score = lambda texts, name=name: judge.scorer(scenes_of_two[words[name]], texts)  # noqa: E731
+    score = lambda texts, name=name: evaluator.clip(scenes_of_two[words[name]], texts)  # noqa: E731
     told[name] = proportion_interval(score(truths[name]) > score(lies[name]))
     print(f"{name:>14}: the truth scores higher in {told[name]}")
 figure, ax = plt.subplots(figsize=(8, 2.6))
@@ -739,7 +734,7 @@ FEW = ["0", "2", "8"] if FAST else list(SWEEP["guidance"])
 sweep = {"constant": {f"{t}": measured(ASKS, **SWEEP["guidance"][t]) for t in FEW}}
 if not FAST:
     sweep["rising"] = {t: measured(ASKS, **how) for t, how in SWEEP["rising guidance"].items()}
-points = {name: {t: quality(*b) for t, b in line.items()} for name, line in sweep.items()}
+points = {name: {t: summarize(b.values, b.features) for t, b in line.items()} for name, line in sweep.items()}
 series = {
     name: {t: (q["score"], q["frechet"]) for t, q in line.items()} for name, line in points.items()
 }
@@ -780,12 +775,12 @@ for ax, (key, name) in zip(axes, names.items(), strict=True):
     ax.set_xticks(x, list(line))
     ax.set(xlabel="guidance scale t", title=name, ylim=(0, None))
 plt.show()
-show(quality)
+show(summarize)
 
 # %%
 shown = FEW if FAST else [FEW[0], FEW[2], FEW[-1]]
-sheet = [image for t in shown for image in sweep["constant"][t].tensors["images"][:10:2]]
-captions = [f"t = {t}: {row['prompt']}" for t in shown for row in sweep["constant"][t].rows[:10:2]]
+sheet = [image for t in shown for image in sweep["constant"][t].images[:10:2]]
+captions = [f"t = {t}: {prompt}" for t in shown for prompt in prompts[:10:2]]
 grid(torch.stack(sheet), captions, columns=5, scale=SIDE)
 
 # %% [markdown]
@@ -802,9 +797,9 @@ from minimuse.eval_metrics import diversity, pairwise
 pairs = PICTURES - PICTURES % 2
 print("mean distance of two pictures of one prompt")
 for t in FEW:
-    tensors = sweep["constant"][t].tensors
-    print(f"   t = {t}: {diversity(tensors['features'][:pairs], prompts[:pairs])}")
-print(f"    real: {diversity(tensors['real'][:pairs], prompts[:pairs])}")
+    features_of = sweep["constant"][t].features
+    print(f"   t = {t}: {diversity(features_of['', ''][:pairs], prompts[:pairs])}")
+print(f"    real: {diversity(features_of['real', ''][:pairs], prompts[:pairs])}")
 show(pairwise, diversity)
 
 # %% [markdown]
@@ -837,26 +832,26 @@ from minimuse.muse import build
 torch.manual_seed(0)
 parts = build(muse.config).eval()  # the four networks with fresh weights
 parts["low_tokenizer"] = muse.low_tokenizer
-fresh = Studio(Muse(muse.config, parts, muse.encoder), base_only=True)
-drawn_images, real_images = own.tensors["images"], own.tensors["real"]
+fresh = EvalModel(Muse(muse.config, parts, muse.encoder), base_only=True)
+drawn_images = own.images
 twin = [i - i % 2 for i in range(PICTURES)]  # each prompt comes twice: its first picture both times
 models = {
-    "real renders": studio.real(scenes),
+    "real renders": model.real(scenes),
     CHECKPOINT: drawn_images,
     "shuffled captions": drawn_images[shuffled],
     "one idea": drawn_images[twin],
     "one picture": drawn_images[:1].expand_as(drawn_images),
     "untrained": fresh.draw(prompts, SEEDS),
 }
-others = judge.features(
-    studio.real([ask.scene for ask in prompt_set("mixed", 2 * PICTURES)[PICTURES:]])
+others = evaluator.detector.features(
+    model.real([ask.scene for ask in prompt_set("mixed", 2 * PICTURES)[PICTURES:]])
 )
 table = {}
 for name, images in models.items():
-    rows, f = judge.rows(images, ASKS), judge.features(images)
+    values, f = evaluator.values(images, ASKS), evaluator.detector.features(images)
     table[name] = {
-        "right": proportion_interval([row["right"] for row in rows], groups),
-        "score": mean_interval([row["score"] for row in rows], groups),
+        "right": proportion_interval(values["right"], groups),
+        "score": mean_interval(values["score"], groups),
         "frechet": frechet_interval(
             others, f, groups
         ),  # to real renders of other prompts of the set
@@ -892,14 +887,14 @@ r"""
 
 Draw many, show the best. With $k$ tries for each picture that is shown, the share of prompts with at least one right picture is
 $1 - (1 - p)^k$ if tries are independent. Here is a prompt that the model often gets wrong: its first six seeds, and the six of all that fit best, by
-the scorer.
+SceneClip.
 """
 
 # %%
 HARD = "two blue cubes"
-many = studio.draw([HARD] * MANY, list(range(MANY)))
+many = model.draw([HARD] * MANY, list(range(MANY)))
 ok = is_right(many, [HARD] * MANY)
-best = judge.scorer(many, [HARD] * MANY).argsort(descending=True)[:6]
+best = evaluator.clip(many, [HARD] * MANY).argsort(descending=True)[:6]
 mark = lambda i: f"seed {i}{'' if ok[i] else ' (wrong)'}"  # noqa: E731
 print(
     f"right: {proportion_interval(ok)}; of the six that score highest: {int(ok[best].sum())} of 6"
@@ -955,8 +950,8 @@ are chosen on seeds from 0.
 
 ## 7. All of it in one command
 
-`minimuse eval` does what this notebook did, kind by kind, and can be stopped at any time: batches that are done lie on disk. From
-Python it is `evaluate`; ten pictures of two kinds, into a temporary folder. Do not read the values, read the brackets: ten pictures
+`minimuse eval` does what this notebook did, task by task, and can be stopped at any time: it continues after the last finished task.
+From Python it is `evaluate`; ten pictures of two tasks, into a temporary folder. Do not read the values, read the brackets: ten pictures
 say next to nothing.
 """
 
@@ -971,7 +966,7 @@ from minimuse.eval_run import evaluate
 
 with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # the bar
     evaluate(
-        studio, folder, {"checkpoint": CHECKPOINT}, kinds=["seen", "counts"], n=10, judge=judge
+        model, folder, {"checkpoint": CHECKPOINT}, tasks=["seen", "counts"], n=10, evaluator=evaluator
     )
     with open(os.path.join(folder, "eval.md"), encoding="utf-8") as file:
         report = file.read()

@@ -228,7 +228,8 @@ What this leaves out: products of tokens with tokens, inside attention. Those ho
 """
 
 # %%
-from minimuse.train_budget import count_flops, si
+from minimuse.train_budget import count_flops
+from minimuse.utils import si
 
 d, n = 64, 48
 layer = Layer(d, 4, 4 * d, 0, 0.0, cross=False)  # without cross-attention, for a start
@@ -490,7 +491,7 @@ hours; by its price, money. No run reaches the peak of the data sheet. 40% is go
 
 
 # %%
-from minimuse.train_budget import duration
+from minimuse.utils import duration
 
 
 def bill(budget):

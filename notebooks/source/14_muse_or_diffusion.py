@@ -68,7 +68,7 @@ are those of the base model; what Muse does after it would be the same for all t
 # %%
 from minimuse.data_images import area_downsample, to_float, to_pil, tokenize_images
 from minimuse.data_sources import SceneDataset
-from minimuse.muse import build, kind
+from minimuse.muse import build
 from minimuse.train_engine import Engine
 
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
@@ -157,11 +157,13 @@ same number of tokens. With $p = 2$ the DiT would have a quarter of them:
 """
 
 # %%
-from minimuse.config import RIVALS, rival
+from minimuse.baseline_ar import Autoregressive, LowRes
+from minimuse.baseline_dit import Diffusion, DiTConfig
 
-dit_config = rival(muse.config, "dit")
+BASELINES = {make.model: make for make in (LowRes, Autoregressive, Diffusion)}  # masked, ar, dit
+sizes = muse.config.base
 for patch in (1, 2):
-    net = DiT(replace(dit_config.base, patch=patch), z.shape[1])
+    net = DiT(DiTConfig.matching(sizes, z.shape[1], patch))
     print(f"p = {patch}: {net.places.shape[0]} tokens of {net.inputs.in_features} numbers")
 show(DiT.forward)
 
@@ -175,15 +177,13 @@ How are the sizes made equal? adaLN, explained below, costs parameters, so the D
 """
 
 # %%
-from minimuse.muse import parameter_counts
-
-for model in RIVALS:
-    config = rival(muse.config, model)
-    size = parameter_counts(config)["base"]
+for model, make in BASELINES.items():
+    net = make.network(make.configure(muse.config))
+    size = sum(p.numel() for p in net.parameters())
     print(
-        f"{model:>7}: {size:9,} parameters, {config.base.layers} layers of width {config.base.width}, class {kind(config).__name__}"
+        f"{model:>7}: {size:9,} parameters, {net.config.layers} layers of width {net.config.width}, class {make.__name__}"
     )
-show(rival)
+show(DiTConfig.matching)
 
 # %% [markdown]
 r"""
@@ -218,10 +218,12 @@ differ in what the model is shown:
 """
 
 # %%
-from minimuse.train import MaskedLoss, NextLoss, train_dit, train_transformer
+from minimuse.baseline_ar import NextTokenLoss, train_ar
+from minimuse.baseline_dit import train_dit
+from minimuse.train import MaskedLoss, train_transformer
 from minimuse.transformer import init_from_codebook
 
-show(MaskedLoss.forward, NextLoss.forward)
+show(MaskedLoss.forward, NextTokenLoss.forward)
 
 # %% [markdown]
 r"""
@@ -233,7 +235,8 @@ about the same place for noise and for masks?
 # %%
 from minimuse.masking import random_mask
 
-model = DiT(dit_config.base, z.shape[1])
+dit_config = DiTConfig.matching(sizes, z.shape[1])
+model = DiT(dit_config)
 model.observe(z)
 x, e = model.standardize(z[:1]), gaussians(*z[:1].shape, generator=torch.Generator().manual_seed(0))
 ladder = [0, 150, 300, 450, 600, 750, 900]
@@ -300,22 +303,23 @@ check_add_noise(my_noise)
 r"""
 ## 4. The transformers
 
-Muse's and the autoregressive one are the same class; `causal=True` hides what comes later. Let us *see* who sees
+The autoregressive one is a subclass of Muse's; its layers hide what comes later. Let us *see* who sees
 whom: change token $i$, and mark the places whose logits move.
 """
 
 # %%
+from minimuse.baseline_ar import CausalLayer, CausalTransformer
 from minimuse.transformer import SelfAttention, Transformer
 
-show(SelfAttention)
+show(SelfAttention, CausalLayer)
 
 
 # %%
 @torch.inference_mode()
-def influence(config, moved=0):
+def influence(model, moved=0):
     """(N, N): how far the logits of place j (column) move when token i (row) changes."""
     torch.manual_seed(0)
-    net = Transformer(replace(config, grid=4, layers=2)).eval()
+    net = model(replace(sizes, grid=4, layers=2)).eval()
     memory, before = (
         net.memory(muse.encoder.encode(["a red cube"])),
         torch.zeros(1, 16, dtype=torch.long),
@@ -339,12 +343,12 @@ def draw_influence(matrices):
     plt.show()
 
 
-draw_influence({name: influence(rival(muse.config, name).base) for name in ("masked", "ar")})
+draw_influence({"masked": influence(Transformer), "ar": influence(CausalTransformer)})
 
 # %% [markdown]
 r"""
 Gray is where the logits move; on the dotted line is each token's own place. Left, everything sees everything. Right, a token moves the logits of *later* places alone, and not those of its own:
-place $i$ is predicted from the tokens before it. In `Transformer.forward` that is one line, which moves all tokens on by one
+place $i$ is predicted from the tokens before it. In `CausalTransformer.forward` that is one line, which moves all tokens on by one
 place and puts [MASK] before the first.
 
 ### adaLN-Zero: how the DiT is told the time, and how it begins
@@ -363,19 +367,19 @@ from minimuse.baseline_dit import Block, modulate, time_waves
 show(modulate, time_waves, Block)
 
 # %%
-net = DiT(dit_config.base, z.shape[1])
+net = DiT(dit_config)
 words = net.memory(muse.encoder.encode(["a red cube"]))
-h, c = torch.randn(1, 64, dit_config.base.width), torch.randn(1, 1, dit_config.base.width)
-for identity in (True, False):
-    block = DiT(replace(dit_config.base, identity=identity), z.shape[1]).layers[0]
-    out = block(h, c, (words.keys[0], words.values[0], words.attend))
+h, c = torch.randn(1, 64, net.config.width), torch.randn(1, 1, net.config.width)
+for zero_init in (True, False):
+    block = DiT(replace(dit_config, zero_init=zero_init)).layers[0]
+    out = block(h, c, words.keys[0], words.values[0], words.attend)
     print(
-        f"identity={identity}: the block moves its input by {(out - h).abs().mean():.3f} on average"
+        f"zero_init={zero_init}: the block moves its input by {(out - h).abs().mean():.3f} on average"
     )
 
 # %% [markdown]
 r"""
-The same switch is there for Muse's transformer (`TransformerConfig.identity`); `benchmarks/race.py` trains both with and
+`transformer.zero_init_residual` does the same to Muse's transformer; `benchmarks/race.py` trains both with and
 without it.
 
 ## 5. Training the three
@@ -389,26 +393,25 @@ steps until it has had about as much arithmetic. A few hundred steps are few: wh
 show(train_dit)
 
 # %%
-from minimuse.baseline_ar import LowRes
-
 models, losses = {}, {}
-for name in RIVALS:
-    config = rival(muse.config, name)
-    steps = round(STEPS * (muse.config.base.width / config.base.width) ** 2)
+for name, make in BASELINES.items():
+    config = make.configure(muse.config)
+    torch.manual_seed(0)
+    parts = make.build(config)
+    steps = round(STEPS * (sizes.width / parts["base"].config.width) ** 2)
     stage = replace(
         config.stages["base"], steps=steps, warmup=max(1, steps // 10), eval_every=10**9
     )
-    torch.manual_seed(0)
-    parts = build(config)
     parts["low_tokenizer"] = muse.low_tokenizer
     if name == "dit":
         run = train_dit(parts["base"], stage, z, texts, engine=Engine(device="cpu"))
     else:
         init_from_codebook(parts["base"], muse.low_tokenizer.codebook)
-        run = train_transformer(parts["base"], stage, tokens, texts, engine=Engine(device="cpu"))
+        train = train_ar if name == "ar" else train_transformer
+        run = train(parts["base"], stage, tokens, texts, engine=Engine(device="cpu"))
     began = time.monotonic()
     losses[name] = torch.tensor([p.metrics["loss"] for p in run])
-    models[name] = LowRes(config, parts, muse.encoder)
+    models[name] = make(config, parts, muse.encoder)
     print(f"{name:>7}: {steps} steps, {time.monotonic() - began:.0f} s")
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
@@ -416,7 +419,7 @@ smooth = max(1, STEPS // 20)
 for ax, names in zip(axes, (("masked", "ar"), ("dit",)), strict=True):
     for name in names:
         ax.plot(
-            losses[name].unfold(0, smooth, 1).mean(-1), label=name, color=f"C{RIVALS.index(name)}"
+            losses[name].unfold(0, smooth, 1).mean(-1), label=name, color=f"C{list(BASELINES).index(name)}"
         )
     ax.set(xlabel="step", ylim=(0, None))
     ax.legend()
@@ -451,8 +454,8 @@ show(ddim, cached)
 
 # %%
 PROMPT = "a large red cube"
-strips = [film(models[name], list(models[name].steps(PROMPT, seed=0)), most=8) for name in RIVALS]
-grid(strips, [f"{name}: {PROMPT}" for name in RIVALS], columns=1, scale=1)
+strips = [film(models[name], list(models[name].steps(PROMPT, seed=0)), most=8) for name in BASELINES]
+grid(strips, [f"{name}: {PROMPT}" for name in BASELINES], columns=1, scale=1)
 
 # %% [markdown]
 r"""
@@ -489,7 +492,7 @@ check_ddim_step(my_step)
 r"""
 ### Guidance is one formula
 
-In all three it is $(1 + t)\,\text{cond} - t\,\text{uncond}$, applied to logits or to predicted noise: `config.guided` does not know which it has. The
+In all three it is $(1 + t)\,\text{cond} - t\,\text{uncond}$, applied to logits or to predicted noise: `cfg.guided` does not know which it has. The
 difference in the table, "when needed" against "used", is one of habit.
 """
 
@@ -594,8 +597,8 @@ from minimuse.eval_prompts import matches, parse_prompt
 
 detector, base = (
     Detector.from_pretrained(),
-    kind(rival(muse.config, "masked"))(
-        rival(muse.config, "masked"),
+    LowRes(
+        LowRes.configure(muse.config),
         torch.nn.ModuleDict({k: muse.parts[k] for k in ("low_tokenizer", "base")}),
         muse.encoder,
     ),
@@ -751,6 +754,7 @@ were gone.
 # %%
 from minimuse.cfg import rising
 from minimuse.editing import resample
+from minimuse.transformer import Layer
 from minimuse.vqgan import VQGAN, VectorQuantizer
 
 
@@ -766,14 +770,14 @@ rows = [
     ("latent space", (latents, "vqgan.encoder("), (VectorQuantizer.nearest, "argmin(1)")),
     ("image tokens", (DiT.forward, "pixel_unshuffle"), (Transformer.forward, "self.embed(tokens)")),
     ("architecture", (DiT, "nn.ModuleList(Block"), (build, '"superres": SuperRes')),
-    ("transformer", (SelfAttention, "if self.causal"), (SelfAttention, "if self.causal")),
+    ("transformer", (Block, "self.attention(modulate"), (Layer, "self.attention(self.norm1")),
     ("it predicts", (DiT, "self.head = "), (Transformer, "self.head = ")),
-    ("a picture begins as", (LowRes._denoise, "gaussians("), (Muse._all_masked, "torch.full")),
-    ("guidance", (LowRes.decode, "self._denoise(guided"), (Muse.decode, "guided(self.base")),
+    ("a picture begins as", (Diffusion.draw, "gaussians("), (LowRes.draw, "torch.full")),
+    ("guidance", (Diffusion.draw, "guided("), (Muse.decode_base, "guided(self.base")),
     (
         "nice ideas",
-        (DiT._initialize, "nn.init.zeros_(linear.weight)"),
-        (Muse.decode, "guided(self.superres"),
+        (DiT.init_weights, "nn.init.zeros_(linear.weight)"),
+        (Muse.decode_superres, "guided(self.superres"),
     ),
     ("", None, (VQGAN.grow_decoder, "freeze_tokens()")),
     ("", None, (rising, "lambda u")),
@@ -812,9 +816,11 @@ first token is seen by nobody; that comes from how we move them back.)
 """
 
 # %%
-causal = rival(muse.config, "ar").base
 draw_influence(
-    {"as it should be": influence(causal), "not moved on by one place": influence(causal, -1)}
+    {
+        "as it should be": influence(CausalTransformer),
+        "not moved on by one place": influence(CausalTransformer, -1),
+    }
 )
 
 # %% [markdown]

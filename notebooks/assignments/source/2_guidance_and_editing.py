@@ -1,4 +1,4 @@
-# %% [markdown] stubs=config,editing
+# %% [markdown] stubs=cfg,editing
 r"""
 # Assignment: build guidance and editing
 
@@ -736,17 +736,17 @@ TESTS = [test_logits_have_a_shape]
 
 def test_share_of_texts_dropped(lib):
     many = Context(torch.ones(4000, 2, 1), torch.ones(4000, 2, dtype=torch.bool))
-    gone = lib.config.drop_text(many, 0.1, seeded()).embeds.eq(0).flatten(1).all(1)
+    gone = lib.cfg.drop_text(many, 0.1, seeded()).embeds.eq(0).flatten(1).all(1)
     assert abs(gone.float().mean() - 0.1) < 0.02
 
 
 def test_no_guidance_is_the_conditional(lib):
     c, u = torch.randn(2, 1, 3, 4, generator=seeded())
-    assert lib.config.guide(c, u, 0.0).equal(c)
+    assert lib.cfg.guide(c, u, 0.0).equal(c)
 
 
 def test_removed_text_is_attended(lib):
-    assert lib.config.null_text(texts()).mask.any(1).all()
+    assert lib.cfg.null_text(texts()).mask.any(1).all()
 
 
 def told_apart(lib, a, b):
