@@ -50,6 +50,7 @@ def test_looking_everywhere_is_undone():
     assert transformer.directional_bias is before, "the model reads otherwise from now on"
 
 
+@pytest.mark.slow
 def test_study_from_training_to_table(tmp_path, monkeypatch):
     muse, config = Muse.from_pretrained("toy", device="cpu", dtype=torch.float32), preset("toy")
     small = replace(config.base, layers=1)
