@@ -217,6 +217,6 @@ def test_show_gives_source_under_its_file():
     source = show(guide, VectorQuantizer.nearest)
     assert source.startswith("# minimuse/cfg.py\ndef guide(")
     assert "\n\n\n# minimuse/vqgan.py\ndef nearest(self" in source, "methods are dedented"
-    assert show(Muse.decode_base).startswith("# minimuse/muse.py\n@torch.inference_mode()"), "decorated ones too"
+    assert show(Muse.picture).startswith("# minimuse/muse.py\n@torch.inference_mode()"), "decorated ones too"
     assert source._repr_markdown_().startswith("```python\n# minimuse/cfg.py")
     assert repr(source) == str(source)
