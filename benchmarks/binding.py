@@ -1,18 +1,18 @@
-"""What must a model be told, to draw a red cube left of a blue sphere, and not the other way round?
+"""How should a model read its text, so that it can tell a red cube left of a blue sphere from the reverse?
 
     python benchmarks/binding.py [--out runs/binding] [--steps 500] [--scenes 16000] [--only NAME] [--docs]
 
-toy's base model trains from nothing on the same scenes in the same order; each time the text reaches it otherwise:
-    projected        the LM's embeddings, linearly projected and no more (Muse 2.1)
-    ahead and back   a layer of our own reads where to look, half of its heads ahead, half back (`text_layers=1`)
-    every way        the same layer, its heads looking everywhere alike, the way of most encoders
-    told outright    no LM: a vector a thing, with its looks and what it stands left of, behind, ...
-Judged on held-out scenes of two things, every token masked: by how many nats a picture the true caption fits better
-than the same words with the two things, or their two colours, swapped; and for how many pictures it does.
+toy's base model is trained from scratch on the same scenes in the same order, with four ways to read the text:
+    projected        embeddings of the language model, linearly projected (Muse 2.1)
+    ahead and back   one attention layer of our own; half of its heads look ahead, half look back (`text_layers=1`)
+    every way        the same layer, with heads that look in all directions, as in most encoders
+    told outright    no language model: one vector per thing, with its attributes and relations
+Test scenes have two things, and every token is masked. Metrics: by how many nats per picture the true caption fits
+better than one with the two things, or their two colors, swapped; and for how many pictures it fits better.
 
-And what the LM tells by itself, layer by layer: the share of a colour word's variance that goes with the side on which
-its thing stands, and how many standard deviations lie between the sides along the best direction (d').
-Intervals are 95%, over pictures; one training each. Finished trainings are kept in --out and used again.
+Also measured: what each layer of the language model says by itself. Which fraction of the variance of a color word's
+vector depends on the side of its thing? And how many standard deviations lie between the two sides along the best
+direction (d')? Intervals are 95%, over pictures, one training each. Finished trainings are kept in --out and reused.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def tokens_of(muse: Muse, scenes: SceneDataset, which: list[int]) -> Tensor:
 
 
 def told(things: tuple[Thing, ...], width: int) -> Tensor:
-    """Things -> (K, width): each one's looks and how it stands to the others, a number a word."""
+    """Things -> (K, width): the attributes and relations of each thing, one number per word."""
     rows = torch.zeros(len(things), width)
     for row, thing in zip(rows, things, strict=True):
         others = [name for other in things if other is not thing for name in relations(thing, other)]
@@ -64,8 +64,10 @@ def told(things: tuple[Thing, ...], width: int) -> Tensor:
 
 
 def pairs(n: int, size: int) -> tuple[SceneDataset, list[int], list[list[tuple[Thing, ...]]], list[list[str]]]:
-    """n held-out scenes of two things that differ in colour and shape: data set, indices, and true, things swapped,
-    colours swapped, as things and as captions."""
+    """n test scenes of two things that differ in color and shape.
+
+    Returns data set and indices; then things and captions, each as they are, with things and with colors swapped.
+    """
     scenes, rng = SceneDataset(100 * n, size, split="test", fractions=(0, 100, 0), seed=77), Random(0)
     which, things, captions = [], [], []
     for i in range(len(scenes)):
@@ -87,7 +89,7 @@ def pairs(n: int, size: int) -> tuple[SceneDataset, list[int], list[list[tuple[T
 
 @contextmanager
 def looking_everywhere(really: bool):
-    """Inside, and only if `really`, the heads that read the text look everywhere alike."""
+    """Inside, and only if `really`, the heads of the text layer look in all directions."""
     before = transformer.directional_bias
     if really:
         transformer.directional_bias = lambda mask, heads: mask[:, None, None]
@@ -99,7 +101,7 @@ def looking_everywhere(really: bool):
 
 @torch.no_grad()
 def nats(model: Transformer, tokens: Tensor, texts: list[Tensor], batch: int = 96) -> Tensor:
-    """-log p of all tokens of each picture, all masked at once, (n,)."""
+    """-log p of all tokens of each picture when all are masked, (n,)."""
     found = []
     for start in range(0, len(tokens), batch):
         x = tokens[start : start + batch]
@@ -120,7 +122,7 @@ def embed(encoder: TextEncoder, texts: list[str]) -> list[Tensor]:
 
 
 def study(muse: Muse, config: MuseConfig, out: Path, ways: list[str], n: int, test: int) -> dict[str, dict[str, Any]]:
-    """Ways of telling -> their figures, kept in `out`."""
+    """Ways to read the text -> their results, kept in `out`."""
     size, width = config.low_tokenizer.image_size, config.base.text_width
     results, missing, settings = {}, [], {"steps": config.stages["base"].steps, "scenes": n, "test": test}
     for way in ways:
@@ -128,7 +130,7 @@ def study(muse: Muse, config: MuseConfig, out: Path, ways: list[str], n: int, te
         results[way] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         missing += [way] if not results[way] else []
         if (kept := {k: results[way].get(k) for k in settings}) != settings and results[way]:
-            raise ValueError(f"{path} is of {kept}, not {settings}; give the same numbers, or another --out")
+            raise ValueError(f"{path} is of {kept}, not {settings}; give the same numbers or another --out")
     if not missing:
         return results
     scenes = SceneDataset(n, size, seed=5, fractions=FRACTIONS, k=3, synonyms=0.5)
@@ -163,7 +165,7 @@ def study(muse: Muse, config: MuseConfig, out: Path, ways: list[str], n: int, te
 
 @torch.no_grad()
 def lm_tells(encoder: TextEncoder, n: int = 6000) -> list[tuple[float, float]]:
-    """Layer by layer of the LM -> (share of a colour word's variance that goes with left or right, d')."""
+    """Layer by layer of the LM -> (fraction of a color word's variance that depends on left or right, d')."""
     rng, texts, where = Random(0), [], []
     for _ in range(n):
         (c1, c2), (s1, s2) = rng.sample(list(COLORS), 2), rng.sample(SHAPES, 2)
@@ -190,7 +192,7 @@ def lm_tells(encoder: TextEncoder, n: int = 6000) -> list[tuple[float, float]]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a line a way of telling."""
+    """Markdown: one line per way."""
     lines = ["| text | nats a picture | " + " | ".join(f"{s} swapped: nats | told apart" for s in SWAPS) + " |"]
     lines += ["|---" * (2 + 2 * len(SWAPS)) + "|"]
     for way, found in results.items():
@@ -207,7 +209,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def report(results: dict[str, dict[str, Any]], lm: list[tuple[float, float]], name: str) -> str:
-    """binding.md, whole."""
+    """The content of binding.md."""
     first = next(iter(results.values()))
     layers = "\n".join(f"| {i} | {part:.2%} | {d:.1f} |" for i, (part, d) in enumerate(lm, 1))
     return (
@@ -216,7 +218,7 @@ def report(results: dict[str, dict[str, Any]], lm: list[tuple[float, float]], na
         f"model on {first['scenes']:,} scenes, judged on {len(first['nats'])} held-out ones of two things.\n\n"
         f"{table(results)}\nWhat {name} tells by itself of a colour word's thing, left or right, after each of its\n"
         f"layers (the last one's output is what Muse reads):\n\n"
-        f"| layer | share of variance | d' |\n|---|---|---|\n{layers}\n"
+        f"| layer | fraction of variance | d' |\n|---|---|---|\n{layers}\n"
     )
 
 
@@ -226,8 +228,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="of training, the same for all (default: 500)")
     parser.add_argument("--scenes", type=int, default=16000, help="to train on (default: 16000)")
     parser.add_argument("--test", type=int, default=384, help="held-out scenes (default: 384)")
-    parser.add_argument("--only", choices=WAYS, action="append", help="this way alone; may be given again")
-    parser.add_argument("--docs", action="store_true", help="also write binding.md beside this script")
+    parser.add_argument("--only", choices=WAYS, action="append", help="only this way; may be repeated")
+    parser.add_argument("--docs", action="store_true", help="also write binding.md next to this script")
     args = parser.parse_args()
     muse, config = Muse.from_pretrained("toy", device="cpu", dtype=torch.float32), preset("toy")
     stage = replace(config.stages["base"], steps=args.steps, eval_every=10**9, save_every=10**9, text_lr_scale=1.0)

@@ -1,13 +1,13 @@
-"""How often is a picture of one object right: in colour, in shape, in everything that its prompt names?
+"""How many pictures of one object are right: in color, in shape, in everything that the prompt names?
 
     python benchmarks/nano_accuracy.py [checkpoint] [--n 210] [--out grid.png]
 
-The package's detector, trained on real renders alone, reads what the checkpoint draws for prompts "a red cube", "a large
-green sphere", ..., every seen combination of colour and shape in turn, seeds 1000, 1001, ... (sampling was tuned on
-seeds from 0). Nothing is picked. Colour and shape are those of the thing that the detector is surest of; everything is
-right where there is one thing alone, with size and material too if they are named; clear where the detector is more sure
-of that than not.
-Writes the pictures too: look at them.
+The prompts are "a red cube", "a large green sphere", ..., with every combination of color and shape from training, and
+seeds 1000, 1001, ... (sampling was tuned on seeds from 0). No picture is selected. The shipped detector measures:
+    colour, shape   those of the detected thing with the highest confidence
+    everything      exactly one thing, with all that the prompt names, also size and material
+    clear           the same, with a confidence of at least one half
+It also writes the first 50 pictures.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from minimuse.plots import grid
 
 
 def prompts(n: int) -> list[tuple[str, str, str]]:
-    """(prompt, colour, shape): every seen combination in turn, with and without a size and a material."""
+    """(prompt, color, shape): every combination from training in turn, with and without a size and a material."""
     seen = [(c, s) for s, c in product(SHAPES, COLORS) if not is_novel(Thing(c, s, "large", "rubber", 0, 0, 0))]
     extras = ["", "large ", "small ", ""]
     materials = ["", "", "metal ", "rubber "]
@@ -37,14 +37,14 @@ def prompts(n: int) -> list[tuple[str, str, str]]:
 
 
 def accuracy(muse: Muse, detector: Detector, n: int, seed: int = 1000, **sampling) -> tuple[Tensor, list, list]:
-    """-> right (n, 4) for colour, shape, everything named, and that clearly; the pictures, their prompts."""
+    """right (n, 4): color, shape, everything, clear; the pictures; their prompts."""
     asked, right = prompts(n), []
     images = muse.generate([p for p, _, _ in asked], seed=seed, batch_size=32, **sampling)
-    for reading, (prompt, color, shape) in zip(detector.detect(images), asked, strict=True):
-        surest = max(reading.things, key=lambda thing: thing.confidence, default=None)
+    for found, (prompt, color, shape) in zip(detector.detect(images), asked, strict=True):
+        surest = max(found.things, key=lambda thing: thing.confidence, default=None)
         looks = (surest is not None and surest.color == color, surest is not None and surest.shape == shape)
-        wants = parse_prompt(prompt)
-        right.append([*looks, matches(reading, wants).right, matches(reading, wants, min_confidence=0.5).right])
+        spec = parse_prompt(prompt)
+        right.append([*looks, matches(found, spec).right, matches(found, spec, min_confidence=0.5).right])
     return torch.tensor(right), images, [p for p, _, _ in asked]
 
 

@@ -147,7 +147,7 @@ class Race:
         """A trained entrant; its training goes on where it was stopped."""
         if name == "two stages":
             parts = {**self.nano.parts, "base": self.muse("masked").base}
-            return Muse(self.config, nn.ModuleDict(parts), self.nano.encoder)
+            return Muse(self.config, nn.ModuleDict(parts).eval(), self.nano.encoder)
         if name not in self.muses:
             make, config, change = self.entrants[name]
             slug = name.replace(", ", "-").replace(" ", "-")

@@ -1,14 +1,14 @@
-"""What is a frozen language model worth? The same Muse on word embeddings from scratch, which know no synonyms.
+"""What is a frozen language model worth? The same Muse on random word embeddings, which know no synonyms.
 
     python benchmarks/scratch_text.py --out runs/scratch/text
     minimuse train toy --out runs/scratch --set text_encoder=runs/scratch/text
-    minimuse eval runs/scratch --base-only --kinds seen,paraphrases
+    minimuse eval runs/scratch --base-only --kinds seen,paraphrases --out runs/scratch/eval
 
-It writes a folder that `TextEncoder` reads as any other: the tokenizer of all-MiniLM-L6-v2, a random vector for each of
-its word pieces and for each place, no layer. They stay as they are, and nothing is lost by it: what the base model
-learns is the linear projection of these vectors (Muse 2.1), and 384 random numbers a word are nearly orthogonal, so
-that it can give each of the few hundred words of training an embedding of its own. A word that training never showed
-keeps whatever its random vector is projected to.
+It writes a folder that `TextEncoder` loads like any other: the tokenizer of all-MiniLM-L6-v2, a random vector for each
+word piece and position, and no layer. The vectors are not trained, and nothing is lost by that: the base model learns a
+linear projection of them (Muse 2.1), and random vectors with 384 dimensions are nearly orthogonal. So it can give each
+of the few hundred training words an embedding of its own. A word that was never in training gets the projection of its
+random vector.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    print(f"a text encoder that knows nothing is in {write(args.out, args.seed)}")
+    print(f"a text encoder without knowledge is in {write(args.out, args.seed)}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Train the scorer (`eval_clip.py`) from nothing: `python benchmarks/train_clip.py FOLDER` made the shipped one.
+"""Train SceneClip (`eval_clip.py`) from scratch. This made the shipped weights, minimuse/checkpoints/clip.
 
-    scenes --render, spoiled as decoders spoil pictures--> images   \\
-    scenes --data_captions.py--> what is true --swap--> what is not      --> each picture is to find its caption among all
-                                                                       of the batch, and the other way round
+    python benchmarks/train_clip.py FOLDER
 
-What it learns from is kept away from what it measures: seeds from 5 billion, splits "test" and "novel", no generated
-picture. n scenes, B a batch.
+    scenes --render, degrade as decoders do--> images            }  each image finds its caption among all captions
+    scenes --data_captions.py--> true captions --swap--> false   }  of the batch, and the other way round
+
+The training data is kept away from everything that SceneClip measures: seeds from 5 billion, splits "test" and "novel",
+no generated pictures. The shipped weights are those after about 1,137 of the 1,500 steps. n scenes, B per batch.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
-from train_detector import scenes, spoiled
+from train_detector import degrade, scenes
 
 from minimuse import checkpoint
 from minimuse.config import StageConfig
@@ -34,7 +35,7 @@ from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train_engine import Engine, Stage
 
 TRAINING = StageConfig(steps=1500, batch=64, learning_rate=2e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98))
-SCENES, SEED, FRESH, WRONG = 8_000, 5_000_000_000, 6_000_000_000, 2  # FRESH: seeds that it is measured on
+SCENES, SEED, FRESH, WRONG = 8_000, 5_000_000_000, 6_000_000_000, 2  # FRESH: seeds of the scenes for the card
 _OTHERS = {name: [o for o in names if o != name] for names in FIELDS.values() for name in names}
 _OTHERS |= {"left of": ["right of"], "right of": ["left of"], "in front of": ["behind"], "behind": ["in front of"]}
 _OTHERS |= {"two": ["three"], "three": ["two"]}
@@ -45,7 +46,7 @@ _KINDS = {name: field for field, names in FIELDS.items() for name in names}  # a
 def swap(text: str, rng: Random) -> tuple[str, str]:
     """A true caption -> the same with one word that makes it false, and what was swapped: "color", "shape", ...
 
-    It is false of every scene that the first is true of, since captions tell of all things.
+    Captions describe all things of a scene, so the new one is false for every scene for which the old one is true.
 
     >>> swap("two red cubes", Random(0))
     ('two yellow cubes', 'color')
@@ -58,34 +59,29 @@ def swap(text: str, rng: Random) -> tuple[str, str]:
 def train(
     engine: Engine, config: StageConfig, images: Tensor, texts: list[list[Tensor]]
 ) -> Iterator[tuple[float, SceneClipNetwork]]:
-    """images (n, 3, 64, 64) uint8, of each its caption and WRONG false ones as (L, 384) -> loss, network."""
+    """images (n, 3, 64, 64) uint8, for each its caption and WRONG false ones (L, 384) -> (loss, network) per step."""
     torch.manual_seed(engine.seed)
-    stage = Stage(engine, "scorer", config, {"model": SceneClipNetwork().to(memory_format=torch.channels_last)})
+    stage = Stage(engine, "clip", config, {"model": SceneClipNetwork().to(memory_format=torch.channels_last)})
     net = stage.modules["model"]
     for step in stage.steps():
-        shares = []
-        for at, draws in stage.micro_batches(len(images), step):
+        for at, generators in stage.micro_batches(len(images), step):
             rows = [texts[i][k].float() for k in range(1 + WRONG) for i in at.tolist()]
+            pictures = degrade(to_float(images[at]), generators[0]).to(engine.device)
             with engine.precision():
-                scores = net(
-                    spoiled(to_float(images[at]), draws[0]).to(engine.device), pad_contexts(rows).to(engine.device)
-                )
+                scores = net(pictures, pad_contexts(rows).to(engine.device))
             logits, right = scores * net.scale.exp().clamp(max=100), torch.arange(len(at), device=scores.device)
             both = F.cross_entropy(logits, right) + F.cross_entropy(logits[:, : len(at)].T, right)
-            stage.backward(both / stage.parts)
-            shares.append({"loss": both.detach() / stage.parts})
-        stage.update(step)
-        stage.end(step)
-        yield stage.total(shares)["loss"], net
+            stage.backward(both / stage.parts, loss=both / stage.parts)
+        yield stage.finish(step)["loss"], net
 
 
-def measure(scorer: SceneClip, n: int, seed: int = FRESH, size: int = SIZE) -> dict[str, list[int]]:
+def measure(clip: SceneClip, n: int, seed: int = FRESH, size: int = SIZE) -> dict[str, list[int]]:
     """n fresh renders of all counts and splits -> {what is swapped: [ranked right, of how many]}."""
     made, rng, table = scenes(n, seed, ("train", "test", "novel")), Random(seed), {}
     true = [caption(scene, seed + i) for i, scene in enumerate(made)]
     false, kinds = zip(*(swap(text, rng) for text in true), strict=True)
     images = torch.cat([render(made[i : i + 100], size) for i in range(0, n, 100)])
-    for kind, won in zip(kinds, (scorer(images, true) > scorer(images, false)).tolist(), strict=True):
+    for kind, won in zip(kinds, (clip(images, true) > clip(images, false)).tolist(), strict=True):
         row = table.setdefault(kind, [0, 0])
         row[0], row[1] = row[0] + won, row[1] + 1
     return dict(sorted(table.items()))
@@ -95,33 +91,33 @@ CARD = """---
 library_name: minimuse
 license: apache-2.0
 ---
-# scorer
+# SceneClip
 
-How well a picture of minimuse's scenes fits a prompt: a small CLIP, {parameters:,} parameters over all-MiniLM-L6-v2
-(frozen, not stored here), read at 64 px. It is for measuring generators, never part of a loss.
+A small CLIP: how well a picture of minimuse's scenes fits a prompt. {parameters:,} parameters on top of
+all-MiniLM-L6-v2 (frozen, not stored here), input of 64 px. It only measures generators and is never part of a loss.
 
 Made by `python benchmarks/train_clip.py`: {scenes:,} scenes of splits "novel" (a third) and "test", seeds from
-{seed:,}; {steps:,} steps of {batch} pictures, each with its caption and two that one swapped word makes false. It saw
-no scene of split "train" and no generated picture, and shares no weights, training run or data seed with the detector or
-the perceptual network of `vqgan_loss.py`.
+{seed:,}; {steps:,} steps of {batch} pictures, each with its caption and two that one swapped word makes false. It was
+trained without scenes of split "train" and without generated pictures, and shares no weights, training run or data
+seed with the detector or the perceptual network of `vqgan_loss.py`.
 
-On fresh renders of splits "train", "test" and "novel" in equal parts, 1 to 3 things, seeds from {fresh:,}: the true
-caption ranked above the same one with one word swapped.
+Fresh renders of splits "train", "test" and "novel" in equal parts, 1 to 3 things, seeds from {fresh:,}: how often the
+true caption scores higher than the same one with one word swapped.
 
-| Swapped | Ranked right |
+| Swapped | Correct |
 |---|---|
 {rows}
 """
 
 
-def save(scorer: SceneClip, folder: Path, training: dict[str, int], n: int) -> None:
-    """Write weights in half precision, config.json, and the model card with what is then measured."""
-    weights = {k: v.half().contiguous() for k, v in scorer.net.state_dict().items()}
-    scorer.net.load_state_dict(weights)  # what is measured is what is saved
-    table = measure(scorer, n)
+def save(clip: SceneClip, folder: Path, training: dict[str, int], n: int) -> None:
+    """Write weights in half precision, config.json, and a model card with the accuracy of the written weights."""
+    weights = {k: v.half().contiguous() for k, v in clip.net.state_dict().items()}
+    clip.net.load_state_dict(weights)  # measure what is saved
+    table = measure(clip, n)
     table["all"] = [sum(column) for column in zip(*table.values(), strict=True)]
     rows = "\n".join(f"| {kind} | {right:,} of {of:,} ({right / of:.1%}) |" for kind, (right, of) in table.items())
-    parameters = sum(p.numel() for p in scorer.net.parameters())
+    parameters = sum(p.numel() for p in clip.net.parameters())
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / checkpoint.WEIGHTS)
     values = json.dumps({"format": CLIP_FORMAT, "training": training}, indent=1)
@@ -134,11 +130,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Render, embed, train, measure, save."""
     from tqdm import tqdm
 
-    parser = argparse.ArgumentParser(prog="python benchmarks/train_clip.py", description="Train a scorer from nothing.")
+    parser = argparse.ArgumentParser(prog="python benchmarks/train_clip.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scenes", type=int, default=SCENES)
     parser.add_argument("--steps", type=int, default=TRAINING.steps)
-    parser.add_argument("--fresh", type=int, default=2000, help="scenes that it is measured on")
+    parser.add_argument("--fresh", type=int, default=2000, help="scenes for the model card")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--device")
     args = parser.parse_args(argv)

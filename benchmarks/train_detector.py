@@ -1,9 +1,12 @@
-"""Train the detector (`eval_detector.py`) from nothing: `python benchmarks/train_detector.py FOLDER` made the shipped one.
+"""Train the detector (`eval_detector.py`) from scratch. This made the shipped weights, minimuse/checkpoints/detector.
 
-    scenes --render--> images --spoiled, as decoders spoil pictures--> DetectorNetwork --> heat, attributes, box and place
+    python benchmarks/train_detector.py FOLDER
 
-What it learns from is kept away from all that it measures: seeds from 7 billion, splits "test" and "novel", no
-generated picture. `K` things a scene at most, `G` cells a side, `M` cells in which there is a thing.
+    scenes --render--> images --degrade, as decoders do--> DetectorNetwork --> heat, attributes, box and place
+
+The training data is kept away from everything that the detector measures: seeds from 7 billion, splits "test" and
+"novel", no generated pictures. The defaults are those of the shipped weights: 8,000 scenes, 1,200 steps, 8 minutes on
+one CPU thread. B pictures, K things per scene at most, G cells per side, M cells near a thing.
 """
 
 import argparse
@@ -44,12 +47,12 @@ FRESH = 8_000_000_000  # seeds of the scenes that it is measured on
 
 
 def scenes(n: int, seed: int, splits: Sequence[str] = ("novel", "test", "test")) -> list[Scene]:
-    """n scenes of 1 to 3 things; the held-out combinations among them, since those too must be read."""
+    """n scenes of 1 to 3 things, with held-out combinations, which must be detected too."""
     return [sample_scene(seed + i, split=splits[i % len(splits)], fractions=(25, 35, 40)) for i in range(n)]
 
 
 def targets(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-    """Scenes -> indices of the FIELDS (B, K, 4), -1 where there is no thing; box and place (B, K, 6)."""
+    """Scenes -> indices of FIELDS (B, K, 4), -1 where there is no thing; box and place (B, K, 6)."""
     index = torch.full((len(scenes), MAX_THINGS, len(FIELDS)), -1)
     place = torch.zeros(len(scenes), MAX_THINGS, 6)
     for b, scene in enumerate(scenes):
@@ -60,61 +63,61 @@ def targets(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
 
 
 def loss(maps: Tensor, index: Tensor, place: Tensor, doubt: Tensor | None = None) -> Tensor:
-    """maps (B, 22, G, G), targets -> (): heat everywhere; the rest where the heat of a thing is above a half.
+    """maps (B, 22, G, G), targets -> (): heat in all cells, everything else where the target heat is above a half.
 
-    Where there is doubt (B,) in [0, 1] of the shape, the network is to share it.
+    doubt (B,) in [0, 1] says how uncertain the shape is; the target of the shape is smoothed by it.
     """
     heat, *fields, numbers = maps.float().split(HEADS, 1)
     middle = (place[..., :2] + place[..., 2:4]) / 2  # (B, K, 2)
     at = cell_centers(maps.device)
     apart = (at - middle[:, :, None, None]).mul(GRID).square().sum(-1)  # (B, K, G, G), in cells
-    warm = (-apart / (2 * SPREAD**2)).exp() * (index[:, :, :1, None] >= 0)
-    warm, owner = warm.max(1)  # (B, G, G)
-    total = 2 * F.binary_cross_entropy_with_logits(heat[:, 0], warm, reduction="sum")
-    b, v, u = (warm > 0.5).nonzero(as_tuple=True)  # (M,)
-    k, weight = owner[b, v, u], warm[b, v, u]
+    target = (-apart / (2 * SPREAD**2)).exp() * (index[:, :, :1, None] >= 0)
+    target, owner = target.max(1)  # (B, G, G)
+    total = 2 * F.binary_cross_entropy_with_logits(heat[:, 0], target, reduction="sum")
+    b, v, u = (target > 0.5).nonzero(as_tuple=True)  # (M,)
+    k, weight = owner[b, v, u], target[b, v, u]
     for i, (name, logits) in enumerate(zip(FIELDS, fields, strict=True)):
         log_p = logits[b, :, v, u].log_softmax(1)  # (M, C)
-        surprise = -log_p.gather(1, index[b, k, i, None])[:, 0]
+        nll = -log_p.gather(1, index[b, k, i, None])[:, 0]
         if name == "shape" and doubt is not None:
-            surprise = surprise.lerp(-log_p.mean(1), doubt[b])
-        total = total + (weight * surprise).sum()
+            nll = nll.lerp(-log_p.mean(1), doubt[b])
+        total = total + (weight * nll).sum()
     wrong = F.smooth_l1_loss(numbers[b, :, v, u], encode_numbers(place[b, k], at[v, u]), reduction="none", beta=0.1)
     return (total + (weight * wrong.sum(1)).sum()) / weight.sum()
 
 
-def warped(images: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """images (B, 3, H, W) -> a third of them with wobbling outlines, as bad generators draw; doubt (B,) of the shapes.
+def warp(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """images (B, 3, H, W) -> a third of them with wavy outlines, as bad generators draw; doubt (B,) of the shapes.
 
-    Choice: what wobbles by less than half a pixel has its shape beyond doubt; by 3 pixels of 64, it might be any.
+    Choice: below half a pixel of distortion a shape is certain; at 3 pixels of 64 it could be any.
     """
-    far = (torch.rand(len(images), generator=draws) * 9 - 6).clamp(min=0)  # pixels
-    field = torch.randn(len(images), 2, 14, 14, generator=draws) * far[:, None, None, None] * 2 / SIZE
+    far = (torch.rand(len(images), generator=generator) * 9 - 6).clamp(min=0)  # pixels
+    field = torch.randn(len(images), 2, 14, 14, generator=generator) * far[:, None, None, None] * 2 / SIZE
     flow = F.interpolate(field, size=images.shape[-2:], mode="bicubic").permute(0, 2, 3, 1)
     grid = F.affine_grid(torch.eye(2, 3).expand(len(images), 2, 3), list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid + flow, padding_mode="reflection", align_corners=False)
     return torch.where(far[:, None, None, None] > 0, moved, images), ((far - 0.5) / 2.5).clamp(0, 1)
 
 
-def spoiled(images: Tensor, draws: torch.Generator) -> Tensor:
-    """images (B, 3, H, W) in [-1, 1] -> as decoders spoil them: resampled, blurred, in blocks, tinted, noisy."""
+def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
+    """images (B, 3, H, W) in [-1, 1] -> degraded as by decoders: resampled, blurred, in blocks, tinted, noisy."""
 
     def u(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(len(images), *(shape or (1, 1, 1)), generator=draws)
+        return low + (high - low) * torch.rand(len(images), *(shape or (1, 1, 1)), generator=generator)
 
-    side = int(torch.randint(SIZE * 3 // 8, SIZE, (), generator=draws))
+    side = int(torch.randint(SIZE * 3 // 8, SIZE, (), generator=generator))
     small = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
     coarse = F.interpolate(small, size=images.shape[-2:], mode="bicubic")
     x = torch.where(u(0, 1) < 0.3, coarse, images)
     blur = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    x = x.lerp(blur, u(-0.3, 1))  # below 0 it sharpens
-    x = torch.where(u(0, 1) < 0.3, _quantized(x, u(0.02, 0.4)), x)
+    x = x.lerp(blur, u(-0.3, 1))  # sharpens if negative
+    x = torch.where(u(0, 1) < 0.3, quantize(x, u(0.02, 0.4)), x)
     x = x * u(0.9, 1.1, 3, 1, 1) + u(-0.06, 0.06, 3, 1, 1) + u(-0.06, 0.06)
-    return (x + u(0, 0.15) * torch.randn(x.shape, generator=draws)).clamp(-1, 1)
+    return (x + u(0, 0.15) * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
 
 
-def _quantized(images: Tensor, step: Tensor) -> Tensor:
-    """JPEG's way to lose detail: blocks of 8 x 8, each frequency rounded, the high ones more coarsely."""
+def quantize(images: Tensor, step: Tensor) -> Tensor:
+    """As JPEG: in blocks of 8 x 8, each frequency is rounded, the high ones more coarsely."""
     at = torch.arange(8.0)
     basis = torch.cos(torch.pi / 8 * (at + 0.5) * at[:, None]) / 2  # (8, 8): frequency, place
     basis[0] /= 2**0.5
@@ -133,22 +136,20 @@ def train(
     stage = Stage(engine, "detector", config, {"model": DetectorNetwork().to(memory_format=torch.channels_last)})
     net, (index, place) = stage.modules["model"], targets(scenes)
     for step in stage.steps():
-        shares = []
-        for at, draws in stage.micro_batches(len(images), step):
-            pictures, doubt = warped(to_float(images[at]), draws[0])
+        for at, generators in stage.micro_batches(len(images), step):
+            pictures, doubt = warp(to_float(images[at]), generators[0])
             with engine.precision():
-                maps = net(spoiled(pictures, draws[0]).to(engine.device))
+                maps = net(degrade(pictures, generators[0]).to(engine.device))
             value = loss(maps, *(part.to(maps.device) for part in (index[at], place[at], doubt))) / stage.parts
-            stage.backward(value)
-            shares.append({"loss": value})
-        stage.update(step)
-        stage.end(step)
-        yield stage.total(shares)["loss"], net
+            stage.backward(value, loss=value)
+        yield stage.finish(step)["loss"], net
 
 
 def measure(detector: Detector, n: int, size: int, seed: int = FRESH) -> dict[int, list[int]]:
-    """Fresh scenes of all splits, n with each number of things -> {number: [attributes right, of how many, scenes
-    wholly right, of how many]}. A scene is wholly right where the number of things is, and every attribute."""
+    """n fresh scenes per number of things -> {number: [attributes right, of all, scenes completely right, of all]}.
+
+    A scene is completely right if the number of things and every attribute are right.
+    """
     table = {}
     for k in range(1, MAX_THINGS + 1):
         made = [sample_scene(seed + i, split=SPLITS[i % len(SPLITS)], n_things=k) for i in range(n)]
@@ -165,29 +166,29 @@ license: apache-2.0
 ---
 # detector
 
-What is in a picture of minimuse's scenes: how many things, and colour, shape, size, material, place and box of each.
-{parameters:,} parameters, read at 64 px. It is for measuring generators, never part of a loss.
+Finds the things in a picture of minimuse's scenes: color, shape, size, material, place and box of each.
+{parameters:,} parameters, input of 64 px. It only measures generators and is never part of a loss.
 
 Made by `python benchmarks/train_detector.py`, in {minutes:.0f} minutes (CPU threads: {threads}), rendering included:
 {scenes:,} scenes of splits "novel" (a third) and "test", seeds from {seed:,}; {steps:,} steps of {batch} pictures,
-spoiled as decoders spoil them. It saw no scene of split "train" and no generated picture, and shares no weights,
-training run or data seed with the perceptual network of `vqgan_loss.py`.
+degraded as by decoders. It was trained without scenes of split "train" and without generated pictures, and shares no
+weights, training run or data seed with the perceptual network of `vqgan_loss.py`.
 
 On fresh renders of splits "train", "test" and "novel" in equal parts, seeds from {fresh:,}:
 
-| Pictures | Things | Attributes right | Scenes wholly right |
+| Pictures | Things | Attributes right | Scenes completely right |
 |---|---|---|---|
 {rows}
 
-It must name one of three shapes, so a lump is read as the nearest; `confidence` says how sure it is. It was taught
-doubt of shapes on renders with wobbling outlines.
+It must name one of three shapes, so a lump becomes the nearest one; `confidence` says how sure it is. It learned
+doubt about shapes from renders with wavy outlines.
 """
 
 
 def save(detector: Detector, folder: Path, training: dict[str, float], n: int = 700) -> None:
-    """Write weights in half precision, config.json, and the model card with what is then measured."""
+    """Write weights in half precision, config.json, and a model card with the accuracy of the written weights."""
     weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in detector.net.state_dict().items()}
-    detector.net.load_state_dict(weights)  # what is measured is what is saved
+    detector.net.load_state_dict(weights)  # measure what is saved
     sizes = {size: measure(detector, n, size) for size in (64, 128)}
     rows = [
         f"| {size} px | {k} | {right:,} of {asked:,} | {whole:,} of {all_:,} |"
@@ -205,13 +206,11 @@ def save(detector: Detector, folder: Path, training: dict[str, float], n: int = 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Render, train, measure, save."""
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/train_detector.py", description="Train a detector from nothing."
-    )
+    parser = argparse.ArgumentParser(prog="python benchmarks/train_detector.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scenes", type=int, default=SCENES)
     parser.add_argument("--steps", type=int, default=TRAINING.steps)
-    parser.add_argument("--fresh", type=int, default=700, help="scenes of each count that it is measured on")
+    parser.add_argument("--fresh", type=int, default=700, help="scenes with each number of things, for the model card")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--device")
     args = parser.parse_args(argv)

@@ -6,17 +6,9 @@
 A picture is right if it has everything that the prompt names: how many things, their attributes, their relation. What
 the prompt does not name may be anything, but no other thing may be there.
 
-    seen, novel        "a small red cube"; novel: the pairs of color and shape that are held out of training
-    paraphrases        "a tiny crimson box": words that no training caption contains
-    relations, counts  "a red cube left of a gray sphere"; "three blue cylinders"
-    mixed              seen, relations and counts in turn
-    negative           "a red cube", not "a red metal cube": a size or material to guide away from
-    edit               a picture of a blue cube, "a red cube"
-    inpaint            a picture, the region of one of its things, and what to put there instead
-    outpaint           the right half of a picture, bare floor, and what to put beyond its edge
-
-Prompt i of a set depends only on i. Each prompt comes twice in a row, so that pictures of the same prompt compare.
-Pairs, attributes, relations and numbers repeat with different periods, so every stretch of a set is balanced.
+There are sets about one thing (seen, novel, paraphrases), several (relations, counts, mixed), and edits (edit, inpaint,
+outpaint). Prompt i of a set depends only on i. Each prompt comes twice in a row, so that pictures of the same prompt
+compare. Pairs, attributes, relations and numbers repeat with different periods: every stretch of a set is balanced.
 Not here: detecting things (`eval_detector.py`), captions of scenes (`data_captions.py`).
 """
 
@@ -135,29 +127,24 @@ def _parse_group(phrase: str, prompt: str) -> ObjectGroup:
 # --- does a picture have it? ------------------------------------------------------------------------------------------
 
 
-def matches(
-    found: Detections, spec: PromptSpec, *, min_confidence: float = 0.0, tolerance: float = TOLERANCE
-) -> Verdict:
+def matches(found: Detections, spec: PromptSpec, *, min_confidence: float = 0.0) -> Verdict:
     """Does a picture have everything that the prompt names? Things are paired with the prompt so that least is wrong.
 
     A thing detected with less than `min_confidence` is wrong too: for a lump, the detector names the nearest shape.
     """
-    slots = [(i, group) for i, group in enumerate(spec.groups) for _ in range(group.number)]
+    slots = [group for group in spec.groups for _ in range(group.number)]
     things, count = list(found.things), len(found.things)
     wrong = [] if count == len(slots) else [f"{count} thing{'s' * (count != 1)}, not {len(slots)}"]
     things += [None] * (len(slots) - count)
-    faults = [
-        _attribute_faults(slots, pairing, min_confidence) + _relation_faults(slots, pairing, spec.relation, tolerance)
-        for pairing in permutations(things, len(slots))
-    ]
-    wrong += min(faults, key=len)
+    pairings = permutations(things, len(slots))
+    wrong += min((_faults(slots, pairing, spec, min_confidence) for pairing in pairings), key=len)
     return Verdict(not wrong, wrong)
 
 
-def _attribute_faults(slots: list[tuple[int, ObjectGroup]], pairing: tuple, min_confidence: float) -> list[str]:
-    """What is wrong with the things themselves, if the pairing holds."""
+def _faults(slots: list[ObjectGroup], pairing: tuple, spec: PromptSpec, min_confidence: float) -> list[str]:
+    """What is wrong if the things of the pairing are meant to be what the slots ask for."""
     wrong = []
-    for (_, group), thing in zip(slots, pairing, strict=True):
+    for group, thing in zip(slots, pairing, strict=True):
         if thing is None:
             wrong.append(f"no {group}")
             continue
@@ -166,24 +153,17 @@ def _attribute_faults(slots: list[tuple[int, ObjectGroup]], pairing: tuple, min_
         for field, name in group.attributes.items():
             if (seen := getattr(thing, field)) != name:
                 wrong.append(f"the {group} has {field} {seen}, not {name}")
+    if spec.relation:
+        first = spec.groups[0].number
+        for a, b in product(filter(None, pairing[:first]), filter(None, pairing[first:])):
+            if spec.relation not in possible_relations(a, b):
+                phrase = RELATION_PHRASES[spec.relation][0]
+                wrong.append(f"the {a.color} {a.shape} is not {phrase} the {b.color} {b.shape}")
     return wrong
 
 
-def _relation_faults(
-    slots: list[tuple[int, ObjectGroup]], pairing: tuple, relation: str, tolerance: float
-) -> list[str]:
-    """Which things of the first group do not stand in the relation to the others, if the pairing holds."""
-    first = [thing for (i, _), thing in zip(slots, pairing, strict=True) if i == 0 and thing]
-    others = [thing for (i, _), thing in zip(slots, pairing, strict=True) if i > 0 and thing]
-    return [
-        f"the {a.color} {a.shape} is not {RELATION_PHRASES[relation][0]} the {b.color} {b.shape}"
-        for a, b in product(first, others)
-        if relation and relation not in possible_relations(a, b, tolerance)
-    ]
-
-
 def possible_relations(a: Detection, b: Detection, tolerance: float = TOLERANCE) -> set[str]:
-    """The relations of a to b, as in data_scenes.py, if b may be up to `tolerance` from where it was detected."""
+    """Relations of a to b, as in data_scenes.py, if b may be up to `tolerance` from where it was detected."""
     shifts = (-tolerance, 0.0, tolerance)
     moved = [b._replace(x=b.x + dx, depth=b.depth + dz) for dx in shifts for dz in shifts]
     return set().union(*(relations(a, b) for b in moved))
@@ -286,7 +266,7 @@ def _around(*things: Thing) -> tuple[float, float, float, float]:
 def _edit(i: int, rng: Random) -> EvalPrompt:
     """The same thing in another color."""
     color, shape = SEEN[i % 21]
-    others = [c for c, s in SEEN if s == shape and c != color]
+    others = [other for other, same in SEEN if same == shape and other != color]
     new = others[i // 21 % len(others)]
     before = _scene(rng, [_look((color, shape), ("", ""), rng)])
     put = replace(before.things[0], color=new)
@@ -322,14 +302,14 @@ def _outpaint(i: int, rng: Random) -> EvalPrompt:
     return EvalPrompt(prompt, after, prompt, "", before, (0.5, 0.0, 1.0, 1.0))
 
 
-PROMPT_SETS: dict[str, Callable[[int, Random, Random], EvalPrompt]] = {
-    "seen": lambda i, say, rng: _one(i, SEEN, rng),
-    "novel": lambda i, say, rng: _one(i, NOVEL, rng),
-    "paraphrases": lambda i, say, rng: _one(i, SEEN, rng, say),
-    "relations": _relation,
-    "counts": lambda i, say, rng: _count(i, rng),
+PROMPT_SETS: dict[str, Callable[[int, Random, Random], EvalPrompt]] = {  # (i, random words, random scene) -> prompt
+    "seen": lambda i, say, rng: _one(i, SEEN, rng),  # "a small red cube"
+    "novel": lambda i, say, rng: _one(i, NOVEL, rng),  # pairs of color and shape that are held out of training
+    "paraphrases": lambda i, say, rng: _one(i, SEEN, rng, say),  # "a tiny crimson box": words held out of training
+    "relations": _relation,  # "a red cube left of a gray sphere"
+    "counts": lambda i, say, rng: _count(i, rng),  # "three blue cylinders"
     "mixed": lambda i, say, rng: PROMPT_SETS[("seen", "relations", "counts")[i % 3]](i // 3, say, rng),
-    "negative": lambda i, say, rng: _negative(i, rng),
+    "negative": lambda i, say, rng: _negative(i, rng),  # "a red cube", and a size or material to guide away from
     "edit": lambda i, say, rng: _edit(i, rng),
     "inpaint": lambda i, say, rng: _inpaint(i, rng),
     "outpaint": lambda i, say, rng: _outpaint(i, rng),

@@ -146,7 +146,7 @@ class Evaluator:
         self.perceptual = feature_distance(self.clip.levels)
 
     def __call__(self, drawn: Drawn, asked: Sequence[EvalPrompt], real: Tensor) -> Batch:
-        """Values and features of all variants, and of real renders. With a reference also PSNR and perceptual distance."""
+        """Values and features of all variants and of real renders. With a reference, also the distances from it."""
         values: Values = {"prompt": [ask.prompt for ask in asked], "group": [ask.group for ask in asked]}
         features: Features = {}
         for variant, images in {**drawn.variants, "real": real}.items():
@@ -161,7 +161,7 @@ class Evaluator:
         return Batch(values | (drawn.values or {}), features, sheet)
 
     def values(self, images: Tensor, asked: Sequence[EvalPrompt]) -> Values:
-        """Is all that the prompt names right, and clearly so; what is wrong; CLIP score; attributes of the surest thing."""
+        """Is all that the prompt names right, and clearly; what is wrong; CLIP score; the surest thing's attributes."""
         found = self.detector.detect(images)
         pairs = [(each, parse_prompt(ask.prompt)) for each, ask in zip(found, asked, strict=True)]
         verdicts = [matches(*pair) for pair in pairs]

@@ -32,16 +32,7 @@ from minimuse.data_sources import SceneDataset, Source, open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
 from minimuse.muse import Muse, build
 from minimuse.text import Context, TextEncoder, pad_contexts
-from minimuse.train_engine import (
-    Engine,
-    EvalFn,
-    Progress,
-    Stage,
-    batch_indices,
-    learning_rate,
-    make_optimizers,
-    sync,
-)
+from minimuse.train_engine import Engine, EvalFn, Progress, Stage, batch_indices, learning_rate, make_optimizers, sync
 from minimuse.train_log import TrainLog
 from minimuse.transformer import Transformer, init_from_codebook
 from minimuse.utils import seeded_generator
@@ -280,7 +271,7 @@ class MuseTrainer:
         yield from self.prepare("low tokens", data.tokenize("low", parts["low_tokenizer"]))
         yield from self.prepare("embed captions", data.embed())
 
-        self.reseed()
+        torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
         init_from_codebook(parts["base"], parts["low_tokenizer"].codebook)
         yield from self.transformer("base")
 
@@ -288,11 +279,11 @@ class MuseTrainer:
         yield from self.tokenizer("high_tokenizer", self.high)
         yield from self.prepare("high tokens", data.tokenize("high", self.high))
 
-        self.reseed()
+        torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
         init_from_codebook(parts["superres"], self.high.codebook, parts["low_tokenizer"].codebook)
         yield from self.transformer("superres")
 
-        self.reseed()
+        torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
         parts["high_tokenizer"] = self.high.grow_decoder(config.finetuned_tokenizer)
         yield from self.tokenizer("decoder", parts["high_tokenizer"])
 
@@ -305,10 +296,6 @@ class MuseTrainer:
         for done, total in work:
             self.engine.check_stop()
             yield Progress(name, done, total, {}, self.parts)
-
-    def reseed(self) -> None:
-        """Make what follows independent of what ran before, so that a resumed run draws the same random numbers."""
-        torch.manual_seed(self.engine.seed)
 
     def tokenizer(self, name: str, vqgan: VQGAN) -> Iterator[Progress]:
         """A tokenizer stage: the low tokenizer sees the downsampled images."""

@@ -1,15 +1,10 @@
 """What a configuration costs before anyone rents a machine: parameters, bytes and FLOPs of the five stages.
 
-    stage_budgets(config) -> a StageBudget for each stage     sampling_flops(config) -> FLOPs of one image
-    matmul_ceiling() -> FLOP/s of this machine                report(config) -> all of it as a table
-
 The real networks and losses run once on the meta device, which has shapes but no memory. A FLOP is one multiplication
-or addition in a matrix product or convolution. Hours are FLOPs / ceiling: a lower bound, not a forecast.
+or addition in a matrix product or convolution. Hours are FLOPs / `matmul_ceiling()`: a lower bound, not a forecast.
+Bytes are those of fp32 weights, trained with bf16 autocast and fused attention, with prompts of `text_tokens` tokens.
 
-Bytes are those of fp32 weights, trained with bf16 autocast and fused attention. Approximations:
-    every prompt fills `text_tokens`; for shorter ones pass replace(config, text_tokens=20)
-    not counted: gradients of activations, temporary tensors of the optimizer, workspaces, gaps
-Not here: reading and tokenizing images and encoding captions, each done once; the language model.
+Not counted: gradients of activations, temporary tensors, workspaces, gaps; the data's preparation; the language model.
 """
 
 import textwrap
@@ -17,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
 from minimuse.cfg import get_guidance, guided, null_text
@@ -41,7 +36,7 @@ from minimuse.utils import duration, fast_bf16, pick_device, si
 from minimuse.vqgan import VQGAN
 from minimuse.vqgan_loss import COMMITMENT, SceneFeatures, VQGANLoss, feature_distance
 
-Losses = Callable[[int, int], Iterator[Tensor]]  # batch, step -> losses; each backward pass comes before the next loss
+Losses = Callable[[int, int], Iterator[Tensor]]  # batch, step -> losses, each for a backward pass of its own
 
 
 class StageBudget(NamedTuple):
@@ -74,14 +69,8 @@ class StageBudget(NamedTuple):
         return max(0, int((memory - self.fixed / shards) // self.activations))
 
 
-class SamplingFlops(NamedTuple):
-    """FLOPs of one image: both memories, all steps of both models with their branches, the decoder."""
-
-    memory: int
-    base: int
-    superres: int
-    decoder: int
-
+# FLOPs of one image: both memories, all steps of both models, the decoder
+SamplingFlops = NamedTuple("SamplingFlops", [(name, int) for name in ("memory", "base", "superres", "decoder")])
 
 # --- counting ---------------------------------------------------------------------------------------------------------
 
@@ -128,6 +117,7 @@ class _Autocast(TorchFunctionMode):
 
 def saved_bytes(run: Callable[[], Any], weights: nn.Module, bf16: bool = True) -> int:
     """Bytes that `run()` saves for its backward pass, each storage once, without the module `weights` itself."""
+    own = {id(s): s for s in (x.untyped_storage() for x in [*weights.parameters(), *weights.buffers()])}
     saved: dict[int, torch.UntypedStorage] = {}  # by id, which stays valid because the storage is kept
 
     def pack(x: Tensor) -> Tensor:
@@ -136,28 +126,22 @@ def saved_bytes(run: Callable[[], Any], weights: nn.Module, bf16: bool = True) -
         return x
 
     with _Autocast(bf16), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = run()  # kept: its graph owns what was saved
-    for x in [*weights.parameters(), *weights.buffers()]:
-        saved.pop(id(x.untyped_storage()), None)
-    del result
-    return sum(storage.nbytes() for storage in saved.values())
+        run()
+    return sum(storage.nbytes() for key, storage in saved.items() if key not in own)
 
 
 def optimizer_bytes(parts: nn.Module, optimizer: str) -> int:
-    """fp32 state of AdamW (two moments), of Adafactor (a row and a column factor for a matrix), or of Muon.
-
-    Muon has one moment for each matrix inside a layer, and AdamW's two for the rest. All except Muon count their steps.
-    """
+    """fp32 state: AdamW's two moments and step, Adafactor's row and column factors, or Muon's one moment."""
     hidden = {id(p) for p in hidden_matrices(parts)} if optimizer == "muon" else set()
-
-    def numbers(p: Tensor) -> int:
+    total = 0
+    for p in filter(lambda p: p.requires_grad, parts.parameters()):
         if id(p) in hidden:
-            return p.numel()
-        if optimizer != "adafactor":
-            return 2 * p.numel() + 1
-        return (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim > 1 else p.numel()) + 1
-
-    return sum(4 * numbers(p) for p in parts.parameters() if p.requires_grad)
+            total += p.numel()
+        elif optimizer != "adafactor":
+            total += 2 * p.numel() + 1
+        else:
+            total += (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim > 1 else p.numel()) + 1
+    return 4 * total
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
@@ -221,14 +205,9 @@ def _mean_flops(losses: Losses, how: StageConfig) -> float:
 
 
 def stage_budget(config: MuseConfig, stage: str, checkpointing: bool = False) -> StageBudget:
-    """One stage of `config`. ValueError for an unknown one.
-
-    `checkpointing`: layers and residual blocks run again for the backward pass, which costs their forward FLOPs once
-    more. The activations of the one layer that is running again are not counted.
-    """
+    """One stage of `config`. With `checkpointing`, layers and residual blocks run again for the backward pass."""
     if stage not in STAGES or stage not in config.stages:
-        known = ", ".join(s for s in STAGES if s in config.stages)
-        raise ValueError(f"no stage {stage!r} in {config.name!r}; known: {known}")
+        raise ValueError(f"no stage {stage!r} in {config.name!r}; known: {', '.join(config.stages)}")
     how = config.stages[stage]
     with torch.device("meta"):
         networks, losses = _networks(config, stage, checkpointing)
@@ -236,27 +215,14 @@ def stage_budget(config: MuseConfig, stage: str, checkpointing: bool = False) ->
         one, two = (saved_bytes(lambda n=n: next(losses(n, how.steps)), networks) for n in (1, 2))
     total = sum(p.numel() for p in networks.parameters())
     trained = sum(p.numel() for p in networks.parameters() if p.requires_grad)
-    return StageBudget(
-        stage=stage,
-        steps=how.steps,
-        batch=how.batch,
-        parameters=total,
-        trained=trained,
-        step_flops=step_flops,
-        weights=4 * total,
-        gradients=4 * trained,
-        optimizer=optimizer_bytes(networks, how.optimizer),
-        casts=2 * one - two,
-        activations=two - one,
-    )
+    fixed = {"weights": 4 * total, "gradients": 4 * trained, "optimizer": optimizer_bytes(networks, how.optimizer)}
+    saved = {"casts": 2 * one - two, "activations": two - one}
+    return StageBudget(stage, how.steps, how.batch, total, trained, step_flops, **fixed, **saved)
 
 
 def stage_budgets(config: MuseConfig, checkpointing: bool = False) -> list[StageBudget]:
-    """All stages of `config`, in the order of training."""
+    """A StageBudget for each stage of `config`, in the order of training."""
     return [stage_budget(config, stage, checkpointing) for stage in STAGES if stage in config.stages]
-
-
-# --- sampling ---------------------------------------------------------------------------------------------------------
 
 
 def decode_flops(model: Transformer, how: SamplingConfig, text_tokens: int) -> tuple[int, int]:
@@ -284,26 +250,12 @@ def sampling_flops(config: MuseConfig) -> SamplingFlops:
 # --- hours and a report -----------------------------------------------------------------------------------------------
 
 
-def matmul_ceiling(
-    device: str | torch.device | None = None, dtype: torch.dtype | None = None, size: int = 2048, seconds: float = 1.0
-) -> float:
-    """FLOP/s of a product of two (size, size) matrices on this machine, the median over `seconds`.
-
-    device None is the best one here, dtype None is bf16 where it is fast, otherwise fp32. The machine should be idle.
-    """
+def matmul_ceiling(device: Any = None, dtype: torch.dtype | None = None, size: int = 2048, seconds: float = 1) -> float:
+    """FLOP/s of a product of two (size, size) matrices on this idle machine, the median over `seconds`."""
     device = pick_device(device)
     a = torch.randn(size, size, device=device, dtype=dtype or (torch.bfloat16 if fast_bf16(device) else torch.float32))
-    wait = torch.get_device_module(device).synchronize
-    times: list[float] = []
-    for _ in range(3):  # the first products choose a kernel
-        a @ a
-    while sum(times) < seconds or len(times) < 5:
-        wait()
-        start = time.perf_counter()
-        a @ a
-        wait()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / median(times)
+    timer = benchmark.Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=seconds).median
 
 
 def _advice(b: StageBudget, accelerators: int, memory: float, checkpointing: bool) -> str:
@@ -327,27 +279,20 @@ def report(
     memory_gb: float | None = None,
     checkpointing: bool = False,
 ) -> str:
-    """All of it as a table of 100 columns.
-
-    ceiling: FLOP/s of one accelerator, None measures this machine. memory_gb: of one accelerator, in 1e9 bytes; a stage
-    that does not fit gets a line with advice.
-    """
-    if accelerators < 1 or (ceiling is not None and not ceiling > 0) or (memory_gb is not None and not memory_gb > 0):
+    """All of it as a table. ceiling: FLOP/s of an accelerator; None measures this machine. memory_gb: its memory."""
+    if accelerators < 1 or any(value is not None and not value > 0 for value in (ceiling, memory_gb)):
         raise ValueError(f"{accelerators=}, {ceiling=}, {memory_gb=}; give at least 1 accelerator, and positive values")
     source = "matrix products measured here" if ceiling is None else "as given"
     rate = (ceiling or matmul_ceiling()) * accelerators
     rows = "{:14}{:>10}{:>11}{:>7}{:>13}{:>13}{:>10}{:>10}{:>12}"
-    title = f"{config.name}: {accelerators} x {si(rate / accelerators, 'FLOP/s')}, {source}"
-    lines = [
-        title + ", activation checkpointing" * checkpointing,
-        rows.format("stage", "trained", "steps", "batch", "a step", "all steps", "fixed", "example", "at best"),
-    ]
+    source += ", activation checkpointing" * checkpointing
+    lines = [f"{config.name}: {accelerators} x {si(rate / accelerators, 'FLOP/s')}, {source}"]
+    lines += [rows.format("stage", "trained", "steps", "batch", "a step", "all steps", "fixed", "example", "at best")]
     budgets = stage_budgets(config, checkpointing)
     for b in budgets:
-        flops = si(b.step_flops, "FLOP"), si(b.flops, "FLOP")
-        sizes = si(b.fixed, "B"), si(b.activations, "B")
+        amounts = [si(b.step_flops, "FLOP"), si(b.flops, "FLOP"), si(b.fixed, "B"), si(b.activations, "B")]
         lines.append(
-            rows.format(b.stage, si(b.trained, ""), f"{b.steps:,}", b.batch, *flops, *sizes, duration(b.flops / rate))
+            rows.format(b.stage, si(b.trained, ""), f"{b.steps:,}", b.batch, *amounts, duration(b.flops / rate))
         )
     total = sum(b.flops for b in budgets)
     lines.append(rows.format("all", "", "", "", "", si(total, "FLOP"), "", "", duration(total / rate)))
@@ -361,54 +306,40 @@ def report(
     return "\n".join(lines)
 
 
-# --- caches -----------------------------------------------------------------------------------------------------------
-
-
-def cache_bytes(config: MuseConfig, images: int, captions: int, text_tokens: float, pixels: int) -> dict[str, float]:
-    """-> bytes of each cache before it is computed, without headers. `pixels`: images that are kept as pixels.
-
-    10 million captions of 77 T5-XXL tokens (4096-d) take 6.3 TB.
-    """
-    low, high = config.low_tokenizer, config.high_tokenizer
-    sizes = {"pixels": min(pixels, images) * 3 * high.image_size**2}
-    for name, c in (("low", low), ("high", high)):
-        sizes[name] = images * c.grid**2 * (2 if c.codebook_size <= 2**16 else 4)
-    return sizes | {"text": captions * text_tokens * config.base.text_width * 2}
-
-
 def preview(data: TrainingData, most: int = 64) -> str:
     """Bytes of each cache and the time of one process to compute it, measured on the first images. Nothing is kept."""
 
-    def first() -> list[Example]:
+    def read() -> list[Example]:
         return list(islice(data.source.read(0, data.side, Problems()), most))
 
-    def timed(work: Callable[[], Any]) -> float:
+    def seconds(work: Callable[[], Any]) -> float:
+        work()  # what is slow only once
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
 
-    examples = first()  # untimed: what is slow only once
-    if not examples:
+    if not (examples := read()):
         return "the first part of the data holds no usable image"
     captions = [text for e in examples for text in e.captions]
-    each = {"pixels": timed(first) / len(examples)}
+    each = {"pixels": seconds(read) / len(examples)}
     for name in ("low", "high"):
         tokenizer = VQGAN(getattr(data.config, f"{name}_tokenizer")).to(data.device)
         few = torch.stack([e.image for e in examples[:4]])
         few = area_downsample(few, data.side // tokenizer.config.image_size)
-        tokenize_images(tokenizer, few, bf16=data.bf16)
-        each[name] = timed(partial(tokenize_images, tokenizer, few, bf16=data.bf16)) / len(few)
+        each[name] = seconds(partial(tokenize_images, tokenizer, few, bf16=data.bf16)) / len(few)
+    note, length = "", 32.0
     try:
+        each["text"] = seconds(partial(data.encode, captions)) / len(examples)
         length = sum(map(len, data.encode(captions))) / len(captions)
-        each["text"], note = timed(partial(data.encode, captions)) / len(examples), ""
     except OSError:
-        length, note = 32.0, f" ({data.config.text_encoder} is not here: 32 tokens per caption assumed)"
-    n = (
-        len(data.source)
-        if hasattr(data.source, "__len__")
-        else data.source.parts * sum(1 for _ in data.source.read(0, data.side, Problems()))
-    )
-    sizes = cache_bytes(data.config, n, n * len(captions) // len(examples), length, data.pixels_limit)
+        note = f" ({data.config.text_encoder} is not here: 32 tokens per caption assumed)"
+    known = hasattr(data.source, "__len__")
+    n = len(data.source) if known else data.source.parts * sum(1 for _ in data.source.read(0, data.side, Problems()))
+    sizes = {"pixels": min(data.pixels_limit, n) * 3 * data.side**2}
+    for name in ("low", "high"):
+        c = getattr(data.config, f"{name}_tokenizer")
+        sizes[name] = n * c.grid**2 * (2 if c.codebook_size <= 2**16 else 4)
+    sizes["text"] = n * len(captions) / len(examples) * length * data.config.base.text_width * 2
     if sizes["text"] > data.config.text_gib * 2**30:
         note += "; above text_gib: encoded at every step instead"
     lines = [f"caches of about {n:,} images, and the time of one process:"]

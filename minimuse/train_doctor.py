@@ -48,16 +48,17 @@ HINTS = {
     "Look at samples/. Train longer, or use a larger width or a smaller downsampling.",
     "overfitting": "The model memorizes its training examples. Use more data, more captions, more weight decay or "
     "dropout, a smaller model, or an earlier state.",
-    "context": "A model without context has the unigram entropy as its loss at every mask rate. A healthy loss is lower, "
-    "and falls as fewer tokens are masked. Check that tokens and positions reach the model; lower the learning rate.",
+    "context": "A model without context has the unigram entropy as its loss at every mask rate. A healthy loss is "
+    "lower, and falls as fewer tokens are masked. Check that tokens and positions reach the model, or lower the "
+    "learning rate.",
     "bound": "Above the unigram entropy, knowing the frequency of each token would be better. See context and "
     "overfitting.",
     "leakage": "A model that sees its targets has a loss near 0, and draws noise. Its input must hold [MASK] at every "
     "target, and the loss must count masked tokens only.",
-    "text": "A model that ignores its text has the same loss with the text of another image. Check that captions belong "
-    "to their images and differ, and cond_drop_prob: 0.1 drops one text in ten.",
-    "low tokens": "A super-resolution model that ignores them has the same loss with those of another image. Check that "
-    "they belong to the same image, reach memory(), and have positions.",
+    "text": "A model that ignores its text has the same loss with the text of another image. Check that captions "
+    "belong to their images and differ, and cond_drop_prob: 0.1 drops one text in ten.",
+    "low tokens": "A super-resolution model that ignores them has the same loss with those of another image. Check "
+    "that they belong to the same image, reach memory(), and have positions.",
     "trend": "A NaN stays. Spikes and a rising loss may recover. Lower the learning rate, or use a longer warm-up.",
     "files": "Wait until the run has computed it, or continue the run: minimuse train --resume.",
 }

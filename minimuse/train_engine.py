@@ -1,10 +1,8 @@
-"""How a stage trains, whatever it trains: one code path from a laptop to many accelerators.
+"""How a stage trains: one code path from a laptop to many accelerators, and a run that can be repeated.
 
 Hugging Face accelerate does the distributed part: DDP and FSDP2 through `accelerate launch`, mixed precision, clipping.
-This file makes a run repeatable:
-    the examples of a step depend only on (seed, step); the random draws of an example only on (seed, its place)
-    so one process, P processes and A micro-batches see the same masks and compute the same gradient
-    a stopped run resumes to the same weights, bit for bit: a state holds every tensor that the next step depends on
+The examples of a step depend only on (seed, step), the random draws of an example only on (seed, its place). So one
+process, P processes and A micro-batches compute the same gradient, and a stopped run resumes bit for bit.
 
 Glossary: P processes, A micro-batches a step. A batch is the global batch. A place counts examples since step 0.
 Not here: what is trained (`train.py`), files (`train_state.py`).
@@ -71,7 +69,7 @@ def learning_rate(config: StageConfig, step: int) -> float:
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weight matrices inside a transformer's layers: Muon trains these."""
+    """The weight matrices inside a transformer's layers, which Muon trains."""
     return [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and "layers." in name]
 
 
@@ -126,13 +124,9 @@ def checkpoint_activations(module: nn.Module) -> None:
 class Engine:
     """The processes and devices of a run, shared by all its stages.
 
-    seed        fixes all random draws of the run
-    bf16        None: bf16 where it is fast, or what `accelerate launch --mixed_precision` chose
-    accumulate  A, micro-batches a step: less memory, the same gradient
-    compile     apply torch.compile to the modules
-    recompute   activation checkpointing: less memory, about a third more compute
-    folder      where states are saved, one subfolder a stage; None saves nothing
-    keep        number of states kept for each stage; 0 keeps all, for `average`
+    seed fixes all random draws. bf16=None takes bf16 where it is fast, or what `accelerate launch` chose. accumulate:
+    micro-batches a step. recompute: activation checkpointing, less memory for about a third more compute. folder:
+    where states are saved, None saves nothing. keep: states kept for each stage; 0 keeps all, for `average`.
     """
 
     def __init__(
@@ -150,10 +144,10 @@ class Engine:
         from accelerate import Accelerator
 
         self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
-        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
-        if self.device.type == "cpu":  # accelerate names them "cpu:0", "cpu:1"; moving there would copy each tensor
-            self.device = torch.device("cpu")
-        self.processes, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
+        found = self.accelerator.device  # on CPUs "cpu:0", "cpu:1"; moving there would copy each tensor
+        self.device = torch.device("cpu") if found.type == "cpu" else found
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
         chosen = self.accelerator.mixed_precision  # by `accelerate launch`
         self.bf16 = bf16 if chosen == "no" else chosen == "bf16"
         self.accumulate = accumulate or self.accelerator.gradient_accumulation_steps
@@ -183,7 +177,7 @@ class Engine:
         return wrapped, *(self.accelerator.prepare_optimizer(o) for o in optimizers)
 
     def handle_signals(self) -> None:
-        """From now on Ctrl-C and SIGTERM finish the step, save the state and raise Stopped. A second one ends at once."""
+        """From now on Ctrl-C and SIGTERM finish the step, save and raise Stopped. A second one ends at once."""
 
         def request_stop(number: int, frame: Any) -> None:
             self.signal = number
@@ -321,7 +315,7 @@ class Stage:
             self.metrics[key] = self.metrics.get(key, 0) + value.detach().float()
 
     def finish(self, step: int) -> dict[str, float]:
-        """End of a step: optimizers, moving average, saving -> the step's metrics. Stopped if any process got a signal."""
+        """End of a step: optimizers, moving average, saving -> its metrics. Stopped if any process got a signal."""
         engine, done = self.engine, step + 1
         self.update(step)
         stop = torch.tensor(float(engine.signal), device=engine.device)

@@ -87,7 +87,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def precision(device: torch.device, bf16: bool | None = None) -> AbstractContextManager:
-    """A context with matrix products in bf16: where it is fast (None), always or never. Weights and losses stay fp32."""
+    """A context: matrix products in bf16 where that is fast (None), always or never; weights and losses stay fp32."""
     fast = fast_bf16(device) if bf16 is None else bf16
     return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
 

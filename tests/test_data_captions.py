@@ -112,7 +112,7 @@ def test_synonyms_are_true_words_and_no_paraphrases():
     assert said <= set(vocabulary(synonyms=True)), f"not listed: {said - set(vocabulary(synonyms=True))}"
     changed = sum(a != b for a, b in zip(plain, told, strict=True)) / len(SCENES)
     assert 0.3 < changed < 0.55, f"{changed:.0%} of the captions are told in other words"
-    looks = [[(g.number, g.looks) for g in parse_prompt(text).groups] for text in (*plain, *told)]
+    looks = [[(g.number, g.attributes) for g in parse_prompt(text).groups] for text in (*plain, *told)]
     assert looks[: len(plain)] == looks[len(plain) :], "other words, the same things"
 
 

@@ -146,8 +146,8 @@ def public(room: str) -> list[str]:
     return found + [name for name in vars(own.get("Muse", object)) if name[0] != "_"]
 
 
-PLUMBING = set("several_processes pick_device pick_dtype compile published_tokenizer contexts to_pictures pick".split())
-PLUMBING |= {"Decimated", "to_dict", "from_dict"}
+PLUMBING = set("several_processes pick_device pick_dtype compile contexts to_pictures pick sampling_settings".split())
+PLUMBING |= {"fill_with_nearest", "inpaint_tokens", "edit_tokens", "Decimated", "to_dict", "from_dict"}
 
 
 def names_used(source: str) -> set[str]:

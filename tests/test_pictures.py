@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from conftest import giant_png
 from PIL import Image, PngImagePlugin
 
 from minimuse.muse import Muse
-from minimuse.pictures import again, open_picture, save_png, settings_of, with_settings
+from minimuse.pictures import again, difference, open_picture, output_paths, save_png, settings_of, with_settings
 
 A = "a red cube"
 SETTINGS = {"steps": 3, "guidance": (0, 2.5), "schedule": "pow1.5", "order": "halton", "superres": {"steps": 2}}
@@ -130,3 +131,31 @@ def test_a_picture_comes_as_it_is_or_as_a_square(tmp_path):
     assert square.getpixel((8, 8)) == (200, 0, 0), "its colours stay"
     with pytest.raises(FileNotFoundError):
         open_picture(tmp_path / "none.png")
+
+
+# --- names and differences --------------------------------------------------------------------------------------------
+
+
+def test_the_difference_of_two_pictures():
+    black, gray = Image.new("RGB", (4, 2)), Image.new("RGB", (4, 2))
+    gray.putpixel((1, 1), (0, 7, 0))
+    assert difference(black, black) == "the same pixels"
+    assert difference(black, gray).startswith("1 of 8 pixels differ, by at most 7 of 255")
+    assert difference(black, Image.new("RGB", (2, 2))) == "another size: 2 x 2 pixels, not 4 x 2"
+
+
+def test_output_paths_are_free_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert output_paths(None, "A red cube!", 2, film=True) == [
+        Path("a-red-cube.png"), Path("a-red-cube-1.png"), Path("a-red-cube-film.png")
+    ]  # fmt: skip
+    Path("a-red-cube-1.png").touch()
+    assert output_paths(None, "A red cube!", 2)[0] == Path("a-red-cube-v2.png"), "the first version without a conflict"
+    Path("x.png").touch()
+    assert output_paths(Path("x.png"), A, 1, force=True) == [Path("x.png")]
+    with pytest.raises(FileExistsError, match=r"x\.png already there"):
+        output_paths(Path("x.png"), A, 1)
+    with pytest.raises(ValueError, match=r"ends in \.png"):
+        output_paths(Path("x.jpg"), A, 1)
+    with pytest.raises(FileNotFoundError, match="create it first"):
+        output_paths(Path("nowhere/x.png"), A, 1)

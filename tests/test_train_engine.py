@@ -363,7 +363,7 @@ assert engine.device.index is None, "moving to cpu:0 copies what is on cpu"
 def test_two_processes_go_on_after_a_look(tiny_muse, tmp_path):
     """Sample grids are drawn in inference mode by the first process; its parameters must stay ordinary tensors."""
     stages = {name: replace(stage, steps=4, eval_every=2) for name, stage in tiny_muse.config.stages.items()}
-    (tmp_path / "cfg.json").write_text(json.dumps(to_dict(replace(tiny_muse.config, stages=stages))))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(replace(tiny_muse.config, stages=stages))))
     (tmp_path / "two.py").write_text(WATCHED)
     launch(tmp_path / "two.py", tmp_path)
     drawn = sorted(path.name for path in (tmp_path / "samples").iterdir())

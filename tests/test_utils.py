@@ -116,7 +116,7 @@ def test_pitfall_23_a_file_is_written_whole_under_a_new_name(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"], "and nothing else"
 
 
-# --- numbers for people -------------------------------------------------------------------------------------------------
+# --- numbers for people -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,25 @@ def test_the_first_batch_fills_the_codebook():
     assert all(code in outputs.tolist() for code in quantizer.codebook.tolist()), "at outputs, not between them"
 
 
+def test_several_processes_agree_on_codes():
+    """The hook that training sets: all processes take the restarted codes of the first, and add up their usage."""
+    quantizer = VectorQuantizer(8, 2, patience=3).train()
+    first, calls = torch.full((8, 2), 7.0), []
+
+    def sync(tensor, how):
+        calls.append(how)
+        if how == "first":
+            tensor.copy_(first[: len(tensor)])
+        else:
+            tensor[5] = 1  # another process used code 5
+
+    quantizer.sync = sync
+    quantizer(torch.randn(4, 2, 6, 6))
+    assert calls == ["first", "max"], "restart before the forward pass, usage after it"
+    assert quantizer.codebook.equal(first), "the first process decides where unused codes restart"
+    assert quantizer.idle.tolist() == [0, 1, 1, 1, 1, 0, 1, 1], "a code is idle if no process used it"
+
+
 def test_eval_restarts_nothing():
     quantizer = VectorQuantizer(8, 2, patience=1).eval()
     before = quantizer.codebook.detach().clone()
