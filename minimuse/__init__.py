@@ -3,7 +3,7 @@
     from minimuse import Muse
     Muse.from_pretrained("toy").generate("two small red cubes", seed=0)[0].show()
 
-To read Muse, go in this order; each file is one part of the paper:
+Each file without a prefix is one part of the paper. To read Muse, go in this order:
 
     vqgan.py        images <-> tokens                          2.2, 2.5
     masking.py      schedules, masks, the loss                 2.6
@@ -11,17 +11,17 @@ To read Muse, go in this order; each file is one part of the paper:
     cfg.py          classifier-free guidance                   2.7
     sampler.py      iterative parallel decoding                2.8
     text.py         prompts -> embeddings by a frozen LM       2.1
-    muse.py         the whole flow on one screen               Fig. 3
+    muse.py         the whole flow                             Fig. 3
 
-Importing this package loads no model, touches no network and imports neither torch nor transformers: each name below
-comes from its file when it is first used.
+Importing this package loads no model, uses no network and imports neither torch nor transformers: each name below is
+loaded from its file at first use.
 """
 
 from importlib import import_module
 
 __version__ = "0.1.0"
 
-_HOME = {  # exported name -> the file it lives in
+_HOME = {  # exported name -> its file
     "Context": "text",
     "Muse": "muse",
     "TextEncoder": "text",

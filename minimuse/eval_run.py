@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minimuse import __version__, checkpoint, train_state
 from minimuse.data_images import to_pil
-from minimuse.eval_metrics import Estimate
+from minimuse.eval_metrics import Estimate, proportion_interval
 from minimuse.eval_prompts import prompt_set
 from minimuse.eval_tasks import TASKS, Batch, EvalModel, Evaluator, Metrics, Task, summarize
 from minimuse.muse import Muse
@@ -74,6 +74,7 @@ def evaluate(
     runs, out = _runs(model, tasks, sweep), Path(out)
     versions = {"minimuse": __version__, "torch": str(torch.__version__)}
     settings = versions | about | {"n": n, "seed": seed, "sweep": sweep, "base_only": model.base_only}
+    proportion_interval([True, False])  # without scipy: an error now, not after all pictures are drawn
     _claim(out, settings)
     evaluator = evaluator or Evaluator()
     with tqdm(total=n * len(runs), unit="picture") as bar:

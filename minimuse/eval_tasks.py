@@ -122,10 +122,10 @@ class EvalModel:
         made |= {} if self.before is None else {"before": self.before.decode(high)}
         return {name: to_uint8(made_images).cpu() for name, made_images in made.items()}
 
-    def _jobs(
-        self, prompts: Sequence[str], seeds: Sequence[int], negatives: Sequence[str] = ()
-    ) -> list[dict[str, Any]]:
-        return self.muse.jobs(prompts, 1, seeds, negatives or None)
+    def _jobs(self, prompts: Sequence[str], seeds: Sequence[int], negatives: Sequence[str] = ()) -> list[dict]:
+        """As `Muse.jobs`, without its hints about unfamiliar words, which the set paraphrases is made of."""
+        rows = zip(prompts, negatives or [None] * len(prompts), seeds, strict=True)
+        return [{"prompt": prompt, "negative_prompt": negative, "seed": seed} for prompt, negative, seed in rows]
 
     def _last(self, steps: Iterator[Step]) -> Tensor:
         *_, step = steps

@@ -28,7 +28,7 @@ from minimuse.masking import Generators, Schedule, reveal_counts, uniforms
 from minimuse.utils import require, require_at_least, require_positive
 
 LogitsFn = Callable[[Tensor, float], Tensor]
-Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N): drawn tokens at masked positions, known ones
+Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N) holds the known tokens too
 Count = Schedule | Callable[[Tensor, Tensor, float], Tensor]
 Temperature = float | Callable[[float], float]
 

@@ -88,8 +88,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None = None) -> 
     """q (B, H, N, d), k and v (B, H, M, d) -> softmax(q k^T / sqrt(d)) v, (B, H, N, d).
 
     `attend` (..., N or 1, M): bool, True where a query may look, or numbers that are added to the scores.
-    Uses PyTorch's SDPA, except in bf16 on a CPU, where the fused kernel is slower than plain matmuls up to 1,024
-    entries; beyond that, N x M weights would fill the memory.
+    Uses PyTorch's SDPA, except in bf16 on a CPU with M <= 1024, where the fused kernel is slower than plain matmuls.
     """
     if attend is not None and attend.dtype != torch.bool:
         attend = attend.to(q.dtype)
@@ -104,8 +103,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None = None) -> 
 def multi_axis_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
     """q, k, v (B, H, N, d) -> (B, H, N, d): multi-axis attention in b x b blocks (Muse 2.4; HiT, arXiv 2106.07631).
 
-    In half of the heads a token sees its own block, in the others the tokens at its position in every block.
-    The cost is O(N (b^2 + N / b^2)) instead of O(N^2).
+    In half of the heads a token sees its own block, in the others its position in every block: O(N (b^2 + N / b^2)).
     """
     batch, heads, n, d = q.shape
     blocks = math.isqrt(n) // block
@@ -206,7 +204,8 @@ class TokenEmbedding(nn.Module):
         self.columns = nn.Parameter(F.pad(sinusoids(grid, width - half), (half, 0))[None])  # (1, g, D)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.codes(tokens) + (self.rows + self.columns).flatten(0, 1)
+        positions = (self.rows + self.columns).flatten(0, 1)  # (N, D)
+        return self.codes(tokens) + positions.expand(tokens.shape[1], -1)  # expand refuses another number of tokens
 
 
 class Transformer(nn.Module):

@@ -204,7 +204,7 @@ def check_mask_rate(fn: Given) -> Iterator[str]:
     yield "the mean is 2 / pi"
     _near("the mean of 20,000 rates", rates.mean(), 2 / math.pi, 0.01)
     yield "P(r > 0.9) = 0.287"
-    _near("the share of 20,000 rates above 0.9", (rates > 0.9).double().mean(), 0.287, 0.015)
+    _near("the fraction of 20,000 rates above 0.9", (rates > 0.9).double().mean(), 0.287, 0.015)
 
 
 @_check
@@ -227,8 +227,8 @@ def check_random_mask(fn: Given) -> Iterator[str]:
     rows = masks(16, *[0.5] * 8).tolist()
     _expect(len({tuple(row) for row in rows}) > 1, "8 rows of 16 tokens all mask the same places")
     yield "all places are as likely"
-    for place, share in enumerate(masks(4, *[0.25] * 4000).double().mean(0)):
-        _near(f"of 4,000 rows at rate 0.25, the share that masks place {place} of 4", share, 0.25, 0.04)
+    for place, fraction in enumerate(masks(4, *[0.25] * 4000).double().mean(0)):
+        _near(f"of 4,000 rows at rate 0.25, the fraction that masks place {place} of 4", fraction, 0.25, 0.04)
 
 
 @_check
@@ -321,7 +321,7 @@ def check_join_memory(fn: Given) -> Iterator[str]:
 
 @_check
 def check_drop_text(fn: Given) -> Iterator[str]:
-    """fn(context, p, generator=...) -> the same shape, a share p of the texts removed: as `cfg.drop_text`."""
+    """fn(context, p, generator=...) -> the same shape, a fraction p of the texts removed: as `cfg.drop_text`."""
 
     def run(b: int, p: float) -> Context:
         made = Context(*fn(Context(torch.ones(b, 2, 1), torch.ones(b, 2, dtype=torch.bool)), p, generator=_seeded()))
@@ -331,8 +331,9 @@ def check_drop_text(fn: Given) -> Iterator[str]:
     yield "p = 0 leaves all as it is"
     _same("p = 0: the embeddings of a text", run(1, 0.0).embeds, torch.ones(1, 2, 1))
     _same("p = 0: its mask", run(1, 0.0).mask, [[True, True]])
-    yield "a share p is removed, each text by itself"
-    _near("p = 0.1: of 4,000 texts the share removed", (run(4000, 0.1).embeds == 0).all(1).double().mean(), 0.1, 0.03)
+    yield "a fraction p is removed, each text by itself"
+    removed = (run(4000, 0.1).embeds == 0).all(1).double().mean()
+    _near("p = 0.1: of 4,000 texts the fraction removed", removed, 0.1, 0.03)
     yield "removed text is one attended zero, never an empty softmax"
     _same("p = 1: the mask of a removed text", run(1, 1.0).mask, [[True, False]])
 
@@ -418,8 +419,8 @@ def check_decode(fn: Given) -> Iterator[str]:
     same = len(seen) == steps and all(a.equal(b) for a, b in zip(states, seen, strict=False))
     _expect(same, f"it was asked {len(seen)} times in {steps} steps, not always about the tokens of the step before")
     yield "tokens are drawn, each with its probability"
-    share = (run(coin, torch.full((2000, 1), mask), 1)[-1] == 0).double().mean()
-    _near("a token of probability 0.8: its share of 2,000 draws", share, 0.8, 0.05)
+    fraction = (run(coin, torch.full((2000, 1), mask), 1)[-1] == 0).double().mean()
+    _near("a token of probability 0.8: its fraction of 2,000 draws", fraction, 0.8, 0.05)
 
 
 # --- editing, the schedule lab ----------------------------------------------------------------------------------------
@@ -444,24 +445,25 @@ def check_token_mask(fn: Given) -> Iterator[str]:
 
 @_check
 def check_resample_step(fn: Given) -> Iterator[str]:
-    """fn(logits_fn, tokens (1, N), mask_id=, share=, generator=) -> (1, N): one iteration of `editing.resample`."""
+    """fn(logits_fn, tokens (1, N), mask_id=, fraction=, generator=) -> (1, N): one iteration of `editing.resample`."""
     start, seen = torch.zeros(1, 8, dtype=torch.long), []
 
     def other(tokens: Tensor, u: float) -> Tensor:  # sure that code 1 stands everywhere
         seen.append(tokens.clone())
         return torch.tensor([-50.0, 50.0]).expand(1, 8, 2)
 
-    def run(share: float, seed: int = 0) -> Tensor:
-        made = fn(other, start.clone(), mask_id=2, share=share, generator=_seeded(seed))
-        return _shaped(f"fn(8 tokens, share={share})", made, (1, 8), torch.long)
+    def run(fraction: float, seed: int = 0) -> Tensor:
+        made = fn(other, start.clone(), mask_id=2, fraction=fraction, generator=_seeded(seed))
+        return _shaped(f"fn(8 tokens, fraction={fraction})", made, (1, 8), torch.long)
 
     yield "every state is a whole picture"
-    _same("share 0.5: the number of [MASK] left", (run(0.5) == 2).sum(), 0)
-    yield "exactly ceil(share N) tokens are drawn again"
-    for share in (0.5, 0.25, 0.08, 1.0):
-        _same(f"8 tokens of code 0, a model sure of 1, share {share}: changed", run(share).sum(), math.ceil(8 * share))
+    _same("fraction 0.5: the number of [MASK] left", (run(0.5) == 2).sum(), 0)
+    yield "exactly ceil(fraction N) tokens are drawn again"
+    for fraction in (0.5, 0.25, 0.08, 1.0):
+        call = f"8 tokens of code 0, a model sure of 1, fraction {fraction}: changed"
+        _same(call, run(fraction).sum(), math.ceil(8 * fraction))
     yield "the model sees [MASK] there, and all the other tokens"
-    _expect((got := seen[-1].tolist()) == [[2] * 8], f"share 1: the model saw {got}, where 2 is [MASK]")
+    _expect((got := seen[-1].tolist()) == [[2] * 8], f"fraction 1: the model saw {got}, where 2 is [MASK]")
     yield "the places are random"
     _expect(len({tuple(run(0.25, seed)[0].tolist()) for seed in range(8)}) > 1, "8 seeds chose the same places")
 
@@ -585,8 +587,8 @@ def check_ddim_step(fn: Given) -> Iterator[str]:
 
 @_check
 def check_wilson(fn: Given) -> Iterator[str]:
-    """fn(right, n) -> (low, high): Wilson's 95% interval of the share right / n, as `eval_metrics.proportion_interval`."""
-    yield "it holds the share itself"
+    """fn(right, n) -> (low, high): Wilson's 95% interval, as `eval_metrics.proportion_interval`."""
+    yield "it holds the fraction itself"
     for right, n in [(1, 2), (9, 10), (0, 3)]:
         low, high = fn(right, n)
         _expect(low - 1e-6 <= right / n <= high + 1e-6, f"fn({right}, {n}) gave {float(low):.3f} to {float(high):.3f}")

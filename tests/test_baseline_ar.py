@@ -230,6 +230,7 @@ def test_a_run_trains_saves_and_draws(model, tiny_muse, tmp_path, monkeypatch, c
     assert "counts a whole Muse" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["ar", "dit"])
 def test_a_stopped_run_continues_to_the_same_weights(model, tiny_muse, tmp_path):
     make = MODELS[model]

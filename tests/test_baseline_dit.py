@@ -296,6 +296,7 @@ def test_blocks_are_where_muon_looks():
 STAGE = StageConfig(steps=200, batch=16, learning_rate=1e-2, warmup=5, weight_decay=0.01, optimizer="muon")
 
 
+@pytest.mark.slow
 def test_training_learns_what_the_text_says():
     codes = torch.arange(32) % 4
     words = 3 * torch.randn(4, 3, D_LM, generator=torch.Generator().manual_seed(0))

@@ -27,10 +27,10 @@ def test_true_captions_are_true_and_swapped_ones_are_not():
     assert len(which) == 40, "as many as asked for"
     for i, (true, swapped, recolored), said in zip(which, things, captions, strict=True):
         assert scenes.scene(i).things == true, "the first is the scene itself"
-        wants = [parse_prompt(text) for text in said]
-        assert [matches(seen(true), want).right for want in wants] == [True, False, False], f"{said} of {true}"
-        assert matches(seen(swapped), wants[1]).right, f"{said[1]}: not what the scene with swapped things shows"
-        assert matches(seen(recolored), wants[2]).right, f"{said[2]}: not what the scene with swapped colours shows"
+        spec = [parse_prompt(text) for text in said]
+        assert [matches(seen(true), want).right for want in spec] == [True, False, False], f"{said} of {true}"
+        assert matches(seen(swapped), spec[1]).right, f"{said[1]}: not what the scene with swapped things shows"
+        assert matches(seen(recolored), spec[2]).right, f"{said[2]}: not what the scene with swapped colours shows"
 
 
 def test_told_outright_is_a_number_a_word():
@@ -50,6 +50,7 @@ def test_looking_everywhere_is_undone():
     assert transformer.directional_bias is before, "the model reads otherwise from now on"
 
 
+@pytest.mark.slow
 def test_study_from_training_to_table(tmp_path, monkeypatch):
     muse, config = Muse.from_pretrained("toy", device="cpu", dtype=torch.float32), preset("toy")
     small = replace(config.base, layers=1)

@@ -1,4 +1,4 @@
-"""cfg.py: dropping text, guidance, its ramps, negative prompts (Muse 2.7)."""
+"""cfg.py: dropping text, guidance and its schedules, negative prompts (Muse 2.7)."""
 
 from typing import NamedTuple
 
@@ -44,12 +44,12 @@ class FakeModel:
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_pitfall_03_the_share_of_dropped_texts(p):
+def test_pitfall_03_the_fraction_of_dropped_texts(p):
     """Inverted, p = 0.1 would drop 90%."""
     given_ = Context(torch.ones(10_000, 2, 1), torch.ones(10_000, 2, dtype=torch.bool))
     dropped = drop_text(given_, p, torch.Generator().manual_seed(0))
     gone = dropped.embeds.eq(0).all(2).all(1)
-    assert gone.float().mean().item() == pytest.approx(p, abs=0.015), "share of the examples without text"
+    assert gone.float().mean().item() == pytest.approx(p, abs=0.015), "fraction of the examples without text"
     assert gone.equal(dropped.mask.sum(1) == 1), "the mask says the same as the embeddings"
 
 
@@ -77,7 +77,7 @@ def test_each_text_is_dropped_whole_or_kept_whole(p, seed):
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan"), 10])
-def test_a_share_outside_zero_to_one_is_refused(p):
+def test_a_probability_outside_zero_to_one_is_refused(p):
     with pytest.raises(ValueError, match="0 <= p <= 1"):
         drop_text(context(), p)
 

@@ -63,22 +63,22 @@ class Deaf(Corners):
         return super().log_evidence(e.round())
 
 
-def resample_step(logits_fn, tokens, *, mask_id, share, generator):
-    how = {"mask_id": mask_id, "iterations": 1, "share": share, "top_k": None, "generators": [generator]}
+def resample_step(logits_fn, tokens, *, mask_id, fraction, generator):
+    how = {"mask_id": mask_id, "iterations": 1, "fraction": fraction, "top_k": None, "generators": [generator]}
     (step,) = editing.resample(logits_fn, tokens, **how)
     return step.tokens
 
 
 def redrawn(mask_of, shown=lambda tokens, masked: tokens.masked_fill(masked, 2)):
-    def fn(logits_fn, tokens, *, mask_id, share, generator):
-        masked = mask_of(tokens, share, generator)
+    def fn(logits_fn, tokens, *, mask_id, fraction, generator):
+        masked = mask_of(tokens, fraction, generator)
         return torch.where(masked, logits_fn(shown(tokens, masked), 1.0).argmax(-1), tokens)
 
     return fn
 
 
-def mask_of(tokens, share, generator):
-    return masking.random_mask(tokens, torch.tensor([share]), generator)
+def mask_of(tokens, fraction, generator):
+    return masking.random_mask(tokens, torch.tensor([fraction]), generator)
 
 
 def join_memory(text, mask, low):
@@ -188,10 +188,10 @@ def redraw(logits_fn, tokens, *, mask_id, steps, generator):
         yield tokens
 
 
-def drop(share=lambda p: p, null=cfg.null_text, whole=False):
+def drop(fraction=lambda p: p, null=cfg.null_text, whole=False):
     def drop_text(context, p, generator=None):
         u = torch.rand(1 if whole else len(context.mask), generator=generator)
-        gone = (u < share(p)).expand(len(context.mask))
+        gone = (u < fraction(p)).expand(len(context.mask))
         mask = torch.where(gone[:, None], False, context.mask)
         return Context(torch.where(gone[:, None, None], 0, context.embeds), mask)
 
@@ -331,7 +331,7 @@ WRONG = [
     ),
     ("check_drop_text", lambda context, p, generator: None, "p = 0 leaves all as it is"),
     ("check_drop_text", drop(lambda p: 1 - p), "p = 0 leaves all as it is"),
-    ("check_drop_text", drop(whole=True), "a share p is removed, each text by itself"),
+    ("check_drop_text", drop(whole=True), "a fraction p is removed, each text by itself"),
     ("check_drop_text", drop(), "removed text is one attended zero, never an empty softmax"),
     ("check_guide", lambda c, u, t: ..., "t = 0 gives the conditional logits"),
     ("check_guide", lambda c, u, t: u + t * (c - u), "t = 0 gives the conditional logits"),
@@ -439,13 +439,13 @@ WRONG = [
     ("check_resample_step", lambda _, tokens, **how: tokens.masked_fill(mask_of(tokens, 0.5, None), 2), "every state"),
     (
         "check_resample_step",
-        redrawn(lambda t, share, g: torch.rand(t.shape, generator=g) < share),
-        "exactly ceil(share",
+        redrawn(lambda t, fraction, g: torch.rand(t.shape, generator=g) < fraction),
+        "exactly ceil(fraction",
     ),
     ("check_resample_step", redrawn(mask_of, lambda tokens, masked: tokens), "the model sees [MASK] there"),
     (
         "check_resample_step",
-        redrawn(lambda t, share, g: torch.arange(8)[None] < math.ceil(8 * share)),
+        redrawn(lambda t, fraction, g: torch.arange(8)[None] < math.ceil(8 * fraction)),
         "the places are",
     ),
     ("check_join_memory", lambda text, mask, low: join_memory(low, mask, text), "along the sequence"),
@@ -480,7 +480,7 @@ WRONG = [
     ("check_sharded_bytes", lambda p, n, sharded: 16 * p / n, "weight 4, gradient 4, two moments 8, bf16 copy 2"),
     ("check_sharded_bytes", lambda p, n, sharded: 18 * p / n, "without sharding each process holds all"),
     ("check_sharded_bytes", lambda p, n, sharded: 18 * p, "sharded, each holds its part"),
-    ("check_wilson", lambda k, n: (k / n + 0.1, k / n + 0.2), "it holds the share itself"),
+    ("check_wilson", lambda k, n: (k / n + 0.1, k / n + 0.2), "it holds the fraction itself"),
     ("check_wilson", wald, "all right is not yet 100%"),
     ("check_wilson", lambda k, n: wilson(k, n) if k else (0.0, 0.0), "none right is not yet 0%"),
     ("check_wilson", lambda k, n: wilson(k, n) if n < 30 else wilson(9, 10), "more pictures make it narrower"),

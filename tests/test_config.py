@@ -314,8 +314,8 @@ def test_as_many_fine_tuned_blocks_as_resolutions():
 
 
 def test_fields_with_a_default_may_be_missing():
-    """So that an old file loads after a new dial was added."""
-    assert from_dict(change("base.dropout", None)) == NANO, "a missing dial takes its default"
+    """So that an old file loads after a new field was added."""
+    assert from_dict(change("base.dropout", None)) == NANO, "a missing field takes its default"
 
 
 # --- changes by path --------------------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ def test_sizes_in_the_picture():
     assert min(heights["small"]) > 0.26, f"small things must be readable: {min(heights['small']):.2f}"
 
 
+@pytest.mark.slow
 def test_things_are_in_frame_and_mostly_visible():
     for scene in SCENES[:30]:
         for k, thing in enumerate(scene.things):

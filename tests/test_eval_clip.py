@@ -72,6 +72,7 @@ def test_it_is_small_and_shares_nothing_with_the_reader():
         assert weight.numel() not in mine or weight.shape != mine[weight.numel()].shape, name
 
 
+@pytest.mark.slow
 @shipped
 def test_true_captions_rank_above_swapped_ones(scorer):
     table = train_clip.measure(scorer, 240, seed=FRESH + 10**5)

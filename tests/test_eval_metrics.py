@@ -60,6 +60,12 @@ def test_share_is_scipys_wilson(case, confidence):
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
 
 
+def test_without_scipy_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ImportError, match=r'pip install "minimuse\[eval\]"'):
+        mean_interval([1.0, 2.0], confidence=0.87)  # not yet in the cache of quantiles
+
+
 def test_one_row_or_one_group_tells_nothing():
     assert mean_interval([3.0]).low == -math.inf
     assert mean_interval([3.0, 4.0], groups=["a", "a"]).high == math.inf
@@ -260,15 +266,16 @@ def test_frechet_with_fewer_rows_than_features():
 
 def test_frechet_is_biased_upwards_and_extrapolates():
     """Equal distributions: plain FD is c / n above 0 at every n; extrapolated, intervals hold 0 as they say."""
-    pairs = [(draws(100, 6, 2 * i), draws(100, 6, 2 * i + 1)) for i in range(100)]
+    pairs = [(draws(100, 6, 2 * i), draws(100, 6, 2 * i + 1)) for i in range(50)]
     plain = [frechet_interval(x, y) for x, y in pairs]
     better = [frechet_interval(x, y, extrapolate=True) for x, y in pairs]
     bias = [torch.tensor([m.value for m in found]).mean().abs().item() for found in (plain, better)]
     assert bias[1] < bias[0] / 4, f"{bias[0]:.3f} -> {bias[1]:.3f}"
-    assert sum(m.low <= 0 <= m.high for m in better) >= 92
+    assert sum(m.low <= 0 <= m.high for m in better) >= 45
     assert all(m.low >= 0 for m in plain), "a distance is not below 0"
 
 
+@pytest.mark.slow
 def test_coverage_of_frechet_intervals():
     """N(0, I) against N(1, 2^2 I) in 4 dimensions, true FD 8: the extrapolated interval holds it in about 95%."""
     g = torch.Generator().manual_seed(0)  # one stream: neighbouring seeds are not quite independent

@@ -28,7 +28,7 @@ TOLD = [("any", False), ("short", False), ("long", False), ("any", True), ("shor
 
 
 def perfect(scene: Scene) -> Detections:
-    """What a reader without a fault reads."""
+    """What a perfect detector finds."""
     return Detections(
         tuple(Detection(t.color, t.shape, t.size, t.material, t.x, t.depth, box(t), 1.0) for t in scene.things)
     )
@@ -103,22 +103,22 @@ def test_what_cannot_be_understood_is_told(prompt, says):
 @pytest.mark.parametrize("seeds", [range(1000), pytest.param(range(1000, 6000), marks=pytest.mark.slow)], ids=str)
 def test_true_captions_are_right_of_their_scenes(seeds):
     for seed in seeds:
-        scene, said, wants = told(seed)
-        assert sum(group.number for group in wants.groups) == len(scene.things), f"{said!r}: captions count all things"
-        verdict = matches(perfect(scene), wants)
+        scene, said, spec = told(seed)
+        assert sum(group.number for group in spec.groups) == len(scene.things), f"{said!r}: captions count all things"
+        verdict = matches(perfect(scene), spec)
         assert verdict.right, f"{said!r} is true of its scene, but: {verdict.wrong}"
 
 
 def test_one_changed_attribute_is_wrong_where_it_is_named_and_only_there():
     named_ones = 0
     for seed in range(1000):
-        scene, said, wants = told(seed)
+        scene, said, spec = told(seed)
         rng, reading = Random(seed), perfect(scene)
         k, field = rng.randrange(len(scene.things)), rng.choice([*FIELDS])
         old = getattr(scene.things[k], field)
         new = rng.choice([name for name in FIELDS[field] if name != old])
-        verdict = matches(changed(reading, k, **{field: new}), wants)
-        named = field in wants.groups[0].attributes  # all groups of a caption name the same fields
+        verdict = matches(changed(reading, k, **{field: new}), spec)
+        named = field in spec.groups[0].attributes  # all groups of a caption name the same fields
         named_ones += named
         assert verdict.right != named, f"{said!r} with {old} -> {new}: {verdict}"
     assert named_ones > 400
@@ -126,29 +126,29 @@ def test_one_changed_attribute_is_wrong_where_it_is_named_and_only_there():
 
 def test_a_thing_too_many_or_too_few_is_wrong():
     for seed in range(400):
-        scene, said, wants = told(seed)
+        scene, said, spec = told(seed)
         reading = perfect(scene)
         more = Detections((*reading.things, reading.things[0]))
-        assert not matches(more, wants).right, f"{said!r}: one more {reading.things[0].shape}"
-        assert f"{len(more.things)} things, not {len(scene.things)}" in matches(more, wants).wrong
-        assert not matches(Detections(reading.things[1:]), wants).right, f"{said!r}: one less"
+        assert not matches(more, spec).right, f"{said!r}: one more {reading.things[0].shape}"
+        assert f"{len(more.things)} things, not {len(scene.things)}" in matches(more, spec).wrong
+        assert not matches(Detections(reading.things[1:]), spec).right, f"{said!r}: one less"
     assert matches(Detections(()), parse_prompt("a red cube")).wrong == ["0 things, not 1", "no red cube"]
 
 
 def test_a_relation_that_is_not_there_is_wrong():
     opposite, seen = {"left": "right", "right": "left", "front": "behind", "behind": "front"}, 0
     for seed in range(1000):
-        scene, said, wants = told(seed)
-        if not wants.relation:
+        scene, said, spec = told(seed)
+        if not spec.relation:
             continue
         seen += 1
         reading = perfect(scene)
-        if wants.relation in opposite:
-            verdict = matches(reading, wants._replace(relation=opposite[wants.relation]))
-            same = len({tuple(group.attributes.items()) for group in wants.groups}) < len(wants.groups)
+        if spec.relation in opposite:
+            verdict = matches(reading, spec._replace(relation=opposite[spec.relation]))
+            same = len({tuple(group.attributes.items()) for group in spec.groups}) < len(spec.groups)
             assert same or not verdict.right, f"{said!r} with the opposite relation"
         heap = Detections(tuple(t._replace(x=0.0, depth=0.0) for t in reading.things))
-        assert not matches(heap, wants).right, f"{said!r}: all in one place stand in no relation"
+        assert not matches(heap, spec).right, f"{said!r}: all in one place stand in no relation"
     assert seen > 150
 
 
@@ -157,10 +157,10 @@ def test_relations_are_those_of_scenes():
         a, b = perfect(sample_scene(seed, n_things=2)).things
         thing_a, thing_b = sample_scene(seed, n_things=2).things
         assert possible_relations(a, b, tolerance=0.0) == relations(thing_a, thing_b)
-        assert possible_relations(a, b) >= relations(thing_a, thing_b), "slack forgives, it never takes away"
+        assert possible_relations(a, b) >= relations(thing_a, thing_b), "the tolerance adds relations and removes none"
 
 
-def test_slack_forgives_what_reading_blurs_and_no_more():
+def test_the_tolerance_forgives_small_errors_and_no_more():
     a = perfect(Scene((Thing("red", "cube", x=0.0),))).things[0]
     at = {x: possible_relations(a, a._replace(x=x)) for x in (0.65, 0.75, 0.95, -0.95)}
     assert at[0.65] == set(), "0.9 - 0.2 is the least"
@@ -186,10 +186,10 @@ def test_alike_things_are_paired_by_their_relation_too():
 
 def test_what_is_unclear_is_wrong_where_it_is_asked_to_be_clear():
     blurred = changed(perfect(Scene((Thing("red", "cube", x=-1.5), Thing("red", "sphere", x=1.5)))), 0, confidence=0.3)
-    wants = parse_prompt("a cube and a sphere")
-    assert matches(blurred, wants).right
-    assert matches(blurred, wants, min_confidence=0.3).right
-    assert matches(blurred, wants, min_confidence=0.5).wrong == ["the cube is unclear: confidence 0.30"]
+    spec = parse_prompt("a cube and a sphere")
+    assert matches(blurred, spec).right
+    assert matches(blurred, spec, min_confidence=0.3).right
+    assert matches(blurred, spec, min_confidence=0.5).wrong == ["the cube is unclear: confidence 0.30"]
 
 
 @settings(max_examples=50, deadline=None)
@@ -198,8 +198,8 @@ def test_the_order_of_the_things_read_says_nothing(seed, order):
     scene, _, _ = told(3 * (seed % 1000) + 6)
     reading = perfect(scene)
     shuffled = Detections(tuple(reading.things[i] for i in order if i < len(reading.things)))
-    wants = told(seed)[2]
-    assert matches(shuffled, wants).right == matches(reading, wants).right
+    spec = told(seed)[2]
+    assert matches(shuffled, spec).right == matches(reading, spec).right
 
 
 def test_every_relation_of_captions_is_understood():

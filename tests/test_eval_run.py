@@ -102,6 +102,7 @@ def test_a_sweep_is_one_call_and_two_plots(tmp_path, evaluator, monkeypatch):
         assert Image.open(tmp_path / name).width > 2 * 900, "two plots of 900 x 600, next to each other"
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_run(tmp_path, tiny_run, monkeypatch, capsys):
     monkeypatch.setattr("minimuse.eval_tasks.SceneClip.from_pretrained", lambda: Brightness())
     words = ["eval", str(tiny_run), "--out", str(tmp_path / "out"), "--n", "10", "--device", "cpu", "--kinds"]

@@ -16,6 +16,7 @@ CPU = torch.device("cpu")
 HOW = {"batch": 2, "rounds": 2, "compiled": False, "training_batches": (4,), "size": 64}
 
 
+@pytest.mark.slow
 def test_a_dry_run_from_start_to_tables(tiny_muse):
     config = tiny_muse.config
     report = gpu.measure([config], CPU, **HOW)

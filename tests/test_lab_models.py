@@ -110,6 +110,7 @@ def test_settings_and_seeds_of_each_sampler(evaluator, tiny_muse, monkeypatch):
     assert {s["generator"][1].initial_seed() for s in seen} == {1}
 
 
+@pytest.mark.slow
 def test_compare_of_a_muse(tiny_muse, tmp_path):
     schedules = {"cosine": "cosine", "mine": lambda u: 1 - u**3}
     report = compare(tiny_muse, schedules, ["halton", "random"], [1, 2], samples=64, out=tmp_path / "out")

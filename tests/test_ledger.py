@@ -149,7 +149,7 @@ LEDGER: list[tuple[str, str, str, str]] = [
         "2.7",
         "Training: the text is removed from 10% of the examples",
         "cfg.drop_text",
-        "test_cfg.py::test_pitfall_03_the_share_of_dropped_texts "
+        "test_cfg.py::test_pitfall_03_the_fraction_of_dropped_texts "
         "test_train.py::test_pitfall_03_a_tenth_of_the_texts_is_dropped",
     ),
     (

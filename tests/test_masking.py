@@ -137,7 +137,7 @@ def test_reveal_counts_sum_to_n_at_least_one_a_step(n, steps, schedule):
 
 @given(n=st.integers(200, 5000), steps=st.integers(2, 24), name=st.sampled_from(["cosine", "arccos", "linear"]))
 @OFF
-def test_reveal_counts_leave_the_schedules_share(n, steps, name):
+def test_reveal_counts_leave_the_schedules_ratio(n, steps, name):
     """After step i of T, n * schedule((i + 1) / T) stay, rounded down: neither i / T nor i / (T - 1)."""
     left = n
     for i, count in enumerate(reveal_counts(n, steps, name)[:-1]):

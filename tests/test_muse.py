@@ -441,6 +441,7 @@ def test_the_papers_sizes(part, published):
 # --- no network -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pitfall_20_import_and_construction_ask_no_network():
     """In a process of its own: every module imported, a nano made from its configuration."""
     modules = sorted(p.stem for p in (ROOT / "minimuse").glob("*.py") if p.stem != "__init__")

@@ -145,6 +145,7 @@ def test_runs_alternate_and_ratios_are_paired(monkeypatch):
     assert timing.ratio(seconds["b"], seconds["a"]) == 2, "median of 2, 6 and 2, not 6 / 1"
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_holds_more_with_a_larger_model():
     small, large = (
         timing.alone(str(ROOT / "benchmarks" / "speed.py"), "--alone", json.dumps(["sampling", "minimuse", *shape]))
@@ -187,6 +188,7 @@ def test_readmes_tables_are_filled_and_nothing_else(tmp_path):
             timing.write_readme("one\n", "speed", readme)
 
 
+@pytest.mark.slow
 def test_a_run_apart_is_called_there_and_its_errors_come_here():
     run = timing.Apart(speed.prepare, "sampling", "minimuse", TINY, torch.float32)
     assert run.about == TINY.parameters()

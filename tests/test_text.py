@@ -315,10 +315,10 @@ class TestRefusals:
     def test_any_iterable_of_str_will_do(self, tiny_text):
         assert tiny_text.encode(("a", "a cube")).embeds.equal(tiny_text.encode(iter(["a", "a cube"])).embeds)
 
-    @pytest.mark.parametrize("dial", [{"max_tokens": 2}, {"batch_size": 0}, {"cache_size": -1}])
-    def test_dials(self, dial):
-        with pytest.raises(ValueError, match=f"{next(iter(dial))}={next(iter(dial.values()))}"):
-            TextEncoder(**dial)
+    @pytest.mark.parametrize("setting", [{"max_tokens": 2}, {"batch_size": 0}, {"cache_size": -1}])
+    def test_settings(self, setting):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))}={next(iter(setting.values()))}"):
+            TextEncoder(**setting)
 
     def test_unknown_name(self):
         encoder = TextEncoder("nobody/no-such-model")
@@ -372,6 +372,7 @@ class TestMiniLM:
         for row, mask, prompt in zip(context.embeds, context.mask, PROMPTS, strict=True):
             assert_close(row[mask], reference(encoder._source, "bert", prompt), atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.slow
     @packaged
     def test_package_is_not_imported(self):
         code = (

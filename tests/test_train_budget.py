@@ -167,6 +167,7 @@ def really_saved(run, weights: nn.Module) -> int:
     return sum(storage.nbytes() for at, storage in storages.items() if at not in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("stage", ["low_tokenizer", "base", "superres"])
 def test_activations_are_a_real_models(stage, checkpointing):

@@ -100,6 +100,14 @@ def test_logits_depend_on_tokens_places_text_and_its_order():
     assert differ(model(x, model.memory(changed)), out), "text does not reach the logits"
 
 
+@pytest.mark.parametrize("n", [1, 4, 15, 17])
+def test_another_number_of_tokens_is_refused(n):
+    """A shorter sequence would otherwise be read as the first rows of the grid."""
+    model = base()
+    with pytest.raises(RuntimeError, match="must match the existing size"):
+        model(tokens(n=n), model.memory(context()))
+
+
 def test_an_example_does_not_depend_on_its_neighbours():
     model, x, text = base(), tokens(), context()
     out = model(x, model.memory(text))

@@ -26,9 +26,9 @@ from minimuse.plots import film_strip, grid, mask_overlay, show, style
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: fewer pictures and steps
 CHECKPOINT = "nano"  # a shipped name or a folder
 SCENES, STEPS, EVERY = (
-    (96, 24, 12) if FAST else (2500, 1200, 100)
+    (96, 8, 4) if FAST else (2500, 1200, 100)
 )  # to train on; steps; steps between two looks
-LEAK = 12 if FAST else 150  # steps of the broken training at the end
+LEAK = 4 if FAST else 150  # steps of the broken training at the end
 style()
 
 # %% [markdown]

@@ -31,7 +31,7 @@ from minimuse.plots import grid, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: too few steps to learn much
 CHECKPOINT = "nano"  # a shipped name or a folder
-FIRST_STEPS, FIRST_BATCH = (60, 4) if FAST else (900, 8)  # the small decoder that we begin with
+FIRST_STEPS, FIRST_BATCH = (20, 4) if FAST else (900, 8)  # the small decoder that we begin with
 STEPS, BATCH = (12, 4) if FAST else (300, 4)  # each fine-tuning; the batch is nano's own
 CROP = 64  # pixels a side of the training pictures
 SCENES, HELD_OUT = (64, 6) if FAST else (2000, 48)  # to train on; to measure with

@@ -27,7 +27,7 @@ from minimuse.plots import Animation, film, film_strip, grid, mask_overlay, show
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: fewer pictures and iterations
 CHECKPOINT = "nano"  # a shipped name or a folder
 PICTURES = 2 if FAST else 4  # a row of pictures
-ITERATIONS = 25 if FAST else 100  # of a mask-free edit; the paper's 100
+ITERATIONS = 8 if FAST else 100  # of a mask-free edit; the paper's 100
 COUNTED, SOURCES = (2, 2) if FAST else (6, 3)  # edits of each source, and sources, when we count
 style()
 
@@ -499,7 +499,7 @@ def right(image, prompt):
     return matches(detector.detect([image])[0], parse_prompt(prompt)).right
 
 
-few = [4, 12] if FAST else [5, 10, 20, 40]
+few = [2, 4] if FAST else [5, 10, 20, 40]
 ways = {"no guidance": "o-", "t = 4 against no text": "s--", "t = 4 against the old caption": "D:"}
 figure, ax = plt.subplots(figsize=(7.5, 3.4))
 for offset, (name, mark) in enumerate(ways.items()):
@@ -602,7 +602,7 @@ its next turn. It is easier to grow the old thing, often to a lump. Small random
 r"""
 ### Exercise 10.2: one step of it
 
-Write one iteration: hide `ceil(share * N)` random tokens, show the model the rest, draw the hidden ones. `random_mask(tokens, rate, generator)` and
+Write one iteration: hide `ceil(fraction * N)` random tokens, show the model the rest, draw the hidden ones. `random_mask(tokens, rate, generator)` and
 `draw(logits, uniforms, temperature)` are in the package. The stub redraws tokens that the model could *see*; what does the check say?
 """
 
@@ -611,8 +611,8 @@ from minimuse.masking import random_mask
 from minimuse.sampler import draw
 
 
-def my_step(logits_fn, tokens, *, mask_id, share, generator):
-    hidden = random_mask(tokens, torch.tensor([share]), generator)
+def my_step(logits_fn, tokens, *, mask_id, fraction, generator):
+    hidden = random_mask(tokens, torch.tensor([fraction]), generator)
     logits = logits_fn(tokens, 1.0)  # your code: what should the model see?
     drawn = draw(logits, torch.rand(tokens.shape, generator=generator), 1.0)
     return torch.where(hidden, drawn, tokens)
@@ -622,8 +622,8 @@ check_resample_step(my_step)
 
 
 # %% tags=["solution"]
-def my_step(logits_fn, tokens, *, mask_id, share, generator):
-    hidden = random_mask(tokens, torch.tensor([share]), generator)
+def my_step(logits_fn, tokens, *, mask_id, fraction, generator):
+    hidden = random_mask(tokens, torch.tensor([fraction]), generator)
     logits = logits_fn(tokens.masked_fill(hidden, mask_id), 1.0)
     drawn = draw(logits, torch.rand(tokens.shape, generator=generator), 1.0)
     return torch.where(hidden, drawn, tokens)
