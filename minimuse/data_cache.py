@@ -1,31 +1,27 @@
 """What training reads, computed once and kept on disk: pixels, tokens and embedded captions of a source.
 
-While a transformer trains, the tokenizers and the language model are frozen (Muse 2.1, 2.3). So images are decoded and
-tokenized and captions are encoded once, and training reads rows from memory maps.
+The tokenizers and the language model are frozen while a transformer trains (Muse 2.1, 2.3): training reads memory maps.
 
     TrainingData(folder, source, ...)   .read()      -> .images (n, 3, S, S)       pixels, for the tokenizers
                                         .tokenize()  -> .tokens["low"] (n, N)      by a tokenizer that is trained
                                         .embed()     -> .texts, k captions each    by the frozen language model
 
-    folder/low_tokens-0123456789abcdef/ 00012.000.low_tokens.npy, ..., 00012.captions.json, 00012.json
+    folder/low_tokens-0123456789abcdef/ 00012.000.low_tokens.npy, 00012.001.low_tokens.npy, 00012.json, ...
 
-Each of the three yields (done, of how many) while it works, shares the work among processes, and continues where an
-earlier run stopped. A part of the source is stored in blocks of up to 500 rows. Its JSON is written last and renamed
-into place: a part exists if and only if its JSON does, so a process may be killed at any moment. The folder's name
-holds a hash of everything that decides the content, so a stale cache is never read.
+Each of the three yields (done, of how many), shares the work among processes, and continues where it was stopped. A
+part of the source is stored in blocks of up to 500 rows. Its JSON is renamed into place last: a part exists if and only
+if its JSON does, so a process may be killed at any moment. The folder's name holds a hash of all that decides the
+content, so a stale cache is never read.
 
-Glossary: n examples, N tokens, S pixels per side, L text tokens, D width of the language model.
 Not here: where images come from (data_sources.py), which rows a training step reads (train.py).
 """
 
 import errno
 import json
 import logging
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from functools import cache, lru_cache, partial
+from dataclasses import KW_ONLY, asdict, dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,13 +31,12 @@ import torch
 from torch import Tensor
 
 from minimuse.config import MuseConfig
-from minimuse.data_captions import EXAMPLE_PROMPTS, SceneDataset, vocabulary
-from minimuse.data_images import area_downsample, to_float
-from minimuse.data_sources import Problems, Source
+from minimuse.data_captions import EXAMPLE_PROMPTS, SceneDataset, common_words, vocabulary
+from minimuse.data_images import Problems, area_downsample, tokenize_images
+from minimuse.data_sources import Source
 from minimuse.text import TextEncoder
-from minimuse.utils import atomic_write, content_hash, precision
+from minimuse.utils import atomic_write, content_hash
 
-log = logging.getLogger("minimuse")
 BLOCK = 500  # rows of one file
 HELD_OUT = 50  # every 50th example is held out for validation
 OPEN = 64  # memory maps that a reader keeps open: each holds a file handle
@@ -51,46 +46,35 @@ Blocks = Iterator[tuple[dict[str, np.ndarray], Captions]]  # named arrays of up 
 Make = Callable[[int, Problems], Blocks]  # part -> its blocks
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 class Shards:
-    """The parts of one kind of rows, in folder/<kind>-<hash>. With `limit`, only so many rows are made and read.
-
-    Of the arrays in a block, the one named `kind` has one row per example.
-    """
+    """The parts of one kind of rows, of which at most `limit` are read. The array `kind` has a row per example."""
 
     def __init__(self, folder: Path, kind: str, content: str, parts: int, limit: int | None = None):
         self.kind, self.parts, self.limit = kind, parts, limit
         self.folder = folder / f"{kind}-{content[:16]}"
 
     def record(self, part: int) -> dict[str, Any] | None:
-        """-> {"rows": of each block, "captions": their hash, "problems"}, or None if the part was not made yet."""
+        """-> {"rows": of each block, "captions": of all rows, "problems"}, or None if the part was not made yet."""
         path = self.folder / f"{part:05d}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> Iterator[dict[str, Any]]:
         """The records of all parts, or of as many as hold `limit` rows. ValueError if one is missing."""
-        records: list[dict[str, Any]] = []
+        rows = 0
         for part in range(self.parts):
-            if self.limit is not None and sum(sum(record["rows"]) for record in records) >= self.limit:
-                break
+            if self.limit is not None and rows >= self.limit:
+                return
             record = self.record(part)
             if record is None:
                 raise ValueError(f"part {part} of {self.parts} is not in {self.folder}; it was not computed yet")
-            records.append(record)
-        return records
+            rows += sum(record["rows"])
+            yield record
 
-    def captions(self, part: int) -> Captions:
-        """The captions of all rows of a part."""
-        texts = json.loads((self.folder / f"{part:05d}.captions.json").read_text(encoding="utf-8"))
-        return [tuple(row) for row in texts]
-
-    def load(self, part: int, block: int, name: str, mapped: bool = False) -> np.ndarray:
-        """An array of a block, or a read-only memory map of it; ValueError if its file is damaged."""
+    def load(self, part: int, block: int, name: str) -> np.ndarray:
+        """An array of a block as a read-only memory map; ValueError if its file is damaged."""
         path = self.folder / f"{part:05d}.{block:03d}.{name}.npy"
         try:
-            return np.load(path, mmap_mode="r" if mapped else None)
+            return np.load(path, mmap_mode="r")
         except (ValueError, EOFError, FileNotFoundError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete {self.folder} to compute it again") from error
 
@@ -116,49 +100,42 @@ class Shards:
     def _write(self, part: int, make: Make) -> None:
         problems, rows, captions = Problems(), [], []
         for block, (arrays, texts) in enumerate(make(part, problems)):
-            if len(arrays[self.kind]) != len(texts) or not all(texts):
-                raise ValueError(
-                    f"part {part}: {len(arrays[self.kind])} rows of {self.kind}, captions {texts[:3]}, ..."
-                )
-            for name, array in arrays.items():
-                self._save(self.folder / f"{part:05d}.{block:03d}.{name}.npy", array)
-            rows.append(len(texts))
+            n = len(arrays[self.kind])
+            if n != len(texts) or not all(texts):
+                raise ValueError(f"part {part}: {n} rows of {self.kind} with the captions {texts[:3]}, ...")
+            try:
+                for name, array in arrays.items():
+                    np.save(self.folder / f"{part:05d}.{block:03d}.{name}.npy", array, allow_pickle=False)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, None):  # NumPy's own message has no number
+                    raise
+                message = f"no space left for part {part} of {self.kind}: make room in {self.folder} and start again"
+                raise OSError(f"{message}; finished parts are kept") from error
+            rows.append(n)
             captions += texts
-        atomic_write(self.folder / f"{part:05d}.captions.json", json.dumps(captions))
-        record = {"rows": rows, "captions": content_hash(captions), "problems": asdict(problems)}
+        record = {"rows": rows, "captions": captions, "problems": asdict(problems)}
         atomic_write(self.folder / f"{part:05d}.json", json.dumps(record))
-
-    def _save(self, path: Path, array: np.ndarray) -> None:
-        try:
-            np.save(path, array, allow_pickle=False)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, None):  # NumPy's own message has no number
-                raise
-            message = f"no space left for {array.nbytes / 1e6:,.0f} MB of {self.kind}; finished parts are kept"
-            raise OSError(errno.ENOSPC, f"{message}, so make room and start again", str(path)) from error
 
 
 class Rows:
     """The rows of a cache as one array (n, ...): `rows[indices (B,)]` -> Tensor, a copy."""
 
     def __init__(self, shards: Shards, dtype: torch.dtype | None = None):
-        records = shards.records()
-        self.cache, self.dtype = shards, dtype
-        self.blocks = [(part, block) for part, record in enumerate(records) for block in range(len(record["rows"]))]
-        self.starts = np.cumsum([0] + [n for record in records for n in record["rows"]])
+        self.shards, self.dtype = shards, dtype
+        sizes = [(part, record["rows"]) for part, record in enumerate(shards.records())]
+        self.blocks = [(part, block) for part, rows in sizes for block in range(len(rows))]
+        self.starts = np.cumsum([0] + [n for _, rows in sizes for n in rows])
         self.n = min(int(self.starts[-1]), shards.limit or int(self.starts[-1]))
-        self.map = lru_cache(OPEN)(partial(self._load, mapped=True))
-        self.whole = cache(self._load)  # for small arrays: they need no file handle
+        self.map = lru_cache(OPEN)(self._map)
         self.shape = (self.n, *self.map(0, shards.kind).shape[1:])
 
     def __len__(self) -> int:
         return self.n
 
-    def _load(self, block: int, name: str, mapped: bool = False) -> np.ndarray:
-        array = self.cache.load(*self.blocks[block], name, mapped)
-        expected = self.starts[block + 1] - self.starts[block]
-        if name == self.cache.kind and len(array) != expected:
-            raise ValueError(f"{self.cache.folder}: {len(array)} rows, expected {expected}; delete the folder")
+    def _map(self, block: int, name: str) -> np.ndarray:
+        array = self.shards.load(*self.blocks[block], name)
+        if name == self.shards.kind and len(array) != (n := self.starts[block + 1] - self.starts[block]):
+            raise ValueError(f"{self.shards.folder}: {len(array)} rows, expected {n}; delete the folder")
         return array
 
     def locate(self, indices: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -171,33 +148,37 @@ class Rows:
 
     def __getitem__(self, indices: Sequence[int] | slice | Tensor) -> Tensor:
         blocks, rows = self.locate(indices)
-        out = np.empty((len(rows), *self.shape[1:]), self.map(0, self.cache.kind).dtype)
+        out = np.empty((len(rows), *self.shape[1:]), self.map(0, self.shards.kind).dtype)
         for block in np.unique(blocks).tolist():
             at = blocks == block
-            out[at] = self.map(block, self.cache.kind)[rows[at]]
+            out[at] = self.map(block, self.shards.kind)[rows[at]]
         return torch.from_numpy(out).to(self.dtype)
 
 
 class Texts(Rows):
     """The embedded captions of n examples, unpadded, each different text of a block stored once.
 
-    text    (n, 2): the first caption of an example in its block, and one past its last
-    spans   (captions, 2): the rows of a caption in values
-    values  (text tokens, D) float16
+    text (n, 2): first caption and end of an example; spans (captions, 2): rows of a caption in values (tokens, D).
     """
+
+    def __init__(self, shards: Shards):
+        super().__init__(shards)
+        names = ("text", "spans")  # small arrays, kept in memory
+        self.index = [[np.array(shards.load(*at, name)) for name in names] for at in self.blocks]
 
     def pick(self, indices: Sequence[int] | Tensor, u: Sequence[float] | Tensor) -> list[Tensor]:
         """indices (B,), u (B,) in [0, 1) -> caption floor(u k) of the k of each example: B tensors (L, D)."""
         rows = []
         for block, row, x in zip(*self.locate(indices), np.asarray(u), strict=True):
-            first, end = self.whole(int(block), "text")[row].tolist()
-            start, stop = self.whole(int(block), "spans")[min(first + int(x * (end - first)), end - 1)].tolist()
+            text, spans = self.index[block]
+            first, end = text[row].tolist()
+            start, stop = spans[min(first + int(x * (end - first)), end - 1)].tolist()
             rows.append(torch.from_numpy(np.array(self.map(int(block), "values")[start:stop])))
         return rows
 
 
 class LiveTexts:
-    """Captions that are encoded at each reading, if too many to store: the same `pick` as `Texts`."""
+    """Captions that are encoded at each reading, because they are too many to store."""
 
     def __init__(self, captions: Captions, encode: Callable[[list[str]], list[Tensor]]):
         self.captions, self.encode = captions, encode
@@ -206,7 +187,7 @@ class LiveTexts:
         return len(self.captions)
 
     def pick(self, indices: Sequence[int] | Tensor, u: Sequence[float] | Tensor) -> list[Tensor]:
-        """indices (B,), u (B,) in [0, 1) -> caption floor(u k) of the k of each example: B tensors (L, D)."""
+        """As `Texts.pick`."""
         rows = [self.captions[int(i)] for i in indices]
         return self.encode([texts[int(float(x) * len(texts))] for texts, x in zip(rows, u, strict=True)])
 
@@ -229,18 +210,6 @@ class Subset:
         return self.rows.pick(self.index[indices], u)
 
 
-# --- what is computed -------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def tokenize_images(tokenizer: Any, images: Tensor, batch: int = 256, bf16: bool | None = None) -> Tensor:
-    """A frozen tokenizer and images (n, 3, H, W) uint8 -> tokens (n, N) on the CPU."""
-    device = next(tokenizer.parameters()).device
-    tokenizer.eval()
-    with precision(device, bf16):
-        return torch.cat([tokenizer.encode(to_float(x).to(device)).cpu() for x in images.split(batch)])
-
-
 def text_block(captions: Captions, encode: Callable[[list[str]], list[Tensor]]) -> dict[str, np.ndarray]:
     """Captions of n examples -> the arrays that `Texts` reads."""
     unique = list(dict.fromkeys(text for texts in captions for text in texts))
@@ -255,33 +224,26 @@ def text_block(captions: Captions, encode: Callable[[list[str]], list[Tensor]]) 
     return {"text": np.stack([firsts[:-1], firsts[1:]], 1), "spans": spans, "values": values.numpy()}
 
 
+@dataclass
 class TrainingData:
-    """A source, its caches under `folder`, and the split into training and held-out examples.
+    """A source, its caches under `folder`, and the split into training and held-out examples."""
 
-    Process `rank` of `processes` computes its share; `wait` returns when all have arrived. Tokenizers run on `device`.
-    read_only: nothing is computed or written; ValueError if something is missing.
-    """
+    folder: str | Path
+    source: Source
+    config: MuseConfig
+    encoder: TextEncoder
+    _: KW_ONLY
+    device: str | torch.device = "cpu"  # of the tokenizers
+    bf16: bool | None = None  # None: where it is fast
+    rank: int = 0  # this process computes parts rank, rank + processes, ...
+    processes: int = 1
+    wait: Callable[[], Any] = lambda: None  # returns when all processes have arrived
+    read_only: bool = False  # compute and write nothing; ValueError if something is missing
 
-    def __init__(
-        self,
-        folder: str | Path,
-        source: Source,
-        config: MuseConfig,
-        encoder: TextEncoder,
-        *,
-        device: str | torch.device = "cpu",
-        bf16: bool | None = None,
-        rank: int = 0,
-        processes: int = 1,
-        wait: Callable[[], Any] = lambda: None,
-        read_only: bool = False,
-    ):
-        self.folder, self.source, self.config, self.encoder = Path(folder), source, config, encoder
-        self.device, self.bf16, self.rank, self.processes = device, bf16, rank, processes
-        self.wait, self.read_only = wait, read_only
-        self.side = config.high_tokenizer.image_size
-        self.pixels_limit = max(1, int(config.pixels_gib * 2**30 / (3 * self.side**2)))
-        self._pixels = self._cache("pixels", limit=self.pixels_limit)
+    def __post_init__(self):
+        self.side = self.config.high_tokenizer.image_size
+        self.pixels_limit = max(1, int(self.config.pixels_gib * 2**30 / (3 * self.side**2)))
+        self._pixels = self._shards("pixels", limit=self.pixels_limit)
         self._paired = self._pixels  # the cache whose rows all later ones must match
         self.tokens: dict[str, Rows] = {}
 
@@ -297,7 +259,7 @@ class TrainingData:
             problems.merge(Problems(**record["problems"]))
         problems.check("the data")
         if problems.counts and self.rank == 0:
-            log.warning(problems.summary())
+            logging.getLogger("minimuse").warning(problems.summary())
         self.images = Rows(self._pixels)
 
     def _read(self, part: int, problems: Problems) -> Iterator[tuple[Tensor, Captions]]:
@@ -310,17 +272,16 @@ class TrainingData:
         if len(self.images) == self.pixels_limit:  # the source has, or may have, more
             yield from self._read(part, problems)
             return
-        captions = self._pixels.captions(part)
-        for block, n in enumerate(self._pixels.record(part)["rows"]):
-            yield torch.from_numpy(self._pixels.load(part, block, "pixels")), captions[:n]
-            captions = captions[n:]
+        record = self._pixels.record(part)
+        captions = iter(record["captions"])
+        for block, n in enumerate(record["rows"]):
+            yield torch.from_numpy(np.array(self._pixels.load(part, block, "pixels"))), list(islice(captions, n))
 
     def tokenize(self, name: str, tokenizer: Any) -> Iterator[tuple[int, int]]:
         """name "low" or "high": the tokens of all images by a frozen tokenizer; "low" reads decimated images."""
         size, v = getattr(self.config, f"{name}_tokenizer").image_size, tokenizer.codebook_size
         kind = f"{name}_tokens"
-        shards = self._cache(kind, size, tokenizer.state_dict())
-        tokenizer.to(self.device)
+        shards = self._shards(kind, size, tokenizer.to(self.device).state_dict())
 
         def make(part: int, problems: Problems) -> Blocks:
             for images, captions in self._read_again(part, problems):
@@ -341,11 +302,11 @@ class TrainingData:
         if each * sum(map(len, captions)) > self.config.text_gib * 2**30:
             self.texts: Texts | LiveTexts = LiveTexts(captions, self.encode)
             return
-        rows = self._paired
-        shards = self._cache("text", self.encoder.max_tokens, self.encoder.weights)
+        paired = self._paired
+        shards = self._shards("text", self.encoder.max_tokens, self.encoder.weights)
 
         def make(part: int, problems: Problems) -> Blocks:
-            texts = rows.captions(part)
+            texts = paired.record(part)["captions"]
             for start in range(0, len(texts), BLOCK):
                 few = texts[start : start + BLOCK]
                 yield text_block(few, self.encode), few
@@ -363,29 +324,26 @@ class TrainingData:
 
     def captions(self) -> Captions:
         """The captions of all examples read so far, in order."""
-        parts = (self._paired.captions(part) for part in range(len(self._paired.records())))
-        return list(islice((texts for part in parts for texts in part), self._paired.limit))
+        rows = (tuple(texts) for record in self._paired.records() for texts in record["captions"])
+        return list(islice(rows, self._paired.limit))
 
     def split(self, rows: Any, held_out: bool = False) -> Subset:
         """Rows of all examples -> those to train on, or every 50th, held out. Of fewer than 50, all serve for both."""
         index = torch.arange(len(rows))
-        if len(rows) < HELD_OUT:
-            return Subset(rows, index)
         is_held = index % HELD_OUT == HELD_OUT - 1
-        return Subset(rows, index[is_held if held_out else ~is_held])
+        return Subset(rows, index if len(rows) < HELD_OUT else index[is_held if held_out else ~is_held])
 
     def words(self, most: int = 20_000) -> dict[str, list[str]]:
         """What a checkpoint says about its data: the most common words of the captions, and prompts to try."""
         if isinstance(self.source, SceneDataset):
             return {"words": vocabulary(bool(self.source.synonyms)), "examples": list(EXAMPLE_PROMPTS)}
         captions = [text for texts in self.captions() for text in texts]
-        counts = Counter(word for text in captions for word in re.findall(r"[^\W\d_]+", text.lower()))
         examples = [captions[i * (len(captions) - 1) // 3] for i in range(min(4, len(captions)))][:3]
-        return {"words": [word for word, _ in counts.most_common(most)], "examples": examples}
+        return {"words": common_words(captions, most), "examples": examples}
 
-    def _cache(self, kind: str, *content: Any, limit: int | None = None) -> Shards:
+    def _shards(self, kind: str, *content: Any, limit: int | None = None) -> Shards:
         key = content_hash(self.source.fingerprint, self.side, *content)
-        return Shards(self.folder, kind, key, self.source.parts, limit)
+        return Shards(Path(self.folder), kind, key, self.source.parts, limit)
 
     def _fill(self, shards: Shards, make: Make) -> Iterator[tuple[int, int]]:
         """Make what is missing, then check that each part has the same examples as the caches before it."""
@@ -394,7 +352,5 @@ class TrainingData:
             self.wait()
         for part, (old, new) in enumerate(zip(self._paired.records(), shards.records(), strict=False)):
             if old["captions"] != new["captions"]:
-                raise ValueError(
-                    f"part {part} of the data gave other examples when it was read again: a file was unreadable once, "
-                    f"or the data changed. Delete {self.folder} and start again"
-                )
+                change = f"part {part} of the data gave other examples when it was read again"
+                raise ValueError(f"{change}: a file failed once, or changed. Delete {self.folder} and start again")

@@ -1,25 +1,25 @@
-"""What is said of a scene: captions that are true of it, short and long, and paraphrases kept out of training.
+"""Captions of scenes: true phrases, short and long, and paraphrases that training never sees; captioned scenes.
 
     attributes   "a small red metal cube"            cardinality   "two blue spheres"
     relations    "a green cube left of a cylinder"   composition   "a red cube, a gray sphere and two yellow cylinders"
 
-SYNONYMS are for training, where a data set asks for them: what a language model's directions mean is learned from more
-than one word a look. No training caption contains a word of PARAPHRASES: what a model makes of them, its language model
-taught it.
-Not here: the scenes and their pictures (data_scenes.py).
+SYNONYMS are for training, if a data set asks for them. PARAPHRASES are in no training caption: what a model makes of
+them comes from its language model.
+
+Not here: the scenes and their pictures (data_scenes.py), data from files (data_sources.py).
 """
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from random import Random
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from minimuse.data_images import Example, to_uint8
+from minimuse.data_images import Example, Problems, to_uint8
 from minimuse.data_scenes import (
     COLORS,
     FRACTIONS,
@@ -37,56 +37,49 @@ from minimuse.utils import content_hash
 
 SCENES_VERSION = 1  # raise it on purpose when the same scenes give other pixels or captions: caches become invalid
 PART = 500  # examples in a part, where a source has no parts of its own
-PARAPHRASES = {
-    "cube": ("box", "block"), "sphere": ("ball", "globe", "orb"), "cylinder": ("tin", "can"),
-    "small": ("tiny", "little"), "large": ("big", "huge"), "rubber": ("matte",), "metal": ("shiny", "metallic"),
-    "gray": ("slate", "charcoal"), "red": ("crimson", "scarlet"), "blue": ("azure", "navy"),
-    "green": ("emerald", "lime"), "brown": ("chocolate",), "purple": ("violet",),
-    "cyan": ("turquoise", "teal"), "yellow": ("golden", "lemon"),
-}  # fmt: skip
-SYNONYMS = {
-    "cube": ("crate", "carton", "brick", "parcel", "chest", "case", "container", "package", "dice", "trunk", "cabinet"),
-    "sphere": ("marble", "bead", "bubble", "planet", "balloon", "pearl", "pellet", "moon", "bauble", "football"),
-    "cylinder": (
-        "tube", "pipe", "barrel", "drum", "column", "pillar", "canister", "jar", "bottle", "keg", "mug", "bucket",
-        "flask", "log", "roller", "spool", "tub", "cup", "pot",
-    ),
-    "small": ("mini", "miniature", "petite", "compact", "wee", "minute", "teeny", "slight", "pocket-sized", "baby"),
-    "large": ("giant", "massive", "enormous", "gigantic", "oversized", "vast", "colossal", "immense", "jumbo", "bulky"),
-    "rubber": ("dull", "plastic", "clay", "chalky", "soft", "unpolished", "flat", "foam", "frosted", "velvet"),
-    "metal": (
-        "steel", "polished", "chrome", "mirrored", "iron", "glossy", "gleaming", "reflective", "brass", "aluminum",
-        "lustrous", "glittering", "sparkling", "bright",
-    ),
-    "gray": (
-        "grey", "ash", "ashen", "stone", "smoky", "granite", "cement", "concrete", "lead", "flint", "graphite",
-        "cloudy", "foggy", "rock",
-    ),
-    "red": (
-        "ruby", "cherry", "vermilion", "maroon", "rosy", "tomato", "strawberry", "blood", "burgundy", "raspberry",
-        "cranberry", "poppy", "flame",
-    ),
-    "blue": (
-        "cobalt", "sapphire", "indigo", "ultramarine", "cerulean", "denim", "sky", "ocean", "blueberry", "midnight",
-        "royal",
-    ),
-    "green": (
-        "jade", "olive", "mint", "mossy", "grassy", "fern", "avocado", "cucumber", "lettuce", "spinach", "leafy",
-        "forest", "clover", "cactus", "pickle",
-    ),
-    "brown": (
-        "tan", "chestnut", "coffee", "mahogany", "hazel", "cocoa", "caramel", "walnut", "cinnamon", "toffee", "mocha",
-        "wooden", "muddy",
-    ),
-    "purple": (
-        "lavender", "magenta", "mauve", "plum", "lilac", "orchid", "amethyst", "grape", "eggplant", "wisteria", "iris",
-    ),
-    "cyan": ("aqua", "aquamarine", "lagoon", "peacock", "seafoam", "glacier", "tropical", "pool"),
-    "yellow": (
-        "amber", "mustard", "canary", "blond", "saffron", "sunny", "banana", "honey", "corn", "butter", "sunflower",
-        "straw", "cheese",
-    ),
-}  # fmt: skip
+
+
+def _words(table: str) -> dict[str, tuple[str, ...]]:
+    """Lines "cube: box block" -> {"cube": ("box", "block")}."""
+    rows = (line.partition(":") for line in table.strip().splitlines())
+    return {word: tuple(others.split()) for word, _, others in rows}
+
+
+PARAPHRASES = _words("""
+cube: box block
+sphere: ball globe orb
+cylinder: tin can
+small: tiny little
+large: big huge
+rubber: matte
+metal: shiny metallic
+gray: slate charcoal
+red: crimson scarlet
+blue: azure navy
+green: emerald lime
+brown: chocolate
+purple: violet
+cyan: turquoise teal
+yellow: golden lemon
+""")
+SYNONYMS = _words("""
+cube: crate carton brick parcel chest case container package dice trunk cabinet
+sphere: marble bead bubble planet balloon pearl pellet moon bauble football
+cylinder: tube pipe barrel drum column pillar canister jar bottle keg mug bucket flask log roller spool tub cup pot
+small: mini miniature petite compact wee minute teeny slight pocket-sized baby
+large: giant massive enormous gigantic oversized vast colossal immense jumbo bulky
+rubber: dull plastic clay chalky soft unpolished flat foam frosted velvet
+metal: steel polished chrome mirrored iron glossy gleaming reflective brass aluminum lustrous glittering sparkling \
+bright
+gray: grey ash ashen stone smoky granite cement concrete lead flint graphite cloudy foggy rock
+red: ruby cherry vermilion maroon rosy tomato strawberry blood burgundy raspberry cranberry poppy flame
+blue: cobalt sapphire indigo ultramarine cerulean denim sky ocean blueberry midnight royal
+green: jade olive mint mossy grassy fern avocado cucumber lettuce spinach leafy forest clover cactus pickle
+brown: tan chestnut coffee mahogany hazel cocoa caramel walnut cinnamon toffee mocha wooden muddy
+purple: lavender magenta mauve plum lilac orchid amethyst grape eggplant wisteria iris
+cyan: aqua aquamarine lagoon peacock seafoam glacier tropical pool
+yellow: amber mustard canary blond saffron sunny banana honey corn butter sunflower straw cheese
+""")
 EXAMPLE_PROMPTS = (
     "a large red cube",
     "two small blue metal spheres",
@@ -95,19 +88,24 @@ EXAMPLE_PROMPTS = (
     "a photo of a large yellow metal sphere",
     "three brown cylinders",
 )
-_NUMBERS = ("", "a", "two", "three")
-OPENINGS = ("a photo of", "a picture of", "a picture with", "there")  # "there" takes "is" or "are"
+OPENINGS = ("a photo of", "a picture of", "a picture with", "there")  # "there" needs "is" or "are"
 FLOOR_PHRASE = "on a gray floor"
-RELATION_PHRASES = {"left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
-              "front": ("in front of",), "behind": ("behind",), "beside": ("next to",)}  # fmt: skip
+RELATION_PHRASES = {
+    "left": ("left of", "to the left of"),
+    "right": ("right of", "to the right of"),
+    "front": ("in front of",),
+    "behind": ("behind",),
+    "beside": ("next to",),
+}
+_NUMBERS = ("", "a", "two", "three")
 
 
 def caption(scene: Scene, seed: int, *, style: str = "any", paraphrase: bool = False, synonyms: float = 0.0) -> str:
-    """A true phrase about all things of the scene, e.g. "two small red cubes behind a blue metal sphere".
+    """A true phrase about all things of the scene, such as "two small red cubes behind a blue metal sphere".
 
-    Things told in the same words become one group with its number, so that numbers are exact. "long" names every
-    attribute, "short" colour and shape and at times one more, "any" mixes both. Paraphrases swap at least one word;
-    `synonyms` is the share of captions in which about half of the words are swapped for training's other words.
+    Things with the same words form one group with its number, so the numbers are exact. "long" names every attribute,
+    "short" names colour and shape and sometimes one more, "any" mixes both. A paraphrase replaces at least one word.
+    `synonyms` is the fraction of captions in which about half of the words are replaced by SYNONYMS.
     """
     if style not in ("any", "short", "long"):
         raise ValueError(f"style={style!r}: choose any, short or long")
@@ -120,36 +118,36 @@ def caption(scene: Scene, seed: int, *, style: str = "any", paraphrase: bool = F
         groups[tuple(getattr(thing, field) for field in fields)].append(thing)
     words = sorted({word for group in groups for word in group})
     swapped = rng.sample(words, rng.randint(1, len(words))) if paraphrase else ()
-    said = {word: rng.choice(PARAPHRASES[word]) for word in swapped}
+    swaps = {word: rng.choice(PARAPHRASES[word]) for word in swapped}
     if synonyms and not paraphrase and (other := Random(f"synonyms/{seed}")).random() < synonyms:
-        said = {word: other.choice(SYNONYMS[word]) for word in words if other.random() < 0.6}
-    told = [(noun_phrase(group, len(things), said), things) for group, things in groups.items()]
-    return _sentence(rng.sample(told, len(told)), FLOOR_PHRASE if long and rng.random() < 0.5 else "", rng)
+        swaps = {word: other.choice(SYNONYMS[word]) for word in words if other.random() < 0.6}
+    phrases = [(noun_phrase(group, len(things), swaps), things) for group, things in groups.items()]
+    return _sentence(rng.sample(phrases, len(phrases)), FLOOR_PHRASE if long and rng.random() < 0.5 else "", rng)
 
 
-def noun_phrase(words: tuple[str, ...], number: int, said: dict[str, str]) -> str:
-    """("red", "metal", "cube"), 2 -> "two red metal cubes"; as an adjective it moves ahead: "two shiny red boxes"."""
-    early = [word for word in words if word in SIZES or (word in MATERIALS and word in said)]
-    words = [said.get(word, word) for word in early + [word for word in words if word not in early]]
+def noun_phrase(words: tuple[str, ...], number: int, swaps: dict[str, str]) -> str:
+    """("red", "metal", "cube"), 2 -> "two red metal cubes". A replaced material comes first: "two shiny red boxes"."""
+    early = [word for word in words if word in SIZES or (word in MATERIALS and word in swaps)]
+    words = [swaps.get(word, word) for word in early + [word for word in words if word not in early]]
     if number > 1:
         words[-1] += "es" if words[-1].endswith("x") else "s"
     return " ".join(["an" if number == 1 and words[0][0] in "aeiou" else _NUMBERS[number], *words])
 
 
-def _sentence(told: list[tuple[str, list[Thing]]], floor: str, rng: Random) -> str:
-    """Phrases and their things -> the sentence; a relation must hold for each pair of things that it speaks of."""
+def _sentence(groups: list[tuple[str, list[Thing]]], floor: str, rng: Random) -> str:
+    """Phrases with their things -> the sentence. A relation is used only if it holds for each pair it speaks of."""
     true = []
-    for i, (_, things) in enumerate(told):
-        rest = told[:i] + told[i + 1 :]
+    for i, (_, things) in enumerate(groups):
+        rest = groups[:i] + groups[i + 1 :]
         pairs = [relations(a, b) for a in things for _, others in rest for b in others]
         true += [(i, name) for name in RELATION_PHRASES if pairs and all(name in pair for pair in pairs)]
-    subject, phrases = "", [phrase for phrase, _ in told]
-    opening, is_ = rng.choice(OPENINGS) if rng.random() < 0.3 else "", ""
+    subject, phrases = "", [phrase for phrase, _ in groups]
+    opening = rng.choice(OPENINGS) if rng.random() < 0.3 else ""
     if true and rng.random() < 0.75:
         i, name = rng.choice(true)
         first = phrases.pop(i)
-        is_ = _be(first) if not opening and rng.random() < 0.25 else ""
-        subject = f"{first} {is_} {rng.choice(RELATION_PHRASES[name])}"
+        verb = _be(first) if not opening and rng.random() < 0.25 else ""
+        subject = f"{first} {verb} {rng.choice(RELATION_PHRASES[name])}"
     if opening == "there":
         opening = f"there {_be(subject or phrases[0])}"
     listed = ", ".join(phrases[:-1]) + " and " * (len(phrases) > 1) + phrases[-1]
@@ -161,20 +159,17 @@ def _be(phrase: str) -> str:
 
 
 def vocabulary(synonyms: bool = False) -> list[str]:
-    """All words that training captions can contain, sorted; with those of SYNONYMS where they are told in them too."""
+    """All words of training captions, sorted; with SYNONYMS if the captions use them."""
     shapes = [*SHAPES, *(word for shape in SHAPES for word in SYNONYMS[shape] if synonyms)]
-    texts = (
-        *COLORS,
-        *SHAPES,
-        *SIZES,
-        *MATERIALS,
-        *_NUMBERS,
-        *OPENINGS,
-        *sum(RELATION_PHRASES.values(), ()),
-        FLOOR_PHRASE,
-    )
-    texts += ("an", *sum(SYNONYMS.values(), ())) if synonyms else ()
+    texts = (*COLORS, *SHAPES, *SIZES, *MATERIALS, *_NUMBERS, *OPENINGS, *sum(RELATION_PHRASES.values(), ()))
+    texts += (FLOOR_PHRASE, *(("an", *sum(SYNONYMS.values(), ())) if synonyms else ()))
     return sorted({word for text in texts for word in text.split()} | {s + "s" for s in shapes} | {"and", "is", "are"})
+
+
+def common_words(captions: Iterable[str], most: int) -> list[str]:
+    """The most common words of any captions, of letters only."""
+    counts = Counter(word for text in captions for word in re.findall(r"[^\W\d_]+", text.lower()))
+    return [word for word, _ in counts.most_common(most)]
 
 
 @dataclass(frozen=True)
@@ -202,7 +197,7 @@ class SceneDataset:
     def parts(self) -> int:
         return -(-self.n // PART)
 
-    def read(self, part: int, size: int, problems: Any) -> Iterator[Example]:
+    def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
         """Part -> scenes 500 part to 500 part + 499, the same as `images` and `captions` give."""
         if not 0 <= part < self.parts:
             raise IndexError(f"part {part} of {self.parts}: expected 0 to {self.parts - 1}")

@@ -1,12 +1,13 @@
-"""Pixels <-> tensors: PIL images, image files, uint8 and [-1, 1].
+"""Pixels <-> tensors: PIL images, image files, uint8 and [-1, 1]; what readers of images yield and leave out.
 
 `B` images in a batch, `H W` pixels. Images are stored as uint8. Models see them in [-1, 1].
 
-Not here: where images come from (data_sources.py), tokens (vqgan.py).
+Not here: where images come from (data_sources.py), the tokenizer itself (vqgan.py).
 """
 
 import os
 import warnings
+from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
+
+from minimuse.utils import precision
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS: Pillow would run Ghostscript
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")  # and 16-bit gray
@@ -25,6 +28,42 @@ class Example(NamedTuple):
 
     image: Tensor  # (3, size, size) uint8
     captions: tuple[str, ...]  # at least one
+
+
+@dataclass
+class Problems:
+    """What a reader left out, by kind, with the first three names of each kind.
+
+    >>> problems = Problems(seen=9)
+    >>> problems.add("corrupt", "a.png")
+    >>> problems.summary()
+    'left out 1 of 9 images: 1 corrupt (a.png)'
+    """
+
+    seen: int = 0  # all images, good ones included
+    counts: dict[str, int] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, name: str) -> None:
+        """Count one of the images seen as left out."""
+        self.merge(Problems(0, {kind: 1}, {kind: [name.encode("utf-8", "backslashreplace").decode()]}))
+
+    def merge(self, other: "Problems") -> None:
+        """Add what another reading left out."""
+        self.seen += other.seen
+        for kind, n in other.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + n
+            self.names[kind] = (self.names.get(kind, []) + other.names[kind])[:3]
+
+    def summary(self) -> str:
+        """One sentence, or "" if nothing was left out."""
+        kinds = [f"{n} {kind} ({', '.join(self.names[kind])}{', ...' * (n > 3)})" for kind, n in self.counts.items()]
+        return f"left out {sum(self.counts.values())} of {self.seen} images: {', '.join(kinds)}" if kinds else ""
+
+    def check(self, where: str) -> None:
+        """After all of `where` was read: ValueError if none of it was usable."""
+        if self.seen == sum(self.counts.values()):
+            raise ValueError(f"{where}: no usable captioned image; {self.summary() or 'nothing was found'}")
 
 
 class Refused(Exception):
@@ -126,3 +165,12 @@ def area_downsample(images: Tensor, factor: int = 2) -> Tensor:
         raise ValueError(f"factor={factor} must divide the image's {height} x {width} pixels")
     small = F.avg_pool2d(images.float(), factor)  # equals interpolate(mode="area")
     return small.round().to(torch.uint8) if images.dtype == torch.uint8 else small
+
+
+@torch.inference_mode()
+def tokenize_images(tokenizer: Any, images: Tensor, batch: int = 256, bf16: bool | None = None) -> Tensor:
+    """A frozen tokenizer and images (n, 3, H, W) uint8 -> tokens (n, N) on the CPU."""
+    device = next(tokenizer.parameters()).device
+    tokenizer.eval()
+    with precision(device, bf16):
+        return torch.cat([tokenizer.encode(to_float(x).to(device)).cpu() for x in images.split(batch)])

@@ -1,17 +1,17 @@
-"""The embedded data set: pictures of things on a floor, ray-cast in torch at any size.
+"""The embedded data set: pictures of things on a floor, ray-cast in PyTorch at any size.
 
-What the world contains, all of it (CLEVR's world, arXiv 1612.06890, framed closer):
+All that the world contains (CLEVR's world, arXiv 1612.06890, with a closer camera):
 
     colours     gray, red, blue, green, brown, purple, cyan, yellow
     shapes      cube, sphere, cylinder        sizes      small, large
     materials   rubber, metal                 things     1 to 3 a scene, on one gray floor, one light, one camera
     captions    "a small red cube" · "two blue metal spheres" · "a green cube left of a yellow cylinder"
-    held out    brown cubes, purple spheres, cyan cylinders: only in split "novel"; PARAPHRASES: in no training caption
+    held out    brown cubes, purple spheres, cyan cylinders: only in split "novel"
 
 x runs left to right, y up, depth away from the camera; a large sphere has radius 1. `B` scenes, `K` things a scene,
 `n` things of a whole batch, `R` rays, `M` rays that meet a thing.
 
-Not here: what is said of a scene (data_captions.py), uint8 and PIL (data_images.py), contact sheets (plots.py).
+Not here: captions (data_captions.py), uint8 and PIL images (data_images.py), contact sheets (plots.py).
 """
 
 import math
@@ -43,8 +43,6 @@ _EYE = (0.0, 0.72 + 8 * _SIN, 0.1 - 8 * _COS)
 _LIGHT = (-0.46, 0.76, -0.46)  # towards the light, unit: left, above, in front
 _CLEAR_X, _CLEAR_DEPTH = 0.9, 1.2  # separations from which we call a thing left of, or in front of, another
 
-# ---------------------------------------------------------------- scenes
-
 
 @dataclass(frozen=True)
 class Thing:
@@ -74,21 +72,21 @@ class Scene:
         if not isinstance(self.things, tuple) or not all(isinstance(thing, Thing) for thing in self.things):
             raise ValueError(f"Scene({self.things!r}): expected a tuple of Thing, e.g. Scene((Thing('red', 'cube'),))")
         if not 1 <= len(self.things) <= MAX_THINGS:
-            raise ValueError(f"a Scene holds 1 to {MAX_THINGS} things, {len(self.things)} came: add or drop some")
+            raise ValueError(f"a Scene holds 1 to {MAX_THINGS} things, {len(self.things)} came: add or remove some")
 
 
 def is_novel(thing: Thing) -> bool:
-    """Is its colour-shape pair held out of "train" and "test"?"""
+    """True if its colour-shape pair is held out of "train" and "test"."""
     return (thing.color, thing.shape) in HELD_OUT
 
 
 def sample_scene(
     seed: int, *, split: str = "train", n_things: int | None = None, fractions: tuple[float, ...] = FRACTIONS
 ) -> Scene:
-    """Seed and split -> Scene of 1 to 3 things, each in frame, mostly visible and clearly beside or behind the others.
+    """Seed and split -> a Scene of 1 to 3 things, each in frame, mostly visible and in clear relations to the others.
 
-    Without `n_things`, `fractions` says how often there are 1, 2 and 3. The split's name is part of the seed, so "test"
-    has train's combinations in scenes that train never shows.
+    Without `n_things`, `fractions` are the fractions of scenes with 1, 2 and 3 things. The split's name is part of the
+    seed, so "test" has the combinations of "train" in other scenes.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
@@ -96,7 +94,7 @@ def sample_scene(
         raise ValueError(f"n_things={n_things!r}: expected 1 to {MAX_THINGS}, or None for a mixture")
     rng = Random(f"{split}/{seed}")
     n = n_things or rng.choices((1, 2, 3), fractions)[0]
-    alike = min(n, rng.choices((1, 2, 3), (60, 26, 14))[0])  # so many look the same, for captions that count
+    alike = min(n, rng.choices((1, 2, 3), (60, 26, 14))[0])  # this many look the same, so that captions count
     while True:
         looks = [_look(rng, novel=split == "novel" and i == 0) for i in range(n)]
         looks[:alike] = looks[:1] * alike
@@ -105,13 +103,13 @@ def sample_scene(
 
 
 def _look(rng: Random, novel: bool) -> tuple[str, str, str, str]:
-    """-> colour, shape, size, material; the pair held out if and only if novel."""
+    """-> colour, shape, size, material. The pair is a held-out one if and only if `novel`."""
     pairs = [(color, shape) for color in COLORS for shape in SHAPES if ((color, shape) in HELD_OUT) == novel]
     return (*rng.choice(pairs), rng.choice(SIZES), rng.choice(MATERIALS))
 
 
 def place_things(rng: Random, looks: list[tuple], tries: int = 30) -> tuple[Thing, ...] | None:
-    """Looks -> things on the floor, or None where no try fits (three large ones seldom do)."""
+    """Looks -> things on the floor, or None if no attempt fits (three large ones rarely do)."""
     near, far = (-0.5, 0.5) if len(looks) == 1 else (-1.2, 2.4)
     for _ in range(tries):
         things = []
@@ -128,7 +126,7 @@ def place_things(rng: Random, looks: list[tuple], tries: int = 30) -> tuple[Thin
 
 
 def stand_apart(a: Thing, b: Thing) -> bool:
-    """Do they stand free of each other, in a clear relation, the farther one at least four fifths visible?"""
+    """True if they do not touch, are in a clear relation, and at least 4/5 of the farther one is visible."""
     gap = math.hypot(a.x - b.x, a.depth - b.depth) - 1.07 * (_RADIUS[a.size] + _RADIUS[b.size])
     near, far = (box(thing) for thing in sorted((a, b), key=lambda thing: thing.depth))
     shared = [max(0, min(near[i + 2], far[i + 2]) - max(near[i], far[i])) / (far[i + 2] - far[i]) for i in (0, 1)]
@@ -136,7 +134,7 @@ def stand_apart(a: Thing, b: Thing) -> bool:
 
 
 def relations(a: Thing, b: Thing) -> set[str]:
-    """What is clearly true of a as seen from b: some of "left", "right", "front", "behind"; or "beside"."""
+    """The clear relations of a to b: some of "left", "right", "front", "behind"; or "beside"."""
     true = {"left": b.x - a.x >= _CLEAR_X, "right": a.x - b.x >= _CLEAR_X,
             "front": b.depth - a.depth >= _CLEAR_DEPTH, "behind": a.depth - b.depth >= _CLEAR_DEPTH}  # fmt: skip
     names = {name for name in true if true[name]}
@@ -144,7 +142,7 @@ def relations(a: Thing, b: Thing) -> set[str]:
 
 
 def box(thing: Thing) -> tuple[float, float, float, float]:
-    """Where the camera sees it: left, top, right, bottom, as fractions of the picture."""
+    """Its bounding box in the picture: left, top, right, bottom in [0, 1]."""
     kind, turn = SHAPES.index(thing.shape), math.radians(thing.turn)
     wide, tall = (_RADIUS[thing.size] * half[kind] for half in (_WIDTH, _HEIGHT))
     u, v, scale = project(thing.x, tall, thing.depth)
@@ -157,20 +155,20 @@ def box(thing: Thing) -> tuple[float, float, float, float]:
 
 
 def project(x: float, y: float, depth: float) -> tuple[float, float, float]:
-    """A point -> its place (u, v) in the picture, in [0, 1], and how long a unit is there."""
+    """A point -> its place (u, v) in the picture, in [0, 1], and the length of one unit there."""
     up, away = y - _EYE[1], depth - _EYE[2]
     scale = 0.5 / ((away * _COS - up * _SIN) * _TAN)
     return 0.5 + x * scale, 0.5 - (up * _COS + away * _SIN) * scale, scale
 
 
 def truth(scene: Scene) -> list[dict]:
-    """-> a plain dict a thing: its fields, and "box", the left, top, right and bottom in [0, 1]."""
+    """-> a dict per thing: its fields, and "box": left, top, right and bottom in [0, 1]."""
     return [asdict(thing) | {"box": [round(edge, 4) for edge in box(thing)]} for thing in scene.things]
 
 
 # ---------------------------------------------------------------- pictures
 
-Vec = tuple[Tensor, Tensor, Tensor]  # x, y, depth: three tensors that broadcast are faster than one with a last axis
+Vec = tuple[Tensor, Tensor, Tensor]  # x, y, depth: three tensors that broadcast, which is faster than one tensor
 
 
 def _rays(size: int) -> Vec:
@@ -196,14 +194,14 @@ def _slab(o: Tensor, d: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ball(o: Vec, d: Vec, half: Tensor) -> tuple[Tensor, Tensor]:
-    """Where rays enter and leave a ball; both are the same where they miss it."""
+    """Where rays enter and leave a ball. Both are equal for a miss."""
     a, b = 1 / _dot(d, d), _dot(o, d)
     root = (b * b - (_dot(o, o) - half**2) / a).clamp(min=0).sqrt()
     return (-b - root) * a, (root - b) * a
 
 
 def _meet(shape: str, o: Vec, d: Vec, wide: Tensor, tall: Tensor) -> Tensor:
-    """Rays in a thing's frame -> distance where they enter it, inf for a miss: the last way in before the first out."""
+    """Rays in a thing's frame -> distance at which they enter all its slabs or balls, inf for a miss."""
     if shape == "cube":
         spans = [_slab(o[axis], d[axis], wide) for axis in range(3)]
     elif shape == "sphere":
@@ -215,7 +213,7 @@ def _meet(shape: str, o: Vec, d: Vec, wide: Tensor, tall: Tensor) -> Tensor:
 
 
 class _Things:
-    """The things of B scenes as columns of n numbers: whose, which shape, where, how large, what colour."""
+    """The things of B scenes as columns of n numbers: scene, shape, position, size, colour."""
 
     def __init__(self, scenes: list[Scene]):
         rows = [(b, k, thing) for b, scene in enumerate(scenes) for k, thing in enumerate(scene.things)]
@@ -241,7 +239,7 @@ class _Things:
         return self.turn((p[0] - self.x[i], p[1] - self.tall[i], p[2] - self.depth[i]), i)
 
     def meet(self, o: Vec, d: Vec, i: Tensor) -> Tensor:
-        """Rays against things i, row by row -> distance, inf for a miss. A row is tried on its own shape alone."""
+        """Rays against things i, row by row -> distance, inf for a miss. Each row is tried only on its own shape."""
         t = torch.empty(torch.broadcast_shapes(i.shape, o[0].shape, d[0].shape))
         for kind, shape in enumerate(SHAPES):
             rows = (self.kind[i].flatten() == kind).nonzero()[:, 0]
@@ -259,7 +257,7 @@ class _Things:
 
 
 def _surface(things: _Things, p: Vec, i: Tensor) -> tuple[Vec, Tensor]:
-    """Points on things i (M,) -> unit normals, and is it on a rim? Metal's bevelled rims catch light."""
+    """Points on things i (M,) -> unit normals, and True on a rim. Bevelled rims of metal reflect light."""
     kind, wide, tall, (x, y, z) = things.kind[i], things.wide[i], things.tall[i], things.local(p, i)
     sides = torch.stack([x, y, z]) / wide
     _, middle, high = sides.abs().sort(0).values
@@ -272,7 +270,7 @@ def _surface(things: _Things, p: Vec, i: Tensor) -> tuple[Vec, Tensor]:
 
 
 def _shadowed(things: _Things, p: Vec, i: Tensor, b: Tensor) -> Tensor:
-    """Points on things i of scenes b -> does another thing stand in their light? (M,) bool"""
+    """Points on things i of scenes b -> (M,) bool: True if another thing stands in their light."""
     dark, light = torch.zeros_like(b, dtype=torch.bool), tuple(torch.tensor([c]) for c in _LIGHT)
     for step in range(1, MAX_THINGS):
         other = things.index[b, (things.slot[i] + step) % MAX_THINGS]
@@ -282,7 +280,7 @@ def _shadowed(things: _Things, p: Vec, i: Tensor, b: Tensor) -> Tensor:
 
 
 def _mirrored(p: Vec, d: Vec) -> Tensor:
-    """What metal mirrors at points p in directions d: a floor, dark near its foot; a bright horizon; sky; a window."""
+    """The reflection in metal at points p in directions d: a floor, a bright horizon, sky, a window."""
     floor = 0.72 - 0.52 * torch.exp(-0.9 * p[1] / (-d[1]).clamp(min=1e-3))
     sky = 1.1 - 0.75 * d[1].clamp(0, 1).sqrt()
     aligned = (d[0] * _LIGHT[0] + d[2] * _LIGHT[2]) / (0.65 * d[0].hypot(d[2]) + 1e-6)
@@ -314,11 +312,11 @@ def _floor(size: int) -> Tensor:
 
 
 def _light_on_floor(things: _Things, size: int, grid: int = 64) -> Tensor:
-    """-> how much light (B, 1, H, W) reaches the floor. It is soft, so one fixed grid serves pictures of any size."""
+    """-> the light (B, 1, H, W) that reaches the floor. It is soft, so one fixed grid is enough for any size."""
     d = _rays(grid)
     p = _points(-_EYE[1] / d[1], d)
     dark = torch.zeros(len(things.index), grid * grid)
-    for dx, dz in ((-0.08, -0.05), (0.08, -0.05), (-0.05, 0.08), (0.05, 0.08)):  # a lamp of some width
+    for dx, dz in ((-0.08, -0.05), (0.08, -0.05), (-0.05, 0.08), (0.05, 0.08)):  # a lamp with some width
         dark += things.trace(p, (_LIGHT[0] + dx, _LIGHT[1], _LIGHT[2] + dz)).isfinite().any(1) / 4
     away = ((p[0] - things.x[:, None]) ** 2 + (p[2] - things.depth[:, None]) ** 2) / things.radius[:, None] ** 2
     near = torch.zeros_like(dark).index_add_(0, things.scene, (-(away**2) / 0.8).exp())  # things hide the sky near them
@@ -328,7 +326,7 @@ def _light_on_floor(things: _Things, size: int, grid: int = 64) -> Tensor:
 
 
 def _render(things: _Things, d: Vec, floor: Tensor) -> Tensor:
-    """Rays (R,) and the bare floor (3, H, W) -> images (B, 3, H, W): things, and the floor where none is."""
+    """Rays (R,) and the bare floor (3, H, W) -> images (B, 3, H, W): the things on the floor."""
     t, slot = things.trace(_EYE, d).min(1)  # (B, R)
     b, ray = t.isfinite().nonzero(as_tuple=True)  # (M,)
     canvas = torch.zeros(len(t), 4, t.shape[1])  # rgb and coverage
@@ -342,7 +340,7 @@ def _render(things: _Things, d: Vec, floor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def render(scenes: list[Scene], size: int, supersample: int = 2, chunk: int | None = None) -> Tensor:
-    """Scenes -> images (B, 3, size, size) in [-1, 1], `chunk` at once (None: as many as stay in a CPU's cache)."""
+    """Scenes -> images (B, 3, size, size) in [-1, 1], `chunk` at a time (None: as many as fit in a CPU's cache)."""
     if isinstance(scenes, Scene) or not scenes:
         raise ValueError(f"render: expected a list of at least one Scene, {scenes!r} came")
     if size < 8 or supersample < 1 or (chunk is not None and chunk < 1):

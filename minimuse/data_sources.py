@@ -27,60 +27,24 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from minimuse.config import MuseConfig
 from minimuse.data_captions import PART, SceneDataset
-from minimuse.data_images import HUGE, Example, Refused, decode_image
+from minimuse.data_images import HUGE, Example, Problems, Refused, decode_image
 from minimuse.utils import content_hash
 
 FILES_VERSION = 2  # raise it on purpose when the same files give other pixels or captions: caches become invalid
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 UNREADABLE = ("avif", "eps", "heic", "heif", "jfif", "jp2", "jxl", "pgm", "psd", "svg", "tga")  # tried, then counted
+HIDDEN = re.compile(r"(^|/)\.(?!\./)")  # a name that begins with a dot, in any folder
 LARGEST = 2**28  # bytes of one file in a tar: a compressed tar may promise terabytes
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")  # names of columns
 TEXTS = ("text", "caption", "captions", "txt", "json")
 MISSING, TWICE, DAMAGED = "listed without a file", "listed twice", "lost in a damaged file"
 NOT_READ, NOT_UTF8, UNCAPTIONED = "with metadata that do not parse", "with a caption not in UTF-8", "without a caption"
-
-
-@dataclass
-class Problems:
-    """What a reader left out, by kind, with the first three names of each kind.
-
-    >>> problems = Problems(seen=9)
-    >>> problems.add("corrupt", "a.png")
-    >>> problems.summary()
-    'left out 1 of 9 images: 1 corrupt (a.png)'
-    """
-
-    seen: int = 0  # all images, good ones included
-    counts: dict[str, int] = field(default_factory=dict)
-    names: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, kind: str, name: str) -> None:
-        """Count one of the images seen as left out."""
-        self.merge(Problems(0, {kind: 1}, {kind: [name.encode("utf-8", "backslashreplace").decode()]}))
-
-    def merge(self, other: "Problems") -> None:
-        """Add what another reading left out."""
-        self.seen += other.seen
-        for kind, n in other.counts.items():
-            self.counts[kind] = self.counts.get(kind, 0) + n
-            self.names[kind] = (self.names.get(kind, []) + other.names[kind])[:3]
-
-    def summary(self) -> str:
-        """One sentence, or "" if nothing was left out."""
-        kinds = [f"{n} {kind} ({', '.join(self.names[kind])}{', ...' * (n > 3)})" for kind, n in self.counts.items()]
-        return f"left out {sum(self.counts.values())} of {self.seen} images: {', '.join(kinds)}" if kinds else ""
-
-    def check(self, where: str) -> None:
-        """After all of `where` was read: ValueError if none of it was usable."""
-        if self.seen == sum(self.counts.values()):
-            raise ValueError(f"{where}: no usable captioned image; {self.summary() or 'nothing was found'}")
 
 
 class Source(Protocol):
@@ -94,9 +58,6 @@ class Source(Protocol):
         ...
 
 
-# ---------------------------------------------------------------- files
-
-
 class Item(NamedTuple):
     """What a reader knows about an image before it decodes it."""
 
@@ -107,17 +68,13 @@ class Item(NamedTuple):
 
 
 class FileSource:
-    """A `Source` whose parts are lists of `Item`: a subclass gives them, and `read` decodes and counts."""
+    """A `Source` of image files. `items(part)` of a subclass gives the items, and `read` decodes and counts them."""
 
     def __init__(self, parts: int, min_side: int | None, paths: Sequence[Path], *facts: Any):
         stats = [(path.name, path.stat()) for path in paths]
         times = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         self.parts, self.min_side = parts, min_side
         self.fingerprint = content_hash(type(self).__name__, FILES_VERSION, min_side, times, facts)
-
-    def items(self, part: int) -> Iterable[Item]:
-        """Part -> its items in order."""
-        raise NotImplementedError
 
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
         """Part -> its examples. What cannot be used is added to `problems`."""
@@ -163,7 +120,7 @@ def _item(name: str, read_captions: Callable[[], tuple[str, ...]]) -> Item:
 
 
 def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
-    """Files of a folder or tar -> an item for each image, and for each line and caption that leads to none, in order."""
+    """Files of a folder or tar, in order -> an item for each image, and for metadata and captions without one."""
     place = {name: i for i, name in enumerate(names)}
     rows: dict[str, Item] = {}
     stray = []
@@ -188,9 +145,8 @@ def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
             rows[name] = _item(name, partial(beside, stem))
     stems = {name.rpartition(".")[0] for name in rows}
     texts = [name for name in names if name.endswith((".txt", ".json")) and name not in rows]
-    stray += [
-        Item(name, problem="a caption without an image") for name in texts if name.rpartition(".")[0] not in stems
-    ]
+    lone = [name for name in texts if name.rpartition(".")[0] not in stems]
+    stray += [Item(name, problem="a caption without an image") for name in lone]
     return sorted([*rows.values(), *stray], key=lambda item: place.get(item.name, len(place)))
 
 
@@ -207,17 +163,13 @@ def _metadata(name: str, content: bytes) -> Iterator[Item]:
             values = read()
             if not isinstance(values, dict) or not isinstance(values.get("file_name"), str):
                 raise Refused(NOT_READ)
-            file = posixpath.join(posixpath.dirname(name), values["file_name"].replace("\\", "/"))
-            file = posixpath.normpath(file)
+            said = values["file_name"].replace("\\", "/")
+            file = posixpath.normpath(posixpath.join(posixpath.dirname(name), said))
             if file.startswith(("../", "/")):
                 raise Refused("listed outside of the folder")
             yield _item(file, partial(captions_of, values))
         except Refused as problem:
             yield Item(file, problem=str(problem))
-
-
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") and part != ".." for part in name.split("/"))
 
 
 class FolderDataset(FileSource):
@@ -232,7 +184,7 @@ class FolderDataset(FileSource):
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is not a folder")
         files = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*") if path.is_file()}
-        names = sorted(name for name in files if not _hidden(name))
+        names = sorted(name for name in files if not HIDDEN.search(name))
         self.rows = _scan(names, lambda name: files[name].read_bytes())
         if all(row.problem for row in self.rows):
             raise ValueError(_nothing_in(self.folder, names, self.rows))
@@ -257,10 +209,9 @@ def _nothing_in(folder: Path, names: list[str], rows: Sequence[Item]) -> str:
     if shards:
         return f"{folder} holds {found}; give a pattern for its shards: {shards.parent / ('*' + shards.suffix)}"
     wrong = "".join(f"; {n} {kind}" for kind, n in Counter(row.problem for row in rows).items())
-    return (
-        f"{folder} holds no captioned image: {found}{wrong}. Expected images ({', '.join(SUFFIXES)}) and either "
-        'metadata.jsonl with lines {"file_name": "a.png", "text": "a red cube"}, or a.txt next to a.png'
-    )
+    example = 'metadata.jsonl with lines {"file_name": "a.png", "text": "a red cube"}, or a.txt next to a.png'
+    expected = f"Expected images ({', '.join(SUFFIXES)}) and either {example}"
+    return f"{folder} holds no captioned image: {found}{wrong}. {expected}"
 
 
 class TarDataset(FileSource):
@@ -269,8 +220,7 @@ class TarDataset(FileSource):
     def __init__(self, shards: Sequence[str | Path], *, min_side: int | None = None):
         self.shards = [Path(shard) for shard in shards]
         if not any(tarfile.is_tarfile(path) for path in self.shards):
-            named = ", ".join(str(path) for path in self.shards[:3])
-            raise ValueError(f"{named}: expected a folder, tar files, or files that end in .parquet")
+            raise ValueError(f"{self.shards[0]}: expected a folder, tar files, or files that end in .parquet")
         super().__init__(len(self.shards), min_side, self.shards)
 
     def items(self, part: int) -> Iterator[Item]:
@@ -293,7 +243,7 @@ class TarDataset(FileSource):
         with suppress(Exception):  # damage: what stands before it is used, and the caller counts it
             for member in archive:
                 name = posixpath.normpath(member.name)
-                if not member.isreg() or _hidden(name):
+                if not member.isreg() or HIDDEN.search(name):
                     continue
                 if name in members or member.size > LARGEST:
                     yield Item(prefix + name, problem=TWICE if name in members else HUGE)
@@ -311,71 +261,60 @@ class ColumnError(ValueError):
 
 
 class TableDataset(FileSource):
-    """Parquet files, or a data set of the Hugging Face hub; a part is one file. The library `datasets` reads them.
+    """Parquet files, or a data set of the Hugging Face hub, read by the library `datasets`; a part is one file.
 
-    Images are bytes in the rows. A path in a row is opened only if it lies within the hub data set itself.
+    Images are bytes in the rows. No path in a row is opened, so a hub data set of image files needs its Parquet
+    version: user/name@refs/convert/parquet.
     """
 
     def __init__(self, files: Sequence[str | Path] = (), *, hub: str = "", min_side: int | None = None):
         self.files = [Path(file) for file in files]
         self.hub, _, self.revision = hub.partition("@")
-        load = _datasets().load_dataset
         if hub:
             from huggingface_hub import HfApi
 
             self.revision = HfApi().dataset_info(self.hub, revision=self.revision or None).sha
-        parts = len(self.files) or load(self.hub, revision=self.revision, split="train", streaming=True).num_shards
-        super().__init__(parts, min_side, self.files, self.hub, self.revision)
-        next(iter(self.items(0)), None)  # an unknown column should be an error now, not after hours
+        super().__init__(len(files) or self._open().num_shards, min_side, self.files, self.hub, self.revision)
+        next(self.items(0), None)  # an unknown column should be an error now, not after hours
+
+    def _open(self, part: int | None = None) -> Any:
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ImportError('this data needs the library datasets: pip install "minimuse[data]"') from error
+        kind = {"split": "train", "streaming": True}
+        if self.files:
+            return load_dataset("parquet", data_files=str(self.files[part]), **kind)
+        table = load_dataset(self.hub, revision=self.revision, **kind)
+        return table if part is None else table.shard(self.parts, part)
 
     def items(self, part: int) -> Iterator[Item]:
         """Part -> the items of one file, in the order of its rows."""
-        datasets, kind = _datasets(), {"split": "train", "streaming": True}
         name = f"{self.hub}/{part}" if self.hub else self.files[part].name
         try:
-            if self.hub:
-                table = datasets.load_dataset(self.hub, revision=self.revision, **kind).shard(self.parts, part)
-            else:
-                table = datasets.load_dataset("parquet", data_files=str(self.files[part]), **kind)
-            columns = dict(table.features or {})
-            pictures = [column for column, feature in columns.items() if isinstance(feature, datasets.Image)]
-            image = next(iter(pictures + [column for column in IMAGES if column in columns]), None)
-            text = next((column for column in TEXTS if column in columns), None)
-            if image is None or text is None:
-                found = ", ".join(columns) or "none that is known"
-                raise ColumnError(
-                    f"{name}: no image column ({', '.join(IMAGES)}) or caption column ({', '.join(TEXTS)}) among {found}"
-                )
-            for i, row in enumerate(table.cast_column(image, datasets.Image(decode=False))):
-                content = self._bytes(row[image] or {})
+            image, text, table = _columns(self._open(part), name)
+            for i, row in enumerate(table):
+                content = (row[image] or {}).get("bytes")
                 item = _item(f"{name}:{i}", partial(captions_of, row[text]))
                 yield item._replace(image=content, problem=item.problem or ("" if content else MISSING))
-        except ColumnError:
-            raise
-        except Exception:  # pyarrow raises many kinds
-            if self.hub:  # the network, not the file
+        except Exception as error:  # pyarrow raises many kinds
+            if self.hub or isinstance(error, (ColumnError, ImportError)):  # not the fault of one file
                 raise
             yield Item(name, problem=DAMAGED)
 
-    def _bytes(self, image: dict[str, Any]) -> bytes | None:
-        path = image.get("path") or ""
-        if image.get("bytes") or not self.hub or not path.rpartition("::")[2].startswith(f"hf://datasets/{self.hub}@"):
-            return image.get("bytes")
-        from fsspec import open as open_remote
 
-        with open_remote(path, "rb") as file:
-            return file.read()
+def _columns(table: Any, name: str) -> tuple[str, str, Any]:
+    """A table -> its column of images, its column of captions, and the table with undecoded images."""
+    from datasets import Image
 
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError('this data needs the library datasets: pip install "minimuse[data]"') from error
-    return datasets
-
-
-# ---------------------------------------------------------------- what the user names
+    columns = dict(table.features or {})
+    known = [column for column, feature in columns.items() if isinstance(feature, Image)]
+    images = known + [column for column in IMAGES if column in columns]
+    texts = [column for column in TEXTS if column in columns]
+    if not images or not texts:
+        expected = f"an image column ({', '.join(IMAGES)}) and a caption column ({', '.join(TEXTS)})"
+        raise ColumnError(f"{name}: expected {expected}, found {', '.join(columns) or 'none that is known'}")
+    return images[0], texts[0], table.cast_column(images[0], Image(decode=False))
 
 
 def open_source(spec: str | Path, config: MuseConfig, *, seed: int = 0, min_side: int | None = None) -> Source:
@@ -391,9 +330,8 @@ def open_source(spec: str | Path, config: MuseConfig, *, seed: int = 0, min_side
         return TableDataset(hub=str(spec), min_side=min_side)
     if not files:
         raise ValueError(f"there is no file {spec}; expected scenes, a folder, shards, or user/name of a hub data set")
-    if all(file.endswith(".parquet") for file in files):
-        return TableDataset(files, min_side=min_side)
-    return TarDataset(files, min_side=min_side)
+    kind = TableDataset if all(file.endswith(".parquet") for file in files) else TarDataset
+    return kind(files, min_side=min_side)
 
 
 def _expand(pattern: str) -> list[str]:

@@ -27,10 +27,9 @@ from minimuse.data_cache import (
     Texts,
     TrainingData,
     text_block,
-    tokenize_images,
 )
 from minimuse.data_captions import EXAMPLE_PROMPTS, vocabulary
-from minimuse.data_images import Example, area_downsample, to_pil
+from minimuse.data_images import Example, area_downsample, to_pil, tokenize_images
 from minimuse.data_sources import FolderDataset, SceneDataset
 from minimuse.text import TextEncoder
 from minimuse.train import Decimated
@@ -69,7 +68,7 @@ def test_all_rows_come_back_in_order(tmp_path):
     assert rows.shape == (10, 2)
     assert rows[:].tolist() == [[i, 10 * i] for i in range(10)]
     assert Rows(shards)[:1].dtype == torch.uint16, "without a dtype, the stored one"
-    assert [text for part in range(4) for text in shards.captions(part)] == [(f"number {i}",) for i in range(10)]
+    assert [text for record in shards.records() for text in record["captions"]] == [[f"number {i}"] for i in range(10)]
     assert [record["problems"]["counts"] for record in shards.records()] == [{"corrupt": 1}] * 4
     before = tree(tmp_path)
     assert list(shards.fill(blocks)) == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)], "it says where it stands"
@@ -147,8 +146,8 @@ list(Shards(Path(sys.argv[1]), "rows", "0" * 64, 3).fill(blocks))
 
 
 def test_killed_at_any_moment_then_resumed(tmp_path):
-    """Two renames a part: its captions, then its JSON. What is not finished is made again, the rest is kept."""
-    for call, finished in ((2, 0), (3, 1), (4, 2)):  # each continues where the last one was killed
+    """One rename per part, of its JSON. What is not finished is made again, the rest is kept."""
+    for call, finished in ((1, 0), (3, 2)):  # the second continues where the first was killed
         command = [sys.executable, "-c", KILLED, tmp_path, str(call)]
         assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 9
         shards = Shards(tmp_path, "rows", "0" * 64, 3)
@@ -185,7 +184,7 @@ def test_lengths_are_compared(tmp_path):
     def more(part, problems):
         yield {"rows": np.zeros((3, 1))}, [("a",), ("b",)]
 
-    with pytest.raises(ValueError, match="part 0: 3 rows of rows, captions"):
+    with pytest.raises(ValueError, match="part 0: 3 rows of rows with the captions"):
         deque(Shards(tmp_path, "rows", "1" * 64, 1).fill(more), maxlen=0)
 
 
@@ -199,7 +198,7 @@ def test_a_full_disk(tmp_path, monkeypatch, code):
         save(path, array, **options)
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(OSError, match="no space left for 0 MB of rows; finished parts are kept, so make room"):
+    with pytest.raises(OSError, match="no space left for part 2 of rows: make room in .* finished parts are kept"):
         filled(tmp_path)
     monkeypatch.undo()
     assert len(Rows(filled(tmp_path))) == 10
