@@ -79,7 +79,7 @@ def tiny(lm: str) -> MuseConfig:
         captions=2,
         stages={
             "low_tokenizer": PIXELS,
-            "base": replace(MASKED, steps=60, save_every=40, eval_every=25),
+            "base": replace(MASKED, steps=40, save_every=20, eval_every=15),
             "high_tokenizer": PIXELS,
             "superres": replace(MASKED, optimizer="adafactor"),
             "decoder": PIXELS,
@@ -249,9 +249,8 @@ def finished(tiny_lm, tmp_path_factory):
 
 
 ENDS = [
-    *[("read images", 0), ("low_tokenizer", 2), ("low_tokenizer", 5), ("low tokens", 0), ("embed captions", 0)],
-    *[("base", 45), ("high_tokenizer", 4), ("high tokens", 1), ("superres", 1), ("superres", 5), ("decoder", 4)],
-    *[("all", 1), ("done", 1)],
+    *[("read images", 0), ("low_tokenizer", 5), ("embed captions", 0), ("base", 25), ("high tokens", 1)],
+    *[("superres", 1), ("decoder", 4), ("all", 1), ("done", 1)],
 ]
 
 
@@ -287,7 +286,7 @@ def test_average_of_a_run(finished, tmp_path, capsys):
     _, folder = finished
     assert cli.main(["average", str(folder), "--out", str(tmp_path / "made")]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
-    assert "base: 2 states, steps 40 to 60" in out, out
+    assert "base: 2 states, steps 20 to 40" in out, out
     assert "superres: 3 states, steps 3 to 7" in out, out
     made, muse = (Muse.from_pretrained(f, device="cpu").parts.state_dict() for f in (tmp_path / "made", folder))
     a, b = (read_tensors(state) for state in states(folder / "base"))
@@ -339,18 +338,11 @@ def uninterrupted(tiny_lm, tmp_path_factory) -> tuple[str, Path]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are of POSIX")
-@pytest.mark.parametrize(
-    "moments",
-    [
-        ["cache/pixels-*", "low_tokenizer/step-*3", "cache/text-*"],
-        ["base/step-*40", "superres/step-*3", "decoder/step-*6"],
-    ],
-    ids=["first half", "second half"],
-)
-def test_killed_and_resumed(uninterrupted, tmp_path, moments):
+def test_killed_and_resumed(uninterrupted, tmp_path):
+    """SIGKILL while data is prepared, in a tokenizer stage and in a transformer stage."""
     config, whole = uninterrupted
     out, words = tmp_path / "run", [config]
-    for pattern in moments:
+    for pattern in ("low_tokenizer/step-*3", "base/step-*20", "superres/step-*3"):
         code, err = send_when(start(out, *words), lambda pattern=pattern: any(out.glob(pattern)), signal.SIGKILL)
         assert code == -signal.SIGKILL, f"{pattern}: {code} {err[-2000:]}"
         words = ["--resume"]
@@ -360,19 +352,18 @@ def test_killed_and_resumed(uninterrupted, tmp_path, moments):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are of POSIX")
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_told_to_stop(uninterrupted, tmp_path, number, expected):
+def test_told_to_stop(uninterrupted, tmp_path):
     config, whole = uninterrupted
     out = tmp_path / "run"
 
     def at_work() -> bool:
         return any(line["stage"] == "base" for line in read_log(out / "log.jsonl"))
 
-    code, err = send_when(start(out, config), at_work, number)
-    assert code == expected, f"{code} {err[-2000:]}"
+    code, err = send_when(start(out, config), at_work, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM, f"{code} {err[-2000:]}"
     told = [line for line in err.splitlines() if line.startswith("minimuse: ")]
     assert told == [f"minimuse: stopped; go on with: minimuse train --resume --out {out}"], f"one line: {told}"
-    (state,) = states(out / "base")
-    assert 10 < int(state.name[5:]) < 60, f"saved where it was: {state.name}"
+    state = states(out / "base")[-1]
+    assert 10 < int(state.name[5:]) < 40, f"saved where it was: {state.name}"
     finish(out, "--resume")
     assert_same(out, whole)

@@ -21,7 +21,6 @@ from minimuse.eval_detector import (
     SPREAD,
     Detector,
     DetectorNetwork,
-    attributes_right,
     cell_centers,
     encode_numbers,
 )
@@ -30,7 +29,7 @@ from minimuse.utils import seeded_generator
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import train_detector
-from train_detector import TRAINING, degrade, loss, measure, targets, warp
+from train_detector import TRAINING, attributes_right, degrade, loss, measure, targets, warp
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +168,7 @@ def test_no_scene_is_shared_with_what_it_measures():
         train_detector.SEED,
         train_detector.SCENES,
         TRAINING.steps,
-    ), "the command's defaults are those of the shipped reader"
+    ), "the command's defaults are those of the shipped detector"
 
 
 def test_training_learns_and_follows_from_its_seed(images):
