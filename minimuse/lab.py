@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimuse import __version__
+import minimuse
 from minimuse.eval_metrics import Estimate, jackknife, mean_interval, paired_difference
 from minimuse.lab_samplers import GROUPS, Outcome, check_samples, preset_settings, run
 from minimuse.lab_worlds import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World
@@ -313,7 +313,12 @@ def compare(
         raise ValueError("nothing to compare: give at least one schedule, order and number of steps, or a preset")
     trials = {label: _resolved(settings, grid) | sampling for label, settings in trials.items()}  # all, then measure
     cells = [Cell(*label, *evaluator(**settings)) for label, settings in trials.items()]
-    about = {**evaluator.about, "minimuse": __version__, "torch": str(torch.__version__), "sampling": repr(sampling)}
+    about = {
+        **evaluator.about,
+        "minimuse": minimuse.__version__,
+        "torch": str(torch.__version__),
+        "sampling": repr(sampling),
+    }
     report = Report(cells, dict(evaluator.titles), about)
     if folder:
         report.save(folder)
