@@ -408,7 +408,7 @@ def _compare(args: argparse.Namespace) -> None:
         print(f"\ndifference from {args.schedule[0]}, {args.order[0]}; paired, bold where the interval excludes 0")
         print(report.table((args.schedule[0], args.order[0])))
     if args.out:
-        print(report.save(args.out, overwrite=True) if args.force else args.out)
+        print(report.save(args.out) if args.force else args.out)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
