@@ -252,7 +252,7 @@ class Muse:
         return f"{self.config.name} never saw {', '.join(unknown)} in training. Try {examples}"
 
     def contexts(self, jobs: Jobs) -> tuple[Context, Context]:
-        """Jobs -> their texts, and what to guide away from: the removed text, or the negative prompts."""
+        """Jobs -> their texts, and what to guide away from: removed text or negative prompts (Muse 2.7)."""
         text = self.encoder.encode([job["prompt"] for job in jobs]).to(self.device, self.dtype)
         null = null_text(text)
         if any(job["negative_prompt"] is not None for job in jobs):
