@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -33,9 +34,9 @@ from minimuse.eval_detector import (
     HEADS,
     SIZE,
     SPREAD,
+    Detections,
     Detector,
     DetectorNetwork,
-    attributes_right,
     cell_centers,
     encode_numbers,
 )
@@ -143,6 +144,25 @@ def train(
             value = loss(maps, *(part.to(maps.device) for part in (index[at], place[at], doubt))) / stage.parts
             stage.backward(value, loss=value)
         yield stage.finish(step)["loss"], net
+
+
+def attributes_right(found: Detections, scene: Scene) -> list[bool]:
+    """Detections and the true scene -> for each true thing in turn, is each of FIELDS right? A missing thing is wrong.
+
+    Things are paired by place only, so the pairing cannot favor the attributes that are compared.
+    """
+    candidates = [*found.things, *[None] * len(scene.things)]
+
+    def distance(pairing: tuple) -> float:
+        pairs = zip(pairing, scene.things, strict=True)
+        return sum(9.0 if f is None else min(9.0, (f.x - t.x) ** 2 + (f.depth - t.depth) ** 2) for f, t in pairs)
+
+    pairing = min(permutations(candidates, len(scene.things)), key=distance)
+    return [
+        f is not None and getattr(f, name) == getattr(t, name)
+        for f, t in zip(pairing, scene.things, strict=True)
+        for name in FIELDS
+    ]
 
 
 def measure(detector: Detector, n: int, size: int, seed: int = FRESH) -> dict[int, list[int]]:

@@ -215,7 +215,7 @@ def _stages(make: type[LowRes], trainer: MuseTrainer) -> Iterator[Progress]:
     yield from trainer.prepare("low tokens", data.tokenize("low", parts["low_tokenizer"]))
     yield from trainer.prepare("embed captions", data.embed())
     about = {"examples": data.words()["examples"]}
-    trainer.reseed()
+    torch.manual_seed(engine.seed)  # as in a resumed run
     yield from make(config, parts, trainer.encoder, **about).to(engine.device).fit(trainer)
     parts["base"] = engine.gather_full_model(parts["base"], lambda: make.network(config))
     model = make(config, parts.eval(), trainer.encoder, **about).to(engine.device)

@@ -5,13 +5,11 @@ The tokenizers and the language model are frozen while a transformer trains (Mus
     TrainingData(folder, source, ...)   .read()      -> .images (n, 3, S, S)       pixels, for the tokenizers
                                         .tokenize()  -> .tokens["low"] (n, N)      by a tokenizer that is trained
                                         .embed()     -> .texts, k captions each    by the frozen language model
-
     folder/low_tokens-0123456789abcdef/ 00012.000.low_tokens.npy, 00012.001.low_tokens.npy, 00012.json, ...
 
 Each of the three yields (done, of how many), shares the work among processes, and continues where it was stopped. A
-part of the source is stored in blocks of up to 500 rows. Its JSON is renamed into place last: a part exists if and only
-if its JSON does, so a process may be killed at any moment. The folder's name holds a hash of all that decides the
-content, so a stale cache is never read.
+part exists if and only if its JSON does, which is renamed into place last: a process may be killed at any moment. The
+folder's name holds a hash of all that decides the content, so a stale cache is never read.
 
 Not here: where images come from (data_sources.py), which rows a training step reads (train.py).
 """
@@ -64,8 +62,7 @@ class Shards:
         for part in range(self.parts):
             if self.limit is not None and rows >= self.limit:
                 return
-            record = self.record(part)
-            if record is None:
+            if (record := self.record(part)) is None:
                 raise ValueError(f"part {part} of {self.parts} is not in {self.folder}; it was not computed yet")
             rows += sum(record["rows"])
             yield record
@@ -100,8 +97,7 @@ class Shards:
     def _write(self, part: int, make: Make) -> None:
         problems, rows, captions = Problems(), [], []
         for block, (arrays, texts) in enumerate(make(part, problems)):
-            n = len(arrays[self.kind])
-            if n != len(texts) or not all(texts):
+            if (n := len(arrays[self.kind])) != len(texts) or not all(texts):
                 raise ValueError(f"part {part}: {n} rows of {self.kind} with the captions {texts[:3]}, ...")
             try:
                 for name, array in arrays.items():
@@ -109,8 +105,8 @@ class Shards:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, None):  # NumPy's own message has no number
                     raise
-                message = f"no space left for part {part} of {self.kind}: make room in {self.folder} and start again"
-                raise OSError(f"{message}; finished parts are kept") from error
+                hint = "make room and start again; finished parts are kept"
+                raise OSError(f"no space left in {self.folder} for part {part}: {hint}") from error
             rows.append(n)
             captions += texts
         record = {"rows": rows, "captions": captions, "problems": asdict(problems)}
@@ -163,8 +159,7 @@ class Texts(Rows):
 
     def __init__(self, shards: Shards):
         super().__init__(shards)
-        names = ("text", "spans")  # small arrays, kept in memory
-        self.index = [[np.array(shards.load(*at, name)) for name in names] for at in self.blocks]
+        self.index = [[np.array(shards.load(*at, name)) for name in ("text", "spans")] for at in self.blocks]
 
     def pick(self, indices: Sequence[int] | Tensor, u: Sequence[float] | Tensor) -> list[Tensor]:
         """indices (B,), u (B,) in [0, 1) -> caption floor(u k) of the k of each example: B tensors (L, D)."""
@@ -302,11 +297,10 @@ class TrainingData:
         if each * sum(map(len, captions)) > self.config.text_gib * 2**30:
             self.texts: Texts | LiveTexts = LiveTexts(captions, self.encode)
             return
-        paired = self._paired
         shards = self._shards("text", self.encoder.max_tokens, self.encoder.weights)
 
         def make(part: int, problems: Problems) -> Blocks:
-            texts = paired.record(part)["captions"]
+            texts = self._paired.record(part)["captions"]
             for start in range(0, len(texts), BLOCK):
                 few = texts[start : start + BLOCK]
                 yield text_block(few, self.encode), few
@@ -338,7 +332,7 @@ class TrainingData:
         if isinstance(self.source, SceneDataset):
             return {"words": vocabulary(bool(self.source.synonyms)), "examples": list(EXAMPLE_PROMPTS)}
         captions = [text for texts in self.captions() for text in texts]
-        examples = [captions[i * (len(captions) - 1) // 3] for i in range(min(4, len(captions)))][:3]
+        examples = [captions[i * (len(captions) - 1) // 3] for i in range(min(3, len(captions)))]
         return {"words": common_words(captions, most), "examples": examples}
 
     def _shards(self, kind: str, *content: Any, limit: int | None = None) -> Shards:
@@ -353,4 +347,4 @@ class TrainingData:
         for part, (old, new) in enumerate(zip(self._paired.records(), shards.records(), strict=False)):
             if old["captions"] != new["captions"]:
                 change = f"part {part} of the data gave other examples when it was read again"
-                raise ValueError(f"{change}: a file failed once, or changed. Delete {self.folder} and start again")
+                raise ValueError(f"{change}. Delete {self.folder} and start again")

@@ -15,7 +15,6 @@ Not here: training (benchmarks/train_detector.py), what a prompt asks for (`eval
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from minimuse import checkpoint
 from minimuse.data_images import from_pil, to_float
-from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES, Scene
+from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES
 
 DETECTOR_FORMAT = "minimuse-reader-1"
 SIZE, GRID = 64, 16  # pixels per side of the network's input; cells per side of its output
@@ -211,22 +210,3 @@ def to_network_input(images: Images) -> Tensor:
     if images.shape[-1] != SIZE:
         images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True)
     return images.clamp(-1, 1)
-
-
-def attributes_right(found: Detections, scene: Scene) -> list[bool]:
-    """Detections and the true scene -> for each true thing in turn, is each of FIELDS right? A missing thing is wrong.
-
-    Things are paired by place only, so the pairing cannot favor the attributes that are compared.
-    """
-    candidates = [*found.things, *[None] * len(scene.things)]
-
-    def distance(pairing: tuple) -> float:
-        pairs = zip(pairing, scene.things, strict=True)
-        return sum(9.0 if f is None else min(9.0, (f.x - t.x) ** 2 + (f.depth - t.depth) ** 2) for f, t in pairs)
-
-    pairing = min(permutations(candidates, len(scene.things)), key=distance)
-    return [
-        f is not None and getattr(f, name) == getattr(t, name)
-        for f, t in zip(pairing, scene.things, strict=True)
-        for name in FIELDS
-    ]

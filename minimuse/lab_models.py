@@ -107,6 +107,7 @@ class MuseEvaluator(ModelEvaluator):
         self.about["target"] = f"{muse.config.name}, base model"
 
     def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
+        """See `ModelEvaluator.draw`; the images have the size of the low-resolution tokenizer."""
         jobs = [{"prompt": p, "negative_prompt": None, "seed": s} for p, s in zip(prompts, seeds, strict=True)]
         tokens, nfe = run(self.muse.decode_base(jobs, **sampling), sampling.get("remask"))
         return self.muse.low_tokenizer.decode(tokens).float(), nfe
@@ -145,6 +146,7 @@ class AmusedEvaluator(ModelEvaluator):
         self.about["target"] = "aMUSEd"
 
     def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
+        """See `ModelEvaluator.draw`."""
         from minimuse.amused import settings
 
         amused = self.amused

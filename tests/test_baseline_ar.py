@@ -23,6 +23,7 @@ from minimuse.masking import likelihood_bound
 from minimuse.muse import Muse, parameter_counts
 from minimuse.sampler import decode
 from minimuse.text import Context
+from minimuse.train_doctor import examine
 from minimuse.train_engine import Engine
 from minimuse.transformer import TransformerConfig
 
@@ -223,6 +224,8 @@ def test_a_run_trains_saves_and_draws(model, tiny_muse, tmp_path, monkeypatch, c
     assert cli.main(["info", str(folder)]) == 0
     assert "base" in capsys.readouterr().out
     assert cli.main(["train", "--resume", "--out", str(folder)]) == 1, "it is finished"
+    stages = {finding.stage for finding in examine(folder, device="cpu")}
+    assert stages == ({"low_tokenizer", "base"} if model == "masked" else {"low_tokenizer"})
     assert cli.main([*words, "--dry-run"]) == 1
     assert "counts a whole Muse" in capsys.readouterr().err
 

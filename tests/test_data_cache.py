@@ -101,7 +101,7 @@ def test_what_is_no_list_of_rows_is_refused(tmp_path, wrong):
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_processes_share_the_parts(tmp_path, limit, order):
     shards = Shards(tmp_path, "rows", "0" * 64, 4, limit)
-    with pytest.raises(ValueError, match="part 0 of 4 is not in .*not computed yet"):
+    with pytest.raises(ValueError, match=r"part 0 of 4 is not in .*not computed yet"):
         Rows(shards)
     for rank in order:
         deque(shards.fill(blocks, rank, 2), maxlen=0)
@@ -198,7 +198,9 @@ def test_a_full_disk(tmp_path, monkeypatch, code):
         save(path, array, **options)
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(OSError, match="no space left for part 2 of rows: make room in .* finished parts are kept"):
+    with pytest.raises(
+        OSError, match=r"no space left in .* for part 2: make room and start again; finished parts are kept"
+    ):
         filled(tmp_path)
     monkeypatch.undo()
     assert len(Rows(filled(tmp_path))) == 10

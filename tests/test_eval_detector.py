@@ -15,12 +15,11 @@ from minimuse.eval_detector import (
     Detection,
     Detections,
     Detector,
-    attributes_right,
 )
 from minimuse.utils import seeded_generator
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from train_detector import degrade, warp
+from train_detector import attributes_right, degrade, warp
 
 FOLDER = checkpoint.SHIPPED / "detector"
 SEED = 9_000_000_000  # neither the detector nor its card has seen these scenes
@@ -37,7 +36,7 @@ def images():
     return to_uint8(render(SCENES, 64))
 
 
-def share_right(detector, images, scenes):
+def fraction_right(detector, images, scenes):
     right = [ok for pair in zip(detector.detect(images), scenes, strict=True) for ok in attributes_right(*pair)]
     return sum(right) / len(right)
 
@@ -57,14 +56,14 @@ def test_it_loads_without_a_network_and_is_small(no_network):
 
 
 def test_it_reads_fresh_renders(detector, images):
-    assert share_right(detector, images, SCENES) >= 0.98, "attributes of 60 fresh renders"
+    assert fraction_right(detector, images, SCENES) >= 0.98, "attributes of 60 fresh renders"
     counts = [len(reading.things) for reading in detector.detect(images)]
     assert counts == [len(scene.things) for scene in SCENES], "things are counted"
 
 
 def test_it_reads_pictures_as_decoders_spoil_them(detector, images):
     shaken = degrade(images.float() / 127.5 - 1, seeded_generator(SEED))
-    assert share_right(detector, shaken, SCENES) >= 0.97
+    assert fraction_right(detector, shaken, SCENES) >= 0.97
 
 
 def test_places_and_boxes(detector, images):
@@ -185,11 +184,11 @@ def test_compare_by_hand():
     scene = Scene((Thing("red", "cube", x=-1.5), Thing("blue", "sphere", x=1.5)))
     assert attributes_right(perfect(scene), scene) == [True] * 8
     swapped = Detections(perfect(scene).things[::-1])
-    assert attributes_right(swapped, scene) == [True] * 8, "the order read says nothing"
+    assert attributes_right(swapped, scene) == [True] * 8, "the order does not matter"
     assert attributes_right(perfect(scene, color="red"), scene) == [True] * 4 + [False] + [True] * 3
     assert attributes_right(Detections(perfect(scene).things[1:]), scene) == [False] * 4 + [True] * 4, (
         "not found is wrong"
     )
     assert attributes_right(Detections(()), scene) == [False] * 8
     crossed = Scene((Thing("blue", "sphere", x=-1.5), Thing("red", "cube", x=1.5)))
-    assert attributes_right(perfect(scene), crossed) == [False, False, True, True] * 2, "paired by place, not by looks"
+    assert attributes_right(perfect(scene), crossed) == [False, False, True, True] * 2, "paired by place, not by attributes"
