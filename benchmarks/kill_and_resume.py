@@ -109,7 +109,7 @@ def main() -> None:
     args.out.mkdir(parents=True)
     begin = [args.preset, "--device", "cpu", *(word for change in args.set for word in ("--set", change))]
 
-    seen = [place for place in watched(args.out / "whole", begin) if place[0] != "done"]  # then nothing is left to do
+    seen = [place for place in watched(args.out / "whole", begin) if place[0] != "done"]  # nothing left
     stages = list(dict.fromkeys(stage for stage, _ in seen))
     print(f"never stopped: {len(seen) / 100:.0f} s; {', '.join(stages)}\n", flush=True)
     print("| Run | Kill | At or soon after | Newest state | Half written |\n|---|---|---|---|---|", flush=True)
