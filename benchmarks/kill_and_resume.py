@@ -67,7 +67,7 @@ def watched(out: Path, words: list[str]) -> list[Place]:
 
 
 def killed(out: Path, begin: list[str], moments: list[Place], stages: list[str], draws: random.Random) -> int:
-    """Kill a run at one moment after another, then let it finish -> the number of kills. Prints a table row for each."""
+    """Kill a run at one moment after another, then let it finish -> the number of kills. Prints a row for each."""
 
     def reached(place: Place, moment: Place) -> bool:
         return (stages.index(place[0]), place[1]) >= (stages.index(moment[0]), moment[1])
