@@ -217,8 +217,7 @@ def decode(
     """
     _check(tokens, steps, top_k, sampling_temperature, choice_temperature)
     order = get_order(order)
-    b, n = tokens.shape
-    random = uniforms(b, steps, 2, n, generator=generator).to(tokens.device)  # (B, T, 2, N)
+    random = uniforms(len(tokens), steps, 2, tokens.shape[1], generator=generator).to(tokens.device)  # (B, T, 2, N)
     unknown = masked = tokens == mask_id
     plan = None if is_adaptive(schedule) else _plan(masked, steps, schedule)  # (T, B)
     if not masked.any():
