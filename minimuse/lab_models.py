@@ -1,11 +1,9 @@
 """Samplers of a trained model: are its images right, and do they look like real ones?
 
-    MuseEvaluator     the base model of a Muse, on prompts of held-out scenes
-        accuracy  fraction of images with everything that the prompt names (`eval_detector.py`, `eval_prompts.py`)
-        frechet   Frechet distance between detector features of the images and of renders of the same scenes
-    AmusedEvaluator   published weights, on the captions of an image folder (extras `amused`, `metrics`)
-        clip      CLIP score, the mean cosine similarity of image and prompt
-        fid       Frechet distance between Inception features of the images and of the folder
+    MuseEvaluator     accuracy  fraction of images with everything that the prompt names (`eval_detector.py`)
+                      frechet   Frechet distance between detector features of images and renders of the same scenes
+    AmusedEvaluator   clip      CLIP score, the mean cosine similarity of image and prompt
+                      fid       Frechet distance between Inception features of the images and of an image folder
 
 Image i has the same prompt and seed for every sampler, so samplers are compared in pairs. A metric has GROUPS values:
 group means of the score, or jackknife pseudo-values of the distance, without the bias c / n. The distance needs more
@@ -61,23 +59,20 @@ class ModelEvaluator:
     @torch.no_grad()
     def __call__(self, **sampling: Any) -> Outcome:
         """Settings of the sampler -> the groups' means of the score, and pseudo-values of the distance."""
-        nfe = []
-
-        def measure(prompts: list[str], seeds: list[int]) -> Tensor:
+        scores, features, nfe = [], [], 0
+        for start in range(0, len(self.prompts), self.batch):
+            prompts = self.prompts[start : start + self.batch]
+            seeds = [1_000_003 * self.seed + start + i for i in range(len(prompts))]
             images, passes = self.draw(prompts, seeds, sampling)
-            nfe.append(passes)
-            return torch.cat(
-                [x.cpu().double() for x in (self.score(images, prompts)[:, None], self.features(images))], 1
-            )
-
-        seeds = [1_000_003 * self.seed + i for i in range(len(self.prompts))]
-        found = in_batches(measure, self.prompts, seeds, batch=self.batch)  # (n, 1 + D)
-        scores, fake = found[:, 0], found[:, 1:]
+            scores.append(self.score(images, prompts).double().cpu())
+            features.append(self.features(images).cpu())
+            nfe += passes
+        fake = torch.cat(features)
         group = torch.arange(len(fake)) * GROUPS // len(fake)
         without = [frechet_distance(self.real, fake[group != g]) for g in range(GROUPS)]
         distances = jackknife(frechet_distance(self.real, fake), torch.tensor(without, dtype=torch.double)).tolist()
-        means = scores.view(GROUPS, -1).mean(1).tolist()
-        return Outcome(sum(nfe) / len(self.prompts), dict(zip(self.titles, (means, distances), strict=True)))
+        means = torch.cat(scores).view(GROUPS, -1).mean(1).tolist()
+        return Outcome(nfe / len(self.prompts), dict(zip(self.titles, (means, distances), strict=True)))
 
 
 class MuseEvaluator(ModelEvaluator):

@@ -4,8 +4,8 @@
     ChainWorld    a Markov chain along the raster: a token depends on its neighbours
     PottsWorld    a strip of interacting spins: neighbours in two dimensions
 
-`log_evidence(e)` = log sum over x of p(x) e_1(x_1) ... e_N(x_N) defines a world. The derivative of this sum by e_i(v) is
-proportional to p(x_i = v | evidence on the others), so one backward pass gives all conditionals (Darwiche 2003).
+`log_evidence(e)` = log sum over x of p(x) e_1(x_1) ... e_N(x_N) defines a world. The derivative of the sum by e_i(v) is
+proportional to p(x_i = v | evidence on the others): one backward pass gives all conditionals (Darwiche, 2003).
 
 B batch, N tokens, V codebook size, K modes, S states, h w grid; token (r, c) has the index r w + c.
 Not here: the metrics and the comparison, and how to add a world (`lab.py`).
