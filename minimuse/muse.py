@@ -61,6 +61,10 @@ class Muse:
     The checkpoint decides what you leave out. With another `order` the ranking noise is 0 unless you set it.
     """
 
+    format = checkpoint.FORMAT  # in config.json; a baseline has its own format, networks and guidance
+    build = staticmethod(build)
+    guided = staticmethod(guided)
+
     def __init__(
         self, config: MuseConfig, parts: nn.ModuleDict, encoder: TextEncoder, words: Sequence[str] = (),
         examples: Sequence[str] = (),
@@ -107,7 +111,7 @@ class Muse:
         network = self.parts[name]
         guidance, settings = sampling_settings(getattr(self.config, f"{name}_sampling"), sampling)
         cond, uncond = (network.memory(text, *condition) for text in self.contexts(jobs))
-        logits_fn = guided(network, cond, uncond, guidance)
+        logits_fn = self.guided(network, cond, uncond, guidance)
         if tokens is None:
             tokens = torch.full((len(jobs), network.config.tokens), network.mask_id, device=self.device)
         for step in decode(logits_fn, tokens, mask_id=network.mask_id, generator=generators, **settings):
@@ -161,9 +165,9 @@ class Muse:
 
         `device` None is cuda, then mps, then cpu. `dtype` None is what `pick_dtype` chooses.
         """
-        config, weights, about = checkpoint.load(name)
+        config, weights, about = checkpoint.load(name, cls.format)
         with torch.device("meta"):
-            parts = build(config)
+            parts = cls.build(config)
         if config.low_tokenizer_from:
             from minimuse.amused import published_tokenizer
 
@@ -184,13 +188,17 @@ class Muse:
         """
         parts = nn.ModuleDict(self.parts)
         with torch.device("meta"):
-            expected = build(self.config)
+            expected = self.build(self.config)
         if self.config.low_tokenizer_from:
             del parts["low_tokenizer"], expected["low_tokenizer"]
         checkpoint.check_weights(expected.state_dict(), parts.state_dict(), self.config.name)
         weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in parts.state_dict().items()}
-        about = {"words": self.words, "examples": self.examples}
-        return checkpoint.save(folder, self.config, weights, about, overwrite=overwrite)
+        return checkpoint.save(folder, self.config, weights, self.about, overwrite=overwrite)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What config.json holds besides the configuration."""
+        return {"format": self.format, "words": self.words, "examples": self.examples}
 
     @cached_property
     def fingerprint(self) -> str:
