@@ -390,7 +390,9 @@ steps until it has had about as much arithmetic. A few hundred steps are few: wh
 """
 
 # %%
-show(train_dit)
+from minimuse.train import train_network
+
+show(train_dit, train_network)
 
 # %%
 models, losses = {}, {}
@@ -419,7 +421,9 @@ smooth = max(1, STEPS // 20)
 for ax, names in zip(axes, (("masked", "ar"), ("dit",)), strict=True):
     for name in names:
         ax.plot(
-            losses[name].unfold(0, smooth, 1).mean(-1), label=name, color=f"C{list(BASELINES).index(name)}"
+            losses[name].unfold(0, smooth, 1).mean(-1),
+            label=name,
+            color=f"C{list(BASELINES).index(name)}",
         )
     ax.set(xlabel="step", ylim=(0, None))
     ax.legend()
@@ -454,7 +458,9 @@ show(ddim, cached)
 
 # %%
 PROMPT = "a large red cube"
-strips = [film(models[name], list(models[name].steps(PROMPT, seed=0)), most=8) for name in BASELINES]
+strips = [
+    film(models[name], list(models[name].steps(PROMPT, seed=0)), most=8) for name in BASELINES
+]
 grid(strips, [f"{name}: {PROMPT}" for name in BASELINES], columns=1, scale=1)
 
 # %% [markdown]
@@ -772,12 +778,12 @@ rows = [
     ("architecture", (DiT, "nn.ModuleList(Block"), (build, '"superres": SuperRes')),
     ("transformer", (Block, "self.attention(modulate"), (Layer, "self.attention(self.norm1")),
     ("it predicts", (DiT, "self.head = "), (Transformer, "self.head = ")),
-    ("a picture begins as", (Diffusion.draw, "gaussians("), (LowRes.draw, "torch.full")),
-    ("guidance", (Diffusion.draw, "guided("), (Muse.decode_base, "guided(self.base")),
+    ("a picture begins as", (Diffusion.decode_base, "gaussians("), (Muse, "torch.full(")),
+    ("guidance", (Diffusion.decode_base, "guided("), (Muse, "self.guided(")),
     (
         "nice ideas",
         (DiT.init_weights, "nn.init.zeros_(linear.weight)"),
-        (Muse.decode_superres, "guided(self.superres"),
+        (Muse.decode_superres, '_stage("superres"'),
     ),
     ("", None, (VQGAN.grow_decoder, "freeze_tokens()")),
     ("", None, (rising, "lambda u")),
