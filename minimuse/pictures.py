@@ -1,8 +1,5 @@
 """Pictures as files: PNGs that hold the settings that made them, the same picture drawn again, files of any origin.
 
-    save_png(image, "cube.png")              the PNG's text chunk `minimuse` holds prompt, seed and settings as JSON
-    again(muse, settings_of("cube.png"))     the same checkpoint and settings: the same pixels
-
 Not here: which settings are noted (`Muse.to_pictures`), captioned images to train on (`data_sources.py`).
 """
 
