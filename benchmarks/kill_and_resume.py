@@ -67,7 +67,7 @@ def watched(out: Path, words: list[str]) -> list[Place]:
 
 
 def killed(out: Path, begin: list[str], moments: list[Place], stages: list[str], draws: random.Random) -> int:
-    """Kill a run at one moment after another, then let it finish -> the number of kills. Prints a table row for each."""
+    """Kill a run at one moment after another, then let it finish -> the number of kills. Prints a row for each."""
 
     def reached(place: Place, moment: Place) -> bool:
         return (stages.index(place[0]), place[1]) >= (stages.index(moment[0]), moment[1])
@@ -109,7 +109,7 @@ def main() -> None:
     args.out.mkdir(parents=True)
     begin = [args.preset, "--device", "cpu", *(word for change in args.set for word in ("--set", change))]
 
-    seen = watched(args.out / "whole", begin)
+    seen = [place for place in watched(args.out / "whole", begin) if place[0] != "done"]  # nothing left
     stages = list(dict.fromkeys(stage for stage, _ in seen))
     print(f"never stopped: {len(seen) / 100:.0f} s; {', '.join(stages)}\n", flush=True)
     print("| Run | Kill | At or soon after | Newest state | Half written |\n|---|---|---|---|---|", flush=True)

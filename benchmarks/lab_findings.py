@@ -92,7 +92,7 @@ def main() -> None:
         adaptive = compare(world, BOUNDS, ["entropy"], [64], samples=args.samples)
         presets = compare(world, [], presets=SAMPLER_PRESETS, steps=(8, 16), samples=args.samples)
         reports[name] = Report(fixed.cells + adaptive.cells + presets.cells, fixed.titles, fixed.about)
-        reports[name].save(out, overwrite=True)
+        reports[name].save(out)
         print(f"{name}: {out}", flush=True)
     tables = {"Schedules": schedules_table, "Orders": orders_table, "Adaptive rules": adaptive_table}
     tables |= {"Samplers of known code bases": presets_table}

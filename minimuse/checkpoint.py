@@ -4,7 +4,7 @@
     folder/model.safetensors   the four networks; the configuration names the language model, which is not stored
     folder/README.md           the model card
 
-Every file is written under a new name, then renamed. Not here: training states (`train_state.py`).
+Not here: training states (`train_state.py`).
 """
 
 import hashlib
@@ -29,7 +29,21 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # fields of a configuration that do not change what `generate` draws
 NOT_DRAWN = "name stages scenes captions fractions synonyms pixels_gib text_gib dropout edit_guidance".split()
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+MODEL_CARD = """---
+library_name: minimuse
+pipeline_tag: text-to-image
+license: apache-2.0
+---
+# {name}
+
+A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {low} to {high}. Text: {text}, frozen.
+Load it with `Muse.from_pretrained("path/to/this/folder")`. A prompt to try: "{example}".
+All settings, also those of the training, are in `config.json`.
+
+| Part | Parameters |
+|---|---|
+{rows}
+"""
 
 
 def shipped() -> list[str]:
@@ -39,9 +53,7 @@ def shipped() -> list[str]:
 
 def find(name: str | Path) -> Path:
     """A shipped name, a folder or a hub id -> the folder. Only a hub id uses the network."""
-    if str(name) in shipped():
-        return SHIPPED / name
-    folder = Path(name).expanduser()
+    folder = SHIPPED / name if str(name) in shipped() else Path(name).expanduser()
     if folder.is_dir():
         return folder
     problem = f"no checkpoint {str(name)!r}: no such folder, and the shipped ones are: {', '.join(shipped())}"
@@ -50,7 +62,7 @@ def find(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except Exception as e:  # the hub has many errors for offline, unknown, private, ...
         raise FileNotFoundError(f"{problem}; the hub gave none: {type(e).__name__}") from e
 
@@ -62,13 +74,17 @@ def load(name: str | Path, format: str = FORMAT) -> tuple[MuseConfig, dict[str, 
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no {file}; a checkpoint is what Muse.save_pretrained writes")
     values = read_json(folder / CONFIG)
-    if not isinstance(values, dict) or values.get("format") != format:
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        hint = values.get("load_with") if isinstance(values, dict) else None  # written by other kinds of models
-        message = f"{folder / CONFIG} holds another kind of model: its format is {found!r}, expected {format!r}"
-        raise ValueError(message + (f"; load it with {hint}" if hint else ""))
+    values = values if isinstance(values, dict) else {}
+    if values.get("format") != format:
+        found = f"its format is {values.get('format')!r}, expected {format!r}"
+        hint = f"; load it with {values['load_with']}" if "load_with" in values else ""  # a baseline names its class
+        raise ValueError(f"{folder / CONFIG} holds another kind of model: {found}{hint}")
     about = {name: values.get(name, []) for name in ("words", "examples")}
-    return configuration(values, folder / CONFIG), read_weights(folder / WEIGHTS), about
+    try:
+        weights = parse_weights((folder / WEIGHTS).read_bytes())  # not memory-mapped: Windows cannot replace those
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{folder / WEIGHTS} is broken or cut short: {e}; copy or download it again") from e
+    return read_configuration(folder / CONFIG), weights, about
 
 
 def read_json(path: Path) -> Any:
@@ -79,62 +95,43 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is broken JSON: {e}") from e
 
 
-def configuration(values: Any, path: Path) -> MuseConfig:
-    """The configuration under "config" in the values of a JSON file. ValueError if it is missing or broken."""
+def read_configuration(path: Path) -> MuseConfig:
+    """The configuration in a checkpoint's config.json, a run's run.json, or a JSON file that holds nothing else."""
+    values = read_json(path)
     try:
-        return from_dict(values["config"])
+        return from_dict(values.get("config", values))
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} holds no whole configuration: {e!r}") from e
 
 
-def read_configuration(path: Path) -> MuseConfig:
-    """The configuration in a checkpoint's config.json, a run's run.json, or a JSON file that holds nothing else."""
-    values = read_json(path)
-    is_whole = isinstance(values, dict) and "config" in values
-    return configuration(values if is_whole else {"config": values}, path)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. ValueError names a file that is broken."""
-    try:
-        return parse_weights(path.read_bytes())  # not memory-mapped: Windows cannot replace a mapped file
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is broken or cut short: {e}; copy or download it again") from e
-
-
-def check_weights(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str | Path, config: str = "its config.json"
-) -> None:
+def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str | Path) -> None:
     """ValueError if names or shapes of weights are not those of the configuration."""
-    wrong = [f"lacks {k}" for k in expected.keys() - found.keys()]
-    wrong += [f"has {k}" for k in found.keys() - expected.keys()]
-    for key in expected.keys() & found.keys():
-        if expected[key].shape != found[key].shape:
-            wrong.append(f"{key} is {tuple(found[key].shape)}, not {tuple(expected[key].shape)}")
+    old, new = ({key: tuple(tensor.shape) for key, tensor in weights.items()} for weights in (expected, found))
+    wrong = [f"lacks {key}" for key in old.keys() - new.keys()]
+    wrong += [f"has {key}" for key in new.keys() - old.keys()]
+    wrong += [f"{key} is {new[key]}, not {old[key]}" for key in old.keys() & new.keys() if old[key] != new[key]]
     if wrong:
-        raise ValueError(f"the weights of {str(name)!r} do not fit {config}: {'; '.join(sorted(wrong)[:3])}, ...")
+        raise ValueError(
+            f"the weights of {str(name)!r} do not fit its config.json: {'; '.join(sorted(wrong)[:3])}, ..."
+        )
 
 
 def fingerprint(config: MuseConfig, weights: Mapping[str, Tensor]) -> str:
     """-> 16 hex digits that differ if weights or default settings differ; name and training do not count.
 
     Fields with their default values are left out, so a new field in a later version changes no fingerprint.
-    Choice: at most 2**17 numbers of each tensor count, evenly spread, as float32, so a 3B model takes no longer.
+    Choice: at most 2**17 numbers of each tensor count, evenly spread, so a 3B model takes no longer.
     """
-    sha = hashlib.sha256(json.dumps(_not_default(config), sort_keys=True).encode())
+
+    def not_default(config: Any) -> dict[str, Any]:
+        pairs = {f.name: (getattr(config, f.name), f.default) for f in fields(config) if f.name not in NOT_DRAWN}
+        return {k: not_default(v) if is_dataclass(v) else v for k, (v, default) in pairs.items() if v != default}
+
+    sha = hashlib.sha256(json.dumps(not_default(config), sort_keys=True).encode())
     for name, tensor in sorted(weights.items()):
         sample = tensor.detach().flatten()[:: max(1, tensor.numel() >> 16)]
         sha.update(name.encode() + sample.float().cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
-
-
-def _not_default(config: Any) -> dict[str, Any]:
-    """The fields that decide what is drawn and differ from their defaults, nested configurations included."""
-    pairs = {f.name: (getattr(config, f.name), f.default) for f in fields(config) if f.name not in NOT_DRAWN}
-    return {k: _not_default(v) if is_dataclass(v) else v for k, (v, default) in pairs.items() if v != default}
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def save(
@@ -148,42 +145,20 @@ def save(
     values = {"format": FORMAT, "config": to_dict(config), **about}
     atomic_write(folder / WEIGHTS, lambda path: path.write_bytes(serialize(weights, {"format": "pt"})))
     atomic_write(folder / CONFIG, json.dumps(values, indent=1) + "\n")
-    atomic_write(folder / CARD, card(config, weights, about))
+    sizes: Counter[str] = Counter()
+    for key, value in weights.items():
+        sizes[key.split(".")[0]] += value.numel()
+    low, high = (f"{t.image_size} px ({t.grid}x{t.grid} tokens)" for t in (config.low_tokenizer, config.high_tokenizer))
+    rows = "\n".join(f"| {part} | {size:,} |" for part, size in sizes.items())
+    example = (about.get("examples") or ["a red cube"])[0]
+    card = MODEL_CARD.format(name=config.name, low=low, high=high, text=config.text_encoder, rows=rows, example=example)
+    atomic_write(folder / CARD, card)
     return folder
 
 
 def refuse_existing(folder: Path) -> None:
     """FileExistsError if a checkpoint would be overwritten."""
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise FileExistsError(f"{folder} is a file; give a folder")
     if existing := [f for f in (CONFIG, WEIGHTS, CARD) if (folder / f).exists()]:
         raise FileExistsError(f"{folder} already holds {', '.join(existing)}; give another folder, or overwrite=True")
-
-
-def card(config: MuseConfig, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
-    """The model card: what the model is, the sizes of its parts, how to use it."""
-    sizes: Counter[str] = Counter()
-    for key, value in weights.items():
-        sizes[key.split(".")[0]] += value.numel()
-    rows = "\n".join(f"| {name} | {n:,} |" for name, n in sizes.items())
-    low = f"{config.low_tokenizer.image_size} px ({config.base.grid}x{config.base.grid} tokens)"
-    high = f"{config.high_tokenizer.image_size} px ({config.superres.grid}x{config.superres.grid} tokens)"
-    return f"""---
-library_name: minimuse
-pipeline_tag: text-to-image
-license: apache-2.0
----
-# {config.name}
-
-A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {low} to {high}.
-Text: {config.text_encoder}, frozen. All settings, also those of the training, are in `{CONFIG}`.
-
-| Part | Parameters |
-|---|---|
-{rows}
-
-```python
-from minimuse import Muse
-Muse.from_pretrained("path/to/this/folder").generate("{(about.get("examples") or ["a red cube"])[0]}")
-```
-"""

@@ -408,7 +408,7 @@ def _compare(args: argparse.Namespace) -> None:
         print(f"\ndifference from {args.schedule[0]}, {args.order[0]}; paired, bold where the interval excludes 0")
         print(report.table((args.schedule[0], args.order[0])))
     if args.out:
-        print(report.save(args.out, overwrite=True) if args.force else args.out)
+        print(report.save(args.out) if args.force else args.out)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -440,14 +440,12 @@ def _info(args: argparse.Namespace) -> None:
         print(f"{name}: {sum(counts.values()):,.1f}M parameters, text from {config.text_encoder}")
         for part, count in counts.items():
             c = parts[part].config
-            about = (
-                f"{c.image_size} px, f={c.downsampling}"
-                if hasattr(c, "image_size")
-                else (
-                    f"{c.layers} layers x {c.width}, MLP {c.mlp_width}; {c.grid}x{c.grid} tokens of {c.codebook_size} codes; "
-                    f"{getattr(config, f'{part}_sampling').steps} steps"
-                )
-            )
+            if part in ("base", "superres"):
+                steps = getattr(config, f"{part}_sampling").steps
+                about = f"{c.layers} layers x {c.width}, MLP {c.mlp_width}; {c.grid}x{c.grid} tokens of "
+                about += f"{c.codebook_size} codes; {steps} steps"
+            else:
+                about = f"{c.image_size} px, f={c.downsampling}"
             print(f"  {part:14} {count:8,.1f}M  {about}")
     if not args.names:
         print(f"shipped checkpoints: {', '.join(shipped()) or 'none'}")

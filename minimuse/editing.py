@@ -4,8 +4,7 @@
     outpaint     the same with new canvas as the region, window by window
     edit         mask a random 8% of the tokens and resample them under the new prompt, many times
 
-Over tokens each is a few lines on top of `sampler.decode` (`infill`, `resample`). The functions over pictures are
-methods of Muse: `muse.inpaint(image, mask, prompt)`.
+The functions over pictures are methods of Muse: `muse.inpaint(image, mask, prompt)`.
 Glossary: `repaint` is True where something new is drawn. Not here: decoding (`sampler.py`).
 """
 
@@ -26,6 +25,7 @@ from minimuse.sampler import LogitsFn, Step, decode
 
 Callback = Callable[[Step], None]  # called with every Step of a decode
 Jobs = list[dict[str, Any]]  # one dict for each picture: prompt, negative prompt, seed
+Seed = int | Sequence[int] | None  # of the first picture, or one for each; None is random
 Muse = Any  # a `muse.Muse`; that file imports this one
 
 # --- over tokens ------------------------------------------------------------------------------------------------------
@@ -37,10 +37,7 @@ def token_mask(repaint: Tensor, downsampling: int) -> Tensor:
 
 
 def infill(logits_fn: LogitsFn, tokens: Tensor, repaint: Tensor, *, mask_id: int, **sampling) -> Iterator[Step]:
-    """tokens (B, N), repaint (B, N) bool -> Steps; tokens outside the region never change (Muse 3.3.1).
-
-    `sampling` is what `sampler.decode` takes: steps, schedule, order, temperatures, generator.
-    """
+    """tokens, repaint (B, N) -> Steps of `decode`; tokens outside the region never change (Muse 3.3.1)."""
     return decode(logits_fn, tokens.masked_fill(repaint, mask_id), mask_id=mask_id, **sampling)
 
 
@@ -50,16 +47,16 @@ def resample(
 ) -> Iterator[Step]:  # fmt: skip
     """tokens (B, N) of an image -> one Step per iteration: a random fraction is masked and drawn again (Muse 3.3.2).
 
-    As in Gibbs sampling, every state is a whole picture, and it drifts towards the prompt of `logits_fn`. The defaults
-    are the paper's. An iteration is one forward pass; u goes from 0 at the first to 1 at the last.
+    As in Gibbs sampling, every state is a whole picture, and it drifts towards the prompt of `logits_fn`. An iteration
+    is one forward pass; u goes from 0 at the first to 1 at the last.
     """
     if iterations < 1 or not 0 < fraction <= 1:
         raise ValueError(f"{iterations} iterations of a fraction {fraction}; give at least 1, and a fraction in (0, 1]")
     rate = torch.full((1,), fraction, dtype=torch.double)
     for i in range(iterations):
         repaint = torch.cat([random_mask(row[None], rate, g) for row, g in zip(tokens, generators, strict=True)])
-        settings = {"mask_id": mask_id, "steps": 1, "top_k": top_k, "generator": generators}
         u = i / (iterations - 1) if iterations > 1 else 1.0
+        settings = {"mask_id": mask_id, "steps": 1, "top_k": top_k, "generator": generators}
         (step,) = infill(lambda x, _, u=u: logits_fn(x, u), tokens, repaint, **settings)
         tokens = step.tokens
         yield step._replace(index=i, u=u)
@@ -70,32 +67,22 @@ def fill_with_nearest(tokens: Tensor, masked: Tensor) -> Tensor:
 
     An image without a known token becomes code 0.
     """
-    side = math.isqrt(tokens.shape[1])
-    cells = torch.cartesian_prod(*[torch.arange(side, device=tokens.device, dtype=torch.float)] * 2)  # (N, 2)
-    filled = tokens.masked_fill(masked.all(1, keepdim=True), 0)
-    for row, hidden in zip(filled, masked, strict=True):
-        if hidden.any() and not hidden.all():
-            distance = torch.cdist(cells[hidden], cells[~hidden], compute_mode="donot_use_mm_for_euclid_dist")
-            row[hidden] = row[~hidden][distance.argmin(1)]
-    return filled
+    axis = torch.arange(math.isqrt(tokens.shape[1]), device=tokens.device, dtype=torch.float)
+    cells = torch.cartesian_prod(axis, axis)  # (N, 2)
+    distance = torch.cdist(cells, cells, compute_mode="donot_use_mm_for_euclid_dist")  # (N, N)
+    nearest = torch.stack([distance.masked_fill(row, math.inf).argmin(1) for row in masked])
+    return tokens.gather(1, nearest).masked_fill(masked.all(1, keepdim=True), 0)
 
 
 def windows(known: Tensor, side: int) -> Iterator[tuple[int, int]]:
     """known (H, W) bool -> (top, left) of square windows that cover the unknown pixels, the best known window first.
 
-    Windows overlap by half, so each one sees what is already there. The caller marks in `known` what it has painted.
+    Windows overlap by half. The caller marks in `known` what it has painted.
     """
     tops, lefts = ([*range(0, length - side, max(1, side // 2)), length - side] for length in known.shape)
-    waiting = [(top, left) for top in tops for left in lefts]
-
-    def known_fraction(at: tuple[int, int]) -> float:
-        return known[at[0] : at[0] + side, at[1] : at[1] + side].float().mean().item()
-
-    while waiting := [at for at in waiting if known_fraction(at) < 1]:
-        yield max(waiting, key=known_fraction)
-
-
-# --- over the tokens of a Muse ----------------------------------------------------------------------------------------
+    while not known.all():
+        fractions = {(y, x): known[y : y + side, x : x + side].float().mean().item() for y in tops for x in lefts}
+        yield max((at for at, fraction in fractions.items() if fraction < 1), key=fractions.get)
 
 
 @torch.inference_mode()
@@ -122,17 +109,16 @@ def inpaint_tokens(
 
 @torch.inference_mode()
 def edit_tokens(
-    muse: Muse, tokens: tuple[Tensor, Tensor], jobs: Jobs, *, iterations: int = 100, fraction: float = 0.08,
-    guidance: Guidance | None = None, top_k: int | None = 3, superres: dict[str, Any] | None = None,
+    muse: Muse, tokens: tuple[Tensor, Tensor], jobs: Jobs, *,
+    guidance: Guidance | None = None, superres: dict[str, Any] | None = None, **settings,
 ) -> Iterator[Step]:  # fmt: skip
-    """Tokens as in `inpaint_tokens` -> a Step per iteration on the low tokens, then super-resolution's Steps."""
+    """Tokens as in `inpaint_tokens` -> Steps of `resample` on the low tokens, then super-resolution's Steps."""
     low = tokens[0].repeat(len(jobs) // len(tokens[0]), 1)
     text, null = muse.contexts(jobs)
     scale = get_guidance(muse.config.edit_guidance if guidance is None else guidance)
     logits_fn = guided(muse.base, muse.base.memory(text), muse.base.memory(null), scale)
     generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
-    settings = {"iterations": iterations, "fraction": fraction, "top_k": top_k, "generators": generators}
-    for step in resample(logits_fn, low, mask_id=muse.base.mask_id, **settings):
+    for step in resample(logits_fn, low, mask_id=muse.base.mask_id, generators=generators, **settings):
         yield step._replace(stage="base", guidance=scale(step.u))
     yield from muse.decode_superres(jobs, step.tokens, **(superres or {}))
 
@@ -141,14 +127,12 @@ def edit_tokens(
 
 
 def inpaint(
-    muse: Muse, image: Image.Image, mask: Any, prompt: str, *,
-    n: int = 1, seed: int | Sequence[int] | None = None, negative_prompt: str | None = None,
-    keep: bool = True, callback: Callback | None = None, **sampling,
+    muse: Muse, image: Image.Image, mask: Any, prompt: str, *, n: int = 1, seed: Seed = None,
+    negative_prompt: str | None = None, keep: bool = True, callback: Callback | None = None, **sampling,
 ) -> list[Image.Image]:  # fmt: skip
     """Repaint the white part of `mask`, an image or array of the picture's size, after the prompt (Muse 3.3.1).
 
-    Tokens of both grids that overlap the region are masked and decoded again. With `keep` your pixels outside the mask
-    come back bit for bit. `sampling` is as in `Muse`.
+    With `keep` your pixels outside the mask come back bit for bit. `sampling` is as in `Muse`.
     """
     tokens = tokenize(muse, image)
     repaint = mask_from(mask, image.size)
@@ -166,8 +150,7 @@ def inpaint(
 
 def outpaint(
     muse: Muse, image: Image.Image, padding: int | tuple[int, int, int, int], prompt: str, *,
-    n: int = 1, seed: int | Sequence[int] | None = None, negative_prompt: str | None = None,
-    callback: Callback | None = None, **sampling,
+    n: int = 1, seed: Seed = None, negative_prompt: str | None = None, callback: Callback | None = None, **sampling,
 ) -> list[Image.Image]:  # fmt: skip
     """Extend the picture by `padding` pixels: one number, or (left, top, right, bottom) (Muse 3.3.1).
 
@@ -178,18 +161,19 @@ def outpaint(
     if len(sides) != 4 or min(sides) < 0 or max(sides) == 0:
         raise ValueError(f"padding {padding}; give pixels to add, 1 number or 4, none negative, at least one above 0")
     left, top, right, bottom = sides
-    tokenize(muse, image)  # refuses what is not a picture of the right size
-    side = image.width
+    side = muse.config.high_tokenizer.image_size
+    from_pil(image, side)  # refuses what is not a picture of the right size
+    wide = Image.fromarray(np.pad(np.asarray(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge"))
     images = []
     for job in muse.jobs(prompt, n, seed, negative_prompt):
-        canvas = Image.fromarray(np.pad(np.asarray(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge"))
+        canvas = wide.copy()
         known = torch.zeros(canvas.height, canvas.width, dtype=torch.bool)
         known[top : top + side, left : left + side] = True
         for i, (y, x) in enumerate(windows(known, side)):
             view = known[y : y + side, x : x + side]
-            own = job | {"seed": job["seed"] + 1_000_003 * i}
+            window = job | {"seed": job["seed"] + 1_000_003 * i}
             crop = canvas.crop((x, y, x + side, y + side))
-            (new,) = inpaint(muse, crop, ~view, **own, callback=callback, **sampling)
+            (new,) = inpaint(muse, crop, ~view, **window, callback=callback, **sampling)
             canvas.paste(new, (x, y))
             view[:] = True
         canvas.info["minimuse"] = new.info["minimuse"] | job | {"task": "outpaint", "padding": list(sides)}
@@ -198,9 +182,8 @@ def outpaint(
 
 
 def edit(
-    muse: Muse, image: Image.Image, prompt: str, *,
-    n: int = 1, seed: int | Sequence[int] | None = None, negative_prompt: str | None = None,
-    callback: Callback | None = None, **settings,
+    muse: Muse, image: Image.Image, prompt: str, *, n: int = 1, seed: Seed = None,
+    negative_prompt: str | None = None, callback: Callback | None = None, **settings,
 ) -> list[Image.Image]:  # fmt: skip
     """Change the picture towards the prompt, without a mask (Muse 3.3.2). `settings` as in `edit_steps`."""
     jobs = muse.jobs(prompt, n, seed, negative_prompt)
@@ -210,13 +193,11 @@ def edit(
     return muse.to_pictures(steps, jobs, settings | {"task": "edit"}, callback)
 
 
-def edit_steps(
-    muse: Muse, image: Image.Image, prompt: str, *, seed: int = 0, negative_prompt: str | None = None, **settings
-) -> Iterator[Step]:
+def edit_steps(muse: Muse, image: Image.Image, prompt: str, *, seed: int = 0, **settings) -> Iterator[Step]:
     """The Steps of `edit`: a whole picture of low tokens after each iteration, then super-resolution's Steps.
 
     The paper: iterations=100, fraction=0.08, guidance=4, top_k=3. A checkpoint may have another guidance
     (`MuseConfig.edit_guidance`). Choice: a pair rises from the first iteration to the last; the paper's is constant.
     """
-    jobs = muse.jobs(prompt, 1, seed, negative_prompt)
-    return edit_tokens(muse, tokenize(muse, image), jobs, **settings)
+    negative = settings.pop("negative_prompt", None)
+    return edit_tokens(muse, tokenize(muse, image), muse.jobs(prompt, 1, seed, negative), **settings)

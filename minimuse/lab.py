@@ -2,8 +2,8 @@
 
 p is the world, q the distribution of the sampler. A world makes no error, so all of the error is the sampler's:
 
-    kl          KL(p || q), nats a token. Unbiased where q is a product along a known path: temperature 1, an order that
-                ignores the drawn tokens. Where the path is random (order "random", ties, ranking noise), an upper bound
+    kl          KL(p || q), nats a token, at temperature 1 and for orders that ignore the drawn tokens. It is an upper
+                bound where the path is random: order "random", ties, ranking noise
     excess_nll  E_q[-log p(y)] - H(p), nats a token: above 0 impossible examples, below 0 mode seeking; for all samplers
     singles     sum over v of (p_i(v) - q_i(v))^2, mean over tokens i. Two-sample, unbiased: it may fall below 0
     pairs       the same for the joint distributions of two tokens, mean over all pairs
@@ -27,6 +27,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -55,20 +56,19 @@ __all__ = ["WORLDS", "Cell", "ChainWorld", "MixtureWorld", "PottsWorld", "Report
 def path_log_q(world: World, x: Tensor, **sampling: Any) -> tuple[Tensor, Tensor]:
     """x (B, N) -> (B,) log q(x) along the path that `decode` takes to x, and (B, N) the step that reveals each token.
 
-    `decode` runs as always, but the world sees x at every revealed position. Exact for an order that ignores the drawn
-    tokens, at sampling temperature 1 without top-k.
+    The world sees x at every revealed position. Exact for temperature 1 and orders that ignore the drawn tokens.
     """
-    seen: list[Tensor] = []
+    logits = x
 
     def teacher_forced(tokens: Tensor, u: float) -> Tensor:
-        seen[:] = [world(torch.where(tokens == world.mask_id, world.mask_id, x), u)]
-        return seen[0]
+        nonlocal logits
+        logits = world(torch.where(tokens == world.mask_id, world.mask_id, x), u)
+        return logits
 
-    start = torch.full_like(x, world.mask_id)
     log_q, when = torch.zeros(len(x), dtype=torch.double), torch.full_like(x, -1)
     sampling |= {"mask_id": world.mask_id, "sampling_temperature": 0.0}  # drawn tokens are not used; argmax is fast
-    for step in decode(teacher_forced, start, **sampling):
-        log_p = confidence(seen[0].double(), x, step.masked, step.u)
+    for step in decode(teacher_forced, torch.full_like(x, world.mask_id), **sampling):
+        log_p = confidence(logits.double(), x, step.masked, step.u)
         log_q += torch.where(step.revealed, log_p, 0.0).sum(1)
         when = torch.where(step.revealed, step.index, when)
     return log_q, when
@@ -86,27 +86,24 @@ def ignores_drawn(order: str | Order, n: int, v: int) -> bool:
 def marginal_distances(x: Tensor, y: Tensor, v: int) -> dict[str, list[float]]:
     """x, y (n, P): examples of two distributions -> "singles" and "pairs", jackknife pseudo-values of GROUPS groups.
 
-    With m the number of positions where two examples agree, E m(x, x') + E m(y, y') - 2 E m(x, y) is the sum over
-    positions of the squared distance. With m (m - 1) it is the sum over pairs. No example is compared with itself.
+    The squared distance of two means has an unbiased estimate: no example is compared with itself. The means of one-hot
+    vectors (P V) give "singles"; the means of their outer products (P V, P V) hold each pair twice, and the singles.
     """
-    p = x.shape[1]
-    hot = F.one_hot(torch.cat([x, y]), v).flatten(1).float().unflatten(0, (2 * GROUPS, -1))  # (2 G, n / G, P V)
-    pairs = (hot.transpose(1, 2) @ hot).flatten(1)  # (2 G, (P V)^2)
-    agree = hot.sum(1).double() @ hot.sum(1).double().T  # (2 G, 2 G) sum of m over the examples of two groups
-    squared = sum(part.double() @ part.double().T for part in pairs.split(2**16, 1))  # the same of m^2
+    n, p = x.shape
+    hot = [F.one_hot(each, v).flatten(1).float().unflatten(0, (GROUPS, -1)) for each in (x, y)]  # (G, n / G, P V)
 
-    def distance(groups: Tensor, sums: Tensor, itself: int) -> float:
-        n = len(groups) * len(x) // GROUPS
-        within = sum(sums[g][:, g].sum() - n * itself for g in (groups, groups + GROUPS)) / (n * (n - 1))
-        return (within - 2 * sums[groups][:, groups + GROUPS].sum() / n**2).item()
+    def distance(a: Tensor, b: Tensor, n: int, itself: int) -> Tensor:
+        within = (a.square().sum() - n * itself + b.square().sum() - n * itself) / (n * (n - 1))
+        return within - 2 * (a * b).sum() / n**2
 
-    found = {}
-    for name, sums, positions in (("singles", agree, p), ("pairs", squared - agree, p * (p - 1))):
-        every = torch.arange(GROUPS)
-        without = torch.tensor([distance(every[every != g], sums, positions) for g in every], dtype=torch.double)
-        values = jackknife(distance(every, sums, positions), without)
-        found[name] = (values / max(positions, 1)).tolist()
-    return found
+    def pseudo_values(sums: list[Tensor], itself: int) -> Tensor:
+        a, b = (each.sum(0).double() for each in sums)
+        without = [distance(a - one, b - other, n - n // GROUPS, itself) for one, other in zip(*sums, strict=True)]
+        return jackknife(distance(a, b, n, itself), torch.stack(without))
+
+    singles = pseudo_values([h.sum(1) for h in hot], p)
+    pairs = pseudo_values([h.mT @ h for h in hot], p * p) - singles
+    return {"singles": (singles / p).tolist(), "pairs": (pairs / max(p * (p - 1), 1)).tolist()}
 
 
 class WorldEvaluator:
@@ -126,27 +123,26 @@ class WorldEvaluator:
         self.about = {"target": name, "samples": samples, "seed": seed}
         self.x = world.sample(samples, self._generator(0))
         self.log_p = world.log_prob(self.x)
-        entropy, error = world.entropy(self.x)
-        self.minus_entropy = self.log_p if error else -entropy  # an estimated entropy is compared group by group
+        entropy = world.entropy()
+        self.minus_entropy = self.log_p if entropy is None else -entropy
         positions = torch.randperm(world.n, generator=self._generator(1))[: max(2, 1024 // world.v)]
         self.positions = positions.sort().values  # where marginals are compared; limits the memory
 
     def __call__(self, **sampling: Any) -> Outcome:
         """Arguments of `decode` -> the metrics; "kl" only where q is a product along a path."""
-        world, parts = self.world, []
+        world, get, parts = self.world, sampling.get, []
         for i, start in enumerate(torch.full_like(self.x, world.mask_id).split(world.batch)):
             steps = decode(world, start, mask_id=world.mask_id, generator=self._generator(4 + i), **sampling)
-            parts.append(run(steps, sampling.get("remask")))
+            parts.append(run(steps, get("remask")))
         y = torch.cat([tokens for tokens, _ in parts])
+        nfe = sum(n for _, n in parts) / len(y)
         groups = {"excess_nll": self._grouped(self.minus_entropy - world.log_prob(y))}
         groups |= marginal_distances(self.x[:, self.positions], y[:, self.positions], world.v)
-        nfe = sum(n for _, n in parts) / len(y)
-        get = sampling.get
         plain = not get("remask") and get("top_k") is None and get("sampling_temperature", 1) == 1
         if not plain or not ignores_drawn(sampling["order"], world.n, world.v):
             return Outcome(nfe, groups)
         log_q, when = self._paths(self.x, sampling, 2)
-        other_seed = self._paths(self.x[:64], sampling, 3)[1]
+        _, other_seed = self._paths(self.x[:64], sampling, 3)
         return Outcome(nfe, {"kl": self._grouped(self.log_p - log_q), **groups}, not other_seed.equal(when[:64]))
 
     def _paths(self, x: Tensor, sampling: dict[str, Any], stream: int) -> list[Tensor]:
@@ -207,9 +203,8 @@ class Report:
                 shown = [_shown(c, metric, base) for metric in self.titles]
                 lines.append([c.schedule, c.order, str(c.steps), f"{c.nfe:.1f}", *shown])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        rows = ["| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in lines]
-        rows.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-        return "\n".join(rows)
+        lines.insert(1, ["-" * w for w in widths])
+        return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
     def plot(self, ax: Any = None, metric: str | None = None) -> Any:
         """A metric over the NFE, with 95% intervals -> the axes. Schedules named "bound..." form one line."""
@@ -226,24 +221,24 @@ class Report:
             lines.setdefault(f"{c.order}, {schedule}{bound}".removeprefix(", "), []).append(c)
         ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
         for i, (label, cells) in enumerate(lines.items()):
-            style = {"marker": "osD^vP"[i % 6], "ls": ("-", "--", ":", "-.")[i % 4], "capsize": 3, "ms": 4, "lw": 1.4}
             found = [c[metric] for c in cells]
-            values, margins = [e.value for e in found], [e.margin for e in found]
-            ax.errorbar([c.nfe for c in cells], values, margins, label=label, **style)
-        typical = median(c[metric].margin for c in measured)
-        low, *_, high = sorted([c[metric].value for c in measured] * 2)
-        if low > -typical and high > 10 * max(low, typical):  # spans a power of ten
-            ax.set_yscale("symlog", linthresh=max(typical, 1e-9))
+            style = {"marker": "osD^vP"[i % 6], "ls": ("-", "--", ":", "-.")[i % 4], "capsize": 3, "label": label}
+            ax.errorbar([c.nfe for c in cells], [e.value for e in found], [e.margin for e in found], **style)
+        values = [c[metric].value for c in measured]
+        margin = median(c[metric].margin for c in measured)
+        if min(values) > -margin and max(values) > 10 * max(min(values), margin):  # spans a power of ten
+            ax.set_yscale("symlog", linthresh=max(margin, 1e-9))
         ax.set_xscale("log", base=2)
         ax.set(xlabel="NFE (forward passes of an image)", ylabel=self.titles[metric], title=self.about["target"])
         ax.legend(fontsize=7, frameon=False)
         return ax
 
-    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write report.json, report.md and METRIC.png. FileExistsError where the folder holds a report."""
+    def save(self, folder: str | Path) -> Path:
+        """Write report.json, report.md and METRIC.png to a folder, over those of an earlier report."""
         import matplotlib.pyplot as plt
 
-        folder = folder_for_report(folder, overwrite)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         for metric in {m: None for c in self.cells for m in c.groups}:
             figure = self.plot(metric=metric).figure
             figure.savefig(folder / f"{metric}.png", dpi=160)
@@ -253,24 +248,15 @@ class Report:
         return folder
 
 
-def folder_for_report(folder: str | Path, overwrite: bool = False) -> Path:
-    """Make a folder. FileExistsError where it holds a report already."""
-    if (Path(folder) / "report.json").exists() and not overwrite:
-        raise FileExistsError(f"{folder} holds another report; give another folder, or overwrite it")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return Path(folder)
-
-
 def _shown(cell: Cell, metric: str, base: Cell | None = None) -> str:
-    """A value and its interval as text, or the difference to the value of `base`; "" where one was not measured."""
+    """A value and its interval, or its difference from that of `base`; "" where one was not measured."""
     if metric not in cell.groups or (base and metric not in base.groups):
         return ""
     found = paired_difference(cell.groups[metric], base.groups[metric]) if base else cell[metric]
-    half = found.margin
-    digits = min(7, max(2, 1 - math.floor(math.log10(half)))) if half > 0 else 4
-    text = f"{round(found.value, digits) + 0.0:.{digits}f} ± {half:.{digits}f}"
+    digits = min(7, max(2, 1 - math.floor(math.log10(found.margin)))) if found.margin > 0 else 4
+    text = f"{round(found.value, digits) + 0.0:.{digits}f} ± {found.margin:.{digits}f}"
     if base:
-        return f"**{text}**" if abs(found.value) > max(half, 1e-5) else text
+        return f"**{text}**" if abs(found.value) > max(found.margin, 1e-5) else text
     return f"<= {text}" if cell.bound and metric == "kl" else text
 
 
@@ -293,7 +279,8 @@ def compare(
     `decode`. `out` is a folder for the report, which must not hold another one. The target may also be an evaluator
     of your own: called as `WorldEvaluator` is, with its attributes grid, codebook_size, titles and about.
     """
-    folder = folder_for_report(out) if out else None
+    if out and (Path(out) / "report.json").exists():
+        raise FileExistsError(f"{out} holds another report; give another folder, or overwrite it")
     evaluator = target
     if isinstance(target, World):
         evaluator = WorldEvaluator(target, samples or 4096, seed)
@@ -301,27 +288,21 @@ def compare(
         from minimuse.lab_models import MuseEvaluator
 
         evaluator = MuseEvaluator(target, samples or 512, seed)
-    grid, v = evaluator.grid, evaluator.codebook_size
+    grid, schedules, orders = evaluator.grid, _named(schedules), _named(orders)
     trials = {
-        (name, order_name, t): {"schedule": schedule, "order": order, "steps": t}
-        for name, schedule in _named(schedules).items()
-        for order_name, order in _named(orders).items()
-        for t in steps
+        (name, by, t): {"schedule": schedules[name], "order": orders[by], "steps": t}
+        for name, by, t in product(schedules, orders, steps)
     }
-    trials |= {(f"as {name}", "", t): preset_settings(name, math.prod(grid), v, t) for name in presets for t in steps}
+    for name, t in product(presets, steps):
+        trials[f"as {name}", "", t] = preset_settings(name, math.prod(grid), evaluator.codebook_size, t)
     if not trials:
         raise ValueError("nothing to compare: give at least one schedule, order and number of steps, or a preset")
     trials = {label: _resolved(settings, grid) | sampling for label, settings in trials.items()}  # all, then measure
     cells = [Cell(*label, *evaluator(**settings)) for label, settings in trials.items()]
-    about = {
-        **evaluator.about,
-        "minimuse": minimuse.__version__,
-        "torch": str(torch.__version__),
-        "sampling": repr(sampling),
-    }
-    report = Report(cells, dict(evaluator.titles), about)
-    if folder:
-        report.save(folder)
+    about = {"minimuse": minimuse.__version__, "torch": str(torch.__version__), "sampling": repr(sampling)}
+    report = Report(cells, dict(evaluator.titles), evaluator.about | about)
+    if out:
+        report.save(out)
     return report
 
 

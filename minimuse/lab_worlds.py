@@ -62,17 +62,15 @@ class World:
             tokens[:, i] = _draw(self(tokens)[:, i].exp(), generator)
         return tokens
 
-    def entropy(self, x: Tensor | None = None) -> tuple[float, float]:
-        """-> nats and their standard error, 0 where exact. Here: the mean of -log p over x, or 4096 new samples."""
-        x = self.sample(4096, torch.Generator().manual_seed(0)) if x is None else x
-        nll = -self.log_prob(x)
-        return nll.mean().item(), (nll.std() / math.sqrt(len(x))).item()
+    def entropy(self) -> float | None:
+        """-> nats, or None where there is no closed form: estimate it as the mean of -log_prob(sample(n))."""
+        return None
 
     def _evidence(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) -> (B, N, V): 1 where the token may be v."""
         if tokens.ndim != 2 or tokens.shape[1] != self.n or tokens.dtype != torch.long:
             raise ValueError(f"got tokens {tuple(tokens.shape)} of {tokens.dtype}; this world takes (B, {self.n}) long")
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) <= self.v:
+        if not ((tokens >= 0) & (tokens <= self.mask_id)).all():
             raise ValueError(f"got tokens outside 0..{self.v - 1}; only [MASK], {self.mask_id}, may be larger")
         table = torch.cat([torch.eye(self.v, dtype=torch.double), torch.ones(1, self.v, dtype=torch.double)])
         return table[tokens]
@@ -151,27 +149,27 @@ class MarkovWorld(World):
             tokens[:, positions] = self.columns[state]
         return tokens
 
-    def entropy(self, x: Tensor | None = None) -> tuple[float, float]:
+    def entropy(self) -> float:
         """Exact: H(s_1) + sum_i E[H(s_(i+1) | s_i)]."""
         nats, p = 0.0, torch.ones(1, dtype=torch.double)
         for transition in self.transitions():
             nats = nats - p @ torch.xlogy(transition, transition).sum(1)
             p = p @ transition
-        return nats.item(), 0.0
+        return nats.item()
 
 
 class ChainWorld(MarkovWorld):
-    """x_1 ~ initial, then x_(i+1) ~ transition[x_i], along the raster of the grid."""
+    """x_1 ~ initial, then x_(i+1) ~ transition[x_i], along the raster of the grid: a square if N is one, or a row."""
 
-    def __init__(self, transition: Tensor, n: int, initial: Tensor | None = None, grid: Grid | None = None):
+    def __init__(self, transition: Tensor, n: int, initial: Tensor | None = None):
         """transition (V, V): rows p(next | this), all > 0; initial (V,), by default the stationary distribution."""
         transition = _normalized(transition, "transition")
-        v, grid = len(transition), grid or _default_grid(n)
-        if transition.shape != (v, v) or grid[0] * grid[1] != n:
-            raise ValueError(f"got transition {tuple(transition.shape)}, {n} tokens, grid {grid}; give (V, V), h w = n")
+        v = len(transition)
+        if transition.shape != (v, v):
+            raise ValueError(f"got transition {tuple(transition.shape)}; give (V, V)")
         initial = torch.linalg.matrix_power(transition, 2**20)[0] if initial is None else initial
         initial = _normalized(initial, "initial")
-        super().__init__(grid, v, torch.arange(n)[:, None], torch.arange(v)[:, None], initial, transition)
+        super().__init__(_default_grid(n), v, torch.arange(n)[:, None], torch.arange(v)[:, None], initial, transition)
 
     @classmethod
     def sticky(cls, n: int = 64, codebook_size: int = 4, stay: float = 0.8) -> "ChainWorld":
@@ -181,25 +179,22 @@ class ChainWorld(MarkovWorld):
 
 
 class PottsWorld(MarkovWorld):
-    """p(x) = exp(J [number of equal neighbours] + sum_i field(x_i)) / Z on an h x w strip with free borders.
+    """p(x) = exp(J [number of equal neighbours]) / Z on an h x w strip with free borders.
 
     A column has V^h states, so h must be small. With J > 0 patches form; with J < 0 and two codes, a checkerboard.
     """
 
-    def __init__(
-        self, grid: Grid = (4, 16), codebook_size: int = 2, coupling: float = 0.8, field: Tensor | None = None
-    ):
+    def __init__(self, grid: Grid = (4, 16), codebook_size: int = 2, coupling: float = 0.8):
         h, w = grid
         if codebook_size**h > 4096:
             raise ValueError(f"got {h} rows of {codebook_size} codes; give fewer, so that codes^rows is at most 4096")
-        self.coupling = float(coupling)
-        self.field = torch.zeros(codebook_size).double() if field is None else torch.as_tensor(field).double()
+        self.coupling = coupling
         columns = torch.cartesian_prod(*[torch.arange(codebook_size)] * h).view(-1, h)  # (S, h)
         within = (columns[:, 1:] == columns[:, :-1]).sum(1).double()  # (S,)
         between = (columns[:, None] == columns).sum(-1).double()  # (S, S)
-        start = (self.coupling * within + self.field[columns].sum(1)).exp()
+        start = (coupling * within).exp()
         from_right = torch.arange(h * w).view(h, w).T.flip(0)
-        super().__init__(grid, codebook_size, from_right, columns, start, (self.coupling * between).exp() * start)
+        super().__init__(grid, codebook_size, from_right, columns, start, (coupling * between).exp() * start)
 
 
 WORLDS = {"mixture": MixtureWorld.random, "chain": ChainWorld.sticky, "potts": PottsWorld}  # names of the command line

@@ -2,7 +2,6 @@
 
     prompts --text--> context --base--> low tokens --super-res--> high tokens --decoder--> pixels
 
-`decode_base` and `decode_superres` are the two stages of that flow. Every setting has its default in the checkpoint.
 Glossary: B images, N tokens, t guidance scale, u progress. Not here: training (`train.py`), files (`checkpoint.py`),
 editing (`editing.py`).
 """
@@ -25,7 +24,7 @@ from minimuse import checkpoint, editing
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import MuseConfig
 from minimuse.data_images import to_pil
-from minimuse.editing import Callback, Jobs
+from minimuse.editing import Callback, Jobs, Seed
 from minimuse.masking import uniforms
 from minimuse.sampler import SamplingConfig, Step, decode
 from minimuse.text import Context, TextEncoder
@@ -55,7 +54,6 @@ def parameter_counts(config: MuseConfig) -> dict[str, int]:
 class Muse:
     """A text-to-image model: four networks, a frozen language model, and default settings for sampling.
 
-    The constructor leaves the networks as they are; `from_pretrained` freezes them.
     Every method that makes pictures takes, next to its own arguments:
         guidance     t: a number, a pair (first, last) that rises linearly, or a function of u; 0 is none
         steps, schedule, order, sampling_temperature, choice_temperature, top_k, remask    as in `sampler.decode`
@@ -64,8 +62,8 @@ class Muse:
     """
 
     def __init__(
-        self, config: MuseConfig, parts: nn.ModuleDict, encoder: TextEncoder, *,
-        words: Sequence[str] = (), examples: Sequence[str] = (),
+        self, config: MuseConfig, parts: nn.ModuleDict, encoder: TextEncoder, words: Sequence[str] = (),
+        examples: Sequence[str] = (),
     ):  # fmt: skip
         self.config = config
         self.parts = parts
@@ -81,9 +79,6 @@ class Muse:
     high_tokenizer = property(lambda self: self.parts["high_tokenizer"])
     superres = property(lambda self: self.parts["superres"])
 
-    # --- the flow -----------------------------------------------------------------------------------------------------
-
-    @torch.inference_mode()
     def decode_base(
         self, jobs: Jobs, tokens: Tensor | None = None, *, generators: Any = None, **sampling
     ) -> Iterator[Step]:
@@ -91,15 +86,8 @@ class Muse:
 
         `tokens` is where to start; None is all [MASK]. `generators`, one for each job, are made from the seeds if None.
         """
-        text, null = self.contexts(jobs)
-        guidance, settings = sampling_settings(self.config.base_sampling, sampling)
-        tokens = self._all_masked(self.base, len(jobs)) if tokens is None else tokens
-        generators = generators or _generators(jobs)
-        logits_fn = guided(self.base, self.base.memory(text), self.base.memory(null), guidance)
-        for step in decode(logits_fn, tokens, mask_id=self.base.mask_id, generator=generators, **settings):
-            yield step._replace(stage="base", guidance=guidance(step.u))
+        return self._stage("base", jobs, (), tokens, generators or _generators(jobs), sampling)
 
-    @torch.inference_mode()
     def decode_superres(
         self, jobs: Jobs, low_tokens: Tensor, tokens: Tensor | None = None, *, generators: Any = None, **sampling
     ) -> Iterator[Step]:
@@ -111,13 +99,21 @@ class Muse:
         if generators is None:
             generators = _generators(jobs)
             uniforms(len(jobs), self.config.base_sampling.steps, 2, self.base.config.tokens, generator=generators)
-        text, null = self.contexts(jobs)
-        guidance, settings = sampling_settings(self.config.superres_sampling, sampling)
-        tokens = self._all_masked(self.superres, len(jobs)) if tokens is None else tokens
-        cond, uncond = self.superres.memory(text, low_tokens), self.superres.memory(null, low_tokens)
-        logits_fn = guided(self.superres, cond, uncond, guidance)
-        for step in decode(logits_fn, tokens, mask_id=self.superres.mask_id, generator=generators, **settings):
-            yield step._replace(stage="superres", guidance=guidance(step.u))
+        return self._stage("superres", jobs, (low_tokens,), tokens, generators, sampling)
+
+    @torch.inference_mode()
+    def _stage(
+        self, name: str, jobs: Jobs, condition: tuple, tokens: Tensor | None, generators: Any, sampling: dict[str, Any]
+    ) -> Iterator[Step]:
+        """`condition` is what the network reads besides the text."""
+        network = self.parts[name]
+        guidance, settings = sampling_settings(getattr(self.config, f"{name}_sampling"), sampling)
+        cond, uncond = (network.memory(text, *condition) for text in self.contexts(jobs))
+        logits_fn = guided(network, cond, uncond, guidance)
+        if tokens is None:
+            tokens = torch.full((len(jobs), network.config.tokens), network.mask_id, device=self.device)
+        for step in decode(logits_fn, tokens, mask_id=network.mask_id, generator=generators, **settings):
+            yield step._replace(stage=name, guidance=guidance(step.u))
 
     def decode(
         self, jobs: Jobs, *, low: Tensor | None = None, high: Tensor | None = None, superres: Any = None, **sampling
@@ -126,22 +122,17 @@ class Muse:
         generators = _generators(jobs)
         for step in self.decode_base(jobs, low, generators=generators, **sampling):
             yield step
-        settings = sampling | (superres or {})
-        yield from self.decode_superres(jobs, step.tokens, high, generators=generators, **settings)
-
-    # --- pictures from text -------------------------------------------------------------------------------------------
+        sampling |= superres or {}
+        yield from self.decode_superres(jobs, step.tokens, high, generators=generators, **sampling)
 
     def generate(
-        self, prompts: str | Sequence[str], *, n: int = 1, seed: int | Sequence[int] | None = None,
-        negative_prompt: str | Sequence[str] | None = None, batch_size: int = 16,
-        callback: Callback | None = None, **sampling,
+        self, prompts: str | Sequence[str], *, n: int = 1, seed: Seed = None, batch_size: int = 16,
+        negative_prompt: str | Sequence[str] | None = None, callback: Callback | None = None, **sampling,
     ) -> list[Image.Image]:  # fmt: skip
         """Prompts -> n PIL images of each, in order. Negative prompts are texts to guide away from (Muse 2.7).
 
         Image i draws with seed + i, or with seeds[i], and never depends on its neighbours. Its `info["minimuse"]` holds
         the settings that made it. `callback` is called with every Step.
-
-        >>> Muse.from_pretrained("nano").generate("two small red cubes", n=4, seed=0)
         """
         images = []
         jobs = self.jobs(prompts, n, seed, negative_prompt)
@@ -165,14 +156,10 @@ class Muse:
         tokenizer = self.low_tokenizer if step.stage == "base" else self.high_tokenizer
         return to_pil(tokenizer.decode(editing.fill_with_nearest(step.tokens, step.masked)).float())
 
-    # --- editing: functions of editing.py, whose first argument is the Muse (Muse 3.3) --------------------------------
-
-    inpaint = editing.inpaint
+    inpaint = editing.inpaint  # functions of editing.py, whose first argument is the Muse (Muse 3.3)
     outpaint = editing.outpaint
     edit = editing.edit
     edit_steps = editing.edit_steps
-
-    # --- files and devices --------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -233,29 +220,27 @@ class Muse:
             part.compile(**{"dynamic": False} | options)
         return self
 
-    # --- inside -------------------------------------------------------------------------------------------------------
-
-    def jobs(self, prompts: Any, n: int = 1, seed: Any = None, negative: Any = None) -> Jobs:
+    def jobs(self, prompts: Any, n: int = 1, seed: Seed = None, negative: Any = None) -> Jobs:
         """Arguments of `generate` -> one dict for each picture: prompt, negative prompt, seed."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts or not isinstance(n, Integral) or n < 1:
-            raise ValueError(f"{len(prompts)} prompts, n = {n!r}; give at least one prompt and n of at least 1")
-        if not all(isinstance(p, str) for p in prompts):
-            raise TypeError(f"prompts {prompts!r}; give texts")
-        negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
-        if len(negatives) != len(prompts):
-            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
+        if not prompts or not all(isinstance(p, str) for p in prompts) or not isinstance(n, Integral) or n < 1:
+            raise ValueError(f"prompts {prompts!r}, n = {n!r}; give at least one prompt, a text, and n of at least 1")
         total = len(prompts) * n
+        negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
         seed = random.randrange(2**31) if seed is None else seed
-        seeds = [int(seed) + i for i in range(total)] if isinstance(seed, Integral) else [*seed]
-        if len(seeds) != total:
-            raise ValueError(f"{len(seeds)} seeds for {total} pictures; give one for each, or a single number")
+        seeds = list(range(seed, seed + total) if isinstance(seed, Integral) else seed)
+        if len(negatives) != len(prompts) or len(seeds) != total:
+            counts = (
+                f"{len(negatives)} negative prompts for {len(prompts)} prompts, {len(seeds)} seeds for {total} pictures"
+            )
+            raise ValueError(f"{counts}; give one, or one for each")
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._hinted and (hint := self.unfamiliar(prompt)):
                 print(f"minimuse: {hint}", file=sys.stderr)
             self._hinted.add(prompt)
-        pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(n)]
-        return [{"prompt": p, "negative_prompt": q, "seed": s} for (p, q), s in zip(pairs, seeds, strict=True)]
+        return [
+            {"prompt": prompts[i // n], "negative_prompt": negatives[i // n], "seed": seeds[i]} for i in range(total)
+        ]
 
     def unfamiliar(self, prompt: str) -> str:
         """A hint if most words of the prompt are in no training caption, else ""."""
@@ -289,9 +274,6 @@ class Muse:
             image.info["minimuse"] = {"model": self.config.name, "fingerprint": self.fingerprint, **job, **settings}
         return images
 
-    def _all_masked(self, model: Transformer, batch: int) -> Tensor:
-        return torch.full((batch, model.config.tokens), model.mask_id, device=self.device)
-
 
 def _generators(jobs: Jobs) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(job["seed"]) for job in jobs]
@@ -303,8 +285,7 @@ def sampling_settings(
     """A checkpoint's defaults, the user's settings -> guidance as a function of u, arguments for `sampler.decode`."""
     known = {f.name for f in fields(SamplingConfig)} | {"top_k", "remask"}
     if unknown := given.keys() - known:
-        hint = "; guidance is the guidance_scale of diffusers minus 1" if "guidance_scale" in unknown else ""
-        raise TypeError(f"unknown setting {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}{hint}")
+        raise TypeError(f"unknown setting {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
     settings = asdict(defaults) | {k: v for k, v in given.items() if v is not None}
     if given.get("order") not in (None, defaults.order) and given.get("choice_temperature") is None:
         settings["choice_temperature"] = 0.0

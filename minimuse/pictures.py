@@ -22,31 +22,25 @@ from minimuse.data_images import FORMATS, to_rgb
 from minimuse.sampler import Step
 
 KEY = "minimuse"  # where the settings are: a dict in an image's `info`, JSON in a PNG's text chunk
-
-
-def _json(settings: dict[str, Any]) -> str:
-    """Settings as JSON. What JSON cannot hold is listed by name under "functions"."""
-    kept, functions = {}, []
-    for name, value in settings.items():
-        try:
-            json.dumps(value)
-            kept[name] = value
-        except TypeError:
-            functions.append(name)
-    return json.dumps(kept | ({"functions": sorted(functions)} if functions else {}))
+FUNCTION = "a function, which no PNG holds"  # in place of what JSON cannot hold
+PROBLEMS = {
+    UnidentifiedImageError: "of an unknown format",
+    Image.DecompressionBombError: "too large",
+    Image.DecompressionBombWarning: "too large",
+}
 
 
 def save_png(image: Image.Image, path: str | Path) -> None:
     """Save a picture of Muse as a PNG that holds its settings; `image.save` would drop them."""
     chunks = PngInfo()
-    chunks.add_text(KEY, _json(image.info.get(KEY, {})))
+    chunks.add_text(KEY, with_settings(image, image.info.get(KEY, {})).info[KEY])
     image.save(path, format="PNG", pnginfo=chunks)
 
 
 def with_settings(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
     """A copy that carries the settings as text, which other programs keep when they write a PNG."""
     image = image.copy()
-    image.info = {KEY: _json(settings)}
+    image.info = {KEY: json.dumps(settings, default=lambda value: FUNCTION)}
     return image
 
 
@@ -66,14 +60,10 @@ def open_picture(path: str | Path, side: int | None = None) -> Image.Image:
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders raise nearly every kind of exception on damaged files
-        problem = "damaged"
-        if isinstance(error, UnidentifiedImageError):
-            problem = "of an unknown format"
-        elif isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-            problem = "too large"
+        problem = PROBLEMS.get(type(error), "damaged")
+        most = f"at most {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise ValueError(
-            f"{Path(path).name} cannot be read, it is {problem}; give a PNG, JPEG or WebP of at most "
-            f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
+            f"{Path(path).name} cannot be read, it is {problem}; give a PNG, JPEG or WebP of {most}"
         ) from error
 
 
@@ -89,37 +79,32 @@ def settings_of(picture: str | Path | Image.Image) -> dict[str, Any]:
         return {name: settings[name] for name in ("model", "fingerprint", "prompt", "seed")} | settings
     except (ValueError, TypeError, KeyError) as error:
         name = Path(getattr(image, "filename", "") or "the picture").name
-        raise ValueError(
-            f"{name} holds no settings of minimuse; `minimuse generate`, `minimuse app` and pictures.save_png write "
-            "them, and many programs drop them when they save a picture again"
-        ) from error
+        hint = "many programs drop them when they save a picture again"
+        raise ValueError(f"{name} holds no settings of minimuse; {hint}") from error
 
 
 def again(muse: Any, settings: dict[str, Any], *, callback: Callable[[Step], None] | None = None) -> Image.Image:
     """A Muse and `settings_of` a picture that it generated -> the same picture.
 
-    ValueError if another checkpoint made it, or if more than a prompt and settings did. The pixels are the same on the
-    same machine. Another machine, or a batch of several pictures, may round differently.
+    ValueError if another checkpoint made it, or if it needs more than its prompt and settings. Another machine, or a
+    batch of several pictures, may round differently.
     """
     settings = dict(settings)
-    model = settings.pop("model")
-    fingerprint = settings.pop("fingerprint")
+    model, fingerprint = settings.pop("model"), settings.pop("fingerprint")
     if fingerprint != muse.fingerprint:
         raise ValueError(
             f"the picture was made by another checkpoint, {model} with the fingerprint {fingerprint}; this one is "
             f"{muse.config.name} with {muse.fingerprint}; name the right one"
         )
-    if task := settings.pop("task", None):
+    if task := settings.get("task"):
         raise ValueError(f"it was made by {task} from another picture, which it does not hold; give a generated one")
-    if functions := settings.pop("functions", None):
-        raise ValueError(f"its {', '.join(functions)} came as a function, which no PNG holds; pass it to `generate`")
-    return muse.generate(settings.pop("prompt"), n=1, callback=callback, **settings)[0]
+    if FUNCTION in str(settings):
+        raise ValueError(f"a setting came as {FUNCTION}; pass it to `generate`")
+    return muse.generate(settings.pop("prompt"), callback=callback, **settings)[0]
 
 
 def difference(old: Image.Image, new: Image.Image) -> str:
-    """Two pictures -> how many of their pixels differ and by how much, in words."""
-    if old.size != new.size:
-        return f"another size: {new.width} x {new.height} pixels, not {old.width} x {old.height}"
+    """Two pictures of one size -> how many of their pixels differ and by how much, in words."""
     off = np.abs(np.asarray(old.convert("RGB"), dtype=int) - np.asarray(new.convert("RGB"))).max(2)
     if not off.any():
         return "the same pixels"
@@ -134,6 +119,8 @@ def output_paths(out: Path | None, prompt: str, count: int, *, film: bool = Fals
     """
     if out is not None and out.suffix.lower() != ".png":
         raise ValueError(f"{out}: give a name that ends in .png, the format that holds the settings")
+    if out is not None and not out.parent.is_dir():
+        raise FileNotFoundError(f"no folder {out.parent}; create it first")
     stem = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60] or "picture"
     endings = ["", *(f"-{i}" for i in range(1, count)), *["-film"] * film]
     for version in itertools.count(1):
@@ -144,6 +131,4 @@ def output_paths(out: Path | None, prompt: str, count: int, *, film: bool = Fals
             break
     if existing and not force:
         raise FileExistsError(f"{', '.join(existing)} already there; give another name, or force to overwrite")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent}; create it first")
     return paths

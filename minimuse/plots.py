@@ -1,7 +1,6 @@
-"""Pictures to look at: grids, films and tokens of a decode, masks over a picture, curves, trade-offs, source code.
+"""Pictures to look at, as PIL images: grids, films, token masks, curves, trade-offs; and source code.
 
-Functions return PIL images. Grids are drawn with PIL only, which is fast. `B` pictures, `h w` token grid, `N` = h w.
-Not here: saving, which is the image's own `.save(path)`.
+Glossary: B pictures, h w token grid, N = h w. Not here: saving, which is the image's own `.save(path)`.
 """
 
 import base64
@@ -15,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -32,8 +32,6 @@ MASKED = (150, 150, 155)
 GAP = 8  # pixels between pictures
 LINE = 17  # pixels from one line of text to the next
 
-# --- grids and films --------------------------------------------------------------------------------------------------
-
 
 def _enlarged(images: Images, scale: int | None) -> list[Image.Image]:
     """-> RGB pictures with pixels of scale x scale; None makes them about 160 wide."""
@@ -49,24 +47,20 @@ def grid(
 ) -> Image.Image:
     """Pictures and their captions -> one image, row by row. `columns` None: about as many as rows."""
     cells = _enlarged(images, scale)
-    if captions is not None and len(captions) != len(cells):
+    captions = [""] * len(cells) if captions is None else captions
+    if len(captions) != len(cells):
         raise ValueError(f"{len(captions)} captions for {len(cells)} pictures: give one each, or None")
-    if columns is not None and columns < 1:
-        raise ValueError(f"columns={columns}: expected at least 1, or None")
     columns = min(columns or math.ceil(math.sqrt(len(cells))), len(cells))
-    width = max(cell.width for cell in cells)
-    texts = [textwrap.wrap(text, max(1, width // 7)) for text in captions or [""] * len(cells)]  # a letter is 7 wide
-    height = max(cell.height for cell in cells)
-    pitch = height + LINE * max(map(len, texts)) + GAP  # from one row to the next
+    width, height = (max(sizes) for sizes in zip(*(cell.size for cell in cells), strict=True))
+    texts = ["\n".join(textwrap.wrap(text, max(1, width // 7))) for text in captions]  # a letter is 7 wide
+    lines = max(text.count("\n") + 1 if text else 0 for text in texts)
+    pitch = height + LINE * lines + GAP  # from one row to the next
     sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + math.ceil(len(cells) / columns) * pitch), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=13)
-    for i, (cell, lines) in enumerate(zip(cells, texts, strict=True)):
-        x = GAP + i % columns * (width + GAP)
-        y = GAP + i // columns * pitch
+    for i, (cell, text) in enumerate(zip(cells, texts, strict=True)):
+        x, y = GAP + i % columns * (width + GAP), GAP + i // columns * pitch
         sheet.paste(cell, (x, y))
-        for j, line in enumerate(lines):
-            draw.text((x, y + height + 2 + j * LINE), line, fill=INK, font=font)
+        draw.multiline_text((x, y + height + 2), text, fill=INK, font=ImageFont.load_default(size=13))
     return sheet
 
 
@@ -76,8 +70,6 @@ def film_strip(frames: Sequence[Images], titles: Sequence[str] | None = None, sc
     A frame is one step's pictures: a PIL image, several, or a tensor (B, 3, H, W). Titles such as "step 3: 41 left".
     """
     frames = [_enlarged([frame] if isinstance(frame, Image.Image) else frame, scale) for frame in frames]
-    if not frames or len({len(frame) for frame in frames}) > 1:
-        raise ValueError(f"frames of {[len(frame) for frame in frames]} pictures: expected the same number in each")
     columns = []
     for frame in frames:
         width, height = frame[0].size
@@ -92,8 +84,6 @@ def mask_overlay(image: Image.Image | Tensor, masked: Tensor) -> Image.Image:
     picture = to_pil(image[None])[0] if isinstance(image, Tensor) else image.convert("RGB")
     masked = torch.as_tensor(masked)
     side = math.isqrt(masked.numel())
-    if masked.dtype != torch.bool or masked.ndim not in (1, 2) or (masked.ndim == 1 and side**2 != len(masked)):
-        raise ValueError(f"masked {tuple(masked.shape)} {masked.dtype}: expected bool (N,) with square N, or (h, w)")
     tokens = masked.view(side, side) if masked.ndim == 1 else masked
     cover = Image.fromarray((tokens.cpu().byte() * 255).numpy()).resize(picture.size, Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", picture.size, MASKED), picture, cover)
@@ -102,8 +92,8 @@ def mask_overlay(image: Image.Image | Tensor, masked: Tensor) -> Image.Image:
 def token_map(step: Step, row: int = 0, side: int = 384) -> Image.Image:
     """A Step -> its token grid, about `side` pixels wide: a colour for each code, masked gray, new tokens framed."""
     cells = math.isqrt(step.tokens.shape[1])
-    tokens, size = step.tokens[row].view(cells, cells).cpu(), max(1, side // cells)
-    masked, revealed = (x[row].view(cells, cells).cpu() for x in (step.masked, step.revealed))
+    size = max(1, side // cells)
+    tokens, masked, revealed = (x[row].view(cells, cells).cpu() for x in (step.tokens, step.masked, step.revealed))
     hue = (tokens * 0.618034 % 1 * 255).byte()  # the golden ratio: neighbouring codes get colours far apart
     value = 130 + (tokens % 5 * 25).byte()
     bands = [Image.fromarray(band.numpy()) for band in (hue, torch.full_like(hue, 130), value)]
@@ -121,11 +111,10 @@ def film(muse: "Muse", steps: Sequence[Step], row: int = 0, most: int = 12) -> I
     """
     if not steps:
         raise ValueError("no step came: collect them from muse.steps(...), or with callback=list.append")
-    count = min(most, len(steps))
     side = max(128, muse.config.high_tokenizer.image_size)
     frames, titles = [], []
-    for i in range(count):
-        step = steps[round(i * (len(steps) - 1) / max(1, count - 1))]
+    for at in np.linspace(0, len(steps) - 1, min(most, len(steps))).round():
+        step = steps[int(at)]
         frame = mask_overlay(muse.picture(step)[row], step.masked[row])
         frames.append(frame.resize((side, side), Image.Resampling.NEAREST))
         titles.append(f"{step.stage} {step.index + 1}: {int(step.masked[row].sum())} left")
@@ -148,15 +137,9 @@ class Animation(bytes):
         animation.width = frames[0].width * max(1, round(240 / frames[0].width))
         return animation
 
-    def __repr__(self) -> str:
-        return f"<Animation, a GIF of {len(self):,} bytes>"
-
     def _repr_html_(self) -> str:
         source = f"data:image/gif;base64,{base64.b64encode(self).decode()}"
         return f'<img alt="animation" width="{self.width}" style="image-rendering: pixelated" src="{source}">'
-
-
-# --- figures of matplotlib --------------------------------------------------------------------------------------------
 
 
 def style() -> None:
@@ -190,8 +173,7 @@ def tradeoff(
 ) -> Image.Image:  # fmt: skip
     """{series: {label: (x, y)}} with intervals -> a plot like Muse's figure 8, 900 x 600 pixels.
 
-    `x` and `y` name the axes, `lower` is as in `pareto_front`, which is drawn in gray. Points whose labels have numbers
-    are joined by lines.
+    `x` and `y` name the axes, `lower` is as in `pareto_front`, which is drawn in gray.
     """
     if not any(series.values()):
         raise ValueError("no point came: expected {series: {label: (x, y)}} with at least one")
@@ -199,25 +181,22 @@ def tradeoff(
 
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
-    points = [tuple(m.value for m in pair) for pairs in series.values() for pair in pairs.values()]
+    points = [(a.value, b.value) for pairs in series.values() for a, b in pairs.values()]
     front = [points[i] for i in pareto_front(points, lower)]
     turn = "steps-post" if lower[0] else "steps-pre"  # the points behind the staircase are beaten by one on it
     axes.plot(*zip(*front, strict=True), drawstyle=turn, color="0.6", lw=4, alpha=0.5, label="Pareto front")
     for i, (name, pairs) in enumerate(series.items()):
+        color = f"C{i % 10}"
         columns = list(zip(*pairs.values(), strict=True)) or [(), ()]
         at = [[m.value for m in column] for column in columns]
         reach = [[[m.value - m.low for m in column], [m.high - m.value for m in column]] for column in columns]
-        line = "-" if all(any(c.isdigit() for c in label) for label in pairs) else "none"
-        marks = {"marker": "osD^vPX*"[i % 8], "color": f"C{i % 10}", "lw": 0.8, "ms": 5, "ls": line}
+        marks = {"marker": "osD^vPX*"[i % 8], "color": color, "lw": 0.8, "ms": 5}
         axes.errorbar(*at, xerr=reach[0], yerr=reach[1], label=name, **marks)
-        where = [{"xytext": (5, 4)}, {"xytext": (-5, -10), "ha": "right"}][i % 2]  # every second series on the left
-        for label, *point in zip(pairs, *at, strict=True):
-            axes.annotate(label, point, textcoords="offset points", fontsize=8, color=marks["color"], **where)
+        for label, point in zip(pairs, zip(*at, strict=True), strict=True):
+            axes.annotate(label, point, (5, 4), textcoords="offset points", fontsize=8, color=color)
     labels = [f"{text} ({'lower' if less else 'higher'} is better)" for less, text in zip(lower, (x, y), strict=True)]
     axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log_x else "linear")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
-    return _drawn(figure)
+    return _drawn(figure, axes)
 
 
 def curves(log: Sequence[Mapping[str, Any]]) -> Image.Image:
@@ -233,30 +212,33 @@ def curves(log: Sequence[Mapping[str, Any]]) -> Image.Image:
     figure = Figure(figsize=(3 * len(stages), 2.6), dpi=100, layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
         lines = [line for line in log if line["stage"] == stage]
-        has_psnr = "psnr" in lines[-1]
-        training, held_out = ("psnr", "held_out_psnr") if has_psnr else ("loss", "held_out_bound")
-        points = [(line["step"], line[training]) for line in lines if training in line]
-        window = max(1, len(points) // 50)
-        smooth = [mean(value for _, value in points[max(0, i - window + 1) : i + 1]) for i in range(len(points))]
-        axes.plot([step for step, _ in points], smooth, lw=1, label="training")
-        points = [(line["step"], line[held_out]) for line in lines if held_out in line]
-        axes.plot([step for step, _ in points], [value for _, value in points], marker="o", ms=3, label="held out")
-        axes.set(title=stage.replace("_", " "), xlabel="step", ylabel="PSNR (dB)" if has_psnr else "nats per token")
+        is_tokenizer = "psnr" in lines[-1]
+        training, held_out = ("psnr", "held_out_psnr") if is_tokenizer else ("loss", "held_out_bound")
+        steps, values = _column(lines, training)
+        window = max(1, len(values) // 50)
+        smooth = [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+        axes.plot(steps, smooth, lw=1, label="training")
+        axes.plot(*_column(lines, held_out), marker="o", ms=3, label="held out")
+        axes.set(title=stage.replace("_", " "), xlabel="step", ylabel="PSNR (dB)" if is_tokenizer else "nats per token")
         axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
-    return _drawn(figure)
+    return _drawn(figure, axes)
 
 
-def _drawn(figure: Any) -> Image.Image:
-    """A matplotlib figure -> its picture."""
+def _column(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Lines of a log -> the steps that have this metric, and its values."""
+    found = [line for line in lines if name in line]
+    return [line["step"] for line in found], [line[name] for line in found]
+
+
+def _drawn(figure: Any, axes: Any) -> Image.Image:
+    """A matplotlib figure, with a grid and a legend on the given axes -> its picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
-
-
-# --- source code ------------------------------------------------------------------------------------------------------
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 class SourceCode(str):

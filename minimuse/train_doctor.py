@@ -262,7 +262,7 @@ def examine(folder: str | Path, stage: str | None = None, *, device: Any = None)
     if not (folder / train_state.RUN).is_file():
         raise FileNotFoundError(f"{folder} holds no {train_state.RUN}; give a folder that `minimuse train --out` made")
     run, lines = train_state.read_run(folder), read_log(folder / "log.jsonl")
-    config = checkpoint.configuration(run, folder / train_state.RUN)
+    config = checkpoint.read_configuration(folder / train_state.RUN)
     engine = Engine(seed=run["seed"], device=device)
     stages = STAGES[:1] if run.get("model") in ("ar", "dit") else STAGES  # these have no masked transformer
     started = [name for name in stages if train_state.states(folder / name)]

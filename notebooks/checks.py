@@ -501,7 +501,7 @@ def check_order(fn: Given) -> Iterator[str]:
 
 @_check
 def check_world(fn: Given) -> Iterator[str]:
-    """fn() -> a `lab_worlds.World` of 4 tokens of 2 codes: the first and the last agree in 9 of 10, others are coins."""
+    """fn() -> a `lab_worlds.World`: 4 tokens of 2 codes. The first and the last agree in 9 of 10, others are coins."""
     yield "all pictures together have probability 1"
     world, every = fn(), torch.cartesian_prod(*[torch.arange(2)] * 4)  # (16, 4)
     log_p = _shaped("log_evidence(e of 16 pictures)", world.log_prob(every), (16,)).double()

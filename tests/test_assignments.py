@@ -268,7 +268,10 @@ WRONG = {
     SCHEDULE: [
         ({"paired": ("student_t(len(d) - 1)", "1.96")}, ["test_paired"]),
         (
-            {"paired": "from minimuse.eval_metrics import paired_difference\n\n\ndef paired(a, b):\n    return paired_difference(a, b)"},
+            {
+                "paired": "from minimuse.eval_metrics import paired_difference\n\n\n"
+                "def paired(a, b):\n    return paired_difference(a, b)"
+            },
             ["test_paired"],
         ),
         (

@@ -211,7 +211,7 @@ def _drop_width(values):
 
 
 CHANGES = {
-    "no config": (lambda v: v.pop("config"), r"config\.json"),
+    "no config": (lambda v: v.pop("config"), "MuseConfig has unknown|MuseConfig lacks"),
     "config of another kind": (lambda v: v.update(config=[1, 2]), "MuseConfig is"),
     "missing field": (_drop_width, "TransformerConfig lacks fields: width. Was it written by another version"),
     "missing part": (lambda v: v["config"].pop("base"), "MuseConfig lacks fields: base"),

@@ -16,7 +16,7 @@ from scipy import stats
 import minimuse.muse
 from minimuse import checkpoint
 from minimuse.config import PRESETS, preset
-from minimuse.editing import edit_tokens, fill_with_nearest, infill, resample, token_mask, tokenize, windows
+from minimuse.editing import fill_with_nearest, infill, resample, token_mask, tokenize, windows
 from minimuse.muse import Muse
 
 V = 6
@@ -452,7 +452,7 @@ def test_outpaint_refuses_padding_that_makes_no_sense(tiny_muse, image, padding)
 
 
 def test_edit_defaults_are_the_papers():
-    defaults = {k: p.default for k, p in inspect.signature(edit_tokens).parameters.items()}
+    defaults = {k: p.default for k, p in inspect.signature(resample).parameters.items()}
     paper = {"iterations": 100, "fraction": 0.08, "top_k": 3}
     assert {k: defaults[k] for k in paper} == paper, f"Muse 3.3.2: {paper}; {defaults}"
     assert {name: preset(name).edit_guidance for name in PRESETS if name != "toy"} == dict.fromkeys(

@@ -297,7 +297,7 @@ def test_save_does_not_overwrite(tmp_path, monkeypatch):
     monkeypatch.setattr(WorldEvaluator, "__call__", lambda *a, **k: pytest.fail("work was done first"))
     with pytest.raises(FileExistsError, match="another report"):
         compare(MIXTURE, ["linear"], ["raster"], [2], samples=64, out=tmp_path / "out")
-    assert report.save(tmp_path / "out", overwrite=True) == tmp_path / "out"
+    assert report.save(tmp_path / "out") == tmp_path / "out"
 
 
 def test_an_evaluator_of_your_own():

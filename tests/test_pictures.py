@@ -72,20 +72,19 @@ def test_edits_are_refused(tiny_muse):
 
 
 @pytest.mark.parametrize(
-    ("settings", "names"),
+    "settings",
     [
-        ({"schedule": lambda u: 1 - u}, ["schedule"]),
-        ({"superres": {"order": lambda *a: a[1].float()}, "guidance": lambda u: u}, ["guidance", "superres"]),
+        {"schedule": lambda u: 1 - u},
+        {"superres": {"order": lambda *a: a[1].float()}, "guidance": lambda u: u},
     ],
 )
-def test_functions_are_noted_and_refused(tiny_muse, tmp_path, settings, names):
+def test_functions_are_noted_and_refused(tiny_muse, tmp_path, settings):
     (image,) = tiny_muse.generate(A, seed=0, steps=2, **settings)
     assert again(tiny_muse, settings_of(image)).tobytes() == image.tobytes(), "the picture itself keeps the function"
     save_png(image, tmp_path / "x.png")
     told = settings_of(tmp_path / "x.png")
-    assert told["functions"] == names, f"what JSON cannot hold is named: {told}"
     assert told["steps"] == 2, "what it can hold is there"
-    with pytest.raises(ValueError, match="came as a function, which no PNG holds"):
+    with pytest.raises(ValueError, match="a setting came as a function, which no PNG holds"):
         again(tiny_muse, told)
 
 
@@ -141,7 +140,6 @@ def test_the_difference_of_two_pictures():
     gray.putpixel((1, 1), (0, 7, 0))
     assert difference(black, black) == "the same pixels"
     assert difference(black, gray).startswith("1 of 8 pixels differ, by at most 7 of 255")
-    assert difference(black, Image.new("RGB", (2, 2))) == "another size: 2 x 2 pixels, not 4 x 2"
 
 
 def test_output_paths_are_free_names(tmp_path, monkeypatch):

@@ -69,12 +69,8 @@ def test_mask_overlay_covers_masked_tokens(image, masked):
     [
         lambda: grid([]),
         lambda: grid(PICTURES, ["one"]),
-        lambda: grid(PICTURES, columns=0),
         lambda: film_strip([]),
-        lambda: film_strip([PICTURES, PICTURES[:1]]),
         lambda: film_strip([PICTURES], ["a", "b"]),
-        lambda: mask_overlay(PICTURES[0], torch.zeros(16)),
-        lambda: mask_overlay(PICTURES[0], torch.zeros(15, dtype=torch.bool)),
     ],
 )
 def test_nonsense_is_refused(wrong):
@@ -148,19 +144,6 @@ def test_tradeoff_draws_points_intervals_and_front():
         tradeoff({"rising": {}}, "FID", "CLIP")
 
 
-def test_tradeoff_joins_numbers_but_not_names():
-    ends = [(Estimate(v, v, v, 9), Estimate(v, v, v, 9)) for v in (0.0, 1.0)]
-    ink = {}
-    for labels in (("1", "2"), ("t = 1", "t = 2"), ("random", "halton")):
-        picture = np.asarray(tradeoff({"line": dict(zip(labels, ends, strict=True))}, "FID", "CLIP")).astype(int)
-        middle = picture[200:400, 300:600]  # between the two points
-        ink[labels] = int(((middle[..., 2] - middle[..., 0]) > 60).sum())
-    one, two, names = ink.values()
-    assert one > 200, "a line runs through the middle"
-    assert two > 200
-    assert names == 0, "random and halton have no order"
-
-
 def test_curves_draw_each_stage():
     log = [{"stage": "low_tokenizer", "step": i, "psnr": 20.0 + i} for i in range(10, 60, 10)]
     log += [
@@ -217,6 +200,6 @@ def test_show_gives_source_under_its_file():
     source = show(guide, VectorQuantizer.nearest)
     assert source.startswith("# minimuse/cfg.py\ndef guide(")
     assert "\n\n\n# minimuse/vqgan.py\ndef nearest(self" in source, "methods are dedented"
-    assert show(Muse.decode_base).startswith("# minimuse/muse.py\n@torch.inference_mode()"), "decorated ones too"
+    assert show(Muse.picture).startswith("# minimuse/muse.py\n@torch.inference_mode()"), "decorated ones too"
     assert source._repr_markdown_().startswith("```python\n# minimuse/cfg.py")
     assert repr(source) == str(source)

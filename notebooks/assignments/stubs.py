@@ -1,6 +1,7 @@
 """While an assignment is graded, the packaged answers refuse to be called from a notebook.
 
-    MINIMUSE_STUBS=masking,eval_metrics.jackknife    place() turns all functions of masking, and one of eval_metrics, to stubs that raise
+    MINIMUSE_STUBS=masking,eval_metrics.jackknife
+    place()    all functions of masking, and one function of eval_metrics, now raise
 
 Calls from within the package pass, and whatever the zoo runs: worlds and mutants need the true functions. `checks`
 keeps its own, and may call no stub: what it calls is what a student handed in.

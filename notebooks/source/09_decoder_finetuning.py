@@ -66,7 +66,9 @@ their training: which token follows from which text, which tokens stand side by 
 """
 
 # %%
-held_out = to_float(SceneDataset(HELD_OUT, size, split="test", fractions=muse.config.fractions).images())
+held_out = to_float(
+    SceneDataset(HELD_OUT, size, split="test", fractions=muse.config.fractions).images()
+)
 with torch.inference_mode():
     tokens = shipped.encode(held_out)
     again = shipped.decode(tokens)
@@ -647,7 +649,11 @@ torch.manual_seed(1)
 sharp = small.grow_decoder(muse.config.finetuned_tokenizer)
 with_critic = replace(recipe, adversarial_weight=0.4, adversarial_start=0)
 log = [
-    (p.step, p.metrics["discriminator_loss"], quality(sharp).mean().item() if p.step % look == 0 else None)
+    (
+        p.step,
+        p.metrics["discriminator_loss"],
+        quality(sharp).mean().item() if p.step % look == 0 else None,
+    )
     for p in train_tokenizer(sharp, with_critic, images)
 ]
 

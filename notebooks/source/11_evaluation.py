@@ -528,8 +528,7 @@ drawn_features, real_features = own.features["", ""], own.features["real", ""]
 print(f"as drawn: {frechet_distance(real_features, drawn_features):.4f}")
 print(f"shuffled: {frechet_distance(real_features, drawn_features[shuffled]):.4f}")
 before, after = (
-    proportion_interval(is_right(own.images[at], prompts))
-    for at in (range(PICTURES), shuffled)
+    proportion_interval(is_right(own.images[at], prompts)) for at in (range(PICTURES), shuffled)
 )
 print(f"share right, before: {before}\nshare right, after:  {after}")
 
@@ -658,7 +657,9 @@ from minimuse.data_scenes import COLORS, SHAPES
 other = lambda names, name: names[(names.index(name) + 1) % len(names)]  # noqa: E731
 colors, truths, lies = list(COLORS), {}, {}
 pool, words = (
-    SceneDataset(PICTURES, muse.config.low_tokenizer.image_size, "test", seed=12, fractions=(0, 1, 0)),
+    SceneDataset(
+        PICTURES, muse.config.low_tokenizer.image_size, "test", seed=12, fractions=(0, 1, 0)
+    ),
     {},
 )
 for name in ("colour", "shape", "number", "left or right", "whose colour"):
@@ -734,7 +735,10 @@ FEW = ["0", "2", "8"] if FAST else list(SWEEP["guidance"])
 sweep = {"constant": {f"{t}": measured(ASKS, **SWEEP["guidance"][t]) for t in FEW}}
 if not FAST:
     sweep["rising"] = {t: measured(ASKS, **how) for t, how in SWEEP["rising guidance"].items()}
-points = {name: {t: summarize(b.values, b.features) for t, b in line.items()} for name, line in sweep.items()}
+points = {
+    name: {t: summarize(b.values, b.features) for t, b in line.items()}
+    for name, line in sweep.items()
+}
 series = {
     name: {t: (q["score"], q["frechet"]) for t, q in line.items()} for name, line in points.items()
 }
@@ -966,7 +970,12 @@ from minimuse.eval_run import evaluate
 
 with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # the bar
     evaluate(
-        model, folder, {"checkpoint": CHECKPOINT}, tasks=["seen", "counts"], n=10, evaluator=evaluator
+        model,
+        folder,
+        {"checkpoint": CHECKPOINT},
+        tasks=["seen", "counts"],
+        n=10,
+        evaluator=evaluator,
     )
     with open(os.path.join(folder, "eval.md"), encoding="utf-8") as file:
         report = file.read()

@@ -27,11 +27,11 @@ from minimuse.plots import show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer samples
 CHECKPOINT = "nano"  # a shipped name or a folder
-SAMPLES = 128 if FAST else 512  # of an exact world; intervals narrow by the root of it
+SAMPLES = 64 if FAST else 512  # of an exact world; intervals narrow by the root of it
 PICTURES = 64 if FAST else 256  # of the trained model
 STEPS = (4, 16) if FAST else (4, 8, 16, 32)  # in the worlds
 TRAINED = (2, 6) if FAST else (4, 8, 16)  # of the trained model
-CRITIC = 8 if FAST else 150  # training steps of a ranker
+CRITIC = 4 if FAST else 150  # training steps of a ranker
 style()
 
 # %% [markdown]

@@ -419,7 +419,9 @@ smooth = max(1, STEPS // 20)
 for ax, names in zip(axes, (("masked", "ar"), ("dit",)), strict=True):
     for name in names:
         ax.plot(
-            losses[name].unfold(0, smooth, 1).mean(-1), label=name, color=f"C{list(BASELINES).index(name)}"
+            losses[name].unfold(0, smooth, 1).mean(-1),
+            label=name,
+            color=f"C{list(BASELINES).index(name)}",
         )
     ax.set(xlabel="step", ylim=(0, None))
     ax.legend()
@@ -454,7 +456,9 @@ show(ddim, cached)
 
 # %%
 PROMPT = "a large red cube"
-strips = [film(models[name], list(models[name].steps(PROMPT, seed=0)), most=8) for name in BASELINES]
+strips = [
+    film(models[name], list(models[name].steps(PROMPT, seed=0)), most=8) for name in BASELINES
+]
 grid(strips, [f"{name}: {PROMPT}" for name in BASELINES], columns=1, scale=1)
 
 # %% [markdown]
