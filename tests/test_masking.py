@@ -15,7 +15,6 @@ from minimuse.masking import (
     SCHEDULES,
     get_schedule,
     likelihood_bound,
-    log_schedule,
     masked_cross_entropy,
     power_schedule,
     random_mask,
