@@ -329,11 +329,3 @@ def random_features(vectors: Tensor, width: int) -> Tensor:
     scale = 0.5 * distance[distance > 0].median() if distance.any() else 1.0
     waves = torch.randn(vectors.shape[1], width) / scale
     return 2**0.5 * (vectors @ waves + 2 * math.pi * torch.rand(width)).cos()
-
-
-def zero_init_residual(model: nn.Module) -> nn.Module:
-    """Before training: residual blocks start as the identity (DiT, arXiv 2212.09748). Returns the model."""
-    for name, weight in model.named_parameters():
-        if name.endswith(RESIDUAL_OUTPUTS):
-            nn.init.zeros_(weight)
-    return model
