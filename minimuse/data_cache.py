@@ -97,7 +97,7 @@ class Shards:
         problems, rows, captions = Problems(), [], []
         for block, (arrays, texts) in enumerate(make(part, problems)):
             if len(arrays[self.kind]) != len(texts) or not all(texts):
-                raise ValueError(f"part {part} needs captions for each of its {len(arrays[self.kind])} rows: {texts}")
+                raise ValueError(f"part {part} needs captions for each of its {len(arrays[self.kind])} rows")
             try:
                 for name, array in arrays.items():
                     np.save(self.folder / f"{part:05d}.{block:03d}.{name}.npy", array, allow_pickle=False)
