@@ -37,23 +37,19 @@ from minimuse.vqgan import VQGAN, codebook_usage
 MOST = 128  # examples that a check reads
 FEW = 16  # with fewer held-out examples, training examples are checked, and overfitting cannot be seen
 EARLY = 0.1  # fraction of a stage's steps before which a transformer may still be untrained
-
+Rows = Sequence[Any]  # columns of n examples: tokens, texts and, for super-resolution, low-resolution tokens
 
 HINTS = {  # what failure looks like, and what to do
-    "codebook": "A collapsed codebook has a perplexity of a few codes. Lower the learning rate, restart dead codes "
-    "sooner (patience of the VectorQuantizer), or use a smaller code_dim.",
-    "pictures": "An untrained tokenizer returns mean colors. No transformer can draw what the tokenizer loses. Look at "
-    "samples/. Train longer, or use a larger width or a smaller downsampling.",
+    "codebook": "Only a few codes are used. Lower the learning rate, restart dead codes sooner, or lower code_dim.",
+    "pictures": "No transformer can draw what the tokenizer loses. Train longer, or use a larger width or grid.",
     "overfitting": "The model memorizes its training examples. Use more data, more captions, more weight decay or "
     "dropout, a smaller model, or an earlier state.",
     "context": "Without context the loss is the unigram entropy at every mask rate. A healthy loss is lower, and falls "
     "as fewer tokens are masked. Check that tokens and positions reach the model, or lower the learning rate.",
     "leakage": "A model that sees its targets has a loss near 0, and draws noise. Its input must hold [MASK] at every "
     "target, and the loss must count masked tokens only.",
-    "text": "A model that ignores its text has the same loss with the text of another image. Check that captions "
-    "belong to their images and differ, and cond_drop_prob: 0.1 drops one text in ten.",
-    "low tokens": "A super-resolution model that ignores them has the same loss with those of another image. Check "
-    "that they belong to the same image, reach memory(), and have positions.",
+    "text": "The model ignores its text. Check that captions belong to their images and differ, and cond_drop_prob.",
+    "low tokens": "The model ignores them. Check that they belong to the same image, and reach memory().",
     "trend": "A NaN stays. Spikes and a rising loss may recover. Lower the learning rate, or use a longer warm-up.",
     "files": "Wait until the run has computed it, or continue the run: minimuse train --resume.",
 }
@@ -79,10 +75,10 @@ def _nothing_held_out() -> Finding:
     return Finding("overfitting", "look", math.nan, message)
 
 
-def examine_tokenizer(model: VQGAN, train: Any, held_out: Any, *, engine: Engine | None = None) -> Iterator[Finding]:
+def examine_tokenizer(model: VQGAN, train: Any, held_out: Any, *, engine: Engine) -> Iterator[Finding]:
     """A tokenizer, training and held-out images (n, 3, H, W) uint8 -> its findings."""
-    tokens, psnr, floor = _reconstruct(model, held_out, engine or Engine())
-    other_tokens, train_psnr, _ = _reconstruct(model, train, engine or Engine())
+    tokens, psnr, floor = _reconstruct(model, held_out, engine)
+    other_tokens, train_psnr, _ = _reconstruct(model, train, engine)
     size = model.codebook_size
     used, perplexity = codebook_usage(torch.cat([tokens, other_tokens]), size)
     message = f"{used:.0%} of {size} codes are used; perplexity {perplexity:.1f}."
@@ -108,20 +104,14 @@ def _reconstruct(model: VQGAN, images: Any, engine: Engine) -> tuple[Tensor, flo
 
 
 def examine_transformer(
-    loss: Callable[..., tuple[Tensor, Tensor]],
-    train: Sequence[Any],
-    held_out: Sequence[Any],
-    *,
-    codebook_size: int,
-    engine: Engine | None = None,
-    early: bool = False,
+    loss: Callable, train: Rows, held_out: Rows, *, codebook_size: int, engine: Engine, early: bool = False
 ) -> Iterator[Finding]:
-    """A `MaskedLoss`, training and held-out (tokens, texts) or (tokens, texts, low tokens) -> its findings.
+    """A `MaskedLoss`, training and held-out examples -> its findings.
 
     early: the model may still be untrained, so only leakage and overfitting are "wrong".
     """
     few, never = len(held_out[0]) < FEW, math.inf
-    rows, setting = train if few else held_out, (codebook_size, engine or Engine())
+    rows, setting = train if few else held_out, (codebook_size, engine)
     own = _metrics(loss, rows, *setting)
     floor = max(unigram_entropy(rows[0][torch.arange(min(4096, len(rows[0])))], codebook_size), 1e-9)  # 0 for one code
     by_rate = [own[f"loss@{rate}"].mean().item() for rate in RATES]
@@ -130,24 +120,22 @@ def examine_transformer(
     message = f"The loss by mask rate is {message}. -log p is at most {bound:.2f}; the unigram entropy is {floor:.2f}."
     x = bound / floor if by_rate[0] <= 0.97 * floor else 2.0  # 2: the loss is flat
     yield _finding("context", bound, message, x, 0.97, never if early else 1.05)
-    yield _leakage(loss, rows, *setting, suspicious=by_rate[-1] < 0.02 * floor)
+    yield _leakage(loss, rows, *setting)
     for column, (check, fraction) in enumerate([("text", 0.005), ("low tokens", 0.05)][: len(rows) - 1], 1):
         cost, error = _mean(_metrics(loss, rows, *setting, exchange=column)["loss"] - own["loss"])
         low, high = sorted([fraction * floor, max(2 * error, 1e-6)])
         message = f"With the {check} of another image the loss changes by {cost:+.3f} ± {error:.3f}; "
         message += f"less than {fraction * floor:.3f} would be little."
         yield _finding(check, cost, message, -cost, -high, never if early else -low)
-    if few:
-        yield _nothing_held_out()
-        return
     known, known_error = _mean(_metrics(loss, train, *setting)["loss"])
     fresh, fresh_error = _mean(own["loss"])
     gap, unsure = fresh - known, 2 * math.hypot(known_error, fresh_error)
     message = f"Held-out examples cost {gap:+.3f} more than training ones, {gap / floor:.1%} of the unigram entropy."
-    yield _finding("overfitting", gap, message, gap, max(0.05 * floor, unsure), max(0.2 * floor, unsure))
+    limits = max(0.05 * floor, unsure), max(0.2 * floor, unsure)
+    yield _nothing_held_out() if few else _finding("overfitting", gap, message, gap, *limits)
 
 
-def _leakage(loss: Callable, rows: Sequence[Any], size: int, engine: Engine, *, suspicious: bool) -> Finding:
+def _leakage(loss: Callable, rows: Rows, size: int, engine: Engine) -> Finding:
     """Sum p = exp(-loss) of one masked token over up to 256 of its values.
 
     Over all values the sum is 1, over some at most 1, unless the model sees the value.
@@ -164,10 +152,10 @@ def _leakage(loss: Callable, rows: Sequence[Any], size: int, engine: Engine, *, 
             total += math.exp(-float(loss(x.masked_fill(masked, value), masked, context, low, 1)[0]))
     message = f"The probabilities of {len(values)} of {size} values of one masked token add up to {total:.2f}."
     error = abs(total - 1) if len(values) == size else total - 1
-    return _finding("leakage", total, message, error, -math.inf if suspicious else 0.05, 0.05)
+    return _finding("leakage", total, message, error, 0.05, 0.05)
 
 
-def _metrics(loss: Callable, rows: Sequence[Any], size: int, engine: Engine, *, exchange: int = 0) -> dict[str, Tensor]:
+def _metrics(loss: Callable, rows: Rows, size: int, engine: Engine, *, exchange: int = 0) -> dict[str, Tensor]:
     """`validate` on up to 8 groups of examples -> its metrics, (groups,) each, and "loss", the mean over mask rates.
 
     Column `exchange` of the rows, unless it is 0, is that of another image.
@@ -206,7 +194,7 @@ def examine_log(lines: Sequence[dict[str, Any]]) -> Finding:
 def examine(folder: str | Path, stage: str | None = None, *, device: Any = None) -> list[Finding]:
     """The folder of a run -> the findings of one stage, or of all that have a state.
 
-    FileNotFoundError if there is no run; ValueError if the stage has no state yet.
+    FileNotFoundError if there is no run, ValueError if there is no state.
     """
     folder = Path(folder)
     if not (folder / train_state.RUN).is_file():
@@ -217,8 +205,7 @@ def examine(folder: str | Path, stage: str | None = None, *, device: Any = None)
     stages = STAGES[:1] if run.get("model") in ("ar", "dit") else STAGES  # these have no masked transformer
     started = [name for name in stages if train_state.states(folder / name)]
     if not started or stage not in (None, *started):
-        known = ", ".join(started) or "none"
-        raise ValueError(f"{folder} has no state of {stage or 'any stage'} yet; stages with a state: {known}")
+        raise ValueError(f"{folder} has no state of {stage or 'any stage'} yet; stages with a state: {started}")
     encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
     source = open_source(run["data"], config, seed=run["seed"])
     options = {"device": engine.device, "bf16": engine.bf16, "read_only": True}

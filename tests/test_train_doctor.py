@@ -1,4 +1,4 @@
-"""train_doctor.py: no false alarm on models that learnt what they should, a true one on each that is broken on purpose."""
+"""train_doctor.py: no false alarm on models that learnt their task, and a true one on each that is broken on purpose."""
 
 import copy
 import json
@@ -147,14 +147,6 @@ def test_pitfall_07_leakage(strength):
     p = math.exp(strength) / (math.exp(strength) + V - 1)
     assert leak.verdict == "wrong", f"{leak}"
     assert leak.number == pytest.approx(V * p, rel=1e-4), "each of V values has the same p"
-
-
-def test_a_loss_near_zero_is_suspicious():
-    tokens, texts = torch.zeros(64, 16).long(), Texts([WORDS[0]] * 64)
-    tokens[:, ::2] = 1  # a world without chance: the place tells all
-    loss = base(rows=(tokens, texts, None))
-    leak = findings(loss, train=(tokens, texts), held_out=(tokens, texts))["leakage"]
-    assert leak.verdict == "look", f"{leak}"
 
 
 def test_one_code_alone(healthy):
@@ -336,7 +328,7 @@ def test_a_run_under_way(a_copy):
     for stage in ("high_tokenizer", "superres", "decoder"):
         shutil.rmtree(a_copy / stage)
     assert {f.stage for f in examine(a_copy, device="cpu")} == {"low_tokenizer", "base"}, "the stages that have a state"
-    with pytest.raises(ValueError, match=r"no state of superres yet.* low_tokenizer, base"):
+    with pytest.raises(ValueError, match=r"no state of superres yet.*'low_tokenizer', 'base'"):
         examine(a_copy, "superres", device="cpu")
     with pytest.raises(FileNotFoundError, match=r"holds no run\.json"):
         examine(a_copy / "base", device="cpu")
