@@ -390,7 +390,9 @@ steps until it has had about as much arithmetic. A few hundred steps are few: wh
 """
 
 # %%
-show(train_dit)
+from minimuse.train import train_network
+
+show(train_dit, train_network)
 
 # %%
 models, losses = {}, {}
@@ -776,12 +778,12 @@ rows = [
     ("architecture", (DiT, "nn.ModuleList(Block"), (build, '"superres": SuperRes')),
     ("transformer", (Block, "self.attention(modulate"), (Layer, "self.attention(self.norm1")),
     ("it predicts", (DiT, "self.head = "), (Transformer, "self.head = ")),
-    ("a picture begins as", (Diffusion.draw, "gaussians("), (LowRes.draw, "torch.full")),
-    ("guidance", (Diffusion.draw, "guided("), (Muse.decode_base, "guided(self.base")),
+    ("a picture begins as", (Diffusion.decode_base, "gaussians("), (Muse, "torch.full(")),
+    ("guidance", (Diffusion.decode_base, "guided("), (Muse, "self.guided(")),
     (
         "nice ideas",
         (DiT.init_weights, "nn.init.zeros_(linear.weight)"),
-        (Muse.decode_superres, "guided(self.superres"),
+        (Muse.decode_superres, '_stage("superres"'),
     ),
     ("", None, (VQGAN.grow_decoder, "freeze_tokens()")),
     ("", None, (rising, "lambda u")),
