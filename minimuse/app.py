@@ -116,14 +116,8 @@ class Page:
         return self._to_edit(last[1]) if last else self.gr.skip()
 
     def look_back(self, last: Any, at: int) -> dict:
-        """The slider's position -> the page at that step. After the last step comes the picture itself."""
-        if not last:  # the page forgets a drawing after an hour
-            return self.gr.skip()
-        steps, picture = last
-        if at <= len(steps):
-            return self._show(steps[at - 1])
-        status = f"**Done**, seed {settings_of(picture)['seed']}"
-        return {self.picture: picture, self.tokens: token_map(steps[-1]), self.status: status}
+        """The slider's position -> the page at that step. The page forgets a drawing after an hour."""
+        return last[0][at - 1] if last else self.gr.skip()
 
     def _run(
         self, method: Callable, request: tuple, start: Any = True, edit: dict[str, Any] | None = None
@@ -136,26 +130,27 @@ class Page:
         settings = (edit or moved) | {"superres": moved | {"steps": high_steps}}
         settings |= {"seed": seed, "negative_prompt": negative or None}
         yield {self.status: "**Reading the prompt**"}
-        done = []
+        done, shown = [], []
         try:
             if start is None:
                 raise ValueError("There is no picture to edit yet: load one, or draw one and take it")
             for result in follow(partial(method, prompt, **settings)):
                 if isinstance(result, Step):
                     done.append(result)
-                    yield self._show(result)
+                    shown.append(self._show(result))
+                    yield shown[-1]
         except (ValueError, TypeError) as error:
             self.gr.Warning(str(error), duration=None)
             yield {self.status: f"**Nothing was drawn.** {error}"}
             return
-        info, end = settings_of(result), len(done) + 1
+        info = settings_of(result)
         picture = with_settings(result, info)
-        yield {
-            self.picture: picture,
-            self.status: f"**Done** in {len(done)} steps, seed {info['seed']}. {self.muse.unfamiliar(prompt)}",
+        status = f"**Done** in {len(done)} steps, seed {info['seed']}. {self.muse.unfamiliar(prompt)}"
+        shown.append(shown[-1] | {self.picture: picture, self.status: status})
+        yield shown[-1] | {
             self.strip: self.gr.Image(with_settings(film(self.muse, done), info), visible=True),
-            self.scrub: self.gr.Slider(maximum=end, value=end, visible=True),
-            self.last: (done, picture),
+            self.scrub: self.gr.Slider(maximum=len(shown), value=len(shown), visible=True),
+            self.last: (shown, picture),
         }
 
     def _show(self, step: Step) -> dict:

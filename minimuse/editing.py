@@ -29,6 +29,12 @@ Jobs = list[dict[str, Any]]  # one dict for each picture: prompt, negative promp
 Seed = int | Sequence[int] | None  # of the first picture, or one for each; None is random
 Muse = Any  # a `muse.Muse`; that file imports this one
 
+
+def seeded_generators(jobs: Jobs) -> list[torch.Generator]:
+    """A generator for each picture, with its seed."""
+    return [torch.Generator().manual_seed(job["seed"]) for job in jobs]
+
+
 # --- over tokens ------------------------------------------------------------------------------------------------------
 
 
@@ -116,8 +122,8 @@ def edit_tokens(
     text, null = muse.contexts(jobs)
     scale = get_guidance(muse.config.edit_guidance if guidance is None else guidance)
     logits_fn = guided(muse.base, muse.base.memory(text), muse.base.memory(null), scale)
-    generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
-    for step in resample(logits_fn, low, mask_id=muse.base.mask_id, generators=generators, **settings):
+    settings |= {"mask_id": muse.base.mask_id, "generators": seeded_generators(jobs)}
+    for step in resample(logits_fn, low, **settings):
         yield step._replace(stage="base", guidance=scale(step.u))
     yield from muse.decode_superres(jobs, step.tokens, **(superres or {}))
 

@@ -24,7 +24,7 @@ from minimuse import checkpoint, editing
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import MuseConfig
 from minimuse.data_images import to_pil
-from minimuse.editing import Callback, Jobs, Seed, Steps
+from minimuse.editing import Callback, Jobs, Seed, Steps, seeded_generators
 from minimuse.masking import uniforms
 from minimuse.sampler import SamplingConfig, Step, decode
 from minimuse.text import Context, TextEncoder
@@ -35,14 +35,13 @@ from minimuse.vqgan import VQGAN
 
 def build(config: MuseConfig) -> nn.ModuleDict:
     """The four networks with fresh weights. The high tokenizer has the size of its fine-tuned decoder."""
-    return nn.ModuleDict(
-        {
-            "low_tokenizer": VQGAN(config.low_tokenizer),
-            "base": Transformer(config.base),
-            "high_tokenizer": VQGAN(config.finetuned_tokenizer),
-            "superres": SuperRes(config.superres),
-        }
-    )
+    parts = {
+        "low_tokenizer": VQGAN(config.low_tokenizer),
+        "base": Transformer(config.base),
+        "high_tokenizer": VQGAN(config.finetuned_tokenizer),
+        "superres": SuperRes(config.superres),
+    }
+    return nn.ModuleDict(parts)
 
 
 def parameter_counts(config: MuseConfig) -> dict[str, int]:
@@ -88,7 +87,7 @@ class Muse:
 
         `tokens` is where to start; None is all [MASK]. `generators`, one for each job, are made from the seeds if None.
         """
-        return self._stage("base", jobs, (), tokens, generators or _generators(jobs), sampling)
+        return self._stage("base", jobs, (), tokens, generators or seeded_generators(jobs), sampling)
 
     def decode_superres(
         self, jobs: Jobs, low_tokens: Tensor, tokens: Tensor | None = None, *, generators: Any = None, **sampling
@@ -99,7 +98,7 @@ class Muse:
         tokens of `generate` become the same picture again.
         """
         if generators is None:
-            generators = _generators(jobs)
+            generators = seeded_generators(jobs)
             uniforms(len(jobs), self.config.base_sampling.steps, 2, self.base.config.tokens, generator=generators)
         return self._stage("superres", jobs, (low_tokens,), tokens, generators, sampling)
 
@@ -119,7 +118,7 @@ class Muse:
 
     def decode(self, jobs: Jobs, *, low: Any = None, high: Any = None, superres: Any = None, **sampling) -> Steps:
         """Both stages, one after the other. `low` and `high` are the tokens to start from; None is all [MASK]."""
-        generators = _generators(jobs)
+        generators = seeded_generators(jobs)
         for step in self.decode_base(jobs, low, generators=generators, **sampling):
             yield step
         sampling |= superres or {}
@@ -237,8 +236,8 @@ class Muse:
             if prompt not in self._hinted and (hint := self.unfamiliar(prompt)):
                 print(f"minimuse: {hint}", file=sys.stderr)
             self._hinted.add(prompt)
-        names = ("prompt", "negative_prompt", "seed")
-        return [dict(zip(names, (prompts[i // n], negatives[i // n], seeds[i]), strict=True)) for i in range(total)]
+        pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(n)]
+        return [{"prompt": p, "negative_prompt": q, "seed": s} for (p, q), s in zip(pairs, seeds, strict=True)]
 
     def unfamiliar(self, prompt: str) -> str:
         """A hint if most words of the prompt are in no training caption, else ""."""
@@ -271,10 +270,6 @@ class Muse:
         for image, job in zip(images, jobs, strict=True):
             image.info["minimuse"] = {"model": self.config.name, "fingerprint": self.fingerprint, **job, **settings}
         return images
-
-
-def _generators(jobs: Jobs) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(job["seed"]) for job in jobs]
 
 
 def sampling_settings(defaults: SamplingConfig, given: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:

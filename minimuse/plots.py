@@ -11,7 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +20,6 @@ from torch import Tensor
 
 from minimuse.data_images import to_pil
 from minimuse.sampler import Step
-
-if TYPE_CHECKING:
-    from minimuse.eval_metrics import Estimate
-    from minimuse.muse import Muse
 
 Images = Sequence[Image.Image] | Tensor  # PIL images, or a tensor (B, 3, H, W), uint8 or in [-1, 1]
 INK = (45, 45, 50)
@@ -99,7 +95,7 @@ def token_map(step: Step, row: int = 0, side: int = 384) -> Image.Image:
     return sheet
 
 
-def film(muse: "Muse", steps: Sequence[Step], row: int = 0, most: int = 12) -> Image.Image:
+def film(muse: Any, steps: Sequence[Step], row: int = 0, most: int = 12) -> Image.Image:
     """The Steps of a decode -> a film strip of at most `most` of them, evenly spread, with the first and the last.
 
     Both stages have the width of the finished picture, at least 128 pixels. `row` picks the picture of the batch.
@@ -161,10 +157,10 @@ def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool]
 
 
 def tradeoff(
-    series: Mapping[str, Mapping[str, tuple["Estimate", "Estimate"]]], x: str, y: str,
-    lower: tuple[bool, bool] = (True, False), *, log_x: bool = False,
+    series: Mapping[str, Mapping[str, tuple[Any, Any]]], x: str, y: str, lower: tuple[bool, bool] = (True, False), *,
+    log_x: bool = False,
 ) -> Image.Image:  # fmt: skip
-    """{series: {label: (x, y)}} with intervals -> a plot like Muse's figure 8, 900 x 600 pixels.
+    """{series: {label: (x, y)}} of `Estimate`s -> a plot with intervals like Muse's figure 8, 900 x 600 pixels.
 
     `x` and `y` name the axes, `lower` is as in `pareto_front`, which is drawn in gray.
     """
@@ -179,14 +175,13 @@ def tradeoff(
     turn = "steps-post" if lower[0] else "steps-pre"  # the points behind the staircase are beaten by one on it
     axes.plot(*zip(*front, strict=True), drawstyle=turn, color="0.6", lw=4, alpha=0.5, label="Pareto front")
     for i, (name, pairs) in enumerate(series.items()):
-        color = f"C{i % 10}"
+        marks = {"color": f"C{i % 10}", "marker": "osD^vPX*"[i % 8], "lw": 0.8, "ms": 5}
         columns = list(zip(*pairs.values(), strict=True)) or [(), ()]
         at = [[m.value for m in column] for column in columns]
         reach = [[[m.value - m.low for m in column], [m.high - m.value for m in column]] for column in columns]
-        marks = {"marker": "osD^vPX*"[i % 8], "color": color, "lw": 0.8, "ms": 5}
         axes.errorbar(*at, xerr=reach[0], yerr=reach[1], label=name, **marks)
-        for label, point in zip(pairs, zip(*at, strict=True), strict=True):
-            axes.annotate(label, point, (5, 4), textcoords="offset points", fontsize=8, color=color)
+        for label, *point in zip(pairs, *at, strict=True):
+            axes.annotate(label, point, (5, 4), textcoords="offset points", fontsize=8, color=marks["color"])
     labels = [f"{text} ({'lower' if less else 'higher'} is better)" for less, text in zip(lower, (x, y), strict=True)]
     axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log_x else "linear")
     return _drawn(figure, axes)

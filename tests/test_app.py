@@ -74,9 +74,9 @@ def test_draw_shows_each_step_then_the_picture(page, request_, tiny_muse):
     expected = tiny_muse.generate(A, seed=7, steps=2)[0]
     assert end["picture"].tobytes() == expected.tobytes(), "the page draws what the library draws"
     assert settings_of(end["picture"])["superres"]["steps"] == 2, "changed settings are noted"
-    steps, picture = end["last"]
-    assert len(steps) == 4
-    for at, text in ((1, "Base model, step 1"), (5, "Done**, seed 7")):
+    shown, picture = end["last"]
+    assert len(shown) == 5
+    for at, text in ((1, "Base model, step 1"), (5, "Done** in 4 steps, seed 7")):
         update = page.look_back(end["last"], at)
         assert text in update[page.status], "the slider goes back to a step, and to the picture"
     assert update[page.picture] is picture
