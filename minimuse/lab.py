@@ -135,14 +135,11 @@ class WorldEvaluator:
         plain = not get("remask") and get("top_k") is None and get("sampling_temperature", 1) == 1
         if not plain or not ignores_drawn(sampling["order"], world.n, world.v):
             return Outcome(nfe, groups)
-        log_q, when = self._paths(self.x, sampling, 2)
-        _, other_seed = self._paths(self.x[:64], sampling, 3)
+        generator = self._generator(2)
+        paths = [path_log_q(world, x, generator=generator, **sampling) for x in self.x.split(world.batch)]
+        log_q, when = (torch.cat(parts) for parts in zip(*paths, strict=True))
+        _, other_seed = path_log_q(world, self.x[:64], generator=self._generator(3), **sampling)
         return Outcome(nfe, {"kl": self._grouped(self.log_p - log_q), **groups}, not other_seed.equal(when[:64]))
-
-    def _paths(self, x: Tensor, sampling: dict[str, Any], stream: int) -> list[Tensor]:
-        sampling = {**sampling, "generator": self._generator(stream)}
-        paths = [path_log_q(self.world, part, **sampling) for part in x.split(self.world.batch)]
-        return [torch.cat(parts) for parts in zip(*paths, strict=True)]
 
     def _grouped(self, each: Tensor) -> list[float]:
         return (each / self.world.n).view(GROUPS, -1).mean(1).tolist()

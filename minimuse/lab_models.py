@@ -90,20 +90,20 @@ class MuseEvaluator(ModelEvaluator):
     def __init__(self, muse: Muse, samples: int = 512, seed: int = 0):
         check_samples(samples)
         config, detector = muse.config, Detector.from_pretrained().to(muse.device)
-        size = config.high_tokenizer.image_size
-        scenes = SceneDataset(samples, size, "test", seed, fractions=(1, 1, 0), k=1)
+        scenes = SceneDataset(samples, config.high_tokenizer.image_size, "test", seed, fractions=(1, 1, 0), k=1)
         prompts = [scenes.captions(i)[0] for i in range(samples)]
 
         def accuracy(images: Tensor, prompts: Sequence[str]) -> Tensor:
             found = zip(detector.detect(images), prompts, strict=True)
             return torch.tensor([float(matches(detections, parse_prompt(p)).right) for detections, p in found])
 
-        real = area_downsample(scenes.images(), size // config.low_tokenizer.image_size)
+        real = area_downsample(scenes.images(), config.high_tokenizer.image_size // config.low_tokenizer.image_size)
         super().__init__(f"{config.name}, base model", prompts, real, accuracy, detector.features, seed)
         self.muse, self.codebook_size = muse, config.base.codebook_size
         self.grid = (config.base.grid, config.base.grid)
 
     def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
+        """See `ModelEvaluator.draw`."""
         jobs = [{"prompt": p, "negative_prompt": None, "seed": s} for p, s in zip(prompts, seeds, strict=True)]
         tokens, nfe = run(self.muse.decode_base(jobs, **sampling), sampling.get("remask"))
         return self.muse.low_tokenizer.decode(tokens).float(), nfe
@@ -133,6 +133,7 @@ class AmusedEvaluator(ModelEvaluator):
         self.amused, self.grid, self.codebook_size = amused, (grid, grid), amused.tokenizer.codebook_size
 
     def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
+        """See `ModelEvaluator.draw`."""
         from minimuse.amused import settings
 
         amused = self.amused

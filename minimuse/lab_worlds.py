@@ -69,12 +69,10 @@ class World:
 
     def _evidence(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) -> (B, N, V): 1 where the token may be v."""
-        shaped = tokens.ndim == 2 and tokens.shape[1] == self.n and tokens.dtype == torch.long
+        known = tokens.dtype == torch.long and bool(((tokens >= 0) & (tokens <= self.mask_id)).all())
         wanted = f"(B, {self.n}) long of codes 0..{self.v - 1}, or {self.mask_id} for [MASK]"
-        require(shaped, f"got tokens {tuple(tokens.shape)} of {tokens.dtype}; give {wanted}")
-        require(((tokens >= 0) & (tokens <= self.mask_id)).all(), f"got tokens of other codes; give {wanted}")
-        table = torch.cat([torch.eye(self.v, dtype=torch.double), torch.ones(1, self.v, dtype=torch.double)])
-        return table[tokens]
+        require(known and tokens.shape[1:] == (self.n,), f"got {tokens.dtype} {tuple(tokens.shape)}; give {wanted}")
+        return torch.eye(self.v + 1, self.v, dtype=torch.double).index_fill(0, torch.tensor(self.v), 1.0)[tokens]
 
 
 class MixtureWorld(World):

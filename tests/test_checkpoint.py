@@ -210,16 +210,16 @@ def _drop_width(values):
 
 
 CHANGES = {
-    "no config": (lambda v: v.pop("config"), "MuseConfig has unknown|MuseConfig lacks"),
+    "no config": (lambda v: v.pop("config"), "MuseConfig.* unexpected"),
     "config of another kind": (lambda v: v.update(config=[1, 2]), "MuseConfig is"),
-    "missing field": (_drop_width, "TransformerConfig lacks fields: width. Was it written by another version"),
-    "missing part": (lambda v: v["config"].pop("base"), "MuseConfig lacks fields: base"),
-    "unknown field": (lambda v: v["config"].update(ema=0.7), "MuseConfig has unknown fields: ema"),
-    "unknown inner field": (lambda v: v["config"]["superres"].update(heads2=1), "has unknown fields: heads2"),
+    "missing field": (_drop_width, "TransformerConfig.* missing .*'width'. Was it written by another version"),
+    "missing part": (lambda v: v["config"].pop("base"), "MuseConfig.* missing .*'base'"),
+    "unknown field": (lambda v: v["config"].update(ema=0.7), "MuseConfig.* unexpected .*'ema'"),
+    "unknown inner field": (lambda v: v["config"]["superres"].update(heads2=1), "unexpected .*'heads2'"),
     "stages of another kind": (lambda v: v["config"].update(stages=[]), r"config\.json"),
     "nonsense": (lambda v: v["config"]["base"].update(heads=5), "width is .*; give a multiple of 5"),
     "a text for a number": (lambda v: v["config"]["base"].update(width="wide"), "width is 'wide'"),
-    "null for a list": (lambda v: v["config"]["low_tokenizer"].update(multipliers=None), r"config\.json"),
+    "null for a list": (lambda v: v["config"]["low_tokenizer"].update(multipliers=None), "VQGANConfig: .*NoneType"),
 }
 
 
