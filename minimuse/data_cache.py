@@ -28,10 +28,10 @@ from torch import Tensor
 
 from minimuse.config import MuseConfig
 from minimuse.data_captions import EXAMPLE_PROMPTS, Problems, SceneDataset, common_words, vocabulary
-from minimuse.data_images import area_downsample, tokenize_images
+from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import Source
 from minimuse.text import TextEncoder
-from minimuse.utils import atomic_write, content_hash
+from minimuse.utils import atomic_write, content_hash, precision
 
 BLOCK = 500  # rows of one file
 HELD_OUT = 50  # every 50th example is held out for validation
@@ -79,16 +79,15 @@ class Shards:
         With a limit, a process may make a part or two too many, because it does not wait for the others.
         """
         mine = range(rank, self.parts, processes)
-        rows: dict[int, int] = {}
+        rows: dict[int, int] = {}  # of the parts that are there
         self.folder.mkdir(parents=True, exist_ok=True)
         for done, part in enumerate(mine):
             yield done, len(mine)
-            if self.limit is not None:
-                for before in set(range(part)) - set(rows):
-                    if record := self.record(before):
-                        rows[before] = sum(record["rows"])
-                if sum(rows.values()) >= self.limit:
-                    break
+            for before in set(range(part)) - set(rows):
+                if self.limit and (record := self.record(before)):
+                    rows[before] = sum(record["rows"])
+            if self.limit and sum(rows.values()) >= self.limit:
+                break
             if self.record(part) is None:
                 self._write(part, make)
         yield len(mine), len(mine)
@@ -97,7 +96,7 @@ class Shards:
         problems, rows, captions = Problems(), [], []
         for block, (arrays, texts) in enumerate(make(part, problems)):
             if len(arrays[self.kind]) != len(texts) or not all(texts):
-                raise ValueError(f"part {part} needs captions for each of its {len(arrays[self.kind])} rows: {texts}")
+                raise ValueError(f"part {part} needs captions for each of its {len(arrays[self.kind])} rows")
             try:
                 for name, array in arrays.items():
                     np.save(self.folder / f"{part:05d}.{block:03d}.{name}.npy", array, allow_pickle=False)
@@ -211,6 +210,15 @@ def text_block(captions: Captions, encode: Callable[[list[str]], list[Tensor]]) 
     return {"text": np.stack([firsts[:-1], firsts[1:]], 1), "spans": spans, "values": values.numpy()}
 
 
+@torch.inference_mode()
+def tokenize_images(tokenizer: Any, images: Tensor, batch: int = 256, bf16: bool | None = None) -> Tensor:
+    """A frozen tokenizer and images (n, 3, H, W) uint8 -> tokens (n, N) on the CPU."""
+    device = next(tokenizer.parameters()).device
+    tokenizer.eval()
+    with precision(device, bf16):
+        return torch.cat([tokenizer.encode(to_float(x).to(device)).cpu() for x in images.split(batch)])
+
+
 @dataclass
 class TrainingData:
     """A source, its caches under `folder`, and the split into training and held-out examples."""
@@ -265,8 +273,9 @@ class TrainingData:
 
     def tokenize(self, name: str, tokenizer: Any) -> Iterator[tuple[int, int]]:
         """name "low" or "high": the tokens of all images by a frozen tokenizer; "low" reads decimated images."""
-        size, v = getattr(self.config, f"{name}_tokenizer").image_size, tokenizer.codebook_size
         kind = f"{name}_tokens"
+        size = getattr(self.config, f"{name}_tokenizer").image_size
+        v = tokenizer.codebook_size
         shards = self._shards(kind, size, tokenizer.to(self.device).state_dict())
 
         def make(part: int, problems: Problems) -> Blocks:
@@ -337,5 +346,5 @@ class TrainingData:
             self.wait()
         for part, (old, new) in enumerate(zip(self._paired.records(), shards.records(), strict=False)):
             if old["captions"] != new["captions"]:
-                change = f"part {part} of the data gave other examples when it was read again"
-                raise ValueError(f"{change}. Delete {self.folder} and start again")
+                hint = f"Delete {self.folder} and start again"
+                raise ValueError(f"part {part} of the data gave other examples when it was read again. {hint}")

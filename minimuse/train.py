@@ -171,8 +171,8 @@ def train_transformer(
 
     def losses(job: Stage, step: int, at: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
         rates = sample_mask_rate(config.batch, schedule=config.mask_schedule, generator=job.generators(step))
-        count = int(masked_counts(rates, tokens.shape[1]).sum())  # masked tokens of the whole batch
         x = tokens[at]
+        count = int(masked_counts(rates, x.shape[1]).sum())  # masked tokens of the whole batch
         rates = sample_mask_rate(len(x), schedule=config.mask_schedule, generator=generators)  # Muse 2.6
         masked = random_mask(x, rates, generators)
         context = pick_captions(texts, at, generators, config.cond_drop_prob)

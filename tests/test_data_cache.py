@@ -26,9 +26,10 @@ from minimuse.data_cache import (
     Texts,
     TrainingData,
     text_block,
+    tokenize_images,
 )
 from minimuse.data_captions import EXAMPLE_PROMPTS, Example, vocabulary
-from minimuse.data_images import area_downsample, to_pil, tokenize_images
+from minimuse.data_images import area_downsample, to_pil
 from minimuse.data_sources import FolderDataset, SceneDataset
 from minimuse.text import TextEncoder
 from minimuse.train import Decimated
