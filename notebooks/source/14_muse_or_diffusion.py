@@ -380,8 +380,7 @@ for zero_init in (True, False):
 
 # %% [markdown]
 r"""
-`transformer.zero_init_residual` does the same to Muse's transformer; `benchmarks/race.py` trains both with and
-without it.
+`benchmarks/race.py` does the same to Muse's transformer, and trains both with and without it.
 
 ## 5. Training the three
 
