@@ -238,8 +238,8 @@ class TrainingData:
 
     def __post_init__(self):
         self.side = self.config.high_tokenizer.image_size
-        limit = max(1, int(self.config.pixels_gib * 2**30 / (3 * self.side**2)))
-        self._pixels = self._shards("pixels", limit=limit)
+        self.pixels_limit = max(1, int(self.config.pixels_gib * 2**30 / (3 * self.side**2)))
+        self._pixels = self._shards("pixels", limit=self.pixels_limit)
         self._paired = self._pixels  # the cache whose rows all later ones must match
         self.tokens: dict[str, Rows] = {}
 
