@@ -1,11 +1,6 @@
-"""The configuration of a whole Muse, how each stage trains, and the presets.
+"""The configuration of a whole Muse, how each stage trains, and the presets, which differ only in numbers.
 
-    preset("nano")        32 px f=4 (8x8 tokens)    -> 64 px f=4 (16x16 tokens); trains on 2 CPU cores in minutes
-    preset("toy")         64 px f=8 (8x8 tokens)    -> 128 px f=4 (32x32 tokens): the paper's 16-fold token ratio
-    preset("paper_632m")  256 px f=16 (16x16 tokens) -> 512 px f=8 (64x64 tokens); 632M base, 268M super-resolution
-    preset("paper_3b")    the same grids; Muse A.1 to A.3: 3B base
-
-Each component has its own dataclass in its own file.
+Not here: the configuration of one component, which stands in its file, above the class that reads it.
 """
 
 import dataclasses
@@ -109,7 +104,7 @@ class MuseConfig:
 
 
 def nano() -> MuseConfig:
-    """32 px -> 64 px, about 3.4M parameters: trains from scratch on 2 CPU cores in minutes."""
+    """32 px (8x8 tokens) -> 64 px (16x16 tokens), 3.4M parameters: trains on 2 CPU cores in minutes."""
     low = VQGANConfig(
         image_size=32, codebook_size=256, code_dim=4, width=16, multipliers=(1, 2, 4), blocks=(1, 1, 2),
         decoder_width=16, decoder_blocks=(1, 1, 2),
@@ -145,7 +140,7 @@ def nano() -> MuseConfig:
 
 
 def toy() -> MuseConfig:
-    """64 px f=8 -> 128 px f=4: the paper's 16-fold token ratio; about 90 minutes of training on 2 CPU cores."""
+    """64 px (8x8 tokens) -> 128 px (32x32 tokens), the paper's 16-fold ratio: 90 minutes of training on 2 CPU cores."""
     small = nano()
     low = replace(
         small.low_tokenizer, image_size=64, codebook_size=512, code_dim=16,
@@ -179,7 +174,7 @@ def toy() -> MuseConfig:
 
 
 def paper_3b() -> MuseConfig:
-    """The paper's large pair (2.2, A.1 to A.3): 3B base (48 layers) and super-resolution (32 + 16 layers).
+    """256 px (16x16 tokens) -> 512 px (64x64 tokens): the paper's large pair, base 3B (2.2, A.1 to A.3).
 
     Choice: the paper is silent on code_dim, text_tokens, crop, adversarial_start, heads, block and the guidance scales.
     """

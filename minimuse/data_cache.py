@@ -28,10 +28,10 @@ from torch import Tensor
 
 from minimuse.config import MuseConfig
 from minimuse.data_captions import EXAMPLE_PROMPTS, Problems, SceneDataset, common_words, vocabulary
-from minimuse.data_images import area_downsample, tokenize_images
+from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import Source
 from minimuse.text import TextEncoder
-from minimuse.utils import atomic_write, content_hash
+from minimuse.utils import atomic_write, content_hash, precision
 
 BLOCK = 500  # rows of one file
 HELD_OUT = 50  # every 50th example is held out for validation
@@ -79,16 +79,15 @@ class Shards:
         With a limit, a process may make a part or two too many, because it does not wait for the others.
         """
         mine = range(rank, self.parts, processes)
-        rows: dict[int, int] = {}
+        rows: dict[int, int] = {}  # of the parts that are there
         self.folder.mkdir(parents=True, exist_ok=True)
         for done, part in enumerate(mine):
             yield done, len(mine)
-            if self.limit is not None:
-                for before in set(range(part)) - set(rows):
-                    if record := self.record(before):
-                        rows[before] = sum(record["rows"])
-                if sum(rows.values()) >= self.limit:
-                    break
+            for before in set(range(part)) - set(rows):
+                if self.limit and (record := self.record(before)):
+                    rows[before] = sum(record["rows"])
+            if self.limit and sum(rows.values()) >= self.limit:
+                break
             if self.record(part) is None:
                 self._write(part, make)
         yield len(mine), len(mine)
@@ -97,7 +96,7 @@ class Shards:
         problems, rows, captions = Problems(), [], []
         for block, (arrays, texts) in enumerate(make(part, problems)):
             if len(arrays[self.kind]) != len(texts) or not all(texts):
-                raise ValueError(f"part {part} needs captions for each of its {len(arrays[self.kind])} rows: {texts}")
+                raise ValueError(f"part {part} needs captions for each of its {len(arrays[self.kind])} rows")
             try:
                 for name, array in arrays.items():
                     np.save(self.folder / f"{part:05d}.{block:03d}.{name}.npy", array, allow_pickle=False)
@@ -199,16 +198,26 @@ class Subset:
 
 def text_block(captions: Captions, encode: Callable[[list[str]], list[Tensor]]) -> dict[str, np.ndarray]:
     """Captions of n examples -> the arrays that `Texts` reads."""
-    unique = list(dict.fromkeys(text for texts in captions for text in texts))
+    every = [text for texts in captions for text in texts]
+    unique = list(dict.fromkeys(every))
     rows = [row.cpu().half() for row in encode(unique)]
     values = torch.cat(rows)
     if not values.isfinite().all():
         raise ValueError("embeddings beyond float16's 65,504, or NaN: this language model's text cannot be stored")
     ends = np.cumsum([0] + [len(row) for row in rows])
     span = {text: ends[i : i + 2] for i, text in enumerate(unique)}
+    spans = np.array([span[text] for text in every])
     firsts = np.cumsum([0] + [len(texts) for texts in captions])
-    spans = np.array([span[text] for texts in captions for text in texts])
     return {"text": np.stack([firsts[:-1], firsts[1:]], 1), "spans": spans, "values": values.numpy()}
+
+
+@torch.inference_mode()
+def tokenize_images(tokenizer: Any, images: Tensor, batch: int = 256, bf16: bool | None = None) -> Tensor:
+    """A frozen tokenizer and images (n, 3, H, W) uint8 -> tokens (n, N) on the CPU."""
+    device = next(tokenizer.parameters()).device
+    tokenizer.eval()
+    with precision(device, bf16):
+        return torch.cat([tokenizer.encode(to_float(x).to(device)).cpu() for x in images.split(batch)])
 
 
 @dataclass
@@ -242,22 +251,23 @@ class TrainingData:
 
         yield from self._fill(self._pixels, make)
         problems = Problems()
-        for record in self._pixels.records():
-            problems.seen += record["problems"]["seen"]
-            for kind, names in record["problems"]["names"].items():
+        for found in (record["problems"] for record in self._pixels.records()):
+            problems.seen += found["seen"]
+            for kind, names in found["names"].items():
                 problems.add(kind, *names)
-        problems.check("the data")
+        self.images = Rows(self._pixels)
+        if not len(self.images):
+            raise ValueError(f"no usable captioned image; {problems.summary() or 'nothing was found'}")
         if problems.names and self.rank == 0:
             logging.getLogger("minimuse").warning(problems.summary())
-        self.images = Rows(self._pixels)
 
     def _read(self, part: int, problems: Problems) -> Iterator[tuple[Tensor, Captions]]:
         """Part -> blocks of images and captions, from the cache of pixels if it holds the part."""
         if record := self._pixels.record(part):
             captions = iter(record["captions"])
-            for block, n in enumerate(record["rows"]):
-                pixels = self._pixels.load(part, block, "pixels")
-                yield torch.from_numpy(np.array(pixels)), list(islice(captions, n))
+            for block in range(len(record["rows"])):
+                pixels = np.array(self._pixels.load(part, block, "pixels"))
+                yield torch.from_numpy(pixels), list(islice(captions, len(pixels)))
             return
         examples = self.source.read(part, self.side, problems)
         while few := list(islice(examples, BLOCK)):
@@ -265,8 +275,9 @@ class TrainingData:
 
     def tokenize(self, name: str, tokenizer: Any) -> Iterator[tuple[int, int]]:
         """name "low" or "high": the tokens of all images by a frozen tokenizer; "low" reads decimated images."""
-        size, v = getattr(self.config, f"{name}_tokenizer").image_size, tokenizer.codebook_size
         kind = f"{name}_tokens"
+        size = getattr(self.config, f"{name}_tokenizer").image_size
+        v = tokenizer.codebook_size
         shards = self._shards(kind, size, tokenizer.to(self.device).state_dict())
 
         def make(part: int, problems: Problems) -> Blocks:
@@ -300,11 +311,8 @@ class TrainingData:
 
     def encode(self, texts: Sequence[str], batch: int = 512) -> list[Tensor]:
         """B texts -> B embeddings (L, D), unpadded, in half precision."""
-        rows: list[Tensor] = []
-        for start in range(0, len(texts), batch):
-            context = self.encoder.encode(list(texts[start : start + batch]))
-            rows += [e[m].half().cpu() for e, m in zip(context.embeds, context.mask, strict=True)]
-        return rows
+        parts = (self.encoder.encode(list(texts[i : i + batch])) for i in range(0, len(texts), batch))
+        return [e[m].half().cpu() for part in parts for e, m in zip(part.embeds, part.mask, strict=True)]
 
     def captions(self) -> Captions:
         """The captions of all examples read so far, in order."""
@@ -321,7 +329,7 @@ class TrainingData:
     def words(self, most: int = 20_000) -> dict[str, list[str]]:
         """What a checkpoint says about its data: the most common words of the captions, and prompts to try."""
         if isinstance(self.source, SceneDataset):
-            return {"words": vocabulary(bool(self.source.synonyms)), "examples": list(EXAMPLE_PROMPTS)}
+            return {"words": vocabulary(bool(self.source.synonyms)), "examples": EXAMPLE_PROMPTS}
         captions = [text for texts in self.captions() for text in texts]
         examples = [captions[i * (len(captions) - 1) // 3] for i in range(min(3, len(captions)))]
         return {"words": common_words(captions, most), "examples": examples}
@@ -337,5 +345,5 @@ class TrainingData:
             self.wait()
         for part, (old, new) in enumerate(zip(self._paired.records(), shards.records(), strict=False)):
             if old["captions"] != new["captions"]:
-                change = f"part {part} of the data gave other examples when it was read again"
-                raise ValueError(f"{change}. Delete {self.folder} and start again")
+                hint = f"Delete {self.folder} and start again"
+                raise ValueError(f"part {part} of the data gave other examples when it was read again. {hint}")

@@ -13,8 +13,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from minimuse.utils import precision
-
 
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] -> uint8 of the same shape. Values outside are clipped."""
@@ -77,12 +75,3 @@ def area_downsample(images: Tensor, factor: int = 2) -> Tensor:
         raise ValueError(f"factor={factor} must divide the image's {height} x {width} pixels")
     small = F.avg_pool2d(images.float(), factor)  # equals interpolate(mode="area")
     return small.round().to(torch.uint8) if images.dtype == torch.uint8 else small
-
-
-@torch.inference_mode()
-def tokenize_images(tokenizer: Any, images: Tensor, batch: int = 256, bf16: bool | None = None) -> Tensor:
-    """A frozen tokenizer and images (n, 3, H, W) uint8 -> tokens (n, N) on the CPU."""
-    device = next(tokenizer.parameters()).device
-    tokenizer.eval()
-    with precision(device, bf16):
-        return torch.cat([tokenizer.encode(to_float(x).to(device)).cpu() for x in images.split(batch)])

@@ -27,7 +27,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -46,7 +45,6 @@ LARGEST = 2**28  # bytes of one file in a tar: a compressed tar may promise tera
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")  # names of columns
 TEXTS = ("text", "caption", "captions", "txt", "json")
 MISSING, TWICE, DAMAGED = "listed without a file", "listed twice", "lost in a damaged file"
-UNPARSED = "with metadata that do not parse"
 
 
 class Source(Protocol):
@@ -65,7 +63,7 @@ class Item(NamedTuple):
 
     name: str
     image: bytes | Path | None = None
-    captions: tuple[str, ...] = ()
+    text: Any = None  # what `captions_of` takes
     problem: str = ""  # its kind, if the image cannot be used
 
 
@@ -88,15 +86,16 @@ class FileSource:
         for item in self.items(part):
             problems.seen += 1
             try:
-                if item.problem:
-                    raise Refused(item.problem)
+                captions = captions_of(item.text)
+                if item.problem or not captions:
+                    raise Refused(item.problem or "without a caption")
                 file = io.BytesIO(item.image) if isinstance(item.image, bytes) else item.image
                 square = decode_image(file, size, size // 2 if self.min_side is None else self.min_side)
             except (Refused, FileNotFoundError) as error:
                 problems.add(str(error) if isinstance(error, Refused) else MISSING, item.name)
             else:
                 image = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
-                yield Example(image, item.captions)
+                yield Example(image, captions)
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
@@ -113,18 +112,11 @@ def captions_of(value: Any) -> tuple[str, ...]:
 
 
 def _parse(content: bytes) -> Any:
+    """JSON -> its value, or None if it is not JSON."""
     try:
         return json.loads(content)
-    except (ValueError, RecursionError) as error:  # a wrong encoding is a ValueError too
-        raise Refused(UNPARSED) from error
-
-
-def _item(name: str, read_captions: Callable[[], tuple[str, ...]]) -> Item:
-    try:
-        texts = read_captions()
-    except Refused as problem:
-        return Item(name, problem=str(problem))
-    return Item(name, captions=texts, problem="" if texts else "without a caption")
+    except (ValueError, RecursionError):  # a wrong encoding is a ValueError too
+        return None
 
 
 def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
@@ -133,10 +125,10 @@ def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
     rows: dict[str, Item] = {}
     stray = []
 
-    def beside(stem: str) -> tuple[str, ...]:
+    def text_beside(stem: str) -> Any:
         text, values = (read(name) if name in place else b"" for name in (f"{stem}.txt", f"{stem}.json"))
-        lines = captions_of(text.decode("utf-8-sig", "surrogateescape").splitlines())
-        return lines or captions_of(_parse(values or b"{}"))
+        lines = text.decode("utf-8-sig", "surrogateescape").splitlines()
+        return [line for line in lines if line.strip()] or _parse(values)
 
     for name in names:
         listed = _metadata(name, read(name)) if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv") else ()
@@ -150,7 +142,7 @@ def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
     for name in names:
         stem, _, suffix = name.rpartition(".")
         if suffix.lower() in SUFFIXES and name not in rows:
-            rows[name] = _item(name, partial(beside, stem))
+            rows[name] = Item(name, text=text_beside(stem))
     stems = {name.rpartition(".")[0] for name in rows}
     texts = [name for name in names if name.endswith((".txt", ".json")) and name.rpartition(".")[0] not in stems]
     stray += [Item(name, problem="a caption without an image") for name in texts if name not in rows]
@@ -160,19 +152,17 @@ def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
 def _metadata(name: str, content: bytes) -> Iterator[Item]:
     """metadata.jsonl or metadata.csv -> an item per line, with the name of the image, or else of the line."""
     if name.endswith(".csv"):
-        lines = enumerate(csv.DictReader(io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline="")), 2)
+        table = io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline="")
+        lines = enumerate(csv.DictReader(table, restkey=""), 2)
     else:
         lines = ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
     for number, line in lines:
-        try:
-            values = line if isinstance(line, dict) else _parse(line)
-            if not isinstance(values, dict) or not isinstance(values.get("file_name"), str):
-                raise Refused(UNPARSED)
-        except Refused as problem:
-            yield Item(f"{name}:{number}", problem=str(problem))
-            continue
-        listed = posixpath.join(posixpath.dirname(name), values["file_name"].replace("\\", "/"))
-        yield _item(posixpath.normpath(listed), partial(captions_of, values))
+        values = line if isinstance(line, dict) else _parse(line)
+        if isinstance(values, dict) and isinstance(values.get("file_name"), str):
+            listed = posixpath.join(posixpath.dirname(name), values["file_name"].replace("\\", "/"))
+            yield Item(posixpath.normpath(listed), text=values)
+        else:
+            yield Item(f"{name}:{number}", problem="with metadata that do not parse")
 
 
 class FolderDataset(FileSource):
@@ -189,9 +179,8 @@ class FolderDataset(FileSource):
         files = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*") if path.is_file()}
         names = sorted(name for name in files if not HIDDEN.search(name))
         self.rows = _scan(names, lambda name: files[name].read_bytes())
-        if all(row.problem for row in self.rows):
+        if not any(row.text for row in self.rows if row.name in files):
             kinds = Counter(posixpath.splitext(name)[1] or "without a suffix" for name in names)
-            kinds += Counter(row.problem for row in self.rows)
             found = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "no file at all"
             example = 'metadata.jsonl with lines {"file_name": "a.png", "text": "a red cube"}, or a.txt next to a.png'
             expected = f"expected images ({', '.join(FORMATS)}) and {example}; shards need a pattern: {folder}/*.tar"
@@ -292,8 +281,7 @@ class TableDataset(FileSource):
         try:
             for i, row in enumerate(self._open(part).cast_column(self.image, Image(decode=False))):
                 content = (row[self.image] or {}).get("bytes")
-                item = _item(f"{name}:{i}", partial(captions_of, row[self.text]))
-                yield item._replace(image=content, problem=item.problem or ("" if content else MISSING))
+                yield Item(f"{name}:{i}", content, row[self.text], problem="" if content else MISSING)
         except Exception:  # pyarrow raises many kinds
             if self.hub:  # the network failed, not one file
                 raise

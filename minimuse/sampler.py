@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from minimuse.masking import Generators, Schedule, reveal_counts, uniforms
-from minimuse.utils import require, require_at_least, require_positive
+from minimuse.utils import require
 
 LogitsFn = Callable[[Tensor, float], Tensor]
 Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N) holds the known tokens too
@@ -44,10 +44,6 @@ class SamplingConfig:
     order: str = "confidence"
     sampling_temperature: float = 1.0
     choice_temperature: float = 4.5  # Choice: noise of the ranking, annealed to 0, as in MaskGIT's released code
-
-    def __post_init__(self):
-        require_positive(self, "steps")
-        require_at_least(self, 0, "sampling_temperature", "choice_temperature")
 
 
 class Step(NamedTuple):

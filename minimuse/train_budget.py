@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import STAGES, MuseConfig, StageConfig
-from minimuse.data_cache import TrainingData
-from minimuse.data_images import area_downsample, tokenize_images
+from minimuse.data_cache import TrainingData, tokenize_images
+from minimuse.data_images import area_downsample
 from minimuse.data_sources import Example, Problems
 from minimuse.masking import masked_cross_entropy
 from minimuse.sampler import SamplingConfig

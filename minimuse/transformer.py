@@ -116,7 +116,7 @@ def multi_axis_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """x (B, N, D) -> (B, N, D): multi-axis attention in blocks of side `block`, or full attention with block 0."""
+    """x (B, N, D) -> (B, N, D): multi-axis attention in blocks of side `block`; block 0 is full attention."""
 
     def __init__(self, width: int, heads: int, block: int = 0):
         super().__init__()
@@ -329,11 +329,3 @@ def random_features(vectors: Tensor, width: int) -> Tensor:
     scale = 0.5 * distance[distance > 0].median() if distance.any() else 1.0
     waves = torch.randn(vectors.shape[1], width) / scale
     return 2**0.5 * (vectors @ waves + 2 * math.pi * torch.rand(width)).cos()
-
-
-def zero_init_residual(model: nn.Module) -> nn.Module:
-    """Before training: residual blocks start as the identity (DiT, arXiv 2212.09748). Returns the model."""
-    for name, weight in model.named_parameters():
-        if name.endswith(RESIDUAL_OUTPUTS):
-            nn.init.zeros_(weight)
-    return model

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from minimuse import cli, lab_models
 from minimuse.amused import Amused, VQTokenizer, _load, published_tokenizer, settings
-from minimuse.data_images import tokenize_images
+from minimuse.data_cache import tokenize_images
 from minimuse.eval_clip import ClipScorer
 from minimuse.lab import compare
 from minimuse.lab_models import AmusedEvaluator

@@ -71,7 +71,6 @@ STAGE = NANO.stages["base"]
         (BASE, {"text_layers": 1}, r"heads is 5; give a multiple of 2"),
         (SR, {"heads": 1}, r"heads is 1; give a multiple of 2, such as 2"),
         # sampling and stages
-        (NANO.base_sampling, {"steps": 0}, r"SamplingConfig\.steps is 0; give a positive"),
         (STAGE, {"steps": 0}, r"StageConfig\.steps is 0"),
         (STAGE, {"batch": 0}, r"batch is 0"),
         (STAGE, {"optimizer": "sgd"}, r"unknown optimizer 'sgd'; known: adamw, adafactor"),
@@ -81,7 +80,6 @@ STAGE = NANO.stages["base"]
         # NaN passes no comparison
         (STAGE, {"learning_rate": math.nan}, r"learning_rate is nan"),
         (STAGE, {"weight_decay": math.nan}, r"weight_decay is nan"),
-        (NANO.base_sampling, {"sampling_temperature": math.inf}, r"sampling_temperature is inf; give 0 or more"),
         (NANO, {"synonyms": 1.5}, r"synonyms is 1\.5; give a fraction"),
     ],
 )

@@ -361,7 +361,7 @@ def test_a_run_goes_on_as_it_began(run, tmp_path):
     ("text", "match"),
     [
         ("", r"mine\.json is broken JSON"),
-        ("[1]", "MuseConfig is "),
+        ("[1]", "holds no whole configuration"),
         ('{"config": 3}', "MuseConfig is 3"),
         ('{"name": "mine"}', "MuseConfig.* missing .*'base'"),
     ],

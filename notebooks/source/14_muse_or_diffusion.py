@@ -66,7 +66,8 @@ are those of the base model; what Muse does after it would be the same for all t
 """
 
 # %%
-from minimuse.data_images import area_downsample, to_float, to_pil, tokenize_images
+from minimuse.data_cache import tokenize_images
+from minimuse.data_images import area_downsample, to_float, to_pil
 from minimuse.data_sources import SceneDataset
 from minimuse.muse import build
 from minimuse.train_engine import Engine
@@ -379,8 +380,7 @@ for zero_init in (True, False):
 
 # %% [markdown]
 r"""
-`transformer.zero_init_residual` does the same to Muse's transformer; `benchmarks/race.py` trains both with and
-without it.
+`benchmarks/race.py` does the same to Muse's transformer, and trains both with and without it.
 
 ## 5. Training the three
 
