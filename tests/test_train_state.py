@@ -109,7 +109,9 @@ def test_a_damaged_state_is_refused_and_the_one_before_it_is_kept(tmp_path, whol
     newest = tmp_path / "base/step-00000004"
     DAMAGED[kind](newest)
     before = contents(tmp_path)
-    message = "step-00000004 is damaged or incomplete: .*Move that folder away; --resume then resumes from step-00000002"
+    message = (
+        "step-00000004 is damaged or incomplete: .*Move that folder away; --resume then resumes from step-00000002"
+    )
     with pytest.raises(ValueError, match=f"(?s){message}"):
         work(tmp_path)
     assert contents(tmp_path) == before, "nothing is deleted"
@@ -326,7 +328,10 @@ BROKEN_RUN = {
         lambda _: edit_run(lambda v: v["config"].update(stages=[])),
         "holds no whole configuration",
     ),
-    "no width": (lambda _: edit_run(lambda v: v["config"]["base"].pop("width")), "TransformerConfig.* missing .*'width'"),
+    "no width": (
+        lambda _: edit_run(lambda v: v["config"]["base"].pop("width")),
+        "TransformerConfig.* missing .*'width'",
+    ),
 }
 
 
@@ -346,7 +351,9 @@ def test_a_run_goes_on_as_it_began(run, tmp_path):
     assert (values["seed"], values["data"]) == (3, "scenes")
     assert values["config"]["stages"]["base"]["steps"] == 7
     begun(run("--resume"))
-    refused(run("--resume", "--set", "base.dropout=0.5"), r"has other settings: config\.base\.dropout was 0\.0 and is 0\.5")
+    refused(
+        run("--resume", "--set", "base.dropout=0.5"), r"has other settings: config\.base\.dropout was 0\.0 and is 0\.5"
+    )
     refused(run("tiny.json", "--resume", "--seed", "3"), r"config\.stages\.base\.steps was 7 and is 2")
     refused(run("tiny.json", "--resume", "--set", "stages.base.steps=7"), "seed was 3 and is 0")
     refused(run("tiny.json"), "already holds a run; --resume continues it")
