@@ -254,7 +254,7 @@ class Stage:
         self.folder = engine.folder and engine.folder / name
         self.first = 0
         if self.folder and train_state.states(self.folder):
-            self.first = train_state.load_state(self.folder, self.state(), self.about())
+            self.first = train_state.load_state(self.folder, self.state, self.about())
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that the next step depends on. They are written to disk, and read back in place."""

@@ -191,4 +191,6 @@ def test_compare_by_hand():
     )
     assert attributes_right(Detections(()), scene) == [False] * 8
     crossed = Scene((Thing("blue", "sphere", x=-1.5), Thing("red", "cube", x=1.5)))
-    assert attributes_right(perfect(scene), crossed) == [False, False, True, True] * 2, "paired by place, not by attributes"
+    assert attributes_right(perfect(scene), crossed) == [False, False, True, True] * 2, (
+        "paired by place, not by attributes"
+    )

@@ -239,7 +239,9 @@ def test_fine_tuning_the_decoder_alone():
     assert same(small.quantizer, grown.quantizer), "fine-tuning moved the codebook"
     assert not same(decoder, grown.decoder), "the decoder learnt nothing"
     x = plain_images()
-    assert tokenize_images(grown, x, bf16=False).equal(tokenize_images(small, x, bf16=False)), "the token language changed"
+    assert tokenize_images(grown, x, bf16=False).equal(tokenize_images(small, x, bf16=False)), (
+        "the token language changed"
+    )
 
 
 def test_tokenize_images():
