@@ -99,9 +99,8 @@ def _tokenizer_backward(job: Stage, vqgan: VQGAN, losses: VQGANLoss, x: Tensor, 
     with precision():
         loss = losses.generator_loss(x, made.images, vqgan.decoder.conv_out.weight, step)
     loss = loss + made.codebook_loss + COMMITMENT * made.commitment_loss
-    l1 = F.l1_loss(made.images, x)
-    mse = F.mse_loss(made.images, x)
-    job.backward(loss / job.parts, loss=loss / job.parts, l1=l1 / job.parts, mse=mse / job.parts)
+    metrics = {"loss": loss, "l1": F.l1_loss(made.images, x), "mse": F.mse_loss(made.images, x)}
+    job.backward(loss / job.parts, **{name: value / job.parts for name, value in metrics.items()})
     if losses.discriminator_active(step):
         with precision():
             loss = losses.discriminator_loss(x, made.images, job.modules["discriminator"])
@@ -139,13 +138,7 @@ class MaskedLoss(nn.Module):
         self.model = model
 
     def forward(
-        self,
-        x: Tensor,
-        masked: Tensor,
-        context: Context,
-        low_tokens: Tensor | None,
-        count: int,
-        label_smoothing: float = 0.0,
+        self, x: Tensor, masked: Tensor, context: Context, low_tokens: Tensor | None, count: int, smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Tokens x (B, N), masked (B, N), texts, low-res tokens -> loss and accuracy, (), each summed and / count.
 
@@ -154,7 +147,7 @@ class MaskedLoss(nn.Module):
         memory = self.model.memory(context, *([] if low_tokens is None else [low_tokens]))
         logits = self.model(x.masked_fill(masked, self.model.mask_id), memory)
         accuracy = ((logits.detach().argmax(-1) == x) & masked).sum() / count
-        return masked_cross_entropy(logits, x, masked, label_smoothing, count), accuracy
+        return masked_cross_entropy(logits, x, masked, smoothing, count), accuracy
 
 
 def train_transformer(
@@ -263,7 +256,6 @@ class MuseTrainer:
         """The stages in order, and before each the data that it reads. The last Progress holds the Muse."""
         config, parts, data = self.config, self.parts, self.data
         yield from self.prepare("read images", data.read())
-
         if (ready := published_tokenizer(config)) is None:
             yield from self.tokenizer("low_tokenizer", parts["low_tokenizer"])
         else:
@@ -271,17 +263,13 @@ class MuseTrainer:
         yield from self.prepare("low tokens", data.tokenize("low", parts["low_tokenizer"]))
         yield from self.prepare("embed captions", data.embed())
 
-        torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
-        init_from_codebook(parts["base"], parts["low_tokenizer"].codebook)
-        yield from self.transformer("base")
+        yield from self.transformer("base", parts["low_tokenizer"].codebook)
 
         parts["high_tokenizer"] = self.high
         yield from self.tokenizer("high_tokenizer", self.high)
         yield from self.prepare("high tokens", data.tokenize("high", self.high))
 
-        torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
-        init_from_codebook(parts["superres"], self.high.codebook, parts["low_tokenizer"].codebook)
-        yield from self.transformer("superres")
+        yield from self.transformer("superres", self.high.codebook, parts["low_tokenizer"].codebook)
 
         torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
         parts["high_tokenizer"] = self.high.grow_decoder(config.finetuned_tokenizer)
@@ -292,42 +280,30 @@ class MuseTrainer:
         yield Progress("all", 1, 1, {}, muse)
 
     def prepare(self, name: str, work: Iterator[tuple[int, int]]) -> Iterator[Progress]:
-        """Work that is done once, as a stage of its own: `work` yields (done, of how many)."""
+        """Work that is done once and yields (done, of how many), as a stage of its own."""
         for done, total in work:
             self.engine.check_stop()
             yield Progress(name, done, total, {}, self.parts)
 
     def tokenizer(self, name: str, vqgan: VQGAN) -> Iterator[Progress]:
         """A tokenizer stage: the low tokenizer sees the downsampled images."""
-        images = self.data.split(self.data.images)
-        held_out = self.data.split(self.data.images, held_out=True)
-        factor = self.config.high_tokenizer.image_size // vqgan.config.image_size
+        images, factor = self.data.images, self.config.high_tokenizer.image_size // vqgan.config.image_size
         if factor > 1:
-            images, held_out = Decimated(images, factor), Decimated(held_out, factor)
-        return train_tokenizer(
-            vqgan,
-            self.config.stages[name],
-            images,
-            stage=name,
-            perceptual=self.perceptual,
-            engine=self.engine,
-            eval_fn=self.log.tokenizer(name, held_out),
-        )
+            images = Decimated(images, factor)
+        eval_fn = self.log.tokenizer(name, self.data.split(images, held_out=True))
+        how = {"perceptual": self.perceptual, "engine": self.engine, "eval_fn": eval_fn}
+        return train_tokenizer(vqgan, self.config.stages[name], self.data.split(images), stage=name, **how)
 
-    def transformer(self, name: str) -> Iterator[Progress]:
-        """A transformer stage, "base" or "superres"."""
+    def transformer(self, name: str, *codebooks: Tensor) -> Iterator[Progress]:
+        """A transformer stage, "base" or "superres", whose embeddings start from the codebooks."""
+        torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
+        init_from_codebook(self.parts[name], *codebooks)
         data, model, high = self.data, self.parts[name], name == "superres"
-        low_tokens = data.split(data.tokens["low"])
-        yield from train_transformer(
-            model,
-            self.config.stages[name],
-            data.split(data.tokens["high"]) if high else low_tokens,
-            data.split(data.texts),
-            low_tokens=low_tokens if high else None,
-            stage=name,
-            engine=self.engine,
-            eval_fn=self.log.transformer(name, data, self.parts),
-        )
+        low_tokens, texts = data.split(data.tokens["low"]), data.split(data.texts)
+        tokens = data.split(data.tokens["high"]) if high else low_tokens
+        how = {"engine": self.engine, "eval_fn": self.log.transformer(name, data, self.parts)}
+        how["low_tokens"] = low_tokens if high else None
+        yield from train_transformer(model, self.config.stages[name], tokens, texts, stage=name, **how)
         self.parts[name] = self.engine.gather_full_model(model, lambda: build(self.config)[name])
 
 

@@ -124,7 +124,7 @@ def test_a_damaged_state_is_skipped_and_the_one_before_it_is_used(tmp_path, whol
     caplog.clear()
     job = work(tmp_path)
     assert job.first == 2, "the state before it"
-    assert len(caplog.records) == 1, "one line"
+    assert [r.name for r in caplog.records].count("minimuse") == 1, "one line"
     assert "step-00000004 is damaged or incomplete" in caplog.text, "which names the state"
     assert same(weights(job), whole), "the same weights in the end"
 
@@ -380,7 +380,7 @@ def test_a_run_goes_on_as_it_began(run, tmp_path):
     ("text", "match"),
     [
         ("", r"mine\.json is broken JSON"),
-        ("[1]", "MuseConfig is "),
+        ("[1]", "holds no whole configuration"),
         ('{"config": 3}', "MuseConfig is 3"),
         ('{"name": "mine"}', "MuseConfig lacks fields: base"),
     ],
