@@ -52,7 +52,7 @@ from minimuse.text import Context, pad_contexts
 from minimuse.train import Decimated, MaskedLoss, train_transformer
 from minimuse.train_budget import count_flops
 from minimuse.train_engine import Engine
-from minimuse.transformer import init_from_codebook, zero_init_residual
+from minimuse.transformer import RESIDUAL_OUTPUTS, init_from_codebook
 from minimuse.utils import atomic_write, seeded_generator
 
 PARTS = ("race", "likelihood", "identity", "stages", "guidance")
@@ -66,6 +66,14 @@ TUNE = {  # six settings each
 }
 FINE = {"guidance": (1.0, 3.0), "sampling_temperature": 0.4, "choice_temperature": 0.5}  # nano's own super-resolution
 TUNING_STEPS = {"masked": {"steps": 16}, "ar": {}, "dit": {"steps": 32}}
+
+
+def zero_init_residual(model: nn.Module) -> nn.Module:
+    """Before training: residual blocks start as the identity (DiT, arXiv 2212.09748). Returns the model."""
+    for name, weight in model.named_parameters():
+        if name.endswith(RESIDUAL_OUTPUTS):
+            nn.init.zeros_(weight)
+    return model
 
 
 class Entrant(NamedTuple):
@@ -339,7 +347,7 @@ The masked model has only an upper bound, the mean over all orders of revealing 
 has one order and an exact likelihood.
 """,
     "identity": """\
-"masked, identity" is the base model with `transformer.zero_init_residual`. "dit, open gates" is the DiT with gates that
+"masked, identity" is the base model with `zero_init_residual`. "dit, open gates" is the DiT with gates that
 start at 1 instead of 0.
 """,
     "stages": """\

@@ -37,8 +37,6 @@ from minimuse.eval_detector import (
     Detections,
     Detector,
     DetectorNetwork,
-    cell_centers,
-    encode_numbers,
 )
 from minimuse.train_engine import Engine, Stage
 
@@ -61,6 +59,18 @@ def targets(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
             index[b, k] = torch.tensor([kinds.index(getattr(thing, name)) for name, kinds in FIELDS.items()])
             place[b, k] = torch.tensor([*box(thing), thing.x, thing.depth])
     return index, place
+
+
+def cell_centers(device: torch.device | None = None) -> Tensor:
+    """(G, G, 2): x and y of each cell's center in [0, 1]."""
+    at = (torch.arange(GRID, device=device) + 0.5) / GRID
+    return torch.stack(torch.meshgrid(at, at, indexing="xy"), -1)
+
+
+def encode_numbers(numbers: Tensor, centers: Tensor) -> Tensor:
+    """Box and place (M, 6) -> what the network predicts: box edges from the cell centers (M, 2), in quarter pictures."""
+    from_cell = torch.cat([centers, centers, torch.zeros_like(centers)], 1)
+    return (numbers - from_cell) * numbers.new_tensor([4.0, 4.0, 4.0, 4.0, 1.0, 1.0])
 
 
 def loss(maps: Tensor, index: Tensor, place: Tensor, doubt: Tensor | None = None) -> Tensor:

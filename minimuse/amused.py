@@ -6,7 +6,7 @@
     images = amused.decode(last.tokens)  # (1, 3, 256, 256)
 
 Every schedule and order of `sampler.decode` then runs on a real model with 600M parameters. Its `VQTokenizer` has the
-sizes of Muse's base tokenizer (f = 16, 8192 codes), so a base model can train on its tokens.
+sizes of Muse's base tokenizer (f = 16, 8192 codes), so a base model can train on its tokens (`low_tokenizer_from`).
 
 What aMUSEd does differently from Muse:
     one model for 256 or 512 px, without super-resolution: a U-ViT, attention layers between convolutions
@@ -56,10 +56,6 @@ def _load(kind: str, name: str | Path, subfolder: str) -> Any:
     try:
         if kind == "CLIPTokenizer":
             return model_class.from_pretrained(name, subfolder=subfolder)
-        if hasattr(diffusers, kind):
-            found = model_class.load_config(name, subfolder=subfolder)["_class_name"]
-            if found != kind:
-                raise ValueError(f"its config.json says {found}")
         options = {"use_safetensors": True, "output_loading_info": True}
         model, info = model_class.from_pretrained(name, subfolder=subfolder, **options)
         if info["missing_keys"]:
@@ -90,29 +86,20 @@ class VQTokenizer(nn.Module):
         """(V, d)."""
         return self.vq.quantize.embedding.weight
 
-    def _model(self) -> nn.Module:
-        """The VQModel; in float32 if its configuration says that float16 overflows."""
-        return self.vq.float() if self.vq.dtype == torch.float16 and self.vq.config.force_upcast else self.vq
-
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [-1, 1] -> tokens (B, h*w) long; H and W are any multiples of f."""
-        vq, f = self._model(), self.downsampling
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
-            raise ValueError(f"images of shape {tuple(images.shape)}; give (B, 3, H, W) with H and W multiples of {f}")
-        z = vq.encode((images.to(vq.dtype) + 1) / 2).latents.float().permute(0, 2, 3, 1)  # (B, h, w, d)
-        return torch.cdist(z.flatten(0, 2), vq.quantize.embedding.weight.float()).argmin(1).view(len(z), -1)
+        """images (B, 3, H, W) in [-1, 1], H and W multiples of f -> tokens (B, h*w) long."""
+        z = self.vq.encode((images.to(self.vq.dtype) + 1) / 2).latents.float().permute(0, 2, 3, 1)  # (B, h, w, d)
+        return torch.cdist(z.flatten(0, 2), self.codebook.float()).argmin(1).view(len(z), -1)
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """tokens (B, h*w) -> images (B, 3, H, W) in [-1, 1]; `grid` (h, w) None is a square."""
-        vq, (h, w) = self._model(), grid or (math.isqrt(tokens.shape[1]),) * 2
-        if h * w != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens are no {h} x {w} grid; pass grid=(h, w)")
+    def decode(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N) of a square grid -> images (B, 3, H, W) in [-1, 1]. ValueError if a [MASK] is left."""
         if tokens.max() >= self.codebook_size:
             raise ValueError(f"token {tokens.max()} is none of the {self.codebook_size} codes; is [MASK] left in it?")
-        shape = (len(tokens), h, w, vq.quantize.vq_embed_dim)
-        return vq.decode(tokens, force_not_quantize=True, shape=shape).sample.clamp(0, 1) * 2 - 1
+        side = math.isqrt(tokens.shape[1])
+        shape = (len(tokens), side, side, self.vq.quantize.vq_embed_dim)
+        return self.vq.decode(tokens, force_not_quantize=True, shape=shape).sample.clamp(0, 1) * 2 - 1
 
 
 def published_tokenizer(config: MuseConfig) -> VQTokenizer | None:
@@ -163,38 +150,30 @@ class Amused(nn.Module):
         return out.hidden_states[-2].to(self.transformer.dtype), out.text_embeds
 
     def logits_fn(
-        self, prompts: Sequence[str], *, guidance: Guidance = 9.0, negative_prompts: Sequence[str] | None = None,
-        grid: tuple[int, int] | None = None, aesthetic_score: float = 6.0,
-    ) -> LogitsFn:  # fmt: skip
-        """B prompts -> the LogitsFn (tokens (B, h*w), u) -> guided logits (B, h*w, V).
+        self, prompts: Sequence[str], *, guidance: Guidance = 9.0, negative_prompts: Sequence[str] | None = None
+    ) -> LogitsFn:
+        """B prompts -> the LogitsFn (tokens (B, N), u) -> guided logits (B, N, V), of the grid of the training.
 
         guidance is t as in `cfg.get_guidance`; the guidance_scale of diffusers is t + 1. negative_prompts None are
-        empty prompts; grid None is the square (h, w) that the model was trained on.
+        empty prompts.
         """
-        b = len(prompts)
-        negatives = [""] * b if negative_prompts is None else negative_prompts
-        if isinstance(prompts, str) or isinstance(negatives, str) or len(negatives) != b or not b:
-            raise ValueError(f"prompts {prompts!r}, negatives {negative_prompts!r}; give two lists of the same length")
-        h, w = grid or (self.transformer.config.sample_size,) * 2
-        if self.transformer.config.downsample and (h % 2 or w % 2):
-            raise ValueError(f"a grid of {h} x {w} tokens; this model halves it, so give even numbers")
-        f, scale = self.tokenizer.downsampling, get_guidance(guidance)
-        states, pooled = self.encode([*prompts, *negatives])
-        micro = states.new_tensor([w * f, h * f, 0, 0, aesthetic_score]).expand(2 * b, -1)  # width first
+        b, side = len(prompts), self.transformer.config.sample_size
+        scale = get_guidance(guidance)
+        states, pooled = self.encode([*prompts, *(negative_prompts or [""] * b)])
+        pixels = side * self.tokenizer.downsampling
+        micro = states.new_tensor([pixels, pixels, 0, 0, 6.0]).expand(2 * b, -1)  # size, crop corner, aesthetic score
 
         @torch.no_grad()
         def logits_fn(tokens: Tensor, u: float) -> Tensor:
-            """tokens (B, h*w), progress u -> guided logits (B, h*w, V)."""
-            if tokens.shape != (b, h * w):
-                raise ValueError(f"tokens {tuple(tokens.shape)}; give ({b}, {h * w}), or another grid than ({h}, {w})")
+            """tokens (B, N), progress u -> guided logits (B, N, V)."""
             t = scale(u)
             n = b if t == 0 else 2 * b  # without guidance, no second branch
-            x = tokens.view(b, h, w).repeat(n // b, 1, 1)
-            logits = self.transformer(x, states[:n], pooled[:n], micro[:n]).flatten(2).transpose(1, 2)  # (n, h*w, V)
+            x = tokens.view(b, side, side).repeat(n // b, 1, 1)
+            logits = self.transformer(x, states[:n], pooled[:n], micro[:n]).flatten(2).transpose(1, 2)  # (n, N, V)
             return logits if t == 0 else guide(*logits.chunk(2), t)
 
         return logits_fn
 
-    def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """tokens (B, h*w) -> images (B, 3, H, W) in [-1, 1]."""
-        return self.tokenizer.decode(tokens, grid)
+    def decode(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N) -> images (B, 3, H, W) in [-1, 1]."""
+        return self.tokenizer.decode(tokens)

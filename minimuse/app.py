@@ -1,11 +1,7 @@
 """`minimuse app`: a page to draw and edit on your own machine, built on the public API (extra `app`).
 
-Draw shows the decoding of a prompt step by step. Edit repaints a painted region, extends a side (Muse 3.3.1), or
-changes the whole picture without a mask (3.3.2). A slider goes back through the steps. Saved pictures hold their
-settings.
-
-The page fetches nothing from the network and reports nothing: system fonts, no telemetry. One picture is drawn at a
-time; other requests wait in a queue. Not here: how pictures are made (`muse.py`) and saved (`pictures.py`).
+The page uses no network: system fonts, no telemetry. One picture is drawn at a time; other requests wait in a queue.
+Not here: how pictures are made (`muse.py`) and saved (`pictures.py`).
 """
 
 import os
@@ -31,8 +27,8 @@ SIDES = ("left", "top", "right", "bottom")
 ABOUT = """# minimuse
 A prompt becomes a picture token by token ([Muse](https://arxiv.org/abs/2301.00704)). All tokens start as gray [MASK],
 and the most confident ones are fixed first. This is `{}`, {} x {} pixels."""
-LEGEND = "Left: the picture so far. Right: its tokens, one color per code. Gray is masked, framed is new in this step."
-SAVED = "Saved pictures hold their settings: `minimuse generate --like image.png` draws one again (not edits)."
+LEGEND = """Left: the picture so far. Right: its tokens, one color per code. Gray is masked, framed is new in this step.
+Saved pictures hold their settings: `minimuse generate --like image.png` draws one again (not edits)."""
 CSS = """
 .pixels .image-frame, .film .image-frame { width: 100%; padding-top: 40px }
 .pixels .image-frame img { width: 100%; height: auto; object-fit: contain; image-rendering: pixelated }
@@ -64,15 +60,12 @@ def follow(draw: Callable[..., list[Image.Image]]) -> Iterator[Step | Image.Imag
     yield job.result()[0]
 
 
-def painted(layers: Sequence[Image.Image], side: int, zoom: int) -> np.ndarray:
-    """Transparent layers over a picture, enlarged by `zoom` -> (side, side) bool.
-
-    True where the user painted over any part of the pixel. ValueError if nothing is painted.
-    """
+def painted(layers: Sequence[Image.Image], side: int) -> np.ndarray:
+    """Transparent layers over an enlarged picture -> (side, side) bool, True where a part of the pixel is painted."""
     mask = np.zeros((side, side), dtype=bool)
     for layer in layers:
-        alpha = layer.getchannel("A").resize((side * zoom, side * zoom), Image.Resampling.NEAREST)
-        mask |= (np.asarray(alpha) > 127).reshape(side, zoom, side, zoom).any((1, 3))
+        opaque = layer.getchannel("A").point(lambda alpha: 255 * (alpha > 127))
+        mask |= np.asarray(opaque.resize((side, side), Image.Resampling.BOX)) > 0
     if not mask.any():
         raise ValueError("The mask is empty: paint over the part to draw again")
     return mask
@@ -92,19 +85,23 @@ class Page:
         self.zoom = max(1, 384 // self.side)  # the picture to edit is enlarged, so a brush has room
 
     def draw(self, *request: Any) -> Iterator[dict]:
-        yield from self._run(request, lambda: self.muse.generate)
+        yield from self._run(self.muse.generate, request)
 
     def repaint(self, start: Any, canvas: Any, *request: Any) -> Iterator[dict]:
-        layers, size = (canvas or {}).get("layers", []), (self.side, self.zoom)
-        yield from self._run(request, lambda: partial(self.muse.inpaint, _required(start), painted(layers, *size)))
+        layers = (canvas or {}).get("layers", [])
+
+        def inpaint(*args: Any, **settings: Any) -> list[Image.Image]:
+            return self.muse.inpaint(start, painted(layers, self.side), *args, **settings)
+
+        yield from self._run(inpaint, request, start)
 
     def extend(self, start: Any, where: str, by: int, *request: Any) -> Iterator[dict]:
         padding = tuple(by * (where == side) for side in SIDES)
-        yield from self._run(request, lambda: partial(self.muse.outpaint, _required(start), padding))
+        yield from self._run(partial(self.muse.outpaint, start, padding), request, start)
 
     def change(self, start: Any, iterations: int, fraction: float, guidance: float, *request: Any) -> Iterator[dict]:
         settings = {"iterations": iterations, "fraction": fraction, "guidance": guidance}
-        yield from self._run(request, lambda: partial(self.muse.edit, _required(start)), **settings)
+        yield from self._run(partial(self.muse.edit, start), request, start, settings)
 
     def load(self, path: str) -> dict:
         """An uploaded file -> the picture to edit."""
@@ -119,53 +116,42 @@ class Page:
         return self._to_edit(last[1]) if last else self.gr.skip()
 
     def look_back(self, last: Any, at: int) -> dict:
-        """The slider's position -> the page at that step. After the last step comes the picture itself."""
-        if not last:  # the page forgets a drawing after an hour
-            return self.gr.skip()
-        steps, picture = last
-        if at <= len(steps):
-            return self._show(steps[at - 1])
-        status = f"**Done**, seed {settings_of(picture)['seed']}"
-        return {self.picture: picture, self.tokens: token_map(steps[-1]), self.status: status}
+        """The slider's position -> the page at that step. The page forgets a drawing after an hour."""
+        return last[0][at - 1] if last else self.gr.skip()
 
-    def _run(self, request: tuple, prepare: Callable[[], Callable], **edit: Any) -> Iterator[dict]:
-        """Draw with the method of Muse that `prepare` returns. `edit` replaces the controls in mask-free edits."""
-        prompt, seed, negative, *controls = request
-        settings = self._settings(*controls)
-        if edit:
-            settings = edit | {"superres": settings["superres"]}
+    def _run(
+        self, method: Callable, request: tuple, start: Any = True, edit: dict[str, Any] | None = None
+    ) -> Iterator[dict]:
+        """Draw with a method of Muse. `start` is the picture to edit. `edit` replaces controls in mask-free edits."""
+        prompt, seed, negative, first, final, steps, high_steps, schedule, order = request
+        controls = {"guidance": (first, final), "steps": steps, "schedule": schedule, "order": order}
+        base = asdict(self.muse.config.base_sampling)
+        moved = {name: value for name, value in controls.items() if value != base[name]}
+        settings = (edit or moved) | {"superres": moved | {"steps": high_steps}}
         settings |= {"seed": seed, "negative_prompt": negative or None}
         yield {self.status: "**Reading the prompt**"}
-        steps = []
+        done, shown = [], []
         try:
-            for result in follow(partial(prepare(), prompt, **settings)):
+            if start is None:
+                raise ValueError("There is no picture to edit yet: load one, or draw one and take it")
+            for result in follow(partial(method, prompt, **settings)):
                 if isinstance(result, Step):
-                    steps.append(result)
-                    yield self._show(result)
+                    done.append(result)
+                    shown.append(self._show(result))
+                    yield shown[-1]
         except (ValueError, TypeError) as error:
             self.gr.Warning(str(error), duration=None)
             yield {self.status: f"**Nothing was drawn.** {error}"}
             return
-        info, end = settings_of(result), len(steps) + 1
+        info = settings_of(result)
         picture = with_settings(result, info)
-        yield {
-            self.picture: picture,
-            self.status: f"**Done** in {len(steps)} steps, seed {info['seed']}. {self.muse.unfamiliar(prompt)}",
-            self.strip: self.gr.Image(with_settings(film(self.muse, steps), info), visible=True),
-            self.scrub: self.gr.Slider(maximum=end, value=end, visible=True),
-            self.last: (steps, picture),
+        status = f"**Done** in {len(done)} steps, seed {info['seed']}. {self.muse.unfamiliar(prompt)}"
+        shown.append(shown[-1] | {self.picture: picture, self.status: status})
+        yield shown[-1] | {
+            self.strip: self.gr.Image(with_settings(film(self.muse, done), info), visible=True),
+            self.scrub: self.gr.Slider(maximum=len(shown), value=len(shown), visible=True),
+            self.last: (shown, picture),
         }
-
-    def _settings(
-        self, first: float, final: float, steps: int, high_steps: int, schedule: str, order: str
-    ) -> dict[str, Any]:
-        """The controls -> every setting of both decodes. What the user did not move is the checkpoint's."""
-        base, high = asdict(self.muse.config.base_sampling), asdict(self.muse.config.superres_sampling)
-        controls = {"guidance": (first, final), "steps": steps, "schedule": schedule, "order": order}
-        moved = {k: v for k, v in controls.items() if v != base[k]}
-        if "order" in moved:  # then `Muse` chooses the ranking noise
-            del base["choice_temperature"], high["choice_temperature"]
-        return base | moved | {"superres": high | moved | {"steps": high_steps}}
 
     def _show(self, step: Step) -> dict:
         """A Step -> the picture so far, its tokens and a sentence."""
@@ -179,8 +165,6 @@ class Page:
         square = ImageOps.fit(image, (self.side, self.side))
         large = square.resize((self.side * self.zoom,) * 2, Image.Resampling.NEAREST)
         return {self.start: square, self.canvas: large}
-
-    # --- layout -------------------------------------------------------------------------------------------------------
 
     def build(self) -> Any:
         """-> gradio's Blocks. Programs may call its events by name: /draw, /load, /repaint, /extend, /change."""
@@ -265,17 +249,10 @@ class Page:
         gr.Markdown(LEGEND)
         self.scrub = gr.Slider(1, 2, 2, step=1, label="Back through the steps", elem_id="scrub", visible=False)
         self.strip = gr.Image(label="Film", elem_id="film", elem_classes="film", visible=False, **image)
-        gr.Markdown(SAVED)
         shown = [self.picture, self.tokens, self.status]
         options = {"show_progress": "hidden", "trigger_mode": "always_last", "api_name": False}
         self.scrub.input(self.look_back, [self.last, self.scrub], shown, **options)
         return [*shown, self.strip, self.scrub, self.last]
-
-
-def _required(start: Image.Image | None) -> Image.Image:
-    if start is None:
-        raise ValueError("There is no picture to edit yet: load one, or draw one and take it")
-    return start
 
 
 def serve(name: str = "toy", *, host: str = "127.0.0.1", port: int | None = None, device: str | None = None) -> None:

@@ -8,65 +8,49 @@ parameters. It draws the low-resolution picture alone, since what Muse does afte
     ar         the next token, row by row                    one token a step, in that order         N
     dit        the noise in latents (`baseline_dit.py`)      all latents, less noisy at each step    any T
 
-A new baseline is a subclass of `LowRes` with its own `configure`, `network`, `fit` and `draw`, and a line in
+A new baseline is a subclass of `LowRes` with its own `configure`, `network`, `fit` and `decode_base`, and a line in
 `cli.BASELINES`.
 
 Glossary: B batch, N image tokens, D width, V codebook size, u progress, t guidance scale.
 Not here: the diffusion baseline (`baseline_dit.py`), the comparison (`benchmarks/race.py`).
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from minimuse import checkpoint
-from minimuse.cfg import Guidance, drop_text, get_guidance, guide, guided
+from minimuse.cfg import Guidance, get_guidance, guide
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_sources import Source
-from minimuse.editing import Callback
-from minimuse.muse import Muse, sampling_settings
-from minimuse.sampler import LogitsFn, SamplingConfig, Step, decode
-from minimuse.text import Context, TextEncoder, pad_contexts
-from minimuse.train import MuseTrainer, pick_captions
-from minimuse.train_engine import Engine, EvalFn, Progress, Stage
+from minimuse.editing import Jobs
+from minimuse.muse import Muse
+from minimuse.sampler import LogitsFn, SamplingConfig, Step
+from minimuse.text import Context
+from minimuse.train import MuseTrainer, pick_captions, train_muse, train_network
+from minimuse.train_engine import Engine, Progress, Stage
 from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig, attention, init_from_codebook
 from minimuse.utils import atomic_write, require
 from minimuse.vqgan import VQGAN
 
-FORMAT = "minimuse-{}-1"  # in config.json, with the name of the model
-Inputs = Callable[[Tensor, list[torch.Generator]], tuple[Any, ...]]  # indices (b,), b generators -> arguments of a loss
-
-# --- what all baselines share: a checkpoint that draws ----------------------------------------------------------------
+# --- what all baselines share -----------------------------------------------------------------------------------------
 
 
-class LowRes:
+class LowRes(Muse):
     """Muse's base model by itself: low-resolution pictures from text alone. Each baseline is a subclass.
 
-    config: from `configure`; parts: from `build`. A Muse of the two parts reads the prompts and decodes the tokens.
+    config: from `configure`; parts: from `build`.
     """
 
-    model = "masked"  # its name in `minimuse train --model` and in config.json
+    model = "masked"  # its name in `minimuse train --model`
+    format = "minimuse-masked-1"
     settings = frozenset({f.name for f in fields(SamplingConfig)} | {"top_k", "remask"})  # of `generate`
-
-    def __init__(self, config: MuseConfig, parts: nn.ModuleDict, encoder: TextEncoder, *, examples: Sequence[str] = ()):
-        self.config = config
-        self.parts = parts
-        self.muse = Muse(config, parts, encoder, examples=examples)
-
-    base = property(lambda self: self.parts["base"])
-    low_tokenizer = property(lambda self: self.parts["low_tokenizer"])
-    examples = property(lambda self: self.muse.examples)
-    fingerprint = property(lambda self: self.muse.fingerprint)
-    picture = property(lambda self: self.muse.picture)  # a Step -> B images
 
     @classmethod
     def configure(cls, config: MuseConfig) -> MuseConfig:
@@ -81,145 +65,64 @@ class LowRes:
         """The network with fresh weights. It has a method `memory(context)`."""
         return Transformer(config.base)
 
-    def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
-        """Train the network on what the trainer has prepared."""
-        init_from_codebook(self.base, self.low_tokenizer.codebook)
-        return trainer.transformer("base")
-
-    def draw(self, memories: list[Memory], guidance: Guidance, generators: Any, sampling: dict) -> Iterator[Step]:
-        """Memories of the texts and of what to guide away from, a generator for each picture, settings -> Steps."""
-        logits_fn = self.logits_fn(*memories, guidance)
-        tokens = torch.full((len(generators), self.base.config.tokens), self.base.mask_id, device=self.muse.device)
-        return decode(logits_fn, tokens, mask_id=self.base.mask_id, generator=generators, **sampling)
-
-    def logits_fn(self, text: Memory, null: Memory, guidance: Guidance) -> LogitsFn:
-        """The function that `draw` decodes with."""
-        return guided(self.base, text, null, guidance)
-
     @classmethod
     def build(cls, config: MuseConfig) -> nn.ModuleDict:
         """Tokenizer and network with fresh weights."""
         return nn.ModuleDict({"low_tokenizer": VQGAN(config.low_tokenizer), "base": cls.network(config)})
 
-    @torch.inference_mode()
-    def decode(self, jobs: list[dict[str, Any]], **sampling: Any) -> Iterator[Step]:
+    def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
+        """Train the network on what the trainer has prepared."""
+        return trainer.transformer("base", self.low_tokenizer.codebook)
+
+    def decode(self, jobs: Jobs, **sampling: Any) -> Iterator[Step]:
         """B jobs (prompt, negative prompt, seed) -> Steps with (B, N) tokens."""
         if wrong := sorted(k for k, v in sampling.items() if v is not None and k not in self.settings):
             known = ", ".join(sorted(self.settings))
             raise TypeError(f"{self.config.name} has no setting {', '.join(wrong)}; it has {known}")
-        guidance, values = sampling_settings(self.config.base_sampling, sampling)
-        memories = [self.base.memory(context) for context in self.muse.contexts(jobs)]
-        generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
-        for step in self.draw(memories, guidance, generators, values):
-            yield step._replace(stage="base", guidance=guidance(step.u))
+        return self.decode_base(jobs, **sampling)
 
-    def generate(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        n: int = 1,
-        seed: int | Sequence[int] | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
-        batch_size: int = 16,
-        callback: Callback | None = None,
-        **sampling: Any,
-    ) -> list[Image.Image]:
-        """As `Muse.generate`, with the sampling settings that the baseline has."""
-        images = []
-        jobs = self.muse.jobs(prompts, n, seed, negative_prompt)
-        for start in range(0, len(jobs), batch_size):
-            batch = jobs[start : start + batch_size]
-            images += self.muse.to_pictures(self.decode(batch, **sampling), batch, sampling, callback)
-        return images
+    def refuse(self, *_: Any, **__: Any) -> Any:
+        """In place of what needs super-resolution: TypeError."""
+        raise TypeError(f"{self.config.name} is a {self.model} baseline: it only generates; edit with a whole Muse")
 
-    def steps(self, prompt: str, *, n: int = 1, seed: int | None = None, **sampling: Any) -> Iterator[Step]:
-        """The Steps of `generate`, one at a time."""
-        return self.decode(self.muse.jobs(prompt, n, seed), **sampling)
+    inpaint = outpaint = edit = edit_steps = decode_superres = refuse
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
-        """Write config.json, model.safetensors and a model card (README.md)."""
-        weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in self.parts.state_dict().items()}
-        load_with = f"{type(self).__module__}.{type(self).__name__}.from_pretrained"
-        about = {"format": FORMAT.format(self.model), "load_with": load_with, "examples": self.examples}
-        folder = checkpoint.save(folder, self.config, weights, about, overwrite=overwrite)
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, device: Any = None, dtype: torch.dtype = torch.float32) -> "LowRes":
+        """As `Muse.from_pretrained`, for a checkpoint of the same class."""
+        return super().from_pretrained(name, device=device, dtype=dtype)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """As `Muse.save_pretrained`, with a model card of its own."""
+        folder = super().save_pretrained(folder, **options)
         card = f"# {self.config.name}\n\nA baseline for Muse by minimuse ({self.model}). It draws at low resolution.\n"
         atomic_write(folder / checkpoint.CARD, card)
         return folder
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device | None = None) -> Self:
-        """A folder of `save_pretrained` of the same class -> the model. `device` None is cuda, then mps, then cpu."""
-        config, weights, about = checkpoint.load(folder, FORMAT.format(cls.model))
-        with torch.device("meta"):
-            parts = cls.build(config)
-        checkpoint.check_weights(parts.state_dict(), weights, folder)
-        parts.load_state_dict(weights, assign=True)
-        encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens)
-        return cls(config, parts.eval(), encoder, examples=about["examples"]).to(device)
-
-    def to(self, device: str | torch.device | None = None) -> Self:
-        """Move the networks and the language model. Returns itself."""
-        self.muse.to(device)
-        return self
-
-
-# --- what all baselines share: training -------------------------------------------------------------------------------
-
-
-def train_network(
-    loss: nn.Module, config: StageConfig, inputs: Inputs, n: int, count: int, engine: Engine, eval_fn: EvalFn | None
-) -> Iterator[Progress]:
-    """Train `loss.model` on n examples. `loss` sums over a micro-batch; `count` is the number of terms of a batch."""
-    loss.train()
-    torch.manual_seed(engine.seed)
-    job = Stage(engine, "base", config, {"model": loss}, shard=True)
-    if job.first:
-        yield Progress("base", job.first, config.steps, {}, loss.model)
-    for step in job.steps():
-        for at, generators in job.micro_batches(n, step):
-            arguments = [x.to(engine.device) for x in inputs(at, generators)]
-            with engine.precision():
-                value = job.modules["model"](*arguments) / count
-            job.backward(value, loss=value)
-        metrics = job.finish(step)
-        if eval_fn and (step + 1) % config.eval_every == 0:
-            metrics |= eval_fn(job.modules["model"], step + 1)
-        yield Progress("base", step + 1, config.steps, metrics, loss.model)
-    loss.eval()
-
-
-def read_texts(texts: Any, at: Tensor, generators: list[torch.Generator], p: float) -> Context:
-    """One caption of each example `at`; a fraction p of them is removed (Muse 2.7)."""
-    return drop_text(pad_contexts(pick_captions(texts, at, generators)), p, generators)
+    @property
+    def about(self) -> dict[str, Any]:
+        """What config.json holds besides the configuration."""
+        return super().about | {"load_with": f"{type(self).__module__}.{type(self).__name__}.from_pretrained"}
 
 
 def train_baseline(
     make: type[LowRes], config: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None
 ) -> Iterator[Progress]:
     """As `train.train_muse`, for a configuration of `make.configure`. The last Progress holds the baseline."""
-    engine = engine or Engine()
-    with ExitStack() as stack:
-        folder = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
-        trainer = MuseTrainer(config, data, engine, Path(folder))
-        for progress in _stages(make, trainer):
-            yield progress._replace(metrics=trainer.log(progress))
+    return train_muse(config, data=data, engine=engine, stages=partial(_stages, make))
 
 
 def _stages(make: type[LowRes], trainer: MuseTrainer) -> Iterator[Progress]:
     """Train the tokenizer, compute tokens and embeddings, train the network."""
-    started = time.monotonic()
-    config, engine, data = trainer.config, trainer.engine, trainer.data
+    config, engine = trainer.config, trainer.engine
     parts = trainer.parts = make.build(config)
-    yield from trainer.prepare("read images", data.read())
-    yield from trainer.tokenizer("low_tokenizer", parts["low_tokenizer"])
-    yield from trainer.prepare("low tokens", data.tokenize("low", parts["low_tokenizer"]))
-    yield from trainer.prepare("embed captions", data.embed())
-    about = {"examples": data.words()["examples"]}
+    yield from trainer.before_base()
+    words = trainer.data.words()
     torch.manual_seed(engine.seed)  # as in a resumed run
-    yield from make(config, parts, trainer.encoder, **about).to(engine.device).fit(trainer)
+    yield from make(config, parts, trainer.encoder, **words).to(engine.device).fit(trainer)
     parts["base"] = engine.gather_full_model(parts["base"], lambda: make.network(config))
-    model = make(config, parts.eval(), trainer.encoder, **about).to(engine.device)
-    yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, model)
+    model = make(config, parts.eval(), trainer.encoder, **words).to(engine.device)
+    yield Progress("all", 1, 1, {}, model)
 
 
 # --- autoregression ---------------------------------------------------------------------------------------------------
@@ -285,21 +188,16 @@ class NextTokenLoss(nn.Module):
 
 
 def train_ar(
-    model: CausalTransformer,
-    config: StageConfig,
-    tokens: Any,
-    texts: Any,
-    *,
-    engine: Engine | None = None,
-    eval_fn: EvalFn | None = None,
+    model: CausalTransformer, config: StageConfig, tokens: Any, texts: Any, **options: Any
 ) -> Iterator[Progress]:
     """Train to predict the next token. The arguments are those of `train.train_transformer`."""
 
-    def inputs(at: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Context]:
-        return tokens[at], read_texts(texts, at, generators, config.cond_drop_prob)
+    def losses(job: Stage, step: int, at: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
+        context = pick_captions(texts, at, generators, config.cond_drop_prob)
+        total = job.modules["model"](tokens[at].to(job.engine.device), context.to(job.engine.device))
+        return {"loss": total / (config.batch * tokens.shape[1])}
 
-    loss, count = NextTokenLoss(model, config.label_smoothing), config.batch * tokens.shape[1]
-    return train_network(loss, config, inputs, len(tokens), count, engine or Engine(), eval_fn)
+    return train_network(NextTokenLoss(model, config.label_smoothing), losses, config, len(tokens), **options)
 
 
 def cached(model: CausalTransformer, cond: Memory, uncond: Memory, guidance: Guidance) -> LogitsFn:
@@ -326,6 +224,8 @@ class Autoregressive(LowRes):
     """One token a step, row by row."""
 
     model = "ar"
+    format = "minimuse-ar-1"
+    guided = staticmethod(cached)
     settings = frozenset({"guidance", "sampling_temperature", "top_k"})
 
     @classmethod
@@ -341,8 +241,5 @@ class Autoregressive(LowRes):
     def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
         init_from_codebook(self.base, self.low_tokenizer.codebook)
         data, stage = trainer.data, self.config.stages["base"]
-        how = {"engine": trainer.engine, "eval_fn": trainer.log.samples_of(self)}
-        return train_ar(self.base, stage, data.split(data.tokens["low"]), data.split(data.texts), **how)
-
-    def logits_fn(self, text: Memory, null: Memory, guidance: Guidance) -> LogitsFn:
-        return cached(self.base, text, null, guidance)
+        options = {"engine": trainer.engine, "eval_fn": trainer.log.samples_of(self)}
+        return train_ar(self.base, stage, data.split(data.tokens["low"]), data.split(data.texts), **options)

@@ -7,8 +7,8 @@
 All that surrounds the network is Muse's: tokenizer, language model, cross-attention, guidance, optimizer.
 
 Deviation: DiT predicts mean and variance of the noise; we predict the mean, which is all that DDIM needs.
-Deviation: the head predicts the velocity, from which the noise follows (arXiv 2202.00512, appendix D), and the noise
-levels follow a cosine (arXiv 2102.09672, equation 17) instead of DDPM's line. `benchmarks/race.md` compares them.
+Deviation: the head predicts the velocity, from which the noise follows (arXiv 2202.00512, appendix D). The noise levels
+follow a cosine (arXiv 2102.09672, equation 17), not DDPM's line. `benchmarks/race.md` compares them.
 Deviation: DiT adds a class to the time; ours reads text by cross-attention (as PixArt, arXiv 2310.00426).
 
 Glossary: d latent channels, p patch, N = (h / p)^2 tokens, D width, s noise step of S = 1000, a_s = alpha-bar.
@@ -25,21 +25,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse.baseline_ar import LowRes, read_texts, train_network
-from minimuse.cfg import Guidance, guided
+from minimuse.baseline_ar import LowRes
+from minimuse.cfg import guided
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_images import to_float
+from minimuse.editing import Jobs
 from minimuse.masking import Generators, uniforms
+from minimuse.muse import sampling_settings
 from minimuse.sampler import Step
 from minimuse.text import Context
-from minimuse.train import Decimated, MuseTrainer
-from minimuse.train_engine import Engine, EvalFn, Progress
+from minimuse.train import Decimated, MuseTrainer, pick_captions, train_network
+from minimuse.train_engine import Progress, Stage
 from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig
 from minimuse.utils import require
 from minimuse.vqgan import VQGAN
-
-NoiseFn = Callable[[Tensor, float, Tensor], Tensor]  # x (B, d, h, w), progress u, step s () -> the noise in x
-
 
 # --- the network ------------------------------------------------------------------------------------------------------
 
@@ -67,10 +66,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(Layer):
-    """x (B, N, D), time c (B, 1, D), a layer's keys and values -> (B, N, D): adaLN-Zero (DiT 3.2).
-
-    Muse's layer with a shift, scale and gate of self-attention and MLP that are linear in the time.
-    """
+    """x (B, N, D), time c (B, 1, D), a layer's keys and values -> (B, N, D): adaLN-Zero (DiT 3.2)."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config.width, config.heads, config.mlp_width, config.block, config.dropout)
@@ -94,9 +90,7 @@ def time_waves(step: Tensor, width: int) -> Tensor:
 class DiT(Transformer):
     """Noisy latents x (B, d, h, w), a memory, step s (B,) or () -> the noise in them, (B, d, h, w) float32.
 
-    It reads the text as Muse's transformer does; inputs, blocks and head are its own. With the head's velocity v, the
-    noise is e = sqrt(1 - a_s) x + sqrt(a_s) v and the picture is sqrt(a_s) x - sqrt(1 - a_s) v: no division by a small
-    number at any step.
+    With the head's velocity v, the noise is e = sqrt(1 - a_s) x + sqrt(a_s) v: nothing is divided by a small number.
     """
 
     def __init__(self, config: DiTConfig):
@@ -134,7 +128,6 @@ class DiT(Transformer):
                 block.condition.bias.data.view(6, -1)[[2, 5]] = 1.0
 
     def forward(self, x: Tensor, memory: Memory, step: Tensor) -> Tensor:
-        """Noisy latents x (B, d, h, w), memory, noise step (B,) or () -> the noise in x, (B, d, h, w)."""
         grid, dtype = x.shape[-1] // self.patch, self.head.weight.dtype
         c = self.time(time_waves(step.expand(len(x)), self.config.width).to(dtype))[:, None]  # (B, 1, D)
         h = F.pixel_unshuffle(x.to(dtype), self.patch).flatten(2).transpose(1, 2)  # (B, N, d p^2)
@@ -192,8 +185,7 @@ def add_noise(x: Tensor, noise: Tensor, step: Tensor) -> Tensor:
 class NoiseLoss(nn.Module):
     """The noise-prediction loss (DDPM, equation 14).
 
-    Deviation: weighted by 1 / a_s = (1 + SNR) / SNR. It is then the squared error of the velocity, which has the same
-    size at every level (arXiv 2202.00512, section 4).
+    Deviation: weighted by 1 / a_s, which makes it the squared error of the velocity (arXiv 2202.00512, section 4).
     """
 
     def __init__(self, model: DiT):
@@ -216,25 +208,18 @@ def latents(vqgan: VQGAN, images: Any, batch: int = 256) -> Tensor:
     return torch.cat([vqgan.encoder(to_float(images[at]).to(device)).float().cpu() for at in parts])
 
 
-def train_dit(
-    model: DiT,
-    config: StageConfig,
-    z: Tensor,
-    texts: Any,
-    *,
-    engine: Engine | None = None,
-    eval_fn: EvalFn | None = None,
-) -> Iterator[Progress]:
+def train_dit(model: DiT, config: StageConfig, z: Tensor, texts: Any, **options: Any) -> Iterator[Progress]:
     """Train to predict noise in latents z (n, d, h, w). The others are as in `train.train_transformer`."""
     model.observe(z)
 
-    def inputs(at: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor, Context]:
+    def losses(job: Stage, s: int, at: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
         step = (uniforms(len(at), generator=generators) * len(LEVELS)).long()  # one for each example, uniform
         noise = gaussians(len(at), *z.shape[1:], generator=generators)
-        return z[at], noise, step, read_texts(texts, at, generators, config.cond_drop_prob)
+        context = pick_captions(texts, at, generators, config.cond_drop_prob)
+        total = job.modules["model"](*(x.to(job.engine.device) for x in (z[at], noise, step, context)))
+        return {"loss": total / (config.batch * z[0].numel())}
 
-    count = config.batch * z[0].numel()
-    return train_network(NoiseLoss(model), config, inputs, len(z), count, engine or Engine(), eval_fn)
+    return train_network(NoiseLoss(model), losses, config, len(z), **options)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -245,18 +230,17 @@ class Denoised(NamedTuple):
 
     index: int  # 0 .. T-1
     u: float  # progress that guidance saw: index / (T - 1)
-    step: int  # s that the network saw
     x: Tensor  # (B, d, h, w) after the step, less noisy
     clean: Tensor  # (B, d, h, w) the network's estimate of the picture
 
 
-def ddim(noise_fn: NoiseFn, x: Tensor, *, steps: int = 50, clip: float = 5.0) -> Iterator[Denoised]:
+def ddim(noise_fn: Callable[..., Tensor], x: Tensor, *, steps: int = 50, clip: float = 5.0) -> Iterator[Denoised]:
     """Noise x ~ N(0, I) (B, d, h, w) -> a Denoised at a time; the last one's x is the sample (DDIM, arXiv 2010.02502).
 
+    noise_fn: x, progress u, step s () -> the noise in x.
     x0 = (x - sqrt(1 - a_s) e) / sqrt(a_s), x' = sqrt(a_s') x0 + sqrt(1 - a_s') e: equation 12 with eta = 0.
     Choice: the steps begin at S - 1, where there is only noise ("trailing", arXiv 2305.08891); a' ends at 1.
-    Choice: x0 is clipped to `clip` standard deviations, and e follows from it (ADM, arXiv 2105.05233). At the noisiest
-    steps a small error of e is a large one of x0, and guidance multiplies it.
+    Choice: x0 is clipped to `clip` standard deviations, and e follows from it (ADM, arXiv 2105.05233).
     """
     total = len(LEVELS)
     require(1 <= steps <= total, f"steps is {steps}; give a whole number from 1 to {total}")
@@ -264,18 +248,19 @@ def ddim(noise_fn: NoiseFn, x: Tensor, *, steps: int = 50, clip: float = 5.0) ->
     levels = [LEVELS[s].item() for s in times] + [1.0]
     for i, s in enumerate(times):
         u = i / (steps - 1) if steps > 1 else 1.0
-        noise = noise_fn(x, u, torch.tensor(s, device=x.device)).float()
         now, then = levels[i], levels[i + 1]
+        noise = noise_fn(x, u, torch.tensor(s, device=x.device)).float()
         clean = ((x - (1 - now) ** 0.5 * noise) / now**0.5).clamp(-clip, clip)
         noise = (x - now**0.5 * clean) / (1 - now) ** 0.5
         x = then**0.5 * clean + (1 - then) ** 0.5 * noise
-        yield Denoised(i, u, s, x, clean)
+        yield Denoised(i, u, x, clean)
 
 
 class Diffusion(LowRes):
     """All latents at a time. The tokens of a step are the codes nearest to the network's estimate of the picture."""
 
     model = "dit"
+    format = "minimuse-dit-1"
     settings = frozenset({"guidance", "steps"})
 
     @classmethod
@@ -291,18 +276,21 @@ class Diffusion(LowRes):
         data, stage = trainer.data, self.config.stages["base"]
         factor = self.config.high_tokenizer.image_size // self.config.low_tokenizer.image_size
         z = latents(self.low_tokenizer, Decimated(data.split(data.images), factor))
-        how = {"engine": trainer.engine, "eval_fn": trainer.log.samples_of(self)}
-        return train_dit(self.base, stage, z, data.split(data.texts), **how)
+        options = {"engine": trainer.engine, "eval_fn": trainer.log.samples_of(self)}
+        return train_dit(self.base, stage, z, data.split(data.texts), **options)
 
-    def draw(self, memories: list[Memory], guidance: Guidance, generators: Any, sampling: dict) -> Iterator[Step]:
-        """DDIM in sampling["steps"] steps."""
+    @torch.inference_mode()
+    def decode_base(self, jobs: Jobs, **sampling: Any) -> Iterator[Step]:
+        """B jobs -> the Steps of DDIM."""
+        guidance, settings = sampling_settings(self.config.base_sampling, sampling)
+        memories = [self.base.memory(context) for context in self.contexts(jobs)]
 
         def noise_fn(x: Tensor, u: float, step: Tensor) -> Tensor:
             return guided(partial(self.base, step=step), *memories, guidance)(x, u)
 
-        grid = self.config.low_tokenizer.grid
-        x = gaussians(len(generators), len(self.base.mean), grid, grid, generator=generators)
-        for d in ddim(noise_fn, x.to(self.muse.device), steps=sampling["steps"]):
+        grid, generators = self.config.low_tokenizer.grid, [torch.Generator().manual_seed(job["seed"]) for job in jobs]
+        x = gaussians(len(jobs), len(self.base.mean), grid, grid, generator=generators)
+        for d in ddim(noise_fn, x.to(self.device), steps=settings["steps"]):
             tokens = self.low_tokenizer.quantizer.nearest(self.base.standardize(d.clean, back=True))
             none = torch.zeros_like(tokens, dtype=torch.bool)
-            yield Step(d.index, d.u, tokens, none, none, none.float())
+            yield Step(d.index, d.u, tokens, none, none, none.float(), stage="base", guidance=guidance(d.u))

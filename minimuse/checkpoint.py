@@ -9,7 +9,6 @@ Not here: training states (`train_state.py`).
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -39,10 +38,6 @@ license: apache-2.0
 A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {low} to {high}. Text: {text}, frozen.
 Load it with `Muse.from_pretrained("path/to/this/folder")`. A prompt to try: "{example}".
 All settings, also those of the training, are in `config.json`.
-
-| Part | Parameters |
-|---|---|
-{rows}
 """
 
 
@@ -145,13 +140,9 @@ def save(
     values = {"format": FORMAT, "config": to_dict(config), **about}
     atomic_write(folder / WEIGHTS, lambda path: path.write_bytes(serialize(weights, {"format": "pt"})))
     atomic_write(folder / CONFIG, json.dumps(values, indent=1) + "\n")
-    sizes: Counter[str] = Counter()
-    for key, value in weights.items():
-        sizes[key.split(".")[0]] += value.numel()
     low, high = (f"{t.image_size} px ({t.grid}x{t.grid} tokens)" for t in (config.low_tokenizer, config.high_tokenizer))
-    rows = "\n".join(f"| {part} | {size:,} |" for part, size in sizes.items())
     example = (about.get("examples") or ["a red cube"])[0]
-    card = MODEL_CARD.format(name=config.name, low=low, high=high, text=config.text_encoder, rows=rows, example=example)
+    card = MODEL_CARD.format(name=config.name, low=low, high=high, text=config.text_encoder, example=example)
     atomic_write(folder / CARD, card)
     return folder
 

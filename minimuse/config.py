@@ -1,25 +1,30 @@
 """The configuration of a whole Muse, how each stage trains, and the presets, which differ only in numbers.
 
-    preset("nano")        32 px f=4 (8x8 tokens)    -> 64 px f=4 (16x16 tokens); trains on 2 CPU cores in minutes
-    preset("toy")         64 px f=8 (8x8 tokens)    -> 128 px f=4 (32x32 tokens): the paper's 16-fold token ratio
-    preset("paper_632m")  256 px f=16 (16x16 tokens) -> 512 px f=8 (64x64 tokens); 632M base, 268M super-resolution
-    preset("paper_3b")    the same grids; Muse A.1 to A.3: 3B base
-
-Each component has its own dataclass in its own file. A configuration that makes no sense is refused when it is made.
+Not here: the configuration of one component, which stands in its file, above the class that reads it.
 """
 
 import dataclasses
 import json
 from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from typing import Any
 
 from minimuse.sampler import SamplingConfig
 from minimuse.transformer import TransformerConfig
-from minimuse.utils import require, require_at_least, require_fraction, require_positive
+from minimuse.utils import require, require_at_least, require_fraction, require_multiple, require_positive
 from minimuse.vqgan import VQGANConfig
 
 STAGES = ("low_tokenizer", "base", "high_tokenizer", "superres", "decoder")
 OPTIMIZERS = ("adamw", "adafactor", "muon")
+EQUAL = (  # fields of MuseConfig that must agree
+    ("base.codebook_size", "low_tokenizer.codebook_size"),
+    ("superres.codebook_size", "high_tokenizer.codebook_size"),
+    ("superres.low_codebook_size", "low_tokenizer.codebook_size"),
+    ("base.grid", "low_tokenizer.grid"),
+    ("superres.grid", "high_tokenizer.grid"),
+    ("superres.low_grid", "low_tokenizer.grid"),
+    ("superres.text_width", "base.text_width"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,18 +47,15 @@ class StageConfig:
     perceptual_weight: float = 0.05  # tokenizers (A.2)
     adversarial_weight: float = 0.1  # tokenizers (A.2)
     adversarial_start: int = 0  # step at which the adversarial loss starts
-    ema: float = 0.0  # decay of a moving average of the weights, which becomes the result; 0 is none, as in the paper
+    ema: float = 0.0  # decay of a moving average of the weights, which becomes the result; 0 is none
     save_every: int = 500  # steps between saved states
     eval_every: int = 500  # steps between validations and sample grids
 
     def __post_init__(self):
         require_positive(self, "steps", "batch", "save_every", "eval_every")
-        known = ", ".join(OPTIMIZERS)
-        require(self.optimizer in OPTIMIZERS, f"unknown optimizer {self.optimizer!r}; known: {known}")
-        require(0 < self.learning_rate < float("inf"), f"learning_rate is {self.learning_rate}; give a positive number")
-        require_fraction(self, "cond_drop_prob", "text_lr_scale", "label_smoothing")
-        require_at_least(self, 0, "warmup", "weight_decay", "crop", "perceptual_weight", "adversarial_weight")
-        require(0 <= self.ema < 1, f"ema is {self.ema}; give 0 or more, and less than 1")
+        require(self.optimizer in OPTIMIZERS, f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+        require_fraction(self, "cond_drop_prob", "text_lr_scale", "label_smoothing", "ema")
+        require_at_least(self, 0, "learning_rate", "weight_decay", "perceptual_weight", "adversarial_weight")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class MuseConfig:
     synonyms: float = 0.0  # fraction of the captions that also use other words (data_captions.SYNONYMS)
     stages: dict[str, StageConfig] = field(default_factory=dict)
     low_tokenizer_from: str = ""  # a trained diffusers VQModel, hub id or folder, in place of our own (`amused.py`)
-    pixels_gib: float = 32.0  # Choice: images cached as pixels, enough for the tokenizers; others are read twice
+    pixels_gib: float = 32.0  # images cached as pixels, enough for the tokenizers; others are read twice
     text_gib: float = 64.0  # embedded captions cached on disk; beyond it they are encoded at every step
     edit_guidance: float = 4.0  # t of a mask-free edit; the paper's (3.3.2)
 
@@ -87,24 +89,14 @@ class MuseConfig:
         return replace(self.high_tokenizer, decoder_width=self.finetuned_width, decoder_blocks=self.finetuned_blocks)
 
     def __post_init__(self):
-        low, high, base, sr = self.low_tokenizer, self.high_tokenizer, self.base, self.superres
-        pairs = [
-            ("base.codebook_size", base.codebook_size, "low_tokenizer.codebook_size", low.codebook_size),
-            ("superres.codebook_size", sr.codebook_size, "high_tokenizer.codebook_size", high.codebook_size),
-            ("superres.low_codebook_size", sr.low_codebook_size, "low_tokenizer.codebook_size", low.codebook_size),
-            ("base.grid", base.grid, "low_tokenizer.grid", low.grid),
-            ("superres.grid", sr.grid, "high_tokenizer.grid", high.grid),
-            ("superres.low_grid", sr.low_grid, "low_tokenizer.grid", low.grid),
-            ("superres.text_width", sr.text_width, "base.text_width", base.text_width),
-        ]
-        for a, x, b, y in pairs:
+        for a, b in EQUAL:
+            x, y = attrgetter(a, b)(self)
             require(x == y, f"{a} is {x} but {b} is {y}; make them equal")
-        ok = high.image_size % low.image_size == 0
-        require(ok, f"high image size {high.image_size} is not a multiple of the low {low.image_size}; give a multiple")
-        blocks = zip(self.finetuned_blocks, high.decoder_blocks, strict=True)
-        ok = self.finetuned_width >= high.decoder_width and all(a >= b for a, b in blocks)
+        require_multiple(self.high_tokenizer, "image_size", self.low_tokenizer.image_size)
+        old = self.high_tokenizer
+        blocks = zip(self.finetuned_blocks, old.decoder_blocks, strict=True)
+        ok = self.finetuned_width >= old.decoder_width and all(a >= b for a, b in blocks)
         require(ok, "the fine-tuned decoder is smaller than high_tokenizer's; give at least its width and blocks")
-        require_at_least(self, 0, "edit_guidance", "pixels_gib", "text_gib")
         require_fraction(self, "synonyms")
 
 
@@ -112,13 +104,12 @@ class MuseConfig:
 
 
 def nano() -> MuseConfig:
-    """32 px -> 64 px, about 3.4M parameters: trains from scratch on 2 CPU cores in minutes."""
+    """32 px (8x8 tokens) -> 64 px (16x16 tokens), 3.4M parameters: trains on 2 CPU cores in minutes."""
     low = VQGANConfig(
         image_size=32, codebook_size=256, code_dim=4, width=16, multipliers=(1, 2, 4), blocks=(1, 1, 2),
         decoder_width=16, decoder_blocks=(1, 1, 2),
     )  # fmt: skip
     base = TransformerConfig(codebook_size=256, grid=8, text_width=384, width=128, layers=4, heads=4, mlp_width=512)
-    # small batches: in a few minutes, the number of steps matters most
     tokenizing = StageConfig(
         steps=1250, batch=16, learning_rate=3e-3, warmup=30, weight_decay=1e-4, betas=(0.9, 0.99),
         perceptual_weight=0.0, adversarial_weight=0.0, eval_every=1000,
@@ -149,7 +140,7 @@ def nano() -> MuseConfig:
 
 
 def toy() -> MuseConfig:
-    """64 px f=8 -> 128 px f=4: the paper's 16-fold token ratio; about 90 minutes of training on 2 CPU cores."""
+    """64 px (8x8 tokens) -> 128 px (32x32 tokens), the paper's 16-fold ratio: 90 minutes of training on 2 CPU cores."""
     small = nano()
     low = replace(
         small.low_tokenizer, image_size=64, codebook_size=512, code_dim=16,
@@ -183,7 +174,7 @@ def toy() -> MuseConfig:
 
 
 def paper_3b() -> MuseConfig:
-    """The paper's large pair (2.2, A.1 to A.3): 3B base (48 layers) and super-resolution (32 + 16 layers).
+    """256 px (16x16 tokens) -> 512 px (64x64 tokens): the paper's large pair, base 3B (2.2, A.1 to A.3).
 
     Choice: the paper is silent on code_dim, text_tokens, crop, adversarial_start, heads, block and the guidance scales.
     """
@@ -245,20 +236,16 @@ def preset(name: str) -> MuseConfig:
 
 
 def changed(config: MuseConfig, changes: list[str]) -> MuseConfig:
-    """A configuration with fields set by "path=value", the value in JSON: "stages.base.steps=500", "base.width=192".
-
-    ValueError if there is no such field, or if the result does not fit together.
-    """
+    """A configuration with fields set by "path=value", the value in JSON: "stages.base.steps=500", "name=mine"."""
     values = to_dict(config)
     for change in changes:
-        path, equals, text = change.partition("=")
-        require(bool(equals), f"{change!r} sets nothing; give PATH=VALUE, such as stages.base.steps=500")
+        path, _, text = change.partition("=")
         *parents, last = path.split(".")
         part: Any = values
         for name in parents:
             part = part.get(name) if isinstance(part, dict) else None
-        known = ", ".join(part if isinstance(part, dict) else values)
-        require(isinstance(part, dict) and last in part, f"no field {path!r}; known there: {known}")
+        known = "=" in change and isinstance(part, dict) and last in part
+        require(known, f"no field {path!r}; give PATH=VALUE with fields of `to_dict`, such as stages.base.steps=500")
         try:
             part[last] = json.loads(text)
         except ValueError:
@@ -267,22 +254,20 @@ def changed(config: MuseConfig, changes: list[str]) -> MuseConfig:
 
 
 def to_dict(config: MuseConfig) -> dict[str, Any]:
-    """A configuration as plain JSON values; `from_dict` undoes it."""
+    """A configuration as plain JSON values."""
     return dataclasses.asdict(config)
 
 
 def from_dict(values: dict[str, Any], cls: type = MuseConfig) -> Any:
-    """The values of `to_dict` -> a configuration. ValueError if a field is missing, unknown or makes no sense."""
+    """The values of `to_dict` -> a configuration."""
     require(isinstance(values, dict), f"{cls.__name__} is {values!r}; expected an object with its fields")
-    known = {f.name: f for f in fields(cls)}
-    required = {f.name for f in fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
-    for wrong, names in (("lacks", required - set(values)), ("has unknown", set(values) - set(known))):
-        found = ", ".join(sorted(names))
-        require(not names, f"{cls.__name__} {wrong} fields: {found}. Was it written by another version of minimuse?")
     arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(known[name].type):
-            arguments[name] = from_dict(value, known[name].type)
+    for part in fields(cls):
+        if dataclasses.is_dataclass(part.type) and part.name in values:
+            arguments[part.name] = from_dict(values[part.name], part.type)
     if "stages" in values:
         arguments["stages"] = {name: from_dict(stage, StageConfig) for name, stage in values["stages"].items()}
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except TypeError as e:  # a field is missing or unknown
+        raise ValueError(f"{cls.__name__}: {e}. Was it written by another version of minimuse?") from e

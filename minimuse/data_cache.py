@@ -7,14 +7,12 @@ The tokenizers and the language model are frozen while a transformer trains (Mus
                                         .embed()     -> .texts, k captions each    by the frozen language model
     folder/low_tokens-0123456789abcdef/ 00012.000.low_tokens.npy, 00012.001.low_tokens.npy, 00012.json, ...
 
-Each of the three yields (done, of how many), shares the work among processes, and continues where it was stopped. A
-part exists if and only if its JSON does, which is renamed into place last: a process may be killed at any moment. The
-folder's name holds a hash of all that decides the content, so a stale cache is never read.
+The folder's name holds a hash of all that decides the content: a stale cache is never read. A part exists if and only
+if its JSON does, which is renamed into place last: a process may be killed at any moment, and work continues there.
 
 Not here: where images come from (data_sources.py), which rows a training step reads (train.py).
 """
 
-import errno
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -29,11 +27,11 @@ import torch
 from torch import Tensor
 
 from minimuse.config import MuseConfig
-from minimuse.data_captions import EXAMPLE_PROMPTS, SceneDataset, common_words, vocabulary
-from minimuse.data_images import Problems, area_downsample, tokenize_images
+from minimuse.data_captions import EXAMPLE_PROMPTS, Problems, SceneDataset, common_words, vocabulary
+from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import Source
 from minimuse.text import TextEncoder
-from minimuse.utils import atomic_write, content_hash
+from minimuse.utils import atomic_write, content_hash, precision
 
 BLOCK = 500  # rows of one file
 HELD_OUT = 50  # every 50th example is held out for validation
@@ -81,15 +79,15 @@ class Shards:
         With a limit, a process may make a part or two too many, because it does not wait for the others.
         """
         mine = range(rank, self.parts, processes)
-        rows: dict[int, int] = {}
+        rows: dict[int, int] = {}  # of the parts that are there
         self.folder.mkdir(parents=True, exist_ok=True)
         for done, part in enumerate(mine):
             yield done, len(mine)
-            if self.limit is not None:
-                found = {before: self.record(before) for before in range(part) if before not in rows}
-                rows |= {before: sum(record["rows"]) for before, record in found.items() if record}
-                if sum(rows.values()) >= self.limit:
-                    break
+            for before in set(range(part)) - set(rows):
+                if self.limit and (record := self.record(before)):
+                    rows[before] = sum(record["rows"])
+            if self.limit and sum(rows.values()) >= self.limit:
+                break
             if self.record(part) is None:
                 self._write(part, make)
         yield len(mine), len(mine)
@@ -97,46 +95,37 @@ class Shards:
     def _write(self, part: int, make: Make) -> None:
         problems, rows, captions = Problems(), [], []
         for block, (arrays, texts) in enumerate(make(part, problems)):
-            if (n := len(arrays[self.kind])) != len(texts) or not all(texts):
-                raise ValueError(f"part {part}: {n} rows of {self.kind} with the captions {texts[:3]}, ...")
+            if len(arrays[self.kind]) != len(texts) or not all(texts):
+                raise ValueError(f"part {part} needs captions for each of its {len(arrays[self.kind])} rows")
             try:
                 for name, array in arrays.items():
                     np.save(self.folder / f"{part:05d}.{block:03d}.{name}.npy", array, allow_pickle=False)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, None):  # NumPy's own message has no number
-                    raise
                 hint = "make room and start again; finished parts are kept"
-                raise OSError(f"no space left in {self.folder} for part {part}: {hint}") from error
-            rows.append(n)
+                raise OSError(f"part {part} could not be written to {self.folder} ({error}): {hint}") from error
+            rows.append(len(texts))
             captions += texts
         record = {"rows": rows, "captions": captions, "problems": asdict(problems)}
         atomic_write(self.folder / f"{part:05d}.json", json.dumps(record))
 
 
 class Rows:
-    """The rows of a cache as one array (n, ...): `rows[indices (B,)]` -> Tensor, a copy."""
+    """The rows of a cache as one array: `rows[indices (B,)]` -> Tensor (B, ...), a copy."""
 
     def __init__(self, shards: Shards, dtype: torch.dtype | None = None):
-        self.shards, self.dtype = shards, dtype
+        self.kind, self.dtype = shards.kind, dtype
         sizes = [(part, record["rows"]) for part, record in enumerate(shards.records())]
         self.blocks = [(part, block) for part, rows in sizes for block in range(len(rows))]
         self.starts = np.cumsum([0] + [n for _, rows in sizes for n in rows])
         self.n = min(int(self.starts[-1]), shards.limit or int(self.starts[-1]))
-        self.map = lru_cache(OPEN)(self._map)
-        self.shape = (self.n, *self.map(0, shards.kind).shape[1:])
+        self.map = lru_cache(OPEN)(lambda block, name: shards.load(*self.blocks[block], name))
 
     def __len__(self) -> int:
         return self.n
 
-    def _map(self, block: int, name: str) -> np.ndarray:
-        array = self.shards.load(*self.blocks[block], name)
-        if name == self.shards.kind and len(array) != (n := self.starts[block + 1] - self.starts[block]):
-            raise ValueError(f"{self.shards.folder}: {len(array)} rows, expected {n}; delete the folder")
-        return array
-
     def locate(self, indices: Any) -> tuple[np.ndarray, np.ndarray]:
         """Indices (B,) or a slice -> the block of each row, and its place in that block."""
-        rows = np.asarray(range(*indices.indices(self.n)) if isinstance(indices, slice) else indices, np.int64)
+        rows = np.asarray(np.arange(self.n)[indices] if isinstance(indices, slice) else indices, np.int64)
         if rows.ndim != 1 or (rows.size and not 0 <= rows.min() <= rows.max() < self.n):
             raise IndexError(f"rows {rows.tolist()}: expected a list of numbers from 0 to {self.n - 1}")
         blocks = np.searchsorted(self.starts, rows, side="right") - 1
@@ -144,15 +133,16 @@ class Rows:
 
     def __getitem__(self, indices: Sequence[int] | slice | Tensor) -> Tensor:
         blocks, rows = self.locate(indices)
-        out = np.empty((len(rows), *self.shape[1:]), self.map(0, self.shards.kind).dtype)
+        first = self.map(0, self.kind)
+        out = np.empty((len(rows), *first.shape[1:]), first.dtype)
         for block in np.unique(blocks).tolist():
             at = blocks == block
-            out[at] = self.map(block, self.shards.kind)[rows[at]]
+            out[at] = self.map(block, self.kind)[rows[at]]
         return torch.from_numpy(out).to(self.dtype)
 
 
 class Texts(Rows):
-    """The embedded captions of n examples, unpadded, each different text of a block stored once.
+    """The embedded captions of n examples, unpadded. A block stores equal texts once.
 
     text (n, 2): first caption and end of an example; spans (captions, 2): rows of a caption in values (tokens, D).
     """
@@ -172,11 +162,12 @@ class Texts(Rows):
         return rows
 
 
+@dataclass
 class LiveTexts:
     """Captions that are encoded at each reading, because they are too many to store."""
 
-    def __init__(self, captions: Captions, encode: Callable[[list[str]], list[Tensor]]):
-        self.captions, self.encode = captions, encode
+    captions: Captions
+    encode: Callable[[list[str]], list[Tensor]]
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -187,12 +178,12 @@ class LiveTexts:
         return self.encode([texts[int(float(x) * len(texts))] for texts, x in zip(rows, u, strict=True)])
 
 
+@dataclass
 class Subset:
     """Some rows of other rows: the training examples, or the held-out ones."""
 
-    def __init__(self, rows: Any, index: Tensor):
-        self.rows, self.index = rows, index
-        self.shape = (len(index), *getattr(rows, "shape", (0,))[1:])
+    rows: Any
+    index: Tensor
 
     def __len__(self) -> int:
         return len(self.index)
@@ -217,6 +208,15 @@ def text_block(captions: Captions, encode: Callable[[list[str]], list[Tensor]]) 
     firsts = np.cumsum([0] + [len(texts) for texts in captions])
     spans = np.array([span[text] for texts in captions for text in texts])
     return {"text": np.stack([firsts[:-1], firsts[1:]], 1), "spans": spans, "values": values.numpy()}
+
+
+@torch.inference_mode()
+def tokenize_images(tokenizer: Any, images: Tensor, batch: int = 256, bf16: bool | None = None) -> Tensor:
+    """A frozen tokenizer and images (n, 3, H, W) uint8 -> tokens (n, N) on the CPU."""
+    device = next(tokenizer.parameters()).device
+    tokenizer.eval()
+    with precision(device, bf16):
+        return torch.cat([tokenizer.encode(to_float(x).to(device)).cpu() for x in images.split(batch)])
 
 
 @dataclass
@@ -246,40 +246,40 @@ class TrainingData:
         """Decode or render the images, as many as `pixels_gib` has room for."""
 
         def make(part: int, problems: Problems) -> Blocks:
-            return (({"pixels": x.numpy()}, captions) for x, captions in self._read(part, problems))
+            return (({"pixels": images.numpy()}, captions) for images, captions in self._read(part, problems))
 
         yield from self._fill(self._pixels, make)
         problems = Problems()
         for record in self._pixels.records():
-            problems.merge(Problems(**record["problems"]))
+            problems.seen += record["problems"]["seen"]
+            for kind, names in record["problems"]["names"].items():
+                problems.add(kind, *names)
         problems.check("the data")
-        if problems.counts and self.rank == 0:
+        if problems.names and self.rank == 0:
             logging.getLogger("minimuse").warning(problems.summary())
         self.images = Rows(self._pixels)
 
     def _read(self, part: int, problems: Problems) -> Iterator[tuple[Tensor, Captions]]:
+        """Part -> blocks of images and captions, from the cache of pixels if it holds the part."""
+        if record := self._pixels.record(part):
+            captions = iter(record["captions"])
+            for block, n in enumerate(record["rows"]):
+                pixels = self._pixels.load(part, block, "pixels")
+                yield torch.from_numpy(np.array(pixels)), list(islice(captions, n))
+            return
         examples = self.source.read(part, self.side, problems)
         while few := list(islice(examples, BLOCK)):
-            yield torch.stack([e.image for e in few]), [e.captions for e in few]
-
-    def _read_again(self, part: int, problems: Problems) -> Iterator[tuple[Tensor, Captions]]:
-        """The same, from the cache of pixels if it holds all examples."""
-        if len(self.images) == self.pixels_limit:  # the source has, or may have, more
-            yield from self._read(part, problems)
-            return
-        record = self._pixels.record(part)
-        captions = iter(record["captions"])
-        for block, n in enumerate(record["rows"]):
-            yield torch.from_numpy(np.array(self._pixels.load(part, block, "pixels"))), list(islice(captions, n))
+            yield torch.stack([example.image for example in few]), [example.captions for example in few]
 
     def tokenize(self, name: str, tokenizer: Any) -> Iterator[tuple[int, int]]:
         """name "low" or "high": the tokens of all images by a frozen tokenizer; "low" reads decimated images."""
-        size, v = getattr(self.config, f"{name}_tokenizer").image_size, tokenizer.codebook_size
         kind = f"{name}_tokens"
+        size = getattr(self.config, f"{name}_tokenizer").image_size
+        v = tokenizer.codebook_size
         shards = self._shards(kind, size, tokenizer.to(self.device).state_dict())
 
         def make(part: int, problems: Problems) -> Blocks:
-            for images, captions in self._read_again(part, problems):
+            for images, captions in self._read(part, problems):
                 tokens = tokenize_images(tokenizer, area_downsample(images, self.side // size), bf16=self.bf16)
                 if tokens.min() < 0 or tokens.max() >= v:
                     raise ValueError(f"{name} tokens {tokens.min()} to {tokens.max()}; expected 0 to {v - 1}")
@@ -300,9 +300,8 @@ class TrainingData:
         shards = self._shards("text", self.encoder.max_tokens, self.encoder.weights)
 
         def make(part: int, problems: Problems) -> Blocks:
-            texts = self._paired.record(part)["captions"]
-            for start in range(0, len(texts), BLOCK):
-                few = texts[start : start + BLOCK]
+            captions = iter(self._paired.record(part)["captions"])
+            while few := list(islice(captions, BLOCK)):
                 yield text_block(few, self.encode), few
 
         yield from self._fill(shards, make)
@@ -324,8 +323,9 @@ class TrainingData:
     def split(self, rows: Any, held_out: bool = False) -> Subset:
         """Rows of all examples -> those to train on, or every 50th, held out. Of fewer than 50, all serve for both."""
         index = torch.arange(len(rows))
-        is_held = index % HELD_OUT == HELD_OUT - 1
-        return Subset(rows, index if len(rows) < HELD_OUT else index[is_held if held_out else ~is_held])
+        if len(rows) >= HELD_OUT:
+            index = index[(index % HELD_OUT == HELD_OUT - 1) == held_out]
+        return Subset(rows, index)
 
     def words(self, most: int = 20_000) -> dict[str, list[str]]:
         """What a checkpoint says about its data: the most common words of the captions, and prompts to try."""
@@ -346,5 +346,5 @@ class TrainingData:
             self.wait()
         for part, (old, new) in enumerate(zip(self._paired.records(), shards.records(), strict=False)):
             if old["captions"] != new["captions"]:
-                change = f"part {part} of the data gave other examples when it was read again"
-                raise ValueError(f"{change}. Delete {self.folder} and start again")
+                hint = f"Delete {self.folder} and start again"
+                raise ValueError(f"part {part} of the data gave other examples when it was read again. {hint}")

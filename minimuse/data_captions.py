@@ -1,85 +1,38 @@
-"""Captions of scenes: true phrases, short and long, and paraphrases that training never sees; captioned scenes.
+"""Captions of scenes, and `SceneDataset`: true phrases, short and long, and paraphrases that training never sees.
 
     attributes   "a small red metal cube"            cardinality   "two blue spheres"
     relations    "a green cube left of a cylinder"   composition   "a red cube, a gray sphere and two yellow cylinders"
 
 SYNONYMS are for training, if a data set asks for them. PARAPHRASES are in no training caption: what a model makes of
-them comes from its language model.
+them comes from its language model. Both stand in words.json.
 
 Not here: the scenes and their pictures (data_scenes.py), data from files (data_sources.py).
 """
 
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minimuse.data_images import Example, Problems, to_uint8
-from minimuse.data_scenes import (
-    COLORS,
-    FRACTIONS,
-    MATERIALS,
-    SHAPES,
-    SIZES,
-    SPLITS,
-    Scene,
-    Thing,
-    relations,
-    render,
-    sample_scene,
-)
+from minimuse import data_scenes
+from minimuse.data_images import to_uint8
+from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES, Scene, Thing, relations
 from minimuse.utils import content_hash
 
 SCENES_VERSION = 1  # raise it on purpose when the same scenes give other pixels or captions: caches become invalid
 PART = 500  # examples in a part, where a source has no parts of its own
 
-
-def _words(table: str) -> dict[str, tuple[str, ...]]:
-    """Lines "cube: box block" -> {"cube": ("box", "block")}."""
-    rows = (line.partition(":") for line in table.strip().splitlines())
-    return {word: tuple(others.split()) for word, _, others in rows}
-
-
-PARAPHRASES = _words("""
-cube: box block
-sphere: ball globe orb
-cylinder: tin can
-small: tiny little
-large: big huge
-rubber: matte
-metal: shiny metallic
-gray: slate charcoal
-red: crimson scarlet
-blue: azure navy
-green: emerald lime
-brown: chocolate
-purple: violet
-cyan: turquoise teal
-yellow: golden lemon
-""")
-SYNONYMS = _words("""
-cube: crate carton brick parcel chest case container package dice trunk cabinet
-sphere: marble bead bubble planet balloon pearl pellet moon bauble football
-cylinder: tube pipe barrel drum column pillar canister jar bottle keg mug bucket flask log roller spool tub cup pot
-small: mini miniature petite compact wee minute teeny slight pocket-sized baby
-large: giant massive enormous gigantic oversized vast colossal immense jumbo bulky
-rubber: dull plastic clay chalky soft unpolished flat foam frosted velvet
-metal: steel polished chrome mirrored iron glossy gleaming reflective brass aluminum lustrous glittering sparkling \
-bright
-gray: grey ash ashen stone smoky granite cement concrete lead flint graphite cloudy foggy rock
-red: ruby cherry vermilion maroon rosy tomato strawberry blood burgundy raspberry cranberry poppy flame
-blue: cobalt sapphire indigo ultramarine cerulean denim sky ocean blueberry midnight royal
-green: jade olive mint mossy grassy fern avocado cucumber lettuce spinach leafy forest clover cactus pickle
-brown: tan chestnut coffee mahogany hazel cocoa caramel walnut cinnamon toffee mocha wooden muddy
-purple: lavender magenta mauve plum lilac orchid amethyst grape eggplant wisteria iris
-cyan: aqua aquamarine lagoon peacock seafoam glacier tropical pool
-yellow: amber mustard canary blond saffron sunny banana honey corn butter sunflower straw cheese
-""")
+_WORDS = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
+PARAPHRASES: dict[str, list[str]] = _WORDS["paraphrases"]
+SYNONYMS: dict[str, list[str]] = _WORDS["synonyms"]
 EXAMPLE_PROMPTS = (
     "a large red cube",
     "two small blue metal spheres",
@@ -160,16 +113,56 @@ def _be(phrase: str) -> str:
 
 def vocabulary(synonyms: bool = False) -> list[str]:
     """All words of training captions, sorted; with SYNONYMS if the captions use them."""
-    shapes = [*SHAPES, *(word for shape in SHAPES for word in SYNONYMS[shape] if synonyms)]
-    texts = (*COLORS, *SHAPES, *SIZES, *MATERIALS, *_NUMBERS, *OPENINGS, *sum(RELATION_PHRASES.values(), ()))
-    texts += (FLOOR_PHRASE, *(("an", *sum(SYNONYMS.values(), ())) if synonyms else ()))
-    return sorted({word for text in texts for word in text.split()} | {s + "s" for s in shapes} | {"and", "is", "are"})
+    shapes = [*SHAPES]
+    texts = ["and is are", FLOOR_PHRASE, *COLORS, *SHAPES, *SIZES, *MATERIALS, *_NUMBERS, *OPENINGS]
+    texts += sum(RELATION_PHRASES.values(), ())
+    if synonyms:
+        shapes += [word for shape in SHAPES for word in SYNONYMS[shape]]
+        texts += sum(SYNONYMS.values(), ["an"])
+    return sorted({word for text in texts for word in text.split()} | {shape + "s" for shape in shapes})
 
 
 def common_words(captions: Iterable[str], most: int) -> list[str]:
     """The most common words of any captions, of letters only."""
     counts = Counter(word for text in captions for word in re.findall(r"[^\W\d_]+", text.lower()))
     return [word for word, _ in counts.most_common(most)]
+
+
+class Example(NamedTuple):
+    """What a source yields."""
+
+    image: Tensor  # (3, size, size) uint8
+    captions: tuple[str, ...]  # at least one
+
+
+@dataclass
+class Problems:
+    """The images that a reader left out.
+
+    >>> problems = Problems(seen=9)
+    >>> problems.add("damaged", "a.png")
+    >>> problems.summary()
+    'left out 1 of 9 images: 1 damaged (a.png)'
+    """
+
+    seen: int = 0  # all images, good ones included
+    names: dict[str, list[str]] = field(default_factory=dict)  # kind of problem -> the images that have it
+
+    def add(self, kind: str, *names: str) -> None:
+        """Note that these of the images seen are left out."""
+        clean = [name.encode("utf-8", "backslashreplace").decode() for name in names]
+        self.names.setdefault(kind, []).extend(clean)
+
+    def summary(self) -> str:
+        """One sentence with the first three names of each kind, or "" if nothing was left out."""
+        kinds = [f"{len(n)} {kind} ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for kind, n in self.names.items()]
+        left_out = sum(map(len, self.names.values()))
+        return f"left out {left_out} of {self.seen} images: {', '.join(kinds)}" if kinds else ""
+
+    def check(self, where: str) -> None:
+        """After all of `where` was read: ValueError if none of it was usable."""
+        if self.seen == sum(map(len, self.names.values())):
+            raise ValueError(f"{where}: no usable captioned image; {self.summary() or 'nothing was found'}")
 
 
 @dataclass(frozen=True)
@@ -180,13 +173,13 @@ class SceneDataset:
     size: int
     split: str = "train"
     seed: int = 0
-    fractions: tuple[float, ...] = FRACTIONS  # of scenes with 1, 2 and 3 things
+    fractions: tuple[float, ...] = data_scenes.FRACTIONS  # of scenes with 1, 2 and 3 things
     k: int = 2  # captions per scene
-    synonyms: float = 0.0  # fraction of captions that use the words of data_captions.SYNONYMS
+    synonyms: float = 0.0  # fraction of captions that use the words of SYNONYMS
 
     def __post_init__(self):
-        if self.n < 1 or self.size < 8 or self.k < 1 or self.split not in SPLITS:
-            raise ValueError(f"{self}: expected n >= 1, size >= 8, k >= 1 and a split of {', '.join(SPLITS)}")
+        if self.n < 1 or self.size < 8 or self.k < 1 or self.split not in data_scenes.SPLITS:
+            raise ValueError(f"{self}: expected n, k >= 1, size >= 8, a split of {', '.join(data_scenes.SPLITS)}")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -202,9 +195,10 @@ class SceneDataset:
         if not 0 <= part < self.parts:
             raise IndexError(f"part {part} of {self.parts}: expected 0 to {self.parts - 1}")
         indices = range(part * PART, min((part + 1) * PART, self.n))
+        scenes = replace(self, size=size)
         for start in range(0, len(indices), 50):
             few = indices[start : start + 50]
-            for i, image in zip(few, replace(self, size=size).images(few), strict=True):
+            for i, image in zip(few, scenes.images(few), strict=True):
                 problems.seen += 1
                 yield Example(image, tuple(self.captions(i)))
 
@@ -215,24 +209,24 @@ class SceneDataset:
         """Index 0 to n - 1 -> the scene."""
         if not 0 <= i < self.n:
             raise IndexError(f"scene {i} of a data set of {self.n}: expected 0 to {self.n - 1}")
-        return sample_scene(self.seed * 1_000_003 + i, split=self.split, fractions=self.fractions)
+        return data_scenes.sample_scene(self.seed * 1_000_003 + i, split=self.split, fractions=self.fractions)
 
-    def captions(self, i: int, k: int | None = None, *, paraphrase: bool = False) -> list[str]:
+    def captions(self, i: int, k: int | None = None) -> list[str]:
         """-> k different captions of scene i (None: as many as the data set has per scene)."""
-        scene, found, k = self.scene(i), {}, self.k if k is None else k
+        k = k or self.k
+        scene = self.scene(i)
+        found = {}
         for attempt in range(50 * k):
-            found[caption(scene, 10_007 * i + attempt, paraphrase=paraphrase, synonyms=self.synonyms)] = None
+            found[caption(scene, 10_007 * i + attempt, synonyms=self.synonyms)] = None
             if len(found) == k:
                 return list(found)
         raise ValueError(f"scene {i} has fewer than {k} different captions: ask for at most {len(found)}")
 
-    def images(self, indices: Sequence[int] | None = None, *, progress: bool = False) -> Tensor:
+    def images(self, indices: Sequence[int] | None = None) -> Tensor:
         """Indices (None: all) -> uint8 images (B, 3, H, W), rendered 256 scenes at a time."""
         indices = range(self.n) if indices is None else [int(i) for i in indices]
-        starts: Iterable[int] = range(0, len(indices), 256)
-        if progress:
-            from tqdm import tqdm
-
-            starts = tqdm(starts, f"rendering {len(indices)} scenes at {self.size} px", unit_scale=256, leave=False)
-        parts = [to_uint8(render([self.scene(i) for i in indices[s : s + 256]], self.size)) for s in starts]
-        return torch.cat(parts) if parts else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        parts = [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)]
+        for start in range(0, len(indices), 256):
+            scenes = [self.scene(i) for i in indices[start : start + 256]]
+            parts.append(to_uint8(data_scenes.render(scenes, self.size)))
+        return torch.cat(parts)

@@ -166,8 +166,6 @@ def truth(scene: Scene) -> list[dict]:
     return [asdict(thing) | {"box": [round(edge, 4) for edge in box(thing)]} for thing in scene.things]
 
 
-# ---------------------------------------------------------------- pictures
-
 Vec = tuple[Tensor, Tensor, Tensor]  # x, y, depth: three tensors that broadcast, which is faster than one tensor
 
 
@@ -339,12 +337,12 @@ def _render(things: _Things, d: Vec, floor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def render(scenes: list[Scene], size: int, supersample: int = 2, chunk: int | None = None) -> Tensor:
-    """Scenes -> images (B, 3, size, size) in [-1, 1], `chunk` at a time (None: as many as fit in a CPU's cache)."""
+def render(scenes: list[Scene], size: int, supersample: int = 2) -> Tensor:
+    """Scenes -> images (B, 3, size, size) in [-1, 1], as many at a time as fit in a CPU's cache."""
     if isinstance(scenes, Scene) or not scenes:
         raise ValueError(f"render: expected a list of at least one Scene, {scenes!r} came")
-    if size < 8 or supersample < 1 or (chunk is not None and chunk < 1):
-        raise ValueError(f"render: size={size} (>= 8), supersample={supersample} and chunk={chunk} (>= 1) expected")
-    chunk = chunk or max(1, 2**17 // (size * supersample) ** 2)
+    if size < 8 or supersample < 1:
+        raise ValueError(f"render: expected size >= 8 and supersample >= 1, {size} and {supersample} came")
+    chunk = max(1, 2**17 // (size * supersample) ** 2)
     d, floor = _rays(size * supersample), _floor(size)
     return torch.cat([_render(_Things(scenes[i : i + chunk]), d, floor) for i in range(0, len(scenes), chunk)])

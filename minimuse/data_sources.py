@@ -2,7 +2,7 @@
 
     scenes                      the embedded data set (`SceneDataset`)
     pictures/                   metadata.jsonl or metadata.csv ("file_name", "text"), or a.txt next to a.png
-    shards/{000..009}.tar       a.jpg with a.txt or a.json ("text" or "caption"): the WebDataset layout
+    shards/{000..009}.tar       the same layout in tar files, or a.jpg with a.json ("text" or "caption"): WebDataset
     tables/*.parquet            a column of images and a column of captions
     user/name, user/name@rev    a data set of the Hugging Face hub: split "train", streamed
 
@@ -10,10 +10,10 @@ Training reads a source once, part by part, front to back. To add one, write a c
 Files come from strangers: nothing in them is executed, no name leads out of a folder, and every image that cannot be
 used is counted and named (`Problems`).
 
-Choice: only Parquet and the hub use the library `datasets` (extra `data`). For folders it drops unlisted images and
-guesses splits from file names. In tar shards it stops at the first bad sample, or ends early. It counts none of this.
+Choice: only Parquet and the hub use the library `datasets` (extra `data`). In folders and tar files it ends at the
+first bad sample or skips images, and counts none of this.
 
-Not here: pixels (data_images.py), how scenes look (data_scenes.py), what is stored of a source (data_cache.py).
+Not here: pixels (data_images.py), decoding (pictures.py), what is stored of a source (data_cache.py).
 """
 
 import csv
@@ -27,24 +27,24 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import torch
+
 from minimuse.config import MuseConfig
-from minimuse.data_captions import PART, SceneDataset
-from minimuse.data_images import HUGE, Example, Problems, Refused, decode_image
+from minimuse.data_captions import PART, Example, Problems, SceneDataset
+from minimuse.pictures import FORMATS, Refused, decode_image
 from minimuse.utils import content_hash
 
 FILES_VERSION = 2  # raise it on purpose when the same files give other pixels or captions: caches become invalid
-SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-UNREADABLE = ("avif", "eps", "heic", "heif", "jfif", "jp2", "jxl", "pgm", "psd", "svg", "tga")  # tried, then counted
+SUFFIXES = "png jpg jpeg webp gif bmp tif tiff ppm avif eps heic heif jfif jp2 jxl pgm psd svg tga".split()  # are tried
 HIDDEN = re.compile(r"(^|/)\.(?!\./)")  # a name that begins with a dot, in any folder
 LARGEST = 2**28  # bytes of one file in a tar: a compressed tar may promise terabytes
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")  # names of columns
 TEXTS = ("text", "caption", "captions", "txt", "json")
 MISSING, TWICE, DAMAGED = "listed without a file", "listed twice", "lost in a damaged file"
-NOT_READ, NOT_UTF8, UNCAPTIONED = "with metadata that do not parse", "with a caption not in UTF-8", "without a caption"
 
 
 class Source(Protocol):
@@ -63,12 +63,15 @@ class Item(NamedTuple):
 
     name: str
     image: bytes | Path | None = None
-    captions: tuple[str, ...] = ()
+    text: Any = None  # what `captions_of` takes
     problem: str = ""  # its kind, if the image cannot be used
 
 
 class FileSource:
-    """A `Source` of image files. `items(part)` of a subclass gives the items, and `read` decodes and counts them."""
+    """A `Source` of image files. `items(part)` of a subclass gives the items, and `read` decodes and counts them.
+
+    Choice: by default the shorter side has at least size // 2 pixels. Images enlarged more than twofold teach blur.
+    """
 
     def __init__(self, parts: int, min_side: int | None, paths: Sequence[Path], *facts: Any):
         stats = [(path.name, path.stat()) for path in paths]
@@ -83,12 +86,16 @@ class FileSource:
         for item in self.items(part):
             problems.seen += 1
             try:
-                if item.problem:
-                    raise Refused(item.problem)
+                captions = captions_of(item.text)
+                if item.problem or not captions:
+                    raise Refused(item.problem or "without a caption")
                 file = io.BytesIO(item.image) if isinstance(item.image, bytes) else item.image
-                yield Example(decode_image(file, size, self.min_side), item.captions)
-            except Refused as problem:
-                problems.add(str(problem), item.name)
+                square = decode_image(file, size, size // 2 if self.min_side is None else self.min_side)
+            except (Refused, FileNotFoundError) as error:
+                problems.add(str(error) if isinstance(error, Refused) else MISSING, item.name)
+            else:
+                image = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+                yield Example(image, captions)
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
@@ -100,23 +107,16 @@ def captions_of(value: Any) -> tuple[str, ...]:
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:  # a byte that is no UTF-8, or half a character in JSON
-        raise Refused(NOT_UTF8) from error
+        raise Refused("with a caption not in UTF-8") from error
     return tuple(text for text in texts if text)
 
 
 def _parse(content: bytes) -> Any:
+    """JSON -> its value, or None if it is not JSON."""
     try:
         return json.loads(content)
-    except (ValueError, RecursionError) as error:  # a wrong encoding is a ValueError too
-        raise Refused(NOT_READ) from error
-
-
-def _item(name: str, read_captions: Callable[[], tuple[str, ...]]) -> Item:
-    try:
-        texts = read_captions()
-    except Refused as problem:
-        return Item(name, problem=str(problem))
-    return Item(name, captions=texts, problem="" if texts else UNCAPTIONED)
+    except (ValueError, RecursionError):  # a wrong encoding is a ValueError too
+        return None
 
 
 def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
@@ -125,10 +125,10 @@ def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
     rows: dict[str, Item] = {}
     stray = []
 
-    def beside(stem: str) -> tuple[str, ...]:
+    def text_beside(stem: str) -> Any:
         text, values = (read(name) if name in place else b"" for name in (f"{stem}.txt", f"{stem}.json"))
-        lines = captions_of(text.decode("utf-8-sig", "surrogateescape").splitlines())
-        return lines or captions_of(_parse(values or b"{}"))
+        lines = text.decode("utf-8-sig", "surrogateescape").splitlines()
+        return [line for line in lines if line.strip()] or _parse(values)
 
     for name in names:
         listed = _metadata(name, read(name)) if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv") else ()
@@ -141,35 +141,28 @@ def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
                 rows[item.name] = item
     for name in names:
         stem, _, suffix = name.rpartition(".")
-        if suffix.lower() in SUFFIXES + UNREADABLE and name not in rows:
-            rows[name] = _item(name, partial(beside, stem))
+        if suffix.lower() in SUFFIXES and name not in rows:
+            rows[name] = Item(name, text=text_beside(stem))
     stems = {name.rpartition(".")[0] for name in rows}
-    texts = [name for name in names if name.endswith((".txt", ".json")) and name not in rows]
-    lone = [name for name in texts if name.rpartition(".")[0] not in stems]
-    stray += [Item(name, problem="a caption without an image") for name in lone]
+    texts = [name for name in names if name.endswith((".txt", ".json")) and name.rpartition(".")[0] not in stems]
+    stray += [Item(name, problem="a caption without an image") for name in texts if name not in rows]
     return sorted([*rows.values(), *stray], key=lambda item: place.get(item.name, len(place)))
 
 
 def _metadata(name: str, content: bytes) -> Iterator[Item]:
     """metadata.jsonl or metadata.csv -> an item per line, with the name of the image, or else of the line."""
     if name.endswith(".csv"):
-        table = csv.DictReader(io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline=""))
-        lines = [(number, partial(dict, row)) for number, row in enumerate(table, 2)]
+        table = io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline="")
+        lines = enumerate(csv.DictReader(table, restkey=""), 2)
     else:
-        lines = [(n, partial(_parse, line)) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
-    for number, read in lines:
-        file = f"{name}:{number}"
-        try:
-            values = read()
-            if not isinstance(values, dict) or not isinstance(values.get("file_name"), str):
-                raise Refused(NOT_READ)
-            said = values["file_name"].replace("\\", "/")
-            file = posixpath.normpath(posixpath.join(posixpath.dirname(name), said))
-            if file.startswith(("../", "/")):
-                raise Refused("listed outside of the folder")
-            yield _item(file, partial(captions_of, values))
-        except Refused as problem:
-            yield Item(file, problem=str(problem))
+        lines = ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
+    for number, line in lines:
+        values = line if isinstance(line, dict) else _parse(line)
+        if isinstance(values, dict) and isinstance(values.get("file_name"), str):
+            listed = posixpath.join(posixpath.dirname(name), values["file_name"].replace("\\", "/"))
+            yield Item(posixpath.normpath(listed), text=values)
+        else:
+            yield Item(f"{name}:{number}", problem="with metadata that do not parse")
 
 
 class FolderDataset(FileSource):
@@ -186,8 +179,12 @@ class FolderDataset(FileSource):
         files = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*") if path.is_file()}
         names = sorted(name for name in files if not HIDDEN.search(name))
         self.rows = _scan(names, lambda name: files[name].read_bytes())
-        if all(row.problem for row in self.rows):
-            raise ValueError(_nothing_in(self.folder, names, self.rows))
+        if not any(row.text for row in self.rows if row.name in files):
+            kinds = Counter(posixpath.splitext(name)[1] or "without a suffix" for name in names)
+            found = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "no file at all"
+            example = 'metadata.jsonl with lines {"file_name": "a.png", "text": "a red cube"}, or a.txt next to a.png'
+            expected = f"expected images ({', '.join(FORMATS)}) and {example}; shards need a pattern: {folder}/*.tar"
+            raise ValueError(f"{folder} holds no captioned image but {found}; {expected}")
         paths = [files[row.name] for row in self.rows if row.name in files]
         super().__init__(-(-len(self.rows) // PART), min_side, paths, self.rows)
 
@@ -199,19 +196,6 @@ class FolderDataset(FileSource):
         """Part -> up to 500 items."""
         rows = self.rows[part * PART : (part + 1) * PART]
         return (row._replace(image=self.folder / row.name) for row in rows)
-
-
-def _nothing_in(folder: Path, names: list[str], rows: Sequence[Item]) -> str:
-    """The message for a folder without captioned images: what it holds, and what was expected."""
-    kinds = Counter(posixpath.splitext(name)[1].lower() or "without a suffix" for name in names)
-    found = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) or "no file at all"
-    shards = next((folder / name for name in names if name.lower().endswith((".tar", ".parquet"))), None)
-    if shards:
-        return f"{folder} holds {found}; give a pattern for its shards: {shards.parent / ('*' + shards.suffix)}"
-    wrong = "".join(f"; {n} {kind}" for kind, n in Counter(row.problem for row in rows).items())
-    example = 'metadata.jsonl with lines {"file_name": "a.png", "text": "a red cube"}, or a.txt next to a.png'
-    expected = f"Expected images ({', '.join(SUFFIXES)}) and either {example}"
-    return f"{folder} holds no captioned image: {found}{wrong}. {expected}"
 
 
 class TarDataset(FileSource):
@@ -246,7 +230,7 @@ class TarDataset(FileSource):
                 if not member.isreg() or HIDDEN.search(name):
                     continue
                 if name in members or member.size > LARGEST:
-                    yield Item(prefix + name, problem=TWICE if name in members else HUGE)
+                    yield Item(prefix + name, problem=TWICE if name in members else "too large")
                     continue
                 if name.endswith((".txt", ".json", ".jsonl", ".csv")):
                     texts[name] = archive.extractfile(member).read()
@@ -256,15 +240,11 @@ class TarDataset(FileSource):
             yield item._replace(name=prefix + item.name, image=image)
 
 
-class ColumnError(ValueError):
-    """A table without a column of images or of captions."""
-
-
 class TableDataset(FileSource):
     """Parquet files, or a data set of the Hugging Face hub, read by the library `datasets`; a part is one file.
 
     Images are bytes in the rows. No path in a row is opened, so a hub data set of image files needs its Parquet
-    version: user/name@refs/convert/parquet.
+    version: user/name@refs/convert/parquet. The columns are those of the first file.
     """
 
     def __init__(self, files: Sequence[str | Path] = (), *, hub: str = "", min_side: int | None = None):
@@ -274,47 +254,38 @@ class TableDataset(FileSource):
             from huggingface_hub import HfApi
 
             self.revision = HfApi().dataset_info(self.hub, revision=self.revision or None).sha
-        super().__init__(len(files) or self._open().num_shards, min_side, self.files, self.hub, self.revision)
-        next(self.items(0), None)  # an unknown column should be an error now, not after hours
+        table = self._open()
+        super().__init__(len(files) or table.num_shards, min_side, self.files, self.hub, self.revision)
+        columns = {name: type(feature).__name__ for name, feature in (table.features or {}).items()}
+        self.image = next((name for name in columns if name in IMAGES or columns[name] == "Image"), "")
+        self.text = next((name for name in TEXTS if name in columns), "")
+        if not self.image or not self.text:
+            expected = f"an image column ({', '.join(IMAGES)}) and a caption column ({', '.join(TEXTS)})"
+            raise ValueError(f"{hub or self.files[0]}: expected {expected}, found {', '.join(columns) or 'none'}")
 
     def _open(self, part: int | None = None) -> Any:
         try:
             from datasets import load_dataset
         except ImportError as error:
             raise ImportError('this data needs the library datasets: pip install "minimuse[data]"') from error
-        kind = {"split": "train", "streaming": True}
         if self.files:
-            return load_dataset("parquet", data_files=str(self.files[part]), **kind)
-        table = load_dataset(self.hub, revision=self.revision, **kind)
+            return load_dataset("parquet", data_files=str(self.files[part or 0]), split="train", streaming=True)
+        table = load_dataset(self.hub, revision=self.revision, split="train", streaming=True)
         return table if part is None else table.shard(self.parts, part)
 
     def items(self, part: int) -> Iterator[Item]:
         """Part -> the items of one file, in the order of its rows."""
+        from datasets import Image
+
         name = f"{self.hub}/{part}" if self.hub else self.files[part].name
         try:
-            image, text, table = _columns(self._open(part), name)
-            for i, row in enumerate(table):
-                content = (row[image] or {}).get("bytes")
-                item = _item(f"{name}:{i}", partial(captions_of, row[text]))
-                yield item._replace(image=content, problem=item.problem or ("" if content else MISSING))
-        except Exception as error:  # pyarrow raises many kinds
-            if self.hub or isinstance(error, (ColumnError, ImportError)):  # not the fault of one file
+            for i, row in enumerate(self._open(part).cast_column(self.image, Image(decode=False))):
+                content = (row[self.image] or {}).get("bytes")
+                yield Item(f"{name}:{i}", content, row[self.text], problem="" if content else MISSING)
+        except Exception:  # pyarrow raises many kinds
+            if self.hub:  # the network failed, not one file
                 raise
             yield Item(name, problem=DAMAGED)
-
-
-def _columns(table: Any, name: str) -> tuple[str, str, Any]:
-    """A table -> its column of images, its column of captions, and the table with undecoded images."""
-    from datasets import Image
-
-    columns = dict(table.features or {})
-    known = [column for column, feature in columns.items() if isinstance(feature, Image)]
-    images = known + [column for column in IMAGES if column in columns]
-    texts = [column for column in TEXTS if column in columns]
-    if not images or not texts:
-        expected = f"an image column ({', '.join(IMAGES)}) and a caption column ({', '.join(TEXTS)})"
-        raise ColumnError(f"{name}: expected {expected}, found {', '.join(columns) or 'none that is known'}")
-    return images[0], texts[0], table.cast_column(images[0], Image(decode=False))
 
 
 def open_source(spec: str | Path, config: MuseConfig, *, seed: int = 0, min_side: int | None = None) -> Source:
@@ -338,12 +309,11 @@ def _expand(pattern: str) -> list[str]:
     """A path or pattern, with {000..009} as in a shell -> the files in order; each number must have its file."""
     if os.path.isfile(pattern):
         return [pattern]
-    if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
-        first, last = match.groups()
-        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-        names = [pattern[: match.start()] + number + pattern[match.end() :] for number in numbers]
-        found = [_expand(name) for name in names]
-        if lacking := [name for name, files in zip(names, found, strict=True) if not files]:
-            raise ValueError(f"{pattern}: there is no file {lacking[0]}")
-        return [file for files in found for file in files]
-    return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    match = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", pattern)
+    if not match:
+        return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    before, first, last, after = match.groups()
+    files = [f"{before}{number:0{len(first)}}{after}" for number in range(int(first), int(last) + 1)]
+    if lacking := [file for file in files if not os.path.isfile(file)]:
+        raise ValueError(f"{pattern}: there is no file {lacking[0]}")
+    return files

@@ -24,9 +24,16 @@ from minimuse.masking import random_mask
 from minimuse.sampler import LogitsFn, Step, decode
 
 Callback = Callable[[Step], None]  # called with every Step of a decode
+Steps = Iterator[Step]
 Jobs = list[dict[str, Any]]  # one dict for each picture: prompt, negative prompt, seed
 Seed = int | Sequence[int] | None  # of the first picture, or one for each; None is random
 Muse = Any  # a `muse.Muse`; that file imports this one
+
+
+def seeded_generators(jobs: Jobs) -> list[torch.Generator]:
+    """A generator for each picture, with its seed."""
+    return [torch.Generator().manual_seed(job["seed"]) for job in jobs]
+
 
 # --- over tokens ------------------------------------------------------------------------------------------------------
 
@@ -36,7 +43,7 @@ def token_mask(repaint: Tensor, downsampling: int) -> Tensor:
     return F.max_pool2d(repaint[:, None].float(), downsampling).flatten(1) > 0
 
 
-def infill(logits_fn: LogitsFn, tokens: Tensor, repaint: Tensor, *, mask_id: int, **sampling) -> Iterator[Step]:
+def infill(logits_fn: LogitsFn, tokens: Tensor, repaint: Tensor, *, mask_id: int, **sampling) -> Steps:
     """tokens, repaint (B, N) -> Steps of `decode`; tokens outside the region never change (Muse 3.3.1)."""
     return decode(logits_fn, tokens.masked_fill(repaint, mask_id), mask_id=mask_id, **sampling)
 
@@ -44,7 +51,7 @@ def infill(logits_fn: LogitsFn, tokens: Tensor, repaint: Tensor, *, mask_id: int
 def resample(
     logits_fn: LogitsFn, tokens: Tensor, *, mask_id: int, generators: Sequence[torch.Generator],
     iterations: int = 100, fraction: float = 0.08, top_k: int | None = 3,
-) -> Iterator[Step]:  # fmt: skip
+) -> Steps:  # fmt: skip
     """tokens (B, N) of an image -> one Step per iteration: a random fraction is masked and drawn again (Muse 3.3.2).
 
     As in Gibbs sampling, every state is a whole picture, and it drifts towards the prompt of `logits_fn`. An iteration
@@ -94,9 +101,7 @@ def tokenize(muse: Muse, *images: Image.Image) -> tuple[Tensor, Tensor]:
     return muse.low_tokenizer.encode(low.to(muse.dtype)), muse.high_tokenizer.encode(pixels.to(muse.dtype))
 
 
-def inpaint_tokens(
-    muse: Muse, tokens: tuple[Tensor, Tensor], repaint: Tensor, jobs: Jobs, **sampling
-) -> Iterator[Step]:
+def inpaint_tokens(muse: Muse, tokens: tuple[Tensor, Tensor], repaint: Tensor, jobs: Jobs, **sampling) -> Steps:
     """Low and high tokens of one picture or one per job, repaint (1 or B, H, W) bool -> Steps of both stages."""
     scale = muse.config.high_tokenizer.image_size // muse.config.low_tokenizer.image_size
     low_mask = token_mask(repaint, muse.low_tokenizer.downsampling * scale).to(muse.device)
@@ -111,14 +116,14 @@ def inpaint_tokens(
 def edit_tokens(
     muse: Muse, tokens: tuple[Tensor, Tensor], jobs: Jobs, *,
     guidance: Guidance | None = None, superres: dict[str, Any] | None = None, **settings,
-) -> Iterator[Step]:  # fmt: skip
+) -> Steps:  # fmt: skip
     """Tokens as in `inpaint_tokens` -> Steps of `resample` on the low tokens, then super-resolution's Steps."""
     low = tokens[0].repeat(len(jobs) // len(tokens[0]), 1)
     text, null = muse.contexts(jobs)
     scale = get_guidance(muse.config.edit_guidance if guidance is None else guidance)
     logits_fn = guided(muse.base, muse.base.memory(text), muse.base.memory(null), scale)
-    generators = [torch.Generator().manual_seed(job["seed"]) for job in jobs]
-    for step in resample(logits_fn, low, mask_id=muse.base.mask_id, generators=generators, **settings):
+    settings |= {"mask_id": muse.base.mask_id, "generators": seeded_generators(jobs)}
+    for step in resample(logits_fn, low, **settings):
         yield step._replace(stage="base", guidance=scale(step.u))
     yield from muse.decode_superres(jobs, step.tokens, **(superres or {}))
 
@@ -193,7 +198,7 @@ def edit(
     return muse.to_pictures(steps, jobs, settings | {"task": "edit"}, callback)
 
 
-def edit_steps(muse: Muse, image: Image.Image, prompt: str, *, seed: int = 0, **settings) -> Iterator[Step]:
+def edit_steps(muse: Muse, image: Image.Image, prompt: str, *, seed: int = 0, **settings) -> Steps:
     """The Steps of `edit`: a whole picture of low tokens after each iteration, then super-resolution's Steps.
 
     The paper: iterations=100, fraction=0.08, guidance=4, top_k=3. A checkpoint may have another guidance

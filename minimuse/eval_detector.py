@@ -1,11 +1,8 @@
 """Detector: a small network that finds the things in a picture of a scene. All accuracies in minimuse come from it.
 
-    image (B, 3, 64, 64) --convolutions--> maps (B, 22, 16, 16): in each of 16 x 16 cells
-        heat            is the center of a thing near this cell?
-        logits          of its color, shape, size and material
-        numbers         its box and its place on the floor
+    image (B, 3, 64, 64) --convolutions--> maps (B, 22, 16, 16): heat, logits of the attributes, box and place
 
-Peaks of the heat map are the detected things (CenterNet, arXiv 1904.07850), so any number of things can be found.
+Each peak of the heat map is the center of a detected thing (CenterNet, arXiv 1904.07850).
 The detector only measures and is never part of a loss. It shares no weights, training run or data seed with the
 perceptual network of `vqgan_loss.py`. It was trained without scenes of split "train" and without generated pictures.
 
@@ -58,9 +55,6 @@ class Detections(NamedTuple):
     things: tuple[Detection, ...]  # left to right
 
 
-# --- the network ------------------------------------------------------------------------------------------------------
-
-
 def _conv(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out))
@@ -93,10 +87,7 @@ class DetectorNetwork(nn.Module):
         nn.init.constant_(self.head.bias[:1], -3.0)  # most cells hold no center
 
     def trunk(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> fine (B, b, 16, 16) and coarse (B, c, 8, 8) features.
-
-        Two more input channels hold each pixel's position, because distant things look smaller.
-        """
+        """Images -> fine (B, b, 16, 16) and coarse (B, c, 8, 8) features. Choice: pixel positions are an input too."""
         at = torch.linspace(-1, 1, SIZE, device=images.device)
         places = torch.stack(torch.meshgrid(at, at, indexing="ij")).expand(len(images), -1, -1, -1)
         x = torch.cat([images, places], 1).contiguous(memory_format=torch.channels_last)
@@ -108,45 +99,28 @@ class DetectorNetwork(nn.Module):
         return self.head(self.join(F.relu(fine + F.interpolate(self.up(coarse), scale_factor=2.0))))
 
 
-def cell_centers(device: torch.device | None = None) -> Tensor:
-    """Centers of the cells, (G, G, 2): x and y in [0, 1], row by row."""
-    at = (torch.arange(GRID, device=device) + 0.5) / GRID
-    return torch.stack(torch.meshgrid(at, at, indexing="xy"), -1)
-
-
-def encode_numbers(numbers: Tensor, centers: Tensor, inverse: bool = False) -> Tensor:
-    """Box and place (M, 6) -> what the network predicts (M, 6): box edges from the cell's center, in quarter pictures.
-
-    `inverse` goes the other way. `centers` (M, 2) are the cells of the M things.
-    """
-    from_cell = torch.cat([centers, centers, torch.zeros_like(centers)], 1)
-    scale = numbers.new_tensor([4.0, 4.0, 4.0, 4.0, 1.0, 1.0])
-    return numbers / scale + from_cell if inverse else (numbers - from_cell) * scale
-
-
-# --- detection --------------------------------------------------------------------------------------------------------
-
-
 class Detector:
-    """A trained network and the detections that follow from its maps.
-
-    >>> Detector.from_pretrained().detect(images)[0].things[0].color
-    'red'
-    """
+    """A trained network and the detections that follow from its maps."""
 
     def __init__(self, net: DetectorNetwork):
         self.net = net.eval().requires_grad_(False)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path = checkpoint.SHIPPED / "detector") -> "Detector":
-        """The detector in the package, or a folder that benchmarks/train_detector.py wrote."""
+        """The shipped detector, or a folder that benchmarks/train_detector.py wrote."""
         net = DetectorNetwork()
         load_network(net, folder, DETECTOR_FORMAT, "train_detector.py")
         return cls(net)
 
     def to(self, device: str | torch.device) -> "Detector":
+        """Move the network; returns itself."""
         self.net.to(device)
         return self
+
+    @torch.inference_mode()
+    def _run(self, function: Callable[[Tensor], Tensor], images: Images) -> Tensor:
+        device = self.net.head.weight.device
+        return torch.cat([function(part.to(device)) for part in to_network_input(images).split(64)]).float().cpu()
 
     def features(self, images: Images) -> Tensor:
         """Pictures -> (B, D) features for a Frechet distance: fine and coarse features, averaged over all cells."""
@@ -154,31 +128,26 @@ class Detector:
 
     def detect(self, images: Images) -> list[Detections]:
         """PIL images, or (B, 3, H, W), uint8 or in [-1, 1] -> the things in each. Images are resized to 64 x 64."""
-        heat, *fields, numbers = self._run(self.net, images).split(HEADS, 1)
-        heat = heat[:, 0].sigmoid()  # (B, G, G)
-        peak = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat > _MIN_HEAT)  # (B, G, G) bool
-        fields = [logits.softmax(1) for logits in fields]
-        return [self._things(heat[b], peak[b], [p[b] for p in fields], numbers[b]) for b in range(len(heat))]
+        return [self._things(maps) for maps in self._run(self.net, images)]
 
-    def _run(self, function: Callable[[Tensor], Tensor], images: Images) -> Tensor:
-        device = self.net.head.weight.device
-        with torch.inference_mode():
-            parts = to_network_input(images).split(64)
-            return torch.cat([function(part.to(device)) for part in parts]).float().cpu()
-
-    def _things(self, heat: Tensor, peak: Tensor, fields: list[Tensor], numbers: Tensor) -> Detections:
-        """The maps of one picture, and where they have peaks -> its things."""
-        row, column = peak.nonzero(as_tuple=True)  # (K,)
-        hottest = heat[row, column].argsort(descending=True)[:_MAX_THINGS]
+    def _things(self, maps: Tensor) -> Detections:
+        """The maps (22, G, G) of one picture -> its things."""
+        heat, *fields, numbers = maps.split(HEADS)
+        heat = heat.sigmoid()  # (1, G, G)
+        peaks = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat > _MIN_HEAT)
+        _, row, column = peaks.nonzero(as_tuple=True)  # (K,)
+        hottest = heat[0, row, column].argsort(descending=True)[:_MAX_THINGS]
         row, column = row[hottest], column[hottest]
-        numbers = encode_numbers(numbers[:, row, column].T, cell_centers()[row, column], inverse=True)  # (K, 6)
-        best = [p[:, row, column].max(0) for p in fields]  # the most probable value of each field, (K,)
-        presence = (heat[row, column] / _FULL_HEAT).clamp(max=1)
+        center = (torch.stack([column, row]) + 0.5) / GRID  # (2, K): x and y in [0, 1]
+        numbers = numbers[:, row, column]  # (6, K): four edges from the center in quarter pictures, x, depth
+        edges = numbers[:4] / 4 + center.repeat(2, 1)
+        best = [logits.softmax(0)[:, row, column].max(0) for logits in fields]  # the most probable values, (K,)
+        presence = (heat[0, row, column] / _FULL_HEAT).clamp(max=1)
         confidence = presence * torch.stack([p.values for p in best]).prod(0)
         things = []
-        for k, (*edges, x, depth) in enumerate(numbers.tolist()):
+        for k, place in enumerate(numbers[4:].T.tolist()):
             attributes = [values[p.indices[k]] for values, p in zip(FIELDS.values(), best, strict=True)]
-            things.append(Detection(*attributes, x, depth, tuple(edges), confidence[k].item()))
+            things.append(Detection(*attributes, *place, tuple(edges[:, k].tolist()), confidence[k].item()))
         return Detections(tuple(sorted(things, key=lambda thing: thing.x)))
 
 
@@ -197,9 +166,7 @@ def load_network(net: nn.Module, folder: str | Path, expected: str, script: str)
 def to_network_input(images: Images) -> Tensor:
     """Square pictures of any size -> (B, 3, 64, 64) in [-1, 1]."""
     if isinstance(images, Image.Image) or len(images) == 0:
-        raise ValueError(
-            "expected PIL images or a tensor (B, 3, H, W), at least one; give a single picture as [picture]"
-        )
+        raise ValueError("expected PIL images or a tensor (B, 3, H, W), at least one; give one picture as [picture]")
     if not isinstance(images, Tensor):
         return torch.cat([to_network_input(from_pil(image, getattr(image, "width", 0))) for image in images])
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:

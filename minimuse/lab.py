@@ -4,11 +4,11 @@ p is the world, q the distribution of the sampler. A world makes no error, so al
 
     kl          KL(p || q), nats a token, at temperature 1 and for orders that ignore the drawn tokens. It is an upper
                 bound where the path is random: order "random", ties, ranking noise
-    excess_nll  E_q[-log p(y)] - H(p), nats a token: above 0 impossible examples, below 0 mode seeking; for all samplers
-    singles     sum over v of (p_i(v) - q_i(v))^2, mean over tokens i. Two-sample, unbiased: it may fall below 0
+    excess_nll  E_q[-log p(y)] - H(p), nats a token: above 0 impossible examples, below 0 mode seeking
+    singles     sum over v of (p_i(v) - q_i(v))^2, mean over tokens i; unbiased, so it may fall below 0
     pairs       the same for the joint distributions of two tokens, mean over all pairs
 
-How to add something: pass one function or class to `compare`. A preset: see `lab_samplers.py`.
+To add something, pass one function or class to `compare`:
 
 >>> schedule = lambda u: 1 - u**3  # progress -> the fraction still masked
 >>> rule = lambda logits, masked, u: masked.sum(1) // 2  # an adaptive schedule: how many tokens to reveal now, (B,)
@@ -25,12 +25,12 @@ Not here: the worlds (`lab_worlds.py`), how code bases sample (`lab_samplers.py`
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,15 +41,10 @@ from minimuse.eval_metrics import Estimate, jackknife, mean_interval, paired_dif
 from minimuse.lab_samplers import GROUPS, Outcome, check_samples, preset_settings, run
 from minimuse.lab_worlds import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World
 from minimuse.masking import get_schedule, reveal_counts
-from minimuse.sampler import ORDERS, Order, by_rank, confidence, decode, entropy_bound, halton_rank, is_adaptive
+from minimuse.sampler import Order, by_rank, confidence, decode, entropy_bound, get_order, halton_rank, is_adaptive
 from minimuse.utils import atomic_write
 
-if TYPE_CHECKING:
-    from minimuse.muse import Muse
-
 __all__ = ["WORLDS", "Cell", "ChainWorld", "MixtureWorld", "PottsWorld", "Report", "World", "compare"]
-
-# --- metrics of an exact world ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -76,8 +71,7 @@ def path_log_q(world: World, x: Tensor, **sampling: Any) -> tuple[Tensor, Tensor
 
 def ignores_drawn(order: str | Order, n: int, v: int) -> bool:
     """Whether an order gives the same scores for two different draws, tried on random logits."""
-    score = ORDERS[order] if isinstance(order, str) else order
-    g = torch.Generator().manual_seed(0)
+    score, g = get_order(order), torch.Generator().manual_seed(0)
     logits, masked = torch.randn(16, n, v, generator=g), torch.rand(16, n, generator=g) < 0.5
     one, other = (torch.randint(v, (16, n), generator=g) for _ in range(2))
     return all(score(logits, one, masked, u).equal(score(logits, other, masked, u)) for u in (0.0, 0.5, 1.0))
@@ -141,23 +135,17 @@ class WorldEvaluator:
         plain = not get("remask") and get("top_k") is None and get("sampling_temperature", 1) == 1
         if not plain or not ignores_drawn(sampling["order"], world.n, world.v):
             return Outcome(nfe, groups)
-        log_q, when = self._paths(self.x, sampling, 2)
-        _, other_seed = self._paths(self.x[:64], sampling, 3)
+        generator = self._generator(2)
+        paths = [path_log_q(world, x, generator=generator, **sampling) for x in self.x.split(world.batch)]
+        log_q, when = (torch.cat(parts) for parts in zip(*paths, strict=True))
+        _, other_seed = path_log_q(world, self.x[:64], generator=self._generator(3), **sampling)
         return Outcome(nfe, {"kl": self._grouped(self.log_p - log_q), **groups}, not other_seed.equal(when[:64]))
-
-    def _paths(self, x: Tensor, sampling: dict[str, Any], stream: int) -> list[Tensor]:
-        sampling = {**sampling, "generator": self._generator(stream)}
-        paths = [path_log_q(self.world, part, **sampling) for part in x.split(self.world.batch)]
-        return [torch.cat(parts) for parts in zip(*paths, strict=True)]
 
     def _grouped(self, each: Tensor) -> list[float]:
         return (each / self.world.n).view(GROUPS, -1).mean(1).tolist()
 
     def _generator(self, stream: int) -> torch.Generator:
         return torch.Generator().manual_seed(1_000_003 * self.seed + stream)
-
-
-# --- the comparison ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -211,23 +199,24 @@ class Report:
         import matplotlib.pyplot as plt
 
         metric = metric or next(m for m in self.titles if any(m in c.groups for c in self.cells))
-        measured = sorted((c for c in self.cells if metric in c.groups), key=lambda c: c.nfe)
-        if not measured:
+        lines: dict[str, list[tuple[float, Estimate]]] = {}
+        for c in sorted(self.cells, key=lambda c: c.nfe):
+            if metric in c.groups:
+                schedule = "entropy bounds" if c.schedule.startswith("bound") else c.schedule
+                bound = " (upper bound)" if metric == "kl" and c.bound else ""
+                label = f"{c.order}, {schedule}{bound}".removeprefix(", ")
+                lines.setdefault(label, []).append((c.nfe, c[metric]))
+        if not lines:
             raise ValueError(f"no cell has the metric {metric!r}; known: {', '.join(self.titles)}")
-        lines: dict[str, list[Cell]] = {}
-        for c in measured:
-            schedule = "entropy bounds" if c.schedule.startswith("bound") else c.schedule
-            bound = " (upper bound)" if metric == "kl" and c.bound else ""
-            lines.setdefault(f"{c.order}, {schedule}{bound}".removeprefix(", "), []).append(c)
         ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
-        for i, (label, cells) in enumerate(lines.items()):
-            found = [c[metric] for c in cells]
+        for i, (label, points) in enumerate(lines.items()):
+            nfe, found = zip(*points, strict=True)
             style = {"marker": "osD^vP"[i % 6], "ls": ("-", "--", ":", "-.")[i % 4], "capsize": 3, "label": label}
-            ax.errorbar([c.nfe for c in cells], [e.value for e in found], [e.margin for e in found], **style)
-        values = [c[metric].value for c in measured]
-        margin = median(c[metric].margin for c in measured)
-        if min(values) > -margin and max(values) > 10 * max(min(values), margin):  # spans a power of ten
-            ax.set_yscale("symlog", linthresh=max(margin, 1e-9))
+            ax.errorbar(nfe, [e.value for e in found], [e.margin for e in found], **style)
+        found = [e for points in lines.values() for _, e in points]
+        margin = max(median(e.margin for e in found), 1e-9)
+        if min(found).value > -margin and max(found).value > 10 * max(min(found).value, margin):
+            ax.set_yscale("symlog", linthresh=margin)  # the values span a power of ten
         ax.set_xscale("log", base=2)
         ax.set(xlabel="NFE (forward passes of an image)", ylabel=self.titles[metric], title=self.about["target"])
         ax.legend(fontsize=7, frameon=False)
@@ -261,7 +250,7 @@ def _shown(cell: Cell, metric: str, base: Cell | None = None) -> str:
 
 
 def compare(
-    target: "World | Muse | Callable[..., Outcome]",
+    target: Any,
     schedules: Iterable[str] | Mapping[str, Any] = ("cosine",),
     orders: Iterable[str] | Mapping[str, str | Order] = ("confidence",),
     steps: Iterable[int] = (4, 8, 16),
@@ -272,12 +261,11 @@ def compare(
     out: str | Path | None = None,
     **sampling: Any,
 ) -> Report:
-    """Measure every schedule x order x steps, and every preset x steps, in a world or in a Muse.
+    """Measure every schedule x order x steps, and every preset x steps, in a World or in a Muse.
 
     Schedules and orders are names, or a mapping of names to functions. An adaptive rule is a schedule; "bound0.5" is
-    `entropy_bound(0.5)`. `samples` defaults to 4096 in a world and to 512 images of a Muse. `sampling` goes to
-    `decode`. `out` is a folder for the report, which must not hold another one. The target may also be an evaluator
-    of your own: called as `WorldEvaluator` is, with its attributes grid, codebook_size, titles and about.
+    `entropy_bound(0.5)`. `samples`: 4096 in a world, 512 images of a Muse. `sampling` goes to `decode`. `out` is a
+    folder for the report. The target may be an evaluator of your own, with the methods and attributes of the others.
     """
     if out and (Path(out) / "report.json").exists():
         raise FileExistsError(f"{out} holds another report; give another folder, or overwrite it")
@@ -319,8 +307,7 @@ def _resolved(settings: dict[str, Any], grid: tuple[int, int]) -> dict[str, Any]
     elif not is_adaptive(schedule):
         schedule = get_schedule(schedule, math.prod(grid))
         reveal_counts(math.prod(grid), settings["steps"], schedule)  # checks the curve
-    if isinstance(order, str) and order not in ORDERS:
-        raise ValueError(f"unknown order {order!r}; known: {', '.join(ORDERS)}; or a mapping of names to functions")
+    get_order(order)  # checks the name
     if order == "halton" and grid[0] != grid[1]:
         order = by_rank(halton_rank(*grid))
     return {**settings, "schedule": schedule, "order": order}

@@ -1,14 +1,12 @@
 """Samplers of a trained model: are its images right, and do they look like real ones?
 
-    MuseEvaluator     the base model of a Muse, on prompts of held-out scenes
-        accuracy  fraction of images with everything that the prompt names (`eval_detector.py`, `eval_prompts.py`)
-        frechet   Frechet distance between detector features of the images and of renders of the same scenes
-    AmusedEvaluator   published weights, on the captions of an image folder (extras `amused`, `metrics`)
-        clip      CLIP score, the mean cosine similarity of image and prompt
-        fid       Frechet distance between Inception features of the images and of the folder
+    MuseEvaluator     accuracy  fraction of images with everything that the prompt names (`eval_detector.py`)
+                      frechet   Frechet distance between detector features of images and renders of the same scenes
+    AmusedEvaluator   clip      CLIP score, the mean cosine similarity of image and prompt
+                      fid       Frechet distance between Inception features of the images and of an image folder
 
 Image i has the same prompt and seed for every sampler, so samplers are compared in pairs. A metric has GROUPS values:
-group means of the score, or jackknife pseudo-values of the distance, whose mean has no bias c / n. That needs more
+group means of the score, or jackknife pseudo-values of the distance, without the bias c / n. The distance needs more
 images than features (192 of the detector). An accuracy of 0 or 1 has an interval of width 0, which is too narrow.
 Not here: the whole cascade (`eval_run.py`), the comparison of many samplers (`lab.py`).
 """
@@ -47,12 +45,12 @@ class ModelEvaluator:
     titles: ClassVar[dict[str, str]]
     batch = 64  # images at a time
 
-    def __init__(self, prompts: list[str], real: Tensor, score: Scorer, features: Features, seed: int):
+    def __init__(self, target: str, prompts: list[str], real: Tensor, score: Scorer, features: Features, seed: int):
         check_samples(len(prompts))
         self.prompts, self.seed, self.score, self.features = prompts, seed, score, features
         self.real = in_batches(features, real)  # (n, D)
-        level = round(in_batches(score, real, prompts).double().mean().item(), 4)
-        self.about = {"samples": len(prompts), "seed": seed, "real images": {next(iter(self.titles)): level}}
+        level = {next(iter(self.titles)): round(in_batches(score, real, prompts).double().mean().item(), 4)}
+        self.about = {"target": target, "samples": len(prompts), "seed": seed, "real images": level}
 
     def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
         """B prompts, a seed each -> images (B, 3, H, W) in [-1, 1], and the forward passes of all of them together."""
@@ -78,10 +76,10 @@ class ModelEvaluator:
 
 
 class MuseEvaluator(ModelEvaluator):
-    """The base model of a Muse. Choice: without super-resolution, as the base model decides what is where.
+    """The base model of a Muse, on captions of scenes of the split "test" with one or two objects.
 
-    The prompts are captions of `samples` scenes of the split "test" with one or two objects. Guidance, temperature and,
-    for the checkpoint's own order, the ranking noise come from the checkpoint, unless the sampler sets them.
+    Guidance, temperature and, for the checkpoint's own order, the ranking noise come from the checkpoint, unless the
+    sampler sets them. Choice: without super-resolution, as the base model decides what is where.
     """
 
     titles: ClassVar = {
@@ -91,46 +89,37 @@ class MuseEvaluator(ModelEvaluator):
 
     def __init__(self, muse: Muse, samples: int = 512, seed: int = 0):
         check_samples(samples)
-        detector = Detector.from_pretrained().to(muse.device)
-        size, low = muse.config.high_tokenizer.image_size, muse.config.low_tokenizer.image_size
-        scenes = SceneDataset(samples, size, "test", seed, fractions=(1, 1, 0), k=1)
+        config, detector = muse.config, Detector.from_pretrained().to(muse.device)
+        scenes = SceneDataset(samples, config.high_tokenizer.image_size, "test", seed, fractions=(1, 1, 0), k=1)
         prompts = [scenes.captions(i)[0] for i in range(samples)]
 
         def accuracy(images: Tensor, prompts: Sequence[str]) -> Tensor:
             found = zip(detector.detect(images), prompts, strict=True)
             return torch.tensor([float(matches(detections, parse_prompt(p)).right) for detections, p in found])
 
-        real = area_downsample(scenes.images(), size // low)
-        super().__init__(prompts, real, accuracy, detector.features, seed)
-        self.muse, self.codebook_size = muse, muse.config.base.codebook_size
-        self.grid = (muse.config.base.grid, muse.config.base.grid)
-        self.about["target"] = f"{muse.config.name}, base model"
+        real = area_downsample(scenes.images(), config.high_tokenizer.image_size // config.low_tokenizer.image_size)
+        super().__init__(f"{config.name}, base model", prompts, real, accuracy, detector.features, seed)
+        self.muse, self.codebook_size = muse, config.base.codebook_size
+        self.grid = (config.base.grid, config.base.grid)
 
     def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
-        """See `ModelEvaluator.draw`; the images have the size of the low-resolution tokenizer."""
+        """See `ModelEvaluator.draw`."""
         jobs = [{"prompt": p, "negative_prompt": None, "seed": s} for p, s in zip(prompts, seeds, strict=True)]
         tokens, nfe = run(self.muse.decode_base(jobs, **sampling), sampling.get("remask"))
         return self.muse.low_tokenizer.decode(tokens).float(), nfe
 
 
 class AmusedEvaluator(ModelEvaluator):
-    """Published weights, against the first `samples` images of a captioned folder (`data_sources.py`).
+    """Published weights, against the first `samples` images of a captioned folder, each with its first caption.
 
-    score: such as `ClipScorer(name)`. features: Inception by default. The first caption of an image is its prompt. The
-    guidance is t = 9 unless the sampler sets it. For the order "confidence" the default ranking noise is aMUSEd's.
+    The guidance is t = 9, and the ranking noise of the order "confidence" aMUSEd's, unless the sampler sets them.
     """
 
     titles: ClassVar = {"clip": "CLIP score", "fid": "FID to the images of the folder"}
     batch = 16
 
     def __init__(
-        self,
-        amused: "Amused",
-        folder: str | Path,
-        score: Scorer,
-        features: Features | None = None,
-        samples: int = 512,
-        seed: int = 0,
+        self, amused: "Amused", folder: str | Path, clip: Scorer, features: Features, samples: int = 512, seed: int = 0
     ):
         check_samples(samples)
         grid = amused.transformer.config.sample_size
@@ -139,11 +128,9 @@ class AmusedEvaluator(ModelEvaluator):
         found = list(islice(every, samples))
         if len(found) < samples:
             raise ValueError(f"{folder} holds {len(found)} images; give samples={len(found) // GROUPS * GROUPS}")
-        real = torch.stack([e.image for e in found])
         prompts = [e.captions[0] for e in found]
-        super().__init__(prompts, real, score, features or inception_features(), seed)
+        super().__init__("aMUSEd", prompts, torch.stack([e.image for e in found]), clip, features, seed)
         self.amused, self.grid, self.codebook_size = amused, (grid, grid), amused.tokenizer.codebook_size
-        self.about["target"] = "aMUSEd"
 
     def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
         """See `ModelEvaluator.draw`."""
@@ -166,4 +153,5 @@ def open_amused(name: str, folder: str, clip: str, *, device: Any = None, **sett
     if not (folder and clip):
         raise ValueError("--amused needs --data, a folder of captioned pictures, and --clip, the name of a CLIP")
     device = pick_device(device)
-    return AmusedEvaluator(Amused.from_pretrained(name).to(device), folder, ClipScorer(clip, device), **settings)
+    amused = Amused.from_pretrained(name).to(device)
+    return AmusedEvaluator(amused, folder, ClipScorer(clip, device), inception_features(), **settings)

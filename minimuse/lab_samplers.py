@@ -2,10 +2,8 @@
 
     preset_settings("maskgit", n=256, codebook_size=1024, steps=12) -> keyword arguments of `sampler.decode`
 
-Each preset says where its code differs from `decode`, and what `decode` does not follow. To add one, write a function
-(n, codebook_size, steps) -> keyword arguments of `decode`, and enter it in SAMPLER_PRESETS.
-
-Glossary: n tokens masked at the start, T steps, u = i / (T - 1) progress, NFE network evaluations (forward passes).
+Each preset says where its code differs from `decode`. To add one, enter a function (n, codebook_size, steps) ->
+keyword arguments in SAMPLER_PRESETS. n tokens, T steps, u = i / (T - 1) progress, NFE forward passes of an image.
 Not here: guidance, which is part of the LogitsFn (`cfg.py`); the training of a scoring network (a notebook has it).
 """
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from minimuse.lab_worlds import World
 from minimuse.masking import SCHEDULES
 from minimuse.sampler import Order, Step
+from minimuse.utils import require
 
 GROUPS = 32  # samples form so many groups; intervals compare the groups
 
@@ -81,31 +80,22 @@ SAMPLER_PRESETS = {
 
 
 def preset_settings(name: str, n: int, codebook_size: int, steps: int | None = None) -> dict[str, Any]:
-    """-> the arguments of `decode` that sample n tokens as the named code base does, by default in its own steps.
-
-    Both temperatures are always among them, so that the defaults of a checkpoint do not replace those of the preset.
-    """
-    if name not in SAMPLER_PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(SAMPLER_PRESETS)}")
+    """-> the arguments of `decode` that sample n tokens as the named code base does, by default in its own steps."""
+    require(name in SAMPLER_PRESETS, f"unknown preset {name!r}; known: {', '.join(SAMPLER_PRESETS)}")
     preset = SAMPLER_PRESETS[name]
     steps = steps or preset.steps
+    # both temperatures are set, so the defaults of a checkpoint do not replace them
     defaults = {"steps": steps, "sampling_temperature": 1.0, "choice_temperature": 0.0}
     return defaults | preset.settings(n, codebook_size, steps)
 
 
 def critic(score: Callable[[Tensor], Tensor]) -> Order:
-    """score: tokens (B, N) -> (B, N), high where a token looks real; -> an order (Token-Critic, arXiv 2209.04439).
-
-    With `decode(remask=True)` it is the sampler of Token-Critic.
-    """
+    """A score of tokens, (B, N) -> (B, N), high where one looks real -> an order (Token-Critic, arXiv 2209.04439)."""
     return lambda logits, drawn, masked, u: score(drawn)
 
 
 def exact_score(world: World) -> Callable[[Tensor], Tensor]:
-    """-> the score log p(x_i | all other tokens), (B, N): the best judgment of whether a token fits the others.
-
-    Choice: Token-Critic learns to tell drawn from real tokens, and its optimum depends on the sampler. This does not.
-    """
+    """-> the score log p(x_i | all other tokens), (B, N): how well each token fits the others."""
     return lambda tokens: world.leave_one_out(tokens).gather(-1, tokens[..., None]).squeeze(-1)
 
 
@@ -127,5 +117,5 @@ def run(steps: Iterator[Step], remask: bool | None = False) -> tuple[Tensor, int
 
 def check_samples(samples: int) -> None:
     """ValueError unless the samples form GROUPS groups of at least two."""
-    if samples < 2 * GROUPS or samples % GROUPS:
-        raise ValueError(f"got {samples} samples; give a multiple of {GROUPS}, at least {2 * GROUPS}")
+    good = samples >= 2 * GROUPS and samples % GROUPS == 0
+    require(good, f"got {samples} samples; give a multiple of {GROUPS}, at least {2 * GROUPS}")

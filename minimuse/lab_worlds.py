@@ -4,11 +4,10 @@
     ChainWorld    a Markov chain along the raster: a token depends on its neighbours
     PottsWorld    a strip of interacting spins: neighbours in two dimensions
 
-`log_evidence(e)` = log sum over x of p(x) e_1(x_1) ... e_N(x_N) defines a world. The sum is linear in each e_i, so one
-backward pass gives all conditionals: the derivative by e_i(v) is proportional to p(x_i = v | evidence on the others)
-(Darwiche's network polynomial, 2003).
+`log_evidence(e)` = log sum over x of p(x) e_1(x_1) ... e_N(x_N) defines a world. The derivative of the sum by e_i(v) is
+proportional to p(x_i = v | evidence on the others): one backward pass gives all conditionals (Darwiche, 2003).
 
-Glossary: B batch, N tokens, V codebook size, K modes, S states, h w grid; token (r, c) has the index r w + c.
+B batch, N tokens, V codebook size, K modes, S states, h w grid; token (r, c) has the index r w + c.
 Not here: the metrics and the comparison, and how to add a world (`lab.py`).
 """
 
@@ -17,6 +16,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from minimuse.utils import require
 
 Grid = tuple[int, int]  # (h, w)
 
@@ -63,17 +64,15 @@ class World:
         return tokens
 
     def entropy(self) -> float | None:
-        """-> nats, or None where there is no closed form: estimate it as the mean of -log_prob(sample(n))."""
+        """-> nats; None where there is no closed form."""
         return None
 
     def _evidence(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) -> (B, N, V): 1 where the token may be v."""
-        if tokens.ndim != 2 or tokens.shape[1] != self.n or tokens.dtype != torch.long:
-            raise ValueError(f"got tokens {tuple(tokens.shape)} of {tokens.dtype}; this world takes (B, {self.n}) long")
-        if not ((tokens >= 0) & (tokens <= self.mask_id)).all():
-            raise ValueError(f"got tokens outside 0..{self.v - 1}; only [MASK], {self.mask_id}, may be larger")
-        table = torch.cat([torch.eye(self.v, dtype=torch.double), torch.ones(1, self.v, dtype=torch.double)])
-        return table[tokens]
+        known = tokens.dtype == torch.long and bool(((tokens >= 0) & (tokens <= self.mask_id)).all())
+        wanted = f"(B, {self.n}) long of codes 0..{self.v - 1}, or {self.mask_id} for [MASK]"
+        require(known and tokens.shape[1:] == (self.n,), f"got {tokens.dtype} {tuple(tokens.shape)}; give {wanted}")
+        return torch.eye(self.v + 1, self.v, dtype=torch.double).index_fill(0, torch.tensor(self.v), 1.0)[tokens]
 
 
 class MixtureWorld(World):
@@ -85,8 +84,8 @@ class MixtureWorld(World):
         k, n, v = self.tables.shape
         super().__init__(grid or _default_grid(n), v)
         self.weights = _normalized(torch.ones(k) if weights is None else weights, "weights")
-        if self.n != n or self.weights.shape != (k,):
-            raise ValueError(f"got tables {(k, n, v)}, {len(self.weights)} weights, grid {grid}; give K, h w = N")
+        fits = self.n == n and self.weights.shape == (k,)
+        require(fits, f"got tables {(k, n, v)}, {len(self.weights)} weights, grid {grid}; give K weights, h w = N")
 
     @classmethod
     def random(
@@ -115,10 +114,7 @@ class MarkovWorld(World):
 
     def __init__(self, grid: Grid, v: int, positions: Tensor, columns: Tensor, start: Tensor, transfer: Tensor):
         super().__init__(grid, v)
-        self.positions = positions
-        self.columns = columns
-        self.start = start
-        self.transfer = transfer
+        self.positions, self.columns, self.start, self.transfer = positions, columns, start, transfer
         self.later = [torch.ones_like(start)]  # (S,) for each column: the weight of all later columns, up to a scale
         for _ in positions[1:]:
             message = transfer @ self.later[0]
@@ -165,10 +161,9 @@ class ChainWorld(MarkovWorld):
         """transition (V, V): rows p(next | this), all > 0; initial (V,), by default the stationary distribution."""
         transition = _normalized(transition, "transition")
         v = len(transition)
-        if transition.shape != (v, v):
-            raise ValueError(f"got transition {tuple(transition.shape)}; give (V, V)")
-        initial = torch.linalg.matrix_power(transition, 2**20)[0] if initial is None else initial
-        initial = _normalized(initial, "initial")
+        require(transition.shape == (v, v), f"got transition {tuple(transition.shape)}; give (V, V)")
+        stationary = torch.linalg.matrix_power(transition, 2**20)[0]
+        initial = _normalized(stationary if initial is None else initial, "initial")
         super().__init__(_default_grid(n), v, torch.arange(n)[:, None], torch.arange(v)[:, None], initial, transition)
 
     @classmethod
@@ -186,8 +181,7 @@ class PottsWorld(MarkovWorld):
 
     def __init__(self, grid: Grid = (4, 16), codebook_size: int = 2, coupling: float = 0.8):
         h, w = grid
-        if codebook_size**h > 4096:
-            raise ValueError(f"got {h} rows of {codebook_size} codes; give fewer, so that codes^rows is at most 4096")
+        require(codebook_size**h <= 4096, f"got {h} rows of {codebook_size} codes; give at most 4096 = codes^rows")
         self.coupling = coupling
         columns = torch.cartesian_prod(*[torch.arange(codebook_size)] * h).view(-1, h)  # (S, h)
         within = (columns[:, 1:] == columns[:, :-1]).sum(1).double()  # (S,)
@@ -208,8 +202,7 @@ def _default_grid(n: int) -> tuple[int, int]:
 def _normalized(p: Tensor, name: str) -> Tensor:
     """p (..., V) -> float64, normalized. ValueError unless every entry is positive."""
     p = torch.as_tensor(p).double()
-    if not (p > 0).all() or not p.isfinite().all():
-        raise ValueError(f"{name} holds {p.min().item():g}; a world needs p > 0 everywhere, so give positive entries")
+    require(((p > 0) & p.isfinite()).all(), f"{name} holds {p.min():g}; give positive numbers, as p > 0 everywhere")
     return p / p.sum(-1, keepdim=True)
 
 

@@ -30,8 +30,7 @@ def power_schedule(p: float) -> Schedule:
 
 
 def log_schedule(n: int) -> Schedule:
-    """u -> -log(u) / log(n), at most 1: the one curve that depends on the number n of tokens (MaskGIT)."""
-    require(n >= 2, f"log_schedule got {n} tokens; give at least 2 tokens")
+    """u -> -log(u) / log(n), at most 1: the one curve that depends on the number n >= 2 of tokens (MaskGIT)."""
     return lambda u: 1.0 if u * n <= 1 else -math.log(u) / math.log(n)
 
 
@@ -46,10 +45,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def get_schedule(schedule: str | Schedule, n: int | None = None) -> Schedule:
-    """A name ("cosine", "log", "pow2.5", ...) or a function -> the function. "log" needs the number n of tokens.
-
-    A new schedule is any function u -> r that falls from 1 to 0. To give it a name, add it to `SCHEDULES`.
-    """
+    """A name ("cosine", "log", "pow2.5", ...) or a function u -> r -> the function. "log" needs n tokens."""
     if callable(schedule):
         return schedule
     if schedule in SCHEDULES:
@@ -90,11 +86,7 @@ def reveal_counts(n: int, steps: int, schedule: str | Schedule = "cosine") -> li
 
 
 def uniforms(*shape: int, generator: Generators = None) -> Tensor:
-    """Random numbers in [0, 1) of shape (B, ...), from one CPU generator or from one per example.
-
-    With one generator per example, row i never depends on its neighbours. CPU generators give the same numbers on every
-    machine, whatever device the model is on.
-    """
+    """Random numbers in [0, 1), (B, ...). With one generator per example, no row depends on its neighbours."""
     each = generator if isinstance(generator, Sequence) else [generator]
     devices = [g.device for g in each if g is not None and g.device.type != "cpu"]
     require(not devices, f"generators on {devices}; give CPU generators, so that a seed means the same everywhere")
@@ -132,8 +124,8 @@ def masked_cross_entropy(
 ) -> Tensor:
     """logits (B, N, V), targets (B, N), masked (B, N) -> (): mean cross-entropy in nats over the masked tokens.
 
-    Muse 2.3. The mean is over the whole batch, not a mean of each row's mean. If the rows are only a part of a batch,
-    `count` is the number of masked tokens in all of it: the losses of the parts then add up to the batch's mean.
+    Muse 2.3. If the rows are only a part of a batch, `count` is the number of masked tokens in all of it: the losses of
+    the parts then add up to the batch's mean.
     """
     hidden = targets.masked_fill(~masked, -100).flatten()
     total = F.cross_entropy(

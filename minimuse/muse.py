@@ -9,7 +9,7 @@ editing (`editing.py`).
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import cached_property
 from numbers import Integral
@@ -24,7 +24,7 @@ from minimuse import checkpoint, editing
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import MuseConfig
 from minimuse.data_images import to_pil
-from minimuse.editing import Callback, Jobs, Seed
+from minimuse.editing import Callback, Jobs, Seed, Steps, seeded_generators
 from minimuse.masking import uniforms
 from minimuse.sampler import SamplingConfig, Step, decode
 from minimuse.text import Context, TextEncoder
@@ -35,14 +35,13 @@ from minimuse.vqgan import VQGAN
 
 def build(config: MuseConfig) -> nn.ModuleDict:
     """The four networks with fresh weights. The high tokenizer has the size of its fine-tuned decoder."""
-    return nn.ModuleDict(
-        {
-            "low_tokenizer": VQGAN(config.low_tokenizer),
-            "base": Transformer(config.base),
-            "high_tokenizer": VQGAN(config.finetuned_tokenizer),
-            "superres": SuperRes(config.superres),
-        }
-    )
+    parts = {
+        "low_tokenizer": VQGAN(config.low_tokenizer),
+        "base": Transformer(config.base),
+        "high_tokenizer": VQGAN(config.finetuned_tokenizer),
+        "superres": SuperRes(config.superres),
+    }
+    return nn.ModuleDict(parts)
 
 
 def parameter_counts(config: MuseConfig) -> dict[str, int]:
@@ -60,6 +59,10 @@ class Muse:
         superres     a dict of these settings for super-resolution only, such as {"steps": 4}
     The checkpoint decides what you leave out. With another `order` the ranking noise is 0 unless you set it.
     """
+
+    format = checkpoint.FORMAT  # in config.json; a baseline has its own format, networks and guidance
+    build = staticmethod(build)
+    guided = staticmethod(guided)
 
     def __init__(
         self, config: MuseConfig, parts: nn.ModuleDict, encoder: TextEncoder, words: Sequence[str] = (),
@@ -79,47 +82,43 @@ class Muse:
     high_tokenizer = property(lambda self: self.parts["high_tokenizer"])
     superres = property(lambda self: self.parts["superres"])
 
-    def decode_base(
-        self, jobs: Jobs, tokens: Tensor | None = None, *, generators: Any = None, **sampling
-    ) -> Iterator[Step]:
+    def decode_base(self, jobs: Jobs, tokens: Tensor | None = None, *, generators: Any = None, **sampling) -> Steps:
         """B jobs (prompt, negative prompt, seed) -> Steps of the base model over (B, N_low) tokens (Muse 2.3, 2.8).
 
         `tokens` is where to start; None is all [MASK]. `generators`, one for each job, are made from the seeds if None.
         """
-        return self._stage("base", jobs, (), tokens, generators or _generators(jobs), sampling)
+        return self._stage("base", jobs, (), tokens, generators or seeded_generators(jobs), sampling)
 
     def decode_superres(
         self, jobs: Jobs, low_tokens: Tensor, tokens: Tensor | None = None, *, generators: Any = None, **sampling
-    ) -> Iterator[Step]:
+    ) -> Steps:
         """B jobs, low_tokens (B, N_low) -> Steps of super-resolution over (B, N) tokens (Muse 2.4, 2.8).
 
         `generators` None continue each seed where a base decode with the checkpoint's number of steps ends. So the low
         tokens of `generate` become the same picture again.
         """
         if generators is None:
-            generators = _generators(jobs)
+            generators = seeded_generators(jobs)
             uniforms(len(jobs), self.config.base_sampling.steps, 2, self.base.config.tokens, generator=generators)
         return self._stage("superres", jobs, (low_tokens,), tokens, generators, sampling)
 
     @torch.inference_mode()
     def _stage(
-        self, name: str, jobs: Jobs, condition: tuple, tokens: Tensor | None, generators: Any, sampling: dict[str, Any]
-    ) -> Iterator[Step]:
+        self, name: str, jobs: Jobs, condition: tuple, tokens: Any, generators: Any, sampling: dict[str, Any]
+    ) -> Steps:
         """`condition` is what the network reads besides the text."""
         network = self.parts[name]
         guidance, settings = sampling_settings(getattr(self.config, f"{name}_sampling"), sampling)
         cond, uncond = (network.memory(text, *condition) for text in self.contexts(jobs))
-        logits_fn = guided(network, cond, uncond, guidance)
+        logits_fn = self.guided(network, cond, uncond, guidance)
         if tokens is None:
             tokens = torch.full((len(jobs), network.config.tokens), network.mask_id, device=self.device)
         for step in decode(logits_fn, tokens, mask_id=network.mask_id, generator=generators, **settings):
             yield step._replace(stage=name, guidance=guidance(step.u))
 
-    def decode(
-        self, jobs: Jobs, *, low: Tensor | None = None, high: Tensor | None = None, superres: Any = None, **sampling
-    ) -> Iterator[Step]:
+    def decode(self, jobs: Jobs, *, low: Any = None, high: Any = None, superres: Any = None, **sampling) -> Steps:
         """Both stages, one after the other. `low` and `high` are the tokens to start from; None is all [MASK]."""
-        generators = _generators(jobs)
+        generators = seeded_generators(jobs)
         for step in self.decode_base(jobs, low, generators=generators, **sampling):
             yield step
         sampling |= superres or {}
@@ -141,9 +140,7 @@ class Muse:
             images += self.to_pictures(self.decode(batch, **sampling), batch, sampling, callback)
         return images
 
-    def steps(
-        self, prompt: str, *, n: int = 1, seed: int | None = None, negative_prompt: str | None = None, **sampling
-    ) -> Iterator[Step]:
+    def steps(self, prompt: str, *, n: int = 1, seed: Seed = None, negative_prompt: Any = None, **sampling) -> Steps:
         """The Steps of `generate`, one at a time: tokens, masked, revealed, confidence and guidance."""
         return self.decode(self.jobs(prompt, n, seed, negative_prompt), **sampling)
 
@@ -162,16 +159,14 @@ class Muse:
     edit_steps = editing.edit_steps
 
     @classmethod
-    def from_pretrained(
-        cls, name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> "Muse":
+    def from_pretrained(cls, name: str | Path, *, device: Any = None, dtype: torch.dtype | None = None) -> "Muse":
         """A shipped name ("nano"), a folder, or a hub id -> Muse, frozen. Its language model loads at the first prompt.
 
         `device` None is cuda, then mps, then cpu. `dtype` None is what `pick_dtype` chooses.
         """
-        config, weights, about = checkpoint.load(name)
+        config, weights, about = checkpoint.load(name, cls.format)
         with torch.device("meta"):
-            parts = build(config)
+            parts = cls.build(config)
         if config.low_tokenizer_from:
             from minimuse.amused import published_tokenizer
 
@@ -192,13 +187,17 @@ class Muse:
         """
         parts = nn.ModuleDict(self.parts)
         with torch.device("meta"):
-            expected = build(self.config)
+            expected = self.build(self.config)
         if self.config.low_tokenizer_from:
             del parts["low_tokenizer"], expected["low_tokenizer"]
         checkpoint.check_weights(expected.state_dict(), parts.state_dict(), self.config.name)
         weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in parts.state_dict().items()}
-        about = {"words": self.words, "examples": self.examples}
-        return checkpoint.save(folder, self.config, weights, about, overwrite=overwrite)
+        return checkpoint.save(folder, self.config, weights, self.about, overwrite=overwrite)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What config.json holds besides the configuration."""
+        return {"format": self.format, "words": self.words, "examples": self.examples}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -229,18 +228,16 @@ class Muse:
         negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
         seed = random.randrange(2**31) if seed is None else seed
         seeds = list(range(seed, seed + total) if isinstance(seed, Integral) else seed)
-        if len(negatives) != len(prompts) or len(seeds) != total:
-            counts = (
-                f"{len(negatives)} negative prompts for {len(prompts)} prompts, {len(seeds)} seeds for {total} pictures"
-            )
-            raise ValueError(f"{counts}; give one, or one for each")
+        if len(negatives) != len(prompts):
+            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
+        if len(seeds) != total:
+            raise ValueError(f"{len(seeds)} seeds for {total} pictures; give one, or one for each")
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._hinted and (hint := self.unfamiliar(prompt)):
                 print(f"minimuse: {hint}", file=sys.stderr)
             self._hinted.add(prompt)
-        return [
-            {"prompt": prompts[i // n], "negative_prompt": negatives[i // n], "seed": seeds[i]} for i in range(total)
-        ]
+        pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(n)]
+        return [{"prompt": p, "negative_prompt": q, "seed": s} for (p, q), s in zip(pairs, seeds, strict=True)]
 
     def unfamiliar(self, prompt: str) -> str:
         """A hint if most words of the prompt are in no training caption, else ""."""
@@ -262,7 +259,7 @@ class Muse:
         return text, null
 
     def to_pictures(
-        self, steps: Iterator[Step], jobs: Jobs, settings: dict[str, Any], callback: Callback | None = None
+        self, steps: Steps, jobs: Jobs, settings: dict, callback: Callback | None = None
     ) -> list[Image.Image]:
         """Run the decode to its end, then decode the last tokens. Each image's info holds its job and the settings."""
         for step in steps:
@@ -275,13 +272,7 @@ class Muse:
         return images
 
 
-def _generators(jobs: Jobs) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(job["seed"]) for job in jobs]
-
-
-def sampling_settings(
-    defaults: SamplingConfig, given: dict[str, Any]
-) -> tuple[Callable[[float], float], dict[str, Any]]:
+def sampling_settings(defaults: SamplingConfig, given: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
     """A checkpoint's defaults, the user's settings -> guidance as a function of u, arguments for `sampler.decode`."""
     known = {f.name for f in fields(SamplingConfig)} | {"top_k", "remask"}
     if unknown := given.keys() - known:

@@ -1,8 +1,5 @@
 """Pictures as files: PNGs that hold the settings that made them, the same picture drawn again, files of any origin.
 
-    save_png(image, "cube.png")              the PNG's text chunk `minimuse` holds prompt, seed and settings as JSON
-    again(muse, settings_of("cube.png"))     the same checkpoint and settings: the same pixels
-
 Not here: which settings are noted (`Muse.to_pictures`), captioned images to train on (`data_sources.py`).
 """
 
@@ -12,22 +9,28 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from minimuse.data_images import FORMATS, to_rgb
+from minimuse.data_images import to_rgb
 from minimuse.sampler import Step
 
 KEY = "minimuse"  # where the settings are: a dict in an image's `info`, JSON in a PNG's text chunk
 FUNCTION = "a function, which no PNG holds"  # in place of what JSON cannot hold
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS: Pillow would run Ghostscript
+MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")  # and 16-bit gray
 PROBLEMS = {
     UnidentifiedImageError: "of an unknown format",
     Image.DecompressionBombError: "too large",
     Image.DecompressionBombWarning: "too large",
 }
+
+
+class Refused(Exception):
+    """A file that cannot be used. The text is the kind of problem, such as "damaged"."""
 
 
 def save_png(image: Image.Image, path: str | Path) -> None:
@@ -44,27 +47,41 @@ def with_settings(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
     return image
 
 
-def open_picture(path: str | Path, side: int | None = None) -> Image.Image:
-    """Open an image file of any origin; with `side`, upright, RGB, and cropped to its centre of side x side pixels.
+def decode_image(file: str | Path | IO[bytes], side: int | None = None, min_side: int = 0) -> Image.Image:
+    """An image file of any origin -> a PIL image. It is judged by its header before it is decoded.
 
-    ValueError says what is wrong. An image that is too large is refused by its header and never decoded.
+    With `side`: upright, RGB, the shorter side scaled to `side`, cropped at the centre. An animation gives its first
+    frame. Colour profiles are not applied. Raises `Refused`, also if a side has fewer than `min_side` pixels.
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=FORMATS)
-            image.load()
-        if side is not None:
-            image = ImageOps.fit(to_rgb(ImageOps.exif_transpose(image)), (side, side), Image.Resampling.LANCZOS)
-        return image
-    except FileNotFoundError:
+            with Image.open(file, formats=FORMATS) as image:
+                if min(image.size) < min_side:
+                    raise Refused("too small")
+                if side is None:
+                    image.load()
+                    return image
+                known = image.mode in MODES or image.mode[:1] == "I"
+                if not known or (image.mode == "I" and image.getextrema()[1] > 65535):
+                    raise Refused(f"of mode {image.mode}")
+                image.draft(None, (2 * side, 2 * side))  # JPEGs decode faster at a half, a quarter or an eighth
+                return ImageOps.fit(to_rgb(ImageOps.exif_transpose(image)), (side, side), Image.Resampling.LANCZOS)
+    except (Refused, FileNotFoundError):
         raise
     except Exception as error:  # decoders raise nearly every kind of exception on damaged files
-        problem = PROBLEMS.get(type(error), "damaged")
-        most = f"at most {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
-        raise ValueError(
-            f"{Path(path).name} cannot be read, it is {problem}; give a PNG, JPEG or WebP of {most}"
-        ) from error
+        raise Refused(PROBLEMS.get(type(error), "damaged")) from error
+
+
+def open_picture(path: str | Path, side: int | None = None) -> Image.Image:
+    """`decode_image` for a file that a user names. ValueError says what is wrong and which files are expected."""
+    try:
+        return decode_image(path, side)
+    except Refused as problem:
+        million = Image.MAX_IMAGE_PIXELS / 1e6
+        expected = f"give a PNG, JPEG or WebP of at most {million:.0f} million pixels"
+        raise ValueError(f"{Path(path).name} cannot be read, it is {problem}; {expected}") from problem
 
 
 def settings_of(picture: str | Path | Image.Image) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +20,6 @@ from torch import Tensor
 
 from minimuse.data_images import to_pil
 from minimuse.sampler import Step
-
-if TYPE_CHECKING:
-    from minimuse.eval_metrics import Estimate
-    from minimuse.muse import Muse
 
 Images = Sequence[Image.Image] | Tensor  # PIL images, or a tensor (B, 3, H, W), uint8 or in [-1, 1]
 INK = (45, 45, 50)
@@ -70,13 +65,9 @@ def film_strip(frames: Sequence[Images], titles: Sequence[str] | None = None, sc
     A frame is one step's pictures: a PIL image, several, or a tensor (B, 3, H, W). Titles such as "step 3: 41 left".
     """
     frames = [_enlarged([frame] if isinstance(frame, Image.Image) else frame, scale) for frame in frames]
-    columns = []
-    for frame in frames:
-        width, height = frame[0].size
-        columns.append(Image.new("RGB", (width, len(frame) * (height + GAP) - GAP), "white"))
-        for row, picture in enumerate(frame):
-            columns[-1].paste(picture, (0, row * (height + GAP)))
-    return grid(columns, titles, len(columns), scale=1)
+    pictures = [picture for row in zip(*frames, strict=True) for picture in row]
+    titles = titles and [""] * (len(pictures) - len(frames)) + list(titles)
+    return grid(pictures, titles, len(frames), scale=1)
 
 
 def mask_overlay(image: Image.Image | Tensor, masked: Tensor) -> Image.Image:
@@ -104,7 +95,7 @@ def token_map(step: Step, row: int = 0, side: int = 384) -> Image.Image:
     return sheet
 
 
-def film(muse: "Muse", steps: Sequence[Step], row: int = 0, most: int = 12) -> Image.Image:
+def film(muse: Any, steps: Sequence[Step], row: int = 0, most: int = 12) -> Image.Image:
     """The Steps of a decode -> a film strip of at most `most` of them, evenly spread, with the first and the last.
 
     Both stages have the width of the finished picture, at least 128 pixels. `row` picks the picture of the batch.
@@ -128,8 +119,6 @@ class Animation(bytes):
     """
 
     def __new__(cls, frames: Sequence[Image.Image], ms: int = 250) -> "Animation":
-        if not frames or len({frame.size for frame in frames}) > 1:
-            raise ValueError(f"frames of {sorted({f.size for f in frames})} pixels: expected at least one, of one size")
         first, *rest = [frame.convert("RGB").quantize(128, dither=0) for frame in frames]
         file = io.BytesIO()
         first.save(file, "GIF", save_all=True, append_images=rest, loop=0, duration=[ms] * len(rest) + [1500])
@@ -168,10 +157,10 @@ def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool]
 
 
 def tradeoff(
-    series: Mapping[str, Mapping[str, tuple["Estimate", "Estimate"]]], x: str, y: str,
-    lower: tuple[bool, bool] = (True, False), *, log_x: bool = False,
+    series: Mapping[str, Mapping[str, tuple[Any, Any]]], x: str, y: str, lower: tuple[bool, bool] = (True, False), *,
+    log_x: bool = False,
 ) -> Image.Image:  # fmt: skip
-    """{series: {label: (x, y)}} with intervals -> a plot like Muse's figure 8, 900 x 600 pixels.
+    """{series: {label: (x, y)}} of `Estimate`s -> a plot with intervals like Muse's figure 8, 900 x 600 pixels.
 
     `x` and `y` name the axes, `lower` is as in `pareto_front`, which is drawn in gray.
     """
@@ -186,21 +175,20 @@ def tradeoff(
     turn = "steps-post" if lower[0] else "steps-pre"  # the points behind the staircase are beaten by one on it
     axes.plot(*zip(*front, strict=True), drawstyle=turn, color="0.6", lw=4, alpha=0.5, label="Pareto front")
     for i, (name, pairs) in enumerate(series.items()):
-        color = f"C{i % 10}"
+        marks = {"color": f"C{i % 10}", "marker": "osD^vPX*"[i % 8], "lw": 0.8, "ms": 5}
         columns = list(zip(*pairs.values(), strict=True)) or [(), ()]
         at = [[m.value for m in column] for column in columns]
         reach = [[[m.value - m.low for m in column], [m.high - m.value for m in column]] for column in columns]
-        marks = {"marker": "osD^vPX*"[i % 8], "color": color, "lw": 0.8, "ms": 5}
         axes.errorbar(*at, xerr=reach[0], yerr=reach[1], label=name, **marks)
-        for label, point in zip(pairs, zip(*at, strict=True), strict=True):
-            axes.annotate(label, point, (5, 4), textcoords="offset points", fontsize=8, color=color)
+        for label, *point in zip(pairs, *at, strict=True):
+            axes.annotate(label, point, (5, 4), textcoords="offset points", fontsize=8, color=marks["color"])
     labels = [f"{text} ({'lower' if less else 'higher'} is better)" for less, text in zip(lower, (x, y), strict=True)]
     axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log_x else "linear")
     return _drawn(figure, axes)
 
 
 def curves(log: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """The lines of a run's log.jsonl -> one plot for each stage: its training metric, smoothed, and the held-out one.
+    """The lines of a run's log.jsonl -> one plot for each stage: its training metric and the held-out one.
 
     Tokenizers show the PSNR in dB. Transformers show nats per masked token, and held out the likelihood bound.
     """
@@ -214,20 +202,12 @@ def curves(log: Sequence[Mapping[str, Any]]) -> Image.Image:
         lines = [line for line in log if line["stage"] == stage]
         is_tokenizer = "psnr" in lines[-1]
         training, held_out = ("psnr", "held_out_psnr") if is_tokenizer else ("loss", "held_out_bound")
-        steps, values = _column(lines, training)
-        window = max(1, len(values) // 50)
-        smooth = [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
-        axes.plot(steps, smooth, lw=1, label="training")
-        axes.plot(*_column(lines, held_out), marker="o", ms=3, label="held out")
+        steps = [line["step"] for line in lines]
+        for name, style, label in ((training, "-", "training"), (held_out, "o", "held out")):
+            axes.plot(steps, [line.get(name, math.nan) for line in lines], style, lw=1, ms=3, label=label)
         axes.set(title=stage.replace("_", " "), xlabel="step", ylabel="PSNR (dB)" if is_tokenizer else "nats per token")
         axes.grid(alpha=0.25)
     return _drawn(figure, axes)
-
-
-def _column(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Lines of a log -> the steps that have this metric, and its values."""
-    found = [line for line in lines if name in line]
-    return [line["step"] for line in found], [line[name] for line in found]
 
 
 def _drawn(figure: Any, axes: Any) -> Image.Image:
@@ -241,19 +221,12 @@ def _drawn(figure: Any, axes: Any) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-class SourceCode(str):
-    """Python source. Jupyter shows it with syntax colours, `print` as plain text."""
+def show(*things: Any) -> Any:
+    """Functions, classes or methods -> their source code for Jupyter, each below the name of its file."""
+    from IPython.display import Markdown
 
-    def _repr_markdown_(self) -> str:
-        return f"```python\n{self}\n```"
-
-    __repr__ = str.__str__
-
-
-def show(*things: Any) -> SourceCode:
-    """Functions, classes or methods of the package -> their source code, each below the name of its file."""
     parts = []
     for thing in things:
         path = Path(inspect.getsourcefile(inspect.unwrap(thing)))
         parts.append(f"# {path.parent.name}/{path.name}\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}")
-    return SourceCode("\n\n\n".join(parts))
+    return Markdown("```python\n" + "\n\n\n".join(parts) + "\n```")

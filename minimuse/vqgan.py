@@ -48,11 +48,8 @@ class VQGANConfig:
 
     def __post_init__(self):
         require_positive(self, "image_size", "codebook_size", "code_dim", "width", "decoder_width")
-        levels = len(self.multipliers)
-        require(levels > 0, "VQGANConfig.multipliers is empty; give one number per resolution, such as (1, 2, 4)")
-        for name in ("blocks", "decoder_blocks"):
-            n = len(getattr(self, name))
-            require(n == levels, f"VQGANConfig.{name} has {n} entries for {levels} resolutions; give {levels}")
+        fits = len(self.multipliers) == len(self.blocks) == len(self.decoder_blocks) > 0
+        require(fits, "VQGANConfig: give one multiplier, one number of blocks and of decoder_blocks per resolution")
         require_multiple(self, "width", GROUP)
         require_multiple(self, "decoder_width", GROUP)
         require_multiple(self, "image_size", self.downsampling)
@@ -94,16 +91,15 @@ class Encoder(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """x (B, C_in, h, w) -> (B, C_out, 2h, 2w): residual blocks, then 2x upsampling if `up` (all but the last block)."""
+    """x (B, C_in, h, w) -> (B, C_out, 2h, 2w): residual blocks, then 2x upsampling, unless `c_out` is None."""
 
-    def __init__(self, c_in: int, c_out: int, blocks: int, up: bool):
+    def __init__(self, c_in: int, c_out: int | None, blocks: int):
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(c_in) for _ in range(blocks))
-        self.up = nn.Conv2d(c_in, 4 * c_out, 1) if up else None  # Choice: 1x1 and pixel shuffle, cheap and learned
+        self.blocks = nn.Sequential(*(ResBlock(c_in) for _ in range(blocks)))
+        self.up = nn.Conv2d(c_in, 4 * c_out, 1) if c_out else None  # Choice: 1x1 and pixel shuffle, cheap and learned
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(x)
         return x if self.up is None else F.pixel_shuffle(self.up(x), 2)
 
 
@@ -113,44 +109,36 @@ class Decoder(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         widths = [config.decoder_width * m for m in config.multipliers][::-1]  # from the coarsest resolution up
-        depths = config.decoder_blocks[::-1]
-        last = len(widths) - 1
+        levels = zip(widths, [*widths[1:], None], config.decoder_blocks[::-1], strict=True)
         self.conv_in = nn.Conv2d(config.code_dim, widths[0], 3, padding=1)
-        self.levels = nn.ModuleList(
-            UpBlock(width, widths[min(i + 1, last)], depths[i], up=i < last) for i, width in enumerate(widths)
-        )
+        self.levels = nn.Sequential(*(UpBlock(*level) for level in levels))
         self.norm = nn.GroupNorm(widths[-1] // GROUP, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, codes: Tensor) -> Tensor:
-        x = self.conv_in(codes)
-        for level in self.levels:
-            x = level(x)
+        x = self.levels(self.conv_in(codes))
         return self.conv_out(F.silu(self.norm(x)))
 
 
 class Quantized(NamedTuple):
-    """What the quantizer makes of z (B, d, h, w)."""
-
     codes: Tensor  # (B, d, h, w), the gradient passed straight through to z
-    tokens: Tensor  # (B, h*w) long
+    tokens: Tensor  # (B, h*w)
     codebook_loss: Tensor  # () moves codes towards the encoder
     commitment_loss: Tensor  # () keeps the encoder near its codes
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest code of a learned codebook (VQGAN 3.1). Training restarts codes that are no longer used.
+    """z (B, d, h, w) -> the nearest codes of a learned codebook (VQGAN 3.1).
 
-    Straight-through gradient: codes = z + stopgrad(q - z), so the forward value is q and d codes / d z = 1.
-    Choice: a code that was not used for `patience` forward passes restarts at a random encoder output of the batch.
+    Choice: a code that training did not use for `patience` batches restarts at a random encoder output.
     """
 
     def __init__(self, codebook_size: int, code_dim: int, patience: int = 20):
         super().__init__()
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
         self.patience = patience
-        self.idle: Tensor | None = None  # (V,) passes since a code was last used; `track_usage` makes it
-        self.sync: Callable[[Tensor, str], None] | None = None  # training sets it, so that processes agree on codes
+        self.idle: Tensor | None = None  # (V,) batches since a code was last used; `track_usage` makes it
+        self.sync: Callable[[Tensor, str], None] | None = None  # set by training, so that processes agree on codes
 
     def embed_code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """tokens (B, h*w) -> codes (B, d, h, w)."""
@@ -163,7 +151,7 @@ class VectorQuantizer(nn.Module):
         return torch.addmm(book.square().sum(1), flat.flatten(0, 1), book.T, alpha=-2).argmin(1).view(flat.shape[:2])
 
     def forward(self, z: Tensor) -> Quantized:
-        """z (B, d, h, w) -> its nearest codes, their tokens and the two losses. In training, unused codes restart."""
+        """z (B, d, h, w) -> Quantized."""
         z = z.float()
         learning = self.training and self.codebook.requires_grad  # `train()` does not wake a frozen codebook
         if learning:
@@ -174,10 +162,11 @@ class VectorQuantizer(nn.Module):
             self._count_usage(tokens)
         codebook_loss = F.mse_loss(codes, z.detach())
         commitment_loss = F.mse_loss(z, codes.detach())
-        return Quantized(z + (codes - z).detach(), tokens, codebook_loss, commitment_loss)
+        straight_through = z + (codes - z).detach()  # the value is `codes`, the gradient with respect to z is 1
+        return Quantized(straight_through, tokens, codebook_loss, commitment_loss)
 
     def track_usage(self) -> Tensor:
-        """Start to count how long each code is idle -> counts (V,), part of the training state. At first, all are."""
+        """Start to count how long each code is idle -> counts (V,). At first, all codes count as unused."""
         self.idle = torch.full((len(self.codebook),), self.patience, device=self.codebook.device)
         return self.idle
 
@@ -186,13 +175,14 @@ class VectorQuantizer(nn.Module):
         if self.idle is None:
             self.track_usage()
         unused = (self.idle >= self.patience).nonzero().squeeze(1)
-        if len(unused):
-            flat = z.transpose(0, 1).flatten(1).T  # (B*h*w, d)
-            new = flat[torch.randint(len(flat), (len(unused),), device=z.device)]
-            if self.sync:
-                self.sync(new, "first")  # every process takes the codes of the first one
-            self.codebook[unused] = new
-            self.idle[unused] = 0
+        if len(unused) == 0:
+            return
+        flat = z.transpose(0, 1).flatten(1).T  # (B*h*w, d)
+        new = flat[torch.randint(len(flat), (len(unused),), device=z.device)]
+        if self.sync:
+            self.sync(new, "first")  # every process takes the codes of the first one
+        self.codebook[unused] = new
+        self.idle[unused] = 0
 
     @torch.no_grad()
     def _count_usage(self, tokens: Tensor) -> None:
@@ -241,15 +231,15 @@ class VQGAN(nn.Module):
         return self.decoder(self.quantizer.embed_code(tokens, (h, w))).clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """images (B, 3, H, W) -> their reconstruction with the quantizer's losses."""
+        """images (B, 3, H, W) -> Reconstruction."""
         q = self.quantizer(self.encoder(images))
-        return Reconstruction(self.decoder(q.codes), q.tokens, q.codebook_loss, q.commitment_loss)
+        return Reconstruction(self.decoder(q.codes), *q[1:])
 
     def grow_decoder(self, config: VQGANConfig) -> "VQGAN":
-        """A copy with the bigger decoder of `config`; encoder and codebook are shared exactly and frozen (Muse 2.5).
+        """A copy with the bigger decoder of `config`; encoder and codebook stay the same and are frozen (Muse 2.5).
 
-        Choice: the bigger decoder starts as the same function, so fine-tuning continues from the trained one. Old
-        weights fill the leading channels, new channels feed old ones through zeros, new blocks are the identity.
+        Choice: the bigger decoder starts as the same function. Old weights fill the leading channels, new channels
+        feed old ones through zeros, new blocks are the identity.
         """
         grown = VQGAN(config)
         grown.encoder = copy.deepcopy(self.encoder)
@@ -269,7 +259,6 @@ class VQGAN(nn.Module):
 
 
 def codebook_usage(tokens: Tensor, codebook_size: int) -> tuple[float, float]:
-    """tokens -> (fraction of codes in use, perplexity exp(H) of their histogram): both are low when it collapses."""
+    """tokens -> fraction of codes in use, perplexity exp(entropy) of their histogram."""
     p = torch.bincount(tokens.flatten(), minlength=codebook_size).double() / tokens.numel()
-    perplexity = math.exp(-torch.special.xlogy(p, p).sum().item())
-    return (p > 0).double().mean().item(), perplexity
+    return (p > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()

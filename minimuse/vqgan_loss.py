@@ -43,8 +43,7 @@ class PatchDiscriminator(nn.Module):
 def pixel_loss(made: Tensor, images: Tensor) -> Tensor:
     """mean |x - x'| + 4 mean (x - x')^2.
 
-    Choice: the paper is silent, and VQGAN uses only |x - x'|. The square gives more weight to the large errors of small
-    objects (benchmarks/choices.md).
+    Choice: VQGAN has only |x - x'|; the square weighs the large errors of small objects (benchmarks/choices.md).
     """
     return F.l1_loss(made, images) + 4 * F.mse_loss(made, images)
 
@@ -55,20 +54,14 @@ def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, most: float = 1e4) -> Tensor:
-    """VQGAN 3.2: lambda = |grad reconstruction| / (|grad adversarial| + 1e-4), gradients at the decoder's last layer.
-
-    1e-4 is the value of the released code; the paper has 1e-6.
-    """
+    """lambda = |grad reconstruction| / (|grad adversarial| + 1e-4) at the decoder's last layer (VQGAN 3.2, its code)."""
     (r,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (a,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     return (r.norm() / (a.norm() + 1e-4)).clamp(0, most).detach()
 
 
 class SceneFeatures(nn.Module):
-    """images (B, 3, H, W) -> features at 1/2, 1/4 and 1/8 of the size.
-
-    `train.train_features` trains it to classify the objects of scenes. No metric shares its weights.
-    """
+    """images (B, 3, H, W) -> features at 1/2, 1/4 and 1/8 of the size; `train.train_features` trains it."""
 
     def __init__(self, classes: int, width: int = 32):
         super().__init__()
@@ -140,9 +133,6 @@ class VQGANLoss(nn.Module):
         return loss
 
     def discriminator_loss(self, images: Tensor, made: Tensor, discriminator: nn.Module | None = None) -> Tensor:
-        """images, made (B, 3, H, W) -> (): the hinge loss; no gradient reaches the generator.
-
-        `discriminator` is the module as the training engine wrapped it for several processes.
-        """
+        """images, made (B, 3, H, W) -> (): the hinge loss; `discriminator` is the module as accelerate wrapped it."""
         logits = (discriminator or self.discriminator)(torch.cat([images, made.detach()]))
         return hinge_discriminator(*logits.chunk(2))

@@ -58,14 +58,12 @@ def run(page, updates) -> tuple[list[str], dict]:
 
 def test_controls_left_alone_are_the_checkpoints(page, tiny_muse):
     base, high = tiny_muse.config.base_sampling, tiny_muse.config.superres_sampling
-    left = [*base.guidance, base.steps, high.steps, base.schedule, base.order]
-    settings = page._settings(*left)
-    assert settings["superres"]["choice_temperature"] == high.choice_temperature, "each decode has its own"
-    one, two = tiny_muse.generate(A, seed=1), tiny_muse.generate(A, seed=1, **settings)
-    assert one[0].tobytes() == two[0].tobytes(), "they draw what no settings draw"
-    settings = page._settings(*left[:-1], "halton")
-    one, two = tiny_muse.generate(A, seed=1, order="halton"), tiny_muse.generate(A, seed=1, **settings)
-    assert one[0].tobytes() == two[0].tobytes(), "another order has no ranking noise, as in `generate`"
+    left = [A, 1, "", *base.guidance, base.steps, high.steps, base.schedule, base.order]
+    _, end = run(page, page.draw(*left))
+    assert end["picture"].tobytes() == tiny_muse.generate(A, seed=1)[0].tobytes(), "they draw what no settings draw"
+    _, end = run(page, page.draw(*left[:-1], "halton"))
+    expected = tiny_muse.generate(A, seed=1, order="halton")[0]
+    assert end["picture"].tobytes() == expected.tobytes(), "another order has no ranking noise, as in `generate`"
 
 
 def test_draw_shows_each_step_then_the_picture(page, request_, tiny_muse):
@@ -75,10 +73,10 @@ def test_draw_shows_each_step_then_the_picture(page, request_, tiny_muse):
     assert sentences[-1].startswith("**Done** in 4 steps, seed 7"), sentences[-1]
     expected = tiny_muse.generate(A, seed=7, steps=2)[0]
     assert end["picture"].tobytes() == expected.tobytes(), "the page draws what the library draws"
-    assert settings_of(end["picture"])["superres"]["steps"] == 2, "every setting is noted"
-    steps, picture = end["last"]
-    assert len(steps) == 4
-    for at, text in ((1, "Base model, step 1"), (5, "Done**, seed 7")):
+    assert settings_of(end["picture"])["superres"]["steps"] == 2, "changed settings are noted"
+    shown, picture = end["last"]
+    assert len(shown) == 5
+    for at, text in ((1, "Base model, step 1"), (5, "Done** in 4 steps, seed 7")):
         update = page.look_back(end["last"], at)
         assert text in update[page.status], "the slider goes back to a step, and to the picture"
     assert update[page.picture] is picture
@@ -187,15 +185,15 @@ def layer(side: int, *box: int, alpha: int = 255) -> Image.Image:
 
 
 def test_a_pixel_is_painted_if_a_part_of_it_is():
-    mask = painted([layer(96, 12, 6, 17, 6)], side=16, zoom=6)  # one row of the third pixel of the second row
+    mask = painted([layer(96, 12, 6, 17, 6)], side=16)  # one row of the third pixel of the second row
     assert np.argwhere(mask).tolist() == [[1, 2]], f"{np.argwhere(mask).tolist()}"
-    mask = painted([layer(96, 12, 6, 18, 6), layer(96, 95, 95, 95, 95)], side=16, zoom=6)
+    mask = painted([layer(96, 12, 6, 18, 6), layer(96, 95, 95, 95, 95)], side=16)
     assert np.argwhere(mask).tolist() == [[1, 2], [1, 3], [15, 15]], f"all layers count: {np.argwhere(mask).tolist()}"
-    mask = painted([layer(192, 0, 0, 11, 11)], side=16, zoom=6)
+    mask = painted([layer(192, 0, 0, 11, 11)], side=16)
     assert np.argwhere(mask).tolist() == [[0, 0]], "a layer of another size is scaled, as of a screen of finer pixels"
 
 
 @pytest.mark.parametrize("layers", [[], [layer(96, 0, 0, 95, 95, alpha=100)], [Image.new("RGBA", (96, 96))]])
 def test_an_empty_mask_is_refused(layers):
     with pytest.raises(ValueError, match="The mask is empty: paint over the part"):
-        painted(layers, side=16, zoom=6)
+        painted(layers, side=16)

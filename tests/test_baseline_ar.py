@@ -198,7 +198,8 @@ def test_settings_that_a_baseline_does_not_have_are_refused(made):
     with pytest.raises(TypeError, match="tiny-dit has no setting order, top_k; it has guidance, steps"):
         made["dit"].generate(A, order="halton", top_k=3)
     assert made["masked"].generate(A, order="halton", steps=4, seed=0), "the base model has all of Muse's"
-    assert not hasattr(made["dit"], "edit")
+    with pytest.raises(TypeError, match="tiny-dit is a dit baseline: it only generates"):
+        made["dit"].edit(None, A)
 
 
 def test_the_base_model_alone_is_the_first_half_of_muse(tiny_muse):

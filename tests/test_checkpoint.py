@@ -62,7 +62,7 @@ def test_load_gives_back_what_was_saved(folder, tiny_muse):
         assert torch.equal(weights[key], value), f"{key} changed on its way"
 
 
-def test_the_model_card_has_sizes_and_an_example(folder, tiny_muse):
+def test_the_model_card_has_the_grids_and_an_example(folder, tiny_muse):
     card = (folder / CARD).read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: minimuse\n"), "the hub reads the header"
     config = tiny_muse.config
@@ -71,7 +71,6 @@ def test_the_model_card_has_sizes_and_an_example(folder, tiny_muse):
         f"{low.image_size} px ({low.grid}x{low.grid} tokens)",
         f"{high.image_size} px ({high.grid}x{high.grid} tokens)",
         config.text_encoder,
-        *(f"| {name} | {sum(p.numel() for p in part.parameters()):,} |" for name, part in tiny_muse.parts.items()),
         tiny_muse.examples[0],
         "Muse.from_pretrained(",
     ]
@@ -211,16 +210,16 @@ def _drop_width(values):
 
 
 CHANGES = {
-    "no config": (lambda v: v.pop("config"), "MuseConfig has unknown|MuseConfig lacks"),
+    "no config": (lambda v: v.pop("config"), "MuseConfig.* unexpected"),
     "config of another kind": (lambda v: v.update(config=[1, 2]), "MuseConfig is"),
-    "missing field": (_drop_width, "TransformerConfig lacks fields: width. Was it written by another version"),
-    "missing part": (lambda v: v["config"].pop("base"), "MuseConfig lacks fields: base"),
-    "unknown field": (lambda v: v["config"].update(ema=0.7), "MuseConfig has unknown fields: ema"),
-    "unknown inner field": (lambda v: v["config"]["superres"].update(heads2=1), "has unknown fields: heads2"),
+    "missing field": (_drop_width, "TransformerConfig.* missing .*'width'. Was it written by another version"),
+    "missing part": (lambda v: v["config"].pop("base"), "MuseConfig.* missing .*'base'"),
+    "unknown field": (lambda v: v["config"].update(ema=0.7), "MuseConfig.* unexpected .*'ema'"),
+    "unknown inner field": (lambda v: v["config"]["superres"].update(heads2=1), "unexpected .*'heads2'"),
     "stages of another kind": (lambda v: v["config"].update(stages=[]), r"config\.json"),
     "nonsense": (lambda v: v["config"]["base"].update(heads=5), "width is .*; give a multiple of 5"),
     "a text for a number": (lambda v: v["config"]["base"].update(width="wide"), "width is 'wide'"),
-    "null for a list": (lambda v: v["config"]["low_tokenizer"].update(multipliers=None), r"config\.json"),
+    "null for a list": (lambda v: v["config"]["low_tokenizer"].update(multipliers=None), "VQGANConfig: .*NoneType"),
 }
 
 

@@ -1,6 +1,5 @@
 """data_cache.py: rows that are computed once, read again by memory map, and never paired wrongly."""
 
-import errno
 import json
 import logging
 import os
@@ -27,9 +26,10 @@ from minimuse.data_cache import (
     Texts,
     TrainingData,
     text_block,
+    tokenize_images,
 )
-from minimuse.data_captions import EXAMPLE_PROMPTS, vocabulary
-from minimuse.data_images import Example, area_downsample, to_pil, tokenize_images
+from minimuse.data_captions import EXAMPLE_PROMPTS, Example, vocabulary
+from minimuse.data_images import area_downsample, to_pil
 from minimuse.data_sources import FolderDataset, SceneDataset
 from minimuse.text import TextEncoder
 from minimuse.train import Decimated
@@ -44,7 +44,7 @@ SIZES = (3, 0, 5, 2)  # rows of the parts in the tests of files
 def blocks(part, problems):
     """Rows (i, 10 i) of all parts in order, in blocks of up to 2; every part leaves one image out."""
     problems.seen += SIZES[part] + 1
-    problems.add("corrupt", f"{part}.png")
+    problems.add("damaged", f"{part}.png")
     first = sum(SIZES[:part])
     numbers = range(first, first + SIZES[part])
     for start in range(0, len(numbers), 2):
@@ -65,11 +65,10 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
 def test_all_rows_come_back_in_order(tmp_path):
     shards = filled(tmp_path)
     rows = Rows(shards, torch.long)
-    assert rows.shape == (10, 2)
     assert rows[:].tolist() == [[i, 10 * i] for i in range(10)]
     assert Rows(shards)[:1].dtype == torch.uint16, "without a dtype, the stored one"
     assert [text for record in shards.records() for text in record["captions"]] == [[f"number {i}"] for i in range(10)]
-    assert [record["problems"]["counts"] for record in shards.records()] == [{"corrupt": 1}] * 4
+    assert [record["problems"]["names"] for record in shards.records()] == [{"damaged": [f"{i}.png"]} for i in range(4)]
     before = tree(tmp_path)
     assert list(shards.fill(blocks)) == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)], "it says where it stands"
     assert tree(tmp_path) == before, "nothing is made twice"
@@ -176,40 +175,26 @@ def test_a_damaged_file_is_named(tmp_path, damage):
 
 
 def test_lengths_are_compared(tmp_path):
-    shards = filled(tmp_path)
-    np.save(shards.folder / "00002.001.rows.npy", np.zeros((7, 2), np.uint16))
-    with pytest.raises(ValueError, match="7 rows, expected 2; delete the folder"):
-        Rows(shards)[:]
-
     def more(part, problems):
         yield {"rows": np.zeros((3, 1))}, [("a",), ("b",)]
 
-    with pytest.raises(ValueError, match="part 0: 3 rows of rows with the captions"):
+    with pytest.raises(ValueError, match="part 0 needs captions for each of its 3 rows"):
         deque(Shards(tmp_path, "rows", "1" * 64, 1).fill(more), maxlen=0)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, None])
-def test_a_full_disk(tmp_path, monkeypatch, code):
+def test_a_full_disk(tmp_path, monkeypatch):
     save = np.save
 
     def full(path, array, **options):
         if "00002" in str(path):
-            raise OSError(code, "full") if code else OSError("24 requested and 8 written")
+            raise OSError("24 requested and 8 written")
         save(path, array, **options)
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(
-        OSError, match=r"no space left in .* for part 2: make room and start again; finished parts are kept"
-    ):
+    with pytest.raises(OSError, match=r"part 2 could not be written .*8 written\): make room and start again"):
         filled(tmp_path)
     monkeypatch.undo()
     assert len(Rows(filled(tmp_path))) == 10
-
-
-def test_other_errors_pass_through(tmp_path, monkeypatch):
-    monkeypatch.setattr(np, "save", lambda *_, **__: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
-    with pytest.raises(PermissionError):
-        filled(tmp_path)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -276,7 +261,7 @@ class Made:
         for i in range(part * self.n, (part + 1) * self.n):
             problems.seen += 1
             if i in self.broken:
-                problems.add("corrupt", f"{i}.png")
+                problems.add("damaged", f"{i}.png")
                 continue
             image = torch.full((3, size, size), 10 * (i % 25) + 5, dtype=torch.uint8)
             yield Example(image, ("a red cube", f"a blue ball and {'two small ' * (i % 3)}green boxes"))
@@ -327,7 +312,7 @@ def test_images_tokens_and_texts_of_the_same_examples(make, tiny_muse):
     data, low, high = make(), Counted(), Counted(grid=16)
     steps = work(data, low, high)
     assert (steps[0], steps[-1]) == ((0, 3), (3, 3)), "it reports where it stands"
-    assert data.images.shape == (12, 3, SIDE, SIDE)
+    assert data.images[:].shape == (12, 3, SIDE, SIDE)
     assert (len(data.tokens["low"]), len(data.tokens["high"]), len(data.texts)) == (12, 12, 12), "one row each"
     assert data.tokens["low"][:][:, 0].tolist() == levels(range(12)), "each image's own tokens, in the source's order"
     assert data.tokens["low"][[0]].dtype == torch.long, "as models read them"
@@ -354,7 +339,7 @@ def test_beyond_pixels_gib_the_source_is_read_again(make):
     data = make(source, pixels_gib=limit)
     work(data)
     assert (len(data.images), len(data.tokens["low"]), len(data.texts)) == (5, 12, 12)
-    assert source.reads == [0, 1, 0, 1, 2, 0, 1, 2], "pixels, low tokens, high tokens"
+    assert source.reads == [0, 1, 2, 2], "pixels of two parts; the third for low, then for high tokens"
 
 
 def test_rows_of_other_examples_are_refused(make):
@@ -385,7 +370,7 @@ def test_the_largest_token_fits(make, v, dtype):
 def test_problems_are_logged_once_and_nothing_usable_is_an_error(make, caplog):
     with caplog.at_level(logging.WARNING, "minimuse"):
         work(make(Made(broken=(0, 1))))
-    assert caplog.messages == ["left out 2 of 12 images: 2 corrupt (0.png, 1.png)"]
+    assert caplog.messages == ["left out 2 of 12 images: 2 damaged (0.png, 1.png)"]
     with pytest.raises(ValueError, match="no usable captioned image"):
         deque(make(Made(fingerprint="2" * 64, broken=range(12))).read())
 
@@ -420,7 +405,7 @@ def test_images_tokens_and_texts_are_split_alike(make):
     for held_out, numbers in ((True, [49, 99]), (False, [i for i in range(120) if i not in (49, 99)])):
         images, tokens, texts = (data.split(r, held_out) for r in (data.images, data.tokens["low"], data.texts))
         assert isinstance(images, Subset)
-        assert images.shape == (len(numbers), 3, SIDE, SIDE)
+        assert len(images) == len(numbers)
         at = torch.arange(len(numbers))
         assert images[at][:, 0, 0, 0].tolist() == [10 * (i % 25) + 5 for i in numbers], "another image"
         assert tokens[at][:, 0].tolist() == levels(numbers), "its tokens"
@@ -553,4 +538,4 @@ def test_records_are_plain_json(make, tmp_path):
     (folder,) = (tmp_path / "cache").glob("pixels-*")
     record = json.loads((folder / "00000.json").read_text(encoding="utf-8"))
     assert record["rows"] == [4]
-    assert record["problems"] == {"seen": 4, "counts": {}, "names": {}}
+    assert record["problems"] == {"seen": 4, "names": {}}

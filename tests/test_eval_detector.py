@@ -154,7 +154,7 @@ def test_what_is_no_picture_is_refused(detector, images):
     for wrong in (images[0], images[:, :1], images[:, :, :32]):
         with pytest.raises(ValueError, match=r"expected square ones \(B, 3, H, W\)"):
             detector.detect(wrong)
-    with pytest.raises(ValueError, match=r"single picture as \[picture\]"):
+    with pytest.raises(ValueError, match=r"one picture as \[picture\]"):
         detector.detect(to_pil(images[:1])[0])
     with pytest.raises(ValueError, match="at least one"):
         detector.detect([])

@@ -347,7 +347,6 @@ def test_a_world_of_your_own():
         lambda: compare(CHAIN, steps=[0]),
         lambda: compare(CHAIN, samples=100),
         lambda: compare(CHAIN, presets=["dalle"]),
-        lambda: compare(CHAIN, ["bound-1"]),
         lambda: compare(CHAIN, ["boundless"]),
     ],
 )

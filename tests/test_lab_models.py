@@ -24,7 +24,7 @@ class Gaussians(ModelEvaluator):
     def __init__(self, shift, seed):
         self.shift = shift
         real = torch.randn(20_000, 6, generator=seeded(1))
-        super().__init__([""] * 256, real[:256], lambda images, prompts: images[:, 0], lambda x: x, seed)
+        super().__init__("Gaussians", [""] * 256, real[:256], lambda images, prompts: images[:, 0], lambda x: x, seed)
         self.real = real
 
     def draw(self, prompts, seeds, sampling):

@@ -15,7 +15,6 @@ from minimuse.masking import (
     SCHEDULES,
     get_schedule,
     likelihood_bound,
-    log_schedule,
     masked_cross_entropy,
     power_schedule,
     random_mask,
@@ -89,8 +88,6 @@ def test_schedules_that_make_no_sense_are_refused():
         power_schedule(0)
     with pytest.raises(ValueError, match="positive exponent"):
         power_schedule(math.nan)
-    with pytest.raises(ValueError, match="at least 2 tokens"):
-        log_schedule(1)
     with pytest.raises(ValueError, match=r"log_schedule\(n\)"):
         get_schedule("log")
 

@@ -1,15 +1,34 @@
 """pictures.py: a drawing as it happens, a PNG that tells what made it, the same pixels again, files from strangers."""
 
 import hashlib
+import io
 import json
+import struct
+import subprocess
+import warnings
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import giant_png
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from minimuse.muse import Muse
-from minimuse.pictures import again, difference, open_picture, output_paths, save_png, settings_of, with_settings
+from minimuse.pictures import (
+    Refused,
+    again,
+    decode_image,
+    difference,
+    open_picture,
+    output_paths,
+    save_png,
+    settings_of,
+    with_settings,
+)
 
 A = "a red cube"
 SETTINGS = {"steps": 3, "guidance": (0, 2.5), "schedule": "pow1.5", "order": "halton", "superres": {"steps": 2}}
@@ -157,3 +176,148 @@ def test_output_paths_are_free_names(tmp_path, monkeypatch):
         output_paths(Path("x.jpg"), A, 1)
     with pytest.raises(FileNotFoundError, match="create it first"):
         output_paths(Path("nowhere/x.png"), A, 1)
+
+
+# --- image files ---
+
+
+def decoded(file, side: int, min_side: int = 0) -> torch.Tensor:
+    """The file at side x side pixels -> (3, side, side)."""
+    return torch.from_numpy(np.array(decode_image(file, side, min_side))).permute(2, 0, 1)
+
+
+def picture(i: int = 0, size=(40, 32), mode: str = "RGB", form: str = "PNG", **options) -> bytes:
+    """An image file with a colour of its own."""
+    file = io.BytesIO()
+    color = (10 * i % 256, 80, 160)
+    Image.new("RGB", size, color).convert(mode).save(file, form, **options)
+    return file.getvalue()
+
+
+def header(width: int, height: int) -> bytes:
+    """A PNG that claims to have this size, and holds no pixel."""
+    chunk = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    ihdr = struct.pack(">I", len(chunk)) + b"IHDR" + chunk + struct.pack(">I", zlib.crc32(b"IHDR" + chunk))
+    return b"\x89PNG\r\n\x1a\n" + ihdr + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+@pytest.mark.parametrize("size", [(60_000, 60_000), (12_000, 10_000)])
+def test_a_bomb_is_never_decoded(size, monkeypatch):
+    """The first is beyond Pillow's own limit, the second between its warning and its limit."""
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("a bomb was decoded"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # even where a user silenced Pillow
+        with pytest.raises(Refused, match="large"):
+            decoded(io.BytesIO(header(*size)), 16)
+
+
+def test_no_postscript_runs(monkeypatch):
+    """Pillow would hand an EPS to Ghostscript, whatever its name says."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail(f"{args} was run"))
+    eps = picture(mode="RGB", form="EPS")
+    with Image.open(io.BytesIO(eps)) as image:
+        assert image.format == "EPS", "Pillow alone knows it"
+    with pytest.raises(Refused, match="unknown format"):
+        decoded(io.BytesIO(eps), 16)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "I"])
+def test_modes_become_rgb(mode):
+    """White, dark gray and black bars survive every mode (1 has no gray; I is 16-bit gray in a wider box)."""
+    bars = np.repeat(np.array([255, 64, 0], dtype=np.uint8), 16)[None].repeat(48, 0)
+    if mode.startswith("I"):
+        image = Image.fromarray((bars.astype(np.uint16) * 257).astype(np.uint16 if mode == "I;16" else np.int32))
+    else:
+        image = Image.fromarray(bars).convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE)
+    file = io.BytesIO()
+    image.save(file, "TIFF")
+    bar = decoded(io.BytesIO(file.getvalue()), 48)[:, 24, [8, 24, 40]].int()
+    want = torch.tensor([255, 64, 0]).expand(3, 3)
+    there = [0, 2] if mode == "1" else [0, 1, 2]
+    assert (bar - want)[:, there].abs().max() <= 2, f"{mode}: {bar.tolist()}"
+
+
+def test_transparent_is_white():
+    file = io.BytesIO()
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(file, "PNG")
+    assert (decoded(file, 16) == 255).all()
+
+
+def test_values_beyond_16_bits_are_refused():
+    file = io.BytesIO()
+    Image.fromarray(np.full((32, 32), 70_000, dtype=np.int32)).save(file, "TIFF")
+    with pytest.raises(Refused, match="of mode I"):
+        decoded(file, 16)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_stand_upright(orientation):
+    """EXIF 1 to 8, against Pillow's own table of turns: a red top left corner comes back as where EXIF puts it."""
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[:16, :16] = (255, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", exif=exif)
+    red = (decoded(file, 32)[0] > 128).nonzero().float().mean(0).tolist()
+    corner = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}[orientation]
+    assert [value > 16 for value in red] == [bool(value) for value in corner]
+
+
+@given(st.integers(8, 70), st.integers(8, 70), st.sampled_from(["PNG", "JPEG"]))
+def test_shorter_side_is_scaled_and_the_centre_kept(width, height, form):
+    """A horizontal and a vertical ramp: the middle of the picture stays in the middle, at one scale for both axes."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    ramp = np.stack([100 + 3 * (x - (width - 1) / 2), 100 + 3 * (y - (height - 1) / 2), 0 * x], -1)
+    file = io.BytesIO()
+    Image.fromarray(ramp.clip(0, 255).astype(np.uint8)).save(file, form, **{"quality": 95} if form == "JPEG" else {})
+    image = decoded(file, 16).float()
+    assert image.shape == (3, 16, 16)
+    middle = image[:2, 6:10, 6:10].mean((1, 2))
+    assert (middle - 100).abs().max() < 5, f"the centre moved: {middle.tolist()}"
+    slope = 3 * min(width, height) / 16
+    across = (image[0, 4:12, 10] - image[0, 4:12, 5]).mean() / 5
+    down = (image[1, 10, 4:12] - image[1, 5, 4:12]).mean() / 5
+    assert abs(across - slope) < 1.5, f"{across} a pixel across, {slope} expected"
+    assert abs(down - slope) < 1.5, f"{down} a pixel down, {slope} expected"
+
+
+def test_resizing_is_antialiased():
+    stripes = np.zeros((128, 128, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    file = io.BytesIO()
+    Image.fromarray(stripes).save(file, "PNG")
+    inner = decoded(file, 16)[:, :, 2:-2].int()
+    assert (inner - 127).abs().max() <= 2, "black and white stripes finer than a pixel are gray"
+
+
+def test_a_drafted_jpeg_is_nearly_the_whole_one():
+    """128 px of detail that 32 px can just hold: decoded at half it is kept, at an eighth it would be lost."""
+    rng = np.random.default_rng(0)
+    blobs = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    blobs = blobs.resize((128, 128), Image.Resampling.BICUBIC)
+    jpeg, png = io.BytesIO(), io.BytesIO()
+    blobs.save(jpeg, "JPEG", quality=95, subsampling=0)
+    with Image.open(jpeg) as image:
+        image.save(png, "PNG")
+    with Image.open(jpeg) as image:
+        image.draft(None, (16, 16))
+        eighth = np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS)).transpose(2, 0, 1).astype(int)
+    whole = decoded(png, 32).int()
+    assert (decoded(jpeg, 32).int() - whole).abs().max() <= 8
+    assert np.abs(eighth - whole.numpy()).max() > 30, "else this test could not tell"
+
+
+def test_min_side():
+    assert decoded(io.BytesIO(picture(0, (7, 90))), 32, 7).shape == (3, 32, 32)
+    with pytest.raises(Refused, match="small"):
+        decoded(io.BytesIO(picture(0, (63, 90))), 32, 64)
+
+
+@given(st.binary(max_size=300), st.integers(0, 60))
+def test_no_bytes_break_the_decoder(noise, keep):
+    for start in (picture(form="JPEG"), picture(), picture(form="GIF"), picture(form="WEBP")):
+        try:
+            assert decoded(io.BytesIO(start[:keep] + noise), 16).shape == (3, 16, 16)
+        except Refused:
+            continue

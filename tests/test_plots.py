@@ -185,9 +185,6 @@ def test_an_animation_is_a_gif_that_plays():
         times.append(back.info["duration"])
     assert times == [100, 100, 1500]
     assert base64.b64encode(made).decode() in made._repr_html_()
-    for wrong in ([], [frames[0], Image.new("RGB", (9, 8))]):
-        with pytest.raises(ValueError, match="of one size"):
-            Animation(wrong)
 
 
 def test_style_is_small_and_says_only_what_matplotlib_knows():
@@ -197,9 +194,7 @@ def test_style_is_small_and_says_only_what_matplotlib_knows():
 
 
 def test_show_gives_source_under_its_file():
-    source = show(guide, VectorQuantizer.nearest)
-    assert source.startswith("# minimuse/cfg.py\ndef guide(")
+    source = show(guide, VectorQuantizer.nearest).data
+    assert source.startswith("```python\n# minimuse/cfg.py\ndef guide(")
     assert "\n\n\n# minimuse/vqgan.py\ndef nearest(self" in source, "methods are dedented"
-    assert show(Muse.picture).startswith("# minimuse/muse.py\n@torch.inference_mode()"), "decorated ones too"
-    assert source._repr_markdown_().startswith("```python\n# minimuse/cfg.py")
-    assert repr(source) == str(source)
+    assert "# minimuse/muse.py\n@torch.inference_mode()" in show(Muse.picture).data, "decorated ones too"

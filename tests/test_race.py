@@ -5,10 +5,13 @@ import math
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
 from minimuse.config import preset
+from minimuse.text import Context
+from minimuse.transformer import Transformer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import race
@@ -54,6 +57,18 @@ def test_all_get_the_same_training_compute(tiny_muse, tmp_path):
     masked, ar, dit = (race.flops(make, make.configure(preset("nano"))) for make in race.MAKES)
     assert ar == masked
     assert 0.6 < dit / masked < 1, "the DiT is narrower, so it takes more steps"
+
+
+def test_residual_blocks_may_start_as_the_identity():
+    model = Transformer(preset("nano").base)
+    assert race.zero_init_residual(model) is model, "it returns the model"
+    text = Context(torch.randn(2, 5, 384), torch.ones(2, 5, dtype=torch.bool))
+    memory = model.memory(text)
+    x = torch.randn(2, 64, 128)
+    for layer, k, v in zip(model.layers, memory.keys, memory.values, strict=True):
+        assert layer(x, k, v, memory.attend).equal(x), "a layer changes its input"
+    model(torch.zeros(2, 64, dtype=torch.long), memory).sum().backward()
+    assert model.layers[0].mlp[2].weight.grad.abs().sum() > 0, "the zeros can be left"
 
 
 def test_one_stage_is_as_large_as_two():

@@ -488,12 +488,6 @@ def test_images_of_an_adaptive_batch_finish_at_different_steps():
     assert len(slow) == 8, "at least one token a step, whatever the bound"
 
 
-@pytest.mark.parametrize("bound", [-1.0, math.nan])
-def test_entropy_bound_refuses_nonsense(bound):
-    with pytest.raises(ValueError, match="0 nats or more"):
-        entropy_bound(bound)
-
-
 def test_a_rule_is_told_from_a_curve_by_its_three_arguments():
     class Curve:
         def __call__(self, u, sharp=1.0, blunt=2.0):

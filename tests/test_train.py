@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minimuse.config import StageConfig, preset
-from minimuse.data_images import tokenize_images
+from minimuse.data_cache import tokenize_images
 from minimuse.masking import masked_cross_entropy
 from minimuse.text import pad_contexts
 from minimuse.train import (

@@ -15,21 +15,23 @@ from minimuse import checkpoint
 from minimuse.config import StageConfig
 from minimuse.data_images import to_uint8
 from minimuse.data_scenes import SPLITS, box, render, sample_scene
-from minimuse.eval_detector import (
-    GRID,
-    HEADS,
-    SPREAD,
-    Detector,
-    DetectorNetwork,
-    cell_centers,
-    encode_numbers,
-)
+from minimuse.eval_detector import GRID, HEADS, SPREAD, Detector, DetectorNetwork
 from minimuse.train_engine import Engine
 from minimuse.utils import seeded_generator
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import train_detector
-from train_detector import TRAINING, attributes_right, degrade, loss, measure, targets, warp
+from train_detector import (
+    TRAINING,
+    attributes_right,
+    cell_centers,
+    degrade,
+    encode_numbers,
+    loss,
+    measure,
+    targets,
+    warp,
+)
 
 
 @pytest.fixture(scope="module")

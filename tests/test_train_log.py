@@ -1,4 +1,4 @@
-"""train_log.py: what a run leaves to look at: its log, its pictures, TensorBoard's files, and nothing without a folder."""
+"""train_log.py: the log, pictures and TensorBoard files of a run; nothing without a folder."""
 
 import importlib.util
 import json

@@ -24,7 +24,6 @@ from minimuse.transformer import (
     multi_axis_attention,
     random_features,
     sinusoids,
-    zero_init_residual,
 )
 
 V, D_LM = 11, 6
@@ -511,23 +510,3 @@ def test_like_codes_begin_alike():
     assert differ(model.low_embed.codes.weight[9], model.low_embed.codes.weight[0]), "nor is the low grid's"
     logits = model(tokens(n=64), model.memory(context(), tokens(high=9)))
     assert logits.abs().max() < 2, "the first logits are as mild as before"
-
-
-# --- starting as the identity -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [reader, superres])
-def test_residual_blocks_may_start_as_the_identity(make):
-    model = make()
-    assert zero_init_residual(model) is model, "it returns the model"
-    text, low = context(), [tokens(high=9)] if make is superres else []
-    memory, x = model.memory(text, *low), torch.randn(2, model.config.tokens, 32)
-    for layer, k, v in zip(model.layers, memory.keys, memory.values, strict=True):
-        assert layer(x, k, v, memory.attend).equal(x), "a layer changes its input"
-    for layer in getattr(model, "low_layers", []):
-        assert layer(x).equal(x), "a layer of the low-res encoder changes its input"
-    for layer in model.text_layers:
-        words = torch.randn(2, 5, 32)
-        assert layer(words, directional_bias(text.mask, heads=4)).equal(words), "a text layer changes its input"
-    model(tokens(n=model.config.tokens), memory).sum().backward()
-    assert model.layers[0].mlp[2].weight.grad.abs().sum() > 0, "the zeros can be left"

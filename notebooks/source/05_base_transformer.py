@@ -602,9 +602,9 @@ yields a `Progress` after each step, so a notebook can look, or stop.
 """
 
 # %%
-from minimuse.train import MaskedLoss, Progress, train_transformer
+from minimuse.train import MaskedLoss, Progress, train_network, train_transformer
 
-show(MaskedLoss, Progress, train_transformer)
+show(MaskedLoss, Progress, train_transformer, train_network)
 
 # %% [markdown]
 r"""

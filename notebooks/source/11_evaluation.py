@@ -796,7 +796,7 @@ their features. Pictures of *different* prompts should differ, so that their dis
 """
 
 # %%
-from minimuse.eval_metrics import diversity, pairwise
+from minimuse.eval_metrics import diversity
 
 pairs = PICTURES - PICTURES % 2
 print("mean distance of two pictures of one prompt")
@@ -804,7 +804,7 @@ for t in FEW:
     features_of = sweep["constant"][t].features
     print(f"   t = {t}: {diversity(features_of['', ''][:pairs], prompts[:pairs])}")
 print(f"    real: {diversity(features_of['real', ''][:pairs], prompts[:pairs])}")
-show(pairwise, diversity)
+show(diversity)
 
 # %% [markdown]
 r"""

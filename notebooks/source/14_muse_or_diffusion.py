@@ -66,7 +66,8 @@ are those of the base model; what Muse does after it would be the same for all t
 """
 
 # %%
-from minimuse.data_images import area_downsample, to_float, to_pil, tokenize_images
+from minimuse.data_cache import tokenize_images
+from minimuse.data_images import area_downsample, to_float, to_pil
 from minimuse.data_sources import SceneDataset
 from minimuse.muse import build
 from minimuse.train_engine import Engine
@@ -379,8 +380,7 @@ for zero_init in (True, False):
 
 # %% [markdown]
 r"""
-`transformer.zero_init_residual` does the same to Muse's transformer; `benchmarks/race.py` trains both with and
-without it.
+`benchmarks/race.py` does the same to Muse's transformer, and trains both with and without it.
 
 ## 5. Training the three
 
@@ -390,7 +390,9 @@ steps until it has had about as much arithmetic. A few hundred steps are few: wh
 """
 
 # %%
-show(train_dit)
+from minimuse.train import train_network
+
+show(train_dit, train_network)
 
 # %%
 models, losses = {}, {}
@@ -776,12 +778,12 @@ rows = [
     ("architecture", (DiT, "nn.ModuleList(Block"), (build, '"superres": SuperRes')),
     ("transformer", (Block, "self.attention(modulate"), (Layer, "self.attention(self.norm1")),
     ("it predicts", (DiT, "self.head = "), (Transformer, "self.head = ")),
-    ("a picture begins as", (Diffusion.draw, "gaussians("), (LowRes.draw, "torch.full")),
-    ("guidance", (Diffusion.draw, "guided("), (Muse.decode_base, "guided(self.base")),
+    ("a picture begins as", (Diffusion.decode_base, "gaussians("), (Muse, "torch.full(")),
+    ("guidance", (Diffusion.decode_base, "guided("), (Muse, "self.guided(")),
     (
         "nice ideas",
         (DiT.init_weights, "nn.init.zeros_(linear.weight)"),
-        (Muse.decode_superres, "guided(self.superres"),
+        (Muse.decode_superres, '_stage("superres"'),
     ),
     ("", None, (VQGAN.grow_decoder, "freeze_tokens()")),
     ("", None, (rising, "lambda u")),
