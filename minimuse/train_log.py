@@ -81,7 +81,8 @@ def validate(
     results differ only by the model. Each example's first caption is read. strata=0 leaves out the bound.
     """
     engine = engine or Engine()
-    n = min(most, len(tokens), max(1, MAX_TOKENS // tokens.shape[1]))
+    length = tokens[torch.arange(1)].shape[1]
+    n = min(most, len(tokens), max(1, MAX_TOKENS // length))
     totals: dict[str, float] = {}
     for start in range(0, n, batch):
         at = torch.arange(start, min(start + batch, n))
