@@ -68,7 +68,7 @@ def cell_centers(device: torch.device | None = None) -> Tensor:
 
 
 def encode_numbers(numbers: Tensor, centers: Tensor) -> Tensor:
-    """Box and place (M, 6) -> what the network predicts: box edges from the cell centers (M, 2), in quarter pictures."""
+    """Box and place (M, 6) -> what the network predicts: edges from the cell centers (M, 2), in quarter pictures."""
     from_cell = torch.cat([centers, centers, torch.zeros_like(centers)], 1)
     return (numbers - from_cell) * numbers.new_tensor([4.0, 4.0, 4.0, 4.0, 1.0, 1.0])
 

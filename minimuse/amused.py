@@ -3,10 +3,10 @@
     amused = Amused.from_pretrained("amused/amused-256")  # a folder, or a hub id
     tokens = torch.full((1, 256), amused.mask_id)
     *_, last = decode(amused.logits_fn(["a fox"]), tokens, mask_id=amused.mask_id, **settings(steps=12))
-    images = amused.decode(last.tokens)  # (1, 3, 256, 256)
+    images = amused.tokenizer.decode(last.tokens)  # (1, 3, 256, 256)
 
 Every schedule and order of `sampler.decode` then runs on a real model with 600M parameters. Its `VQTokenizer` has the
-sizes of Muse's base tokenizer (f = 16, 8192 codes), so a base model can train on its tokens (`low_tokenizer_from`).
+sizes of Muse's (f = 16, 8192 codes), so a base model can train on its tokens (`low_tokenizer_from`).
 
 What aMUSEd does differently from Muse:
     one model for 256 or 512 px, without super-resolution: a U-ViT, attention layers between convolutions
@@ -121,8 +121,6 @@ class Amused(nn.Module):
 
     def __init__(self, tokenizer: VQTokenizer, transformer: nn.Module, clip: nn.Module, clip_tokenizer: Any):
         super().__init__()
-        if (v := transformer.config.codebook_size) != tokenizer.codebook_size:
-            raise ValueError(f"a transformer over {v} codes and a tokenizer of {tokenizer.codebook_size} do not match")
         if (v := clip.config.vocab_size) != len(clip_tokenizer):
             raise ValueError(f"CLIP knows {v} text tokens, its tokenizer {len(clip_tokenizer)}; is vocab.json missing?")
         self.tokenizer = tokenizer
@@ -173,7 +171,3 @@ class Amused(nn.Module):
             return logits if t == 0 else guide(*logits.chunk(2), t)
 
         return logits_fn
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """tokens (B, N) -> images (B, 3, H, W) in [-1, 1]."""
-        return self.tokenizer.decode(tokens)

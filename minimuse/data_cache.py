@@ -198,15 +198,16 @@ class Subset:
 
 def text_block(captions: Captions, encode: Callable[[list[str]], list[Tensor]]) -> dict[str, np.ndarray]:
     """Captions of n examples -> the arrays that `Texts` reads."""
-    unique = list(dict.fromkeys(text for texts in captions for text in texts))
+    every = [text for texts in captions for text in texts]
+    unique = list(dict.fromkeys(every))
     rows = [row.cpu().half() for row in encode(unique)]
     values = torch.cat(rows)
     if not values.isfinite().all():
         raise ValueError("embeddings beyond float16's 65,504, or NaN: this language model's text cannot be stored")
     ends = np.cumsum([0] + [len(row) for row in rows])
     span = {text: ends[i : i + 2] for i, text in enumerate(unique)}
+    spans = np.array([span[text] for text in every])
     firsts = np.cumsum([0] + [len(texts) for texts in captions])
-    spans = np.array([span[text] for texts in captions for text in texts])
     return {"text": np.stack([firsts[:-1], firsts[1:]], 1), "spans": spans, "values": values.numpy()}
 
 
@@ -250,22 +251,23 @@ class TrainingData:
 
         yield from self._fill(self._pixels, make)
         problems = Problems()
-        for record in self._pixels.records():
-            problems.seen += record["problems"]["seen"]
-            for kind, names in record["problems"]["names"].items():
+        for found in (record["problems"] for record in self._pixels.records()):
+            problems.seen += found["seen"]
+            for kind, names in found["names"].items():
                 problems.add(kind, *names)
-        problems.check("the data")
+        self.images = Rows(self._pixels)
+        if not len(self.images):
+            raise ValueError(f"no usable captioned image; {problems.summary() or 'nothing was found'}")
         if problems.names and self.rank == 0:
             logging.getLogger("minimuse").warning(problems.summary())
-        self.images = Rows(self._pixels)
 
     def _read(self, part: int, problems: Problems) -> Iterator[tuple[Tensor, Captions]]:
         """Part -> blocks of images and captions, from the cache of pixels if it holds the part."""
         if record := self._pixels.record(part):
             captions = iter(record["captions"])
-            for block, n in enumerate(record["rows"]):
-                pixels = self._pixels.load(part, block, "pixels")
-                yield torch.from_numpy(np.array(pixels)), list(islice(captions, n))
+            for block in range(len(record["rows"])):
+                pixels = np.array(self._pixels.load(part, block, "pixels"))
+                yield torch.from_numpy(pixels), list(islice(captions, len(pixels)))
             return
         examples = self.source.read(part, self.side, problems)
         while few := list(islice(examples, BLOCK)):
@@ -309,11 +311,8 @@ class TrainingData:
 
     def encode(self, texts: Sequence[str], batch: int = 512) -> list[Tensor]:
         """B texts -> B embeddings (L, D), unpadded, in half precision."""
-        rows: list[Tensor] = []
-        for start in range(0, len(texts), batch):
-            context = self.encoder.encode(list(texts[start : start + batch]))
-            rows += [e[m].half().cpu() for e, m in zip(context.embeds, context.mask, strict=True)]
-        return rows
+        parts = (self.encoder.encode(list(texts[i : i + batch])) for i in range(0, len(texts), batch))
+        return [e[m].half().cpu() for part in parts for e, m in zip(part.embeds, part.mask, strict=True)]
 
     def captions(self) -> Captions:
         """The captions of all examples read so far, in order."""
@@ -330,7 +329,7 @@ class TrainingData:
     def words(self, most: int = 20_000) -> dict[str, list[str]]:
         """What a checkpoint says about its data: the most common words of the captions, and prompts to try."""
         if isinstance(self.source, SceneDataset):
-            return {"words": vocabulary(bool(self.source.synonyms)), "examples": list(EXAMPLE_PROMPTS)}
+            return {"words": vocabulary(bool(self.source.synonyms)), "examples": EXAMPLE_PROMPTS}
         captions = [text for texts in self.captions() for text in texts]
         examples = [captions[i * (len(captions) - 1) // 3] for i in range(min(3, len(captions)))]
         return {"words": common_words(captions, most), "examples": examples}

@@ -33,14 +33,7 @@ PART = 500  # examples in a part, where a source has no parts of its own
 _WORDS = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
 PARAPHRASES: dict[str, list[str]] = _WORDS["paraphrases"]
 SYNONYMS: dict[str, list[str]] = _WORDS["synonyms"]
-EXAMPLE_PROMPTS = (
-    "a large red cube",
-    "two small blue metal spheres",
-    "a green cube left of a yellow cylinder",
-    "a small cyan sphere in front of a large purple cylinder",
-    "a photo of a large yellow metal sphere",
-    "three brown cylinders",
-)
+EXAMPLE_PROMPTS: list[str] = _WORDS["examples"]
 OPENINGS = ("a photo of", "a picture of", "a picture with", "there")  # "there" needs "is" or "are"
 FLOOR_PHRASE = "on a gray floor"
 RELATION_PHRASES = {
@@ -150,19 +143,13 @@ class Problems:
 
     def add(self, kind: str, *names: str) -> None:
         """Note that these of the images seen are left out."""
-        clean = [name.encode("utf-8", "backslashreplace").decode() for name in names]
-        self.names.setdefault(kind, []).extend(clean)
+        self.names.setdefault(kind, []).extend(name.encode("utf-8", "backslashreplace").decode() for name in names)
 
     def summary(self) -> str:
         """One sentence with the first three names of each kind, or "" if nothing was left out."""
         kinds = [f"{len(n)} {kind} ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for kind, n in self.names.items()]
         left_out = sum(map(len, self.names.values()))
         return f"left out {left_out} of {self.seen} images: {', '.join(kinds)}" if kinds else ""
-
-    def check(self, where: str) -> None:
-        """After all of `where` was read: ValueError if none of it was usable."""
-        if self.seen == sum(map(len, self.names.values())):
-            raise ValueError(f"{where}: no usable captioned image; {self.summary() or 'nothing was found'}")
 
 
 @dataclass(frozen=True)

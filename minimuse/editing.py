@@ -4,7 +4,6 @@
     outpaint     the same with new canvas as the region, window by window
     edit         mask a random 8% of the tokens and resample them under the new prompt, many times
 
-The functions over pictures are methods of Muse: `muse.inpaint(image, mask, prompt)`.
 Glossary: `repaint` is True where something new is drawn. Not here: decoding (`sampler.py`).
 """
 
@@ -33,9 +32,6 @@ Muse = Any  # a `muse.Muse`; that file imports this one
 def seeded_generators(jobs: Jobs) -> list[torch.Generator]:
     """A generator for each picture, with its seed."""
     return [torch.Generator().manual_seed(job["seed"]) for job in jobs]
-
-
-# --- over tokens ------------------------------------------------------------------------------------------------------
 
 
 def token_mask(repaint: Tensor, downsampling: int) -> Tensor:

@@ -13,7 +13,6 @@ B pictures, T texts, L text tokens, d = 48. Not here: training (benchmarks/train
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -83,12 +82,6 @@ class SceneClip:
         texts = (self.encoder.encode(prompts[i : i + 64]) for i in range(0, len(prompts), 64))
         pairs = zip(to_network_input(images).split(64), texts, strict=True)
         return torch.cat([self.net(*pair).diagonal() for pair in pairs])
-
-    def levels(self, images: Tensor) -> list[Tensor]:
-        """images (B, 3, H, W) in [-1, 1] -> features at 1/2, 1/4 and 1/8, for `vqgan_loss.feature_distance`."""
-        layers = list(self.net.see.layers)
-        outputs = list(accumulate(layers, lambda x, layer: layer(x), initial=images))[1:]
-        return [z for z, layer in zip(outputs, layers, strict=True) if getattr(layer, "stride", None) == (2, 2)]
 
 
 class ClipScorer:

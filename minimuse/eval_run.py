@@ -1,45 +1,59 @@
-"""`minimuse eval`: run tasks and write a report with tables and pictures. A sweep is Muse's figure 8 at small scale.
+"""`minimuse eval`: draw the pictures of tasks, measure them, write a report. A sweep is Muse's figure 8 at small scale.
 
-    settings.json         what is measured; other settings need another folder
-    eval.json, eval.md    all metrics with 95% intervals
-    tasks/NAME.json       metrics of a task, and the values of every picture
-    tasks/NAME.png        the first pictures, then the best and the worst by CLIP score
-    sweep-*.png           trade-offs of a sweep with their Pareto fronts
+A task draws variants of each picture: "" is the result, "real" a render of a scene that fits the prompt. The method of
+EvalModel with the task's name draws them, or `prompts`. The folder gets settings.json (other settings need another
+folder), eval.json and eval.md (metrics with 95% intervals), tasks/NAME.json and .png (the values of every picture; the
+first pictures), and sweep-*.png (trade-offs of a sweep with their Pareto fronts).
 
 A stopped evaluation continues after its last finished task. Picture i of a task uses seed + i.
-Not here: what a task draws and measures (`eval_tasks.py`).
+Images are uint8, (B, 3, H, W). Not here: prompts and what they mean (`eval_prompts.py`), metrics (`eval_metrics.py`).
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
-from minimuse import __version__, checkpoint, train_state
-from minimuse.data_images import to_pil
-from minimuse.eval_metrics import Estimate, proportion_interval
-from minimuse.eval_prompts import prompt_set
-from minimuse.eval_tasks import TASKS, Batch, EvalModel, Evaluator, Metrics, Task, summarize
+import minimuse
+from minimuse import checkpoint, train_state
+from minimuse.data_images import area_downsample, to_float, to_pil, to_uint8
+from minimuse.data_scenes import Scene, render
+from minimuse.editing import edit_tokens, inpaint_tokens, tokenize
+from minimuse.eval_clip import SceneClip
+from minimuse.eval_detector import FIELDS, Detector
+from minimuse.eval_metrics import Estimate, diversity, frechet_interval, mean_interval, proportion_interval, psnr
+from minimuse.eval_prompts import PROMPT_SETS, EvalPrompt, matches, parse_prompt, prompt_set
 from minimuse.muse import Muse
 from minimuse.plots import grid, tradeoff
-from minimuse.sampler import ORDERS
+from minimuse.sampler import ORDERS, Step
 from minimuse.utils import atomic_write
 from minimuse.vqgan import VQGAN
 
-FIRST, BEST = 24, 8  # pictures of a task that are shown: the first ones; the best, and the worst
-HEADINGS = {
-    "right": "all right",
-    "clear": "clear",
-    "frechet": "Frechet",
-    "score": "CLIP-like",
-    "diversity": "diversity",
+FIRST = 24  # pictures of a task that are shown
+ITERATIONS = (10, 30, 100)  # of a mask-free edit: after these, pictures are measured
+COLUMNS = {"right": "all right", "clear": "clear", "frechet": "Frechet", "score": "CLIP-like", "diversity": "diversity"}
+TASKS = {
+    "seen": "one object, seen combinations",
+    "novel": "one object, novel combinations",
+    "paraphrases": "one object, words never trained on",
+    "relations": "two objects with a relation",
+    "counts": "two or three alike",
+    "negative": "negative prompts",
+    "edit": "mask-free edit of a colour",
+    "inpaint": "inpainting, a thing replaced",
+    "outpaint": "outpainting, a thing beyond the edge",
+    "superres": "super-resolution against plain upscaling",
+    "tokenizers": "real renders through the tokenizers",
+    "decoder": "the decoder before and after fine-tuning",
 }
+CASCADE = ("edit", "inpaint", "outpaint", "superres", "tokenizers", "decoder")  # not for the base model alone
 SWEEP: dict[str, dict[str, dict[str, Any]]] = {  # line of the plot -> point -> settings of the base model
     "guidance": {f"{t}": {"guidance": float(t)} for t in (0, 1, 2, 4, 8)},
     "rising guidance": {f"0-{t}": {"guidance": (0.0, float(t))} for t in (1, 2, 4, 8, 16)},
@@ -47,106 +61,236 @@ SWEEP: dict[str, dict[str, dict[str, Any]]] = {  # line of the plot -> point -> 
     "steps": {f"{t}": {"steps": t} for t in (2, 4, 8, 16, 32)},
     "order": {name: {"order": name} for name in ORDERS},
 }
-PANELS = (("guidance", "rising guidance"), ("temperature",), ("steps",), ("order",))  # lines of one plot
+Values = dict[str, list[Any]]  # "right, real" -> one value per picture: bool, number or text
+Variants = dict[str, Tensor]
+Metrics = dict[str, Estimate]
+Asked = Sequence[EvalPrompt]
+Seeds = Iterable[int]
+
+
+class Batch(NamedTuple):
+    """What is kept of measured pictures."""
+
+    values: Values
+    features: Variants  # (B, D)
+    images: Tensor  # the variants of full size, side by side
+
+
+class EvalModel:
+    """A Muse that draws the tasks: prompts, a seed each -> variants. Any object with these methods can take its place.
+
+    `before` is the high tokenizer before its decoder was fine-tuned. With `base_only`, pictures are the base model's.
+    """
+
+    def __init__(self, muse: Muse, *, before: VQGAN | None = None, base_only: bool = False):
+        self.muse, self.before, self.base_only = muse, before, base_only
+        self.side = muse.config.high_tokenizer.image_size
+
+    def real(self, scenes: Iterable[Scene]) -> Tensor:
+        """Renders of scenes, at the size of the model's pictures."""
+        images, small = to_uint8(render([*scenes], self.side)), self.muse.config.low_tokenizer.image_size
+        return area_downsample(images, self.side // small) if self.base_only else images
+
+    def draw(self, prompts: Sequence[str], seeds: Seeds, negatives: Sequence[str] = (), **sampling) -> Tensor:
+        """Prompts, with a seed and perhaps a negative prompt each -> images."""
+        decode = self.muse.decode_base if self.base_only else self.muse.decode
+        return self._images(decode(_jobs(prompts, seeds, negatives), **sampling))
+
+    def prompts(self, asked: Asked, seeds: Seeds, **sampling) -> Variants:
+        """Pictures of prompts."""
+        return {"": self.draw([ask.prompt for ask in asked], seeds, **sampling)}
+
+    def negative(self, asked: Asked, seeds: Seeds) -> Variants:
+        """Each prompt guided away from the same prompt with one more word; "without" that, and "unguided".
+
+        Choice: a negative prompt repeats the prompt ("a red metal cube"), so l_c - l_u holds only the word.
+        """
+        prompts, away = [ask.prompt for ask in asked], [ask.negative_prompt for ask in asked]
+        unguided = {"guidance": 0.0} if self.base_only else {"guidance": 0.0, "superres": {"guidance": 0.0}}
+        variants = {"unguided": self.draw(prompts, seeds, **unguided), "without": self.draw(prompts, seeds)}
+        return variants | {"": self.draw(prompts, seeds, away)}
+
+    def edit(self, asked: Asked, seeds: Seeds) -> Variants:
+        """A thing's color changed without a mask: base images (small) after some iterations, and the end."""
+        before = self.real(ask.before for ask in asked)
+        jobs = _jobs([ask.prompt for ask in asked], seeds)
+        steps = [*edit_tokens(self.muse, tokenize(self.muse, *to_pil(before)), jobs, iterations=ITERATIONS[-1])]
+        stages = {f"{i}": self._images([steps[i - 1]]) for i in ITERATIONS}
+        return {"before": before, **stages, "": self._images(steps)}
+
+    def outpaint(self, asked: Asked, seeds: Seeds) -> Variants:
+        """The window half beyond the right edge, as `Muse.outpaint` fills it."""
+        known = self.real(ask.before for ask in asked)[..., self.side // 2 :]
+        return self.inpaint(asked, seeds, torch.cat([known, known[..., -1:].expand_as(known)], 3))
+
+    def inpaint(self, asked: Asked, seeds: Seeds, before: Tensor | None = None) -> Variants:
+        """The region of each picture drawn again, and the pixels outside kept."""
+        before = self.real(ask.before for ask in asked) if before is None else before
+        at = (torch.arange(self.side) + 0.5) / self.side
+        left, top, right, bottom = torch.tensor([ask.region for ask in asked]).T[..., None]
+        region = ((at > top) & (at < bottom))[:, :, None] & ((at > left) & (at < right))[:, None]  # (B, H, W)
+        jobs = _jobs([ask.prompt for ask in asked], seeds)
+        made = self._images(inpaint_tokens(self.muse, tokenize(self.muse, *to_pil(before)), region, jobs))
+        return {"before": before, "": torch.where(region[:, None], made, before)}
+
+    def superres(self, asked: Asked, seeds: Seeds) -> Variants:
+        """The base model's pictures upscaled, after super-resolution, and after super-resolution without text."""
+        jobs = _jobs([ask.prompt for ask in asked], seeds)
+        *_, low = self.muse.decode_base(jobs)
+        bicubic = F.interpolate(to_float(self._images([low])), size=(self.side, self.side), mode="bicubic")
+        high = self._images(self.muse.decode_superres(jobs, low.tokens))
+        without_text = self.muse.decode_superres(jobs, low.tokens, guidance=-1.0)  # l_c - (l_c - l_u) = l_u
+        return {"bicubic": to_uint8(bicubic), "": high, "no text": self._images(without_text)}
+
+    @torch.inference_mode()
+    def tokenizers(self, asked: Asked, seeds: Seeds) -> Variants:
+        """Real renders through both tokenizers: an upper limit for every model that uses them."""
+        low, high = tokenize(self.muse, *to_pil(self.real(ask.scene for ask in asked)))
+        made = {"low": self.muse.low_tokenizer.decode(low), "": self.muse.high_tokenizer.decode(high)}
+        return {name: to_uint8(images).cpu() for name, images in made.items()}
+
+    @torch.inference_mode()
+    def decoder(self, asked: Asked, seeds: Seeds) -> Variants:
+        """Real renders through the high tokenizer, before and after its fine-tuning."""
+        _, tokens = tokenize(self.muse, *to_pil(self.real(ask.scene for ask in asked)))
+        made = {"before": self.before.decode(tokens), "": self.muse.high_tokenizer.decode(tokens)}
+        return {name: to_uint8(images).cpu() for name, images in made.items()}
+
+    @torch.inference_mode()
+    def _images(self, steps: Iterable[Step]) -> Tensor:
+        *_, step = steps
+        tokenizer = self.muse.low_tokenizer if step.stage == "base" else self.muse.high_tokenizer
+        return to_uint8(tokenizer.decode(step.tokens)).cpu()
+
+
+def _jobs(prompts: Sequence[str], seeds: Seeds, negatives: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """As `Muse.jobs`, without its hints about unfamiliar words, which the set paraphrases is made of."""
+    rows = zip(prompts, negatives or [None] * len(prompts), seeds, strict=True)
+    return [{"prompt": prompt, "negative_prompt": negative, "seed": seed} for prompt, negative, seed in rows]
+
+
+class Evaluator:
+    """Measures pictures with two networks: the detector and SceneClip."""
+
+    def __init__(self, detector: Detector | None = None, clip: SceneClip | None = None):
+        self.detector = detector or Detector.from_pretrained()
+        self.clip = clip or SceneClip.from_pretrained()
+
+    def __call__(self, variants: Variants, asked: Asked, real: Tensor, psnr_to_real: bool = False) -> Batch:
+        """Values and features of all variants and of real renders, perhaps with the PSNR to those."""
+        values: Values = {"prompt": [ask.prompt for ask in asked], "group": [ask.group for ask in asked]}
+        features: Variants = {}
+        for variant, images in {**variants, "real": real}.items():
+            found, features[variant] = self.values(images, asked), self.detector.features(images)
+            if psnr_to_real and variant != "real":
+                found["psnr"] = psnr(images, area_downsample(real, real.shape[-1] // images.shape[-1])).tolist()
+            values |= {f"{name}, {variant}".removesuffix(", "): column for name, column in found.items()}
+        return Batch(values, features, torch.cat([x for x in variants.values() if x.shape == variants[""].shape], 3))
+
+    def values(self, images: Tensor, asked: Asked) -> Values:
+        """Is all that the prompt names right, and clearly; what is wrong; CLIP score; the surest thing's attributes."""
+        found = self.detector.detect(images)
+        pairs = [(each, parse_prompt(ask.prompt)) for each, ask in zip(found, asked, strict=True)]
+        verdicts = [matches(*pair) for pair in pairs]
+        surest = [max(each.things, key=lambda thing: thing.confidence, default=()) for each in found]
+        values: Values = {field: [getattr(thing, field, "") for thing in surest] for field in FIELDS}
+        if asked[0].negative:
+            values["word shown"] = [ask.negative in thing for ask, thing in zip(asked, surest, strict=True)]
+        return values | {
+            "right": [verdict.right for verdict in verdicts],
+            "clear": [matches(*pair, min_confidence=0.5).right for pair in pairs],
+            "wrong": ["; ".join(verdict.wrong) for verdict in verdicts],
+            "score": [round(score, 5) for score in self.clip(images, [ask.prompt for ask in asked]).tolist()],
+        }
+
+
+def summarize(values: Values, features: Variants) -> Metrics:
+    """Fractions of True, means of numbers; Frechet distances to the real renders, and diversity within prompts."""
+    groups, prompts = values["group"], values["prompt"]
+    found: Metrics = {}
+    for name, column in values.items():
+        if not isinstance(column[0], str):
+            found[name] = (proportion_interval if isinstance(column[0], bool) else mean_interval)(column, groups)
+    pairs = len(prompts) // 2 * 2  # each prompt comes twice in a row
+    for variant, rows in features.items():
+        if variant != "real":
+            found[f"frechet, {variant}".removesuffix(", ")] = frechet_interval(features["real"], rows, groups)
+        found[f"diversity, {variant}".removesuffix(", ")] = diversity(rows[:pairs], prompts[:pairs])
+    return found
 
 
 def evaluate(
-    model: EvalModel,
-    out: str | Path,
-    about: dict[str, Any],
-    *,
-    tasks: Sequence[str] = (),
-    n: int | None = None,
-    seed: int = 1000,
-    batch: int = 50,
-    sweep: bool = False,
-    evaluator: Evaluator | None = None,
-) -> dict[str, Any]:
+    model: EvalModel, out: str | Path, about: dict[str, Any], *, tasks: Sequence[str] = (), n: int | None = None,
+    seed: int = 1000, batch: int = 50, sweep: bool = False, evaluator: Evaluator | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Run tasks (default: all that the model can do) or a sweep -> the content of eval.json.
 
-    n pictures per task (1000) or point of the sweep (300). `about` says what draws: JSON values that tell one
-    checkpoint from another. The default seeds are far from those used to choose settings, which start at 0.
-    ValueError where `out` holds other settings, or a task is not possible.
+    n pictures per task (1000) or point of the sweep (300). `about` says what draws, in JSON values. ValueError where
+    `out` holds other settings, or a task is not possible.
     """
     n = n if n is not None else 300 if sweep else 1000
     if n < 10 or batch < 1:
         raise ValueError(f"n is {n}, batch is {batch}; intervals need at least 10 pictures, batches at least 1")
     runs, out = _runs(model, tasks, sweep), Path(out)
-    versions = {"minimuse": __version__, "torch": str(torch.__version__)}
+    versions = {"minimuse": minimuse.__version__, "torch": str(torch.__version__)}
     settings = versions | about | {"n": n, "seed": seed, "sweep": sweep, "base_only": model.base_only}
     proportion_interval([True, False])  # without scipy: an error now, not after all pictures are drawn
     _claim(out, settings)
     evaluator = evaluator or Evaluator()
-    with tqdm(total=n * len(runs), unit="picture") as bar:
-        for name, (task, sampling) in runs.items():
+    waiting = {name: how for name, how in runs.items() if not (out / "tasks" / f"{name}.json").exists()}
+    with tqdm(total=n * len(waiting), unit="picture") as bar:
+        for name, sampling in waiting.items():
             bar.set_description(name)
-            path = out / "tasks" / f"{name}.json"
-            if not path.exists():
-                parts, asked = [], prompt_set(task.prompts, n)
-                for start in range(0, n, batch):
-                    some = asked[start : start + batch]
-                    seeds = list(range(seed + start, seed + start + len(some)))
-                    drawn = task.draw(model, some, seeds, **sampling)
-                    parts.append(evaluator(drawn, some, model.real([ask.scene for ask in some])))
-                    bar.update(len(some))
-                _save_task(path, parts)
+            parts, asked = [], prompt_set(name if name in PROMPT_SETS else "mixed", n)
+            for start in range(0, n, batch):
+                some, seeds = asked[start : start + batch], range(seed + start, seed + min(n, start + batch))
+                drawn = getattr(model, name, model.prompts)(some, seeds, **sampling)
+                real = model.real(ask.scene for ask in some)
+                parts.append(evaluator(drawn, some, real, psnr_to_real=name in ("tokenizers", "decoder")))
+                bar.update(len(some))
+            _save_task(out / "tasks" / f"{name}.json", parts)
     return _report(out, settings)
 
 
-def _runs(model: EvalModel, tasks: Sequence[str], sweep: bool) -> dict[str, tuple[Task, dict[str, Any]]]:
-    """Name -> task and sampling settings. ValueError for a task that is not possible."""
+def _runs(model: EvalModel, tasks: Sequence[str], sweep: bool) -> dict[str, dict[str, Any]]:
+    """Names of tasks or points -> sampling settings. ValueError for a task that is not possible."""
     if sweep and tasks:
         raise ValueError(f"a sweep has its own prompts; leave out --sweep, or the tasks {', '.join(tasks)}")
     if sweep:
-        point = Task("a point of the sweep", "mixed")
-        return {f"{line} {name}": (point, how) for line, points in SWEEP.items() for name, how in points.items()}
+        return {f"{line} {point}": how for line, points in SWEEP.items() for point, how in points.items()}
     reasons = {name: "unknown" for name in tasks if name not in TASKS}
     if model.base_only:
-        reasons |= {
-            name: "needs the whole cascade; leave out --base-only" for name in TASKS if not TASKS[name].base_only
-        }
+        reasons |= dict.fromkeys(CASCADE, "needs the whole cascade; leave out --base-only")
     elif model.before is None:
         reasons["decoder"] = "needs the decoder before fine-tuning; give --run, the folder of the training"
-    for name in tasks:
-        if name in reasons:
-            raise ValueError(f"task {name!r}: {reasons[name]}. Known tasks: {', '.join(TASKS)}")
-    return {name: (TASKS[name], {}) for name in tasks or [name for name in TASKS if name not in reasons]}
+    if name := next(filter(reasons.get, tasks), None):
+        raise ValueError(f"task {name!r}: {reasons[name]}. Known tasks: {', '.join(TASKS)}")
+    return {name: {} for name in tasks or TASKS if name not in reasons}
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Start a report folder, or continue the one with the same settings."""
     path = out / "settings.json"
-    if path.exists():
-        old = checkpoint.read_json(path)
-        if changed := [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in settings.items() if old.get(k) != v]:
-            raise ValueError(f"{out} holds another evaluation: {'; '.join(changed)}. Give another folder")
-        return
-    if out.exists() and any(out.iterdir()):
+    old = checkpoint.read_json(path) if path.exists() else settings
+    if changed := [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in settings.items() if old.get(k) != v]:
+        raise ValueError(f"{out} holds another evaluation: {'; '.join(changed)}. Give another folder")
+    if not path.exists() and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} holds files but no settings.json; give another folder")
-    (out / "tasks").mkdir(parents=True)
+    (out / "tasks").mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(settings, indent=1) + "\n")
 
 
 def _save_task(path: Path, parts: list[Batch]) -> None:
     values = {name: [value for part in parts for value in part.values[name]] for name in parts[0].values}
     features = {key: torch.cat([part.features[key] for part in parts]) for key in parts[0].features}
-    images = torch.cat([part.images for part in parts])
-    order = sorted(range(len(images)), key=lambda i: -values["score"][i])
-    few = min(BEST, len(order) // 2)
-    shown = [("", i) for i in range(min(FIRST, len(order)))]
-    shown += [("best: ", i) for i in order[:few]] + [("worst: ", i) for i in order[: -few - 1 : -1]]
-    captions = [
-        f"{mark}{values['prompt'][i]}{'' if values['right'][i] else '  WRONG: ' + values['wrong'][i]}"
-        for mark, i in shown
-    ]
-    width, side = images.shape[3], images.shape[2]
-    sheet = grid(to_pil(images[[i for _, i in shown]]), captions, max(2, 8 * side // width), max(1, 128 // side))
+    images = torch.cat([part.images for part in parts])[:FIRST]
+    told = zip(values["prompt"][:FIRST], values["wrong"], strict=False)
+    captions = [f"{prompt}  WRONG: {wrong}" if wrong else prompt for prompt, wrong in told]
+    side, width = images.shape[2:]
+    sheet = grid(to_pil(images), captions, max(2, 8 * side // width), max(1, 128 // side))
     atomic_write(path.with_suffix(".png"), partial(sheet.save, format="PNG"))
     content = {"metrics": summarize(values, features), "values": values}
     atomic_write(path, json.dumps(content, indent=1) + "\n")  # last: now the task is finished
-
-
-# --- the report -------------------------------------------------------------------------------------------------------
 
 
 def _report(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -154,56 +298,37 @@ def _report(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     names = [*TASKS, *(f"{line} {point}" for line, points in SWEEP.items() for point in points)]
     paths = {name: out / "tasks" / f"{name}.json" for name in names}
     found = {name: checkpoint.read_json(path)["metrics"] for name, path in paths.items() if path.exists()}
-    report = {"settings": settings, "tasks": found} | ({"sweep": SWEEP} if settings["sweep"] else {})
+    report = {"settings": settings, "tasks": found}
     atomic_write(out / "eval.json", json.dumps(report, indent=1) + "\n")
     metrics = {name: {key: Estimate(*value) for key, value in each.items()} for name, each in found.items()}
     atomic_write(out / "eval.md", table(metrics) + "\n")
     for key, title in (("score", "CLIP-like score"), ("right", "all right")) if settings["sweep"] else ():
-        atomic_write(out / f"sweep-{key}.png", partial(_tradeoffs(metrics, key, title).save, format="PNG"))
-    return json.loads(json.dumps(report))
-
-
-def _tradeoffs(found: dict[str, Metrics], key: str, title: str) -> Image.Image:
-    """A metric of a sweep against the Frechet distance, one plot per panel, each with its Pareto front."""
-    plots = []
-    for panel in PANELS:
-        lines = {line: {point: found[f"{line} {point}"] for point in SWEEP[line]} for line in panel if line in SWEEP}
-        series = {line: {p: (m[key], m["frechet"]) for p, m in points.items()} for line, points in lines.items()}
-        plots += [tradeoff(series, title, "Frechet distance", (False, True))] if series else []
-    return grid(plots, None, 2, 1)
+        plots: dict[str, dict[str, Any]] = {}  # lines that share a plot
+        for line, each in SWEEP.items():
+            points = {point: (metrics[f"{line} {point}"][key], metrics[f"{line} {point}"]["frechet"]) for point in each}
+            plots.setdefault(line.removeprefix("rising "), {})[line] = points
+        pictures = [tradeoff(lines, title, "Frechet distance", (False, True)) for lines in plots.values()]
+        atomic_write(out / f"sweep-{key}.png", partial(grid(pictures, None, 2, 1).save, format="PNG"))
+    return report
 
 
 def table(found: dict[str, Metrics]) -> str:
     """Markdown: a line per task with the main metrics, then a line per other metric."""
-    lines = ["| task | n | " + " | ".join(HEADINGS.values()) + " |", "|---" * (2 + len(HEADINGS)) + "|"]
+    lines = ["| task | n | " + " | ".join(COLUMNS.values()) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
     for name, metrics in found.items():
-        cells = [metrics[key].short() if key in metrics else "" for key in HEADINGS]
-        title = TASKS[name].title if name in TASKS else name
-        lines.append(f"| {title} | {metrics['right'].n} | {' | '.join(cells)} |")
+        cells = [metrics[key].short() if key in metrics else "" for key in COLUMNS]
+        lines.append(f"| {TASKS.get(name, name)} | {metrics['right'].n} | {' | '.join(cells)} |")
     lines += ["", "| task | metric | value and 95% interval | n |", "|---|---|---|---|"]
     for name, metrics in found.items():
-        lines += [f"| {name} | {key} | {m.short()} | {m.n} |" for key, m in metrics.items() if key not in HEADINGS]
+        lines += [f"| {name} | {key} | {m.short()} | {m.n} |" for key, m in metrics.items() if key not in COLUMNS]
     return "\n".join(lines)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def measure(
-    name: str,
-    out: Path,
-    *,
-    training: Path | None = None,
-    device: str | None = None,
-    base_only: bool = False,
-    sweep: bool = False,
-    **options,
-) -> dict[str, Any]:
-    """`evaluate` for a shipped name, folder or hub id. Sweeps are of the base model alone.
-
-    `training` is the folder of its training run, with the high tokenizer before its decoder was fine-tuned. It may be
-    the checkpoint's own folder.
-    """
+    name: str, out: Path, *, training: Path | None = None, device: str | None = None, base_only: bool = False,
+    sweep: bool = False, **options,
+) -> dict[str, Any]:  # fmt: skip
+    """`evaluate` for a shipped name, folder or hub id. `training` is its training run, which has the older decoder."""
     muse = Muse.from_pretrained(name, device=device)
     folder, before = training or checkpoint.find(name), None
     if training or (folder / "high_tokenizer").is_dir():
@@ -214,8 +339,8 @@ def measure(
             raise ValueError(f"{folder} is not the training run of {name}: the codebooks differ; give another --run")
     about = {"checkpoint": muse.config.name, "fingerprint": muse.fingerprint}
     about |= {"device": muse.device.type, "dtype": str(muse.dtype)}
-    homes = {"checkpoint": checkpoint.find(name), "detector": checkpoint.SHIPPED / "detector"}
-    for part, home in (homes | {"clip": checkpoint.SHIPPED / "clip"}).items():
+    homes = {"checkpoint": checkpoint.find(name)} | {part: checkpoint.SHIPPED / part for part in ("detector", "clip")}
+    for part, home in homes.items():
         about[f"weights of {part}"] = hashlib.sha256((home / checkpoint.WEIGHTS).read_bytes()).hexdigest()
-    model = EvalModel(muse, before=before, base_only=base_only or sweep)
+    model = EvalModel(muse, before=before, base_only=base_only or sweep)  # sweeps are of the base model alone
     return evaluate(model, out, about, sweep=sweep, **options)

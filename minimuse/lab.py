@@ -71,7 +71,8 @@ def path_log_q(world: World, x: Tensor, **sampling: Any) -> tuple[Tensor, Tensor
 
 def ignores_drawn(order: str | Order, n: int, v: int) -> bool:
     """Whether an order gives the same scores for two different draws, tried on random logits."""
-    score, g = get_order(order), torch.Generator().manual_seed(0)
+    score = get_order(order)
+    g = torch.Generator().manual_seed(0)
     logits, masked = torch.randn(16, n, v, generator=g), torch.rand(16, n, generator=g) < 0.5
     one, other = (torch.randint(v, (16, n), generator=g) for _ in range(2))
     return all(score(logits, one, masked, u).equal(score(logits, other, masked, u)) for u in (0.0, 0.5, 1.0))

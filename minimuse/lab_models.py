@@ -143,7 +143,7 @@ class AmusedEvaluator(ModelEvaluator):
         logits_fn = amused.logits_fn(prompts, guidance=sampling.pop("guidance"))
         start = torch.full((len(prompts), self.grid[0] ** 2), amused.mask_id, device=amused.transformer.device)
         tokens, nfe = run(decode(logits_fn, start, mask_id=amused.mask_id, **sampling), sampling.get("remask"))
-        return amused.decode(tokens).float(), nfe
+        return amused.tokenizer.decode(tokens).float(), nfe
 
 
 def open_amused(name: str, folder: str, clip: str, *, device: Any = None, **settings: Any) -> AmusedEvaluator:

@@ -65,7 +65,6 @@ class World:
 
     def entropy(self) -> float | None:
         """-> nats; None where there is no closed form."""
-        return None
 
     def _evidence(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) -> (B, N, V): 1 where the token may be v."""
@@ -114,7 +113,10 @@ class MarkovWorld(World):
 
     def __init__(self, grid: Grid, v: int, positions: Tensor, columns: Tensor, start: Tensor, transfer: Tensor):
         super().__init__(grid, v)
-        self.positions, self.columns, self.start, self.transfer = positions, columns, start, transfer
+        self.positions = positions
+        self.columns = columns
+        self.start = start
+        self.transfer = transfer
         self.later = [torch.ones_like(start)]  # (S,) for each column: the weight of all later columns, up to a scale
         for _ in positions[1:]:
             message = transfer @ self.later[0]

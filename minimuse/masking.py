@@ -3,8 +3,7 @@
     u in [0, 1] --schedule--> r, the ratio still masked, falling from 1 to 0
 
 Decoding follows this curve: after step i of T, floor(n * schedule((i + 1) / T)) of the n tokens stay masked.
-Training draws u uniformly, so r = schedule(u) has the distribution that decoding meets. For the cosine schedule its
-density is p(r) = (2 / pi) (1 - r^2)^(-1/2), with mean 2 / pi = 0.64 (Muse 2.6).
+Training draws u uniformly, so r = schedule(u) has the distribution that decoding meets.
 
 Glossary: B batch, N tokens, V codebook size, u progress, r mask ratio.
 Not here: which positions are revealed, and what is drawn there (`sampler.py`).

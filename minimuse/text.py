@@ -123,7 +123,7 @@ class TextEncoder:
         return rows
 
     def _tokenize(self, texts: list[str]) -> dict[str, list[int]]:
-        """Texts -> {text: token ids}, at least one."""
+        """Texts -> {text: token ids}, never none."""
         own_limit = getattr(self._config, "max_position_embeddings", self.max_tokens)
         limit = min(self.max_tokens, self._tokenizer.model_max_length, own_limit)
         tokens = dict(zip(texts, self._tokenizer(texts, verbose=False)["input_ids"], strict=True))

@@ -110,8 +110,9 @@ def examine_transformer(
 
     early: the model may still be untrained, so only leakage and overfitting are "wrong".
     """
-    few, never = len(held_out[0]) < FEW, math.inf
-    rows, setting = train if few else held_out, (codebook_size, engine)
+    few = len(held_out[0]) < FEW
+    rows = train if few else held_out
+    setting = codebook_size, engine
     own = _metrics(loss, rows, *setting)
     floor = max(unigram_entropy(rows[0][torch.arange(min(4096, len(rows[0])))], codebook_size), 1e-9)  # 0 for one code
     by_rate = [own[f"loss@{rate}"].mean().item() for rate in RATES]
@@ -119,14 +120,14 @@ def examine_transformer(
     message = ", ".join(f"{value:.2f} at {rate:.0%}" for rate, value in zip(RATES, by_rate, strict=True))
     message = f"The loss by mask rate is {message}. -log p is at most {bound:.2f}; the unigram entropy is {floor:.2f}."
     x = bound / floor if by_rate[0] <= 0.97 * floor else 2.0  # 2: the loss is flat
-    yield _finding("context", bound, message, x, 0.97, never if early else 1.05)
+    yield _finding("context", bound, message, x, 0.97, math.inf if early else 1.05)
     yield _leakage(loss, rows, *setting)
     for column, (check, fraction) in enumerate([("text", 0.005), ("low tokens", 0.05)][: len(rows) - 1], 1):
         cost, error = _mean(_metrics(loss, rows, *setting, exchange=column)["loss"] - own["loss"])
         low, high = sorted([fraction * floor, max(2 * error, 1e-6)])
         message = f"With the {check} of another image the loss changes by {cost:+.3f} ± {error:.3f}; "
         message += f"less than {fraction * floor:.3f} would be little."
-        yield _finding(check, cost, message, -cost, -high, never if early else -low)
+        yield _finding(check, cost, message, -cost, -high, math.inf if early else -low)
     known, known_error = _mean(_metrics(loss, train, *setting)["loss"])
     fresh, fresh_error = _mean(own["loss"])
     gap, unsure = fresh - known, 2 * math.hypot(known_error, fresh_error)

@@ -81,8 +81,7 @@ def validate(
     results differ only by the model. Each example's first caption is read. strata=0 leaves out the bound.
     """
     engine = engine or Engine()
-    length = tokens[torch.arange(1)].shape[1]
-    n = min(most, len(tokens), max(1, MAX_TOKENS // length))
+    n = min(most, len(tokens), max(1, MAX_TOKENS // tokens[torch.arange(1)].shape[1]))
     totals: dict[str, float] = {}
     for start in range(0, n, batch):
         at = torch.arange(start, min(start + batch, n))

@@ -116,7 +116,7 @@ def multi_axis_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """x (B, N, D) -> (B, N, D): multi-axis attention in blocks of side `block`, or full attention with block 0."""
+    """x (B, N, D) -> (B, N, D): multi-axis attention in blocks of side `block`; block 0 is full attention."""
 
     def __init__(self, width: int, heads: int, block: int = 0):
         super().__init__()

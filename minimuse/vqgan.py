@@ -155,6 +155,7 @@ class VectorQuantizer(nn.Module):
         z = z.float()
         learning = self.training and self.codebook.requires_grad  # `train()` does not wake a frozen codebook
         if learning:
+            self.idle = self.track_usage() if self.idle is None else self.idle
             self._restart_unused_codes(z.detach())
         tokens = self.nearest(z.detach())
         codes = self.embed_code(tokens, z.shape[2:])
@@ -172,8 +173,6 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _restart_unused_codes(self, z: Tensor) -> None:
-        if self.idle is None:
-            self.track_usage()
         unused = (self.idle >= self.patience).nonzero().squeeze(1)
         if len(unused) == 0:
             return
@@ -253,8 +252,8 @@ class VQGAN(nn.Module):
 
     def freeze_tokens(self) -> "VQGAN":
         """Freeze encoder and codebook, so that tokens keep their meaning for the transformers; returns itself."""
-        for part in (self.encoder, self.quantizer):
-            part.eval().requires_grad_(False)
+        self.encoder.eval().requires_grad_(False)
+        self.quantizer.eval().requires_grad_(False)
         return self
 
 

@@ -371,7 +371,7 @@ def test_problems_are_logged_once_and_nothing_usable_is_an_error(make, caplog):
     with caplog.at_level(logging.WARNING, "minimuse"):
         work(make(Made(broken=(0, 1))))
     assert caplog.messages == ["left out 2 of 12 images: 2 damaged (0.png, 1.png)"]
-    with pytest.raises(ValueError, match="no usable captioned image"):
+    with pytest.raises(ValueError, match="no usable captioned image; left out 12 of 12 images: 12 damaged"):
         deque(make(Made(fingerprint="2" * 64, broken=range(12))).read())
 
 

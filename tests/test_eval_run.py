@@ -1,16 +1,82 @@
-"""eval_run.py: reports that continue, refuse and compare; sweeps; the command."""
+"""eval_run.py: the truth scores near 100%, chance like chance; an EvalModel draws what Muse draws; reports continue."""
 
 import json
+from random import Random
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
-from test_eval_tasks import Brightness, Oracle, run
+from test_eval_prompts import perfect
 
 from minimuse import cli
+from minimuse.data_images import area_downsample, to_pil, to_uint8
+from minimuse.data_scenes import MATERIALS, SIZES, Scene, place_things, relations, render
 from minimuse.eval_metrics import Estimate
-from minimuse.eval_prompts import prompt_set
-from minimuse.eval_run import SWEEP, evaluate, table
-from minimuse.eval_tasks import EvalModel, Evaluator
+from minimuse.eval_prompts import matches, parse_prompt, prompt_set
+from minimuse.eval_run import ITERATIONS, SWEEP, TASKS, EvalModel, Evaluator, evaluate, table
+
+
+def scene_of(prompt: str, seed: int, avoid: str = "") -> Scene:
+    """A scene that fits the prompt. What the prompt does not name is random, but never `avoid`."""
+    spec, rng = parse_prompt(prompt), Random(f"oracle/{seed}")
+    while True:
+        looks = []
+        for group in spec.groups:
+            named = group.attributes
+            extra = [
+                named.get(field) or rng.choice([word for word in words if word != avoid])
+                for field, words in (("size", SIZES), ("material", MATERIALS))
+            ]
+            looks += [(named["color"], named["shape"], *extra)] * group.number
+        things = place_things(rng, looks)
+        if things and (not spec.relation or spec.relation in relations(*things)):
+            return Scene(things)
+
+
+class Oracle(EvalModel):
+    """Draws what is asked for. With `stop`, it is interrupted when it draws for the `stop`-th time."""
+
+    def __init__(self, before: object = None, stop: int = -1, base_only: bool = False):
+        self.before, self.left, self.base_only, self.side = before, stop, base_only, 64
+
+    def real(self, scenes):
+        self.left -= 1
+        if self.left == -1:
+            raise KeyboardInterrupt
+        return to_uint8(render(list(scenes), self.side))
+
+    def draw(self, prompts, seeds, negatives=(), **sampling):
+        negatives = negatives or prompts
+        words = [[w for w in b.split() if w not in a.split()] for a, b in zip(prompts, negatives, strict=True)]
+        return self.real([scene_of(p, s, *w) for p, s, w in zip(prompts, seeds, words, strict=True)])
+
+    def tokenizers(self, asked, seeds):
+        images = self.real(ask.scene for ask in asked)
+        return dict.fromkeys(("before", "low", "bicubic", "no text", *map(str, ITERATIONS), ""), images)
+
+    edit = inpaint = outpaint = superres = tokenizers
+
+    def decoder(self, asked, seeds):
+        images = self.real(ask.scene for ask in asked)
+        return {"before": images // 2, "": images}
+
+
+class Shuffled(Oracle):
+    """It draws well, but what another prompt asks for."""
+
+    def prompts(self, asked, seeds, **sampling):
+        return {"": self.real(self.others(asked))}
+
+    def others(self, asked):
+        return [ask.scene for ask in Random(0).sample(asked, len(asked))]
+
+
+class Brightness:
+    """In place of SceneClip where the score is not what is tested."""
+
+    def __call__(self, images, prompts):
+        return images.float().mean((1, 2, 3)) / 255
 
 
 @pytest.fixture(scope="module")
@@ -18,36 +84,168 @@ def evaluator():
     return Evaluator(clip=Brightness())
 
 
+def run(model, out, evaluator, tasks, n=40, **options):
+    """Tasks -> their metrics."""
+    found = evaluate(model, out, {}, tasks=tasks, n=n, evaluator=evaluator, **{"batch": 20} | options)["tasks"]
+    return {name: {key: Estimate(*value) for key, value in metrics.items()} for name, metrics in found.items()}
+
+
+# --- what scores what -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_truth_scores_near_100_percent_in_every_task(tmp_path, evaluator):
+    found = run(Oracle(before="yes"), tmp_path, evaluator, [], n=12)
+    assert list(found) == list(TASKS), "all tasks, in order"
+    for name, metrics in found.items():
+        value, low, high, n, _ = metrics["right"]
+        assert value >= 0.9, f"{name}: {value:.1%} right"
+        assert 0 <= low <= value <= high <= 1
+        assert n == 12
+    assert found["edit"]["right, 10"].value >= 0.9
+    assert found["superres"]["right, no text"].value == found["superres"]["right"].value
+    assert found["tokenizers"]["psnr"].value == 100
+    assert found["decoder"]["psnr, before"].high < 50, "half as bright before"
+    assert found["decoder"]["frechet"].value < 1e-6 < found["decoder"]["frechet, before"].value
+    assert found["seen"]["frechet"].value < 2 < found["decoder"]["frechet, before"].value
+
+
+def test_an_obeyed_negative_prompt_is_seen(tmp_path, evaluator):
+    found = run(Oracle(), tmp_path, evaluator, ["negative"])["negative"]
+    assert found["word shown"].value <= 0.05
+    assert 0.3 <= found["word shown, without"].value <= 0.7, "sizes and materials are drawn evenly"
+
+
+@pytest.mark.parametrize("name", ["seen", "counts"])
+def test_shuffled_prompts_score_like_chance(tmp_path, evaluator, name):
+    """Chance is known exactly: how many of the drawn scenes happen to fit their own prompt."""
+    model, asked = Shuffled(), prompt_set(name, 40)
+    pairs = zip(model.others(asked), asked, strict=True)
+    lucky = [matches(perfect(scene), parse_prompt(ask.prompt)).right for scene, ask in pairs]
+    chance = sum(lucky) / 40
+    assert chance <= 0.1, "of 21 pairs of color and shape"
+    found = run(model, tmp_path, evaluator, [name], batch=40)[name]
+    assert found["right"].value == pytest.approx(chance, abs=0.03)
+    assert found["right, real"].value >= 0.97
+
+
+def test_an_untrained_model_scores_nothing(tmp_path, evaluator, tiny_muse):
+    for name, metrics in run(EvalModel(tiny_muse), tmp_path, evaluator, ["seen", "relations"], n=10).items():
+        assert metrics["right"].value <= 0.1, name
+        assert metrics["frechet"].low > 5, "far from real renders"
+
+
+# --- an EvalModel does what a user would do ---------------------------------------------------------------------------
+
+
+def same(images, pictures):
+    assert [p.tobytes() for p in to_pil(images)] == [p.tobytes() for p in pictures]
+
+
+def test_it_draws_what_generate_draws(tiny_muse):
+    prompts, seeds = ["a red cube", "a blue sphere"], [5, 9]
+    model = EvalModel(tiny_muse)
+    same(model.draw(prompts, seeds), tiny_muse.generate(prompts, seed=seeds))
+    same(model.draw(prompts, seeds, ["a cube", "a sphere"], steps=3),
+         tiny_muse.generate(prompts, seed=seeds, negative_prompt=["a cube", "a sphere"], steps=3))  # fmt: skip
+
+
+def test_super_resolution_is_that_of_generate_with_and_without_text(tiny_muse):
+    asked, seeds = prompt_set("mixed", 2), [0, 1]
+    made = EvalModel(tiny_muse).superres(asked, seeds)
+    assert {name: images.shape for name, images in made.items()} == dict.fromkeys(
+        ("bicubic", "", "no text"), (2, 3, 64, 64)
+    )
+    same(made[""], tiny_muse.generate([ask.prompt for ask in asked], seed=seeds))
+    low = EvalModel(tiny_muse, base_only=True).prompts(asked, seeds)[""]
+    assert low.shape[-1] == 32
+    assert (area_downsample(made["bicubic"]).float() - low).abs().mean() < 16
+    assert not made["no text"].equal(made[""])
+
+
+def test_super_resolution_without_text_does_not_read_it(tiny_muse, monkeypatch):
+    low = torch.randint(16, (1, 64))
+    jobs = [tiny_muse.jobs(prompt, seed=3) for prompt in ("a red cube", "two blue spheres")]
+    (*_, a), (*_, b) = (tiny_muse.decode_superres(job, low, guidance=-1.0, choice_temperature=0.0) for job in jobs)
+    assert (a.tokens == b.tokens).float().mean() > 0.98, "apart from rounding"
+
+
+def test_it_edits_as_muse_edits(tiny_muse):
+    model, ask = EvalModel(tiny_muse), prompt_set("inpaint", 2)[1]
+    asked = [ask._replace(prompt="a red cube"), ask]
+    pictures = to_pil(to_uint8(render([ask.before for ask in asked], 64)))
+    made = model.edit(asked, [0, 4])
+    assert [x.shape[-1] for x in made.values()] == [64, 32, 32, 32, 64]
+    same(made["before"], pictures)
+    same(made[""][1:], tiny_muse.edit(pictures[1], asked[1].prompt, seed=4))
+
+
+def test_it_inpaints_the_region_and_keeps_the_rest(tiny_muse):
+    ask = prompt_set("inpaint", 1)[0]._replace(region=(0.5, 0.0, 1.0, 0.25))
+    made = EvalModel(tiny_muse).inpaint([ask], [4])
+    region = torch.zeros(64, 64, dtype=torch.bool)
+    region[:16, 32:] = True
+    inside, outside = (made[""] == made["before"])[..., region].all(), (made[""] == made["before"])[..., ~region].all()
+    assert outside and not inside  # noqa: PT018
+    (picture,) = to_pil(made["before"])
+    drawn = tiny_muse.inpaint(picture, region, ask.prompt, seed=4, keep=False)[0]
+    expected = torch.where(region, torch.from_numpy(np.array(drawn)).permute(2, 0, 1), made["before"][0])
+    assert made[""][0].equal(expected)
+
+
+def test_it_outpaints_as_muse_outpaints(tiny_muse):
+    (ask,) = prompt_set("outpaint", 1)
+    made = EvalModel(tiny_muse).outpaint([ask], [7])
+    (wide,) = tiny_muse.outpaint(to_pil(to_uint8(render([ask.before], 64)))[0], (0, 0, 32, 0), ask.prompt, seed=7)
+    same(made[""], [wide.crop((32, 0, 96, 64))])
+
+
+def test_reconstructions_are_the_tokenizers_own(tiny_muse):
+    asked = prompt_set("seen", 2)
+    images = to_uint8(render([ask.scene for ask in asked], 64))
+    model = EvalModel(tiny_muse, before=tiny_muse.high_tokenizer)
+    made = model.tokenizers(asked, [0, 1])
+    with torch.no_grad():
+        net, x = tiny_muse.low_tokenizer, area_downsample(images.float() / 127.5 - 1)
+        assert made["low"].equal(to_uint8(net.decode(net.encode(x))))
+    assert made[""].shape == images.shape
+    for decoded in model.decoder(asked, [0, 1]).values():
+        assert decoded.equal(made[""]), "the same tokenizer here"
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
 def test_a_stopped_evaluation_gives_the_same_report(tmp_path, evaluator):
     options = {"tasks": ["seen", "tokenizers"], "n": 12, "batch": 6}
-    run(Oracle(12), tmp_path / "whole", evaluator, **options)
-    for stop in (0, 3, 6):
+    run(Oracle(), tmp_path / "whole", evaluator, **options)
+    for stop in (0, 6):
         out = tmp_path / str(stop)
         with pytest.raises(KeyboardInterrupt):
-            run(Oracle(12, stop=stop), out, evaluator, **options)
-        run(Oracle(12), out, evaluator, **options)
+            run(Oracle(stop=stop), out, evaluator, **options)
+        run(Oracle(), out, evaluator, **options)
         for name in ("eval.json", "eval.md", "tasks/seen.json", "tasks/tokenizers.json", "tasks/tokenizers.png"):
             assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), f"{name}, stopped at {stop}"
 
 
 def test_a_finished_task_is_not_drawn_again_and_others_join(tmp_path, evaluator):
-    run(Oracle(10), tmp_path, evaluator, ["tokenizers"], n=10)
-    run(Oracle(10, stop=0), tmp_path, evaluator, ["tokenizers"], n=10)
-    run(Oracle(10), tmp_path, evaluator, ["edit"], n=10)
+    run(Oracle(), tmp_path, evaluator, ["tokenizers"], n=10)
+    run(Oracle(stop=0), tmp_path, evaluator, ["tokenizers"], n=10)
+    run(Oracle(), tmp_path, evaluator, ["edit"], n=10)
     assert list(json.loads((tmp_path / "eval.json").read_text())["tasks"]) == ["edit", "tokenizers"]
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(tmp_path, evaluator):
-    run(Oracle(10), tmp_path, evaluator, ["tokenizers"], n=10)
+    run(Oracle(), tmp_path, evaluator, ["tokenizers"], n=10)
     before = (tmp_path / "eval.json").read_bytes()
     with pytest.raises(ValueError, match=r"another evaluation: n was 10 and is 12; seed was 1000 and is 7\. Give"):
-        run(Oracle(12), tmp_path, evaluator, ["tokenizers"], n=12, seed=7)
+        run(Oracle(), tmp_path, evaluator, ["tokenizers"], n=12, seed=7)
     with pytest.raises(ValueError, match="checkpoint was None and is 'nano'"):
-        evaluate(Oracle(10), tmp_path, {"checkpoint": "nano"}, n=10, evaluator=evaluator)
+        evaluate(Oracle(), tmp_path, {"checkpoint": "nano"}, n=10, evaluator=evaluator)
     assert (tmp_path / "eval.json").read_bytes() == before
     (tmp_path / "settings.json").unlink()
     with pytest.raises(FileExistsError, match=r"holds files but no settings\.json"):
-        run(Oracle(10), tmp_path, evaluator, ["tokenizers"], n=10)
+        run(Oracle(), tmp_path, evaluator, ["tokenizers"], n=10)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +259,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path, evaluator):
 )
 def test_impossible_tasks_are_refused_before_anything_is_written(tmp_path, evaluator, options, says):
     with pytest.raises(ValueError, match=says):
-        run(Oracle(10), tmp_path / "new", evaluator, **{"tasks": []} | options)
+        run(Oracle(), tmp_path / "new", evaluator, **{"tasks": []} | options)
     assert not (tmp_path / "new").exists()
 
 
@@ -74,7 +272,7 @@ def test_the_base_model_alone_has_no_edits(tmp_path, evaluator, tiny_muse):
 
 
 def test_the_page_marks_wrong_pictures_and_the_table_has_intervals(tmp_path, evaluator):
-    run(Oracle(10), tmp_path, evaluator, ["seen"], n=10)
+    run(Oracle(), tmp_path, evaluator, ["seen"], n=10)
     assert Image.open(tmp_path / "tasks/seen.png").width > 500
     text = (tmp_path / "eval.md").read_text()
     assert "| one object, seen combinations | 10 | 100.0% (" in text
@@ -89,13 +287,11 @@ def test_a_sweep_is_one_call_and_two_plots(tmp_path, evaluator, monkeypatch):
     seen = []
 
     class Recorded(Oracle):
-        base_only = True
-
         def draw(self, prompts, seeds, negatives=(), **sampling):
             seen.append(sampling)
             return super().draw(prompts, seeds)
 
-    found = evaluate(Recorded(10), tmp_path, {}, n=10, sweep=True, evaluator=evaluator)["tasks"]
+    found = evaluate(Recorded(base_only=True), tmp_path, {}, n=10, sweep=True, evaluator=evaluator)["tasks"]
     assert list(found) == ["guidance 0", "guidance 1", "order confidence", "order random"]
     assert seen == [{"guidance": 0.0}, {"guidance": 1.0}, {"order": "confidence"}, {"order": "random"}]
     for name in ("sweep-score.png", "sweep-right.png"):
@@ -104,7 +300,7 @@ def test_a_sweep_is_one_call_and_two_plots(tmp_path, evaluator, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_measures_a_run(tmp_path, tiny_run, monkeypatch, capsys):
-    monkeypatch.setattr("minimuse.eval_tasks.SceneClip.from_pretrained", lambda: Brightness())
+    monkeypatch.setattr("minimuse.eval_run.SceneClip.from_pretrained", lambda: Brightness())
     words = ["eval", str(tiny_run), "--out", str(tmp_path / "out"), "--n", "10", "--device", "cpu", "--kinds"]
     assert cli.main([*words, "seen,decoder"]) == 0
     assert "| decoder | psnr, before |" in capsys.readouterr().out

@@ -26,7 +26,7 @@ def test_prompts_cover_every_seen_combination():
 @pytest.mark.slow
 def test_nano_draws_the_colour_and_the_shape_that_the_prompt_names():
     muse = Muse.from_pretrained("nano")
-    right, _, _ = nano_accuracy.accuracy(muse, Detector.from_pretrained(), 105)
+    right, _, _ = nano_accuracy.accuracy(muse, Detector.from_pretrained(), 42)
     color, both = right[:, 0].float().mean().item(), right[:, :2].all(1).float().mean().item()
-    assert color >= 0.95, f"colour right in {color:.1%} of 105; 99.5% of 210 when this checkpoint was shipped"
-    assert both >= 0.90, f"colour and shape right in {both:.1%} of 105; 96.2% of 210 when it was shipped"
+    assert color >= 0.92, f"colour right in {color:.1%} of 42; 99.5% of 210 when this checkpoint was shipped"
+    assert both >= 0.85, f"colour and shape right in {both:.1%} of 42; 96.2% of 210 when it was shipped"

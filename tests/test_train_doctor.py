@@ -1,4 +1,4 @@
-"""train_doctor.py: no false alarm on models that learnt their task, and a true one on each that is broken on purpose."""
+"""train_doctor.py: no false alarm on models that learnt their task, a true one on each that is broken on purpose."""
 
 import copy
 import json

@@ -10,7 +10,7 @@ r"""
 | **You will learn** | what "right" can mean · intervals · Frechet distance by hand, and its bias · CLIP score · diversity · the trade-off of figure 8 · what a bad model and a good salesman do to the numbers |
 | **Before this** | [6. Guidance](06_guidance.ipynb); means, variances, a covariance matrix |
 | **Takes** | @takes@ |
-| **Files** | [`eval_prompts.py`](../minimuse/eval_prompts.py), [`eval_metrics.py`](../minimuse/eval_metrics.py); [`eval_tasks.py`](../minimuse/eval_tasks.py); [`eval_run.py`](../minimuse/eval_run.py) puts them together |
+| **Files** | [`eval_prompts.py`](../minimuse/eval_prompts.py), [`eval_metrics.py`](../minimuse/eval_metrics.py); [`eval_run.py`](../minimuse/eval_run.py) puts them together |
 """
 
 # %% knobs
@@ -48,7 +48,7 @@ holds the two networks that measure. They are what `minimuse eval` works with.
 
 # %%
 from minimuse.eval_prompts import prompt_set
-from minimuse.eval_tasks import EvalModel, Evaluator
+from minimuse.eval_run import EvalModel, Evaluator
 
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
 model, evaluator = EvalModel(muse, base_only=True), Evaluator()
@@ -140,7 +140,7 @@ model, drawn with seeds from 1000, nothing picked:
 # %%
 import textwrap
 
-from minimuse.eval_tasks import draw_prompts, summarize
+from minimuse.eval_run import summarize
 
 SEEDS = list(range(1000, 1000 + PICTURES))
 scenes, prompts = [ask.scene for ask in ASKS], [ask.prompt for ask in ASKS]
@@ -149,7 +149,7 @@ groups = [ask.group for ask in ASKS]
 
 def measured(asks, **how):
     """Draw and measure -> values per picture (verdicts, scores), features and images; also for real renders."""
-    drawn = draw_prompts(model, asks, SEEDS[: len(asks)], **how)
+    drawn = model.prompts(asks, SEEDS[: len(asks)], **how)
     return evaluator(drawn, asks, model.real([ask.scene for ask in asks]))
 
 
@@ -524,7 +524,7 @@ much does the Frechet distance rise?
 
 # %%
 shuffled = torch.randperm(PICTURES, generator=torch.Generator().manual_seed(0))
-drawn_features, real_features = own.features["", ""], own.features["real", ""]
+drawn_features, real_features = own.features[""], own.features["real"]
 print(f"as drawn: {frechet_distance(real_features, drawn_features):.4f}")
 print(f"shuffled: {frechet_distance(real_features, drawn_features[shuffled]):.4f}")
 before, after = (
@@ -802,8 +802,8 @@ pairs = PICTURES - PICTURES % 2
 print("mean distance of two pictures of one prompt")
 for t in FEW:
     features_of = sweep["constant"][t].features
-    print(f"   t = {t}: {diversity(features_of['', ''][:pairs], prompts[:pairs])}")
-print(f"    real: {diversity(features_of['real', ''][:pairs], prompts[:pairs])}")
+    print(f"   t = {t}: {diversity(features_of[''][:pairs], prompts[:pairs])}")
+print(f"    real: {diversity(features_of['real'][:pairs], prompts[:pairs])}")
 show(diversity)
 
 # %% [markdown]
