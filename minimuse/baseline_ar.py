@@ -193,9 +193,10 @@ def train_ar(
     """Train to predict the next token. The arguments are those of `train.train_transformer`."""
 
     def losses(job: Stage, step: int, at: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
+        x = tokens[at].to(job.engine.device)
         context = pick_captions(texts, at, generators, config.cond_drop_prob)
-        total = job.modules["model"](tokens[at].to(job.engine.device), context.to(job.engine.device))
-        return {"loss": total / (config.batch * tokens.shape[1])}
+        total = job.modules["model"](x, context.to(job.engine.device))
+        return {"loss": total / (config.batch * x.shape[1])}
 
     return train_network(NextTokenLoss(model, config.label_smoothing), losses, config, len(tokens), **options)
 

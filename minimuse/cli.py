@@ -17,7 +17,7 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-SAMPLING = "guidance steps schedule order sampling_temperature choice_temperature iterations fraction".split()
+SETTINGS = "guidance steps schedule order sampling_temperature choice_temperature iterations fraction".split()
 BASELINES = {  # of `train --model`: trained at low resolution only
     "masked": "minimuse.baseline_ar.LowRes",
     "ar": "minimuse.baseline_ar.Autoregressive",
@@ -159,7 +159,7 @@ def _measuring_options(command: Callable) -> None:
     add = command("eval", _evaluate, "measure how often a checkpoint is right, with confidence intervals", "device")
     add("name", nargs="?", default="toy", metavar="CHECKPOINT", help="shipped name, folder or hub id (default: toy)")
     add("--out", type=Path, required=True, help="folder for the report; a stopped evaluation continues there")
-    add("--kinds", type=_names, default=[], help="evaluation tasks, such as seen,counts,edit (default: all)")
+    add("--kinds", dest="tasks", type=_names, default=[], help="tasks, such as seen,counts,edit (default: all)")
     add("--n", type=int, help="pictures of each task (default: 1000), or of each point of the sweep (300)")
     add("--sweep", action="store_true", help="vary guidance, temperature, steps and order (figure 8 of Muse)")
     add("--base-only", action="store_true", help="measure only the base model, at low resolution; sweeps always do")
@@ -183,19 +183,20 @@ def _names(text: str) -> list[str]:
 
 
 def _draw(args: argparse.Namespace) -> None:
-    """generate, inpaint, outpaint, edit: draw with a progress bar, and save the pictures with their settings."""
+    """Draw with a progress bar, and save the pictures with their settings."""
     from tqdm import tqdm
 
     from minimuse.pictures import difference, open_picture, output_paths, save_png
     from minimuse.plots import film
     from minimuse.utils import require
 
-    draw = _method(args)
+    settings = {name: value for name in SETTINGS if (value := getattr(args, name, None)) is not None}
+    like = args.command == "generate" and args.like
+    draw = _like(args, settings) if like else _method(args)
     count = len(args.prompts) * args.n
     require(count >= 1, f"--n {args.n}: give at least 1")
     paths = output_paths(args.out, args.prompts[0], count, film=args.film, force=args.force)
     muse = open_model(args.model or "toy", device=args.device)
-    settings = {name: value for name in SAMPLING if (value := getattr(args, name, None)) is not None}
     settings |= {"n": args.n, "seed": args.seed, "negative_prompt": args.negative_prompt}
     steps = []
     with tqdm(desc="decoding", unit="step") as bar:
@@ -215,53 +216,53 @@ def _draw(args: argparse.Namespace) -> None:
         strip.info = images[0].info
         save_png(strip, paths[-1])
         print(paths[-1])
-    if getattr(args, "like", None):
-        print(f"{args.like}: {difference(open_picture(args.like), images[0])}")
-
-
-def open_model(name: str | Path, *, device: Any = None) -> Any:
-    """A Muse, or a baseline of `minimuse train --model`, from a shipped name, a folder or a hub id."""
-    from minimuse import checkpoint
-
-    path = checkpoint.find(name) / checkpoint.CONFIG
-    values = checkpoint.read_json(path) if path.is_file() else None
-    format = values.get("format") if isinstance(values, dict) else None
-    models = {f"minimuse-{model}-1": place for model, place in BASELINES.items()}
-    return locate(models.get(format, "minimuse.muse.Muse")).from_pretrained(name, device=device)
+    if like:
+        print(f"{like}: {difference(open_picture(like), images[0])}")
 
 
 def _method(args: argparse.Namespace) -> Callable[..., list]:
-    """The method of Muse that a command calls, with its inputs. With --like, checks and sets the other options."""
+    """The method of Muse that a command calls, with its inputs."""
+    from minimuse.pictures import open_picture
+
+    inputs = [open_picture(getattr(args, name)) for name in ("image", "mask") if hasattr(args, name)]
+    if args.command == "outpaint":
+        inputs.append(tuple(args.padding) if len(args.padding) > 1 else args.padding[0])
+    prompts = args.prompts if args.command == "generate" else args.prompts[0]
+    return lambda muse, **settings: getattr(muse, args.command)(*inputs, prompts, **settings)
+
+
+def _like(args: argparse.Namespace, given: dict[str, Any]) -> Callable[..., list]:
+    """As `_method`, for the picture of --like, whose model and prompt become those of the command."""
     from minimuse.checkpoint import shipped
-    from minimuse.pictures import again, open_picture, settings_of
+    from minimuse.pictures import again, settings_of
     from minimuse.utils import require
 
-    if args.command == "generate" and args.like:
-        changed = args.n != 1 or any(
-            getattr(args, name, None) is not None for name in ("seed", "negative_prompt", *SAMPLING)
-        )
-        require(not changed, "--like takes seed and settings from the picture; leave out the other options")
-        settings = settings_of(args.like)
-        name = settings["model"]
-        known = args.model or name in shipped()
-        require(known, f"{args.like} was made by {name!r}, which is not shipped; name its folder with --model")
-        args.model = args.model or name
-        args.prompts = [settings["prompt"]]
-        return lambda muse, callback, **_: [again(muse, settings, callback=callback)]
-    if args.command == "generate":
-        return lambda muse, **settings: muse.generate(args.prompts, **settings)
-    inputs = [open_picture(args.image)]
-    if args.command == "inpaint":
-        inputs.append(open_picture(args.mask))
-    if args.command == "outpaint":
-        count = len(args.padding)
-        require(count in (1, 4), f"--padding has {count} numbers; give 1, or 4: left top right bottom")
-        inputs.append(tuple(args.padding) if count == 4 else args.padding[0])
-    return lambda muse, **settings: getattr(muse, args.command)(*inputs, args.prompts[0], **settings)
+    changed = given or args.n != 1 or args.seed is not None or args.negative_prompt is not None
+    require(not changed, "--like takes seed and settings from the picture; leave out the other options")
+    settings = settings_of(args.like)
+    name = args.model or settings["model"]
+    known = args.model or name in shipped()
+    require(known, f"{args.like} was made by {name!r}, which is not shipped; name its folder with --model")
+    args.model, args.prompts = name, [settings["prompt"]]
+    return lambda muse, callback, **_: [again(muse, settings, callback=callback)]
+
+
+def model_class(name: str | Path) -> Any:
+    """A shipped name, a folder or a hub id -> Muse, or the class of a baseline of `minimuse train --model`."""
+    from minimuse import checkpoint
+
+    path = checkpoint.find(name) / checkpoint.CONFIG
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    places = [place for model, place in BASELINES.items() if f'"minimuse-{model}-1"' in text]
+    return locate(*places or ["minimuse.muse.Muse"])
+
+
+def open_model(name: str | Path, *, device: Any = None) -> Any:
+    """A Muse or a baseline from a shipped name, a folder or a hub id."""
+    return model_class(name).from_pretrained(name, device=device)
 
 
 def _app(args: argparse.Namespace) -> None:
-    """Serve the page until Ctrl-C."""
     from minimuse.app import serve
 
     serve(args.checkpoint, host=args.host, port=args.port, device=args.device)
@@ -291,10 +292,8 @@ def _train(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in ("seed", "device", "accumulate", "compile", "recompute", "keep")}
     engine = Engine(folder=args.out, **options)
     run = {"config": to_dict(config), "seed": args.seed, "data": args.data, "data_fingerprint": source.fingerprint}
-    if args.model:
-        run["model"] = args.model
     if engine.is_main:
-        open_run(args.out, run, resume=args.resume)
+        open_run(args.out, run | ({"model": args.model} if args.model else {}), resume=args.resume)
     engine.accelerator.wait_for_everyone()
     engine.handle_signals()
     trainer = partial(train_baseline, locate(BASELINES[args.model])) if args.model else train_muse
@@ -325,8 +324,7 @@ def _configuration(args: argparse.Namespace) -> Any:
     from minimuse.utils import require
 
     if args.resume and args.preset is None:
-        if not (args.out / RUN).exists():
-            raise FileNotFoundError(f"{args.out} holds no run to resume; give a preset to begin one")
+        require((args.out / RUN).exists(), f"{args.out} holds no run to resume; give a preset to begin one")
         run = read_run(args.out)
         for name in ("seed", "data", "model"):
             setattr(args, name, run.get(name))
@@ -341,13 +339,13 @@ def _configuration(args: argparse.Namespace) -> Any:
 
 def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
     """Print what a run would need. Nothing is written."""
-    if args.model:
-        raise ValueError(f"--dry-run counts a whole Muse, not the baseline {args.model!r}; leave out --model")
     from minimuse.data_cache import TrainingData
     from minimuse.text import TextEncoder
     from minimuse.train_budget import preview, report
-    from minimuse.utils import pick_device
+    from minimuse.utils import pick_device, require
 
+    model = args.model
+    require(not model, f"--dry-run counts a whole Muse, not the baseline {model!r}; leave out --model")
     device = pick_device(args.device)
     encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens).to(device)
     print(preview(TrainingData(args.out / "cache", source, config, encoder, device=device)))
@@ -356,24 +354,23 @@ def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
 
 
 def _average(args: argparse.Namespace) -> None:
-    """Average the weights of the transformers over the states of a run (Muse 3), and save the result."""
     import torch
 
     from minimuse import checkpoint, train_state
+    from minimuse.utils import require
 
     checkpoint.refuse_existing(args.out)
     muse = open_model(args.folder, device="cpu")
     for name in (name for name in ("base", "superres") if name in muse.parts):
-        states = train_state.states(args.folder / name)
-        if not states:
-            raise FileNotFoundError(f"{args.folder / name} holds no states; `minimuse train` writes them there")
+        folder = args.folder / name
+        states = train_state.states(folder)
+        require(states, f"{folder} holds no states; `minimuse train` writes them there")
         muse.parts[name].load_state_dict(train_state.average(states, args.decay))
         print(f"{name}: {len(states)} states, steps {int(states[0].name[5:])} to {int(states[-1].name[5:])}")
     print(muse.save_pretrained(args.out, dtype=torch.float16 if args.half else None))
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    """Print the findings. The exit code is 1 if one of them is wrong."""
     from minimuse.train_doctor import examine, findings_text
 
     findings = examine(args.folder, args.stage, device=args.device)
@@ -389,20 +386,19 @@ def _compare(args: argparse.Namespace) -> None:
     """Print a table, and paired differences from its first sampler. With --out, also write figures and tables."""
     from minimuse import lab
     from minimuse.lab_models import open_amused
+    from minimuse.utils import require
 
     out = None if args.force else args.out  # compare refuses a folder with another report
     settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": out}
-    steps = [int(t) for t in args.steps]
     if args.muse:
         target = open_model(args.muse, device=args.device)
     elif args.amused:
         samples = args.samples or 512
         target = open_amused(args.amused, args.data, args.clip, device=args.device, samples=samples, seed=args.seed)
-    elif args.world in lab.WORLDS:
-        target = lab.WORLDS[args.world]()
     else:
-        raise ValueError(f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
-    report = lab.compare(target, args.schedule, args.order, steps, **settings)
+        require(args.world in lab.WORLDS, f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
+        target = lab.WORLDS[args.world]()
+    report = lab.compare(target, args.schedule, args.order, [int(t) for t in args.steps], **settings)
     print(report.table())
     if len(args.schedule) * len(args.order) > 1:
         print(f"\ndifference from {args.schedule[0]}, {args.order[0]}; paired, bold where the interval excludes 0")
@@ -412,30 +408,24 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    """Print the tables of the report."""
     from minimuse.eval_run import measure
 
-    options = {name: value for name, value in vars(args).items() if name not in ("run", "command", "kinds")}
-    measure(**options, tasks=args.kinds)
+    measure(**{name: value for name, value in vars(args).items() if name not in ("run", "command")})
     print((args.out / "eval.md").read_text(encoding="utf-8"))
 
 
 def _info(args: argparse.Namespace) -> None:
-    """Print a few lines for each preset or checkpoint."""
     import torch
 
-    from minimuse.checkpoint import shipped
+    from minimuse import checkpoint
     from minimuse.config import PRESETS, preset
     from minimuse.muse import build
 
     for name in args.names or PRESETS:
-        if name in PRESETS:
-            config = preset(name)
-            with torch.device("meta"):
-                parts = build(config)
-        else:
-            muse = open_model(name, device="cpu")
-            config, parts = muse.config, muse.parts
+        is_preset = name in PRESETS
+        config = preset(name) if is_preset else checkpoint.read_configuration(checkpoint.find(name) / checkpoint.CONFIG)
+        with torch.device("meta"):
+            parts = build(config) if is_preset else model_class(name).build(config)
         counts = {part: sum(p.numel() for p in module.parameters()) / 1e6 for part, module in parts.items()}
         print(f"{name}: {sum(counts.values()):,.1f}M parameters, text from {config.text_encoder}")
         for part, count in counts.items():
@@ -448,7 +438,7 @@ def _info(args: argparse.Namespace) -> None:
                 about = f"{c.image_size} px, f={c.downsampling}"
             print(f"  {part:14} {count:8,.1f}M  {about}")
     if not args.names:
-        print(f"shipped checkpoints: {', '.join(shipped()) or 'none'}")
+        print(f"shipped checkpoints: {', '.join(checkpoint.shipped()) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -63,12 +63,7 @@ class Verdict(NamedTuple):
 
 
 def parse_prompt(prompt: str) -> PromptSpec:
-    """A prompt in the words of data_captions.py, with paraphrases -> what it asks for. ValueError for other words.
-
-    >>> parse_prompt("a photo of two red cubes next to a shiny ball")
-    PromptSpec(groups=(ObjectGroup(number=2, attributes={'color': 'red', 'shape': 'cube'}),
-                       ObjectGroup(number=1, attributes={'material': 'metal', 'shape': 'sphere'})), relation='beside')
-    """
+    """A prompt in the words of data_captions.py, with paraphrases -> what it asks for. ValueError for other words."""
     text = " ".join(prompt.lower().rstrip(" .").replace(",", " , ").split()).removesuffix(f" {FLOOR_PHRASE}")
     first, *related = _RELATION.split(_OPENING.sub("", text, 1) if _OPENING.match(text) else text)
     one, others = _AND.split(first), _AND.split(related[1]) if related else []
@@ -94,9 +89,7 @@ def _parse_group(phrase: str, prompt: str) -> ObjectGroup:
             raise ValueError(f"{prompt!r}: {phrase!r} names its {field} twice")
         attributes[field] = name
     if "shape" not in attributes:
-        raise ValueError(
-            f"{prompt!r}: {phrase!r} names no shape; known: {', '.join(FIELDS['shape'])}, and words for them"
-        )
+        raise ValueError(f"{prompt!r}: {phrase!r} names no shape; known: {', '.join(FIELDS['shape'])}, and other words")
     return ObjectGroup(NUMBERS[number], attributes)
 
 
@@ -106,10 +99,9 @@ def matches(found: Detections, spec: PromptSpec, *, min_confidence: float = 0.0)
     A thing detected with less than `min_confidence` is wrong too: for a lump, the detector names the nearest shape.
     """
     slots = [group for group in spec.groups for _ in range(group.number)]
-    things, count = list(found.things), len(found.things)
+    count = len(found.things)
     wrong = [] if count == len(slots) else [f"{count} thing{'s' * (count != 1)}, not {len(slots)}"]
-    things += [None] * (len(slots) - count)
-    pairings = permutations(things, len(slots))
+    pairings = permutations([*found.things, *[None] * (len(slots) - count)], len(slots))
     wrong += min((_faults(slots, pairing, spec, min_confidence) for pairing in pairings), key=len)
     return Verdict(not wrong, wrong)
 
@@ -137,9 +129,8 @@ def _faults(slots: list[ObjectGroup], pairing: tuple, spec: PromptSpec, min_conf
 
 def possible_relations(a: Detection, b: Detection, tolerance: float = TOLERANCE) -> set[str]:
     """Relations of a to b, as in data_scenes.py, if b may be up to `tolerance` from where it was detected."""
-    shifts = (-tolerance, 0.0, tolerance)
-    moved = [b._replace(x=b.x + dx, depth=b.depth + dz) for dx in shifts for dz in shifts]
-    return set().union(*(relations(a, b) for b in moved))
+    shifts = product((-tolerance, 0.0, tolerance), repeat=2)
+    return set().union(*(relations(a, b._replace(x=b.x + dx, depth=b.depth + dz)) for dx, dz in shifts))
 
 
 _PAIRS = [pair for pair in product(FIELDS["color"], FIELDS["shape"]) if pair not in HELD_OUT]
@@ -163,15 +154,11 @@ class EvalPrompt(NamedTuple):
 
 
 def prompt_set(name: str, n: int) -> list[EvalPrompt]:
-    """The first n prompts of a set.
-
-    >>> [each.prompt for each in prompt_set("counts", 3)]
-    ['two gray cubes', 'two gray cubes', 'three small blue cylinders']
-    """
+    """The first n prompts of a set."""
     if name not in PROMPT_SETS or n < 1:
         raise ValueError(f"{n} prompts of set {name!r}: give at least 1, and one of {', '.join(PROMPT_SETS)}")
-    make = PROMPT_SETS[name]
-    return [make(i // 2, Random(f"{name}/{i // 2}"), Random(f"{name}/scene/{i}")) for i in range(n)]
+    rngs = [(Random(f"{name}/{i // 2}"), Random(f"{name}/scene/{i}")) for i in range(n)]
+    return [PROMPT_SETS[name](i // 2, *pair) for i, pair in enumerate(rngs)]
 
 
 def _words(pair: Pair, extra: Pair) -> tuple[str, ...]:
@@ -274,17 +261,13 @@ def _outpaint(i: int, say: Random, rng: Random) -> EvalPrompt:
     return EvalPrompt(prompt, after, prompt, before=before, region=(0.5, 0.0, 1.0, 1.0))
 
 
-def _mixed(i: int, say: Random, rng: Random) -> EvalPrompt:
-    return PROMPT_SETS[("seen", "relations", "counts")[i % 3]](i // 3, say, rng)
-
-
 PROMPT_SETS: dict[str, Callable[[int, Random, Random], EvalPrompt]] = {  # (i, random words, random scene) -> prompt
     "seen": partial(_one, pairs=SEEN),  # "a small red cube"
     "novel": partial(_one, pairs=NOVEL),  # pairs of color and shape that are held out of training
     "paraphrases": partial(_one, pairs=SEEN, paraphrase=True),  # "a tiny crimson box": words held out of training
     "relations": _relation,  # "a red cube left of a gray sphere"
     "counts": _count,  # "three blue cylinders"
-    "mixed": _mixed,  # one thing, a relation, a count in turn
+    "mixed": lambda i, *rngs: PROMPT_SETS[("seen", "relations", "counts")[i % 3]](i // 3, *rngs),
     "negative": _negative,
     "edit": _edit,
     "inpaint": _inpaint,

@@ -337,10 +337,9 @@ def measure(
         before = before.eval().requires_grad_(False).to(muse.device, muse.dtype)
         if not torch.allclose(before.codebook, muse.high_tokenizer.codebook, rtol=1e-2, atol=1e-3):  # stored in half
             raise ValueError(f"{folder} is not the training run of {name}: the codebooks differ; give another --run")
-    about = {"checkpoint": muse.config.name, "fingerprint": muse.fingerprint}
-    about |= {"device": muse.device.type, "dtype": str(muse.dtype)}
+    about = {"checkpoint": muse.config.name, "fingerprint": muse.fingerprint, "dtype": str(muse.dtype)}
     homes = {"checkpoint": checkpoint.find(name)} | {part: checkpoint.SHIPPED / part for part in ("detector", "clip")}
     for part, home in homes.items():
         about[f"weights of {part}"] = hashlib.sha256((home / checkpoint.WEIGHTS).read_bytes()).hexdigest()
     model = EvalModel(muse, before=before, base_only=base_only or sweep)  # sweeps are of the base model alone
-    return evaluate(model, out, about, sweep=sweep, **options)
+    return evaluate(model, out, about | {"device": muse.device.type}, sweep=sweep, **options)

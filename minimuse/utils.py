@@ -5,7 +5,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,33 +24,29 @@ def require(condition: bool, message: str) -> None:
 
 def require_positive(config: Any, *names: str) -> None:
     """ValueError unless each named field is a whole number of at least 1."""
-    for name in names:
-        value = getattr(config, name)
-        ok = isinstance(value, int) and value > 0
-        require(ok, f"{type(config).__name__}.{name} is {value!r}; give a positive whole number")
+    _require_fields(config, names, lambda x: isinstance(x, int) and x > 0, "a positive whole number")
 
 
 def require_at_least(config: Any, lowest: float, *names: str) -> None:
     """ValueError unless each named field is a finite number of at least `lowest`."""
-    for name in names:
-        value = getattr(config, name)
-        ok = isinstance(value, int | float) and lowest <= value < math.inf  # NaN fails every comparison
-        require(ok, f"{type(config).__name__}.{name} is {value!r}; give {lowest} or more")
-
-
-def require_multiple(config: Any, name: str, of: int) -> None:
-    """ValueError unless the named field is a multiple of `of`."""
-    value = getattr(config, name)
-    nearest = max(1, round(value / of)) * of
-    require(value % of == 0, f"{type(config).__name__}.{name} is {value}; give a multiple of {of}, such as {nearest}")
+    _require_fields(config, names, lambda x: isinstance(x, int | float) and lowest <= x < math.inf, f"{lowest} or more")
 
 
 def require_fraction(config: Any, *names: str) -> None:
     """ValueError unless each named field is a number in [0, 1]."""
+    _require_fields(config, names, lambda x: isinstance(x, int | float) and 0 <= x <= 1, "a fraction, from 0 to 1")
+
+
+def require_multiple(config: Any, name: str, of: int) -> None:
+    """ValueError unless the named field is a multiple of `of`."""
+    nearest = max(1, round(getattr(config, name) / of)) * of
+    _require_fields(config, [name], lambda x: x % of == 0, f"a multiple of {of}, such as {nearest}")
+
+
+def _require_fields(config: Any, names: Iterable[str], is_right: Callable[[Any], bool], expected: str) -> None:
     for name in names:
         value = getattr(config, name)
-        ok = isinstance(value, int | float) and 0 <= value <= 1
-        require(ok, f"{type(config).__name__}.{name} is {value!r}; give a fraction, from 0 to 1")
+        require(is_right(value), f"{type(config).__name__}.{name} is {value!r}; give {expected}")
 
 
 # --- devices and precision --------------------------------------------------------------------------------------------

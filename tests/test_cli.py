@@ -342,7 +342,7 @@ def test_pictures_that_cannot_be_read(run, here, image):
     refused(run("inpaint", "picture.png", "text.png", A), "text.png cannot be read")
     refused(run("edit", "small.png", A), f"x {9} came")
     refused(run("inpaint", "picture.png", "small.png", A), f"x {9} came")
-    refused(run("outpaint", "picture.png", A, "--padding", 1, 2), "--padding has 2 numbers")
+    refused(run("outpaint", "picture.png", A, "--padding", 1, 2), "padding (1, 2); give pixels to add")
     refused(run("outpaint", "picture.png", A, "--padding", 0), "padding 0")
     (here / "giant.png").write_bytes(giant_png())
     refused(run("edit", "giant.png", A), "giant.png cannot be read, it is too large")
