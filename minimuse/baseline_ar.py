@@ -72,8 +72,7 @@ class LowRes(Muse):
 
     def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
         """Train the network on what the trainer has prepared."""
-        init_from_codebook(self.base, self.low_tokenizer.codebook)
-        return trainer.transformer("base")
+        return trainer.transformer("base", self.low_tokenizer.codebook)
 
     def decode(self, jobs: Jobs, **sampling: Any) -> Iterator[Step]:
         """B jobs (prompt, negative prompt, seed) -> Steps with (B, N) tokens."""

@@ -99,9 +99,8 @@ def _tokenizer_backward(job: Stage, vqgan: VQGAN, losses: VQGANLoss, x: Tensor, 
     with precision():
         loss = losses.generator_loss(x, made.images, vqgan.decoder.conv_out.weight, step)
     loss = loss + made.codebook_loss + COMMITMENT * made.commitment_loss
-    l1 = F.l1_loss(made.images, x)
-    mse = F.mse_loss(made.images, x)
-    job.backward(loss / job.parts, loss=loss / job.parts, l1=l1 / job.parts, mse=mse / job.parts)
+    metrics = {"loss": loss, "l1": F.l1_loss(made.images, x), "mse": F.mse_loss(made.images, x)}
+    job.backward(loss / job.parts, **{name: value / job.parts for name, value in metrics.items()})
     if losses.discriminator_active(step):
         with precision():
             loss = losses.discriminator_loss(x, made.images, job.modules["discriminator"])
@@ -275,17 +274,13 @@ class MuseTrainer:
         config, parts, data = self.config, self.parts, self.data
         yield from self.before_base()
 
-        torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
-        init_from_codebook(parts["base"], parts["low_tokenizer"].codebook)
-        yield from self.transformer("base")
+        yield from self.transformer("base", parts["low_tokenizer"].codebook)
 
         parts["high_tokenizer"] = self.high
         yield from self.tokenizer("high_tokenizer", self.high)
         yield from self.prepare("high tokens", data.tokenize("high", self.high))
 
-        torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
-        init_from_codebook(parts["superres"], self.high.codebook, parts["low_tokenizer"].codebook)
-        yield from self.transformer("superres")
+        yield from self.transformer("superres", self.high.codebook, parts["low_tokenizer"].codebook)
 
         torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
         parts["high_tokenizer"] = self.high.grow_decoder(config.finetuned_tokenizer)
@@ -313,16 +308,17 @@ class MuseTrainer:
 
     def tokenizer(self, name: str, vqgan: VQGAN) -> Iterator[Progress]:
         """A tokenizer stage: the low tokenizer sees the downsampled images."""
-        images = self.data.split(self.data.images)
-        held_out = self.data.split(self.data.images, held_out=True)
-        factor = self.config.high_tokenizer.image_size // vqgan.config.image_size
+        images, factor = self.data.images, self.config.high_tokenizer.image_size // vqgan.config.image_size
         if factor > 1:
-            images, held_out = Decimated(images, factor), Decimated(held_out, factor)
-        options = {"stage": name, "engine": self.engine, "eval_fn": self.log.tokenizer(name, held_out)}
-        return train_tokenizer(vqgan, self.config.stages[name], images, perceptual=self.perceptual, **options)
+            images = Decimated(images, factor)
+        eval_fn = self.log.tokenizer(name, self.data.split(images, held_out=True))
+        options = {"stage": name, "engine": self.engine, "eval_fn": eval_fn, "perceptual": self.perceptual}
+        return train_tokenizer(vqgan, self.config.stages[name], self.data.split(images), **options)
 
-    def transformer(self, name: str) -> Iterator[Progress]:
-        """A transformer stage, "base" or "superres"."""
+    def transformer(self, name: str, *codebooks: Tensor) -> Iterator[Progress]:
+        """A transformer stage, "base" or "superres", whose embeddings start from the codebooks."""
+        torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
+        init_from_codebook(self.parts[name], *codebooks)
         data, model, texts = self.data, self.parts[name], self.data.split(self.data.texts)
         options = {"stage": name, "engine": self.engine, "eval_fn": self.log.transformer(name, data, self.parts)}
         tokens = data.split(data.tokens["low"])

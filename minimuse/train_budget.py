@@ -7,11 +7,10 @@ Bytes are those of fp32 weights, trained with bf16 autocast and fused attention,
 Not counted: gradients of activations, temporary tensors, workspaces, gaps; the data's preparation; the language model.
 """
 
-import textwrap
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
+from timeit import timeit
 from typing import Any, NamedTuple
 
 import torch
@@ -27,16 +26,14 @@ from minimuse.config import STAGES, MuseConfig, StageConfig
 from minimuse.data_cache import TrainingData, tokenize_images
 from minimuse.data_images import area_downsample
 from minimuse.data_sources import Example, Problems
-from minimuse.masking import masked_cross_entropy
 from minimuse.sampler import SamplingConfig
 from minimuse.text import Context
+from minimuse.train import MaskedLoss
 from minimuse.train_engine import checkpoint_activations, hidden_matrices
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
 from minimuse.utils import duration, fast_bf16, pick_device, si
 from minimuse.vqgan import VQGAN
 from minimuse.vqgan_loss import COMMITMENT, SceneFeatures, VQGANLoss, feature_distance
-
-Losses = Callable[[int, int], Iterator[Tensor]]  # batch, step -> losses, each for a backward pass of its own
 
 
 class StageBudget(NamedTuple):
@@ -82,16 +79,6 @@ def count_flops(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-class _FusedAttention(torch.autograd.Function):
-    """What a fused attention kernel saves: q, k, v, its output, and a log-sum for each query."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return out
-
-
 class _Autocast(TorchFunctionMode):
     """The rules of CUDA's autocast on any device: products in bf16 (if `bf16`), normalization in fp32."""
 
@@ -106,8 +93,8 @@ class _Autocast(TorchFunctionMode):
         return x.to(self.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _FusedAttention.apply(*map(self.cast, args[:3]))
+        if func is F.scaled_dot_product_attention:  # a fused kernel saves q, k, v, its output, and a log-sum per query
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*map(self.cast, args[:3]))[0]
         if func in (F.linear, F.conv2d):
             args = tuple(map(self.cast, args))
         elif func in (F.group_norm, F.layer_norm):
@@ -117,31 +104,31 @@ class _Autocast(TorchFunctionMode):
 
 def saved_bytes(run: Callable[[], Any], weights: nn.Module, bf16: bool = True) -> int:
     """Bytes that `run()` saves for its backward pass, each storage once, without the module `weights` itself."""
-    own = {id(s): s for s in (x.untyped_storage() for x in [*weights.parameters(), *weights.buffers()])}
-    saved: dict[int, torch.UntypedStorage] = {}  # by id, which stays valid because the storage is kept
+    own = [x.untyped_storage() for x in [*weights.parameters(), *weights.buffers()]]
+    saved: list[torch.UntypedStorage] = []  # torch has one Python object for each storage while it lives
 
     def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        saved[id(storage)] = storage
+        saved.append(x.untyped_storage())
         return x
 
     with _Autocast(bf16), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         run()
-    return sum(storage.nbytes() for key, storage in saved.items() if key not in own)
+    sizes = {id(storage): storage.nbytes() for storage in saved}
+    return sum(size for key, size in sizes.items() if key not in set(map(id, own)))
 
 
 def optimizer_bytes(parts: nn.Module, optimizer: str) -> int:
     """fp32 state: AdamW's two moments and step, Adafactor's row and column factors, or Muon's one moment."""
     hidden = {id(p) for p in hidden_matrices(parts)} if optimizer == "muon" else set()
-    total = 0
-    for p in filter(lambda p: p.requires_grad, parts.parameters()):
+
+    def numbers(p: nn.Parameter) -> int:
         if id(p) in hidden:
-            total += p.numel()
-        elif optimizer != "adafactor":
-            total += 2 * p.numel() + 1
-        else:
-            total += (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim > 1 else p.numel()) + 1
-    return 4 * total
+            return p.numel()
+        if optimizer == "adafactor":
+            return 1 + (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim > 1 else p.numel())
+        return 1 + 2 * p.numel()
+
+    return 4 * sum(numbers(p) for p in parts.parameters() if p.requires_grad)
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
@@ -155,28 +142,16 @@ def _inputs(config: TransformerConfig, text_tokens: int, batch: int) -> tuple[Te
     return tokens, context, [tokens.new_zeros(batch, config.low_grid**2)] if config.low_layers else []
 
 
-def _transformer_losses(model: Transformer, text_tokens: int, batch: int, step: int) -> Iterator[Tensor]:
-    tokens, context, low = _inputs(model.config, text_tokens, batch)
-    logits = model(tokens, model.memory(context, *low))
-    yield masked_cross_entropy(logits, tokens, torch.ones_like(tokens, dtype=torch.bool))
-
-
-def _tokenizer_losses(vqgan: VQGAN, losses: VQGANLoss, size: int, batch: int, step: int) -> Iterator[Tensor]:
-    x = torch.zeros(batch, 3, size, size)
-    made = vqgan(x)
-    made = made._replace(images=made.images.float())
-    loss = losses.generator_loss(x, made.images, vqgan.decoder.conv_out.weight, step)
-    yield loss + made.codebook_loss + COMMITMENT * made.commitment_loss
-    if losses.discriminator_active(step):
-        yield losses.discriminator_loss(x, made.images)
-
-
-def _networks(config: MuseConfig, stage: str, checkpointing: bool) -> tuple[nn.Module, Losses]:
-    """A stage's networks on the meta device, and the losses of its steps."""
+def _networks(config: MuseConfig, stage: str) -> tuple[nn.Module, Callable[[int, int], Iterator[Tensor]]]:
+    """A stage's networks, and (batch, step) -> the losses of a step, each for a backward pass of its own."""
     how = config.stages[stage]
     if stage in ("base", "superres"):
-        model = Transformer(config.base) if stage == "base" else SuperRes(config.superres)
-        networks, losses = model, partial(_transformer_losses, model, config.text_tokens)
+        networks = MaskedLoss(Transformer(config.base) if stage == "base" else SuperRes(config.superres))
+
+        def losses(batch: int, step: int) -> Iterator[Tensor]:
+            tokens, context, low = _inputs(networks.model.config, config.text_tokens, batch)
+            masked = torch.ones_like(tokens, dtype=torch.bool)
+            yield networks(tokens, masked, context, *(low or [None]), count=tokens.numel())[0]
     else:
         vqgan = VQGAN(config.finetuned_tokenizer if stage == "decoder" else getattr(config, stage))
         vqgan.quantizer.eval()  # dead codes restart depending on the data, and shapes have no data
@@ -184,24 +159,26 @@ def _networks(config: MuseConfig, stage: str, checkpointing: bool) -> tuple[nn.M
             vqgan.freeze_tokens()
         perceptual = feature_distance(SceneFeatures(1).requires_grad_(False)) if how.perceptual_weight else None
         loss = VQGANLoss(perceptual, how.perceptual_weight, how.adversarial_weight, how.adversarial_start)
+        networks = nn.ModuleList([vqgan, loss])
         size = min(how.crop or vqgan.config.image_size, vqgan.config.image_size)
-        networks, losses = nn.ModuleList([vqgan, loss]), partial(_tokenizer_losses, vqgan, loss, size)
-    if checkpointing:
-        checkpoint_activations(networks)
+
+        def losses(batch: int, step: int) -> Iterator[Tensor]:
+            x = torch.zeros(batch, 3, size, size)
+            made = vqgan(x)
+            made = made._replace(images=made.images.float())
+            total = loss.generator_loss(x, made.images, vqgan.decoder.conv_out.weight, step)
+            yield total + made.codebook_loss + COMMITMENT * made.commitment_loss
+            if loss.discriminator_active(step):
+                yield loss.discriminator_loss(x, made.images)
+
     return networks, losses
 
 
-def _mean_flops(losses: Losses, how: StageConfig) -> float:
+def _mean_flops(losses: Callable[[int, int], Iterator[Tensor]], how: StageConfig) -> float:
     """FLOPs of one example and step, the mean over the stage: a discriminator costs nothing before its start."""
-
-    def backward(step: int) -> None:
-        for loss in losses(1, step):
-            loss.backward()
-
     late = min(how.adversarial_start, how.steps) / how.steps if how.adversarial_weight else 0
-    before = count_flops(lambda: backward(how.adversarial_start - 1)) if late > 0 else 0
-    after = count_flops(lambda: backward(how.adversarial_start)) if late < 1 else 0
-    return late * before + (1 - late) * after
+    shares = {how.adversarial_start - 1: late, how.adversarial_start: 1 - late}
+    return sum(x * count_flops(lambda s=s: [loss.backward() for loss in losses(1, s)]) for s, x in shares.items() if x)
 
 
 def stage_budget(config: MuseConfig, stage: str, checkpointing: bool = False) -> StageBudget:
@@ -210,7 +187,9 @@ def stage_budget(config: MuseConfig, stage: str, checkpointing: bool = False) ->
         raise ValueError(f"no stage {stage!r} in {config.name!r}; known: {', '.join(config.stages)}")
     how = config.stages[stage]
     with torch.device("meta"):
-        networks, losses = _networks(config, stage, checkpointing)
+        networks, losses = _networks(config, stage)
+        if checkpointing:
+            checkpoint_activations(networks)
         step_flops = how.batch * _mean_flops(losses, how)
         one, two = (saved_bytes(lambda n=n: next(losses(n, how.steps)), networks) for n in (1, 2))
     total = sum(p.numel() for p in networks.parameters())
@@ -218,11 +197,6 @@ def stage_budget(config: MuseConfig, stage: str, checkpointing: bool = False) ->
     fixed = {"weights": 4 * total, "gradients": 4 * trained, "optimizer": optimizer_bytes(networks, how.optimizer)}
     saved = {"casts": 2 * one - two, "activations": two - one}
     return StageBudget(stage, how.steps, how.batch, total, trained, step_flops, **fixed, **saved)
-
-
-def stage_budgets(config: MuseConfig, checkpointing: bool = False) -> list[StageBudget]:
-    """A StageBudget for each stage of `config`, in the order of training."""
-    return [stage_budget(config, stage, checkpointing) for stage in STAGES if stage in config.stages]
 
 
 def decode_flops(model: Transformer, how: SamplingConfig, text_tokens: int) -> tuple[int, int]:
@@ -258,19 +232,6 @@ def matmul_ceiling(device: Any = None, dtype: torch.dtype | None = None, size: i
     return 2 * size**3 / timer.blocked_autorange(min_run_time=seconds).median
 
 
-def _advice(b: StageBudget, accelerators: int, memory: float, checkpointing: bool) -> str:
-    """What to do if a stage's part of the batch does not fit, or ""."""
-    part, fit, sharded = -(-b.batch // accelerators), b.examples(memory), b.examples(memory, accelerators)
-    if fit >= part:
-        return ""
-    if fit or sharded:
-        hint = ("" if fit else f"FSDP over {accelerators} and ") + f"accumulation, {fit or sharded} at a time"
-        hint += "" if checkpointing else ", or activation checkpointing"
-    else:
-        hint = ("" if checkpointing else "activation checkpointing and ") + "FSDP over more accelerators"
-    return textwrap.fill(f"{b.stage}: {part} on each exceed {si(memory, 'B')}: {hint}", 100, subsequent_indent="  ")
-
-
 def report(
     config: MuseConfig,
     accelerators: int = 1,
@@ -284,66 +245,57 @@ def report(
         raise ValueError(f"{accelerators=}, {ceiling=}, {memory_gb=}; give at least 1 accelerator, and positive values")
     source = "matrix products measured here" if ceiling is None else "as given"
     rate = (ceiling or matmul_ceiling()) * accelerators
-    rows = "{:14}{:>10}{:>11}{:>7}{:>13}{:>13}{:>10}{:>10}{:>12}"
-    source += ", activation checkpointing" * checkpointing
+    row = "{:14}{:>10}{:>11}{:>7}{:>13}{:>13}{:>10}{:>10}{:>12}".format
     lines = [f"{config.name}: {accelerators} x {si(rate / accelerators, 'FLOP/s')}, {source}"]
-    lines += [rows.format("stage", "trained", "steps", "batch", "a step", "all steps", "fixed", "example", "at best")]
-    budgets = stage_budgets(config, checkpointing)
+    lines += [row("stage", "trained", "steps", "batch", "a step", "all steps", "fixed", "example", "at best")]
+    budgets = [stage_budget(config, stage, checkpointing) for stage in STAGES if stage in config.stages]
     for b in budgets:
         amounts = [si(b.step_flops, "FLOP"), si(b.flops, "FLOP"), si(b.fixed, "B"), si(b.activations, "B")]
-        lines.append(
-            rows.format(b.stage, si(b.trained, ""), f"{b.steps:,}", b.batch, *amounts, duration(b.flops / rate))
-        )
+        lines.append(row(b.stage, si(b.trained, ""), f"{b.steps:,}", b.batch, *amounts, duration(b.flops / rate)))
     total = sum(b.flops for b in budgets)
-    lines.append(rows.format("all", "", "", "", "", si(total, "FLOP"), "", "", duration(total / rate)))
+    lines.append(row("all", "", "", "", "", si(total, "FLOP"), "", "", duration(total / rate)))
     lines.append("fixed: weights, gradients, optimizer, bf16 copies; example: activations saved for one example")
     image = sampling_flops(config)
     parts = ", ".join(f"{name} {si(flops, 'FLOP')}" for name, flops in image._asdict().items())
     lines += ["one image on one accelerator:", f"{parts}; at best {duration(sum(image) * accelerators / rate)}"]
-    if memory_gb is not None:
-        advice = [_advice(b, accelerators, memory_gb * 1e9, checkpointing) for b in budgets]
-        lines += list(filter(None, advice)) or [f"every stage's batch fits in {memory_gb:g} GB, at best"]
-    return "\n".join(lines)
+    if memory_gb is None:
+        return "\n".join(lines)
+    for b in budgets:
+        part, fit, sharded = -(-b.batch // accelerators), *(b.examples(memory_gb * 1e9, n) for n in (1, accelerators))
+        if fit < part:
+            lines.append(
+                f"{b.stage}: {fit} of {part} fit, {sharded} with FSDP; accumulate, recompute, or use more of them"
+            )
+    return "\n".join([*lines, f"every other stage's batch fits in {memory_gb:g} GB, at best"])
 
 
-def preview(data: TrainingData, most: int = 64) -> str:
+def preview(data: TrainingData, most: int = 16) -> str:
     """Bytes of each cache and the time of one process to compute it, measured on the first images. Nothing is kept."""
+    config, source = data.config, data.source
 
     def read() -> list[Example]:
-        return list(islice(data.source.read(0, data.side, Problems()), most))
-
-    def seconds(work: Callable[[], Any]) -> float:
-        work()  # what is slow only once
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
+        return list(islice(source.read(0, data.side, Problems()), most))
 
     if not (examples := read()):
         return "the first part of the data holds no usable image"
     captions = [text for e in examples for text in e.captions]
-    each = {"pixels": seconds(read) / len(examples)}
+    known = hasattr(source, "__len__")
+    n = len(source) if known else source.parts * sum(1 for _ in source.read(0, data.side, Problems()))
+    caches = {"pixels": (3 * data.side**2 * min(data.pixels_limit, n), read)}
     for name in ("low", "high"):
-        tokenizer = VQGAN(getattr(data.config, f"{name}_tokenizer")).to(data.device)
-        few = torch.stack([e.image for e in examples[:4]])
-        few = area_downsample(few, data.side // tokenizer.config.image_size)
-        each[name] = seconds(partial(tokenize_images, tokenizer, few, bf16=data.bf16)) / len(few)
-    note, length = "", 32.0
-    try:
-        each["text"] = seconds(partial(data.encode, captions)) / len(examples)
-        length = sum(map(len, data.encode(captions))) / len(captions)
-    except OSError:
-        note = f" ({data.config.text_encoder} is not here: 32 tokens per caption assumed)"
-    known = hasattr(data.source, "__len__")
-    n = len(data.source) if known else data.source.parts * sum(1 for _ in data.source.read(0, data.side, Problems()))
-    sizes = {"pixels": min(data.pixels_limit, n) * 3 * data.side**2}
-    for name in ("low", "high"):
-        c = getattr(data.config, f"{name}_tokenizer")
-        sizes[name] = n * c.grid**2 * (2 if c.codebook_size <= 2**16 else 4)
-    sizes["text"] = n * len(captions) / len(examples) * length * data.config.base.text_width * 2
-    if sizes["text"] > data.config.text_gib * 2**30:
-        note += "; above text_gib: encoded at every step instead"
+        tokenizer = VQGAN(getattr(config, f"{name}_tokenizer")).to(data.device)
+        small = area_downsample(torch.stack([e.image for e in examples]), data.side // tokenizer.config.image_size)
+        size = n * tokenizer.config.grid**2 * (2 if tokenizer.codebook_size <= 2**16 else 4)
+        caches[name] = size, partial(tokenize_images, tokenizer, small, bf16=data.bf16)
+    text = n * sum(map(len, captions)) / len(examples) / 4 * config.base.text_width * 2  # four characters a token
+    caches["text"] = text, partial(data.encode, captions)
     lines = [f"caches of about {n:,} images, and the time of one process:"]
-    for name, size in sizes.items():
-        took = duration(each[name] * n) if name in each else "?"
-        lines.append(f"  {name:7}{si(size, 'B'):>9}  {took:>10}{note * (name == 'text')}")
+    for name, (size, work) in caches.items():
+        try:
+            seconds = timeit(work, number=1) / len(examples) * n
+        except OSError:  # the language model is not on this machine
+            seconds = float("nan")
+        lines.append(f"  {name:7}{si(size, 'B'):>9}  {duration(seconds):>10}")
+    if text > config.text_gib * 2**30:
+        lines[-1] += "; above text_gib: encoded at every step instead"
     return "\n".join(lines)

@@ -104,11 +104,12 @@ def make_optimizers(model: nn.Module, config: StageConfig) -> list[torch.optim.O
 
 def sync(tensor: Tensor, how: str) -> None:
     """Make a tensor equal in all processes, in place: the first one's values ("first") or the maximum ("max")."""
-    if distributed.is_available() and distributed.is_initialized():
-        if how == "first":
-            distributed.broadcast(tensor, 0)
-        else:
-            distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    if how == "first":
+        distributed.broadcast(tensor, 0)
+    else:
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
 
 
 def checkpoint_activations(module: nn.Module) -> None:
@@ -159,9 +160,7 @@ class Engine:
 
             functorch.donated_buffer = False
         if self.accumulate < 1 or keep < 0:
-            raise ValueError(
-                f"accumulate={accumulate}, keep={keep}; give accumulate of at least 1 and keep of 0 or more"
-            )
+            raise ValueError(f"{accumulate=}, {keep=}; give accumulate of at least 1 and keep of 0 or more")
 
     @property
     def sharded(self) -> bool:
@@ -195,8 +194,7 @@ class Engine:
         """A module that FSDP has sharded -> a new one from `make` with all weights. Only the main process has them."""
         if not self.sharded:
             return module
-        weights = self.accelerator.get_state_dict(module)
-        full = make()
+        weights, full = self.accelerator.get_state_dict(module), make()
         if self.is_main:
             full.load_state_dict(weights)
         return full
@@ -212,12 +210,8 @@ class Engine:
 class Stage:
     """A stage under way: its modules with their optimizers, its place in the run, its states.
 
-    extra: tensors that belong to the state besides weights and optimizers. shard: whether FSDP may shard the modules.
-
-    >>> for step in stage.steps():
-    ...     for at, generators in stage.micro_batches(n, step):
-    ...         stage.backward(loss(at, generators) / stage.parts)
-    ...     metrics = stage.finish(step)
+    A step is `backward` for each of `micro_batches`, then `finish`. extra: tensors that belong to the state besides
+    weights and optimizers. shard: whether FSDP may shard the modules.
     """
 
     def __init__(
@@ -233,10 +227,9 @@ class Stage:
         self.sharded = shard and engine.sharded
         self.parts = engine.accumulate * engine.processes
         if config.batch % self.parts:
-            raise ValueError(
-                f"{name}: a batch of {config.batch} does not split into {engine.processes} processes x "
-                f"{engine.accumulate} micro-batches; make it a multiple of {self.parts}"
-            )
+            shares = f"{engine.processes} processes x {engine.accumulate} micro-batches"
+            hint = f"make it a multiple of {self.parts}"
+            raise ValueError(f"{name}: a batch of {config.batch} does not split into {shares}; {hint}")
         self.modules: dict[str, nn.Module] = {}
         self.optimizers: dict[str, list[Any]] = {}
         self.metrics: dict[str, Tensor] = {}
@@ -254,7 +247,7 @@ class Stage:
         self.folder = engine.folder and engine.folder / name
         self.first = 0
         if self.folder and train_state.states(self.folder):
-            self.first = train_state.load_state(self.folder, self.state(), self.about())
+            self.first = train_state.load_state(self.folder, self.state, self.about())
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that the next step depends on. They are written to disk, and read back in place."""
@@ -296,16 +289,12 @@ class Stage:
             with ExitStack() as stack:
                 if k < engine.accumulate - 1:  # processes sum their gradients only after the last one
                     for module in self.modules.values():
-                        stack.enter_context(self._no_sync(module))
+                        ddp = getattr(module, "no_sync", nullcontext)  # only DDP has it
+                        stack.enter_context(engine.accelerator.no_sync(module) if self.sharded else ddp())
                 yield at[start : start + size], generators[start : start + size]
 
-    def _no_sync(self, module: nn.Module) -> AbstractContextManager:
-        if self.sharded:
-            return self.engine.accelerator.no_sync(module)
-        return getattr(module, "no_sync", nullcontext)()  # only DDP has it
-
     def backward(self, share: Tensor, **metrics: Tensor) -> None:
-        """Backward pass of a share of the step's loss: the shares of all micro-batches and processes add up to it.
+        """Backward pass of a share of the step's loss. The shares of all micro-batches and processes add up to it.
 
         metrics: other values that add up in the same way. `finish` returns their sums.
         """

@@ -16,7 +16,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -124,11 +124,15 @@ def _masks(x: Tensor, at: Tensor, strata: int) -> Iterator[tuple[list[str], Tens
 class TrainLog:
     """The log of one run. Without `engine.folder` nothing is written, but validation is still part of the metrics."""
 
-    def __init__(self, config: MuseConfig, engine: Engine, prompts: list[str] | None = None):
-        self.config, self.engine, self.prompts = config, engine, prompts
+    def __init__(self, config: MuseConfig, engine: Engine):
+        self.config, self.engine = config, engine
         self.folder = engine.folder if engine.is_main else None
-        self.board = _tensorboard(self.folder) if self.folder else None
+        self.board: Any = None
         self.last = ("", 0, time.perf_counter())
+        with suppress(ImportError):  # TensorBoard is optional
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = self.folder and SummaryWriter(str(self.folder / "tensorboard"))
 
     def __call__(self, p: Progress) -> dict[str, float]:
         """A Progress -> its metrics with the speed. Every tenth, and those with validation, go into the log."""
@@ -141,7 +145,8 @@ class TrainLog:
             if self.folder:  # the first Progress of a resumed stage has no metrics
                 self._forget(p.stage, p.step - bool(metrics))
         elif metrics:
-            tokens = self.config.stages[stage].batch * tokens_of(self.config, stage)
+            config, low = self.config, stage in ("low_tokenizer", "base")
+            tokens = config.stages[stage].batch * (config.low_tokenizer if low else config.high_tokenizer).grid ** 2
             metrics["tokens_per_s"] = tokens * (p.step - step) / (now - then)
         due = p.step % EVERY == 0 or p.step == p.steps or any(k.startswith("held_out") for k in metrics)
         if self.folder and metrics and due:
@@ -169,106 +174,80 @@ class TrainLog:
             x = to_float(images[range(min(8, len(images)))]).to(self.engine.device)
             with eval_mode(model), self.engine.precision():
                 made = model.decode(model.encode(x)).float()
-            error = (x - made).square().mean()
-            self.picture(stage, step, lambda: grid(torch.cat([x, made]), columns=len(x)))
-            return {"held_out_psnr": float(-10 * (error / 4).log10())}
+            self._save(stage, step, lambda: grid(torch.cat([x, made]), columns=len(x)))
+            return {"held_out_psnr": float(-10 * ((x - made).square().mean() / 4).log10())}
 
         return eval_fn
 
     def transformer(self, stage: str, data: Any, parts: nn.ModuleDict) -> EvalFn:
         """-> a function that returns held-out losses, and saves pictures of fixed prompts and seeds."""
-        prompts = self.prompts or data.words()["examples"]
-        rows = [data.tokens["low"], data.texts]
+        prompts, rows = data.words()["examples"], [data.tokens["low"], data.texts]
         if stage == "superres":
             rows = [data.tokens["high"], data.texts, data.tokens["low"]]
         held_out = [data.split(r, held_out=True) for r in rows]
         size = getattr(self.config, stage).codebook_size
 
+        def draw() -> list[Image.Image]:  # before super-resolution is trained, at low resolution
+            muse = Muse(self.config, parts, data.encoder).to(self.engine.device)
+            if stage != "base":
+                return muse.generate(prompts, seed=0)
+            *_, last = muse.decode_base(muse.jobs(prompts, seed=0))
+            return muse.picture(last)
+
         def eval_fn(loss: nn.Module, step: int) -> dict[str, float]:
             metrics = validate(loss, *held_out, codebook_size=size, engine=self.engine)
-            self.samples(stage, step, parts, prompts, lambda: self.draw(stage, parts, data.encoder, prompts))
+            self._samples(stage, step, parts, prompts, draw)
             return {f"held_out_{key}": value for key, value in metrics.items()}
 
         return eval_fn
-
-    def samples(
-        self, stage: str, step: int, parts: nn.ModuleDict, prompts: list[str], draw: Callable[[], list[Image.Image]]
-    ) -> None:
-        """Save what the networks in training draw for the prompts."""
-        if self.folder and not self.engine.sharded:  # drawing with a sharded model would need all processes
-            with eval_mode(parts), self.engine.precision():
-                images = draw()
-            self.picture(stage, step, lambda: grid(images, prompts, columns=3))
 
     def samples_of(self, model: Any) -> EvalFn:
         """-> a function that saves what a model with `parts`, `examples` and `generate` draws at low resolution."""
 
         def eval_fn(loss: nn.Module, step: int) -> dict[str, float]:
-            self.samples("base", step, model.parts, model.examples, lambda: model.generate(model.examples, seed=0))
+            self._samples("base", step, model.parts, model.examples, lambda: model.generate(model.examples, seed=0))
             return {}
 
         return eval_fn
 
-    def draw(self, stage: str, parts: nn.ModuleDict, encoder: Any, prompts: list[str]) -> list[Image.Image]:
-        """What the networks in training draw for the prompts; before super-resolution is trained, at low resolution."""
-        muse = Muse(self.config, parts, encoder).to(self.engine.device)
-        if stage != "base":
-            return muse.generate(prompts, seed=0)
-        *_, last = muse.decode_base(muse.jobs(prompts, seed=0))
-        return muse.picture(last)
+    def _samples(self, stage: str, step: int, parts: nn.ModuleDict, prompts: list[str], draw: Callable) -> None:
+        """Save what the networks in training draw for the prompts."""
+        if self.folder and not self.engine.sharded:  # drawing with a sharded model would need all processes
+            with eval_mode(parts), self.engine.precision():
+                images = draw()
+            self._save(stage, step, lambda: grid(images, prompts, columns=3))
 
-    def picture(self, stage: str, step: int, make: Callable[[], Image.Image]) -> None:
-        """Save an image as samples/<stage>-<step>.png."""
+    def _save(self, stage: str, step: int, make: Callable[[], Image.Image]) -> None:
         if self.folder:
             path = self.folder / "samples" / f"{stage}-{step:07d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             make().save(path)
-
-
-def tokens_of(config: MuseConfig, stage: str) -> int:
-    """The number of tokens of an image in a stage."""
-    return (config.low_tokenizer if stage in ("low_tokenizer", "base") else config.high_tokenizer).grid ** 2
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """log.jsonl -> its lines, without a half-written last one."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError):
             lines.append(json.loads(line))
-        except ValueError:
-            continue
     return lines
 
 
 def add_record(folder: Path, config: MuseConfig) -> None:
     """Of a finished run: write curves.png, and add to its model card how each stage went and on what machine."""
     log = read_log(folder / "log.jsonl")
-    lines = ["", "| Stage | Minutes | Training, last lines | Held out |", "|---|---|---|---|"]
+    lines = ["", "| Stage | Steps | Training, last lines | Held out |", "|---|---|---|---|"]
     for stage in dict.fromkeys(line["stage"] for line in log):
         rows = [line for line in log if line["stage"] == stage]
-        name, unit = ("psnr", "dB") if "psnr" in rows[-1] else ("loss", "nats a token")
-        held = "held_out_psnr" if name == "psnr" else "held_out_bound"
-        speeds = [line["tokens_per_s"] for line in rows if "tokens_per_s" in line and held not in line]
-        tokens = config.stages[stage].steps * config.stages[stage].batch * tokens_of(config, stage)
-        minutes = f"{tokens * mean(1 / v for v in speeds) / 60:.1f}" if speeds else ""
+        name, held, unit = "loss", "held_out_bound", "nats a token"
+        if "psnr" in rows[-1]:
+            name, held, unit = "psnr", "held_out_psnr", "dB"
         last = mean(line[name] for line in rows[-10:])
-        held_out = [f"{line[held]:.2f} {unit}" for line in rows if held in line][-1:]
-        lines.append(f"| {stage} | {minutes} | {last:.2f} {unit} | {''.join(held_out)} |")
-    machine = f"{os.cpu_count()} cores, {platform.machine()}"
-    if torch.cuda.is_available():
-        machine = torch.cuda.get_device_name()
-    lines += ["", f"Trained on {machine}, torch {torch.__version__}. Minutes count the steps only.", ""]
-    lines += ["![](curves.png)"]
+        held_out = "".join([f"{line[held]:.2f} {unit}" for line in rows if held in line][-1:])
+        lines.append(f"| {stage} | {config.stages[stage].steps:,} | {last:.2f} {unit} | {held_out} |")
+    cpu = f"{os.cpu_count()} cores, {platform.machine()}"
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    lines += ["", f"Trained on {machine}, torch {torch.__version__}.", "", "![](curves.png)"]
     with (folder / CARD).open("a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
     curves(log).save(folder / "curves.png")
-
-
-def _tensorboard(folder: Path) -> Any:
-    """A TensorBoard writer, or None if TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,14 +1,17 @@
 """A run on disk: its run.json and the training states of its stages, from which it resumes to the same weights.
 
     run/run.json                        configuration, seed and data; the folder refuses any other run
-    stage/step-00000500/state.json      the step, and the settings that a resuming run must share
     stage/step-00000500/*.distcp        weights, optimizer, moving average, by torch.distributed.checkpoint
+    stage/step-00000500/state.json      the step, the settings that a resuming run must share, each file's SHA-256
 
-A state is written into a new folder, which is then renamed. A folder without state.json does not count.
+A state is written into a new folder, state.json last, which is then renamed. A folder without state.json does not
+count. A damaged state is skipped with a warning: the run resumes from the newest whole one before it.
 Not here: the checkpoint of a finished Muse (`checkpoint.py`), what a state holds (`train_engine.py`).
 """
 
+import hashlib
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 
 from minimuse.checkpoint import CARD, read_json, refuse_existing
-from minimuse.utils import atomic_write
+from minimuse.utils import atomic_write, content_hash
 
 STATE, RUN = "state.json", "run.json"
 MODEL = "model.model."  # a transformer's weights in a state begin so, because MaskedLoss holds the transformer
@@ -30,14 +33,8 @@ MODEL = "model.model."  # a transformer's weights in a state begin so, because M
 
 
 def states(folder: Path) -> list[Path]:
-    """The complete states of a stage, oldest first."""
+    """The complete states of a stage, oldest first. Whether their files are whole is checked when they are read."""
     return sorted(p.parent for p in folder.glob(f"step-????????/{STATE}"))
-
-
-def _newest(folder: Path) -> Path:
-    if not (found := states(folder)):
-        raise ValueError(f"{folder} holds no training state; `minimuse train` writes them there")
-    return found[-1]
 
 
 def save_state(
@@ -58,8 +55,10 @@ def save_state(
         wait()
         _transfer(dcp.save, tensors, new)
         if main:
-            atomic_write(new / STATE, json.dumps({"step": step, "about": about}, indent=1) + "\n")
-            shutil.rmtree(path, ignore_errors=True)  # incomplete, or the same state
+            values = {"step": step, "about": about, "files": {file.name: _sha256(file) for file in new.iterdir()}}
+            values["sha256"] = content_hash(values)
+            atomic_write(new / STATE, json.dumps(values, indent=1) + "\n")
+            shutil.rmtree(path, ignore_errors=True)  # incomplete, damaged, or the same state
             new.rename(path)
     except OSError as e:
         if main:  # the new folder may be what fills the disk
@@ -68,49 +67,81 @@ def save_state(
         kept = f"the last complete state is {last[-1]}" if last else "there is no earlier state"
         hint = "Free some space or fix the folder, then --resume"
         raise OSError(e.errno, f"could not save step {step} to {folder} ({e.strerror or e}); {kept}. {hint}") from e
-    for old in states(folder)[:-keep] if main and keep else []:
+    older = [state for state in states(folder) if state <= path]  # a newer one was damaged, and does not count
+    for old in older[:-keep] if main and keep else []:
         with suppress(OSError):  # on Windows another program may hold it open
             (old / STATE).unlink()  # first, so that a half-deleted state does not count
             shutil.rmtree(old)
     wait()
 
 
-def load_state(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> int:
-    """Read the newest state of a stage into `tensors`, in place -> its step.
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    ValueError if the state belongs to a run with other settings, or if it is damaged. Nothing is deleted.
+
+def _check(path: Path) -> dict[str, Any]:
+    """A state -> the values of its state.json. ValueError if any of its files has changed since it was saved."""
+    try:
+        values = read_json(path / STATE)
+        changed = [] if values.pop("sha256") == content_hash(values) else [STATE]
+        changed += [name for name, digest in values["files"].items() if _sha256(path / name) != digest]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+        changed = [repr(e)]
+    if changed:
+        raise ValueError(f"{path} is damaged or incomplete: {', '.join(changed)}")
+    return values
+
+
+def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole state of a stage and its state.json; each damaged one is named by a warning."""
+    for path in reversed(states(folder)):
+        try:
+            return path, _check(path)
+        except ValueError as e:
+            logging.getLogger("minimuse").warning("%s; it is skipped, the state before it is used", e)
+    return None
+
+
+def load_state(folder: Path, tensors: Callable[[], dict[str, Tensor]], about: dict[str, Any]) -> int:
+    """Read the newest whole state of a stage into `tensors()`, in place -> its step; 0 if there is none.
+
+    ValueError if the state belongs to a run with other settings. Nothing is deleted.
     """
-    path = _newest(folder)
-    values = _read_about(path)
+    if (found := _newest(folder)) is None:
+        return 0
+    path, values = found
     if changed := differences(values["about"], json.loads(json.dumps(about))):
         raise ValueError(f"{path} belongs to another run: {'; '.join(changed[:4])}. Restore them, or start a new run")
-    read_into(tensors, path)
+    _read_into(tensors(), path)
     return values["step"]
 
 
 def load_weights(folder: Path, module: nn.Module) -> int:
-    """Read the weights of the newest state of a stage into a module of the same kind -> the state's step."""
-    path = _newest(folder)
-    read_into({f"model.{name}": tensor for name, tensor in module.state_dict().items()}, path)
-    return _read_about(path)["step"]
+    """Read the weights of a stage's newest whole state into a module of the same kind -> the state's step."""
+    if (found := _newest(folder)) is None:
+        reason = (
+            "each training state in it is damaged or incomplete" if states(folder) else "it holds no training state"
+        )
+        raise ValueError(f"{folder}: {reason}; `minimuse train` writes them there")
+    _read_into({f"model.{name}": tensor for name, tensor in module.state_dict().items()}, found[0])
+    return found[1]["step"]
 
 
-def read_into(tensors: dict[str, Tensor], path: Path) -> None:
-    """Read a state's tensors of the same names, in place. ValueError if it is damaged or lacks one."""
+def _read_into(tensors: dict[str, Tensor], path: Path) -> None:
+    """Read a state's tensors of the same names, in place. ValueError if it lacks one or has another shape."""
     try:
         _transfer(dcp.load, tensors, path)
     except OSError as e:
-        raise ValueError(_damaged(path, str(e))) from e
+        raise ValueError(f"{path} holds other tensors than this run: {e}") from e
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """A state -> all its tensors whose names begin with `prefix`, on the CPU."""
-    try:
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    except Exception as e:
-        raise ValueError(_damaged(path, repr(e))) from e
+    """A state -> all its tensors whose names begin with `prefix`, on the CPU. ValueError if it is damaged."""
+    _check(path)
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in saved.items() if k.startswith(prefix)}
-    read_into(tensors, path)
+    _read_into(tensors, path)
     return tensors
 
 
@@ -137,20 +168,6 @@ def _transfer(action: Callable[..., Any], tensors: dict[str, Tensor], path: Path
     except dcp.CheckpointException as e:
         cause = next(iter(e.failures.values()))[0]
         raise OSError(getattr(cause, "errno", None), str(cause)) from e
-
-
-def _read_about(path: Path) -> dict[str, Any]:
-    try:
-        values = read_json(path / STATE)
-        return {"step": int(values["step"]), "about": values["about"]}
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(_damaged(path, repr(e))) from e
-
-
-def _damaged(path: Path, reason: str) -> str:
-    older = [s for s in states(path.parent) if s < path]
-    then = f"resumes from {older[-1].name}" if older else "starts this stage again"
-    return f"{path} is damaged or incomplete: {reason}. Move that folder away; --resume then {then}"
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
