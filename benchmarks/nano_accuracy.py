@@ -18,8 +18,8 @@ from torch import Tensor
 
 from minimuse import Muse
 from minimuse.data_scenes import COLORS, SHAPES, Thing, is_novel
-from minimuse.eval_detector import Detector
 from minimuse.eval_metrics import proportion_interval
+from minimuse.eval_networks import Detector
 from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.plots import grid
 

@@ -42,8 +42,8 @@ from minimuse.config import MuseConfig
 from minimuse.data_cache import TrainingData
 from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import SceneDataset, open_source
-from minimuse.eval_detector import Detector
 from minimuse.eval_metrics import Estimate, frechet_interval, mean_interval, paired_difference, proportion_interval
+from minimuse.eval_networks import Detector
 from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.masking import likelihood_bound
 from minimuse.muse import build

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from minimuse import Muse
-from minimuse.eval_detector import Detector
+from minimuse.eval_networks import Detector
 from minimuse.eval_prompts import matches, parse_prompt, prompt_set
 from minimuse.plots import film, grid
 

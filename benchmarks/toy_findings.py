@@ -27,8 +27,8 @@ from timing import HERE, machine, markdown, save, write_readme
 
 from minimuse.data_captions import RELATION_PHRASES
 from minimuse.data_scenes import MATERIALS, SIZES
-from minimuse.eval_detector import FIELDS
 from minimuse.eval_metrics import Estimate, paired_difference, proportion_interval
+from minimuse.eval_networks import FIELDS
 from minimuse.eval_prompts import prompt_set
 from minimuse.eval_run import measure, table
 

@@ -1,4 +1,4 @@
-"""Train SceneClip (`eval_clip.py`) from scratch. This made the shipped weights, minimuse/checkpoints/clip.
+"""Train SceneClip (`eval_networks.py`) from scratch. This made the shipped weights, minimuse/checkpoints/clip.
 
     python benchmarks/train_clip.py FOLDER
 
@@ -29,8 +29,7 @@ from minimuse.config import StageConfig
 from minimuse.data_captions import FLOOR_PHRASE, caption
 from minimuse.data_images import to_float, to_uint8
 from minimuse.data_scenes import render
-from minimuse.eval_clip import CLIP_FORMAT, SceneClip, SceneClipNetwork
-from minimuse.eval_detector import FIELDS, SIZE
+from minimuse.eval_networks import CLIP_FORMAT, FIELDS, SIZE, SceneClip, SceneClipNetwork
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train_engine import Engine, Stage
 

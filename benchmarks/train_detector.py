@@ -1,4 +1,4 @@
-"""Train the detector (`eval_detector.py`) from scratch. This made the shipped weights, minimuse/checkpoints/detector.
+"""Train the detector (`eval_networks.py`) from scratch. This made the shipped weights, minimuse/checkpoints/detector.
 
     python benchmarks/train_detector.py FOLDER
 
@@ -27,7 +27,7 @@ from minimuse import checkpoint
 from minimuse.config import StageConfig
 from minimuse.data_images import to_float, to_uint8
 from minimuse.data_scenes import MAX_THINGS, SPLITS, Scene, box, render, sample_scene
-from minimuse.eval_detector import (
+from minimuse.eval_networks import (
     DETECTOR_FORMAT,
     FIELDS,
     GRID,

@@ -88,6 +88,7 @@ class Page:
         yield from self._run(self.muse.generate, request)
 
     def repaint(self, start: Any, canvas: Any, *request: Any) -> Iterator[dict]:
+        """Inpaint what the user painted on the canvas."""
         layers = (canvas or {}).get("layers", [])
 
         def inpaint(*args: Any, **settings: Any) -> list[Image.Image]:

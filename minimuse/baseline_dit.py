@@ -139,6 +139,7 @@ class DiT(Transformer):
                 block.condition.bias.data.view(6, -1)[[2, 5]] = 1.0
 
     def forward(self, x: Tensor, memory: Memory, step: Tensor) -> Tensor:
+        """x (B, d, h, w), noise level `step` (B,) or () -> the noise in x, (B, d, h, w) float32."""
         grid, dtype = x.shape[-1] // self.patch, self.head.weight.dtype
         c = self.time(time_waves(step.expand(len(x)), self.config.width).to(dtype))[:, None]  # (B, 1, D)
         h = F.pixel_unshuffle(x.to(dtype), self.patch).flatten(2).transpose(1, 2)  # (B, N, d p^2)

@@ -1,28 +1,29 @@
-"""The `minimuse` command: its options, and what each command does with them.
+"""The `minimuse` command: its options.
 
 minimuse generate "two small red cubes" --n 4 --seed 0 --film
 minimuse inpaint picture.png mask.png "a green sphere"
 minimuse info paper_3b
 
-Commands call the library and print. They import what they need when they run, so `minimuse --help` is fast.
-Not here: the page of `minimuse app` (`app.py`).
+Not here: what the commands do (`cli_commands.py`).
 """
 
 import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from pydoc import locate
-from typing import Any
 
-SETTINGS = "guidance steps schedule order sampling_temperature choice_temperature iterations fraction".split()
-BASELINES = {  # of `train --model`: trained at low resolution only
-    "masked": "minimuse.baseline_ar.LowRes",
-    "ar": "minimuse.baseline_ar.Autoregressive",
-    "dit": "minimuse.baseline_dit.Diffusion",
-}
+from minimuse.cli_commands import (
+    BASELINES,
+    run_app,
+    run_average,
+    run_compare,
+    run_doctor,
+    run_draw,
+    run_evaluate,
+    run_info,
+    run_train,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,18 +99,18 @@ def _option_groups() -> dict[str, argparse.ArgumentParser]:
 
 def _drawing_options(command: Callable) -> None:
     """Options of generate, inpaint, outpaint, edit and app."""
-    command("generate", _draw, "draw pictures from prompts", "prompts", "drawing", "sampling", "device")
-    add = command("inpaint", _draw, "repaint the white part of a mask", "image", "drawing", "sampling", "device")
+    command("generate", run_draw, "draw pictures from prompts", "prompts", "drawing", "sampling", "device")
+    add = command("inpaint", run_draw, "repaint the white part of a mask", "image", "drawing", "sampling", "device")
     add("mask", type=Path)
     add("prompts", nargs=1, metavar="PROMPT")
-    add = command("outpaint", _draw, "extend a picture beyond its edges", "image", "drawing", "sampling", "device")
+    add = command("outpaint", run_draw, "extend a picture beyond its edges", "image", "drawing", "sampling", "device")
     add("prompts", nargs=1, metavar="PROMPT")
     add("--padding", type=int, nargs="+", default=[16], help="pixels: one number, or left top right bottom")
-    add = command("edit", _draw, "change a picture towards a prompt, without a mask", "image", "drawing", "device")
+    add = command("edit", run_draw, "change a picture towards a prompt, without a mask", "image", "drawing", "device")
     add("prompts", nargs=1, metavar="PROMPT")
     add("--iterations", type=int, default=100, help="number of resampling steps (default: 100)")
     add("--share", dest="fraction", type=float, default=0.08, help="fraction of tokens resampled in an iteration")
-    add = command("app", _app, "open a page to draw with in the browser (extra `app`)", "device")
+    add = command("app", run_app, "open a page to draw with in the browser (extra `app`)", "device")
     add("--checkpoint", "--model", default="toy", help="shipped name, folder or hub id (default: toy)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=int, help="port to listen on (default: the first free one from 7860)")
@@ -117,7 +118,7 @@ def _drawing_options(command: Callable) -> None:
 
 def _training_options(command: Callable) -> None:
     """Options of train, average and doctor."""
-    add = command("train", _train, "train a Muse from scratch, or resume a run", "seed", "half", "device")
+    add = command("train", run_train, "train a Muse from scratch, or resume a run", "seed", "half", "device")
     add("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     add("--out", type=Path, required=True, help="folder of the run: states, log, pictures, checkpoint")
     add("--model", choices=BASELINES, help="train this low-resolution baseline instead of Muse")
@@ -132,18 +133,18 @@ def _training_options(command: Callable) -> None:
     add("--recompute", action="store_true", help="activation checkpointing: less memory, more computation")
     add("--compile", action="store_true", help="compile the models with torch.compile")
     add("--keep", type=int, default=2, help="states to keep of each stage; 0 keeps all, for `average` (default: 2)")
-    add = command("average", _average, "average a run's states of the transformers into a checkpoint (Muse 3)", "half")
+    add = command("average", run_average, "average the states of a run into a checkpoint (Muse 3)", "half")
     add("folder", type=Path, metavar="RUN", help="a finished run of train --keep 0")
     add("--out", type=Path, required=True, help="folder for the checkpoint")
     add("--decay", type=float, default=0.7, help="decay of the moving average (default: 0.7, as in the paper)")
-    add = command("doctor", _doctor, "check losses and metrics of a run; exit code 1 if one is wrong", "device")
+    add = command("doctor", run_doctor, "check losses and metrics of a run; exit code 1 if one is wrong", "device")
     add("folder", type=Path, metavar="RUN", help="a run of train, finished or not; it is not changed")
     add("--stage", help="check only this stage, such as base (default: all that have a state)")
 
 
 def _measuring_options(command: Callable) -> None:
     """Options of compare, eval and info."""
-    add = command("compare", _compare, "measure schedules and orders in an exact world or on a model", "seed", "device")
+    add = command("compare", run_compare, "measure schedules and orders in a world or on a model", "seed", "device")
     add("--world", default="mixture", help="mixture, chain or potts (default: mixture)")
     add("--muse", metavar="MODEL", help="the base model of this checkpoint instead of a world")
     add("--amused", metavar="MODEL", help="these aMUSEd weights instead of a world; needs --data and --clip")
@@ -156,7 +157,7 @@ def _measuring_options(command: Callable) -> None:
     add("--samples", type=int, help="number of samples (default: 4096 of a world, 512 of a model)")
     add("--out", type=Path, help="folder for the report: tables and figures")
     add("--force", action="store_true", help="overwrite another report")
-    add = command("eval", _evaluate, "measure how often a checkpoint is right, with confidence intervals", "device")
+    add = command("eval", run_evaluate, "measure how often a checkpoint is right, with confidence intervals", "device")
     add("name", nargs="?", default="toy", metavar="CHECKPOINT", help="shipped name, folder or hub id (default: toy)")
     add("--out", type=Path, required=True, help="folder for the report; a stopped evaluation continues there")
     add("--kinds", dest="tasks", type=_names, default=[], help="tasks, such as seen,counts,edit (default: all)")
@@ -166,7 +167,7 @@ def _measuring_options(command: Callable) -> None:
     add("--seed", type=int, default=1000, help="picture i uses seed + i (default: 1000)")
     add("--batch", type=int, default=50, help="pictures drawn at once (default: 50)")
     add("--run", dest="training", type=Path, metavar="RUN", help="its training run, for the decoder before fine-tuning")
-    add = command("info", _info, "show sizes and defaults of presets and checkpoints")
+    add = command("info", run_info, "show sizes and defaults of presets and checkpoints")
     add("names", nargs="*", metavar="NAME")
 
 
@@ -177,268 +178,6 @@ def _guidance(text: str) -> float | tuple[float, float]:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-# --- drawing ----------------------------------------------------------------------------------------------------------
-
-
-def _draw(args: argparse.Namespace) -> None:
-    """Draw with a progress bar, and save the pictures with their settings."""
-    from tqdm import tqdm
-
-    from minimuse.pictures import difference, open_picture, output_paths, save_png
-    from minimuse.plots import film
-    from minimuse.utils import require
-
-    settings = {name: value for name in SETTINGS if (value := getattr(args, name, None)) is not None}
-    like = args.command == "generate" and args.like
-    draw = _like(args, settings) if like else _method(args)
-    count = len(args.prompts) * args.n
-    require(count >= 1, f"--n {args.n}: give at least 1")
-    paths = output_paths(args.out, args.prompts[0], count, film=args.film, force=args.force)
-    muse = open_model(args.model or "toy", device=args.device)
-    settings |= {"n": args.n, "seed": args.seed, "negative_prompt": args.negative_prompt}
-    steps = []
-    with tqdm(desc="decoding", unit="step") as bar:
-
-        def callback(step: Any) -> None:
-            bar.set_postfix_str(f"{step.stage}, {int(step.masked[0].sum())} masked")
-            bar.update()
-            if not steps or steps[-1].stage == "base" or steps[-1].masked.any():  # the film shows the first decode only
-                steps.append(step)
-
-        images = draw(muse, callback=callback, **settings)
-    for image, path in zip(images, paths, strict=False):
-        save_png(image, path)
-        print(f"{path}  ({image.info['minimuse']['prompt']!r}, seed {image.info['minimuse']['seed']})")
-    if args.film:
-        strip = film(muse, steps)
-        strip.info = images[0].info
-        save_png(strip, paths[-1])
-        print(paths[-1])
-    if like:
-        print(f"{like}: {difference(open_picture(like), images[0])}")
-
-
-def _method(args: argparse.Namespace) -> Callable[..., list]:
-    """The method of Muse that a command calls, with its inputs."""
-    from minimuse.pictures import open_picture
-
-    inputs = [open_picture(getattr(args, name)) for name in ("image", "mask") if hasattr(args, name)]
-    if args.command == "outpaint":
-        inputs.append(tuple(args.padding) if len(args.padding) > 1 else args.padding[0])
-    prompts = args.prompts if args.command == "generate" else args.prompts[0]
-    return lambda muse, **settings: getattr(muse, args.command)(*inputs, prompts, **settings)
-
-
-def _like(args: argparse.Namespace, given: dict[str, Any]) -> Callable[..., list]:
-    """As `_method`, for the picture of --like, whose model and prompt become those of the command."""
-    from minimuse.checkpoint import shipped
-    from minimuse.pictures import again, settings_of
-    from minimuse.utils import require
-
-    changed = given or args.n != 1 or args.seed is not None or args.negative_prompt is not None
-    require(not changed, "--like takes seed and settings from the picture; leave out the other options")
-    settings = settings_of(args.like)
-    name = args.model or settings["model"]
-    known = args.model or name in shipped()
-    require(known, f"{args.like} was made by {name!r}, which is not shipped; name its folder with --model")
-    args.model, args.prompts = name, [settings["prompt"]]
-    return lambda muse, callback, **_: [again(muse, settings, callback=callback)]
-
-
-def model_class(name: str | Path) -> Any:
-    """A shipped name, a folder or a hub id -> Muse, or the class of a baseline of `minimuse train --model`."""
-    from minimuse import checkpoint
-
-    path = checkpoint.find(name) / checkpoint.CONFIG
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    places = [place for model, place in BASELINES.items() if f'"minimuse-{model}-1"' in text]
-    return locate(*places or ["minimuse.muse.Muse"])
-
-
-def open_model(name: str | Path, *, device: Any = None) -> Any:
-    """A Muse or a baseline from a shipped name, a folder or a hub id."""
-    return model_class(name).from_pretrained(name, device=device)
-
-
-def _app(args: argparse.Namespace) -> None:
-    from minimuse.app import serve
-
-    serve(args.checkpoint, host=args.host, port=args.port, device=args.device)
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-def _train(args: argparse.Namespace) -> None:
-    """Run all stages with a progress bar each, then save the checkpoint."""
-    import torch
-    from tqdm import tqdm
-
-    from minimuse.baseline_ar import train_baseline
-    from minimuse.config import to_dict
-    from minimuse.data_sources import open_source
-    from minimuse.train import train_muse
-    from minimuse.train_engine import Engine, Stopped
-    from minimuse.train_log import add_record
-    from minimuse.train_state import open_run
-
-    config = _configuration(args)
-    source = open_source(args.data, config, seed=args.seed)
-    if args.dry_run:
-        _dry_run(config, source, args)
-        return
-    options = {name: getattr(args, name) for name in ("seed", "device", "accumulate", "compile", "recompute", "keep")}
-    engine = Engine(folder=args.out, **options)
-    run = {"config": to_dict(config), "seed": args.seed, "data": args.data, "data_fingerprint": source.fingerprint}
-    if engine.is_main:
-        open_run(args.out, run | ({"model": args.model} if args.model else {}), resume=args.resume)
-    engine.accelerator.wait_for_everyone()
-    engine.handle_signals()
-    trainer = partial(train_baseline, locate(BASELINES[args.model])) if args.model else train_muse
-    bars: dict[str, tqdm] = {}
-    try:
-        for p in trainer(config, data=source, engine=engine):
-            if p.stage not in bars:
-                bars[p.stage] = tqdm(total=p.steps, desc=p.stage, disable=not engine.is_main)
-            shown = {name: f"{value:.3g}" for name, value in p.metrics.items() if not name.startswith("held_out")}
-            bars[p.stage].set_postfix(shown, refresh=False)
-            bars[p.stage].update(p.step - bars[p.stage].n)
-    except Stopped:
-        if engine.is_main:
-            print(f"\nminimuse: stopped; continue with: minimuse train --resume --out {args.out}", file=sys.stderr)
-        raise SystemExit(128 + engine.signal) from None
-    if engine.is_main:
-        folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
-        add_record(folder, config)
-        print(f"trained in {p.metrics['minutes']:.1f} minutes: {folder}")
-        print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
-
-
-def _configuration(args: argparse.Namespace) -> Any:
-    """The configuration of a preset, a JSON file or the run to resume, with the changes of --set."""
-    from minimuse.checkpoint import read_configuration
-    from minimuse.config import PRESETS, changed, preset
-    from minimuse.train_state import RUN, read_run
-    from minimuse.utils import require
-
-    if args.resume and args.preset is None:
-        require((args.out / RUN).exists(), f"{args.out} holds no run to resume; give a preset to begin one")
-        run = read_run(args.out)
-        for name in ("seed", "data", "model"):
-            setattr(args, name, run.get(name))
-        return changed(read_configuration(args.out / RUN), args.set)
-    require(args.preset is not None, f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
-    is_file = args.preset not in PRESETS and Path(args.preset).is_file()
-    config = read_configuration(Path(args.preset)) if is_file else preset(args.preset)
-    if args.model:
-        config = locate(BASELINES[args.model]).configure(config)
-    return changed(config, args.set)
-
-
-def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
-    """Print what a run would need. Nothing is written."""
-    from minimuse.data_cache import TrainingData
-    from minimuse.text import TextEncoder
-    from minimuse.train_budget import preview, report
-    from minimuse.utils import pick_device, require
-
-    model = args.model
-    require(not model, f"--dry-run counts a whole Muse, not the baseline {model!r}; leave out --model")
-    device = pick_device(args.device)
-    encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens).to(device)
-    print(preview(TrainingData(args.out / "cache", source, config, encoder, device=device)))
-    ceiling = args.ceiling and args.ceiling * 1e12
-    print(report(config, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))
-
-
-def _average(args: argparse.Namespace) -> None:
-    import torch
-
-    from minimuse import checkpoint, train_state
-    from minimuse.utils import require
-
-    checkpoint.refuse_existing(args.out)
-    muse = open_model(args.folder, device="cpu")
-    for name in (name for name in ("base", "superres") if name in muse.parts):
-        folder = args.folder / name
-        states = train_state.states(folder)
-        require(states, f"{folder} holds no states; `minimuse train` writes them there")
-        muse.parts[name].load_state_dict(train_state.average(states, args.decay))
-        print(f"{name}: {len(states)} states, steps {int(states[0].name[5:])} to {int(states[-1].name[5:])}")
-    print(muse.save_pretrained(args.out, dtype=torch.float16 if args.half else None))
-
-
-def _doctor(args: argparse.Namespace) -> None:
-    from minimuse.train_doctor import examine, findings_text
-
-    findings = examine(args.folder, args.stage, device=args.device)
-    print(findings_text(findings))
-    if any(finding.verdict == "wrong" for finding in findings):
-        raise SystemExit(1)
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-
-def _compare(args: argparse.Namespace) -> None:
-    """Print a table, and paired differences from its first sampler. With --out, also write figures and tables."""
-    from minimuse import lab
-    from minimuse.lab_models import open_amused
-    from minimuse.utils import require
-
-    out = None if args.force else args.out  # compare refuses a folder with another report
-    settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": out}
-    if args.muse:
-        target = open_model(args.muse, device=args.device)
-    elif args.amused:
-        samples = args.samples or 512
-        target = open_amused(args.amused, args.data, args.clip, device=args.device, samples=samples, seed=args.seed)
-    else:
-        require(args.world in lab.WORLDS, f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
-        target = lab.WORLDS[args.world]()
-    report = lab.compare(target, args.schedule, args.order, [int(t) for t in args.steps], **settings)
-    print(report.table())
-    if len(args.schedule) * len(args.order) > 1:
-        print(f"\ndifference from {args.schedule[0]}, {args.order[0]}; paired, bold where the interval excludes 0")
-        print(report.table((args.schedule[0], args.order[0])))
-    if args.out:
-        print(report.save(args.out) if args.force else args.out)
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    from minimuse.eval_run import measure
-
-    measure(**{name: value for name, value in vars(args).items() if name not in ("run", "command")})
-    print((args.out / "eval.md").read_text(encoding="utf-8"))
-
-
-def _info(args: argparse.Namespace) -> None:
-    import torch
-
-    from minimuse import checkpoint
-    from minimuse.config import PRESETS, preset
-    from minimuse.muse import build
-
-    for name in args.names or PRESETS:
-        is_preset = name in PRESETS
-        config = preset(name) if is_preset else checkpoint.read_configuration(checkpoint.find(name) / checkpoint.CONFIG)
-        with torch.device("meta"):
-            parts = build(config) if is_preset else model_class(name).build(config)
-        counts = {part: sum(p.numel() for p in module.parameters()) / 1e6 for part, module in parts.items()}
-        print(f"{name}: {sum(counts.values()):,.1f}M parameters, text from {config.text_encoder}")
-        for part, count in counts.items():
-            c = parts[part].config
-            if part in ("base", "superres"):
-                steps = getattr(config, f"{part}_sampling").steps
-                about = f"{c.layers} layers x {c.width}, MLP {c.mlp_width}; {c.grid}x{c.grid} tokens of "
-                about += f"{c.codebook_size} codes; {steps} steps"
-            else:
-                about = f"{c.image_size} px, f={c.downsampling}"
-            print(f"  {part:14} {count:8,.1f}M  {about}")
-    if not args.names:
-        print(f"shipped checkpoints: {', '.join(checkpoint.shipped()) or 'none'}")
 
 
 if __name__ == "__main__":

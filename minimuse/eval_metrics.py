@@ -5,7 +5,7 @@ label per row (such as the prompt), gives intervals for clustered samples: what 
 Intervals use Student's t from scipy (pip install "minimuse[eval]").
 
 Images are (B, 3, H, W), uint8 or in [-1, 1]. n, m rows, D features, G groups.
-Not here: the networks that make features and scores (`eval_detector.py`, `eval_clip.py`), prompts (`eval_prompts.py`).
+Not here: the networks that make features and scores (`eval_networks.py`), prompts (`eval_prompts.py`).
 """
 
 import math

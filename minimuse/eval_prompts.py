@@ -1,13 +1,13 @@
 """Evaluation prompts: what a prompt asks for, whether a picture has it, and the prompt sets of `minimuse eval`.
 
     "two red cubes left of a metal sphere"    --parse_prompt--> PromptSpec: 2 x red cube, 1 x metal sphere; left
-    Detections (eval_detector.py), PromptSpec --matches-------> Verdict: right, or what is wrong
+    Detections (eval_networks.py), PromptSpec --matches-------> Verdict: right, or what is wrong
 
 A picture is right if it has everything that the prompt names: how many things, their attributes, their relation. What
 the prompt does not name may be anything, but no other thing may be there.
 Prompt i of a set depends only on i. Each prompt comes twice in a row, so that pictures of the same prompt compare.
 Pairs, attributes, relations and numbers repeat with different periods: every stretch of a set is balanced.
-Not here: detecting things (`eval_detector.py`), captions of scenes (`data_captions.py`).
+Not here: detecting things (`eval_networks.py`), captions of scenes (`data_captions.py`).
 """
 
 import re
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from minimuse.data_captions import FLOOR_PHRASE, OPENINGS, PARAPHRASES, RELATION_PHRASES, SYNONYMS, noun_phrase
 from minimuse.data_scenes import HELD_OUT, MAX_THINGS, Scene, Thing, box, place_things, relations, stand_apart
-from minimuse.eval_detector import FIELDS, Detection, Detections
+from minimuse.eval_networks import FIELDS, Detection, Detections
 
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3}
 TOLERANCE = 0.2  # detected places are not exact: relations hold from this much less than data_scenes.py asks for

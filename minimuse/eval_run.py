@@ -26,9 +26,8 @@ from minimuse import checkpoint, train_state
 from minimuse.data_images import area_downsample, to_float, to_pil, to_uint8
 from minimuse.data_scenes import Scene, render
 from minimuse.editing import edit_tokens, inpaint_tokens, tokenize
-from minimuse.eval_clip import SceneClip
-from minimuse.eval_detector import FIELDS, Detector
 from minimuse.eval_metrics import Estimate, diversity, frechet_interval, mean_interval, proportion_interval, psnr
+from minimuse.eval_networks import FIELDS, Detector, SceneClip
 from minimuse.eval_prompts import PROMPT_SETS, EvalPrompt, matches, parse_prompt, prompt_set
 from minimuse.muse import Muse
 from minimuse.plots import grid, tradeoff

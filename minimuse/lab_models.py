@@ -1,6 +1,6 @@
 """Samplers of a trained model: are its images right, and do they look like real ones?
 
-    MuseEvaluator     accuracy  fraction of images with everything that the prompt names (`eval_detector.py`)
+    MuseEvaluator     accuracy  fraction of images with everything that the prompt names (`eval_networks.py`)
                       frechet   Frechet distance between detector features of images and renders of the same scenes
     AmusedEvaluator   clip      CLIP score, the mean cosine similarity of image and prompt
                       fid       Frechet distance between Inception features of the images and of an image folder
@@ -21,9 +21,8 @@ from torch import Tensor
 
 from minimuse.data_images import area_downsample
 from minimuse.data_sources import FolderDataset, Problems, SceneDataset
-from minimuse.eval_clip import ClipScorer
-from minimuse.eval_detector import Detector
 from minimuse.eval_metrics import Features, frechet_distance, in_batches, inception_features, jackknife
+from minimuse.eval_networks import ClipScorer, Detector
 from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.lab_samplers import GROUPS, Outcome, check_samples, run
 from minimuse.muse import Muse

@@ -209,8 +209,7 @@ def decode(
     unknown = masked = tokens == mask_id
     plan = None if is_adaptive(schedule) else _plan(masked, steps, schedule)  # (T, B)
     if not masked.any():
-        nothing = torch.zeros_like(masked)
-        yield Step(0, 0.0, tokens, nothing, nothing, nothing.float())
+        yield Step(0, 0.0, tokens, masked, masked, masked.float())  # masked is False everywhere
     for i in range(steps):
         if not (masked if plan is None else plan[i]).any():
             continue
@@ -229,11 +228,10 @@ def decode(
             count = torch.minimum(schedule(logits, masked, u).to(tokens.device).clamp(min=1), count)
         count = count + (candidates & ~masked).sum(1)
         kept = top_mask(score.clamp(min=-1e30).masked_fill(~candidates, -math.inf), gumbel, count) & candidates
-        probability = log_prob.exp().masked_fill(~masked, 0)
-        revealed = kept & masked
+        before = masked
         masked = candidates & ~kept
         tokens = drawn.masked_fill(masked, mask_id)
-        yield Step(i, u, tokens, masked, revealed, probability)
+        yield Step(i, u, tokens, masked, kept & before, log_prob.exp().masked_fill(~before, 0))
 
 
 def _check(tokens: Tensor, steps: int, top_k: int | None, *temperatures: Temperature) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from minimuse import cli, lab_models
 from minimuse.amused import Amused, VQTokenizer, _load, published_tokenizer, settings
 from minimuse.data_cache import tokenize_images
-from minimuse.eval_clip import ClipScorer
+from minimuse.eval_networks import ClipScorer
 from minimuse.lab import compare
 from minimuse.lab_models import AmusedEvaluator
 from minimuse.masking import uniforms as draw_uniforms

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minimuse import cli
+from minimuse import cli, cli_commands
 from minimuse.baseline_ar import (
     Autoregressive,
     CausalTransformer,
@@ -176,7 +176,7 @@ def test_each_draws_low_resolution_pictures(made, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_save_and_load(made, model, tmp_path):
     folder = made[model].save_pretrained(tmp_path / model)
-    again = cli.open_model(folder, device="cpu")
+    again = cli_commands.open_model(folder, device="cpu")
     assert type(again) is MODELS[model]
     assert again.config == made[model].config
     assert again.generate(A, seed=1)[0].tobytes() == made[model].generate(A, seed=1)[0].tobytes()
@@ -219,7 +219,7 @@ def test_a_run_trains_saves_and_draws(model, tiny_muse, tmp_path, monkeypatch, c
     assert {"low_tokenizer", "base"} <= {p.name for p in folder.iterdir()}
     assert not (folder / "superres").exists(), "only the low-resolution stages"
     assert (folder / "samples" / "base-0000002.png").is_file(), "samples of what it draws"
-    assert isinstance(cli.open_model(folder, device="cpu"), MODELS[model])
+    assert isinstance(cli_commands.open_model(folder, device="cpu"), MODELS[model])
     picture = str(tmp_path / "a.png")
     assert cli.main(["generate", A, "--model", str(folder), "--out", picture, "--film", "--device", "cpu"]) == 0
     assert cli.main(["info", str(folder)]) == 0

@@ -10,7 +10,7 @@ import torch
 from minimuse import Muse, transformer
 from minimuse.config import preset
 from minimuse.data_scenes import Thing, box, relations
-from minimuse.eval_detector import Detection, Detections
+from minimuse.eval_networks import Detection, Detections
 from minimuse.eval_prompts import matches, parse_prompt
 
 ROOT = Path(__file__).parent.parent

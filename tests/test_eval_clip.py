@@ -1,4 +1,4 @@
-"""eval_clip.py: true captions score above false ones, whatever the padding; scores of transformers' CLIP."""
+"""eval_networks.py: true captions score above false ones, whatever the padding; scores of transformers' CLIP."""
 
 import sys
 from random import Random
@@ -12,9 +12,8 @@ from minimuse import checkpoint
 from minimuse.data_captions import caption
 from minimuse.data_images import to_uint8
 from minimuse.data_scenes import render, sample_scene
-from minimuse.eval_clip import ClipScorer, SceneClip, SceneClipNetwork
-from minimuse.eval_detector import Detector
 from minimuse.eval_metrics import in_batches, mean_interval
+from minimuse.eval_networks import ClipScorer, Detector, SceneClip, SceneClipNetwork
 from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.text import Context
 

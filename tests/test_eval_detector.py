@@ -1,4 +1,4 @@
-"""eval_detector.py: the shipped detector detects things in real renders of any size, degraded ones too."""
+"""eval_networks.py: the shipped detector detects things in real renders of any size, degraded ones too."""
 
 import sys
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from minimuse import checkpoint
 from minimuse.data_images import to_pil, to_uint8
 from minimuse.data_scenes import SPLITS, Scene, Thing, box, render, sample_scene
-from minimuse.eval_detector import (
+from minimuse.eval_networks import (
     Detection,
     Detections,
     Detector,

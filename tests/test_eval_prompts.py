@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minimuse.data_captions import EXAMPLE_PROMPTS, PARAPHRASES, RELATION_PHRASES, caption, vocabulary
 from minimuse.data_scenes import HELD_OUT, SPLITS, Scene, Thing, box, relations, sample_scene
-from minimuse.eval_detector import FIELDS, Detection, Detections
+from minimuse.eval_networks import FIELDS, Detection, Detections
 from minimuse.eval_prompts import (
     EXTRAS,
     NOVEL,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minimuse import Muse, checkpoint
-from minimuse.eval_detector import Detector
+from minimuse.eval_networks import Detector
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -15,7 +15,7 @@ from minimuse import checkpoint
 from minimuse.config import StageConfig
 from minimuse.data_images import to_uint8
 from minimuse.data_scenes import SPLITS, box, render, sample_scene
-from minimuse.eval_detector import GRID, HEADS, SPREAD, Detector, DetectorNetwork
+from minimuse.eval_networks import GRID, HEADS, SPREAD, Detector, DetectorNetwork
 from minimuse.train_engine import Engine
 from minimuse.utils import seeded_generator
 

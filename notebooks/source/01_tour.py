@@ -91,7 +91,7 @@ Expect errors: they become more with the number of things and of words.
 """
 
 # %%
-from minimuse.eval_detector import Detector
+from minimuse.eval_networks import Detector
 from minimuse.eval_prompts import matches, parse_prompt
 
 detector = Detector.from_pretrained()

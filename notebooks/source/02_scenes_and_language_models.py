@@ -459,7 +459,7 @@ The base model was trained on the vectors of known words. What does it draw for 
 """
 
 # %%
-from minimuse.eval_detector import Detector
+from minimuse.eval_networks import Detector
 from minimuse.eval_prompts import matches, parse_prompt
 
 detector = Detector.from_pretrained()

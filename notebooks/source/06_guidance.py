@@ -42,8 +42,8 @@ detector of notebook 1 says whether a picture shows what its prompt asks for.
 
 # %%
 from minimuse.cfg import null_text
-from minimuse.eval_detector import Detector
 from minimuse.eval_metrics import diversity, proportion_interval
+from minimuse.eval_networks import Detector
 from minimuse.eval_prompts import matches, parse_prompt
 
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")

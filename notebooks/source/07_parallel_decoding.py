@@ -251,8 +251,8 @@ says which pictures show what was asked for; bars are 95% intervals.
 """
 
 # %%
-from minimuse.eval_detector import Detector
 from minimuse.eval_metrics import proportion_interval
+from minimuse.eval_networks import Detector
 from minimuse.eval_prompts import matches, parse_prompt
 
 detector = Detector.from_pretrained()

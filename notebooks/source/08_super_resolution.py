@@ -750,7 +750,7 @@ super-resolution follow, in colour and in shape? The detector, a small network t
 """
 
 # %%
-from minimuse.eval_detector import Detector
+from minimuse.eval_networks import Detector
 
 detector = Detector.from_pretrained()
 

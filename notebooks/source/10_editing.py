@@ -246,7 +246,7 @@ The same mask and other prompts. The detector, a small network that says what is
 """
 
 # %%
-from minimuse.eval_detector import Detector
+from minimuse.eval_networks import Detector
 
 detector = Detector.from_pretrained()
 

@@ -602,7 +602,7 @@ $$\text{score} = \frac{1}{L} \sum_{j=1}^{L} \max_i \, \cos(w_j, z_i).$$
 """
 
 # %%
-from minimuse.eval_clip import SceneClipNetwork
+from minimuse.eval_networks import SceneClipNetwork
 
 some = [
     "a red cube",

@@ -597,8 +597,8 @@ sampler make a difference at all, when the network is the same?
 """
 
 # %%
-from minimuse.eval_detector import Detector
 from minimuse.eval_metrics import proportion_interval
+from minimuse.eval_networks import Detector
 from minimuse.eval_prompts import matches, parse_prompt
 
 detector, base = (
