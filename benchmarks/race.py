@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from minimuse import Muse
 from minimuse.baseline_ar import Autoregressive, CausalTransformer, LowRes, NextTokenLoss, train_ar
-from minimuse.baseline_dit import Diffusion, latents, train_dit
+from minimuse.baseline_dit import Diffusion, latents, train_dit, zero_init_residual
 from minimuse.config import MuseConfig
 from minimuse.data_cache import TrainingData
 from minimuse.data_images import area_downsample, to_float
@@ -52,7 +52,7 @@ from minimuse.text import Context, pad_contexts
 from minimuse.train import Decimated, MaskedLoss, train_transformer
 from minimuse.train_budget import count_flops
 from minimuse.train_engine import Engine
-from minimuse.transformer import RESIDUAL_OUTPUTS, init_from_codebook
+from minimuse.transformer import init_from_codebook
 from minimuse.utils import atomic_write, seeded_generator
 
 PARTS = ("race", "likelihood", "identity", "stages", "guidance")
@@ -66,14 +66,6 @@ TUNE = {  # six settings each
 }
 FINE = {"guidance": (1.0, 3.0), "sampling_temperature": 0.4, "choice_temperature": 0.5}  # nano's own super-resolution
 TUNING_STEPS = {"masked": {"steps": 16}, "ar": {}, "dit": {"steps": 32}}
-
-
-def zero_init_residual(model: nn.Module) -> nn.Module:
-    """Before training: residual blocks start as the identity (DiT, arXiv 2212.09748). Returns the model."""
-    for name, weight in model.named_parameters():
-        if name.endswith(RESIDUAL_OUTPUTS):
-            nn.init.zeros_(weight)
-    return model
 
 
 class Entrant(NamedTuple):

@@ -36,7 +36,7 @@ from minimuse.sampler import Step
 from minimuse.text import Context
 from minimuse.train import Decimated, MuseTrainer, pick_captions, train_network
 from minimuse.train_engine import Progress, Stage
-from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig
+from minimuse.transformer import RESIDUAL_OUTPUTS, Layer, Memory, Transformer, TransformerConfig
 from minimuse.utils import require
 from minimuse.vqgan import VQGAN
 
@@ -58,6 +58,17 @@ class DiTConfig:
         require(base.grid % patch == 0, f"a grid of {base.grid} does not split into patches of {patch}; give a divisor")
         width = round(base.width * (16 / 22) ** 0.5 / (2 * base.heads)) * 2 * base.heads
         return DiTConfig(replace(base, grid=base.grid // patch, width=width, mlp_width=4 * width), channels, patch)
+
+
+def zero_init_residual(model: nn.Module) -> nn.Module:
+    """Before training: residual blocks start as the identity (DiT, arXiv 2212.09748). Returns the model.
+
+    It fits Muse's transformers too: `train_transformer(zero_init_residual(Transformer(config)), ...)`.
+    """
+    for name, weight in model.named_parameters():
+        if name.endswith(RESIDUAL_OUTPUTS):
+            nn.init.zeros_(weight)
+    return model
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def get_schedule(schedule: str | Schedule, n: int | None = None) -> Schedule:
 def reveal_counts(n: int, steps: int, schedule: str | Schedule = "cosine") -> list[int]:
     """How many of n masked tokens each step reveals. They sum to n; every step reveals at least one.
 
-    MaskGIT: after step i of T, floor(n * schedule((i + 1) / T)) stay masked. We keep at least one for each step to come.
+    MaskGIT: after step i of T, floor(n * schedule((i + 1) / T)) stay masked, at least one for each later step.
     With n < steps there are only n steps.
 
     >>> reveal_counts(256, 12)

@@ -15,7 +15,6 @@ Not here: the schedules (`masking.py`), guidance (`cfg.py`).
 """
 
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minimuse.masking import Generators, Schedule, reveal_counts, uniforms
-from minimuse.utils import require
+from minimuse.utils import require, require_positive
 
 LogitsFn = Callable[[Tensor, float], Tensor]
 Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N) holds the known tokens too
@@ -44,6 +43,9 @@ class SamplingConfig:
     order: str = "confidence"
     sampling_temperature: float = 1.0
     choice_temperature: float = 4.5  # Choice: noise of the ranking, annealed to 0, as in MaskGIT's released code
+
+    def __post_init__(self):
+        require_positive(self, "steps")
 
 
 class Step(NamedTuple):
@@ -120,11 +122,12 @@ def halton_rank(h: int, w: int) -> Tensor:
         return (i % base + radical_inverse(i // base, base)) / base if i else 0.0
 
     rank: dict[int, int] = {}
-    for i in itertools.count(1):
+    i = 0
+    while len(rank) < h * w:
+        i += 1
         cell = int(radical_inverse(i, 2) * h) * w + int(radical_inverse(i, 3) * w)
         rank.setdefault(cell, len(rank))
-        if len(rank) == h * w:
-            return torch.tensor([rank[cell] for cell in range(h * w)])
+    return torch.tensor([rank[cell] for cell in range(h * w)])
 
 
 # --- how many: adaptive rules -----------------------------------------------------------------------------------------
@@ -141,6 +144,7 @@ def entropy_bound(bound: float) -> Callable[[Tensor, Tensor, float], Tensor]:
     Tokens revealed together are drawn independently; the error of that is at most the sum of their entropies.
     Use it with order="entropy", which ranks tokens in the same way.
     """
+    require(bound >= 0, f"entropy bound {bound}; give 0 nats or more")
 
     def rule(logits: Tensor, masked: Tensor, u: float) -> Tensor:
         total = token_entropy(logits).masked_fill(~masked, math.inf).sort(1).values.cumsum(1)

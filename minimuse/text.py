@@ -173,7 +173,11 @@ class TextEncoder:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # no warnings about decoders and heads, which we do not need
         logging.disable_progress_bar()
-        lm = lm_class.from_pretrained(self._source, dtype=self.dtype)
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+        try:
+            lm, info = lm_class.from_pretrained(self._source, dtype=self.dtype, output_loading_info=True)
+        finally:
+            logging.set_verbosity(verbosity)
+            logging.enable_progress_bar()
+        if missing := sorted(key for key in info["missing_keys"] if "pooler" not in key):
+            raise ValueError(f"{self.name!r} lacks {len(missing)} weights, such as {missing[0]!r}; download it again")
         return lm.eval().requires_grad_(False).to(self.device)

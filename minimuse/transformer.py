@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimuse.text import Context
-from minimuse.utils import require, require_multiple, require_positive
+from minimuse.utils import require, require_fraction, require_multiple, require_positive
 
 RESIDUAL_OUTPUTS = ("attention.out.weight", "cross.out.weight", "mlp.2.weight")  # of a layer: added to its input
 
@@ -54,6 +54,7 @@ class TransformerConfig:
 
     def __post_init__(self):
         require_positive(self, "codebook_size", "grid", "text_width", "width", "layers", "heads", "mlp_width")
+        require_fraction(self, "dropout")
         require_multiple(self, "width", self.heads)
         require_multiple(self, "grid", self.block or 1)
         if self.block or self.text_layers:  # half of the heads attend in one way, half in another

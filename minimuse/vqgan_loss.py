@@ -54,7 +54,7 @@ def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, most: float = 1e4) -> Tensor:
-    """lambda = |grad reconstruction| / (|grad adversarial| + 1e-4) at the decoder's last layer (VQGAN 3.2, its code)."""
+    """lambda = |grad reconstruction| / (|grad adversarial| + 1e-4) at the decoder's last layer (VQGAN 3.2)."""
     (r,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (a,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     return (r.norm() / (a.norm() + 1e-4)).clamp(0, most).detach()

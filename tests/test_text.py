@@ -405,3 +405,14 @@ class TestCheapToImport:
         finally:
             logging.set_verbosity(before)
         assert capfd.readouterr().err == ""
+
+
+def test_weights_that_lack_some(tmp_path, tiny_lms):
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_lms["bert"], tmp_path / "lm"))
+    weights = load_file(folder / "model.safetensors")
+    left = {name: weight for name, weight in weights.items() if "layer.1." not in name}
+    save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 16 weights, such as 'encoder\.layer\.1"):
+        TextEncoder(folder).encode(["a"])
