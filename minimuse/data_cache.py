@@ -271,7 +271,8 @@ class TrainingData:
             return
         examples = self.source.read(part, self.side, problems)
         while few := list(islice(examples, BLOCK)):
-            yield torch.stack([example.image for example in few]), [example.captions for example in few]
+            images = [example.check(self.side).image for example in few]
+            yield torch.stack(images), [example.captions for example in few]
 
     def tokenize(self, name: str, tokenizer: Any) -> Iterator[tuple[int, int]]:
         """name "low" or "high": the tokens of all images by a frozen tokenizer; "low" reads decimated images."""

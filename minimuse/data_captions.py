@@ -127,6 +127,16 @@ class Example(NamedTuple):
     image: Tensor  # (3, size, size) uint8
     captions: tuple[str, ...]  # at least one
 
+    def check(self, size: int) -> "Example":
+        """The example itself. ValueError unless image and captions are as above."""
+        image, captions = self
+        if image.shape != (3, size, size) or image.dtype != torch.uint8 or isinstance(captions, str):
+            raise ValueError(
+                f"a source gave an image {tuple(image.shape)} of {image.dtype} with the captions {captions!r}; "
+                f"it yields Example(image (3, {size}, {size}) uint8, a tuple of captions)"
+            )
+        return self
+
 
 @dataclass
 class Problems:

@@ -54,7 +54,11 @@ class Source(Protocol):
     parts: int  # units of work
 
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
-        """Part 0 to parts - 1 -> its examples at size x size pixels, always in the same order."""
+        """Part 0 to parts - 1 -> its examples at size x size pixels, always in the same order.
+
+        An `Example` has an image (3, size, size) uint8 and a tuple of captions. Add 1 to `problems.seen` for
+        every image. Call `problems.add(kind, name)` for an image that cannot be used.
+        """
         ...
 
 

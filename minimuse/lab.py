@@ -277,6 +277,8 @@ def compare(
         from minimuse.lab_models import MuseEvaluator
 
         evaluator = MuseEvaluator(target, samples or 512, seed)
+    elif not callable(target) or isinstance(target, type):
+        raise TypeError(f"target is {target!r}; give a World such as MixtureWorld.random(), a Muse, or an evaluator")
     grid, schedules, orders = evaluator.grid, _named(schedules), _named(orders)
     trials = {
         (name, by, t): {"schedule": schedules[name], "order": orders[by], "steps": t}
@@ -297,7 +299,10 @@ def compare(
 
 def _named(x: Iterable[str] | Mapping[str, Any]) -> Mapping[str, Any]:
     """Names -> a mapping of each name to itself; one string is one name."""
-    return x if isinstance(x, Mapping) else {name: name for name in ([x] if isinstance(x, str) else x)}
+    names = [x] if isinstance(x, str) or callable(x) else x
+    if not isinstance(x, Mapping) and any(callable(name) for name in names):
+        raise TypeError("a function needs a name: give a dict, such as {'mine': my_order}")
+    return x if isinstance(x, Mapping) else {name: name for name in names}
 
 
 def _resolved(settings: dict[str, Any], grid: tuple[int, int]) -> dict[str, Any]:

@@ -23,7 +23,11 @@ Grid = tuple[int, int]  # (h, w)
 
 
 class World:
-    """A distribution over N tokens of V codes, in float64. A subclass defines `log_evidence`, and perhaps `sample`."""
+    """A distribution over N tokens of V codes, in float64. A subclass defines `log_evidence`, and perhaps `sample`.
+
+    A subclass calls `super().__init__(grid, codebook_size)`. `log_evidence` need not be normalized. Every grid needs
+    p(x) > 0, perhaps a tiny one: otherwise one impossible sample makes the measured NLL infinite.
+    """
 
     batch = 1024  # examples at a time; limits the memory
 

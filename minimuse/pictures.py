@@ -147,5 +147,5 @@ def output_paths(out: Path | None, prompt: str, count: int, *, film: bool = Fals
         if out or not existing:
             break
     if existing and not force:
-        raise FileExistsError(f"{', '.join(existing)} already there; give another name, or force to overwrite")
+        raise FileExistsError(f"{', '.join(existing)} already exists; give another name, or --force")
     return paths

@@ -168,7 +168,7 @@ def test_free_names_are_found(run, here):
 def test_an_existing_file_is_refused(run, here, existing):
     (here / existing).write_bytes(b"mine")
     words = ["generate", A, "--n", 2, "--film", "--steps", 1, "--out", "x.png"]
-    refused(run(*words), f"{existing} already there; give another name, or force")
+    refused(run(*words), f"{existing} already exists; give another name, or --force")
     assert files(here) == [existing], f"nothing is written: {files(here)}"
     assert (here / existing).read_bytes() == b"mine", "the file must be untouched"
     code, _, _ = run(*words, "--force")
@@ -180,7 +180,7 @@ def test_an_existing_file_is_refused(run, here, existing):
 def test_it_is_refused_before_the_model_loads(run, here, monkeypatch):
     (here / "x.png").write_bytes(b"mine")
     monkeypatch.setattr(Muse, "from_pretrained", lambda *a, **k: pytest.fail("the model was loaded"))
-    refused(run("generate", A, "--out", "x.png"), "already there")
+    refused(run("generate", A, "--out", "x.png"), "already exists")
     refused(run("generate", A, "--out", "x.jpg"), "give a name that ends in .png")
     refused(run("generate", A, "--out", "nowhere/x.png"), "no folder nowhere")
     refused(run("generate", A, "--n", 0), "--n 0")

@@ -539,3 +539,11 @@ def test_records_are_plain_json(make, tmp_path):
     record = json.loads((folder / "00000.json").read_text(encoding="utf-8"))
     assert record["rows"] == [4]
     assert record["problems"] == {"seen": 4, "names": {}}
+
+
+def test_a_wrong_example_is_refused():
+    pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    Example(pixels, ("a cube",)).check(8)
+    for image, captions in ((pixels, "a cube"), (pixels.float(), ("a",)), (pixels.permute(1, 2, 0), ("a",))):
+        with pytest.raises(ValueError, match=r"yields Example\(image \(3, 8, 8\) uint8"):
+            Example(image, captions).check(8)

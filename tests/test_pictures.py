@@ -170,7 +170,7 @@ def test_output_paths_are_free_names(tmp_path, monkeypatch):
     assert output_paths(None, "A red cube!", 2)[0] == Path("a-red-cube-v2.png"), "the first version without a conflict"
     Path("x.png").touch()
     assert output_paths(Path("x.png"), A, 1, force=True) == [Path("x.png")]
-    with pytest.raises(FileExistsError, match=r"x\.png already there"):
+    with pytest.raises(FileExistsError, match=r"x\.png already exists"):
         output_paths(Path("x.png"), A, 1)
     with pytest.raises(ValueError, match=r"ends in \.png"):
         output_paths(Path("x.jpg"), A, 1)
