@@ -51,8 +51,7 @@ from minimuse.plots import grid, tradeoff
 from minimuse.text import Context, pad_contexts
 from minimuse.train import Decimated, MaskedLoss, train_transformer
 from minimuse.train_budget import count_flops
-from minimuse.train_engine import Engine
-from minimuse.transformer import init_from_codebook
+from minimuse.train_engine import Engine, init_from_codebook
 from minimuse.utils import atomic_write, seeded_generator
 
 PARTS = ("race", "likelihood", "identity", "stages", "guidance")

@@ -34,9 +34,9 @@ from minimuse.lab_samplers import GROUPS
 from minimuse.masking import SCHEDULES, Schedule, likelihood_bound, sample_mask_rate
 from minimuse.text import Context
 from minimuse.train import train_transformer
-from minimuse.train_engine import Engine
+from minimuse.train_engine import Engine, init_from_codebook
 from minimuse.train_state import RUN, open_run
-from minimuse.transformer import Transformer, init_from_codebook
+from minimuse.transformer import Transformer
 from minimuse.utils import content_hash, seeded_generator
 
 DENSITIES: dict[str, Schedule] = {

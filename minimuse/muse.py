@@ -44,12 +44,6 @@ def build(config: MuseConfig) -> nn.ModuleDict:
     return nn.ModuleDict(parts)
 
 
-def parameter_counts(config: MuseConfig) -> dict[str, int]:
-    """The number of parameters of each network, counted on the meta device, which takes no memory."""
-    with torch.device("meta"):
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in build(config).items()}
-
-
 class Muse:
     """A text-to-image model: four networks, a frozen language model, and default settings for sampling.
 

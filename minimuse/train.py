@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimuse import train_engine
 from minimuse.amused import published_tokenizer
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
@@ -34,7 +35,7 @@ from minimuse.muse import Muse, build
 from minimuse.text import Context, TextEncoder, pad_contexts
 from minimuse.train_engine import Engine, EvalFn, Progress, Stage, batch_indices, learning_rate, make_optimizers, sync
 from minimuse.train_log import TrainLog
-from minimuse.transformer import Transformer, init_from_codebook
+from minimuse.transformer import Transformer
 from minimuse.utils import seeded_generator
 from minimuse.vqgan import VQGAN, Reconstruction, codebook_usage
 from minimuse.vqgan_loss import COMMITMENT, Perceptual, SceneFeatures, VQGANLoss, feature_distance
@@ -318,7 +319,7 @@ class MuseTrainer:
     def transformer(self, name: str, *codebooks: Tensor) -> Iterator[Progress]:
         """A transformer stage, "base" or "superres", whose embeddings start from the codebooks."""
         torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
-        init_from_codebook(self.parts[name], *codebooks)
+        train_engine.init_from_codebook(self.parts[name], *codebooks)
         data, model, texts = self.data, self.parts[name], self.data.split(self.data.texts)
         options = {"stage": name, "engine": self.engine, "eval_fn": self.log.transformer(name, data, self.parts)}
         tokens = data.split(data.tokens["low"])

@@ -26,12 +26,13 @@ from minimuse.config import STAGES, MuseConfig, StageConfig
 from minimuse.data_cache import TrainingData, tokenize_images
 from minimuse.data_images import area_downsample
 from minimuse.data_sources import Example, Problems
+from minimuse.muse import build
 from minimuse.sampler import SamplingConfig
 from minimuse.text import Context
 from minimuse.train import MaskedLoss
 from minimuse.train_engine import checkpoint_activations, hidden_matrices
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
-from minimuse.utils import duration, fast_bf16, pick_device, si
+from minimuse.utils import fast_bf16, pick_device
 from minimuse.vqgan import VQGAN
 from minimuse.vqgan_loss import COMMITMENT, SceneFeatures, VQGANLoss, feature_distance
 
@@ -181,6 +182,12 @@ def _mean_flops(losses: Callable[[int, int], Iterator[Tensor]], how: StageConfig
     return sum(x * count_flops(lambda s=s: [loss.backward() for loss in losses(1, s)]) for s, x in shares.items() if x)
 
 
+def parameter_counts(config: MuseConfig) -> dict[str, int]:
+    """The number of parameters of each network, counted on the meta device, which takes no memory."""
+    with torch.device("meta"):
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in build(config).items()}
+
+
 def stage_budget(config: MuseConfig, stage: str, checkpointing: bool = False) -> StageBudget:
     """One stage of `config`. With `checkpointing`, layers and residual blocks run again for the backward pass."""
     if stage not in STAGES or stage not in config.stages:
@@ -299,3 +306,23 @@ def preview(data: TrainingData, most: int = 16) -> str:
     if text > config.text_gib * 2**30:
         lines[-1] += "; above text_gib: encoded at every step instead"
     return "\n".join(lines)
+
+
+# --- numbers for people -----------------------------------------------------------------------------------------------
+
+
+def si(x: float, unit: str) -> str:
+    """1.5e12, "FLOP" -> "1.5 TFLOP": three digits and a prefix, powers of 1000."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]
+    while x >= 999.5 and len(prefixes) > 1:
+        x /= 1000
+        prefixes.pop(0)
+    return f"{x:,.{2 if x < 9.995 else 1 if x < 99.95 else 0}f} {prefixes[0]}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds -> "7.5 h", "3.2 min", "4.1 s" or "12.0 ms"."""
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds * 1000:.1f} ms"

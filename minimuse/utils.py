@@ -138,23 +138,3 @@ def content_hash(*values: Any) -> str:
         return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
 
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=plain).encode()).hexdigest()
-
-
-# --- numbers for people -----------------------------------------------------------------------------------------------
-
-
-def si(x: float, unit: str) -> str:
-    """1.5e12, "FLOP" -> "1.5 TFLOP": three digits and a prefix, powers of 1000."""
-    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]
-    while x >= 999.5 and len(prefixes) > 1:
-        x /= 1000
-        prefixes.pop(0)
-    return f"{x:,.{2 if x < 9.995 else 1 if x < 99.95 else 0}f} {prefixes[0]}{unit}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds -> "7.5 h", "3.2 min", "4.1 s" or "12.0 ms"."""
-    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
-        if seconds >= size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds * 1000:.1f} ms"

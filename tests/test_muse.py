@@ -16,8 +16,9 @@ from PIL import Image
 
 import minimuse.muse
 from minimuse.config import preset
-from minimuse.muse import Muse, build, parameter_counts
+from minimuse.muse import Muse, build
 from minimuse.text import TextEncoder
+from minimuse.train_budget import parameter_counts
 
 ROOT = Path(__file__).resolve().parent.parent
 A, B = "a red cube", "two small blue spheres left of a metal cylinder"
@@ -458,6 +459,8 @@ for name in {modules!r}:
 from minimuse.muse import Muse, build
 from minimuse.config import preset
 from minimuse.text import TextEncoder
+from minimuse.train_budget import parameter_counts
+from minimuse.train_budget import parameter_counts
 config = preset("nano")
 Muse(config, build(config), TextEncoder(config.text_encoder, max_tokens=config.text_tokens))
 TextEncoder("nobody/has-this-one")

@@ -222,7 +222,7 @@ differ in what the model is shown:
 from minimuse.baseline_ar import NextTokenLoss, train_ar
 from minimuse.baseline_dit import train_dit
 from minimuse.train import MaskedLoss, train_transformer
-from minimuse.transformer import init_from_codebook
+from minimuse.train_engine import init_from_codebook
 
 show(MaskedLoss.forward, NextTokenLoss.forward)
 
