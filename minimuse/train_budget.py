@@ -165,12 +165,12 @@ def _networks(config: MuseConfig, stage: str) -> tuple[nn.Module, Callable[[int,
 
         def losses(batch: int, step: int) -> Iterator[Tensor]:
             x = torch.zeros(batch, 3, size, size)
-            made = vqgan(x)
-            made = made._replace(images=made.images.float())
-            total = loss.generator_loss(x, made.images, vqgan.decoder.conv_out.weight, step)
-            yield total + made.codebook_loss + COMMITMENT * made.commitment_loss
+            made, quantized = vqgan(x)
+            made = made.float()
+            total = loss.generator_loss(x, made, vqgan.decoder.conv_out.weight, step)
+            yield total + quantized.codebook_loss + COMMITMENT * quantized.commitment_loss
             if loss.discriminator_active(step):
-                yield loss.discriminator_loss(x, made.images)
+                yield loss.discriminator_loss(x, made)
 
     return networks, losses
 

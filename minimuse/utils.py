@@ -67,8 +67,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 def pick_dtype(device: torch.device, parameters: int) -> torch.dtype:
     """bfloat16 if the device multiplies it faster than float32, otherwise float32.
 
-    Choice: on a CPU, models below 30 million parameters use float32. They are fast enough, and a seed then gives the
-    same picture on every CPU.
+    Choice: on a CPU, models below 30 million parameters use float32, so that a seed gives one picture on every CPU.
     """
     fast = fast_bf16(device) and (device.type != "cpu" or parameters >= 30_000_000)
     return torch.bfloat16 if fast else torch.float32

@@ -517,7 +517,7 @@ The autoregressive model needs no bound: the chain rule gives $\log p(x)$ itself
 """
 
 # %%
-from minimuse.masking import likelihood_bound
+from minimuse.train_log import likelihood_bound
 
 show(likelihood_bound)
 
