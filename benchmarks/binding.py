@@ -37,8 +37,8 @@ from minimuse.data_sources import SceneDataset
 from minimuse.eval_metrics import Estimate, mean_interval, proportion_interval
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import train_transformer
-from minimuse.train_engine import Engine
-from minimuse.transformer import Transformer, init_from_codebook
+from minimuse.train_engine import Engine, init_from_codebook
+from minimuse.transformer import Transformer
 from minimuse.utils import atomic_write, precision
 
 WAYS = {"projected": 0, "ahead and back": 1, "every way": 1, "told outright": 0}  # -> text_layers

@@ -34,9 +34,9 @@ from minimuse.config import MuseConfig, preset
 from minimuse.muse import build
 from minimuse.text import Context
 from minimuse.train import train_transformer
-from minimuse.train_budget import matmul_ceiling, sampling_flops, stage_budget
+from minimuse.train_budget import duration, matmul_ceiling, sampling_flops, si, stage_budget
 from minimuse.train_engine import Engine
-from minimuse.utils import duration, pick_device, si
+from minimuse.utils import pick_device
 
 PARTS, BATCHES = ("sampling", "training"), (64, 32, 16, 8)
 

@@ -45,14 +45,13 @@ from minimuse.data_sources import SceneDataset, open_source
 from minimuse.eval_metrics import Estimate, frechet_interval, mean_interval, paired_difference, proportion_interval
 from minimuse.eval_networks import Detector
 from minimuse.eval_prompts import matches, parse_prompt
-from minimuse.masking import likelihood_bound
 from minimuse.muse import build
 from minimuse.plots import grid, tradeoff
 from minimuse.text import Context, pad_contexts
 from minimuse.train import Decimated, MaskedLoss, train_transformer
 from minimuse.train_budget import count_flops
-from minimuse.train_engine import Engine
-from minimuse.transformer import init_from_codebook
+from minimuse.train_engine import Engine, init_from_codebook
+from minimuse.train_log import likelihood_bound
 from minimuse.utils import atomic_write, seeded_generator
 
 PARTS = ("race", "likelihood", "identity", "stages", "guidance")

@@ -28,9 +28,8 @@ from peers import CPU, Shape, our_sampling
 from speed import sampling_flops
 from timing import HERE, alone, alternate, machine, markdown, peak_memory, precisions, ratio, save, short, timed
 
-from minimuse.train_budget import matmul_ceiling
+from minimuse.train_budget import duration, matmul_ceiling, si
 from minimuse.transformer import attention, multi_axis_attention
-from minimuse.utils import duration, si
 
 START = Shape(batch=2, grid=16, codes=8192, width=256, layers=4, text=32, steps=8)
 AXES: dict[str, list[dict[str, int]]] = {

@@ -53,9 +53,8 @@ from timing import (
 from minimuse.sampler import SamplingConfig
 from minimuse.text import Context
 from minimuse.train import MaskedLoss
-from minimuse.train_budget import count_flops, decode_flops, matmul_ceiling
+from minimuse.train_budget import count_flops, decode_flops, duration, matmul_ceiling, si
 from minimuse.transformer import Transformer
-from minimuse.utils import duration, si
 
 SHAPES = {
     "4 pictures of 256 tokens": Shape(batch=4, grid=16, codes=8192, width=512, layers=8, text=32, steps=24),

@@ -5,7 +5,7 @@
 Muse 2.6 draws a mask rate for each example, r = curve(u) with u uniform; the curve is the density. Each density trains
 nano's base model from nothing, as often as there are seeds, on the same scenes, tokens and texts in the same order.
 Judged by what no density is favoured in, both on scenes of split "test":
-    bound      nats a token, masks of uniform counts, 8 a scene (`masking.likelihood_bound`); lower is better
+    bound      nats a token, masks of uniform counts, 8 a scene (`train_log.likelihood_bound`); lower is better
     accuracy   share of sampled pictures with all that is asked for, in 4 and in 16 steps (`lab_models.MuseEvaluator`)
 Intervals are 95%, those of test scenes and of training runs added up as independent errors; differences are paired.
 Whatever is done is kept in --out and used again. Writes densities.json, .md and .png there, with --docs here as well.
@@ -31,12 +31,13 @@ from minimuse.data_sources import SceneDataset, open_source
 from minimuse.eval_metrics import Estimate, mean_interval
 from minimuse.lab_models import MuseEvaluator
 from minimuse.lab_samplers import GROUPS
-from minimuse.masking import SCHEDULES, Schedule, likelihood_bound, sample_mask_rate
+from minimuse.masking import SCHEDULES, Schedule, sample_mask_rate
 from minimuse.text import Context
 from minimuse.train import train_transformer
-from minimuse.train_engine import Engine
+from minimuse.train_engine import Engine, init_from_codebook
+from minimuse.train_log import likelihood_bound
 from minimuse.train_state import RUN, open_run
-from minimuse.transformer import Transformer, init_from_codebook
+from minimuse.transformer import Transformer
 from minimuse.utils import content_hash, seeded_generator
 
 DENSITIES: dict[str, Schedule] = {

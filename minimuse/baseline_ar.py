@@ -34,8 +34,8 @@ from minimuse.muse import Muse
 from minimuse.sampler import LogitsFn, SamplingConfig, Step
 from minimuse.text import Context
 from minimuse.train import MuseTrainer, pick_captions, train_muse, train_network
-from minimuse.train_engine import Engine, Progress, Stage
-from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig, attention, init_from_codebook
+from minimuse.train_engine import Engine, Progress, Stage, init_from_codebook
+from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig, attention
 from minimuse.utils import atomic_write, require
 from minimuse.vqgan import VQGAN
 

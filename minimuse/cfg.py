@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from minimuse.masking import Generators
 from minimuse.text import Context
 from minimuse.transformer import Memory, Transformer
 from minimuse.utils import require
@@ -28,13 +29,8 @@ def null_text(context: Context) -> Context:
     return context._replace(embeds=embeds, mask=torch.ones_like(embeds[:, :, 0], dtype=torch.bool))
 
 
-def drop_text(
-    context: Context, p: float, generator: torch.Generator | Sequence[torch.Generator] | None = None
-) -> Context:
-    """context (B, L, D_lm) -> same shape; each example loses its text with probability p, as in `null_text`.
-
-    `generator` is one for the whole batch, or one for each example.
-    """
+def drop_text(context: Context, p: float, generator: Generators = None) -> Context:
+    """context (B, L, D_lm) -> same shape; each example loses its text with probability p, as in `null_text`."""
     require(0 <= p <= 1, f"drop_text got the probability {p}; give 0 <= p <= 1")
     each = generator if isinstance(generator, Sequence) else [generator] * len(context.mask)
     drop = torch.cat([torch.rand(1, generator=g) < p for g in each]).to(context.mask.device)

@@ -20,7 +20,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from minimuse.config import MuseConfig, from_dict, to_dict
-from minimuse.utils import atomic_write
+from minimuse.utils import atomic_write, require
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 FORMAT = "minimuse-1"
@@ -36,8 +36,7 @@ license: apache-2.0
 # {name}
 
 A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {low} to {high}. Text: {text}, frozen.
-Load it with `Muse.from_pretrained("path/to/this/folder")`. A prompt to try: "{example}".
-All settings, also those of the training, are in `config.json`.
+Load it with `Muse.from_pretrained("path/to/this/folder")`. Settings: `config.json`. A prompt to try: "{example}".
 """
 
 
@@ -105,10 +104,8 @@ def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], n
     wrong = [f"lacks {key}" for key in old.keys() - new.keys()]
     wrong += [f"has {key}" for key in new.keys() - old.keys()]
     wrong += [f"{key} is {new[key]}, not {old[key]}" for key in old.keys() & new.keys() if old[key] != new[key]]
-    if wrong:
-        raise ValueError(
-            f"the weights of {str(name)!r} do not fit its config.json: {'; '.join(sorted(wrong)[:3])}, ..."
-        )
+    first = "; ".join(sorted(wrong)[:3])
+    require(not wrong, f"the weights of {str(name)!r} do not fit its config.json: {first}, ...")
 
 
 def fingerprint(config: MuseConfig, weights: Mapping[str, Tensor]) -> str:
@@ -129,9 +126,7 @@ def fingerprint(config: MuseConfig, weights: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()[:16]
 
 
-def save(
-    folder: str | Path, config: MuseConfig, weights: dict[str, Tensor], about: dict[str, Any], *, overwrite: bool
-) -> Path:
+def save(folder: str | Path, config: MuseConfig, weights: dict, about: dict[str, Any], *, overwrite: bool) -> Path:
     """Write a checkpoint. FileExistsError if one is already there, unless `overwrite`."""
     folder = Path(folder)
     if not overwrite:

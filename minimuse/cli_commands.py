@@ -5,6 +5,7 @@ Not here: the options (`cli.py`), the page of `minimuse app` (`app.py`).
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -160,7 +161,7 @@ def run_train(args: argparse.Namespace) -> None:
 def _configuration(args: argparse.Namespace) -> Any:
     """The configuration of a preset, a JSON file or the run to resume, with the changes of --set."""
     from minimuse.checkpoint import read_configuration
-    from minimuse.config import PRESETS, changed, preset
+    from minimuse.config import PRESETS, preset
     from minimuse.train_state import RUN, read_run
     from minimuse.utils import require
 
@@ -176,6 +177,27 @@ def _configuration(args: argparse.Namespace) -> Any:
     if args.model:
         config = locate(BASELINES[args.model]).configure(config)
     return changed(config, args.set)
+
+
+def changed(config: Any, changes: list[str]) -> Any:
+    """A configuration with fields set by "path=value", the value in JSON: "stages.base.steps=500", "name=mine"."""
+    from minimuse.config import from_dict, to_dict
+    from minimuse.utils import require
+
+    values = to_dict(config)
+    for change in changes:
+        path, _, text = change.partition("=")
+        *parents, last = path.split(".")
+        part: Any = values
+        for name in parents:
+            part = part.get(name) if isinstance(part, dict) else None
+        known = "=" in change and isinstance(part, dict) and last in part
+        require(known, f"no field {path!r}; give PATH=VALUE with fields of `to_dict`, such as stages.base.steps=500")
+        try:
+            part[last] = json.loads(text)
+        except ValueError:
+            part[last] = text
+    return from_dict(values)
 
 
 def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:

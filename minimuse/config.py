@@ -4,7 +4,6 @@ Not here: the configuration of one component, which stands in its file, above th
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any
@@ -232,25 +231,7 @@ def preset(name: str) -> MuseConfig:
     return PRESETS[name]()
 
 
-# --- JSON and changes -------------------------------------------------------------------------------------------------
-
-
-def changed(config: MuseConfig, changes: list[str]) -> MuseConfig:
-    """A configuration with fields set by "path=value", the value in JSON: "stages.base.steps=500", "name=mine"."""
-    values = to_dict(config)
-    for change in changes:
-        path, _, text = change.partition("=")
-        *parents, last = path.split(".")
-        part: Any = values
-        for name in parents:
-            part = part.get(name) if isinstance(part, dict) else None
-        known = "=" in change and isinstance(part, dict) and last in part
-        require(known, f"no field {path!r}; give PATH=VALUE with fields of `to_dict`, such as stages.base.steps=500")
-        try:
-            part[last] = json.loads(text)
-        except ValueError:
-            part[last] = text
-    return from_dict(values)
+# --- JSON -------------------------------------------------------------------------------------------------------------
 
 
 def to_dict(config: MuseConfig) -> dict[str, Any]:

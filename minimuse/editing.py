@@ -21,8 +21,9 @@ from minimuse.cfg import Guidance, get_guidance, guided
 from minimuse.data_images import area_downsample, from_pil, mask_from, to_rgb
 from minimuse.masking import random_mask
 from minimuse.sampler import LogitsFn, Step, decode
+from minimuse.utils import require
 
-Callback = Callable[[Step], None]  # called with every Step of a decode
+Callback = Callable[[Step], None] | None  # called with every Step of a decode
 Steps = Iterator[Step]
 Jobs = list[dict[str, Any]]  # one dict for each picture: prompt, negative prompt, seed
 Seed = int | Sequence[int] | None  # of the first picture, or one for each; None is random
@@ -53,8 +54,8 @@ def resample(
     As in Gibbs sampling, every state is a whole picture, and it drifts towards the prompt of `logits_fn`. An iteration
     is one forward pass; u goes from 0 at the first to 1 at the last.
     """
-    if iterations < 1 or not 0 < fraction <= 1:
-        raise ValueError(f"{iterations} iterations of a fraction {fraction}; give at least 1, and a fraction in (0, 1]")
+    ok = iterations >= 1 and 0 < fraction <= 1
+    require(ok, f"{iterations} iterations of a fraction {fraction}; give at least 1, and a fraction in (0, 1]")
     rate = torch.full((1,), fraction, dtype=torch.double)
     for i in range(iterations):
         repaint = torch.cat([random_mask(row[None], rate, g) for row, g in zip(tokens, generators, strict=True)])
@@ -66,10 +67,7 @@ def resample(
 
 
 def fill_with_nearest(tokens: Tensor, masked: Tensor) -> Tensor:
-    """tokens, masked (B, N) of a square grid -> (B, N): masked positions take the nearest known token.
-
-    An image without a known token becomes code 0.
-    """
+    """tokens, masked (B, N) of a square -> (B, N): masked positions take the nearest known token, or 0 without any."""
     axis = torch.arange(math.isqrt(tokens.shape[1]), device=tokens.device, dtype=torch.float)
     cells = torch.cartesian_prod(axis, axis)  # (N, 2)
     distance = torch.cdist(cells, cells, compute_mode="donot_use_mm_for_euclid_dist")  # (N, N)
@@ -129,7 +127,7 @@ def edit_tokens(
 
 def inpaint(
     muse: Muse, image: Image.Image, mask: Any, prompt: str, *, n: int = 1, seed: Seed = None,
-    negative_prompt: str | None = None, keep: bool = True, callback: Callback | None = None, **sampling,
+    negative_prompt: str | None = None, keep: bool = True, callback: Callback = None, **sampling,
 ) -> list[Image.Image]:  # fmt: skip
     """Repaint the white part of `mask`, an image or array of the picture's size, after the prompt (Muse 3.3.1).
 
@@ -137,8 +135,7 @@ def inpaint(
     """
     tokens = tokenize(muse, image)
     repaint = mask_from(mask, image.size)
-    if not repaint.any():
-        raise ValueError("the mask is empty: no pixel is white; white is what to repaint")
+    require(repaint.any(), "the mask is empty: no pixel is white; white is what to repaint")
     jobs = muse.jobs(prompt, n, seed, negative_prompt)
     steps = inpaint_tokens(muse, tokens, repaint[None], jobs, **sampling)
     images = muse.to_pictures(steps, jobs, sampling | {"task": "inpaint"}, callback)
@@ -151,7 +148,7 @@ def inpaint(
 
 def outpaint(
     muse: Muse, image: Image.Image, padding: int | tuple[int, int, int, int], prompt: str, *,
-    n: int = 1, seed: Seed = None, negative_prompt: str | None = None, callback: Callback | None = None, **sampling,
+    n: int = 1, seed: Seed = None, negative_prompt: str | None = None, callback: Callback = None, **sampling,
 ) -> list[Image.Image]:  # fmt: skip
     """Extend the picture by `padding` pixels: one number, or (left, top, right, bottom) (Muse 3.3.1).
 
@@ -159,8 +156,8 @@ def outpaint(
     Choice: unpainted canvas repeats the picture's edge; black would leak into the tokens next to it.
     """
     sides = tuple(padding) if isinstance(padding, tuple | list) else (padding,) * 4
-    if len(sides) != 4 or min(sides) < 0 or max(sides) == 0:
-        raise ValueError(f"padding {padding}; give pixels to add, 1 number or 4, none negative, at least one above 0")
+    ok = len(sides) == 4 and min(sides) >= 0 and max(sides) > 0
+    require(ok, f"padding {padding}; give pixels to add, 1 number or 4, none negative, at least one above 0")
     left, top, right, bottom = sides
     side = muse.config.high_tokenizer.image_size
     from_pil(image, side)  # refuses what is not a picture of the right size
@@ -184,7 +181,7 @@ def outpaint(
 
 def edit(
     muse: Muse, image: Image.Image, prompt: str, *, n: int = 1, seed: Seed = None,
-    negative_prompt: str | None = None, callback: Callback | None = None, **settings,
+    negative_prompt: str | None = None, callback: Callback = None, **settings,
 ) -> list[Image.Image]:  # fmt: skip
     """Change the picture towards the prompt, without a mask (Muse 3.3.2). `settings` as in `edit_steps`."""
     jobs = muse.jobs(prompt, n, seed, negative_prompt)

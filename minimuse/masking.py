@@ -1,4 +1,4 @@
-"""Variable masking: schedules, mask rates, random masks, the masked loss, a likelihood bound (Muse 2.6).
+"""Variable masking: schedules, mask rates, random masks, the masked loss (Muse 2.6).
 
     u in [0, 1] --schedule--> r, the ratio still masked, falling from 1 to 0
 
@@ -126,25 +126,6 @@ def masked_cross_entropy(
     Muse 2.3. If the rows are only a part of a batch, `count` is the number of masked tokens in all of it: the losses of
     the parts then add up to the batch's mean.
     """
-    hidden = targets.masked_fill(~masked, -100).flatten()
-    total = F.cross_entropy(
-        logits.flatten(0, 1).float(), hidden, ignore_index=-100, reduction="sum", label_smoothing=label_smoothing
-    )
+    hidden = targets.masked_fill(~masked, -100).flatten()  # cross_entropy ignores -100
+    total = F.cross_entropy(logits.flatten(0, 1).float(), hidden, reduction="sum", label_smoothing=label_smoothing)
     return total / (masked.sum().clamp(min=1) if count is None else count)
-
-
-def likelihood_bound(
-    logits_fn: Callable[[Tensor], Tensor], tokens: Tensor, mask_id: int, generator: Generators = None
-) -> Tensor:
-    """tokens (B, N) -> (B,): one-sample estimates, in nats per token, of an upper bound on -log p(tokens) / N.
-
-    D3PM's absorbing diffusion: -log p / N <= E over k uniform on 1..N of the mean cross-entropy with exactly k masked.
-    The bound does not depend on the training density p(r) (Muse 2.6), which only weights the integrand.
-    `logits_fn` maps tokens (B, N) to logits (B, N, V).
-    """
-    b, n = tokens.shape
-    k = (uniforms(b, generator=generator) * n).long() + 1
-    masked = random_mask(tokens, k.double() / n, generator)
-    logits = logits_fn(tokens.masked_fill(masked, mask_id))
-    loss = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")  # (B, N)
-    return (loss * masked).sum(1) / masked.sum(1)

@@ -29,7 +29,7 @@ from minimuse.masking import uniforms
 from minimuse.sampler import SamplingConfig, Step, decode
 from minimuse.text import Context, TextEncoder
 from minimuse.transformer import SuperRes, Transformer
-from minimuse.utils import pick_device, pick_dtype
+from minimuse.utils import pick_device, pick_dtype, require
 from minimuse.vqgan import VQGAN
 
 
@@ -42,12 +42,6 @@ def build(config: MuseConfig) -> nn.ModuleDict:
         "superres": SuperRes(config.superres),
     }
     return nn.ModuleDict(parts)
-
-
-def parameter_counts(config: MuseConfig) -> dict[str, int]:
-    """The number of parameters of each network, counted on the meta device, which takes no memory."""
-    with torch.device("meta"):
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in build(config).items()}
 
 
 class Muse:
@@ -103,9 +97,7 @@ class Muse:
         return self._stage("superres", jobs, (low_tokens,), tokens, generators, sampling)
 
     @torch.inference_mode()
-    def _stage(
-        self, name: str, jobs: Jobs, condition: tuple, tokens: Any, generators: Any, sampling: dict[str, Any]
-    ) -> Steps:
+    def _stage(self, name: str, jobs: Jobs, condition: tuple, tokens: Any, generators: Any, sampling: dict) -> Steps:
         """`condition` is what the network reads besides the text."""
         network = self.parts[name]
         guidance, settings = sampling_settings(getattr(self.config, f"{name}_sampling"), sampling)
@@ -126,7 +118,7 @@ class Muse:
 
     def generate(
         self, prompts: str | Sequence[str], *, n: int = 1, seed: Seed = None, batch_size: int = 16,
-        negative_prompt: str | Sequence[str] | None = None, callback: Callback | None = None, **sampling,
+        negative_prompt: str | Sequence[str] | None = None, callback: Callback = None, **sampling,
     ) -> list[Image.Image]:  # fmt: skip
         """Prompts -> n PIL images of each, in order. Negative prompts are texts to guide away from (Muse 2.7).
 
@@ -146,10 +138,7 @@ class Muse:
 
     @torch.inference_mode()
     def picture(self, step: Step) -> list[Image.Image]:
-        """A Step -> B images. Masked positions are filled with the nearest revealed token before decoding.
-
-        The decoder is convolutional, so an arbitrary code would bleed into its neighbours.
-        """
+        """A Step -> B images. Masked positions take the nearest revealed token; others bleed into their neighbours."""
         tokenizer = self.low_tokenizer if step.stage == "base" else self.high_tokenizer
         return to_pil(tokenizer.decode(editing.fill_with_nearest(step.tokens, step.masked)).float())
 
@@ -228,10 +217,8 @@ class Muse:
         negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
         seed = random.randrange(2**31) if seed is None else seed
         seeds = list(range(seed, seed + total) if isinstance(seed, Integral) else seed)
-        if len(negatives) != len(prompts):
-            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
-        if len(seeds) != total:
-            raise ValueError(f"{len(seeds)} seeds for {total} pictures; give one, or one for each")
+        require(len(negatives) == len(prompts), f"{len(negatives)} negative prompts; give one, or {len(prompts)}")
+        require(len(seeds) == total, f"{len(seeds)} seeds for {total} pictures; give one, or {total}")
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._hinted and (hint := self.unfamiliar(prompt)):
                 print(f"minimuse: {hint}", file=sys.stderr)
@@ -241,12 +228,11 @@ class Muse:
 
     def unfamiliar(self, prompt: str) -> str:
         """A hint if most words of the prompt are in no training caption, else ""."""
-        words = list(dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))) if self.words else []
-        unknown = [w for w in words if w not in self.words]
-        if 2 * len(unknown) <= len(words):
+        words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))
+        unknown = [word for word in words if word not in self.words]
+        if not self.words or 2 * len(unknown) <= len(words):
             return ""
-        examples = "; ".join(f'"{x}"' for x in self.examples[:3])
-        return f"{self.config.name} never saw {', '.join(unknown)} in training. Try {examples}"
+        return f"{self.config.name} never saw {', '.join(unknown)} in training. Try one of {self.examples[:3]}"
 
     def contexts(self, jobs: Jobs) -> tuple[Context, Context]:
         """Jobs -> their texts, and what to guide away from: removed text or negative prompts (Muse 2.7)."""
@@ -258,9 +244,7 @@ class Muse:
             null = Context.cat(Context(*(x[i : i + 1] for x in row)) for i, row in enumerate(rows))
         return text, null
 
-    def to_pictures(
-        self, steps: Steps, jobs: Jobs, settings: dict, callback: Callback | None = None
-    ) -> list[Image.Image]:
+    def to_pictures(self, steps: Steps, jobs: Jobs, settings: dict, callback: Callback = None) -> list[Image.Image]:
         """Run the decode to its end, then decode the last tokens. Each image's info holds its job and the settings."""
         for step in steps:
             if callback is not None:

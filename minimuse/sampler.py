@@ -9,8 +9,7 @@ you may replace each by a function of your own:
     what is drawn           sampling_temperature: a number or a function of u; top_k
     how noisy the ranking   choice_temperature: a number that falls linearly to 0, or a function of u
 
-Randomness: two uniforms per token and step (value and ranking), drawn before the loop from CPU generators. One seed
-gives the same numbers on every machine.
+Randomness: two uniforms per token and step, drawn before the loop from CPU generators, so equal on every machine.
 Not here: the schedules (`masking.py`), guidance (`cfg.py`).
 """
 

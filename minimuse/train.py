@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimuse import train_engine
 from minimuse.amused import published_tokenizer
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
@@ -33,10 +34,10 @@ from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, s
 from minimuse.muse import Muse, build
 from minimuse.text import Context, TextEncoder, pad_contexts
 from minimuse.train_engine import Engine, EvalFn, Progress, Stage, batch_indices, learning_rate, make_optimizers, sync
-from minimuse.train_log import TrainLog
-from minimuse.transformer import Transformer, init_from_codebook
+from minimuse.train_log import TrainLog, codebook_usage
+from minimuse.transformer import Transformer
 from minimuse.utils import seeded_generator
-from minimuse.vqgan import VQGAN, Reconstruction, codebook_usage
+from minimuse.vqgan import VQGAN
 from minimuse.vqgan_loss import COMMITMENT, Perceptual, SceneFeatures, VQGANLoss, feature_distance
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -81,31 +82,31 @@ def train_tokenizer(
     for step in job.steps():
         for at, _ in job.micro_batches(len(images), step):
             x = to_float(random_crop(images[at], config.crop, seeded_generator(engine.seed, step))).to(engine.device)
-            made = _tokenizer_backward(job, vqgan, losses, x.contiguous(memory_format=torch.channels_last), step)
+            tokens = _tokenizer_backward(job, vqgan, losses, x.contiguous(memory_format=torch.channels_last), step)
         metrics = job.finish(step)
         metrics["psnr"] = -10 * math.log10(max(metrics.pop("mse"), 1e-10) / 4)
-        metrics["used"], metrics["perplexity"] = codebook_usage(made.tokens, vqgan.codebook_size)
+        metrics["used"], metrics["perplexity"] = codebook_usage(tokens, vqgan.codebook_size)
         if eval_fn and (step + 1) % config.eval_every == 0:
             metrics |= eval_fn(vqgan, step + 1)
         yield Progress(stage, step + 1, config.steps, metrics, vqgan)
 
 
-def _tokenizer_backward(job: Stage, vqgan: VQGAN, losses: VQGANLoss, x: Tensor, step: int) -> Reconstruction:
-    """Backward passes of one micro-batch x (B, 3, H, W): first the VQGAN's, then the discriminator's."""
+def _tokenizer_backward(job: Stage, vqgan: VQGAN, losses: VQGANLoss, x: Tensor, step: int) -> Tensor:
+    """Backward passes of one micro-batch x (B, 3, H, W), the VQGAN's, then the discriminator's -> its tokens."""
     precision = job.engine.precision
     with precision():
-        made = job.modules["model"](x)
-    made = made._replace(images=made.images.float())
+        made, quantized = job.modules["model"](x)
+    made = made.float()
     with precision():
-        loss = losses.generator_loss(x, made.images, vqgan.decoder.conv_out.weight, step)
-    loss = loss + made.codebook_loss + COMMITMENT * made.commitment_loss
-    metrics = {"loss": loss, "l1": F.l1_loss(made.images, x), "mse": F.mse_loss(made.images, x)}
+        loss = losses.generator_loss(x, made, vqgan.decoder.conv_out.weight, step)
+    loss = loss + quantized.codebook_loss + COMMITMENT * quantized.commitment_loss
+    metrics = {"loss": loss, "l1": F.l1_loss(made, x), "mse": F.mse_loss(made, x)}
     job.backward(loss / job.parts, **{name: value / job.parts for name, value in metrics.items()})
     if losses.discriminator_active(step):
         with precision():
-            loss = losses.discriminator_loss(x, made.images, job.modules["discriminator"])
+            loss = losses.discriminator_loss(x, made, job.modules["discriminator"])
         job.backward(loss / job.parts, discriminator_loss=loss / job.parts)
-    return made
+    return quantized.tokens
 
 
 def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: int = 0) -> SceneFeatures:
@@ -318,7 +319,7 @@ class MuseTrainer:
     def transformer(self, name: str, *codebooks: Tensor) -> Iterator[Progress]:
         """A transformer stage, "base" or "superres", whose embeddings start from the codebooks."""
         torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
-        init_from_codebook(self.parts[name], *codebooks)
+        train_engine.init_from_codebook(self.parts[name], *codebooks)
         data, model, texts = self.data, self.parts[name], self.data.split(self.data.texts)
         options = {"stage": name, "engine": self.engine, "eval_fn": self.log.transformer(name, data, self.parts)}
         tokens = data.split(data.tokens["low"])

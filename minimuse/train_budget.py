@@ -26,12 +26,13 @@ from minimuse.config import STAGES, MuseConfig, StageConfig
 from minimuse.data_cache import TrainingData, tokenize_images
 from minimuse.data_images import area_downsample
 from minimuse.data_sources import Example, Problems
+from minimuse.muse import build
 from minimuse.sampler import SamplingConfig
 from minimuse.text import Context
 from minimuse.train import MaskedLoss
 from minimuse.train_engine import checkpoint_activations, hidden_matrices
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
-from minimuse.utils import duration, fast_bf16, pick_device, si
+from minimuse.utils import fast_bf16, pick_device
 from minimuse.vqgan import VQGAN
 from minimuse.vqgan_loss import COMMITMENT, SceneFeatures, VQGANLoss, feature_distance
 
@@ -164,12 +165,12 @@ def _networks(config: MuseConfig, stage: str) -> tuple[nn.Module, Callable[[int,
 
         def losses(batch: int, step: int) -> Iterator[Tensor]:
             x = torch.zeros(batch, 3, size, size)
-            made = vqgan(x)
-            made = made._replace(images=made.images.float())
-            total = loss.generator_loss(x, made.images, vqgan.decoder.conv_out.weight, step)
-            yield total + made.codebook_loss + COMMITMENT * made.commitment_loss
+            made, quantized = vqgan(x)
+            made = made.float()
+            total = loss.generator_loss(x, made, vqgan.decoder.conv_out.weight, step)
+            yield total + quantized.codebook_loss + COMMITMENT * quantized.commitment_loss
             if loss.discriminator_active(step):
-                yield loss.discriminator_loss(x, made.images)
+                yield loss.discriminator_loss(x, made)
 
     return networks, losses
 
@@ -179,6 +180,12 @@ def _mean_flops(losses: Callable[[int, int], Iterator[Tensor]], how: StageConfig
     late = min(how.adversarial_start, how.steps) / how.steps if how.adversarial_weight else 0
     shares = {how.adversarial_start - 1: late, how.adversarial_start: 1 - late}
     return sum(x * count_flops(lambda s=s: [loss.backward() for loss in losses(1, s)]) for s, x in shares.items() if x)
+
+
+def parameter_counts(config: MuseConfig) -> dict[str, int]:
+    """The number of parameters of each network, counted on the meta device, which takes no memory."""
+    with torch.device("meta"):
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in build(config).items()}
 
 
 def stage_budget(config: MuseConfig, stage: str, checkpointing: bool = False) -> StageBudget:
@@ -299,3 +306,23 @@ def preview(data: TrainingData, most: int = 16) -> str:
     if text > config.text_gib * 2**30:
         lines[-1] += "; above text_gib: encoded at every step instead"
     return "\n".join(lines)
+
+
+# --- numbers for people -----------------------------------------------------------------------------------------------
+
+
+def si(x: float, unit: str) -> str:
+    """1.5e12, "FLOP" -> "1.5 TFLOP": three digits and a prefix, powers of 1000."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]
+    while x >= 999.5 and len(prefixes) > 1:
+        x /= 1000
+        prefixes.pop(0)
+    return f"{x:,.{2 if x < 9.995 else 1 if x < 99.95 else 0}f} {prefixes[0]}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds -> "7.5 h", "3.2 min", "4.1 s" or "12.0 ms"."""
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds * 1000:.1f} ms"

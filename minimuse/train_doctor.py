@@ -29,10 +29,10 @@ from minimuse.data_sources import open_source
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import Decimated, MaskedLoss
 from minimuse.train_engine import Engine
-from minimuse.train_log import RATES, STRATA, eval_mode, read_log, unigram_entropy, validate
+from minimuse.train_log import RATES, STRATA, codebook_usage, eval_mode, read_log, unigram_entropy, validate
 from minimuse.transformer import SuperRes, Transformer
 from minimuse.utils import seeded_generator
-from minimuse.vqgan import VQGAN, codebook_usage
+from minimuse.vqgan import VQGAN
 
 MOST = 128  # examples that a check reads
 FEW = 16  # with fewer held-out examples, training examples are checked, and overfitting cannot be seen

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minimuse import train_state
 from minimuse.config import StageConfig
-from minimuse.transformer import Layer, TextLayer
+from minimuse.transformer import Layer, TextLayer, Transformer
 from minimuse.utils import derive_seed, precision, seeded_generator
 from minimuse.vqgan import ResBlock
 
@@ -99,6 +99,27 @@ def make_optimizers(model: nn.Module, config: StageConfig) -> list[torch.optim.O
     return [torch.optim.Muon(hidden, **muon), adamw]
 
 
+@torch.no_grad()
+def init_from_codebook(model: Transformer, codebook: Tensor, low_codebook: Tensor | None = None) -> None:
+    """Choice: before training, codes with similar vectors (V, d) get similar embeddings and output weights."""
+    model.embed.codes.weight[:-1].copy_(0.5 * random_features(codebook, model.config.width))
+    model.head.weight.copy_(0.02 * random_features(codebook, model.config.width))
+    if low_codebook is not None:
+        model.low_embed.codes.weight[:-1].copy_(0.5 * random_features(low_codebook, model.config.width))
+
+
+def random_features(vectors: Tensor, width: int) -> Tensor:
+    """vectors (V, d) -> (V, width) of variance about 1, similar for near vectors (Rahimi and Recht 2007).
+
+    The product of two rows, divided by the width, is about exp(-|a - b|^2 / (2 s^2)) with s half the median distance.
+    """
+    vectors = vectors.detach().float().cpu()  # on the CPU, so that a seed gives the same result on every machine
+    distance = torch.cdist(vectors, vectors)
+    scale = 0.5 * distance[distance > 0].median() if distance.any() else 1.0
+    waves = torch.randn(vectors.shape[1], width) / scale
+    return 2**0.5 * (vectors @ waves + 2 * math.pi * torch.rand(width)).cos()
+
+
 # --- several processes, less memory -----------------------------------------------------------------------------------
 
 
@@ -131,17 +152,10 @@ class Engine:
     """
 
     def __init__(
-        self,
-        *,
-        seed: int = 0,
-        device: str | torch.device | None = None,
-        bf16: bool | None = None,
-        accumulate: int | None = None,
-        compile: bool = False,
-        recompute: bool = False,
-        folder: str | Path | None = None,
-        keep: int = 2,
-    ):
+        self, *, seed: int = 0, device: str | torch.device | None = None, bf16: bool | None = None,
+        accumulate: int | None = None, compile: bool = False, recompute: bool = False,
+        folder: str | Path | None = None, keep: int = 2,
+    ):  # fmt: skip
         from accelerate import Accelerator
 
         self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
@@ -215,14 +229,9 @@ class Stage:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        name: str,
-        config: StageConfig,
-        modules: dict[str, nn.Module],
-        extra: dict[str, Tensor] | None = None,
-        shard: bool = False,
-    ):
+        self, engine: Engine, name: str, config: StageConfig, modules: dict[str, nn.Module],
+        extra: dict[str, Tensor] | None = None, shard: bool = False,
+    ):  # fmt: skip
         self.engine, self.name, self.config = engine, name, config
         self.sharded = shard and engine.sharded
         self.parts = engine.accumulate * engine.processes

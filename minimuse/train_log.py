@@ -6,7 +6,7 @@
 Held-out metrics of a masked transformer, losses in nats a token:
     loss@r       masked cross-entropy with about a fraction r masked. It falls with r, since more context is visible
     unigram      entropy of the token histogram: the loss of a model that knows the frequency of each token and no more
-    bound        an upper bound on -log p of all tokens, the mean over uniform counts (`masking.likelihood_bound`)
+    bound        an upper bound on -log p of all tokens, the mean over uniform counts (`likelihood_bound`)
 
 Not here: what healthy values are (`train_doctor.py`), the progress bar (`cli.py`).
 """
@@ -22,13 +22,14 @@ from statistics import mean
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from minimuse.checkpoint import CARD
 from minimuse.config import MuseConfig
 from minimuse.data_images import to_float
-from minimuse.masking import random_mask
+from minimuse.masking import Generators, random_mask, uniforms
 from minimuse.muse import Muse
 from minimuse.plots import curves, grid
 from minimuse.text import pad_contexts
@@ -61,6 +62,29 @@ def unigram_entropy(tokens: Tensor, codebook_size: int) -> float:
     """tokens (n, N) -> entropy of their histogram in nats: the loss of the best guess without any context."""
     p = torch.bincount(tokens.flatten(), minlength=codebook_size).double() / tokens.numel()
     return -torch.special.xlogy(p, p).sum().item()
+
+
+def codebook_usage(tokens: Tensor, codebook_size: int) -> tuple[float, float]:
+    """tokens -> fraction of codes in use (Muse 2.2), perplexity exp(entropy) of their histogram."""
+    p = torch.bincount(tokens.flatten(), minlength=codebook_size).double() / tokens.numel()
+    return (p > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()
+
+
+def likelihood_bound(
+    logits_fn: Callable[[Tensor], Tensor], tokens: Tensor, mask_id: int, generator: Generators = None
+) -> Tensor:
+    """tokens (B, N) -> (B,): one-sample estimates, in nats per token, of an upper bound on -log p(tokens) / N.
+
+    D3PM's absorbing diffusion: -log p / N <= E over k uniform on 1..N of the mean cross-entropy with exactly k masked.
+    The bound does not depend on the training density p(r) (Muse 2.6), which only weights the integrand.
+    `logits_fn` maps tokens (B, N) to logits (B, N, V).
+    """
+    b, n = tokens.shape
+    k = (uniforms(b, generator=generator) * n).long() + 1
+    masked = random_mask(tokens, k.double() / n, generator)
+    logits = logits_fn(tokens.masked_fill(masked, mask_id))
+    loss = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")  # (B, N)
+    return (loss * masked).sum(1) / masked.sum(1)
 
 
 def validate(

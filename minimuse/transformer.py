@@ -309,24 +309,3 @@ def directional_bias(mask: Tensor, heads: int) -> Tensor:
     slopes = 0.5 ** (2 * torch.arange(heads // 2, device=mask.device) + 1)[:, None, None]
     halves = [torch.where(distance >= 0, -slopes * distance, -math.inf) for distance in (ahead, -ahead)]
     return torch.where(mask[:, None, None] | (ahead == 0), torch.cat(halves), -math.inf)
-
-
-@torch.no_grad()
-def init_from_codebook(model: Transformer, codebook: Tensor, low_codebook: Tensor | None = None) -> None:
-    """Choice: before training, codes with similar vectors (V, d) get similar embeddings and output weights."""
-    model.embed.codes.weight[:-1].copy_(0.5 * random_features(codebook, model.config.width))
-    model.head.weight.copy_(0.02 * random_features(codebook, model.config.width))
-    if low_codebook is not None:
-        model.low_embed.codes.weight[:-1].copy_(0.5 * random_features(low_codebook, model.config.width))
-
-
-def random_features(vectors: Tensor, width: int) -> Tensor:
-    """vectors (V, d) -> (V, width) of variance about 1, similar for near vectors (Rahimi and Recht 2007).
-
-    The product of two rows, divided by the width, is about exp(-|a - b|^2 / (2 s^2)) with s half the median distance.
-    """
-    vectors = vectors.detach().float().cpu()  # on the CPU, so that a seed gives the same result on every machine
-    distance = torch.cdist(vectors, vectors)
-    scale = 0.5 * distance[distance > 0].median() if distance.any() else 1.0
-    waves = torch.randn(vectors.shape[1], width) / scale
-    return 2**0.5 * (vectors @ waves + 2 * math.pi * torch.rand(width)).cos()

@@ -67,8 +67,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 def pick_dtype(device: torch.device, parameters: int) -> torch.dtype:
     """bfloat16 if the device multiplies it faster than float32, otherwise float32.
 
-    Choice: on a CPU, models below 30 million parameters use float32. They are fast enough, and a seed then gives the
-    same picture on every CPU.
+    Choice: on a CPU, models below 30 million parameters use float32, so that a seed gives one picture on every CPU.
     """
     fast = fast_bf16(device) and (device.type != "cpu" or parameters >= 30_000_000)
     return torch.bfloat16 if fast else torch.float32
@@ -138,23 +137,3 @@ def content_hash(*values: Any) -> str:
         return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
 
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=plain).encode()).hexdigest()
-
-
-# --- numbers for people -----------------------------------------------------------------------------------------------
-
-
-def si(x: float, unit: str) -> str:
-    """1.5e12, "FLOP" -> "1.5 TFLOP": three digits and a prefix, powers of 1000."""
-    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]
-    while x >= 999.5 and len(prefixes) > 1:
-        x /= 1000
-        prefixes.pop(0)
-    return f"{x:,.{2 if x < 9.995 else 1 if x < 99.95 else 0}f} {prefixes[0]}{unit}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds -> "7.5 h", "3.2 min", "4.1 s" or "12.0 ms"."""
-    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
-        if seconds >= size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds * 1000:.1f} ms"

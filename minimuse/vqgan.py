@@ -191,13 +191,6 @@ class VectorQuantizer(nn.Module):
         self.idle.add_(1).mul_(1 - used)
 
 
-class Reconstruction(NamedTuple):
-    images: Tensor  # (B, 3, H, W), not clamped
-    tokens: Tensor  # (B, h*w)
-    codebook_loss: Tensor
-    commitment_loss: Tensor
-
-
 class VQGAN(nn.Module):
     """A tokenizer: `encode` images to tokens, `decode` tokens to images. `forward` is for training."""
 
@@ -229,10 +222,10 @@ class VQGAN(nn.Module):
         require(h * w == n, f"{n} tokens do not fill a grid of {h} x {w}; pass grid=(h, w)")
         return self.decoder(self.quantizer.embed_code(tokens, (h, w))).clamp(-1, 1)
 
-    def forward(self, images: Tensor) -> Reconstruction:
-        """images (B, 3, H, W) -> Reconstruction."""
-        q = self.quantizer(self.encoder(images))
-        return Reconstruction(self.decoder(q.codes), *q[1:])
+    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
+        """images (B, 3, H, W) -> reconstructed images, not clamped, and Quantized."""
+        quantized = self.quantizer(self.encoder(images))
+        return self.decoder(quantized.codes), quantized
 
     def grow_decoder(self, config: VQGANConfig) -> "VQGAN":
         """A copy with the bigger decoder of `config`; encoder and codebook stay the same and are frozen (Muse 2.5).
@@ -255,9 +248,3 @@ class VQGAN(nn.Module):
         self.encoder.eval().requires_grad_(False)
         self.quantizer.eval().requires_grad_(False)
         return self
-
-
-def codebook_usage(tokens: Tensor, codebook_size: int) -> tuple[float, float]:
-    """tokens -> fraction of codes in use, perplexity exp(entropy) of their histogram."""
-    p = torch.bincount(tokens.flatten(), minlength=codebook_size).double() / tokens.numel()
-    return (p > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()

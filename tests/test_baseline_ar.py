@@ -19,12 +19,13 @@ from minimuse.baseline_ar import (
 from minimuse.baseline_dit import Diffusion
 from minimuse.cfg import guided, null_text
 from minimuse.config import PRESETS, StageConfig, preset
-from minimuse.masking import likelihood_bound
-from minimuse.muse import Muse, parameter_counts
+from minimuse.muse import Muse
 from minimuse.sampler import decode
 from minimuse.text import Context
+from minimuse.train_budget import parameter_counts
 from minimuse.train_doctor import examine
 from minimuse.train_engine import Engine
+from minimuse.train_log import likelihood_bound
 from minimuse.transformer import TransformerConfig
 
 V, D_LM = 8, 6

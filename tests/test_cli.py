@@ -1,5 +1,6 @@
 """cli.py: each command from its arguments to its files, in this process, with a tiny saved Muse."""
 
+import copy
 import hashlib
 import json
 import re
@@ -18,6 +19,8 @@ import minimuse
 import minimuse.config
 from minimuse import cli
 from minimuse.checkpoint import shipped
+from minimuse.cli_commands import changed
+from minimuse.config import preset, to_dict
 from minimuse.muse import Muse
 from minimuse.pictures import save_png
 
@@ -456,3 +459,60 @@ def test_python_m_and_the_console_script():
     except PackageNotFoundError:
         pytest.skip("minimuse is not installed here, only its sources are on the path")
     assert [s.load() for s in scripts] == [cli.main], "the installed command is this main"
+
+
+# --- changes by --set -------------------------------------------------------------------------------------------------
+
+NANO = preset("nano")
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "value"),
+    [
+        ("stages.base.steps=500", "stages.base.steps", 500),
+        ("base.dropout=0.25", "base.dropout", 0.25),
+        ("low_tokenizer.blocks=[1, 1, 1]", "low_tokenizer.blocks", (1, 1, 1)),
+        ("base_sampling.schedule=linear", "base_sampling.schedule", "linear"),
+        ('text_encoder="google/t5-v1_1-base"', "text_encoder", "google/t5-v1_1-base"),
+        ("text_encoder=a=b", "text_encoder", "a=b"),
+        ("name=", "name", ""),
+    ],
+)
+def test_a_field_is_changed_by_its_path(text, path, value):
+    before, config = to_dict(NANO), changed(NANO, [text])
+    expected = part = copy.deepcopy(before)
+    *parents, last = path.split(".")
+    for name in parents:
+        part = part[name]
+    part[last] = value
+    assert to_dict(config) == expected, "that field, and no other"
+    assert changed(config, []) == config
+    assert to_dict(NANO) == before, "what it was made from stays as it was"
+
+
+def test_several_changes_must_fit_together_in_the_end():
+    both = ["low_tokenizer.codebook_size=64", "base.codebook_size=64", "superres.low_codebook_size=64"]
+    assert changed(NANO, both).base.codebook_size == 64, "on the way they need not"
+    with pytest.raises(ValueError, match=r"base\.codebook_size is 256 but low_tokenizer\.codebook_size is 64"):
+        changed(NANO, both[:1])
+    assert changed(NANO, ["scenes=1", "scenes=2"]).scenes == 2, "the last one counts"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("stages.base.stpes=5", r"no field 'stages\.base\.stpes'; give PATH=VALUE"),
+        ("basis.width=5", r"no field 'basis\.width'"),
+        ("base.width.more=5", r"no field 'base\.width\.more'"),
+        ("steps=5", "no field 'steps'"),
+        ("=3", "no field ''"),
+        ("", "no field ''; give PATH=VALUE with fields of `to_dict`, such as stages.base.steps=500"),
+        ("base.layers", r"no field 'base\.layers'; give PATH=VALUE"),
+        ("base.layers=many", "layers is 'many'; give a positive whole number"),
+        ("base.layers=-1", "layers is -1"),
+        ("base=3", "TransformerConfig is 3; expected an object with its fields"),
+    ],
+)
+def test_changes_that_are_refused(text, match):
+    with pytest.raises(ValueError, match=match):
+        changed(NANO, [text])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from minimuse.config import PRESETS, STAGES, StageConfig, changed, from_dict, preset, to_dict
+from minimuse.config import PRESETS, STAGES, StageConfig, from_dict, preset, to_dict
 from minimuse.sampler import SamplingConfig
 from minimuse.transformer import TransformerConfig
 from minimuse.vqgan import VQGANConfig
@@ -305,54 +305,3 @@ def test_as_many_fine_tuned_blocks_as_resolutions():
 def test_fields_with_a_default_may_be_missing():
     """So that an old file loads after a new field was added."""
     assert from_dict(change("base.dropout", None)) == NANO, "a missing field takes its default"
-
-
-# --- changes by path --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "path", "value"),
-    [
-        ("stages.base.steps=500", "stages.base.steps", 500),
-        ("base.dropout=0.25", "base.dropout", 0.25),
-        ("low_tokenizer.blocks=[1, 1, 1]", "low_tokenizer.blocks", (1, 1, 1)),
-        ("base_sampling.schedule=linear", "base_sampling.schedule", "linear"),
-        ('text_encoder="google/t5-v1_1-base"', "text_encoder", "google/t5-v1_1-base"),
-        ("text_encoder=a=b", "text_encoder", "a=b"),
-        ("name=", "name", ""),
-    ],
-)
-def test_a_field_is_changed_by_its_path(text, path, value):
-    before, config = to_dict(NANO), changed(NANO, [text])
-    expected = change(path, list(value) if isinstance(value, tuple) else value)
-    assert json.loads(json.dumps(to_dict(config))) == expected, "that field, and no other"
-    assert changed(config, []) == config
-    assert to_dict(NANO) == before, "what it was made from stays as it was"
-
-
-def test_several_changes_must_fit_together_in_the_end():
-    both = ["low_tokenizer.codebook_size=64", "base.codebook_size=64", "superres.low_codebook_size=64"]
-    assert changed(NANO, both).base.codebook_size == 64, "on the way they need not"
-    with pytest.raises(ValueError, match=r"base\.codebook_size is 256 but low_tokenizer\.codebook_size is 64"):
-        changed(NANO, both[:1])
-    assert changed(NANO, ["scenes=1", "scenes=2"]).scenes == 2, "the last one counts"
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("stages.base.stpes=5", r"no field 'stages\.base\.stpes'; give PATH=VALUE"),
-        ("basis.width=5", r"no field 'basis\.width'"),
-        ("base.width.more=5", r"no field 'base\.width\.more'"),
-        ("steps=5", "no field 'steps'"),
-        ("=3", "no field ''"),
-        ("", "no field ''; give PATH=VALUE with fields of `to_dict`, such as stages.base.steps=500"),
-        ("base.layers", r"no field 'base\.layers'; give PATH=VALUE"),
-        ("base.layers=many", "layers is 'many'; give a positive whole number"),
-        ("base.layers=-1", "layers is -1"),
-        ("base=3", "TransformerConfig is 3; expected an object with its fields"),
-    ],
-)
-def test_changes_that_are_refused(text, match):
-    with pytest.raises(ValueError, match=match):
-        changed(NANO, [text])

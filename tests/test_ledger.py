@@ -55,7 +55,7 @@ LEDGER: list[tuple[str, str, str, str]] = [
     (
         "2.2",
         "Codebook of 8192; a larger one did not help; codebook usage is logged",
-        "vqgan.codebook_usage",
+        "train_log.codebook_usage",
         "test_config.py::test_the_papers_numbers test_vqgan.py::test_pitfall_19_dead_codes_restart "
         "test_train.py::test_pitfall_19_usage_and_perplexity_are_reported",
     ),

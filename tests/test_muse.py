@@ -16,8 +16,9 @@ from PIL import Image
 
 import minimuse.muse
 from minimuse.config import preset
-from minimuse.muse import Muse, build, parameter_counts
+from minimuse.muse import Muse, build
 from minimuse.text import TextEncoder
+from minimuse.train_budget import parameter_counts
 
 ROOT = Path(__file__).resolve().parent.parent
 A, B = "a red cube", "two small blue spheres left of a metal cylinder"
@@ -256,8 +257,8 @@ def test_unknown_settings_list_the_known(tiny_muse):
         ([A, None], {}, ValueError, "at least one prompt, a text"),
         ([A, B], {"seed": [1]}, ValueError, "1 seeds for 2 pictures"),
         (A, {"n": 2, "seed": [1, 2, 3]}, ValueError, "3 seeds for 2 pictures"),
-        ([A, B], {"negative_prompt": [A]}, ValueError, "1 negative prompts for 2 prompts"),
-        (A, {"negative_prompt": []}, ValueError, "0 negative prompts for 1 prompts"),
+        ([A, B], {"negative_prompt": [A]}, ValueError, "1 negative prompts; give one, or 2"),
+        (A, {"negative_prompt": []}, ValueError, "0 negative prompts; give one, or 1"),
         (A, {"steps": 0}, ValueError, "steps is 0"),
         (A, {"steps": 2.5}, ValueError, r"steps is 2\.5"),
         (A, {"superres": {"steps": 0}}, ValueError, "steps is 0"),
@@ -286,7 +287,7 @@ def test_unknown_words_are_told_once_and_drawn(tiny_muse, capsys):
     assert out == "", f"nothing on stdout: {out}"
     assert err.count("\n") == 1, f"one line: {err!r}"
     assert "tiny never saw steam, locomotive, crossing, the in training" in err, f"it names the words: {err}"
-    assert 'Try "x"; "y"; "z"' in err, f"it gives three prompts to try: {err}"
+    assert "Try one of ['x', 'y', 'z']" in err, f"it gives three prompts to try: {err}"
     muse.generate([far, far], seed=0, steps=1)
     muse.generate(["A red cube!", "a red teapot"], seed=0, steps=1)
     assert capsys.readouterr().err == "", "once a prompt; a prompt that is mostly known goes without"
@@ -458,6 +459,8 @@ for name in {modules!r}:
 from minimuse.muse import Muse, build
 from minimuse.config import preset
 from minimuse.text import TextEncoder
+from minimuse.train_budget import parameter_counts
+from minimuse.train_budget import parameter_counts
 config = preset("nano")
 Muse(config, build(config), TextEncoder(config.text_encoder, max_tokens=config.text_tokens))
 TextEncoder("nobody/has-this-one")

@@ -72,7 +72,7 @@ def test_residual_blocks_may_start_as_the_identity():
 
 
 def test_one_stage_is_as_large_as_two():
-    from minimuse.muse import parameter_counts
+    from minimuse.train_budget import parameter_counts
 
     sizes = parameter_counts(preset("nano"))
     one = sum(p.numel() for p in race.LowRes.network(race.one_stage(preset("nano"))).parameters())

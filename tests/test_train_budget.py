@@ -9,21 +9,23 @@ from torch import nn
 from minimuse import train_budget as budget
 from minimuse.cfg import guided, null_text
 from minimuse.config import STAGES, preset
-from minimuse.muse import build, parameter_counts
+from minimuse.muse import build
 from minimuse.sampler import SamplingConfig, decode
 from minimuse.text import Context
 from minimuse.train_budget import (
     count_flops,
+    duration,
     matmul_ceiling,
     optimizer_bytes,
+    parameter_counts,
     report,
     sampling_flops,
     saved_bytes,
+    si,
     stage_budget,
 )
 from minimuse.train_engine import checkpoint_activations, make_optimizers
 from minimuse.transformer import Layer, SelfAttention, Transformer
-from minimuse.utils import duration, si
 from minimuse.vqgan import ResBlock
 from minimuse.vqgan_loss import PatchDiscriminator
 
@@ -310,3 +312,20 @@ def test_nonsense_is_refused():
 def test_paper_3b_takes_no_memory():
     b = stage_budget(preset("paper_3b"), "base")
     assert b.step_flops == pytest.approx(6 * b.parameters * 256 * 512, rel=0.1)
+
+
+# --- numbers for people -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"), [(0, "0.00 B"), (999, "999 B"), (999.9, "1.00 kB"), (32.6e9, "32.6 GB"), (2e27, "2,000 YB")]
+)
+def test_si(x, expected):
+    assert si(x, "B") == expected
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"), [(0.0123, "12.3 ms"), (59.0, "59.0 s"), (90, "1.5 min"), (7200, "2.0 h"), (3.6e6, "1,000.0 h")]
+)
+def test_duration(x, expected):
+    assert duration(x) == expected

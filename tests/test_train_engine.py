@@ -20,8 +20,17 @@ from minimuse import checkpoint
 from minimuse import train_state as runs
 from minimuse import transformer as transformer_module
 from minimuse.config import StageConfig, to_dict
+from minimuse.text import pad_contexts
 from minimuse.train import train_transformer
-from minimuse.train_engine import Engine, Stage, Stopped, batch_indices, checkpoint_activations
+from minimuse.train_engine import (
+    Engine,
+    Stage,
+    Stopped,
+    batch_indices,
+    checkpoint_activations,
+    init_from_codebook,
+    random_features,
+)
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
 
 V, D_LM, N = 8, 6, 16
@@ -367,3 +376,40 @@ def test_two_processes_go_on_after_a_look(tiny_muse, tmp_path):
     launch(tmp_path / "two.py", tmp_path)
     drawn = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert len(drawn) == 2 * len(stages), f"two looks a stage: {drawn}"
+
+
+# --- embeddings that start from the codebook --------------------------------------------------------------------------
+
+
+def test_random_features_are_as_alike_as_the_vectors_are_near():
+    vectors = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    distance = torch.cdist(vectors, vectors)
+    torch.manual_seed(0)
+    features = random_features(vectors, 20_000)
+    scale = 0.5 * distance[distance > 0].median()
+    expected = (-distance.square() / (2 * scale**2)).exp()
+    error = (features @ features.T / 20_000 - expected).abs().max().item()
+    assert error < 0.06, f"products of random features are Gaussian in the distance, off by {error}"
+    assert random_features(torch.zeros(3, 4), 8).isfinite().all(), "codes that all coincide have no median distance"
+
+
+def test_like_codes_begin_alike():
+    codebook = torch.randn(V, 3, generator=torch.Generator().manual_seed(1))
+    codebook[1] = codebook[0]
+    low_codebook = torch.randn(4, 3, generator=torch.Generator().manual_seed(2))
+    low_codebook[1] = low_codebook[0]
+    model = superres()
+    mask = model.embed.codes.weight[V].clone()
+    init_from_codebook(model, codebook, low_codebook)
+    for name, weight in [
+        ("embedding", model.embed.codes.weight),
+        ("low embedding", model.low_embed.codes.weight),
+        ("head", model.head.weight),
+    ]:
+        assert torch.equal(weight[0], weight[1]), f"{name}: the same code twice begins as the same vector"
+        assert not torch.allclose(weight[0], weight[2]), f"{name}: other codes begin as other vectors"
+    assert torch.equal(model.embed.codes.weight[V], mask), "[MASK] is no code"
+    assert not torch.equal(*model.low_embed.codes.weight[[0, 4]]), "nor is the low grid's"
+    tokens, texts, low_tokens = data(2)
+    logits = model(tokens, model.memory(pad_contexts([text[0] for text in texts]), low_tokens))
+    assert logits.abs().max() < 2, "the first logits are as mild as before"

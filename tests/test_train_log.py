@@ -1,6 +1,7 @@
 """train_log.py: the log, pictures and TensorBoard files of a run; nothing without a folder."""
 
 import importlib.util
+import itertools
 import json
 import math
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import stats
 
 from minimuse.config import STAGES
 from minimuse.masking import masked_cross_entropy
@@ -22,7 +24,9 @@ from minimuse.train_log import (
     TrainLog,
     _masks,
     add_record,
+    codebook_usage,
     eval_mode,
+    likelihood_bound,
     read_log,
     unigram_entropy,
     validate,
@@ -436,3 +440,84 @@ def test_modes_come_back_after_an_error():
         broken()
     assert part == [False] * 3, "eval mode within"
     assert [m.training for m in net.modules()] == [True, True, False], "an error within left eval mode on"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "used", "perplexity"),
+    [
+        ([0, 0, 0, 0], 8, 1 / 8, 1.0),
+        ([0, 1, 2, 3], 4, 1.0, 4.0),
+        ([5, 5, 7, 7], 8, 2 / 8, 2.0),
+        ([0, 0, 0, 1], 2, 1.0, math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4))),
+    ],
+)
+def test_pitfall_19_usage_and_perplexity_by_hand(tokens, size, used, perplexity):
+    got = codebook_usage(torch.tensor(tokens).view(2, 2), size)
+    assert got == (pytest.approx(used), pytest.approx(perplexity)), f"{tokens} of {size} codes"
+
+
+# --- the likelihood bound ---------------------------------------------------------------------------------------------
+
+P = torch.tensor([[0.4, 0.1], [0.15, 0.35]])  # p(x0, x1): two dependent tokens of two codes
+MASK = 2
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def oracle(tokens):
+    """Exact conditionals of P, (B, 2) -> (B, 2, 2)."""
+    table = {MASK: (P.sum(1), P.sum(0)), 0: (P[:, 0], P[0]), 1: (P[:, 1], P[1])}
+    rows = [torch.stack([table[b][0], table[a][1]]) for a, b in tokens.tolist()]
+    return torch.stack(rows).log()  # not normalized: a softmax does that
+
+
+def test_likelihood_bound_is_exact_for_exact_conditionals():
+    """Its mean over k and masks is the mean over orders of the chain rule, and that is -log p(x) / N for any x."""
+    for x in itertools.product((0, 1), repeat=2):
+        tokens = torch.tensor([x]).repeat(4000, 1)
+        bound = likelihood_bound(oracle, tokens, MASK, seeded(sum(x)))
+        assert bound.shape == (4000,), "one estimate an example"
+        nll, error = -P[x].log().item() / 2, 4 * bound.std().item() / 4000**0.5
+        assert bound.mean().item() == pytest.approx(nll, abs=error), f"x = {x}: -log p / N is {nll:.4f}"
+
+
+def test_likelihood_bound_takes_the_values_of_the_enumeration():
+    """For x = (0, 1): {0} masked, {1} masked, or both; k = 1 and k = 2 equally often."""
+    tokens = torch.tensor([[0, 1]]).repeat(6000, 1)
+    bound = likelihood_bound(oracle, tokens, MASK, seeded())
+    only_0, only_1 = -math.log(0.1 / 0.45), -math.log(0.1 / 0.5)
+    both = -(math.log(0.5) + math.log(0.45)) / 2
+    for value, share in ((only_0, 0.25), (only_1, 0.25), (both, 0.5)):
+        seen = (bound - value).abs().lt(1e-5).float().mean().item()
+        assert seen == pytest.approx(share, abs=0.03), f"{value:.3f} should come up {share:.0%} of the time"
+
+
+def test_likelihood_bound_of_a_worse_model_is_above_the_entropy():
+    """A model that ignores the other token pays their mutual information, and no model goes below the entropy."""
+    x = torch.multinomial(P.flatten(), 20_000, replacement=True, generator=seeded())
+    tokens = torch.stack([x // 2, x % 2], 1)
+    entropy = -(P * P.log()).sum().item() / 2
+    apart = torch.stack([P.sum(1), P.sum(0)]).log()
+    exact = likelihood_bound(oracle, tokens, MASK, seeded(1)).mean().item()
+    worse = likelihood_bound(lambda t: apart.expand(len(t), 2, 2), tokens, MASK, seeded(1)).mean().item()
+    information = (P * (P / (P.sum(1, keepdim=True) * P.sum(0))).log()).sum().item()
+    assert exact == pytest.approx(entropy, abs=0.01), "the exact model reaches the entropy a token"
+    assert worse == pytest.approx(entropy + information / 2, abs=0.01), "independence costs I(x0; x1) / N"
+
+
+def test_likelihood_bound_hides_what_it_scores():
+    seen = []
+
+    def spy(tokens):
+        seen.append(tokens)
+        return torch.zeros(*tokens.shape, 5)
+
+    tokens = torch.randint(5, (500, 6), generator=seeded())
+    bound = likelihood_bound(spy, tokens, 5, seeded())
+    hidden = (seen[0] == 5).sum(1)
+    assert hidden.unique().tolist() == [1, 2, 3, 4, 5, 6], "k runs over 1..N"
+    assert stats.chisquare(torch.bincount(hidden)[1:].numpy()).pvalue > 1e-3, "k is uniform"
+    assert bound.allclose(torch.tensor(5.0).log()), "a uniform model scores log V, whatever k"
+    assert (seen[0] == tokens)[seen[0] != 5].all(), "the rest is shown as it is"

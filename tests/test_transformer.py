@@ -11,8 +11,8 @@ from minimuse import transformer
 from minimuse.cfg import null_text
 from minimuse.config import preset
 from minimuse.masking import masked_cross_entropy
-from minimuse.muse import parameter_counts
 from minimuse.text import Context
+from minimuse.train_budget import parameter_counts
 from minimuse.transformer import (
     Memory,
     SuperRes,
@@ -20,9 +20,7 @@ from minimuse.transformer import (
     TransformerConfig,
     attention,
     directional_bias,
-    init_from_codebook,
     multi_axis_attention,
-    random_features,
     sinusoids,
 )
 
@@ -477,36 +475,3 @@ def test_positions_begin_alike_at_the_same_place_of_both_grids():
     nearest = (low @ high.T).topk(2, dim=1).indices.sort(1).values
     expected = torch.arange(16).view(8, 2)
     assert nearest.tolist() == expected.tolist(), "a low cell resembles most the two high cells that it covers"
-
-
-def test_random_features_are_as_alike_as_the_vectors_are_near():
-    vectors = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
-    distance = torch.cdist(vectors, vectors)
-    torch.manual_seed(0)
-    features = random_features(vectors, 20_000)
-    scale = 0.5 * distance[distance > 0].median()
-    expected = (-distance.square() / (2 * scale**2)).exp()
-    error = (features @ features.T / 20_000 - expected).abs().max().item()
-    assert error < 0.06, f"products of random features are Gaussian in the distance, off by {error}"
-    assert random_features(torch.zeros(3, 4), 8).isfinite().all(), "codes that all coincide have no median distance"
-
-
-def test_like_codes_begin_alike():
-    codebook = torch.randn(V, 3, generator=torch.Generator().manual_seed(1))
-    codebook[1] = codebook[0]
-    low_codebook = torch.randn(9, 3, generator=torch.Generator().manual_seed(2))
-    low_codebook[1] = low_codebook[0]
-    model = superres()
-    mask = model.embed.codes.weight[V].clone()
-    init_from_codebook(model, codebook, low_codebook)
-    for name, weight in [
-        ("embedding", model.embed.codes.weight),
-        ("low embedding", model.low_embed.codes.weight),
-        ("head", model.head.weight),
-    ]:
-        assert torch.equal(weight[0], weight[1]), f"{name}: the same code twice begins as the same vector"
-        assert differ(weight[0], weight[2]), f"{name}: other codes begin as other vectors"
-    assert torch.equal(model.embed.codes.weight[V], mask), "[MASK] is no code"
-    assert differ(model.low_embed.codes.weight[9], model.low_embed.codes.weight[0]), "nor is the low grid's"
-    logits = model(tokens(n=64), model.memory(context(), tokens(high=9)))
-    assert logits.abs().max() < 2, "the first logits are as mild as before"

@@ -14,7 +14,6 @@ from minimuse.utils import (
     atomic_write,
     content_hash,
     derive_seed,
-    duration,
     fast_bf16,
     pick_device,
     pick_dtype,
@@ -24,7 +23,6 @@ from minimuse.utils import (
     require_multiple,
     require_positive,
     seeded_generator,
-    si,
 )
 
 
@@ -114,23 +112,6 @@ def test_pitfall_23_a_file_is_written_whole_under_a_new_name(tmp_path):
         atomic_write(path, fail)
     assert path.read_text() == "two", "a failed write leaves the old file"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"], "and nothing else"
-
-
-# --- numbers for people -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("x", "expected"), [(0, "0.00 B"), (999, "999 B"), (999.9, "1.00 kB"), (32.6e9, "32.6 GB"), (2e27, "2,000 YB")]
-)
-def test_si(x, expected):
-    assert si(x, "B") == expected
-
-
-@pytest.mark.parametrize(
-    ("x", "expected"), [(0.0123, "12.3 ms"), (59.0, "59.0 s"), (90, "1.5 min"), (7200, "2.0 h"), (3.6e6, "1,000.0 h")]
-)
-def test_duration(x, expected):
-    assert duration(x) == expected
 
 
 # --- checks of settings -----------------------------------------------------------------------------------------------

@@ -302,7 +302,7 @@ def fit(restart):
 
 
 # %%
-from minimuse.vqgan import codebook_usage
+from minimuse.train_log import codebook_usage
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
 for ax, restart in zip(axes, (False, True), strict=True):
@@ -513,25 +513,27 @@ r"""
 ## 6. Train three, watch them
 
 Training is a generator: it yields a `Progress` at each step, with the figures and the model as it stands, so that a
-notebook can look at any moment. In training both halves run in one pass: pictures in, a `Reconstruction` out, with the two
+notebook can look at any moment. In training both halves run in one pass: pictures in, pictures and `Quantized` out, with the two
 losses of section 3. Large pictures may be cut to a random square first, the same for a whole batch: it costs less, and networks that are
 convolutions throughout take any size.
 """
 
 # %%
 from minimuse.train import random_crop
-from minimuse.vqgan import Reconstruction
+from minimuse.vqgan import VQGAN
 
 side = muse.config.high_tokenizer.image_size // 2
 cut = random_crop(held_out[:5], side, torch.Generator().manual_seed(0))
 with torch.inference_mode():
-    made = muse.high_tokenizer(cut)
-print(type(made).__name__, {k: tuple(v.shape) for k, v in made._asdict().items()})
-print(f"codebook loss {made.codebook_loss:.4f}, commitment loss {made.commitment_loss:.4f}")
-show(Reconstruction, random_crop)
+    made, quantized = muse.high_tokenizer(cut)
+print("pictures:", tuple(made.shape), {k: tuple(v.shape) for k, v in quantized._asdict().items()})
+print(
+    f"codebook loss {quantized.codebook_loss:.4f}, commitment loss {quantized.commitment_loss:.4f}"
+)
+show(VQGAN.forward, random_crop)
 
 # %%
-cuts = [*to_pil(cut), *to_pil(made.images.clamp(-1, 1))]
+cuts = [*to_pil(cut), *to_pil(made.clamp(-1, 1))]
 grid(cuts, ["a random square"] * 5 + ["and back"] * 5, columns=5, scale=max(1, 96 // side))
 
 # %% [markdown]
@@ -545,7 +547,6 @@ Now three tokenizers of the `nano` size for 32 pixels, which differ in their los
 # %%
 from minimuse.config import preset
 from minimuse.train import train_tokenizer
-from minimuse.vqgan import VQGAN
 
 config = preset("nano")
 stage = replace(config.stages["low_tokenizer"], steps=STEPS)
@@ -578,7 +579,7 @@ plt.show()
 # %%
 fresh = to_float(SceneDataset(5, 32, split="test", seed=9).images())
 with torch.inference_mode():
-    again = {name: vqgan(fresh).images.clamp(-1, 1) for name, vqgan in trained.items()}
+    again = {name: vqgan(fresh)[0].clamp(-1, 1) for name, vqgan in trained.items()}
     for name, y in again.items():
         near, alike = psnr(fresh, y).mean(), perceptual(fresh, y)
         print(f"{name:>26}: PSNR {near:.1f} dB, perceptual distance {alike:.3f}")

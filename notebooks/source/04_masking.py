@@ -436,7 +436,7 @@ with any density. Muse's own loss is *not* this bound: its density gives other w
 """
 
 # %%
-from minimuse.masking import likelihood_bound
+from minimuse.train_log import likelihood_bound
 
 show(likelihood_bound)
 

@@ -572,7 +572,7 @@ training it helps a lot. Each dot below is a pair of codes.
 # %%
 from dataclasses import replace
 
-from minimuse.transformer import init_from_codebook, random_features
+from minimuse.train_engine import init_from_codebook, random_features
 
 torch.manual_seed(0)
 sizes = {"codebook_size": V, "grid": g, "text_width": muse.config.base.text_width}

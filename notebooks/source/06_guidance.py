@@ -686,7 +686,7 @@ is stranger. The dotted line is what tokens cost that are drawn with closed eyes
 """
 
 # %%
-from minimuse.masking import likelihood_bound
+from minimuse.train_log import likelihood_bound
 
 strange = []
 with torch.inference_mode():

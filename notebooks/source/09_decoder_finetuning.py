@@ -392,7 +392,7 @@ zero? And a few steps later?
 # %%
 def gradient_of(vqgan):
     """Mean |gradient| of each pair of channels of the layer above, for four held-out pictures."""
-    made = vqgan(held_out[:4, :, :CROP, :CROP]).images
+    made, _ = vqgan(held_out[:4, :, :CROP, :CROP])
     (gradient,) = torch.autograd.grad(
         (made - held_out[:4, :, :CROP, :CROP]).abs().mean(), layer_of(vqgan)
     )

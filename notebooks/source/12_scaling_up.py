@@ -78,7 +78,8 @@ for name, stage in configs["nano"].stages.items():
 show(train_muse)
 
 # %%
-from minimuse.config import changed, from_dict
+from minimuse.cli_commands import changed
+from minimuse.config import from_dict
 
 wider = changed(configs["nano"], ["base.width=192", "base.mlp_width=768", "base.heads=6"])
 print(
@@ -208,7 +209,7 @@ alone has 4.6 billion.
 """
 
 # %%
-from minimuse.muse import parameter_counts
+from minimuse.train_budget import parameter_counts
 
 counts = {name: parameter_counts(config) for name, config in configs.items()}
 print(f"{'millions':18}" + "".join(f"{name:>14}" for name in counts))
@@ -228,8 +229,7 @@ What this leaves out: products of tokens with tokens, inside attention. Those ho
 """
 
 # %%
-from minimuse.train_budget import count_flops
-from minimuse.utils import si
+from minimuse.train_budget import count_flops, si
 
 d, n = 64, 48
 layer = Layer(d, 4, 4 * d, 0, 0.0, cross=False)  # without cross-attention, for a start
@@ -491,7 +491,7 @@ hours; by its price, money. No run reaches the peak of the data sheet. 40% is go
 
 
 # %%
-from minimuse.utils import duration
+from minimuse.train_budget import duration
 
 
 def bill(budget):

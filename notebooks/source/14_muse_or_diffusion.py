@@ -222,7 +222,7 @@ differ in what the model is shown:
 from minimuse.baseline_ar import NextTokenLoss, train_ar
 from minimuse.baseline_dit import train_dit
 from minimuse.train import MaskedLoss, train_transformer
-from minimuse.transformer import init_from_codebook
+from minimuse.train_engine import init_from_codebook
 
 show(MaskedLoss.forward, NextTokenLoss.forward)
 
@@ -517,7 +517,7 @@ The autoregressive model needs no bound: the chain rule gives $\log p(x)$ itself
 """
 
 # %%
-from minimuse.masking import likelihood_bound
+from minimuse.train_log import likelihood_bound
 
 show(likelihood_bound)
 
