@@ -47,7 +47,8 @@ def grid(
         raise ValueError(f"{len(captions)} captions for {len(cells)} pictures: give one each, or None")
     columns = min(columns or math.ceil(math.sqrt(len(cells))), len(cells))
     width, height = (max(sizes) for sizes in zip(*(cell.size for cell in cells), strict=True))
-    texts = ["\n".join(textwrap.wrap(text, max(1, width // 7))) for text in captions]  # a letter is 7 wide
+    font = ImageFont.load_default(size=13)
+    texts = [_wrapped(text, width + GAP // 2, font) for text in captions]
     lines = max(text.count("\n") + 1 if text else 0 for text in texts)
     pitch = height + LINE * lines + GAP  # from one row to the next
     sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + math.ceil(len(cells) / columns) * pitch), "white")
@@ -55,8 +56,20 @@ def grid(
     for i, (cell, text) in enumerate(zip(cells, texts, strict=True)):
         x, y = GAP + i % columns * (width + GAP), GAP + i // columns * pitch
         sheet.paste(cell, (x, y))
-        draw.multiline_text((x, y + height + 2), text, fill=INK, font=ImageFont.load_default(size=13))
+        draw.multiline_text((x, y + height + 2), text, fill=INK, font=font)
     return sheet
+
+
+def _wrapped(text: str, width: int, font: Any) -> str:
+    """A caption in lines of at most `width` pixels, if its words allow."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)
 
 
 def film_strip(frames: Sequence[Images], titles: Sequence[str] | None = None, scale: int | None = None) -> Image.Image:
@@ -96,7 +109,7 @@ def token_map(step: Step, row: int = 0, side: int = 384) -> Image.Image:
 
 
 def film(muse: Any, steps: Sequence[Step], row: int = 0, most: int = 12) -> Image.Image:
-    """The Steps of a decode -> a film strip of at most `most` of them, evenly spread, with the first and the last.
+    """The Steps of a decode -> a film strip of at most `most` of them, evenly spread, with the last of each stage.
 
     Both stages have the width of the finished picture, at least 128 pixels. `row` picks the picture of the batch.
     """
@@ -104,8 +117,10 @@ def film(muse: Any, steps: Sequence[Step], row: int = 0, most: int = 12) -> Imag
         raise ValueError("no step came: collect them from muse.steps(...), or with callback=list.append")
     side = max(128, muse.config.high_tokenizer.image_size)
     frames, titles = [], []
-    for at in np.linspace(0, len(steps) - 1, min(most, len(steps))).round():
-        step = steps[int(at)]
+    shown = np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int)
+    for last in [i for i, step in enumerate(steps[1:]) if step.stage != steps[i].stage]:
+        shown[np.abs(shown - last).argmin()] = last
+    for step in (steps[i] for i in shown):
         frame = mask_overlay(muse.picture(step)[row], step.masked[row])
         frames.append(frame.resize((side, side), Image.Resampling.NEAREST))
         titles.append(f"{step.stage} {step.index + 1}: {int(step.masked[row].sum())} left")
