@@ -25,10 +25,11 @@ from minimuse.sampler import ORDERS, Step
 STAGES = {"base": "Base model", "superres": "Super-resolution"}
 SIDES = ("left", "top", "right", "bottom")
 ABOUT = """# minimuse
-A prompt becomes a picture token by token ([Muse](https://arxiv.org/abs/2301.00704)). All tokens start as gray [MASK],
-and the most confident ones are fixed first. This is `{}`, {} x {} pixels."""
+A prompt becomes a picture token by token ([Muse](https://arxiv.org/abs/2301.00704)). All tokens start masked (gray).
+Each step keeps the most confident predictions. This is `{}`, {} x {} pixels."""
 LEGEND = """Left: the picture so far. Right: its tokens, one color per code. Gray is masked, framed is new in this step.
-Saved pictures hold their settings: `minimuse generate --like image.png` draws one again (not edits)."""
+Saved pictures hold their settings. `minimuse generate --like image.png` draws the same picture again, unless it was
+edited."""
 CSS = """
 .pixels .image-frame, .film .image-frame { width: 100%; padding-top: 40px }
 .pixels .image-frame img { width: 100%; height: auto; object-fit: contain; image-rendering: pixelated }
@@ -126,9 +127,11 @@ class Page:
         """Draw with a method of Muse. `start` is the picture to edit. `edit` replaces controls in mask-free edits."""
         prompt, seed, negative, first, final, steps, high_steps, schedule, order = request
         controls = {"guidance": (first, final), "steps": steps, "schedule": schedule, "order": order}
-        base = asdict(self.muse.config.base_sampling)
+        base, high = asdict(self.muse.config.base_sampling), self.muse.config.superres_sampling
         moved = {name: value for name, value in controls.items() if value != base[name]}
-        settings = (edit or moved) | {"superres": moved | {"steps": high_steps}}
+        settings = dict(edit or moved)
+        if moved or high_steps != high.steps:
+            settings["superres"] = moved | {"steps": high_steps}
         settings |= {"seed": seed, "negative_prompt": negative or None}
         yield {self.status: "**Reading the prompt**"}
         done, shown = [], []
@@ -181,12 +184,12 @@ class Page:
                     with gr.Tab("Draw"):
                         with gr.Row():
                             draw = gr.Button("Draw", variant="primary", min_width=120)
-                            another = gr.Button("Another", min_width=120)
+                            another = gr.Button("Next seed", min_width=120)
                         if muse.examples:
                             gr.Examples(muse.examples[:5], prompt, label="Prompts to try")
                     with gr.Tab("Edit") as tab:
                         edits = self._edits(tab)
-                    with gr.Accordion("How it decodes", open=False):
+                    with gr.Accordion("Decoding settings", open=False):
                         request = [prompt, seed, *self._controls()]
                 with gr.Column(scale=3, min_width=320):
                     outputs = self._outputs()
@@ -217,7 +220,7 @@ class Page:
             by = gr.Slider(8, self.side, self.side // 2, step=8, label="Pixels")
             extend = gr.Button("Extend", variant="primary")
         with gr.Tab("Change all"):
-            gr.Markdown("No mask: a few tokens at a time are drawn again under the prompt.")
+            gr.Markdown("No mask: each iteration draws a few tokens again, after the prompt.")
             iterations = gr.Slider(1, 100, 100, step=1, label="Iterations")
             fraction = gr.Slider(0.01, 0.5, 0.08, step=0.01, label="Fraction of the tokens in each iteration")
             guidance = gr.Slider(0, 10, self.muse.config.edit_guidance, step=0.5, label="Guidance")
@@ -237,7 +240,7 @@ class Page:
             gr.Slider(0, 10, base.guidance[1], step=0.5, label="Guidance at the last step"),
             gr.Slider(1, 64, base.steps, step=1, label="Steps of the base model"),
             gr.Slider(1, 64, high.steps, step=1, label="Steps of super-resolution"),
-            gr.Dropdown([*SCHEDULES, "log"], value=base.schedule, label="Schedule: how many tokens a step"),
+            gr.Dropdown([*SCHEDULES, "log"], value=base.schedule, label="Schedule: how many tokens per step"),
             gr.Dropdown([*ORDERS], value=base.order, label="Order: which tokens first"),
         ]
 

@@ -61,6 +61,7 @@ def test_controls_left_alone_are_the_checkpoints(page, tiny_muse):
     left = [A, 1, "", *base.guidance, base.steps, high.steps, base.schedule, base.order]
     _, end = run(page, page.draw(*left))
     assert end["picture"].tobytes() == tiny_muse.generate(A, seed=1)[0].tobytes(), "they draw what no settings draw"
+    assert "superres" not in settings_of(end["picture"]), "only changed controls are noted"
     _, end = run(page, page.draw(*left[:-1], "halton"))
     expected = tiny_muse.generate(A, seed=1, order="halton")[0]
     assert end["picture"].tobytes() == expected.tobytes(), "another order has no ranking noise, as in `generate`"
