@@ -141,6 +141,9 @@ class Animation(bytes):
         animation.width = frames[0].width * max(1, round(240 / frames[0].width))
         return animation
 
+    def __repr__(self) -> str:
+        return f"<Animation, {len(self):,} bytes>"
+
     def _repr_html_(self) -> str:
         source = f"data:image/gif;base64,{base64.b64encode(self).decode()}"
         return f'<img alt="animation" width="{self.width}" style="image-rendering: pixelated" src="{source}">'

@@ -618,7 +618,7 @@ root = Path(tempfile.mkdtemp())
 others = {kind: TextEncoder(save_untrained(root / kind, kind)) for kind in ("t5", "albert")}
 for kind, other in others.items():
     context = other.encode(["a large red metal cube", "a small blue rubber sphere"])
-    print(f"{kind:>6}: embeds {tuple(context.embeds.shape)}, width {other.width}")
+    print(f"{kind:>6}: embeds {tuple(context.embeds.shape)}, width {context.embeds.shape[-1]}")
 
 # %%
 for kind, other in others.items():

@@ -460,7 +460,7 @@ axes[0].set_xticks(range(len(found)), list(found), fontsize=8)
 axes[0].set(title="the trained model, 6 steps", xlim=(-0.5, len(found) - 0.5))
 chain = ChainWorld.sticky(n=64, codebook_size=4, stay=0.8)
 cost = compare(
-    chain, orders=["raster", "random", "halton"], steps=[4, 8, 16, 32], samples=32 if FAST else 1024
+    chain, orders=["raster", "random", "halton"], steps=[4, 8, 16, 32], samples=64 if FAST else 1024
 )
 cost.plot(ax=axes[1])
 axes[1].set_title("an exact world of like neighbours", fontsize=11)
