@@ -9,7 +9,6 @@ count. A damaged state is skipped with a warning: the run resumes from the newes
 Not here: the checkpoint of a finished Muse (`checkpoint.py`), what a state holds (`train_engine.py`).
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 
 from minimuse.checkpoint import CARD, read_json, refuse_existing
-from minimuse.utils import atomic_write, content_hash
+from minimuse.utils import atomic_write, content_hash, file_hash
 
 STATE, RUN = "state.json", "run.json"
 MODEL = "model.model."  # a transformer's weights in a state begin so, because MaskedLoss holds the transformer
@@ -55,7 +54,7 @@ def save_state(
         wait()
         _transfer(dcp.save, tensors, new)
         if main:
-            values = {"step": step, "about": about, "files": {file.name: _sha256(file) for file in new.iterdir()}}
+            values = {"step": step, "about": about, "files": {file.name: file_hash(file) for file in new.iterdir()}}
             values["sha256"] = content_hash(values)
             atomic_write(new / STATE, json.dumps(values, indent=1) + "\n")
             shutil.rmtree(path, ignore_errors=True)  # incomplete, damaged, or the same state
@@ -75,17 +74,12 @@ def save_state(
     wait()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check(path: Path) -> dict[str, Any]:
     """A state -> the values of its state.json. ValueError if any of its files has changed since it was saved."""
     try:
         values = read_json(path / STATE)
         changed = [] if values.pop("sha256") == content_hash(values) else [STATE]
-        changed += [name for name, digest in values["files"].items() if _sha256(path / name) != digest]
+        changed += [name for name, digest in values["files"].items() if file_hash(path / name) != digest]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
         changed = [repr(e)]
     if changed:
