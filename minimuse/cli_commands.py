@@ -13,15 +13,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 SETTINGS = "guidance steps schedule order sampling_temperature choice_temperature iterations fraction".split()
-BASELINES = {  # of `train --model`: trained at low resolution only
-    "masked": "minimuse.baseline_ar.LowRes",
-    "ar": "minimuse.baseline_ar.Autoregressive",
-    "dit": "minimuse.baseline_dit.Diffusion",
-}
+BASELINES = ("masked", "ar", "dit")  # of `train --model`: trained at low resolution only
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
@@ -32,16 +27,11 @@ def run_draw(args: argparse.Namespace) -> None:
 
     from minimuse.pictures import difference, open_picture, output_paths, save_png
     from minimuse.plots import film
-    from minimuse.utils import require
 
-    settings = {name: value for name in SETTINGS if (value := getattr(args, name, None)) is not None}
-    like = args.command == "generate" and args.like
-    draw = _like(args, settings) if like else _method(args)
-    count = len(args.prompts) * args.n
-    require(count >= 1, f"--n {args.n}: give at least 1")
-    paths = output_paths(args.out, args.prompts[0], count, film=args.film, force=args.force)
+    like = getattr(args, "like", None)
+    draw = _like(args) if like else _method(args)
+    paths = output_paths(args.out, args.prompts[0], len(args.prompts) * args.n, film=args.film, force=args.force)
     muse = open_model(args.model or "toy", device=args.device)
-    settings |= {"n": args.n, "seed": args.seed, "negative_prompt": args.negative_prompt}
     steps = []
     with tqdm(desc="decoding", unit="step") as bar:
 
@@ -51,7 +41,7 @@ def run_draw(args: argparse.Namespace) -> None:
             if not steps or steps[-1].stage == "base" or steps[-1].masked.any():  # the film shows the first decode only
                 steps.append(step)
 
-        images = draw(muse, callback=callback, **settings)
+        images = draw(muse, callback)
     for image, path in zip(images, paths, strict=False):
         save_png(image, path)
         print(f"{path}  ({image.info['minimuse']['prompt']!r}, seed {image.info['minimuse']['seed']})")
@@ -64,41 +54,56 @@ def run_draw(args: argparse.Namespace) -> None:
         print(f"{like}: {difference(open_picture(like), images[0])}")
 
 
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a drawing that the user gave."""
+    settings = {name: getattr(args, name, None) for name in (*SETTINGS, "seed", "negative_prompt")}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def _method(args: argparse.Namespace) -> Callable[..., list]:
-    """The method of Muse that a command calls, with its inputs."""
+    """The method of Muse that a command calls, with its inputs: a function of a Muse and a callback."""
     from minimuse.pictures import open_picture
 
     inputs = [open_picture(getattr(args, name)) for name in ("image", "mask") if hasattr(args, name)]
     if args.command == "outpaint":
         inputs.append(tuple(args.padding) if len(args.padding) > 1 else args.padding[0])
-    prompts = args.prompts if args.command == "generate" else args.prompts[0]
-    return lambda muse, **settings: getattr(muse, args.command)(*inputs, prompts, **settings)
+    inputs.append(args.prompts if args.command == "generate" else args.prompts[0])
+    return lambda muse, callback: getattr(muse, args.command)(*inputs, n=args.n, callback=callback, **_given(args))
 
 
-def _like(args: argparse.Namespace, given: dict[str, Any]) -> Callable[..., list]:
+def _like(args: argparse.Namespace) -> Callable[..., list]:
     """As `_method`, for the picture of --like, whose model and prompt become those of the command."""
     from minimuse.checkpoint import shipped
     from minimuse.pictures import again, settings_of
     from minimuse.utils import require
 
-    changed = given or args.n != 1 or args.seed is not None or args.negative_prompt is not None
+    changed = _given(args) or args.n != 1
     require(not changed, "--like takes seed and settings from the picture; leave out the other options")
     settings = settings_of(args.like)
     name = args.model or settings["model"]
     known = args.model or name in shipped()
     require(known, f"{args.like} was made by {name!r}, which is not shipped; name its folder with --model")
     args.model, args.prompts = name, [settings["prompt"]]
-    return lambda muse, callback, **_: [again(muse, settings, callback=callback)]
+    return lambda muse, callback: [again(muse, settings, callback=callback)]
+
+
+def baseline(model: str) -> Any:
+    """The class of a baseline of `minimuse train --model`."""
+    from minimuse.baseline_ar import Autoregressive, LowRes
+    from minimuse.baseline_dit import Diffusion
+
+    return {make.model: make for make in (LowRes, Autoregressive, Diffusion)}[model]
 
 
 def model_class(name: str | Path) -> Any:
-    """A shipped name, a folder or a hub id -> Muse, or the class of a baseline of `minimuse train --model`."""
+    """A shipped name, a folder or a hub id -> Muse, or the class of a baseline."""
     from minimuse import checkpoint
+    from minimuse.muse import Muse
 
     path = checkpoint.find(name) / checkpoint.CONFIG
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    places = [place for model, place in BASELINES.items() if f'"minimuse-{model}-1"' in text]
-    return locate(*places or ["minimuse.muse.Muse"])
+    models = [model for model in BASELINES if f'"minimuse-{model}-1"' in text]
+    return baseline(models[0]) if models else Muse
 
 
 def open_model(name: str | Path, *, device: Any = None) -> Any:
@@ -138,7 +143,7 @@ def run_train(args: argparse.Namespace) -> None:
         open_run(args.out, run | ({"model": args.model} if args.model else {}), resume=args.resume)
     engine.accelerator.wait_for_everyone()
     engine.handle_signals()
-    trainer = partial(train_baseline, locate(BASELINES[args.model])) if args.model else train_muse
+    trainer = partial(train_baseline, baseline(args.model)) if args.model else train_muse
     try:
         last = deque(_with_bars(trainer(config, data=source, engine=engine), shown=engine.is_main), maxlen=1).pop()
     except Stopped:
@@ -187,12 +192,11 @@ def _configuration(args: argparse.Namespace) -> tuple[Any, Any]:
         is_file = args.preset not in PRESETS and Path(args.preset).is_file()
         config = read_configuration(Path(args.preset)) if is_file else preset(args.preset)
         if args.model:
-            config = locate(BASELINES[args.model]).configure(config)
+            config = baseline(args.model).configure(config)
     config = changed(config, args.set)
-    local = {name: getattr(config, name) for name in ("text_encoder", "low_tokenizer_from")}
-    config = replace(
-        config, **{name: str(Path(at).absolute()) for name, at in local.items() if at and Path(at).is_dir()}
-    )
+    names = ("text_encoder", "low_tokenizer_from")
+    folders = {name: Path(place) for name in names if Path(place := getattr(config, name)).is_dir() and place}
+    config = replace(config, **{name: str(folder.absolute()) for name, folder in folders.items()})
     try:
         return config, open_source(args.data, config, seed=args.seed)
     except ValueError as error:
@@ -216,7 +220,7 @@ def changed(config: Any, changes: list[str]) -> Any:
         require(known, f"no field {path!r}; give PATH=VALUE with fields of `to_dict`, such as stages.base.steps=500")
         try:
             part[last] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):  # no JSON: a text
             part[last] = text
     return from_dict(values)
 
@@ -284,7 +288,7 @@ def run_compare(args: argparse.Namespace) -> None:
     else:
         require(args.world in lab.WORLDS, f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
         target = lab.WORLDS[args.world]()
-    report = lab.compare(target, args.schedule, args.order, [int(t) for t in args.steps], **settings)
+    report = lab.compare(target, args.schedule, args.order, args.steps, **settings)
     print(report.table())
     if len(args.schedule) * len(args.order) > 1:
         print(f"\ndifference from {args.schedule[0]}, {args.order[0]}; paired, bold where the interval excludes 0")
@@ -297,7 +301,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """Evaluate a checkpoint and print the report."""
     from minimuse.eval_run import measure
 
-    measure(**{name: value for name, value in vars(args).items() if name not in ("run", "command")})
+    measure(**{name: value for name, value in vars(args).items() if name != "command"})
     print((args.out / "eval.md").read_text(encoding="utf-8"))
 
 
@@ -327,3 +331,9 @@ def run_info(args: argparse.Namespace) -> None:
             print(f"  {part:14} {count:8,.1f}M  {about}")
     if not args.names:
         print(f"shipped checkpoints: {', '.join(checkpoint.shipped()) or 'none'}")
+
+
+COMMANDS = {
+    **dict.fromkeys(("generate", "inpaint", "outpaint", "edit"), run_draw), "app": run_app, "train": run_train,
+    "average": run_average, "doctor": run_doctor, "compare": run_compare, "eval": run_evaluate, "info": run_info,
+}  # fmt: skip

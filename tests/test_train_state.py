@@ -310,7 +310,7 @@ def run(tmp_path, monkeypatch, capsys, tiny_muse):
 
 def refused(answer, *words):
     code, err = answer
-    assert code == 1, f"{code} {err}"
+    assert code == 2, f"{code} {err}"
     assert err.startswith("minimuse: "), f"{err}"
     assert err.count("\n") == 1, f"one line: {err}"
     for word in words:
@@ -318,7 +318,7 @@ def refused(answer, *words):
 
 
 def begun(answer):
-    assert answer == (1, "minimuse: it has begun to train\n"), f"{answer}"
+    assert answer == (2, "minimuse: it has begun to train\n"), f"{answer}"
 
 
 def edit_run(change):
@@ -438,7 +438,7 @@ def test_messages_are_not_glued_to_the_progress_bar(run, monkeypatch):
 
     monkeypatch.setattr("minimuse.train.train_muse", stages)
     code, err = run("tiny.json")
-    assert code == 1
+    assert code == 2
     assert "2/9" in err, "the bar shows the last step"
     lines = re.split(r"[\r\n]+", err)
     assert "minimuse: a picture is broken" in lines, err
