@@ -309,7 +309,7 @@ def run(tmp_path, monkeypatch, capsys, tiny_muse):
 
 def refused(answer, *words):
     code, err = answer
-    assert code == 1, f"{code} {err}"
+    assert code == 2, f"{code} {err}"
     assert err.startswith("minimuse: "), f"{err}"
     assert err.count("\n") == 1, f"one line: {err}"
     for word in words:
@@ -317,7 +317,7 @@ def refused(answer, *words):
 
 
 def begun(answer):
-    assert answer == (1, "minimuse: it has begun to train\n"), f"{answer}"
+    assert answer == (2, "minimuse: it has begun to train\n"), f"{answer}"
 
 
 def edit_run(change):
