@@ -25,7 +25,8 @@ import posixpath
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -36,9 +37,9 @@ import torch
 from minimuse.config import MuseConfig
 from minimuse.data_captions import PART, Example, Problems, SceneDataset
 from minimuse.pictures import FORMATS, Refused, decode_image
-from minimuse.utils import content_hash
+from minimuse.utils import content_hash, file_hash
 
-FILES_VERSION = 2  # raise it on purpose when the same files give other pixels or captions: caches become invalid
+FILES_VERSION = 3  # raise it on purpose when the same files give other pixels or captions: caches become invalid
 SUFFIXES = "png jpg jpeg webp gif bmp tif tiff ppm avif eps heic heif jfif jp2 jxl pgm psd svg tga".split()  # are tried
 HIDDEN = re.compile(r"(^|/)\.(?!\./)")  # a name that begins with a dot, in any folder
 LARGEST = 2**28  # bytes of one file in a tar: a compressed tar may promise terabytes
@@ -74,14 +75,16 @@ class Item(NamedTuple):
 class FileSource:
     """A `Source` of image files. `items(part)` of a subclass gives the items, and `read` decodes and counts them.
 
+    hashes: the name of each file -> a hash of its content, so that a run can name the files that changed.
+
     Choice: by default the shorter side has at least size // 2 pixels. Images enlarged more than twofold teach blur.
     """
 
-    def __init__(self, parts: int, min_side: int | None, paths: Sequence[Path], *facts: Any):
-        stats = [(path.name, path.stat()) for path in paths]
-        times = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    def __init__(self, parts: int, min_side: int | None, paths: Mapping[str, Path], *facts: Any):
         self.parts, self.min_side = parts, min_side
-        self.fingerprint = content_hash(type(self).__name__, FILES_VERSION, min_side, times, facts)
+        with ThreadPoolExecutor() as pool:  # of contents: a file that was copied or touched is the same file
+            self.hashes = dict(zip(paths, pool.map(file_hash, paths.values()), strict=True))
+        self.fingerprint = content_hash(type(self).__name__, FILES_VERSION, min_side, list(self.hashes.items()), facts)
 
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
         """Part -> its examples. What cannot be used is added to `problems`."""
@@ -100,6 +103,12 @@ class FileSource:
             else:
                 image = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
                 yield Example(image, captions)
+
+
+def _named(paths: Sequence[Path]) -> dict[str, Path]:
+    """Files by their names from their common folder on."""
+    folder = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
+    return {os.path.relpath(path, folder): path for path in paths}
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
@@ -189,8 +198,10 @@ class FolderDataset(FileSource):
             example = 'metadata.jsonl with lines {"file_name": "a.png", "text": "a red cube"}, or a.txt next to a.png'
             expected = f"expected images ({', '.join(FORMATS)}) and {example}; shards need a pattern: {folder}/*.tar"
             raise ValueError(f"{folder} holds no captioned image but {found}; {expected}")
-        paths = [files[row.name] for row in self.rows if row.name in files]
+        paths = {row.name: files[row.name] for row in self.rows if row.name in files}
         super().__init__(-(-len(self.rows) // PART), min_side, paths, self.rows)
+        texts = {row.name: row.text for row in self.rows}
+        self.hashes = {name: content_hash(value, texts[name]) for name, value in self.hashes.items()}
 
     def __len__(self) -> int:
         """How many images there are, those with problems included."""
@@ -209,7 +220,7 @@ class TarDataset(FileSource):
         self.shards = [Path(shard) for shard in shards]
         if not any(tarfile.is_tarfile(path) for path in self.shards):
             raise ValueError(f"{self.shards[0]}: expected a folder, tar files, or files that end in .parquet")
-        super().__init__(len(self.shards), min_side, self.shards)
+        super().__init__(len(self.shards), min_side, _named(self.shards))
 
     def items(self, part: int) -> Iterator[Item]:
         """Part -> the items of a shard in its order: captions are read first, images in a second pass."""
@@ -259,7 +270,7 @@ class TableDataset(FileSource):
 
             self.revision = HfApi().dataset_info(self.hub, revision=self.revision or None).sha
         table = self._open()
-        super().__init__(len(files) or table.num_shards, min_side, self.files, self.hub, self.revision)
+        super().__init__(len(files) or table.num_shards, min_side, _named(self.files), self.hub, self.revision)
         columns = {name: type(feature).__name__ for name, feature in (table.features or {}).items()}
         self.image = next((name for name in columns if name in IMAGES or columns[name] == "Image"), "")
         self.text = next((name for name in TEXTS if name in columns), "")
