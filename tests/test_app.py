@@ -196,7 +196,7 @@ def test_where_it_cannot_listen_is_a_sentence(monkeypatch):
             ("127.0.0.1", 99_999_999),
         ]
         for host, port in wrong:
-            with pytest.raises(ValueError, match="cannot listen on .*give an address of this machine and a free port"):
+            with pytest.raises(ValueError, match=r"cannot listen on .*give an address of this machine and a free port"):
                 serve("nano", host=host, port=port)
 
 
