@@ -25,7 +25,8 @@ import posixpath
 import re
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -36,12 +37,10 @@ import torch
 from minimuse.config import MuseConfig
 from minimuse.data_captions import CROPPED, OTHER, PART, Example, Problems, SceneDataset
 from minimuse.pictures import FORMATS, Refused, decode_image
-from minimuse.utils import content_hash
+from minimuse.utils import content_hash, file_hash
 
-FILES_VERSION = 2  # raise it on purpose when the same files give other pixels or captions: caches become invalid
-SUFFIXES = tuple(
-    f".{s}" for s in "png jpg jpeg webp gif bmp tif tiff ppm avif eps heic heif jfif jp2 jxl pgm psd svg tga".split()
-)  # of images: all are tried
+FILES_VERSION = 3  # raise it on purpose when the same files give other pixels or captions: caches become invalid
+SUFFIXES = ".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .avif .eps .heic .heif .jfif .jp2 .jxl .pgm .psd .svg .tga"
 CAPTIONS = (".txt", ".json")  # next to an image; text wins
 METADATA = ("metadata.jsonl", "metadata.csv")
 HIDDEN = re.compile(r"(^|/)\.(?!\./)")  # a name that begins with a dot, in any folder
@@ -79,14 +78,16 @@ class Item(NamedTuple):
 class FileSource:
     """A `Source` of image files. `items(part)` of a subclass gives the items, and `read` decodes and counts them.
 
+    hashes: the name of each file -> a hash of its content, so that a run can name the files that changed.
+
     Choice: by default the shorter side has at least size // 2 pixels. Images enlarged more than twofold teach blur.
     """
 
-    def __init__(self, parts: int, min_side: int | None, paths: Sequence[Path], *facts: Any):
-        stats = [(path.name, path.stat()) for path in paths]
-        times = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    def __init__(self, parts: int, min_side: int | None, paths: Mapping[str, Path], *facts: Any):
         self.parts, self.min_side = parts, min_side
-        self.fingerprint = content_hash(type(self).__name__, FILES_VERSION, min_side, times, facts)
+        with ThreadPoolExecutor() as pool:  # of contents: a file that was copied or touched is the same file
+            self.hashes = dict(zip(paths, pool.map(file_hash, paths.values()), strict=True))
+        self.fingerprint = content_hash(type(self).__name__, FILES_VERSION, min_side, list(self.hashes.items()), facts)
 
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
         """Part -> its examples. What cannot be used is added to `problems`."""
@@ -95,8 +96,8 @@ class FileSource:
         for item in self.items(part):
             problems.seen += item.problem != OTHER
             try:
-                captions = captions_of(item.text)
-                if item.problem or not captions:
+                captions = () if item.problem else captions_of(item.text)
+                if not captions:
                     raise Refused(item.problem or "without a caption")
                 file = io.BytesIO(item.image) if isinstance(item.image, bytes) else item.image
                 square = decode_image(file, size, size // 2 if self.min_side is None else self.min_side)
@@ -110,10 +111,16 @@ class FileSource:
                 yield Example(image, captions)
 
 
+def _named(paths: Sequence[Path]) -> dict[str, Path]:
+    """Files by their names from their common folder on."""
+    folder = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
+    return {os.path.relpath(path, folder): path for path in paths}
+
+
 def captions_of(value: Any) -> tuple[str, ...]:
     """A text, a list of texts, or an object with either as "text" or "caption" -> the captions that are not blank."""
     if isinstance(value, dict):
-        others = sorted(map(str, value.keys() - {"file_name", "text", "caption"}))
+        others = [json.dumps(str(key)[:40]) for key in value if key not in ("file_name", "text", "caption")]
         if others and not value.keys() & {"text", "caption"}:
             raise Refused(f'without "text" or "caption", but with {", ".join(others[:3])}')
         value = value.get("text") or value.get("caption")
@@ -145,11 +152,11 @@ def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
                     stray.append(item._replace(problem=item.problem or (TWICE if item.name in rows else MISSING)))
         elif name.lower().endswith(CAPTIONS):
             captions[stem[name]].append(name)
-    sure = {name for name in names if name in rows or name.lower().endswith(SUFFIXES)}
+    sure = {name for name in names if name in rows or name.lower().endswith(tuple(SUFFIXES.split()))}
     illustrated = {stem[name] for name in sure}
     for name in names:
         beside = sorted(captions[stem[name]] + captions[name], key=lambda caption: caption.lower().endswith(".json"))
-        if name in rows or name.lower().endswith((*CAPTIONS, *METADATA)):
+        if name in rows or name in captions[stem[name]] or posixpath.basename(name).lower() in METADATA:
             continue
         if name in sure or (beside and stem[name] not in illustrated):
             texts = (_text(read(caption), caption) for caption in beside)
@@ -200,28 +207,27 @@ class FolderDataset(FileSource):
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is not a folder")
         files: dict[str, Path] = {}
-        links = []
-        for path in sorted(self.folder.rglob("*")):
+        root, links = self.folder.resolve(), []
+        for path in self.folder.rglob("*"):
             name = path.relative_to(self.folder).as_posix()
-            inside = not path.is_symlink() or Path(os.path.realpath(path)).is_relative_to(self.folder.resolve())
-            if HIDDEN.search(name) or (inside and path.is_dir()):
-                continue
-            if inside and path.is_file():
-                files[name] = path
-            else:
+            outside = path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(root))
+            if outside and not HIDDEN.search(name):
                 links.append(Item(name, problem=LINK))
+            elif path.is_file() and not HIDDEN.search(name):
+                files[name] = path
         rows = _scan(sorted(files), lambda name: files[name].read_bytes())
         if not any(row.text for row in rows if row.name in files):
             kinds = Counter(posixpath.splitext(name)[1] or "without a suffix" for name in sorted(files))
-            kinds.update([LINK] * len(links))
-            found = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "no file at all"
+            found = ", ".join(f"{n} {kind}" for kind, n in (kinds + Counter([LINK] * len(links))).items())
             example = 'metadata.jsonl with lines {"file_name": "a.png", "text": "a red cube"}, or a.txt next to a.png'
             expected = f"expected images ({', '.join(FORMATS)}) and {example}; shards need a pattern: {folder}/*.tar"
-            raise ValueError(f"{folder} holds no captioned image but {found}; {expected}")
-        self.rows = [*(row for row in rows if row.problem != OTHER), *links]
+            raise ValueError(f"{folder} holds no captioned image but {found or 'no file at all'}; {expected}")
+        self.rows = [*(row for row in rows if row.problem != OTHER), *sorted(links)]
         self.others = [row for row in rows if row.problem == OTHER]
-        paths = [files[row.name] for row in self.rows if row.name in files]
+        paths = {row.name: files[row.name] for row in self.rows if row.name in files}
         super().__init__(-(-len(self.rows) // PART), min_side, paths, self.rows)
+        texts = {row.name: row.text for row in self.rows}
+        self.hashes = {name: content_hash(value, texts[name]) for name, value in self.hashes.items()}
 
     def __len__(self) -> int:
         """How many images there are, those with problems included."""
@@ -240,7 +246,7 @@ class TarDataset(FileSource):
         self.shards = [Path(shard) for shard in shards]
         if not any(tarfile.is_tarfile(path) for path in self.shards):
             raise ValueError(f"{self.shards[0]}: expected a folder, tar files, or files that end in .parquet")
-        super().__init__(len(self.shards), min_side, self.shards)
+        super().__init__(len(self.shards), min_side, _named(self.shards))
 
     def items(self, part: int) -> Iterator[Item]:
         """Part -> the items of a shard in its order: captions are read first, images in a second pass."""
@@ -291,7 +297,7 @@ class TableDataset(FileSource):
 
             self.revision = HfApi().dataset_info(self.hub, revision=self.revision or None).sha
         table = self._open()
-        super().__init__(len(files) or table.num_shards, min_side, self.files, self.hub, self.revision)
+        super().__init__(len(files) or table.num_shards, min_side, _named(self.files), self.hub, self.revision)
         columns = {name: type(feature).__name__ for name, feature in (table.features or {}).items()}
         self.image = next((name for name in columns if name in IMAGES or columns[name] == "Image"), "")
         self.text = next((name for name in TEXTS if name in columns), "")

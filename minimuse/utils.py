@@ -124,6 +124,12 @@ def atomic_write(path: Path, content: str | Callable[[Path], Any]) -> None:
         new.unlink(missing_ok=True)
 
 
+def file_hash(path: Path) -> str:
+    """A file -> SHA-256 of its content in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def content_hash(*values: Any) -> str:
     """Tensors and JSON values, also in lists and dicts (a state_dict) -> SHA-256 in hex, the same on every machine.
 

@@ -223,9 +223,21 @@ def test_fingerprint_of_a_folder(tmp_path):
     prints.append(FolderDataset(moved).fingerprint)
     (moved / "g02.png").unlink()
     prints.append(FolderDataset(moved).fingerprint)
-    os.utime(moved / "g00.png", (1, 1))  # the same bytes, but written again: as good as changed
-    prints.append(FolderDataset(moved).fingerprint)
+    os.utime(moved / "g00.png", (1, 1))
+    assert FolderDataset(moved).fingerprint == prints[-1], "a touched file is the same file"
     assert len(set(prints)) == len(prints), "each change shows"
+
+
+def test_hashes_name_the_file_that_changed(tmp_path):
+    folder = write(tmp_path / "in", good(3) | {"metadata.jsonl": line("g00.png", "one")})
+    for change, name in (
+        ({"metadata.jsonl": line("g00.png", "two")}, "g00.png"),
+        ({"g01.txt": "another"}, "g01.png"),
+        ({"g02.png": picture(2, (41, 33))}, "g02.png"),
+    ):
+        old = FolderDataset(folder).hashes
+        new = FolderDataset(write(folder, change)).hashes
+        assert [key for key in new if new[key] != old[key]] == [name]
 
 
 def test_fingerprint_of_tars(tmp_path):
@@ -237,7 +249,8 @@ def test_fingerprint_of_tars(tmp_path):
     prints.append(opened(tmp_path / "0.tar").fingerprint)
     prints.append(TarDataset([tmp_path / "1.tar", tmp_path / "0.tar"]).fingerprint)
     os.utime(tmp_path / "1.tar", (1, 1))
-    prints.append(opened(pattern).fingerprint)
+    assert opened(pattern).fingerprint == prints[0], "a touched file is the same file"
+    assert list(opened(pattern).hashes) == ["0.tar", "1.tar"]
     tar(tmp_path / "1.tar", good(30))
     os.utime(tmp_path / "1.tar", (1, 1))
     prints.append(opened(pattern).fingerprint)
@@ -446,12 +459,12 @@ def test_what_shares_its_name_with_a_caption_is_an_image(name, tmp_path):
 def test_what_is_no_image_is_named_and_changes_nothing(tmp_path):
     folder = write(tmp_path / "in", good(2))
     before = opened(folder)
-    stray = ["metadata.json1", "table.csv", "x.img", "noext", "in/captions.jsonl", "g00.cls"]
+    stray = ["metadata.json1", "table.csv", "x.img", "noext", "in/captions.jsonl", "my-metadata.csv"]
     examples, problems = read_all(opened(write(folder, dict.fromkeys(stray, "?"))))
     assert (len(examples), problems.seen) == (2, 2)
     assert set(problems.names[OTHER]) == set(stray)
     assert problems.summary().startswith(
-        "6 neither image nor caption (g00.cls, in/captions.jsonl, metadata.json1, ...)"
+        "6 neither image nor caption (in/captions.jsonl, metadata.json1, my-metadata.csv, ...)"
     )
     assert opened(folder).fingerprint == before.fingerprint
 
@@ -473,8 +486,8 @@ def test_other_fields_are_named(tmp_path):
     files = {"a.png": picture(), "metadata.jsonl": rows, "b.png": picture(), "b.json": '{"prompt": "y"}'}
     _, problems = read_all(opened(write(tmp_path, files)))
     assert problems.names == {
-        'without "text" or "caption", but with prompt, seed': ["a.png"],
-        'without "text" or "caption", but with prompt': ["b.png"],
+        'without "text" or "caption", but with "prompt", "seed"': ["a.png"],
+        'without "text" or "caption", but with "prompt"': ["b.png"],
     }
 
 
