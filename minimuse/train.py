@@ -33,7 +33,7 @@ from minimuse.data_sources import SceneDataset, Source, open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
 from minimuse.muse import Muse, build
 from minimuse.text import Context, TextEncoder, pad_contexts
-from minimuse.train_engine import Engine, EvalFn, Progress, Stage, batch_indices, learning_rate, make_optimizers, sync
+from minimuse.train_engine import Engine, EvalFn, Progress, Stage, batch_indices, learning_rate, make_optimizers
 from minimuse.train_log import TrainLog, codebook_usage
 from minimuse.transformer import Transformer
 from minimuse.utils import seeded_generator
@@ -70,19 +70,23 @@ def train_tokenizer(
         part.train(any(p.requires_grad for p in part.parameters()))
     vqgan.to(engine.device, memory_format=torch.channels_last)
     torch.manual_seed(engine.seed)
-    vqgan.quantizer.sync = sync
     losses = VQGANLoss(perceptual, config.perceptual_weight, config.adversarial_weight, config.adversarial_start)
     losses.to(engine.device, memory_format=torch.channels_last)
     modules = {"model": vqgan}
     if losses.discriminator is not None:
         modules["discriminator"] = losses.discriminator
-    job = Stage(engine, stage, config, modules, {"idle": vqgan.quantizer.track_usage()})
+    idle = vqgan.quantizer.new_idle_counts()
+    job = Stage(engine, stage, config, modules, {"idle": idle})
     if job.first:
         yield Progress(stage, job.first, config.steps, {}, vqgan)
     for step in job.steps():
+        outputs = []
         for at, _ in job.micro_batches(len(images), step):
             x = to_float(random_crop(images[at], config.crop, seeded_generator(engine.seed, step))).to(engine.device)
-            tokens = _tokenizer_backward(job, vqgan, losses, x.contiguous(memory_format=torch.channels_last), step)
+            x = x.contiguous(memory_format=torch.channels_last)
+            outputs.append(engine.accelerator.gather(_tokenizer_backward(job, vqgan, losses, x, step)))
+        z, tokens = (torch.cat(parts) for parts in zip(*outputs, strict=True))  # of the whole batch, in its order
+        vqgan.quantizer.restart_dead_codes(z, tokens, idle, seeded_generator(engine.seed, step))
         metrics = job.finish(step)
         metrics["psnr"] = -10 * math.log10(max(metrics.pop("mse"), 1e-10) / 4)
         metrics["used"], metrics["perplexity"] = codebook_usage(tokens, vqgan.codebook_size)
@@ -91,8 +95,8 @@ def train_tokenizer(
         yield Progress(stage, step + 1, config.steps, metrics, vqgan)
 
 
-def _tokenizer_backward(job: Stage, vqgan: VQGAN, losses: VQGANLoss, x: Tensor, step: int) -> Tensor:
-    """Backward passes of one micro-batch x (B, 3, H, W), the VQGAN's, then the discriminator's -> its tokens."""
+def _tokenizer_backward(job: Stage, vqgan: VQGAN, losses: VQGANLoss, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Backward passes of one micro-batch x (B, 3, H, W), the VQGAN's, then the discriminator's -> its z and tokens."""
     precision = job.engine.precision
     with precision():
         made, quantized = job.modules["model"](x)
@@ -106,7 +110,7 @@ def _tokenizer_backward(job: Stage, vqgan: VQGAN, losses: VQGANLoss, x: Tensor, 
         with precision():
             loss = losses.discriminator_loss(x, made, job.modules["discriminator"])
         job.backward(loss / job.parts, discriminator_loss=loss / job.parts)
-    return quantized.tokens
+    return quantized.z, quantized.tokens
 
 
 def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: int = 0) -> SceneFeatures:

@@ -155,7 +155,6 @@ def _networks(config: MuseConfig, stage: str) -> tuple[nn.Module, Callable[[int,
             yield networks(tokens, masked, context, *(low or [None]), count=tokens.numel())[0]
     else:
         vqgan = VQGAN(config.finetuned_tokenizer if stage == "decoder" else getattr(config, stage))
-        vqgan.quantizer.eval()  # dead codes restart depending on the data, and shapes have no data
         if stage == "decoder":
             vqgan.freeze_tokens()
         perceptual = feature_distance(SceneFeatures(1).requires_grad_(False)) if how.perceptual_weight else None

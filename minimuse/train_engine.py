@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -121,16 +121,6 @@ def random_features(vectors: Tensor, width: int) -> Tensor:
 
 
 # --- several processes, less memory -----------------------------------------------------------------------------------
-
-
-def sync(tensor: Tensor, how: str) -> None:
-    """Make a tensor equal in all processes, in place: the first one's values ("first") or the maximum ("max")."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    if how == "first":
-        distributed.broadcast(tensor, 0)
-    else:
-        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
 
 
 def checkpoint_activations(module: nn.Module) -> None:
@@ -274,7 +264,7 @@ class Stage:
         return {"stage": self.name, "seed": self.engine.seed, "config": config}
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do. torch's global random numbers (dropout, codebook restarts) depend on the step only."""
+        """The steps still to do. torch's global random numbers (dropout) depend on the step only."""
         for step in range(self.first, self.config.steps):
             torch.manual_seed(derive_seed(self.engine.seed, step, self.engine.rank))
             yield step

@@ -158,8 +158,8 @@ MUTANTS = [
     Mutant(
         "dead_codes_stay_dead",
         "vqgan",
-        "unused = (self.idle >= self.patience).nonzero().squeeze(1)",
-        "unused = (self.idle > 1e9).nonzero().squeeze(1)",
+        "dead = (idle >= PATIENCE).nonzero().squeeze(1)",
+        "dead = (idle > 1e9).nonzero().squeeze(1)",
         "Codes that are never nearest never learn: the codebook collapses onto a few.",
     ),
     Mutant(
