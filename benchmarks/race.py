@@ -69,7 +69,7 @@ TUNING_STEPS = {"masked": {"steps": 16}, "ar": {}, "dit": {"steps": 32}}
 
 
 def open_gates(dit: nn.Module) -> None:
-    """Before training: the blocks of a DiT write from the start, as Muse's layers do, and do not begin as the identity."""
+    """Before training: the blocks of a DiT write from the start, as Muse's layers do."""
     for name, p in dit.named_parameters():
         if name.endswith(RESIDUAL_OUTPUTS):
             nn.init.normal_(p, std=(2 * len(dit.layers) * p.shape[1]) ** -0.5)

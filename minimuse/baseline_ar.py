@@ -206,8 +206,9 @@ def cached(model: CausalTransformer, cond: Memory, uncond: Memory, guidance: Gui
 
     def logits_fn(tokens: Tensor, u: float) -> Tensor:
         place = cache[0][0].shape[2] if cache[0] else 0
-        right = (tokens == model.mask_id).equal((torch.arange(tokens.shape[1]) >= place).expand_as(tokens))
-        require(right, f"at step {place} other tokens than the first {place} are known; reveal one a step, in raster order")
+        masked = torch.arange(tokens.shape[1], device=tokens.device) >= place
+        right = (tokens == model.mask_id).equal(masked.expand_as(tokens))
+        require(right, f"not only the first {place} tokens are known; reveal one token a step, in raster order")
         new = model(tokens.repeat(2, 1), both, cache)[:, 0]  # (2B, V)
         logits = new.new_zeros(*tokens.shape, new.shape[-1])
         logits[:, place] = guide(*new.chunk(2), scale(u))

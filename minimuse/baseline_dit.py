@@ -36,7 +36,7 @@ from minimuse.text import Context
 from minimuse.train import Decimated, MuseTrainer, pick_captions, train_network
 from minimuse.train_engine import Progress, Stage
 from minimuse.transformer import RESIDUAL_OUTPUTS, Layer, Memory, Transformer, TransformerConfig
-from minimuse.utils import Count, check, require
+from minimuse.utils import PositiveInt, check, require
 from minimuse.vqgan import VQGAN
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def time_waves(step: Tensor, width: int) -> Tensor:
 
 def dit_sizes(base: TransformerConfig, patch: int = 1) -> TransformerConfig:
     """Sizes of the base model -> of a DiT with about as many parameters: adaLN takes 6 D^2 a layer next to 16 D^2."""
-    patch = check("patch", patch, Count)
+    patch = check("patch", patch, PositiveInt)
     require(base.grid % patch == 0, f"patch is {patch}; give a divisor of the grid, {base.grid}")
     width = round(base.width * (16 / 22) ** 0.5 / (2 * base.heads)) * 2 * base.heads
     return replace(base, grid=base.grid // patch, width=width, mlp_width=4 * width)
@@ -91,8 +91,8 @@ def dit_sizes(base: TransformerConfig, patch: int = 1) -> TransformerConfig:
 class DiT(Transformer):
     """Noisy latents x (B, d, h, w), a memory, step s (B,) or () -> the noise in them, (B, d, h, w) float32.
 
-    config: from `dit_sizes` with the same patch. With the head's velocity v, the noise is sqrt(1 - a_s) x + sqrt(a_s) v:
-    nothing is divided by a small number.
+    config: from `dit_sizes` with the same patch. v is the head's velocity: the noise is sqrt(1 - a_s) x + sqrt(a_s) v,
+    which divides nothing by a small number.
     """
 
     def __init__(self, config: TransformerConfig, channels: int, patch: int = 1):
@@ -223,7 +223,7 @@ def ddim(noise_fn: Callable[..., Tensor], x: Tensor, *, steps: int = 50) -> Iter
     Choice: the steps begin at S - 1, where there is only noise ("trailing", arXiv 2305.08891); a' ends at 1.
     Choice: x0 is clipped to 5 standard deviations, and e follows from it (ADM, arXiv 2105.05233).
     """
-    total, steps = len(LEVELS), check("steps", steps, Count)
+    total, steps = len(LEVELS), check("steps", steps, PositiveInt)
     require(steps <= total, f"steps is {steps}; give a whole number from 1 to {total}")
     times = [round(total - i * total / steps) - 1 for i in range(steps)]
     levels = [LEVELS[s].item() for s in times] + [1.0]

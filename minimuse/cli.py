@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tqdm.contrib.logging import logging_redirect_tqdm
+
 import minimuse
 from minimuse.cli_commands import BASELINES, COMMANDS
 
@@ -33,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.handlers[0].setFormatter(logging.Formatter("minimuse: %(message)s"))
     log.setLevel(logging.INFO)
     try:
-        COMMANDS[args.command](args)
+        with logging_redirect_tqdm([log]):  # a line of the log starts below a progress bar
+            COMMANDS[args.command](args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has what it wants, as in `minimuse info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -166,13 +169,14 @@ def _drawing_options(command: Callable) -> None:
 
 def _training_options(command: Callable) -> None:
     """Options of train, average and doctor."""
-    add = command("train", "train a Muse from scratch, or resume a run", "seed", "half", "device")
+    add = command("train", "train a Muse from scratch, or resume a run", "half", "device")
     add("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     add("--out", type=Path, required=True, help="folder of the run: states, log, pictures, checkpoint")
     add("--model", choices=BASELINES, help="train this low-resolution baseline instead of Muse")
-    add("--data", default="scenes", help="folder, tar shards, Parquet or hub id of captioned images (default: scenes)")
+    add("--data", type=_name, help="folder, tar shards, Parquet or hub id of captioned images (default: scenes)")
+    add("--seed", type=SEED, help="seed of all random numbers (default: 0)")
     add("--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting: stages.base.steps=500")
-    add("--resume", action="store_true", help="continue the stopped run in --out")
+    add("--resume", action="store_true", help="continue the stopped run in --out; with --data if its data moved")
     add("--dry-run", action="store_true", help="print sizes, memory, FLOPs, bytes and hours, and train nothing")
     add("--accelerators", type=MANY, default=1, help="for --dry-run: number of accelerators")
     add("--memory", type=AMOUNT, metavar="GB", help="for --dry-run: memory of each, to see what does not fit")

@@ -7,8 +7,11 @@ Not here: the options (`cli.py`), the page of `minimuse app` (`app.py`).
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -121,67 +124,84 @@ def run_app(args: argparse.Namespace) -> None:
 def run_train(args: argparse.Namespace) -> None:
     """Run all stages with a progress bar each, then save the checkpoint."""
     import torch
-    from tqdm import tqdm
 
     from minimuse.baseline_ar import train_baseline
     from minimuse.config import to_dict
-    from minimuse.data_sources import open_source
     from minimuse.train import train_muse
     from minimuse.train_engine import Engine, Stopped
     from minimuse.train_log import add_record
-    from minimuse.train_state import open_run
+    from minimuse.train_state import data_record, open_run
 
-    config = _configuration(args)
-    source = open_source(args.data, config, seed=args.seed)
+    config, source = _configuration(args)
     if args.dry_run:
         _dry_run(config, source, args)
         return
     options = {name: getattr(args, name) for name in ("seed", "device", "accumulate", "compile", "recompute", "keep")}
     engine = Engine(folder=args.out, **options)
-    run = {"config": to_dict(config), "seed": args.seed, "data": args.data, "data_fingerprint": source.fingerprint}
+    run = {"config": to_dict(config), "seed": args.seed, "data": data_record(args.data, source)}
     if engine.is_main:
         open_run(args.out, run | ({"model": args.model} if args.model else {}), resume=args.resume)
     engine.accelerator.wait_for_everyone()
     engine.handle_signals()
     trainer = partial(train_baseline, baseline(args.model)) if args.model else train_muse
-    bars: dict[str, tqdm] = {}
     try:
-        for p in trainer(config, data=source, engine=engine):
-            if p.stage not in bars:
-                bars[p.stage] = tqdm(total=p.steps, desc=p.stage, disable=not engine.is_main)
-            shown = {name: f"{value:.3g}" for name, value in p.metrics.items() if not name.startswith("held_out")}
-            bars[p.stage].set_postfix(shown, refresh=False)
-            bars[p.stage].update(p.step - bars[p.stage].n)
+        last = deque(_with_bars(trainer(config, data=source, engine=engine), shown=engine.is_main), maxlen=1).pop()
     except Stopped:
         if engine.is_main:
-            print(f"\nminimuse: stopped; continue with: minimuse train --resume --out {args.out}", file=sys.stderr)
+            print(f"minimuse: stopped; continue with: minimuse train --resume --out {args.out}", file=sys.stderr)
         raise SystemExit(128 + engine.signal) from None
     if engine.is_main:
-        folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
-        add_record(folder, config)
-        print(f"trained in {p.metrics['minutes']:.1f} minutes: {folder}")
-        print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
+        folder = last.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
+        add_record(folder, config, source)
+        print(f"trained in {last.metrics['minutes']:.1f} minutes: {folder}")
+        print(f'try: minimuse generate "{last.model.examples[0]}" --model {folder}')
 
 
-def _configuration(args: argparse.Namespace) -> Any:
-    """The configuration of a preset, a JSON file or the run to resume, with the changes of --set."""
+def _with_bars(progress: Iterator[Any], shown: bool) -> Iterator[Any]:
+    """Pass a run's Progress on, with a progress bar for each stage."""
+    from tqdm import tqdm
+
+    for stage, parts in groupby(progress, lambda p: p.stage):
+        with tqdm(desc=stage, disable=not shown) as bar:
+            for p in parts:
+                bar.total = p.steps
+                bar.set_postfix({k: f"{v:.3g}" for k, v in p.metrics.items() if "held_out" not in k}, refresh=False)
+                bar.update(p.step - bar.n)
+                yield p
+
+
+def _configuration(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The configuration and the data of a preset, a JSON file or the run to resume, with the changes of --set.
+
+    Paths become absolute, so that a run may be resumed from another folder.
+    """
     from minimuse.checkpoint import read_configuration
     from minimuse.config import PRESETS, preset
+    from minimuse.data_sources import open_source
     from minimuse.train_state import RUN, read_run
     from minimuse.utils import require
 
+    run = read_run(args.out) if args.resume else {"seed": 0, "data": {"source": "scenes"}}
+    for name, value in (("seed", run["seed"]), ("data", run["data"]["source"]), ("model", run.get("model"))):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.resume and args.preset is None:
-        require((args.out / RUN).exists(), f"{args.out} holds no run to resume; give a preset to begin one")
-        run = read_run(args.out)
-        for name in ("seed", "data", "model"):
-            setattr(args, name, run.get(name))
-        return changed(read_configuration(args.out / RUN), args.set)
-    require(args.preset is not None, f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
-    is_file = args.preset not in PRESETS and Path(args.preset).is_file()
-    config = read_configuration(Path(args.preset)) if is_file else preset(args.preset)
-    if args.model:
-        config = baseline(args.model).configure(config)
-    return changed(config, args.set)
+        config = read_configuration(args.out / RUN)
+    else:
+        require(args.preset is not None, f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
+        is_file = args.preset not in PRESETS and Path(args.preset).is_file()
+        config = read_configuration(Path(args.preset)) if is_file else preset(args.preset)
+        if args.model:
+            config = baseline(args.model).configure(config)
+    config = changed(config, args.set)
+    names = ("text_encoder", "low_tokenizer_from")
+    folders = {name: Path(place) for name in names if Path(place := getattr(config, name)).is_dir() and place}
+    config = replace(config, **{name: str(folder.absolute()) for name, folder in folders.items()})
+    try:
+        return config, open_source(args.data, config, seed=args.seed)
+    except ValueError as error:
+        hint = f". If the data of {args.out} moved, give the new place with --data" if args.resume else ""
+        raise ValueError(f"{error}{hint}") from error
 
 
 def changed(config: Any, changes: list[str]) -> Any:

@@ -41,7 +41,7 @@ from minimuse.lab_samplers import GROUPS, Outcome, check_samples, preset_setting
 from minimuse.lab_worlds import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World
 from minimuse.masking import get_schedule, reveal_counts
 from minimuse.sampler import Order, by_rank, confidence, decode, entropy_bound, get_order, halton_rank, is_adaptive
-from minimuse.utils import Count, Seed, atomic_write, check, require
+from minimuse.utils import OneSeed, PositiveInt, atomic_write, check, generator_of, require
 
 __all__ = ["WORLDS", "Cell", "ChainWorld", "MixtureWorld", "PottsWorld", "Report", "World", "compare"]
 
@@ -111,7 +111,7 @@ class WorldEvaluator:
     }
 
     def __init__(self, world: World, samples: int = 4096, seed: int = 0):
-        samples, self.seed = check_samples(samples), check("seed", seed, Seed)
+        samples, self.seed = check_samples(samples), check("seed", seed, OneSeed)
         self.world, self.grid, self.codebook_size = world, world.grid, world.v
         name = f"{type(world).__name__} {world.grid[0]}x{world.grid[1]}, {world.v} codes"
         self.about = {"target": name, "samples": samples, "seed": seed}
@@ -145,7 +145,7 @@ class WorldEvaluator:
         return (each / self.world.n).view(GROUPS, -1).mean(1).tolist()
 
     def _generator(self, stream: int) -> torch.Generator:
-        return torch.Generator().manual_seed((1_000_003 * self.seed + stream) % 2**32)
+        return generator_of((1_000_003 * self.seed + stream) % 2**32)
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def compare(
     cells = len(steps) * (len(schedules) * len(orders) + len(presets))
     require(cells > 0, "nothing to compare: give at least one schedule, order and number of steps, or a preset")
     require(cells <= 10_000, f"{cells} samplers to compare; give at most 10,000")
-    steps = [check("steps", t, Count) for t in steps]
+    steps = [check("steps", t, PositiveInt) for t in steps]
     evaluator = target
     if isinstance(target, World):
         evaluator = WorldEvaluator(target, 4096 if samples is None else samples, seed)

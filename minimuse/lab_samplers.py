@@ -17,7 +17,7 @@ from torch import Tensor
 from minimuse.lab_worlds import World
 from minimuse.masking import SCHEDULES
 from minimuse.sampler import Order, Step
-from minimuse.utils import Count, check, require
+from minimuse.utils import PositiveInt, check, require
 
 GROUPS = 32  # samples form so many groups; intervals compare the groups
 
@@ -81,7 +81,7 @@ def preset_settings(name: str, n: int, codebook_size: int, steps: int | None = N
     require(known, f"unknown preset {name!r}; known: {', '.join(SAMPLER_PRESETS)}")
     preset = SAMPLER_PRESETS[name]
     sizes = {"n": n, "codebook_size": codebook_size, "steps": preset.steps if steps is None else steps}
-    sizes = [check(size, value, Count) for size, value in sizes.items()]
+    sizes = [check(size, value, PositiveInt) for size, value in sizes.items()]
     # all are set, so the defaults of a checkpoint do not replace them
     plain = {"schedule": "cosine", "order": "confidence", "sampling_temperature": 1.0, "choice_temperature": 0.0}
     return plain | {"steps": sizes[2]} | preset.changes(*sizes)
@@ -115,7 +115,7 @@ def run(steps: Iterator[Step], remask: bool | None = False) -> tuple[Tensor, int
 
 def check_samples(samples: Any) -> int:
     """-> the number of samples. ValueError unless they form GROUPS groups of at least two, and fit into memory."""
-    samples = check("samples", samples, Count)
+    samples = check("samples", samples, PositiveInt)
     good = 2 * GROUPS <= samples <= 2**18 and samples % GROUPS == 0
     require(good, f"samples is {samples}; give a multiple of {GROUPS}, from {2 * GROUPS} to {2**18}")
     return samples

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimuse.utils import Count, Seed, check, require
+from minimuse.utils import PositiveInt, check, generator_of, require
 
 Grid = tuple[int, int]  # (h, w)
 
@@ -66,7 +66,7 @@ class World:
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """-> n exact samples, (n, N)."""
-        n = check("n", n, Count)
+        n = check("n", n, PositiveInt)
         require(n * self.n <= 2**27, f"n is {n}; give at most {2**27 // self.n} samples of {self.n} tokens")
         return self.draw(n, generator)
 
@@ -107,11 +107,11 @@ class MixtureWorld(World):
     ) -> "MixtureWorld":
         """Softmax of Gaussian tables. A higher sharpness means less noise within a mode."""
         (h, w), v = check_size(grid, codebook_size)
-        modes = check("modes", modes, Count)
+        modes = check("modes", modes, PositiveInt)
         require(modes * h * w <= 2**17, f"modes is {modes}; give at most {2**17 // (h * w)} for {h * w} tokens")
         sharpness = check("sharpness", sharpness, float)
         require(abs(sharpness) <= 50, f"sharpness is {sharpness}; give at most 50, so that every code keeps p > 0")
-        generator = torch.Generator().manual_seed(check("seed", seed, Seed))
+        generator = generator_of(seed)
         logits = torch.randn(modes, h * w, v, generator=generator, dtype=torch.double)
         return cls((sharpness * logits).softmax(-1), grid=(h, w))
 
@@ -182,7 +182,7 @@ class ChainWorld(MarkovWorld):
     def __init__(self, transition: Tensor, n: int, initial: Tensor | None = None):
         """transition (V, V): rows p(next | this), all > 0; initial (V,), by default the stationary distribution."""
         transition = _normalized(transition, "transition", 2)
-        grid, v = check_size(_default_grid(check("n", n, Count)), len(transition))
+        grid, v = check_size(_default_grid(check("n", n, PositiveInt)), len(transition))
         require(transition.shape == (v, v), f"transition has the shape {tuple(transition.shape)}; give (V, V)")
         if initial is None:  # solve p transition = p, sum(p) = 1
             equations = (transition.T - torch.eye(v)).index_fill(0, torch.tensor(v - 1), 1.0)
@@ -225,10 +225,10 @@ WORLDS = {"mixture": MixtureWorld.random, "chain": ChainWorld.sticky, "potts": P
 
 def check_size(grid: Grid, codebook_size: int) -> tuple[Grid, int]:
     """Grid and codebook size of a world. ValueError if 1,024 examples would need more than a gigabyte."""
-    h, w = check("grid", grid, tuple[Count, Count])
-    v = check("codebook_size", codebook_size, Count)
+    h, w = check("grid", grid, tuple[PositiveInt, PositiveInt])
+    v = check("codebook_size", codebook_size, PositiveInt)
     small = v <= 1024 and h * w * v <= 2**17
-    require(small, f"got a grid of {h} x {w} and {v} codes; give at most 1024 codes, and {2**17 // v} tokens of so many")
+    require(small, f"grid is {h} x {w}, codebook_size is {v}; give at most 1024 codes, and 2**17 codes times tokens")
     return (h, w), v
 
 

@@ -518,7 +518,7 @@ def test_several_changes_must_fit_together_in_the_end():
         ("base.layers", r"no field 'base\.layers'; give PATH=VALUE"),
         ("base.layers=many", "layers is 'many'; give a positive whole number"),
         ("base.layers=-1", "layers is -1"),
-        ("base=3", "TransformerConfig is 3; expected an object with its fields"),
+        ("base=3", r"MuseConfig\.base is 3; give a TransformerConfig"),
     ],
 )
 def test_changes_that_are_refused(text, match):
