@@ -8,6 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from minimuse.data_images import to_rgb
 from minimuse.sampler import Step
+from minimuse.utils import atomic_write
 
 KEY = "minimuse"  # where the settings are: a dict in an image's `info`, JSON in a PNG's text chunk
 FUNCTION = "a function, which no PNG holds"  # in place of what JSON cannot hold
@@ -34,10 +36,10 @@ class Refused(Exception):
 
 
 def save_png(image: Image.Image, path: str | Path) -> None:
-    """Save a picture of Muse as a PNG that holds its settings; `image.save` would drop them."""
+    """Save a picture of Muse as a whole PNG or none, with its settings; `image.save` would drop them."""
     chunks = PngInfo()
     chunks.add_text(KEY, with_settings(image, image.info.get(KEY, {})).info[KEY])
-    image.save(path, format="PNG", pnginfo=chunks)
+    atomic_write(Path(path), partial(image.save, format="PNG", pnginfo=chunks))
 
 
 def with_settings(image: Image.Image, settings: dict[str, Any]) -> Image.Image:

@@ -18,7 +18,7 @@ A = "a red cube"
 
 def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert cli.main(["app", "--checkpoint", "nano"]) == 1
+    assert cli.main(["app", "--checkpoint", "nano"]) == 2
     assert capsys.readouterr().err == 'minimuse: the app needs gradio: pip install "minimuse[app]"\n'
 
 
