@@ -96,7 +96,7 @@ def train_tokenizer(
         outputs = []
         weight = _step_weight(job, vqgan, losses, read(step), step)
         for x in read(step):
-            for shares, quantized in tokenizer_losses(vqgan, losses, x, step, weight, engine.precision):
+            for shares, quantized in tokenizer_losses(vqgan, losses, x, step, weight, engine.precision):  # noqa: B007
                 shares = {name: value / engine.parts for name, value in shares.items()}
                 job.backward(next(iter(shares.values())), **shares)
             outputs.append(engine.accelerator.gather((quantized.z, quantized.tokens)))
@@ -131,7 +131,7 @@ def tokenizer_losses(
 
 
 def _step_weight(job: Stage, vqgan: VQGAN, losses: VQGANLoss, batches: Iterator[Tensor], step: int) -> Weight:
-    """One weight lambda for all micro-batches and processes of a step. Several micro-batches take a forward pass more."""
+    """One lambda for all micro-batches and processes of a step; with several micro-batches, by one more forward pass."""
     found = []
 
     def weight(gradients: Tensor) -> Tensor:
@@ -300,7 +300,9 @@ class MuseTrainer:
         self.config, self.engine = config, engine
         self.parts, self.high = build(config), VQGAN(config.high_tokenizer)
         self.encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
-        tokenizing = [s for name, s in config.stages.items() if name not in ("base", "superres") and s.perceptual_weight]
+        tokenizing = [
+            s for name, s in config.stages.items() if name not in ("base", "superres") and s.perceptual_weight
+        ]
         self.perceptual = {s.perceptual: perceptual_loss(s.perceptual, config, engine) for s in tokenizing}
         source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
         work = {"rank": engine.rank, "processes": engine.processes, "wait": engine.accelerator.wait_for_everyone}

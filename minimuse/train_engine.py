@@ -27,7 +27,16 @@ from torch.utils.checkpoint import checkpoint
 from minimuse import train_state
 from minimuse.config import StageConfig
 from minimuse.transformer import Layer, TextLayer, Transformer
-from minimuse.utils import derive_seed, precision, require, seeded_generator
+from minimuse.utils import (
+    Natural,
+    OneSeed,
+    PositiveInt,
+    check,
+    derive_seed,
+    precision,
+    require,
+    seeded_generator,
+)
 from minimuse.vqgan import ResBlock
 
 EvalFn = Callable[[nn.Module, int], dict[str, float]]  # (model or its loss module, steps done) -> metrics for the log
@@ -154,11 +163,11 @@ class Engine:
         chosen = self.accelerator.mixed_precision  # by `accelerate launch`
         self.bf16 = bf16 if chosen == "no" else chosen == "bf16"
         self.precision = partial(precision, self.device, self.bf16)  # -> the autocast context of this run
-        self.accumulate = self.accelerator.gradient_accumulation_steps if accumulate is None else accumulate
-        require(self.accumulate >= 1 and keep >= 0, f"{accumulate=}, {keep=}; give accumulate >= 1 and keep >= 0")
+        accumulate = self.accelerator.gradient_accumulation_steps if accumulate is None else accumulate
+        self.accumulate, self.keep = check("accumulate", accumulate, PositiveInt), check("keep", keep, Natural)
         self.parts = self.accumulate * self.processes  # of a batch
-        self.seed, self.compile, self.recompute = seed, compile, recompute
-        self.folder, self.keep = folder and Path(folder), keep
+        self.seed, self.compile, self.recompute = check("seed", seed, OneSeed), compile, recompute
+        self.folder = folder and Path(folder)
         self.signal = 0  # number of the signal that asks the run to stop
         if compile:  # the adaptive weight of a tokenizer's losses needs more than one backward pass
             from torch._functorch import config as functorch
@@ -309,7 +318,9 @@ class Stage:
             for p, average in zip(self.trained["model"], self.averages, strict=True):
                 p.detach().copy_(average)
         if values["stop"] or done == self.config.steps or done % self.config.save_every == 0:
-            norms = {f"the norm of the {k}'s weights": float(_whole(get_total_norm(p))) for k, p in self.trained.items()}
+            norms = {
+                f"the norm of the {k}'s weights": float(_whole(get_total_norm(p))) for k, p in self.trained.items()
+            }
             self.require_finite(done, norms)
             if self.folder:
                 train_state.save_state(self.folder, done, self.state(), self.about(), engine.keep, engine.accelerator)
