@@ -9,7 +9,7 @@ parameters. It draws the low-resolution picture alone, since what Muse does afte
     dit        the noise in latents (`baseline_dit.py`)      all latents, less noisy at each step    any T
 
 A new baseline is a subclass of `LowRes` with its own `configure`, `network`, `fit` and `decode_base`, and a line in
-`cli_commands.BASELINES`.
+`cli_commands.baseline`.
 
 Glossary: B batch, N image tokens, D width, V codebook size, u progress, t guidance scale.
 Not here: the diffusion baseline (`baseline_dit.py`), the comparison (`benchmarks/race.py`).

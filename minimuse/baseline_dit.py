@@ -37,7 +37,7 @@ from minimuse.text import Context
 from minimuse.train import Decimated, MuseTrainer, pick_captions, train_network
 from minimuse.train_engine import Progress, Stage
 from minimuse.transformer import RESIDUAL_OUTPUTS, Layer, Memory, Transformer, TransformerConfig
-from minimuse.utils import require
+from minimuse.utils import PositiveInt, check_fields, require
 from minimuse.vqgan import VQGAN
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -48,9 +48,12 @@ class DiTConfig:
     """A diffusion transformer over latents."""
 
     transformer: TransformerConfig  # width, depth, heads, text, and the grid of its tokens (patches)
-    channels: int  # d of the latents
-    patch: int = 1  # p: side of a token in the latent grid
+    channels: PositiveInt  # d of the latents
+    patch: PositiveInt = 1  # p: side of a token in the latent grid
     zero_init: bool = True  # adaLN-Zero: blocks begin as the identity; False: gates begin at 1
+
+    def __post_init__(self):
+        check_fields(self)
 
     @staticmethod
     def matching(base: TransformerConfig, channels: int, patch: int = 1) -> "DiTConfig":

@@ -257,7 +257,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def add_record(folder: Path, config: MuseConfig) -> None:
+def add_record(folder: Path, config: MuseConfig, source: Any) -> None:
     """Of a finished run: write curves.png, and add to its model card how each stage went and on what machine."""
     log = read_log(folder / "log.jsonl")
     lines = ["", "| Stage | Steps | Training, last lines | Held out |", "|---|---|---|---|"]

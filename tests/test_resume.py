@@ -294,9 +294,9 @@ def test_average_of_a_run(finished, tmp_path, capsys):
             name = "model.model." + key.removeprefix("base.")
             assert torch.allclose(value, 0.7 * a[name] + 0.3 * b[name], atol=1e-6), key
         assert key.startswith(("base.", "superres.")) or torch.equal(value, muse[key]), key
-    assert cli.main(["average", str(folder), "--out", str(tmp_path / "made")]) == 1
+    assert cli.main(["average", str(folder), "--out", str(tmp_path / "made")]) == 2
     assert "already holds" in capsys.readouterr().err
-    assert cli.main(["average", str(tmp_path / "made"), "--out", str(tmp_path / "none")]) == 1
+    assert cli.main(["average", str(tmp_path / "made"), "--out", str(tmp_path / "none")]) == 2
     assert "holds no states; `minimuse train` writes them there" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
