@@ -214,7 +214,7 @@ def cached(model: CausalTransformer, cond: Memory, uncond: Memory, guidance: Gui
         known = int((tokens[0] != model.mask_id).sum())
         require(known == place, f"step {place} came with {known} known tokens; reveal one a step, in raster order")
         new = model(tokens.repeat(2, 1), both, cache)[:, 0]  # (2B, V)
-        logits = new.new_zeros(*tokens.shape, new.shape[-1])
+        logits = new.new_zeros(*tokens.shape, new.shape[-1], dtype=torch.float)
         logits[:, place] = guide(*new.chunk(2), scale(u))
         return logits
 
