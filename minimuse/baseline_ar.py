@@ -210,7 +210,7 @@ def cached(model: CausalTransformer, cond: Memory, uncond: Memory, guidance: Gui
         right = (tokens == model.mask_id).equal(masked.expand_as(tokens))
         require(right, f"not only the first {place} tokens are known; reveal one token a step, in raster order")
         new = model(tokens.repeat(2, 1), both, cache)[:, 0]  # (2B, V)
-        logits = new.new_zeros(*tokens.shape, new.shape[-1])
+        logits = new.new_zeros(*tokens.shape, new.shape[-1], dtype=torch.float)
         logits[:, place] = guide(*new.chunk(2), scale(u))
         return logits
 

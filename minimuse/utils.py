@@ -97,8 +97,9 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if device is None:
         return torch.device(best)
     try:
+        require(torch.device(device).type != "meta", "A meta device holds no numbers")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ValueError) as e:
         raise ValueError(f"device {str(device)!r} is not on this machine; give {best!r}. {e}") from e
     return torch.device(device)
 
