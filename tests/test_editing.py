@@ -452,7 +452,7 @@ def test_outpaint_draws_n(tiny_muse, image):
 
 @pytest.mark.parametrize("padding", [0, (0, 0, 0, 0), (8, -8, 0, 0), (8, 8), 10**9, True, math.nan, "8", None])
 def test_outpaint_refuses_padding_that_makes_no_sense(tiny_muse, image, padding):
-    with pytest.raises(ValueError, match="padding.* is "):
+    with pytest.raises(ValueError, match=r"padding.* is "):
         tiny_muse.outpaint(image, padding, A)
 
 
