@@ -52,8 +52,9 @@ def with_settings(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
 def decode_image(file: str | Path | IO[bytes], side: int | None = None, min_side: int = 0) -> Image.Image:
     """An image file of any origin -> a PIL image. It is judged by its header before it is decoded.
 
-    With `side`: upright, RGB, the shorter side scaled to `side`, cropped at the centre. An animation gives its first
-    frame. Colour profiles are not applied. Raises `Refused`, also if a side has fewer than `min_side` pixels.
+    With `side`: upright, RGB, the shorter side scaled to `side`, cropped at the centre; `info["cut"]` is the fraction
+    that the crop removed. An animation gives its first frame. Colour profiles are not applied. Raises `Refused`, also
+    if a side has fewer than `min_side` pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -66,10 +67,12 @@ def decode_image(file: str | Path | IO[bytes], side: int | None = None, min_side
                     image.load()
                     return image
                 known = image.mode in MODES or image.mode[:1] == "I"
-                if not known or (image.mode == "I" and image.getextrema()[1] > 65535):
+                if not known or (image.mode == "I" and not all(0 <= value < 2**16 for value in image.getextrema())):
                     raise Refused(f"of mode {image.mode}")
                 image.draft(None, (2 * side, 2 * side))  # JPEGs decode faster at a half, a quarter or an eighth
-                return ImageOps.fit(to_rgb(ImageOps.exif_transpose(image)), (side, side), Image.Resampling.LANCZOS)
+                square = ImageOps.fit(to_rgb(ImageOps.exif_transpose(image)), (side, side), Image.Resampling.LANCZOS)
+                square.info["cut"] = 1 - min(image.size) / max(image.size)
+                return square
     except (Refused, FileNotFoundError):
         raise
     except Exception as error:  # decoders raise nearly every kind of exception on damaged files
@@ -118,7 +121,7 @@ def again(muse: Any, settings: dict[str, Any], *, callback: Callable[[Step], Non
     if task := settings.get("task"):
         raise ValueError(f"it was made by {task} from another picture, which it does not hold; give a generated one")
     if FUNCTION in str(settings):
-        raise ValueError(f"a setting came as {FUNCTION}; pass it to `generate`")
+        raise ValueError(f"a setting came as {FUNCTION}; only Python can draw it again")
     return muse.generate(settings.pop("prompt"), callback=callback, **settings)[0]
 
 
