@@ -77,6 +77,7 @@ def train_tokenizer(
     engine = engine or Engine()
     for part in (vqgan.encoder, vqgan.quantizer, vqgan.decoder):
         part.train(any(p.requires_grad for p in part.parameters()))
+    torch.manual_seed(engine.seed)
     weights = (config.perceptual_weight, config.adversarial_weight)
     losses = VQGANLoss(perceptual, *weights, config.adversarial_start, config.discriminator_width)
     for module in (vqgan, losses):
