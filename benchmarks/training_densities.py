@@ -36,7 +36,7 @@ from minimuse.text import Context
 from minimuse.train import train_transformer
 from minimuse.train_engine import Engine, init_from_codebook
 from minimuse.train_log import likelihood_bound
-from minimuse.train_state import RUN, open_run
+from minimuse.train_state import RUN, data_record, open_run
 from minimuse.transformer import Transformer
 from minimuse.utils import content_hash, seeded_generator
 
@@ -111,7 +111,7 @@ def study(
         for name, curve in densities.items():
             folder = out / "runs" / f"{''.join(c for c in name if c.isalnum())}-{seed}"
             about = {**shared, "density": name, "curve": [curve(i / 16) for i in range(17)]}
-            run = {"config": about, "seed": seed, "data": "scenes"}
+            run = {"config": about, "seed": seed, "data": data_record("scenes", corpus.source)}
             open_run(folder, run, resume=(folder / RUN).exists())
             path = folder / "result.json"
             if not path.exists():

@@ -85,7 +85,7 @@ def read_json(path: Path) -> Any:
     """The values of a JSON file. ValueError names a file that is broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is broken JSON: {e}") from e
 
 
@@ -93,9 +93,9 @@ def read_configuration(path: Path) -> MuseConfig:
     """The configuration in a checkpoint's config.json, a run's run.json, or a JSON file that holds nothing else."""
     values = read_json(path)
     try:
-        return from_dict(values.get("config", values))
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} holds no whole configuration: {e!r}") from e
+        return from_dict(values.get("config", values) if isinstance(values, dict) else values)
+    except ValueError as e:
+        raise ValueError(f"{path} holds no whole configuration: {e}") from e
 
 
 def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str | Path) -> None:

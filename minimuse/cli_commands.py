@@ -7,18 +7,16 @@ Not here: the options (`cli.py`), the page of `minimuse app` (`app.py`).
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 SETTINGS = "guidance steps schedule order sampling_temperature choice_temperature iterations fraction".split()
-BASELINES = {  # of `train --model`: trained at low resolution only
-    "masked": "minimuse.baseline_ar.LowRes",
-    "ar": "minimuse.baseline_ar.Autoregressive",
-    "dit": "minimuse.baseline_dit.Diffusion",
-}
+BASELINES = ("masked", "ar", "dit")  # of `train --model`: trained at low resolution only
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
@@ -29,16 +27,11 @@ def run_draw(args: argparse.Namespace) -> None:
 
     from minimuse.pictures import difference, open_picture, output_paths, save_png
     from minimuse.plots import film
-    from minimuse.utils import require
 
-    settings = {name: value for name in SETTINGS if (value := getattr(args, name, None)) is not None}
-    like = args.command == "generate" and args.like
-    draw = _like(args, settings) if like else _method(args)
-    count = len(args.prompts) * args.n
-    require(count >= 1, f"--n {args.n}: give at least 1")
-    paths = output_paths(args.out, args.prompts[0], count, film=args.film, force=args.force)
+    like = getattr(args, "like", None)
+    draw = _like(args) if like else _method(args)
+    paths = output_paths(args.out, args.prompts[0], len(args.prompts) * args.n, film=args.film, force=args.force)
     muse = open_model(args.model or "toy", device=args.device)
-    settings |= {"n": args.n, "seed": args.seed, "negative_prompt": args.negative_prompt}
     steps = []
     with tqdm(desc="decoding", unit="step") as bar:
 
@@ -48,7 +41,7 @@ def run_draw(args: argparse.Namespace) -> None:
             if not steps or steps[-1].stage == "base" or steps[-1].masked.any():  # the film shows the first decode only
                 steps.append(step)
 
-        images = draw(muse, callback=callback, **settings)
+        images = draw(muse, callback)
     for image, path in zip(images, paths, strict=False):
         save_png(image, path)
         print(f"{path}  ({image.info['minimuse']['prompt']!r}, seed {image.info['minimuse']['seed']})")
@@ -61,41 +54,56 @@ def run_draw(args: argparse.Namespace) -> None:
         print(f"{like}: {difference(open_picture(like), images[0])}")
 
 
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a drawing that the user gave."""
+    settings = {name: getattr(args, name, None) for name in (*SETTINGS, "seed", "negative_prompt")}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def _method(args: argparse.Namespace) -> Callable[..., list]:
-    """The method of Muse that a command calls, with its inputs."""
+    """The method of Muse that a command calls, with its inputs: a function of a Muse and a callback."""
     from minimuse.pictures import open_picture
 
     inputs = [open_picture(getattr(args, name)) for name in ("image", "mask") if hasattr(args, name)]
     if args.command == "outpaint":
         inputs.append(tuple(args.padding) if len(args.padding) > 1 else args.padding[0])
-    prompts = args.prompts if args.command == "generate" else args.prompts[0]
-    return lambda muse, **settings: getattr(muse, args.command)(*inputs, prompts, **settings)
+    inputs.append(args.prompts if args.command == "generate" else args.prompts[0])
+    return lambda muse, callback: getattr(muse, args.command)(*inputs, n=args.n, callback=callback, **_given(args))
 
 
-def _like(args: argparse.Namespace, given: dict[str, Any]) -> Callable[..., list]:
+def _like(args: argparse.Namespace) -> Callable[..., list]:
     """As `_method`, for the picture of --like, whose model and prompt become those of the command."""
     from minimuse.checkpoint import shipped
     from minimuse.pictures import again, settings_of
     from minimuse.utils import require
 
-    changed = given or args.n != 1 or args.seed is not None or args.negative_prompt is not None
+    changed = _given(args) or args.n != 1
     require(not changed, "--like takes seed and settings from the picture; leave out the other options")
     settings = settings_of(args.like)
     name = args.model or settings["model"]
     known = args.model or name in shipped()
     require(known, f"{args.like} was made by {name!r}, which is not shipped; name its folder with --model")
     args.model, args.prompts = name, [settings["prompt"]]
-    return lambda muse, callback, **_: [again(muse, settings, callback=callback)]
+    return lambda muse, callback: [again(muse, settings, callback=callback)]
+
+
+def baseline(model: str) -> Any:
+    """The class of a baseline of `minimuse train --model`."""
+    from minimuse.baseline_ar import Autoregressive, LowRes
+    from minimuse.baseline_dit import Diffusion
+
+    return {make.model: make for make in (LowRes, Autoregressive, Diffusion)}[model]
 
 
 def model_class(name: str | Path) -> Any:
-    """A shipped name, a folder or a hub id -> Muse, or the class of a baseline of `minimuse train --model`."""
+    """A shipped name, a folder or a hub id -> Muse, or the class of a baseline."""
     from minimuse import checkpoint
+    from minimuse.muse import Muse
 
     path = checkpoint.find(name) / checkpoint.CONFIG
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    places = [place for model, place in BASELINES.items() if f'"minimuse-{model}-1"' in text]
-    return locate(*places or ["minimuse.muse.Muse"])
+    models = [model for model in BASELINES if f'"minimuse-{model}-1"' in text]
+    return baseline(models[0]) if models else Muse
 
 
 def open_model(name: str | Path, *, device: Any = None) -> Any:
@@ -116,67 +124,84 @@ def run_app(args: argparse.Namespace) -> None:
 def run_train(args: argparse.Namespace) -> None:
     """Run all stages with a progress bar each, then save the checkpoint."""
     import torch
-    from tqdm import tqdm
 
     from minimuse.baseline_ar import train_baseline
     from minimuse.config import to_dict
-    from minimuse.data_sources import open_source
     from minimuse.train import train_muse
     from minimuse.train_engine import Engine, Stopped
     from minimuse.train_log import add_record
-    from minimuse.train_state import open_run
+    from minimuse.train_state import data_record, open_run
 
-    config = _configuration(args)
-    source = open_source(args.data, config, seed=args.seed)
+    config, source = _configuration(args)
     if args.dry_run:
         _dry_run(config, source, args)
         return
     options = {name: getattr(args, name) for name in ("seed", "device", "accumulate", "compile", "recompute", "keep")}
     engine = Engine(folder=args.out, **options)
-    run = {"config": to_dict(config), "seed": args.seed, "data": args.data, "data_fingerprint": source.fingerprint}
+    run = {"config": to_dict(config), "seed": args.seed, "data": data_record(args.data, source)}
     if engine.is_main:
         open_run(args.out, run | ({"model": args.model} if args.model else {}), resume=args.resume)
     engine.accelerator.wait_for_everyone()
     engine.handle_signals()
-    trainer = partial(train_baseline, locate(BASELINES[args.model])) if args.model else train_muse
-    bars: dict[str, tqdm] = {}
+    trainer = partial(train_baseline, baseline(args.model)) if args.model else train_muse
     try:
-        for p in trainer(config, data=source, engine=engine):
-            if p.stage not in bars:
-                bars[p.stage] = tqdm(total=p.steps, desc=p.stage, disable=not engine.is_main)
-            shown = {name: f"{value:.3g}" for name, value in p.metrics.items() if not name.startswith("held_out")}
-            bars[p.stage].set_postfix(shown, refresh=False)
-            bars[p.stage].update(p.step - bars[p.stage].n)
+        last = deque(_with_bars(trainer(config, data=source, engine=engine), shown=engine.is_main), maxlen=1).pop()
     except Stopped:
         if engine.is_main:
-            print(f"\nminimuse: stopped; continue with: minimuse train --resume --out {args.out}", file=sys.stderr)
+            print(f"minimuse: stopped; continue with: minimuse train --resume --out {args.out}", file=sys.stderr)
         raise SystemExit(128 + engine.signal) from None
     if engine.is_main:
-        folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
-        add_record(folder, config)
-        print(f"trained in {p.metrics['minutes']:.1f} minutes: {folder}")
-        print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
+        folder = last.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
+        add_record(folder, config, source)
+        print(f"trained in {last.metrics['minutes']:.1f} minutes: {folder}")
+        print(f'try: minimuse generate "{last.model.examples[0]}" --model {folder}')
 
 
-def _configuration(args: argparse.Namespace) -> Any:
-    """The configuration of a preset, a JSON file or the run to resume, with the changes of --set."""
+def _with_bars(progress: Iterator[Any], shown: bool) -> Iterator[Any]:
+    """Pass a run's Progress on, with a progress bar for each stage."""
+    from tqdm import tqdm
+
+    for stage, parts in groupby(progress, lambda p: p.stage):
+        with tqdm(desc=stage, disable=not shown) as bar:
+            for p in parts:
+                bar.total = p.steps
+                bar.set_postfix({k: f"{v:.3g}" for k, v in p.metrics.items() if "held_out" not in k}, refresh=False)
+                bar.update(p.step - bar.n)
+                yield p
+
+
+def _configuration(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The configuration and the data of a preset, a JSON file or the run to resume, with the changes of --set.
+
+    Paths become absolute, so that a run may be resumed from another folder.
+    """
     from minimuse.checkpoint import read_configuration
     from minimuse.config import PRESETS, preset
+    from minimuse.data_sources import open_source
     from minimuse.train_state import RUN, read_run
     from minimuse.utils import require
 
+    run = read_run(args.out) if args.resume else {"seed": 0, "data": {"source": "scenes"}}
+    for name, value in (("seed", run["seed"]), ("data", run["data"]["source"]), ("model", run.get("model"))):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.resume and args.preset is None:
-        require((args.out / RUN).exists(), f"{args.out} holds no run to resume; give a preset to begin one")
-        run = read_run(args.out)
-        for name in ("seed", "data", "model"):
-            setattr(args, name, run.get(name))
-        return changed(read_configuration(args.out / RUN), args.set)
-    require(args.preset is not None, f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
-    is_file = args.preset not in PRESETS and Path(args.preset).is_file()
-    config = read_configuration(Path(args.preset)) if is_file else preset(args.preset)
-    if args.model:
-        config = locate(BASELINES[args.model]).configure(config)
-    return changed(config, args.set)
+        config = read_configuration(args.out / RUN)
+    else:
+        require(args.preset is not None, f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
+        is_file = args.preset not in PRESETS and Path(args.preset).is_file()
+        config = read_configuration(Path(args.preset)) if is_file else preset(args.preset)
+        if args.model:
+            config = baseline(args.model).configure(config)
+    config = changed(config, args.set)
+    names = ("text_encoder", "low_tokenizer_from")
+    folders = {name: Path(place) for name in names if Path(place := getattr(config, name)).is_dir() and place}
+    config = replace(config, **{name: str(folder.absolute()) for name, folder in folders.items()})
+    try:
+        return config, open_source(args.data, config, seed=args.seed)
+    except ValueError as error:
+        hint = f". If the data of {args.out} moved, give the new place with --data" if args.resume else ""
+        raise ValueError(f"{error}{hint}") from error
 
 
 def changed(config: Any, changes: list[str]) -> Any:
@@ -195,7 +220,7 @@ def changed(config: Any, changes: list[str]) -> Any:
         require(known, f"no field {path!r}; give PATH=VALUE with fields of `to_dict`, such as stages.base.steps=500")
         try:
             part[last] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):  # no JSON: a text
             part[last] = text
     return from_dict(values)
 
@@ -263,7 +288,7 @@ def run_compare(args: argparse.Namespace) -> None:
     else:
         require(args.world in lab.WORLDS, f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
         target = lab.WORLDS[args.world]()
-    report = lab.compare(target, args.schedule, args.order, [int(t) for t in args.steps], **settings)
+    report = lab.compare(target, args.schedule, args.order, args.steps, **settings)
     print(report.table())
     if len(args.schedule) * len(args.order) > 1:
         print(f"\ndifference from {args.schedule[0]}, {args.order[0]}; paired, bold where the interval excludes 0")
@@ -276,7 +301,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """Evaluate a checkpoint and print the report."""
     from minimuse.eval_run import measure
 
-    measure(**{name: value for name, value in vars(args).items() if name not in ("run", "command")})
+    measure(**{name: value for name, value in vars(args).items() if name != "command"})
     print((args.out / "eval.md").read_text(encoding="utf-8"))
 
 
@@ -306,3 +331,9 @@ def run_info(args: argparse.Namespace) -> None:
             print(f"  {part:14} {count:8,.1f}M  {about}")
     if not args.names:
         print(f"shipped checkpoints: {', '.join(checkpoint.shipped()) or 'none'}")
+
+
+COMMANDS = {
+    **dict.fromkeys(("generate", "inpaint", "outpaint", "edit"), run_draw), "app": run_app, "train": run_train,
+    "average": run_average, "doctor": run_doctor, "compare": run_compare, "eval": run_evaluate, "info": run_info,
+}  # fmt: skip

@@ -4,17 +4,17 @@ Not here: the configuration of one component, which stands in its file, above th
 """
 
 import dataclasses
-from dataclasses import dataclass, field, fields, replace
-from operator import attrgetter
-from typing import Any
+from dataclasses import dataclass, field, replace
+from operator import attrgetter, ge
+from typing import Any, Literal
 
+from minimuse.masking import ScheduleName
 from minimuse.sampler import SamplingConfig
 from minimuse.transformer import TransformerConfig
-from minimuse.utils import require, require_at_least, require_fraction, require_multiple, require_positive
-from minimuse.vqgan import VQGANConfig
+from minimuse.utils import Decay, Fraction, Natural, NonNegative, Positive, PositiveInt, check, check_fields, require
+from minimuse.vqgan import GROUP, VQGANConfig
 
 STAGES = ("low_tokenizer", "base", "high_tokenizer", "superres", "decoder")
-OPTIMIZERS = ("adamw", "adafactor", "muon")
 EQUAL = (  # fields of MuseConfig that must agree
     ("base.codebook_size", "low_tokenizer.codebook_size"),
     ("superres.codebook_size", "high_tokenizer.codebook_size"),
@@ -30,31 +30,30 @@ EQUAL = (  # fields of MuseConfig that must agree
 class StageConfig:
     """How one stage trains."""
 
-    steps: int
-    batch: int
-    learning_rate: float
-    warmup: int
-    weight_decay: float
-    optimizer: str = "adamw"  # one of OPTIMIZERS; "adafactor" is the paper's for its transformers (A.1)
-    betas: tuple[float, float] = (0.9, 0.96)
-    clip: float = 1.0  # largest gradient norm
-    crop: int = 0  # tokenizers: side of the training crops in pixels; 0 is the whole image
-    label_smoothing: float = 0.0  # Choice: the paper is silent; MaskGIT has 0.1
-    cond_drop_prob: float = 0.1  # fraction of the examples without text (Muse 2.7)
-    text_lr_scale: float = 1.0  # learning rate of the text projection, relative to all others
-    mask_schedule: str = "cosine"  # r = cos(pi u / 2), u uniform (Muse 2.6)
-    perceptual_weight: float = 0.05  # tokenizers (A.2)
-    adversarial_weight: float = 0.1  # tokenizers (A.2)
-    adversarial_start: int = 0  # step at which the adversarial loss starts
-    ema: float = 0.0  # decay of a moving average of the weights, which becomes the result; 0 is none
-    save_every: int = 500  # steps between saved states
-    eval_every: int = 500  # steps between validations and sample grids
+    steps: PositiveInt
+    batch: PositiveInt
+    learning_rate: Positive
+    warmup: Natural
+    weight_decay: NonNegative
+    optimizer: Literal["adamw", "adafactor", "muon"] = "adamw"  # the paper: adafactor for its transformers (A.1)
+    betas: tuple[Decay, Decay] = (0.9, 0.96)
+    clip: Positive = 1.0  # largest gradient norm
+    crop: Natural = 0  # tokenizers: side of the training crops in pixels; 0 is the whole image
+    label_smoothing: Decay = 0.0  # Choice: the paper is silent; MaskGIT has 0.1
+    cond_drop_prob: Fraction = 0.1  # fraction of the examples without text (Muse 2.7)
+    text_lr_scale: Fraction = 1.0  # learning rate of the text projection, relative to all others
+    mask_schedule: ScheduleName = "cosine"  # r = cos(pi u / 2), u uniform (Muse 2.6)
+    perceptual: Literal["scenes", "lpips", "none"] = "scenes"  # tokenizers: network of the perceptual loss
+    perceptual_weight: NonNegative = 0.05  # tokenizers (A.2)
+    adversarial_weight: NonNegative = 0.1  # tokenizers (A.2)
+    adversarial_start: Natural = 0  # step at which the adversarial loss starts
+    discriminator_width: PositiveInt = 32  # tokenizers: channels of the discriminator's first layer
+    ema: Decay = 0.0  # decay of a moving average of the weights, which becomes the result; 0 is none
+    save_every: PositiveInt = 500  # steps between saved states
+    eval_every: PositiveInt = 500  # steps between validations and sample grids
 
     def __post_init__(self):
-        require_positive(self, "steps", "batch", "save_every", "eval_every")
-        require(self.optimizer in OPTIMIZERS, f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
-        require_fraction(self, "cond_drop_prob", "text_lr_scale", "label_smoothing", "ema")
-        require_at_least(self, 0, "learning_rate", "weight_decay", "perceptual_weight", "adversarial_weight")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -63,23 +62,23 @@ class MuseConfig:
 
     name: str
     text_encoder: str  # hub id, folder, or "all-MiniLM-L6-v2"
-    text_tokens: int  # longest prompt, in tokens of the language model
+    text_tokens: PositiveInt  # longest prompt, in tokens of the language model
     low_tokenizer: VQGANConfig
     high_tokenizer: VQGANConfig
     base: TransformerConfig
     superres: TransformerConfig
     base_sampling: SamplingConfig
     superres_sampling: SamplingConfig
-    finetuned_width: int  # the decoder of Muse 2.5
-    finetuned_blocks: tuple[int, ...]
-    scenes: int  # number of training scenes, if the data are scenes
-    captions: int  # captions per scene
-    fractions: tuple[float, float, float] = (45, 35, 20)  # relative numbers of scenes with 1, 2 and 3 objects
-    synonyms: float = 0.0  # fraction of the captions that also use other words (data_captions.SYNONYMS)
-    stages: dict[str, StageConfig] = field(default_factory=dict)
+    finetuned_width: PositiveInt  # the decoder of Muse 2.5
+    finetuned_blocks: tuple[Natural, ...]
+    scenes: PositiveInt  # number of training scenes, if the data are scenes
+    captions: PositiveInt  # captions per scene
+    fractions: tuple[NonNegative, NonNegative, NonNegative] = (45, 35, 20)  # of scenes with 1, 2 and 3 objects
+    synonyms: Fraction = 0.0  # fraction of the captions that also use other words (data_captions.SYNONYMS)
+    stages: dict[Literal[STAGES], StageConfig] = field(default_factory=dict)
     low_tokenizer_from: str = ""  # a trained diffusers VQModel, hub id or folder, in place of our own (`amused.py`)
-    pixels_gib: float = 32.0  # images cached as pixels, enough for the tokenizers; others are read twice
-    text_gib: float = 64.0  # embedded captions cached on disk; beyond it they are encoded at every step
+    pixels_gib: NonNegative = 32.0  # images cached as pixels, enough for the tokenizers; others are read twice
+    text_gib: NonNegative = 64.0  # embedded captions cached on disk; beyond it they are encoded at every step
     edit_guidance: float = 4.0  # t of a mask-free edit; the paper's (3.3.2)
 
     @property
@@ -88,15 +87,22 @@ class MuseConfig:
         return replace(self.high_tokenizer, decoder_width=self.finetuned_width, decoder_blocks=self.finetuned_blocks)
 
     def __post_init__(self):
+        check_fields(self)
         for a, b in EQUAL:
             x, y = attrgetter(a, b)(self)
             require(x == y, f"{a} is {x} but {b} is {y}; make them equal")
-        require_multiple(self.high_tokenizer, "image_size", self.low_tokenizer.image_size)
-        old = self.high_tokenizer
-        blocks = zip(self.finetuned_blocks, old.decoder_blocks, strict=True)
-        ok = self.finetuned_width >= old.decoder_width and all(a >= b for a, b in blocks)
-        require(ok, "the fine-tuned decoder is smaller than high_tokenizer's; give at least its width and blocks")
-        require_fraction(self, "synonyms")
+        low, high, blocks = self.low_tokenizer, self.high_tokenizer, self.finetuned_blocks
+        multiple = high.image_size % low.image_size == 0
+        require(multiple, f"high_tokenizer.image_size is {high.image_size}; give a multiple of {low.image_size}")
+        require(self.text_tokens >= 3, f"text_tokens is {self.text_tokens}; give at least 3, two may be special tokens")
+        require(sum(self.fractions) > 0, "fractions are all 0; give at least one above 0")
+        as_many = len(blocks) == len(high.decoder_blocks)
+        require(as_many, f"finetuned_blocks is {blocks}; give {len(high.blocks)} numbers, one per resolution")
+        bigger = self.finetuned_width >= high.decoder_width and all(map(ge, blocks, high.decoder_blocks))
+        require(bigger, "the fine-tuned decoder is smaller: raise finetuned_width and finetuned_blocks")
+        require(
+            not self.finetuned_width % GROUP, f"finetuned_width is {self.finetuned_width}; give a multiple of {GROUP}"
+        )
 
 
 # --- presets ----------------------------------------------------------------------------------------------------------
@@ -188,7 +194,8 @@ def paper_3b() -> MuseConfig:
     smaller = {"width": 1024, "layers": 32, "heads": 16, "mlp_width": 4096}
     tokenizing = StageConfig(
         steps=1_000_000, batch=256, learning_rate=1e-4, warmup=10_000, weight_decay=1e-4, betas=(0.9, 0.99),
-        crop=256, adversarial_start=250_000, save_every=5000, eval_every=5000,
+        perceptual="lpips", discriminator_width=64, crop=256, adversarial_start=250_000,
+        save_every=5000, eval_every=5000,
     )  # fmt: skip
     masked = StageConfig(
         steps=1_500_000, batch=512, learning_rate=1e-4, warmup=5_000, weight_decay=0.045, optimizer="adafactor",
@@ -241,14 +248,4 @@ def to_dict(config: MuseConfig) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any], cls: type = MuseConfig) -> Any:
     """The values of `to_dict` -> a configuration."""
-    require(isinstance(values, dict), f"{cls.__name__} is {values!r}; expected an object with its fields")
-    arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    for part in fields(cls):
-        if dataclasses.is_dataclass(part.type) and part.name in values:
-            arguments[part.name] = from_dict(values[part.name], part.type)
-    if "stages" in values:
-        arguments["stages"] = {name: from_dict(stage, StageConfig) for name, stage in values["stages"].items()}
-    try:
-        return cls(**arguments)
-    except TypeError as e:  # a field is missing or unknown
-        raise ValueError(f"{cls.__name__}: {e}. Was it written by another version of minimuse?") from e
+    return check(cls.__name__, values, cls)

@@ -138,9 +138,15 @@ class Example(NamedTuple):
         return self
 
 
+OTHER, CROPPED = "neither image nor caption", "cropped by more than half"  # these are no reason to leave an image out
+
+
+OTHER, CROPPED = "neither image nor caption", "cropped by more than half"  # these are no reason to leave an image out
+
+
 @dataclass
 class Problems:
-    """The images that a reader left out.
+    """What a reader left out or cut away.
 
     >>> problems = Problems(seen=9)
     >>> problems.add("damaged", "a.png")
@@ -149,17 +155,30 @@ class Problems:
     """
 
     seen: int = 0  # all images, good ones included
-    names: dict[str, list[str]] = field(default_factory=dict)  # kind of problem -> the images that have it
+    names: dict[str, list[str]] = field(default_factory=dict)  # kind of problem -> the files that have it
+    cut: float = 0.0  # sum over the images used: the fraction of pixels that the crop to a square removed
 
     def add(self, kind: str, *names: str) -> None:
-        """Note that these of the images seen are left out."""
+        """Note that these files have a problem of this kind."""
         self.names.setdefault(kind, []).extend(name.encode("utf-8", "backslashreplace").decode() for name in names)
 
+    def include(self, other: "Problems") -> None:
+        """Add the problems of another part."""
+        self.seen += other.seen
+        self.cut += other.cut
+        for kind, names in other.names.items():
+            self.add(kind, *names)
+
     def summary(self) -> str:
-        """One sentence with the first three names of each kind, or "" if nothing was left out."""
-        kinds = [f"{len(n)} {kind} ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for kind, n in self.names.items()]
-        left_out = sum(map(len, self.names.values()))
-        return f"left out {left_out} of {self.seen} images: {', '.join(kinds)}" if kinds else ""
+        """One sentence with the first three names of each kind, or "" if there is nothing to say."""
+        told = {kind: f"{len(n)} {kind} ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for kind, n in self.names.items()}
+        notes = [told.pop(kind) for kind in (OTHER, CROPPED) if kind in told]
+        left_out = sum(len(self.names[kind]) for kind in told)
+        if told:
+            notes.insert(0, f"left out {left_out} of {self.seen} images: {', '.join(told.values())}")
+        if self.cut >= 0.005 * (used := self.seen - left_out):
+            notes += [f"the crop to squares cut {self.cut / used:.0%} of the pixels"] if self.cut else []
+        return "; ".join(notes)
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,10 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """A PIL image of any mode -> RGB. Transparent pixels become white."""
-    if image.mode[:1] == "I":  # 16-bit gray, which Pillow's own conversion clips
-        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    if image.mode[:1] == "I":  # Choice: gray of the fewest bits that hold its largest value; cameras have 10, 12, or 14
+        values = np.asarray(image)
+        white = next((2**bits - 1 for bits in (8, 10, 12, 14) if values.max() < 2**bits), 65535)
+        image = Image.fromarray((values.clip(0, white) * (255 / white) + 0.5).astype(np.uint8))
     if image.mode in ("RGBA", "LA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

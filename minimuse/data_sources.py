@@ -7,8 +7,8 @@
     user/name, user/name@rev    a data set of the Hugging Face hub: split "train", streamed
 
 Training reads a source once, part by part, front to back. To add one, write a class with the three members of `Source`.
-Files come from strangers: nothing in them is executed, no name leads out of a folder, and every image that cannot be
-used is counted and named (`Problems`).
+Files come from strangers: nothing in them is executed, no name or link leads out of a folder, and every file that is
+not used is counted and named (`Problems`), except hidden ones.
 
 Choice: only Parquet and the hub use the library `datasets` (extra `data`). In folders and tar files it ends at the
 first bad sample or skips images, and counts none of this.
@@ -24,8 +24,9 @@ import os
 import posixpath
 import re
 import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -34,17 +35,20 @@ import numpy as np
 import torch
 
 from minimuse.config import MuseConfig
-from minimuse.data_captions import PART, Example, Problems, SceneDataset
+from minimuse.data_captions import CROPPED, OTHER, PART, Example, Problems, SceneDataset
 from minimuse.pictures import FORMATS, Refused, decode_image
-from minimuse.utils import content_hash
+from minimuse.utils import content_hash, file_hash
 
-FILES_VERSION = 2  # raise it on purpose when the same files give other pixels or captions: caches become invalid
-SUFFIXES = "png jpg jpeg webp gif bmp tif tiff ppm avif eps heic heif jfif jp2 jxl pgm psd svg tga".split()  # are tried
+FILES_VERSION = 3  # raise it on purpose when the same files give other pixels or captions: caches become invalid
+SUFFIXES = ".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .avif .eps .heic .heif .jfif .jp2 .jxl .pgm .psd .svg .tga"
+CAPTIONS = (".txt", ".json")  # next to an image; text wins
+METADATA = ("metadata.jsonl", "metadata.csv")
 HIDDEN = re.compile(r"(^|/)\.(?!\./)")  # a name that begins with a dot, in any folder
 LARGEST = 2**28  # bytes of one file in a tar: a compressed tar may promise terabytes
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")  # names of columns
 TEXTS = ("text", "caption", "captions", "txt", "json")
 MISSING, TWICE, DAMAGED = "listed without a file", "listed twice", "lost in a damaged file"
+LINK = "a link to no file in the folder"
 
 
 class Source(Protocol):
@@ -74,37 +78,51 @@ class Item(NamedTuple):
 class FileSource:
     """A `Source` of image files. `items(part)` of a subclass gives the items, and `read` decodes and counts them.
 
+    hashes: the name of each file -> a hash of its content, so that a run can name the files that changed.
+
     Choice: by default the shorter side has at least size // 2 pixels. Images enlarged more than twofold teach blur.
     """
 
-    def __init__(self, parts: int, min_side: int | None, paths: Sequence[Path], *facts: Any):
-        stats = [(path.name, path.stat()) for path in paths]
-        times = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    def __init__(self, parts: int, min_side: int | None, paths: Mapping[str, Path], *facts: Any):
         self.parts, self.min_side = parts, min_side
-        self.fingerprint = content_hash(type(self).__name__, FILES_VERSION, min_side, times, facts)
+        with ThreadPoolExecutor() as pool:  # of contents: a file that was copied or touched is the same file
+            self.hashes = dict(zip(paths, pool.map(file_hash, paths.values()), strict=True))
+        self.fingerprint = content_hash(type(self).__name__, FILES_VERSION, min_side, list(self.hashes.items()), facts)
 
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
         """Part -> its examples. What cannot be used is added to `problems`."""
         if not 0 <= part < self.parts:
             raise IndexError(f"part {part} of {self.parts}: expected 0 to {self.parts - 1}")
         for item in self.items(part):
-            problems.seen += 1
+            problems.seen += item.problem != OTHER
             try:
-                captions = captions_of(item.text)
-                if item.problem or not captions:
+                captions = () if item.problem else captions_of(item.text)
+                if not captions:
                     raise Refused(item.problem or "without a caption")
                 file = io.BytesIO(item.image) if isinstance(item.image, bytes) else item.image
                 square = decode_image(file, size, size // 2 if self.min_side is None else self.min_side)
             except (Refused, FileNotFoundError) as error:
                 problems.add(str(error) if isinstance(error, Refused) else MISSING, item.name)
             else:
+                problems.cut += square.info["cut"]
+                if square.info["cut"] > 0.5:
+                    problems.add(CROPPED, item.name)
                 image = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
                 yield Example(image, captions)
+
+
+def _named(paths: Sequence[Path]) -> dict[str, Path]:
+    """Files by their names from their common folder on."""
+    folder = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
+    return {os.path.relpath(path, folder): path for path in paths}
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
     """A text, a list of texts, or an object with either as "text" or "caption" -> the captions that are not blank."""
     if isinstance(value, dict):
+        others = [json.dumps(str(key)[:40]) for key in value if key not in ("file_name", "text", "caption")]
+        if others and not value.keys() & {"text", "caption"}:
+            raise Refused(f'without "text" or "caption", but with {", ".join(others[:3])}')
         value = value.get("text") or value.get("caption")
     texts = value if isinstance(value, list) else [value]
     texts = [" ".join(text.split()) for text in texts if isinstance(text, str)]
@@ -115,53 +133,61 @@ def captions_of(value: Any) -> tuple[str, ...]:
     return tuple(text for text in texts if text)
 
 
-def _parse(content: bytes) -> Any:
-    """JSON -> its value, or None if it is not JSON."""
+def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
+    """Files of a folder or tar, in order -> an item for each, except captions of others and metadata.
+
+    An image is what metadata list, what has one of SUFFIXES, and a file with a caption that no such image shares.
+    """
+    place = {name: i for i, name in enumerate(names)}
+    stem = {name: posixpath.splitext(name)[0] for name in names}
+    rows: dict[str, Item] = {}
+    stray: list[Item] = []
+    captions: dict[str, list[str]] = defaultdict(list)  # name without suffix -> files
+    for name in names:
+        if posixpath.basename(name).lower() in METADATA:
+            for item in _metadata(name, read(name)):
+                if item.name in place and item.name not in rows:
+                    rows[item.name] = item
+                else:
+                    stray.append(item._replace(problem=item.problem or (TWICE if item.name in rows else MISSING)))
+        elif name.lower().endswith(CAPTIONS):
+            captions[stem[name]].append(name)
+    sure = {name for name in names if name in rows or name.lower().endswith(tuple(SUFFIXES.split()))}
+    illustrated = {stem[name] for name in sure}
+    for name in names:
+        beside = sorted(captions[stem[name]] + captions[name], key=lambda caption: caption.lower().endswith(".json"))
+        if name in rows or name in captions[stem[name]] or posixpath.basename(name).lower() in METADATA:
+            continue
+        if name in sure or (beside and stem[name] not in illustrated):
+            texts = (_text(read(caption), caption) for caption in beside)
+            rows[name] = Item(name, text=next(filter(None, texts), None))
+        else:
+            stray.append(Item(name, problem=OTHER))
+    used = {stem[name] for name in rows} | rows.keys()
+    lonely = [name for stem, found in captions.items() if stem not in used for name in found if name not in rows]
+    stray += [Item(name, problem="a caption without an image") for name in lonely]
+    return sorted([*rows.values(), *stray], key=lambda item: place.get(item.name, len(place)))
+
+
+def _text(content: bytes, name: str) -> Any:
+    """A file next to an image -> the lines of a text, or the value in JSON, or None if it is not JSON."""
+    if name.lower().endswith(".txt"):
+        return [line for line in content.decode("utf-8-sig", "surrogateescape").splitlines() if line.strip()]
     try:
         return json.loads(content)
     except (ValueError, RecursionError):  # a wrong encoding is a ValueError too
         return None
 
 
-def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
-    """Files of a folder or tar, in order -> an item for each image, and for metadata and captions without one."""
-    place = {name: i for i, name in enumerate(names)}
-    rows: dict[str, Item] = {}
-    stray = []
-
-    def text_beside(stem: str) -> Any:
-        text, values = (read(name) if name in place else b"" for name in (f"{stem}.txt", f"{stem}.json"))
-        lines = text.decode("utf-8-sig", "surrogateescape").splitlines()
-        return [line for line in lines if line.strip()] or _parse(values)
-
-    for name in names:
-        listed = _metadata(name, read(name)) if posixpath.basename(name) in ("metadata.jsonl", "metadata.csv") else ()
-        for item in listed:
-            if item.name not in place:
-                stray.append(item._replace(problem=item.problem or MISSING))
-            elif item.name in rows:
-                stray.append(Item(item.name, problem=TWICE))
-            else:
-                rows[item.name] = item
-    for name in names:
-        stem, _, suffix = name.rpartition(".")
-        if suffix.lower() in SUFFIXES and name not in rows:
-            rows[name] = Item(name, text=text_beside(stem))
-    stems = {name.rpartition(".")[0] for name in rows}
-    texts = [name for name in names if name.endswith((".txt", ".json")) and name.rpartition(".")[0] not in stems]
-    stray += [Item(name, problem="a caption without an image") for name in texts if name not in rows]
-    return sorted([*rows.values(), *stray], key=lambda item: place.get(item.name, len(place)))
-
-
 def _metadata(name: str, content: bytes) -> Iterator[Item]:
     """metadata.jsonl or metadata.csv -> an item per line, with the name of the image, or else of the line."""
-    if name.endswith(".csv"):
+    if name.lower().endswith(".csv"):
         table = io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline="")
         lines = enumerate(csv.DictReader(table, restkey=""), 2)
     else:
         lines = ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
     for number, line in lines:
-        values = line if isinstance(line, dict) else _parse(line)
+        values = line if isinstance(line, dict) else _text(line, name)
         if isinstance(values, dict) and isinstance(values.get("file_name"), str):
             listed = posixpath.join(posixpath.dirname(name), values["file_name"].replace("\\", "/"))
             yield Item(posixpath.normpath(listed), text=values)
@@ -180,17 +206,28 @@ class FolderDataset(FileSource):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is not a folder")
-        files = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*") if path.is_file()}
-        names = sorted(name for name in files if not HIDDEN.search(name))
-        self.rows = _scan(names, lambda name: files[name].read_bytes())
-        if not any(row.text for row in self.rows if row.name in files):
-            kinds = Counter(posixpath.splitext(name)[1] or "without a suffix" for name in names)
-            found = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "no file at all"
+        files: dict[str, Path] = {}
+        root, links = self.folder.resolve(), []
+        for path in self.folder.rglob("*"):
+            name = path.relative_to(self.folder).as_posix()
+            outside = path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(root))
+            if outside and not HIDDEN.search(name):
+                links.append(Item(name, problem=LINK))
+            elif path.is_file() and not HIDDEN.search(name):
+                files[name] = path
+        rows = _scan(sorted(files), lambda name: files[name].read_bytes())
+        if not any(row.text for row in rows if row.name in files):
+            kinds = Counter(posixpath.splitext(name)[1] or "without a suffix" for name in sorted(files))
+            found = ", ".join(f"{n} {kind}" for kind, n in (kinds + Counter([LINK] * len(links))).items())
             example = 'metadata.jsonl with lines {"file_name": "a.png", "text": "a red cube"}, or a.txt next to a.png'
             expected = f"expected images ({', '.join(FORMATS)}) and {example}; shards need a pattern: {folder}/*.tar"
-            raise ValueError(f"{folder} holds no captioned image but {found}; {expected}")
-        paths = [files[row.name] for row in self.rows if row.name in files]
+            raise ValueError(f"{folder} holds no captioned image but {found or 'no file at all'}; {expected}")
+        self.rows = [*(row for row in rows if row.problem != OTHER), *sorted(links)]
+        self.others = [row for row in rows if row.problem == OTHER]
+        paths = {row.name: files[row.name] for row in self.rows if row.name in files}
         super().__init__(-(-len(self.rows) // PART), min_side, paths, self.rows)
+        texts = {row.name: row.text for row in self.rows}
+        self.hashes = {name: content_hash(value, texts[name]) for name, value in self.hashes.items()}
 
     def __len__(self) -> int:
         """How many images there are, those with problems included."""
@@ -198,7 +235,7 @@ class FolderDataset(FileSource):
 
     def items(self, part: int) -> Iterable[Item]:
         """Part -> up to 500 items."""
-        rows = self.rows[part * PART : (part + 1) * PART]
+        rows = self.rows[part * PART : (part + 1) * PART] + self.others * (part == 0)
         return (row._replace(image=self.folder / row.name) for row in rows)
 
 
@@ -209,7 +246,7 @@ class TarDataset(FileSource):
         self.shards = [Path(shard) for shard in shards]
         if not any(tarfile.is_tarfile(path) for path in self.shards):
             raise ValueError(f"{self.shards[0]}: expected a folder, tar files, or files that end in .parquet")
-        super().__init__(len(self.shards), min_side, self.shards)
+        super().__init__(len(self.shards), min_side, _named(self.shards))
 
     def items(self, part: int) -> Iterator[Item]:
         """Part -> the items of a shard in its order: captions are read first, images in a second pass."""
@@ -231,12 +268,13 @@ class TarDataset(FileSource):
         with suppress(Exception):  # damage: what stands before it is used, and the caller counts it
             for member in archive:
                 name = posixpath.normpath(member.name)
-                if not member.isreg() or HIDDEN.search(name):
+                problem = TWICE if name in members else "too large" if member.size > LARGEST else LINK
+                if member.isdir() or HIDDEN.search(name):
                     continue
-                if name in members or member.size > LARGEST:
-                    yield Item(prefix + name, problem=TWICE if name in members else "too large")
+                if name in members or member.size > LARGEST or not member.isreg():
+                    yield Item(prefix + name, problem=problem)
                     continue
-                if name.endswith((".txt", ".json", ".jsonl", ".csv")):
+                if name.lower().endswith((*CAPTIONS, *METADATA)):
                     texts[name] = archive.extractfile(member).read()
                 members[name] = member
         for item in _scan(list(members), texts.__getitem__):
@@ -259,7 +297,7 @@ class TableDataset(FileSource):
 
             self.revision = HfApi().dataset_info(self.hub, revision=self.revision or None).sha
         table = self._open()
-        super().__init__(len(files) or table.num_shards, min_side, self.files, self.hub, self.revision)
+        super().__init__(len(files) or table.num_shards, min_side, _named(self.files), self.hub, self.revision)
         columns = {name: type(feature).__name__ for name, feature in (table.features or {}).items()}
         self.image = next((name for name in columns if name in IMAGES or columns[name] == "Image"), "")
         self.text = next((name for name in TEXTS if name in columns), "")

@@ -11,12 +11,13 @@ Not here: which positions are revealed, and what is drawn there (`sampler.py`).
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimuse.utils import require
+from minimuse.utils import Rule, require
 
 Schedule = Callable[[float], float]
 Generators = torch.Generator | Sequence[torch.Generator] | None  # one for the whole batch, or one for each example
@@ -56,6 +57,16 @@ def get_schedule(schedule: str | Schedule, n: int | None = None) -> Schedule:
         return power_schedule(float(schedule[3:]))
     known = ", ".join([*SCHEDULES, "log", "powP (such as pow2.5)"])
     raise ValueError(f"unknown schedule {schedule!r}; known: {known}; or pass any function u -> ratio still masked")
+
+
+def _is_schedule(name: str) -> bool:
+    try:
+        return callable(get_schedule(name, 2))
+    except ValueError:
+        return False
+
+
+ScheduleName = Annotated[str, Rule(_is_schedule, "the name of a schedule: " + ", ".join([*SCHEDULES, "log", "pow2.5"]))]
 
 
 def reveal_counts(n: int, steps: int, schedule: str | Schedule = "cosine") -> list[int]:

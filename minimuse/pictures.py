@@ -8,6 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from minimuse.data_images import to_rgb
 from minimuse.sampler import Step
+from minimuse.utils import atomic_write
 
 KEY = "minimuse"  # where the settings are: a dict in an image's `info`, JSON in a PNG's text chunk
 FUNCTION = "a function, which no PNG holds"  # in place of what JSON cannot hold
@@ -34,10 +36,10 @@ class Refused(Exception):
 
 
 def save_png(image: Image.Image, path: str | Path) -> None:
-    """Save a picture of Muse as a PNG that holds its settings; `image.save` would drop them."""
+    """Save a picture of Muse as a whole PNG or none, with its settings; `image.save` would drop them."""
     chunks = PngInfo()
     chunks.add_text(KEY, with_settings(image, image.info.get(KEY, {})).info[KEY])
-    image.save(path, format="PNG", pnginfo=chunks)
+    atomic_write(Path(path), partial(image.save, format="PNG", pnginfo=chunks))
 
 
 def with_settings(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
@@ -50,8 +52,9 @@ def with_settings(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
 def decode_image(file: str | Path | IO[bytes], side: int | None = None, min_side: int = 0) -> Image.Image:
     """An image file of any origin -> a PIL image. It is judged by its header before it is decoded.
 
-    With `side`: upright, RGB, the shorter side scaled to `side`, cropped at the centre. An animation gives its first
-    frame. Colour profiles are not applied. Raises `Refused`, also if a side has fewer than `min_side` pixels.
+    With `side`: upright, RGB, the shorter side scaled to `side`, cropped at the centre; `info["cut"]` is the fraction
+    that the crop removed. An animation gives its first frame. Colour profiles are not applied. Raises `Refused`, also
+    if a side has fewer than `min_side` pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -64,10 +67,12 @@ def decode_image(file: str | Path | IO[bytes], side: int | None = None, min_side
                     image.load()
                     return image
                 known = image.mode in MODES or image.mode[:1] == "I"
-                if not known or (image.mode == "I" and image.getextrema()[1] > 65535):
+                if not known or (image.mode == "I" and not all(0 <= value < 2**16 for value in image.getextrema())):
                     raise Refused(f"of mode {image.mode}")
                 image.draft(None, (2 * side, 2 * side))  # JPEGs decode faster at a half, a quarter or an eighth
-                return ImageOps.fit(to_rgb(ImageOps.exif_transpose(image)), (side, side), Image.Resampling.LANCZOS)
+                square = ImageOps.fit(to_rgb(ImageOps.exif_transpose(image)), (side, side), Image.Resampling.LANCZOS)
+                square.info["cut"] = 1 - min(image.size) / max(image.size)
+                return square
     except (Refused, FileNotFoundError):
         raise
     except Exception as error:  # decoders raise nearly every kind of exception on damaged files

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minimuse.data_images import to_pil
 from minimuse.sampler import Step
+from minimuse.utils import require
 
 Images = Sequence[Image.Image] | Tensor  # PIL images, or a tensor (B, 3, H, W), uint8 or in [-1, 1]
 INK = (45, 45, 50)
@@ -127,26 +128,16 @@ def film(muse: Any, steps: Sequence[Step], row: int = 0, most: int = 12) -> Imag
     return film_strip(frames, titles, scale=1)
 
 
-class Animation(bytes):
-    """A looping GIF: frames of one size, each for `ms` milliseconds, the last for 1.5 seconds. Jupyter plays it.
+def animation(frames: Sequence[Image.Image], ms: int = 250) -> Any:
+    """Frames of one size -> a looping GIF that Jupyter plays: `ms` milliseconds each, 1.5 seconds the last."""
+    from IPython.display import HTML
 
-    >>> Path("film.gif").write_bytes(Animation(frames))
-    """
-
-    def __new__(cls, frames: Sequence[Image.Image], ms: int = 250) -> "Animation":
-        first, *rest = [frame.convert("RGB").quantize(128, dither=0) for frame in frames]
-        file = io.BytesIO()
-        first.save(file, "GIF", save_all=True, append_images=rest, loop=0, duration=[ms] * len(rest) + [1500])
-        animation = super().__new__(cls, file.getvalue())
-        animation.width = frames[0].width * max(1, round(240 / frames[0].width))
-        return animation
-
-    def __repr__(self) -> str:
-        return f"<Animation, {len(self):,} bytes>"
-
-    def _repr_html_(self) -> str:
-        source = f"data:image/gif;base64,{base64.b64encode(self).decode()}"
-        return f'<img alt="animation" width="{self.width}" style="image-rendering: pixelated" src="{source}">'
+    first, *rest = [frame.convert("RGB").quantize(128, dither=0) for frame in frames]
+    file = io.BytesIO()
+    first.save(file, "GIF", save_all=True, append_images=rest, loop=0, duration=[ms] * len(rest) + [1500])
+    source = f"data:image/gif;base64,{base64.b64encode(file.getvalue()).decode()}"
+    width = first.width * max(1, round(240 / first.width))
+    return HTML(f'<img alt="animation" width="{width}" style="image-rendering: pixelated" src="{source}">')
 
 
 def style() -> None:
@@ -168,8 +159,7 @@ def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool]
 
     A point beats another if it is at least as good in both and better in one.
     """
-    signs = [1 if less else -1 for less in lower]
-    costs = [(signs[0] * x, signs[1] * y) for x, y in points]
+    costs = [tuple(value if less else -value for value, less in zip(point, lower, strict=True)) for point in points]
     best = [a for a in costs if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in costs)]
     return sorted((i for i, cost in enumerate(costs) if cost in best), key=lambda i: points[i])
 
@@ -182,27 +172,23 @@ def tradeoff(
 
     `x` and `y` name the axes, `lower` is as in `pareto_front`, which is drawn in gray.
     """
-    if not any(series.values()):
-        raise ValueError("no point came: expected {series: {label: (x, y)}} with at least one")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
     points = [(a.value, b.value) for pairs in series.values() for a, b in pairs.values()]
+    require(points, "no point came: expected {series: {label: (x, y)}} with at least one")
+    figure, (axes,) = _figure(1, (6, 4), 150)
     front = [points[i] for i in pareto_front(points, lower)]
     turn = "steps-post" if lower[0] else "steps-pre"  # the points behind the staircase are beaten by one on it
     axes.plot(*zip(*front, strict=True), drawstyle=turn, color="0.6", lw=4, alpha=0.5, label="Pareto front")
     for i, (name, pairs) in enumerate(series.items()):
         marks = {"color": f"C{i % 10}", "marker": "osD^vPX*"[i % 8], "lw": 0.8, "ms": 5}
-        columns = list(zip(*pairs.values(), strict=True)) or [(), ()]
-        at = [[m.value for m in column] for column in columns]
-        reach = [[[m.value - m.low for m in column], [m.high - m.value for m in column]] for column in columns]
-        axes.errorbar(*at, xerr=reach[0], yerr=reach[1], label=name, **marks)
-        for label, *point in zip(pairs, *at, strict=True):
+        rows = [[(m.value, m.value - m.low, m.high - m.value) for m in pair] for pair in pairs.values()]
+        (xs, *x_reach), (ys, *y_reach) = np.reshape(rows, (-1, 2, 3)).transpose(1, 2, 0)
+        axes.errorbar(xs, ys, xerr=x_reach, yerr=y_reach, label=name, **marks)
+        for label, *point in zip(pairs, xs, ys, strict=True):
             axes.annotate(label, point, (5, 4), textcoords="offset points", fontsize=8, color=marks["color"])
     labels = [f"{text} ({'lower' if less else 'higher'} is better)" for less, text in zip(lower, (x, y), strict=True)]
     axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log_x else "linear")
-    return _drawn(figure, axes)
+    axes.legend(fontsize=8)
+    return _drawn(figure)
 
 
 def curves(log: Sequence[Mapping[str, Any]]) -> Image.Image:
@@ -211,32 +197,36 @@ def curves(log: Sequence[Mapping[str, Any]]) -> Image.Image:
     Tokenizers show the PSNR in dB. Transformers show nats per masked token, and held out the likelihood bound.
     """
     stages = list(dict.fromkeys(line["stage"] for line in log))
-    if not stages:
-        raise ValueError("the log holds no line of a stage yet; a run writes one every ten steps")
+    require(stages, "the log holds no line of a stage yet; a run writes one every ten steps")
+    figure, columns = _figure(len(stages), (3 * len(stages), 2.6), 100)
+    for axes, stage in zip(columns, stages, strict=True):
+        lines = [line for line in log if line["stage"] == stage]
+        metric, held_out, unit = ("loss", "held_out_bound", "nats per token")
+        if "psnr" in lines[-1]:
+            metric, held_out, unit = ("psnr", "held_out_psnr", "PSNR (dB)")
+        for name, style, label in ((metric, "-", "training"), (held_out, "o", "held out")):
+            values = [line.get(name, math.nan) for line in lines]
+            axes.plot([line["step"] for line in lines], values, style, lw=1, ms=3, label=label)
+        axes.set(title=stage.replace("_", " "), xlabel="step", ylabel=unit)
+    axes.legend(fontsize=8)
+    return _drawn(figure)
+
+
+def _figure(columns: int, size: tuple[float, float], dpi: int) -> tuple[Any, Any]:
+    """A matplotlib figure with so many plots side by side, each with a grid."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3 * len(stages), 2.6), dpi=100, layout="constrained")
-    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
-        lines = [line for line in log if line["stage"] == stage]
-        is_tokenizer = "psnr" in lines[-1]
-        training, held_out = ("psnr", "held_out_psnr") if is_tokenizer else ("loss", "held_out_bound")
-        steps = [line["step"] for line in lines]
-        for name, style, label in ((training, "-", "training"), (held_out, "o", "held out")):
-            axes.plot(steps, [line.get(name, math.nan) for line in lines], style, lw=1, ms=3, label=label)
-        axes.set(title=stage.replace("_", " "), xlabel="step", ylabel="PSNR (dB)" if is_tokenizer else "nats per token")
+    figure = Figure(size, dpi, layout="constrained")
+    plots = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in plots:
         axes.grid(alpha=0.25)
-    return _drawn(figure, axes)
+    return figure, plots
 
 
-def _drawn(figure: Any, axes: Any) -> Image.Image:
-    """A matplotlib figure, with a grid and a legend on the given axes -> its picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+def _drawn(figure: Any) -> Image.Image:
+    file = io.BytesIO()
+    figure.savefig(file, dpi=figure.dpi)
+    return Image.open(file).convert("RGB")
 
 
 def show(*things: Any) -> Any:

@@ -18,13 +18,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minimuse.masking import Generators, Schedule, reveal_counts, uniforms
-from minimuse.utils import require, require_positive
+from minimuse.masking import Generators, Schedule, ScheduleName, reveal_counts, uniforms
+from minimuse.utils import NonNegative, PositiveInt, Rule, check_fields, require
 
 LogitsFn = Callable[[Tensor, float], Tensor]
 Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N) holds the known tokens too
@@ -36,15 +36,15 @@ Temperature = float | Callable[[float], float]
 class SamplingConfig:
     """How one transformer decodes (Muse 2.8); the defaults of `Muse.generate`."""
 
-    steps: int  # T; the paper: 24 for 256 tokens, 8 for 4096
+    steps: PositiveInt  # T; the paper: 24 for 256 tokens, 8 for 4096
     guidance: tuple[float, float]  # t at the first and at the last step (2.7: t rises linearly)
-    schedule: str = "cosine"
-    order: str = "confidence"
-    sampling_temperature: float = 1.0
-    choice_temperature: float = 4.5  # Choice: noise of the ranking, annealed to 0, as in MaskGIT's released code
+    schedule: ScheduleName = "cosine"
+    order: Annotated[str, Rule(lambda x: x in ORDERS, "the name of an order, such as 'halton'")] = "confidence"
+    sampling_temperature: NonNegative = 1.0
+    choice_temperature: NonNegative = 4.5  # Choice: noise of the ranking, annealed to 0, as in MaskGIT's released code
 
     def __post_init__(self):
-        require_positive(self, "steps")
+        check_fields(self)
 
 
 class Step(NamedTuple):

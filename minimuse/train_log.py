@@ -236,7 +236,7 @@ class TrainLog:
 
     def _samples(self, stage: str, step: int, parts: nn.ModuleDict, prompts: list[str], draw: Callable) -> None:
         """Save what the networks in training draw for the prompts."""
-        if self.folder and not self.engine.sharded:  # drawing with a sharded model would need all processes
+        if self.folder and not self.engine.accelerator.is_fsdp2:  # drawing with a sharded model would need all processes
             with eval_mode(parts), self.engine.precision():
                 images = draw()
             self._save(stage, step, lambda: grid(images, prompts, columns=3))
@@ -257,7 +257,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def add_record(folder: Path, config: MuseConfig) -> None:
+def add_record(folder: Path, config: MuseConfig, source: Any) -> None:
     """Of a finished run: write curves.png, and add to its model card how each stage went and on what machine."""
     log = read_log(folder / "log.jsonl")
     lines = ["", "| Stage | Steps | Training, last lines | Held out |", "|---|---|---|---|"]

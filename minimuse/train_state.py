@@ -9,9 +9,9 @@ count. A damaged state is skipped with a warning: the run resumes from the newes
 Not here: the checkpoint of a finished Muse (`checkpoint.py`), what a state holds (`train_engine.py`).
 """
 
-import hashlib
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 
 from minimuse.checkpoint import CARD, read_json, refuse_existing
-from minimuse.utils import atomic_write, content_hash
+from minimuse.utils import atomic_write, content_hash, file_hash
 
 STATE, RUN = "state.json", "run.json"
 MODEL = "model.model."  # a transformer's weights in a state begin so, because MaskedLoss holds the transformer
@@ -55,7 +55,7 @@ def save_state(
         wait()
         _transfer(dcp.save, tensors, new)
         if main:
-            values = {"step": step, "about": about, "files": {file.name: _sha256(file) for file in new.iterdir()}}
+            values = {"step": step, "about": about, "files": {file.name: file_hash(file) for file in new.iterdir()}}
             values["sha256"] = content_hash(values)
             atomic_write(new / STATE, json.dumps(values, indent=1) + "\n")
             shutil.rmtree(path, ignore_errors=True)  # incomplete, damaged, or the same state
@@ -75,17 +75,12 @@ def save_state(
     wait()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check(path: Path) -> dict[str, Any]:
     """A state -> the values of its state.json. ValueError if any of its files has changed since it was saved."""
     try:
         values = read_json(path / STATE)
         changed = [] if values.pop("sha256") == content_hash(values) else [STATE]
-        changed += [name for name, digest in values["files"].items() if _sha256(path / name) != digest]
+        changed += [name for name, digest in values["files"].items() if file_hash(path / name) != digest]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
         changed = [repr(e)]
     if changed:
@@ -181,32 +176,51 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def open_run(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
-    """Start a run in a folder, or resume the run that is there.
+def data_record(spec: str | Path, source: Any) -> dict[str, Any]:
+    """What run.json holds about a source that `open_source(spec)` opened: its absolute place, its content by file."""
+    place = str(spec) if spec == "scenes" or getattr(source, "hub", "") else os.path.abspath(spec)
+    files = getattr(source, "hashes", {})
+    return {"source": place, "fingerprint": source.fingerprint, "parts": source.parts, "files": files}
 
-    values: configuration, seed and data of the run, as JSON. FileExistsError if a run is there and `resume` is False;
-    ValueError if it has other values; FileNotFoundError if there is nothing to resume.
+
+def open_run(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
+    """Start a run in a folder, or resume the run that is there. Its data may have moved.
+
+    values: "config", "seed" and "data" (a `data_record`) of the run, as JSON. FileExistsError if a run is there and
+    `resume` is False; ValueError if it has other values; FileNotFoundError if there is nothing to resume.
     """
     path = folder / RUN
-    if path.exists() and resume and (folder / CARD).exists():  # the last file of a finished run
-        raise FileExistsError(f"the run in {folder} is finished; start a new one in another folder")
-    if not path.exists():
+    if resume:
+        if path.exists() and (folder / CARD).exists():  # the last file of a finished run
+            raise FileExistsError(f"the run in {folder} is finished; start a new one in another folder")
+        old, new = read_run(folder), json.loads(json.dumps(values))
+        changes = differences(old, new | {"data": old["data"]})
+        before, now = old["data"]["files"], new["data"]["files"]
+        for name in (name for name in before | now if before.get(name) != now.get(name)):
+            changes.append(
+                f"{name} {'is missing' if name not in now else 'has changed' if name in before else 'is new'}"
+            )
+        if not changes and old["data"]["fingerprint"] != new["data"]["fingerprint"]:
+            changes = [f"{new['data']['source']} gives other images or captions than {old['data']['source']} did"]
+        if changes:
+            more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
+            found = f"the run in {folder} has other settings or data: {'; '.join(changes[:4])}{more}"
+            raise ValueError(f"{found}. Restore them, or start a new run")
+    else:
+        if path.exists():
+            raise FileExistsError(f"{folder} already holds a run; --resume continues it, or give another folder")
         refuse_existing(folder)
-        if resume:
-            raise FileNotFoundError(f"{folder} holds no {RUN}, so there is nothing to resume; leave out --resume")
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps(values, indent=1) + "\n")
-    elif not resume:
-        raise FileExistsError(f"{folder} already holds a run; --resume continues it, or give another folder")
-    elif changed := differences(read_run(folder), json.loads(json.dumps(values))):
-        raise ValueError(
-            f"the run in {folder} has other settings: {'; '.join(changed[:4])}. Restore them, or start anew"
-        )
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(values, indent=1) + "\n")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The values that `open_run` wrote. ValueError if they are damaged."""
+    """The values that `open_run` wrote. FileNotFoundError if there are none, ValueError if they are damaged."""
+    if not (folder / RUN).is_file():
+        raise FileNotFoundError(f"{folder} holds no {RUN}; give a folder that `minimuse train --out` made")
     values = read_json(folder / RUN)
-    if not isinstance(values, dict) or not {"config", "seed", "data"} <= values.keys():
+    data = values.get("data") if isinstance(values, dict) else None
+    whole = isinstance(data, dict) and {"source", "fingerprint", "parts", "files"} <= data.keys()
+    if not whole or not {"config", "seed"} <= values.keys():
         raise ValueError(f"{folder / RUN} lacks config, seed or data; restore it, or start a new run")
     return values

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimuse.text import Context
-from minimuse.utils import require, require_fraction, require_multiple, require_positive
+from minimuse.utils import Fraction, Natural, PositiveInt, check_fields, require, require_multiple
 
 RESIDUAL_OUTPUTS = ("attention.out.weight", "cross.out.weight", "mlp.2.weight")  # of a layer: added to its input
 
@@ -28,19 +28,19 @@ RESIDUAL_OUTPUTS = ("attention.out.weight", "cross.out.weight", "mlp.2.weight") 
 class TransformerConfig:
     """A masked transformer (Muse 2.3, A.1). With `low_layers` > 0, a super-resolution transformer (2.4, A.3)."""
 
-    codebook_size: int  # V of the tokens that it predicts
-    grid: int  # tokens per side; N = grid ** 2
-    text_width: int  # D_lm of the language model
-    width: int  # D
-    layers: int
-    heads: int  # Choice: 64 channels per head in the paper presets
-    mlp_width: int
-    block: int = 0  # side b of multi-axis attention's blocks; 0 is full attention
-    low_layers: int = 0  # depth of the encoder over the low-res tokens
-    low_grid: int = 0
-    low_codebook_size: int = 0
-    dropout: float = 0.0  # Choice: the paper is silent
-    text_layers: int = 0  # Deviation: trained layers over the text embeddings, see `TextLayer`; Muse has none
+    codebook_size: PositiveInt  # V of the tokens that it predicts
+    grid: PositiveInt  # tokens per side; N = grid ** 2
+    text_width: PositiveInt  # D_lm of the language model
+    width: PositiveInt  # D
+    layers: PositiveInt
+    heads: PositiveInt  # Choice: 64 channels per head in the paper presets
+    mlp_width: PositiveInt
+    block: Natural = 0  # side b of multi-axis attention's blocks; 0 is full attention
+    low_layers: Natural = 0  # depth of the encoder over the low-res tokens
+    low_grid: Natural = 0
+    low_codebook_size: Natural = 0
+    dropout: Fraction = 0.0  # Choice: the paper is silent
+    text_layers: Natural = 0  # Deviation: trained layers over the text embeddings, see `TextLayer`; Muse has none
 
     @property
     def tokens(self) -> int:
@@ -53,8 +53,7 @@ class TransformerConfig:
         return self.codebook_size
 
     def __post_init__(self):
-        require_positive(self, "codebook_size", "grid", "text_width", "width", "layers", "heads", "mlp_width")
-        require_fraction(self, "dropout")
+        check_fields(self)
         require_multiple(self, "width", self.heads)
         require_multiple(self, "grid", self.block or 1)
         if self.block or self.text_layers:  # half of the heads attend in one way, half in another
@@ -200,7 +199,9 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = (self.rows + self.columns).flatten(0, 1)  # (N, D)
-        return self.codes(tokens) + positions.expand(tokens.shape[1], -1)  # expand refuses another number of tokens
+        n = len(positions)
+        require(tokens.shape[1:] == (n,), f"tokens of shape {tuple(tokens.shape)}; this model reads (B, {n}) tokens")
+        return self.codes(tokens) + positions
 
 
 class Transformer(nn.Module):
@@ -236,8 +237,12 @@ class Transformer(nn.Module):
             nn.init.normal_(module.head.weight, std=0.02)
 
     def memory(self, context: Context, *extra: Tensor) -> Memory:
-        """context (B, L, D_lm), extra entries (B, K, D) -> Memory of M = L + K entries."""
-        text = self.text(context.embeds)  # (B, L, D)
+        """context (B, L, D_lm), extra entries (B, K, D) -> Memory of M = L + K entries.
+
+        Removed text has no text token. Only the extra entries are left (Muse 2.7). If there are none, all L entries are
+        attended to: their values are zero, so cross-attention adds exactly zero, and no softmax is empty.
+        """
+        text = self.text(context.embeds.masked_fill(~context.mask[..., None], 0))  # (B, L, D)
         entries = torch.cat([self.text_norm(text), *extra], 1)  # (B, M, D)
         keys, values = zip(*(layer.cross.project(entries) for layer in self.layers), strict=True)
         if self.text_layers:
@@ -247,6 +252,7 @@ class Transformer(nn.Module):
             entries = torch.cat([self.text_norm(text), *extra], 1)
             keys = tuple(layer.cross.project(entries)[0] for layer in self.layers)
         attend = F.pad(context.mask, (0, entries.shape[1] - text.shape[1]), value=True)  # (B, M)
+        attend = attend | ~attend.any(1, keepdim=True)
         return Memory(keys, values, attend[:, None, None])
 
     def forward(self, tokens: Tensor, memory: Memory) -> Tensor:

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-import math
 import os
+import reprlib
+import sys
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -22,31 +24,68 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def require_positive(config: Any, *names: str) -> None:
-    """ValueError unless each named field is a whole number of at least 1."""
-    _require_fields(config, names, lambda x: isinstance(x, int) and x > 0, "a positive whole number")
-
-
-def require_at_least(config: Any, lowest: float, *names: str) -> None:
-    """ValueError unless each named field is a finite number of at least `lowest`."""
-    _require_fields(config, names, lambda x: isinstance(x, int | float) and lowest <= x < math.inf, f"{lowest} or more")
-
-
-def require_fraction(config: Any, *names: str) -> None:
-    """ValueError unless each named field is a number in [0, 1]."""
-    _require_fields(config, names, lambda x: isinstance(x, int | float) and 0 <= x <= 1, "a fraction, from 0 to 1")
-
-
 def require_multiple(config: Any, name: str, of: int) -> None:
     """ValueError unless the named field is a multiple of `of`."""
-    nearest = max(1, round(getattr(config, name) / of)) * of
-    _require_fields(config, [name], lambda x: x % of == 0, f"a multiple of {of}, such as {nearest}")
+    value = getattr(config, name)
+    nearest = max(1, round(value / of)) * of
+    require(value % of == 0, f"{type(config).__name__}.{name} is {value}; give a multiple of {of}, such as {nearest}")
 
 
-def _require_fields(config: Any, names: Iterable[str], is_right: Callable[[Any], bool], expected: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(is_right(value), f"{type(config).__name__}.{name} is {value!r}; give {expected}")
+class Rule(NamedTuple):
+    """`Annotated[float, Rule(...)]`: which floats a setting may be, and how an error says so."""
+
+    is_right: Callable[[Any], bool]
+    expected: str
+
+
+PositiveInt = Annotated[int, Rule(lambda x: 0 < x <= 10**12, "a positive whole number, at most 10**12")]
+Natural = Annotated[int, Rule(lambda x: 0 <= x <= 10**12, "0 or a positive whole number, at most 10**12")]
+Positive = Annotated[float, Rule(lambda x: x > 0, "a number above 0")]
+NonNegative = Annotated[float, Rule(lambda x: x >= 0, "a number, 0 or more")]
+Fraction = Annotated[float, Rule(lambda x: 0 <= x <= 1, "a fraction, from 0 to 1")]
+Decay = Annotated[float, Rule(lambda x: 0 <= x < 1, "a fraction, from 0 to below 1")]
+OneSeed = Annotated[int, Rule(lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32 - 1")]
+EXPECTED = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+
+
+def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
+    """The value of a setting, with plain Python numbers. ValueError, with its name, if it is not of this kind.
+
+    `kind` is an annotation: PositiveInt, float, Literal["a", "b"], tuple[Fraction, ...], dict[str, float], a dataclass.
+    numpy and torch scalars are numbers; bool, NaN and infinity are not. A dict becomes the dataclass.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if isinstance(value, dict) and is_dataclass(kind):
+        try:
+            return kind(**value)
+        except TypeError as e:  # a field is missing or unknown
+            raise ValueError(f"{name}: {e}. Was it written by another version of minimuse?") from e
+    if isinstance(value, dict) and origin is dict:
+        return {check(f"a key of {name}", k, args[0]): check(f"{name}.{k}", v, args[1]) for k, v in value.items()}
+    if isinstance(value, tuple | list) and origin is tuple:
+        kinds = args[:1] * len(value) if args[-1] is ... else args
+        require(len(value) == len(kinds), f"{name} is {reprlib.repr(value)}; give {len(kinds)} values")
+        return tuple(check(f"{name}[{i}]", v, k) for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if origin is Annotated:
+        expected = args[1].expected
+        right = args[1].is_right(check(name, value, args[0], expected))
+    elif origin is Literal:
+        expected = f"one of {', '.join(args)}"
+        right = isinstance(value, str) and value in args
+    elif kind in (int, float):
+        right = isinstance(value, int | kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    else:
+        right = isinstance(value, origin or kind)
+    require(right, f"{name} is {reprlib.repr(value)}; give {expected or EXPECTED.get(kind, f'a {kind.__name__}')}")
+    return value
+
+
+def check_fields(config: Any) -> None:
+    """In a dataclass's `__post_init__`: check each field by its annotation, and store plain Python numbers."""
+    for name, kind in get_type_hints(type(config), include_extras=True).items():
+        object.__setattr__(config, name, check(f"{type(config).__name__}.{name}", getattr(config, name), kind))
 
 
 # --- devices and precision --------------------------------------------------------------------------------------------
@@ -58,8 +97,9 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if device is None:
         return torch.device(best)
     try:
+        require(torch.device(device).type != "meta", "A meta device holds no numbers")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ValueError) as e:
         raise ValueError(f"device {str(device)!r} is not on this machine; give {best!r}. {e}") from e
     return torch.device(device)
 
@@ -95,6 +135,11 @@ def derive_seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
 
+def generator_of(seed: int, name: str = "seed") -> torch.Generator:
+    """A CPU generator with this seed. ValueError beyond 32 bits, which torch would not read."""
+    return torch.Generator().manual_seed(check(name, seed, OneSeed))
+
+
 def seeded_generator(*numbers: int) -> torch.Generator:
     """A CPU generator seeded by whole numbers, such as (seed, place)."""
     return torch.Generator().manual_seed(derive_seed(*numbers))
@@ -122,6 +167,12 @@ def atomic_write(path: Path, content: str | Callable[[Path], Any]) -> None:
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def file_hash(path: Path) -> str:
+    """A file -> SHA-256 of its content in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_hash(*values: Any) -> str:

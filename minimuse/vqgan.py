@@ -10,7 +10,6 @@ Not here: the losses (`vqgan_loss.py`), the training loop (`train.py`).
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,23 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse.utils import require, require_multiple, require_positive
+from minimuse.utils import Natural, PositiveInt, check_fields, require, require_multiple
 
 GROUP = 16  # channels per normalization group: fixed, so that a wider layer keeps the groups of a narrower one
+PATIENCE = 20  # optimizer steps without use after which a code restarts
 
 
 @dataclass(frozen=True)
 class VQGANConfig:
     """A tokenizer (Muse 2.2, A.2). Each tuple has one number per resolution, from full size down to size / f."""
 
-    image_size: int  # side of the training images in pixels; any multiple of f works
-    codebook_size: int  # V; in the paper, more than 8192 codes did not help
-    code_dim: int  # d
-    width: int  # channels at full size; `multipliers` scale it below
-    multipliers: tuple[int, ...]  # f = 2 ** (len(multipliers) - 1)
-    blocks: tuple[int, ...]  # residual blocks of the encoder; 0 at full size saves most of a CPU's time
-    decoder_width: int  # the fine-tuned decoder (Muse 2.5) differs only in these two
-    decoder_blocks: tuple[int, ...]
+    image_size: PositiveInt  # side of the training images in pixels; any multiple of f works
+    codebook_size: PositiveInt  # V; in the paper, more than 8192 codes did not help
+    code_dim: PositiveInt  # d
+    width: PositiveInt  # channels at full size; `multipliers` scale it below
+    multipliers: tuple[PositiveInt, ...]  # f = 2 ** (len(multipliers) - 1)
+    blocks: tuple[Natural, ...]  # residual blocks of the encoder; 0 at full size saves most of a CPU's time
+    decoder_width: PositiveInt  # the fine-tuned decoder (Muse 2.5) differs only in these two
+    decoder_blocks: tuple[Natural, ...]
 
     @property
     def downsampling(self) -> int:
@@ -47,7 +47,7 @@ class VQGANConfig:
         return self.image_size // self.downsampling
 
     def __post_init__(self):
-        require_positive(self, "image_size", "codebook_size", "code_dim", "width", "decoder_width")
+        check_fields(self)
         fits = len(self.multipliers) == len(self.blocks) == len(self.decoder_blocks) > 0
         require(fits, "VQGANConfig: give one multiplier, one number of blocks and of decoder_blocks per resolution")
         require_multiple(self, "width", GROUP)
@@ -125,20 +125,15 @@ class Quantized(NamedTuple):
     tokens: Tensor  # (B, h*w)
     codebook_loss: Tensor  # () moves codes towards the encoder
     commitment_loss: Tensor  # () keeps the encoder near its codes
+    z: Tensor  # (B, d, h, w) without gradient, for `restart_dead_codes`
 
 
 class VectorQuantizer(nn.Module):
-    """z (B, d, h, w) -> the nearest codes of a learned codebook (VQGAN 3.1).
+    """z (B, d, h, w) -> the nearest codes of a learned codebook (VQGAN 3.1)."""
 
-    Choice: a code that training did not use for `patience` batches restarts at a random encoder output.
-    """
-
-    def __init__(self, codebook_size: int, code_dim: int, patience: int = 20):
+    def __init__(self, codebook_size: int, code_dim: int):
         super().__init__()
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
-        self.patience = patience
-        self.idle: Tensor | None = None  # (V,) batches since a code was last used; `track_usage` makes it
-        self.sync: Callable[[Tensor, str], None] | None = None  # set by training, so that processes agree on codes
 
     def embed_code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """tokens (B, h*w) -> codes (B, d, h, w)."""
@@ -153,42 +148,37 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> Quantized:
         """z (B, d, h, w) -> Quantized."""
         z = z.float()
-        learning = self.training and self.codebook.requires_grad  # `train()` does not wake a frozen codebook
-        if learning:
-            self.idle = self.track_usage() if self.idle is None else self.idle
-            self._restart_unused_codes(z.detach())
         tokens = self.nearest(z.detach())
         codes = self.embed_code(tokens, z.shape[2:])
-        if learning:
-            self._count_usage(tokens)
         codebook_loss = F.mse_loss(codes, z.detach())
         commitment_loss = F.mse_loss(z, codes.detach())
         straight_through = z + (codes - z).detach()  # the value is `codes`, the gradient with respect to z is 1
-        return Quantized(straight_through, tokens, codebook_loss, commitment_loss)
+        return Quantized(straight_through, tokens, codebook_loss, commitment_loss, z.detach())
 
-    def track_usage(self) -> Tensor:
-        """Start to count how long each code is idle -> counts (V,). At first, all codes count as unused."""
-        self.idle = torch.full((len(self.codebook),), self.patience, device=self.codebook.device)
-        return self.idle
+    def new_idle_counts(self) -> Tensor:
+        """Counts for `restart_dead_codes`, (V,). At first, all codes count as dead, so the first batch places them."""
+        return torch.full((len(self.codebook),), PATIENCE, device=self.codebook.device)
 
     @torch.no_grad()
-    def _restart_unused_codes(self, z: Tensor) -> None:
-        unused = (self.idle >= self.patience).nonzero().squeeze(1)
-        if len(unused) == 0:
+    def restart_dead_codes(
+        self, z: Tensor, tokens: Tensor, idle: Tensor, generator: torch.Generator | None = None
+    ) -> None:
+        """After an optimizer step, give dead codes a random encoder output. A frozen codebook stays as it is.
+
+        z (B, d, h, w), tokens (B, h*w): the whole batch of the step, all micro-batches and processes. So a step is the
+        same however it is split. idle (V,) counts the steps since a code was last used; it is updated in place.
+
+        Choice: a code is dead when no token was its own for PATIENCE steps.
+        """
+        if not self.codebook.requires_grad:
             return
+        dead = (idle >= PATIENCE).nonzero().squeeze(1)
         flat = z.transpose(0, 1).flatten(1).T  # (B*h*w, d)
-        new = flat[torch.randint(len(flat), (len(unused),), device=z.device)]
-        if self.sync:
-            self.sync(new, "first")  # every process takes the codes of the first one
-        self.codebook[unused] = new
-        self.idle[unused] = 0
-
-    @torch.no_grad()
-    def _count_usage(self, tokens: Tensor) -> None:
-        used = torch.zeros_like(self.idle).index_fill_(0, tokens.flatten(), 1)
-        if self.sync:
-            self.sync(used, "max")  # a code is idle if no process uses it
-        self.idle.add_(1).mul_(1 - used)
+        chosen = torch.randint(len(flat), (len(dead),), generator=generator)
+        self.codebook[dead] = flat[chosen.to(flat.device)]
+        idle.add_(1)
+        idle[tokens.flatten()] = 0
+        idle[dead] = 0
 
 
 class VQGAN(nn.Module):

@@ -224,12 +224,14 @@ def tiny_run(tiny_muse, tmp_path_factory):
 
     from minimuse import train_state as runs
     from minimuse.config import to_dict
+    from minimuse.data_sources import open_source
     from minimuse.train import train_muse
     from minimuse.train_engine import Engine
 
     config, folder = tiny_muse.config, tmp_path_factory.mktemp("runs") / "tiny"
     config = replace(config, stages={name: replace(stage, eval_every=2) for name, stage in config.stages.items()})
-    runs.open_run(folder, {"config": to_dict(config), "seed": 0, "data": "scenes"}, resume=False)
+    data = runs.data_record("scenes", open_source("scenes", config))
+    runs.open_run(folder, {"config": to_dict(config), "seed": 0, "data": data}, resume=False)
     *_, last = train_muse(config, engine=Engine(device="cpu", bf16=False, folder=folder))
     last.model.save_pretrained(folder, overwrite=True)
     return folder

@@ -46,7 +46,10 @@ def run(folder, capsys):
 
     def run(command, *words, model=True):
         words = [command, *(str(w) for w in words)]
-        code = cli.main([*words, "--model", folder, "--device", "cpu"] if model else words)
+        try:
+            code = cli.main([*words, "--model", folder, "--device", "cpu"] if model else words)
+        except SystemExit as stop:
+            code = stop.code
         out, err = capsys.readouterr()
         return code, out.splitlines(), [line for line in err.splitlines() if line.startswith("minimuse")]
 
@@ -76,9 +79,9 @@ def told(path: Path) -> dict:
 
 
 def refused(result, match: str) -> None:
-    """Exit code 1 and one line on stderr that holds `match`."""
+    """Exit code 2 and one line on stderr that holds `match`."""
     code, out, err = result
-    assert code == 1, f"exit code {code}, expected 1"
+    assert code == 2, f"exit code {code}, expected 2"
     assert out == [], f"nothing on stdout: {out}"
     assert len(err) == 1, f"one line on stderr: {err}"
     assert match in err[0], f"{match!r} is not in {err[0]!r}"
@@ -186,16 +189,16 @@ def test_it_is_refused_before_the_model_loads(run, here, monkeypatch):
     refused(run("generate", A, "--out", "x.png"), "already exists")
     refused(run("generate", A, "--out", "x.jpg"), "give a name that ends in .png")
     refused(run("generate", A, "--out", "nowhere/x.png"), "no folder nowhere")
-    refused(run("generate", A, "--n", 0), "--n 0")
+    refused(run("generate", A, "--n", 0), "argument --n: '0' is not a whole number from 1 to 10,000")
 
 
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["--steps", "0"], "steps is 0"),
+        (["--steps", "0"], "argument --steps: '0' is not a whole number"),
         (["--schedule", "cosinus"], "unknown schedule 'cosinus'; known: cosine"),
         (["--order", "best"], "unknown order 'best'; known: confidence"),
-        (["--sampling-temperature", "-1"], "temperature -1"),
+        (["--sampling-temperature", "-1"], "'-1' is not a number from 0"),
         (["--device", "toaster"], "device 'toaster'"),
         (["--model", "nowhere"], "no checkpoint 'nowhere'"),
     ],
@@ -212,7 +215,7 @@ def test_errors_of_several_lines_are_told_in_one(capsys, here, monkeypatch, erro
         raise error("first\n  second")
 
     monkeypatch.setattr(Muse, "from_pretrained", fail)
-    assert cli.main(["generate", A]) == 1, "an error is exit code 1"
+    assert cli.main(["generate", A]) == 2, "an error is exit code 2"
     assert capsys.readouterr().err == "minimuse: first second\n", "one line, whatever the error's"
 
 
@@ -227,6 +230,13 @@ def test_guidance_is_a_number_or_first_to_last(text, value):
     [
         [],
         ["paint", A],
+        ["generate", A, "--model", ""],
+        ["train", "nano", "--out", ""],
+        ["train", "nano", "--out", "x", "--accumulate", "0"],
+        ["compare", "--samples", "0"],
+        ["compare", "--steps", "4,,8"],
+        ["generate", A, "--guidance", "1:2:3"],
+        ["app", "--port", "99999999"],
         ["generate"],
         ["generate", A, "--guidance", "strong"],
         ["generate", A, "--like", "picture.png"],
@@ -236,11 +246,9 @@ def test_guidance_is_a_number_or_first_to_last(text, value):
         ["train", "nano"],
     ],
 )
-def test_wrong_usage_shows_how(words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(words)
-    assert stop.value.code == 2, f"{words}: exit code {stop.value.code}"
-    assert "usage: minimuse" in capsys.readouterr().err, "it shows how the command is used"
+def test_wrong_usage_is_one_line(words, run):
+    code, out, err = run(*words, model=False) if words else run("", model=False)
+    refused((code, out, err), "see minimuse")
 
 
 @pytest.mark.parametrize("command", ["", "generate", "inpaint", "outpaint", "edit", "app", "train", "info"])
@@ -510,7 +518,7 @@ def test_several_changes_must_fit_together_in_the_end():
         ("base.layers", r"no field 'base\.layers'; give PATH=VALUE"),
         ("base.layers=many", "layers is 'many'; give a positive whole number"),
         ("base.layers=-1", "layers is -1"),
-        ("base=3", "TransformerConfig is 3; expected an object with its fields"),
+        ("base=3", r"MuseConfig\.base is 3; give a TransformerConfig"),
     ],
 )
 def test_changes_that_are_refused(text, match):

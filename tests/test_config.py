@@ -3,10 +3,15 @@
 import dataclasses
 import json
 import math
+import random
 from dataclasses import replace
+from decimal import Decimal
 
+import numpy as np
 import pytest
+import torch
 
+from minimuse.baseline_dit import DiTConfig
 from minimuse.config import PRESETS, STAGES, StageConfig, from_dict, preset, to_dict
 from minimuse.sampler import SamplingConfig
 from minimuse.transformer import TransformerConfig
@@ -73,7 +78,7 @@ STAGE = NANO.stages["base"]
         # sampling and stages
         (STAGE, {"steps": 0}, r"StageConfig\.steps is 0"),
         (STAGE, {"batch": 0}, r"batch is 0"),
-        (STAGE, {"optimizer": "sgd"}, r"unknown optimizer 'sgd'; known: adamw, adafactor"),
+        (STAGE, {"optimizer": "sgd"}, r"optimizer is 'sgd'; give one of adamw, adafactor, muon"),
         (STAGE, {"text_lr_scale": 1.5}, r"text_lr_scale is 1\.5; give a fraction"),
         (STAGE, {"cond_drop_prob": 1.5}, r"cond_drop_prob is 1\.5; give a fraction"),
         (STAGE, {"ema": 1.5}, r"ema is 1\.5; give a fraction"),
@@ -81,11 +86,97 @@ STAGE = NANO.stages["base"]
         (STAGE, {"learning_rate": math.nan}, r"learning_rate is nan"),
         (STAGE, {"weight_decay": math.nan}, r"weight_decay is nan"),
         (NANO, {"synonyms": 1.5}, r"synonyms is 1\.5; give a fraction"),
+        # types and ranges come from the annotations
+        (STAGE, {"warmup": "x"}, r"StageConfig\.warmup is 'x'; give 0 or a positive whole number"),
+        (STAGE, {"warmup": -1}, r"warmup is -1"),
+        (STAGE, {"crop": -1}, r"crop is -1"),
+        (STAGE, {"steps": True}, r"steps is True"),
+        (STAGE, {"batch": 10**13}, r"batch is 10000000000000; give a positive whole number, at most 10\*\*12"),
+        (STAGE, {"learning_rate": 0}, r"learning_rate is 0; give a number above 0"),
+        (STAGE, {"clip": math.nan}, r"clip is nan"),
+        (STAGE, {"betas": "x"}, r"betas is 'x'; give a tuple"),
+        (STAGE, {"betas": (0.9,)}, r"betas is \(0\.9,\); give 2 values"),
+        (STAGE, {"betas": (0.9, 1.0)}, r"betas\[1\] is 1\.0; give a fraction, from 0 to below 1"),
+        (STAGE, {"mask_schedule": "stairs"}, r"mask_schedule is 'stairs'; give the name of a schedule: cosine,"),
+        (STAGE, {"perceptual": None}, r"perceptual is None; give one of scenes, lpips, none"),
+        (NANO, {"stages": {"bass": STAGE}}, r"a key of MuseConfig\.stages is 'bass'; give one of low_tokenizer, base"),
+        (NANO, {"fractions": (0, 0, 0)}, r"fractions are all 0"),
+        (NANO, {"text_tokens": 2}, r"text_tokens is 2; give at least 3"),
+        (NANO, {"finetuned_width": 40}, r"finetuned_width is 40; give a multiple of 16"),
+        (NANO, {"base": 3}, r"MuseConfig\.base is 3; give a TransformerConfig"),
+        (NANO.base_sampling, {"guidance": None}, r"SamplingConfig\.guidance is None; give a tuple"),
+        (NANO.base_sampling, {"order": "best"}, r"order is 'best'; give the name of an order"),
+        (
+            NANO.base_sampling,
+            {"sampling_temperature": -0.1},
+            r"sampling_temperature is -0\.1; give a number, 0 or more",
+        ),
     ],
 )
 def test_nonsense_is_refused_with_a_hint(config, change, match):
     with pytest.raises(ValueError, match=match):
         replace(config, **change)
+
+
+NONSENSE = [None, math.nan, math.inf, -math.inf, b"3", ["x"], {"x": 1}, 1j, -(10**400), object(), int, [[1]], {1, 2}]
+NONSENSE += [(None, None), (math.nan, 1.0), (1.0, "x"), {"base": 3}, {3: STAGE}, np.float64("nan"), np.array([1, 2])]
+NONSENSE += [torch.zeros(2), Decimal(1), range(3)]
+
+
+def refusal(make):
+    """What the ValueError says, or "" if there is none."""
+    try:
+        make()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_no_field_takes_nonsense():
+    """Every field of every configuration with every value that is of no field's kind: the error names the field."""
+    tries = 0
+    for config in (STAGE, NANO, TOKENIZER, BASE, SR, NANO.base_sampling, DiTConfig(BASE, 4)):
+        for field in dataclasses.fields(config):
+            name = f"{type(config).__name__}.{field.name}"
+            texts = [] if field.type is str else ["", "x"]
+            for value in NONSENSE + texts + ([] if field.type is bool else [True]):
+                said = refusal(lambda c=config, f=field, v=value: replace(c, **{f.name: v}))
+                assert name in said, f"{name} = {value!r}: {said}"
+                tries += 1
+    assert tries > 1900, f"only {tries} values"
+
+
+def test_500_configurations_from_json():
+    """Random changes of a whole configuration: it loads, or one sentence says what is wrong."""
+    draw = random.Random(0)
+    refused = 0
+    values_of_json = [None, True, -1, 0, 3, 1e400, 1e30, "x", [], [1] * 3, {}, 2**80]
+    for _ in range(500):
+        values = json.loads(json.dumps(to_dict(NANO)))
+        changed = []
+        for _ in range(draw.randint(1, 3)):
+            part = values
+            while True:
+                key = draw.choice(sorted(part))
+                if not isinstance(part[key], dict) or not part[key] or draw.random() < 0.2:
+                    break
+                part = part[key]
+            part[key] = draw.choice(values_of_json)
+            changed.append(key)
+        said = refusal(lambda v=values: from_dict(v))
+        refused += bool(said)
+        words = [*changed, "codebook_size", "grid", "missing", "multiple", "per resolution"]  # several fields disagree
+        assert not said or any(word in said for word in words), f"{changed}: {said}"
+    assert refused > 400, f"only {refused} of 500 were refused"
+
+
+@pytest.mark.parametrize("number", [np.int64(3), np.uint8(3), np.array(3), torch.tensor(3)])
+def test_numpy_and_torch_scalars_are_numbers(number):
+    stage = replace(STAGE, steps=number, learning_rate=number)
+    assert (type(stage.steps), stage.steps, type(stage.learning_rate)) == (int, 3, int), (
+        "plain numbers, as JSON has them"
+    )
+    assert from_dict(json.loads(json.dumps(to_dict(replace(NANO, stages={"base": stage}))))).stages["base"] == stage
 
 
 @pytest.mark.parametrize(
@@ -102,7 +193,7 @@ def test_nonsense_is_refused_with_a_hint(config, change, match):
         ({"superres": replace(SR, low_grid=4)}, r"superres\.low_grid is 4 but low_tokenizer\.grid is 8"),
         ({"superres": replace(SR, text_width=768)}, r"superres\.text_width is 768 but base\.text_width is 384"),
         ({"superres": replace(SR, low_layers=0, low_grid=0)}, r"superres\.low_grid is 0 but low_tokenizer"),
-        ({"finetuned_blocks": (1, 0, 2)}, r"fine-tuned decoder is smaller.*give at least"),
+        ({"finetuned_blocks": (1, 0, 2)}, "fine-tuned decoder is smaller: raise finetuned_width"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, match):
@@ -162,12 +253,13 @@ def shape(value):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_differ_in_numbers_alone(name):
-    """Besides the name: the LM that gives the numbers their text, and the paper's optimizer, which toys do without."""
+    """Besides the name: the LM that gives the numbers their text, and the paper's optimizer and perceptual loss."""
     mine, nano = shape(to_dict(preset(name))), shape(to_dict(NANO))
     for part in (mine, nano):
         del part["name"], part["text_encoder"]
         for stage in part["stages"].values():
             assert stage.pop("optimizer") in ("adamw", "adafactor", "muon"), "an optimizer of its own"
+            assert stage.pop("perceptual") in ("scenes", "lpips"), "a perceptual network of its own"
     assert mine == nano, f"{name} and nano differ in more than numbers"
 
 
@@ -281,7 +373,7 @@ def change(path, value):
         ("base.causal", True, r"TransformerConfig.* unexpected .*'causal'. Was it written"),
         ("extra", 3, r"MuseConfig.* unexpected .*'extra'"),
         ("stages.decoder.speed", 3, r"StageConfig.* unexpected .*'speed'"),
-        ("base", 3, r"TransformerConfig is 3; expected an object with its fields"),
+        ("base", 3, r"MuseConfig\.base is 3; give a TransformerConfig"),
         ("base.width", 161, r"width is 161; give a multiple of 5"),
         ("superres.codebook_size", 5, r"superres\.codebook_size is 5"),
     ],
@@ -293,7 +385,7 @@ def test_broken_values_are_refused(path, value, match):
 
 @pytest.mark.parametrize("values", [None, [], "nano", 3])
 def test_what_is_no_object_is_refused(values):
-    with pytest.raises(ValueError, match="expected an object"):
+    with pytest.raises(ValueError, match=r"MuseConfig is .*; give a MuseConfig"):
         from_dict(values)
 
 

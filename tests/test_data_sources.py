@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +22,7 @@ from PIL import Image
 
 from minimuse import data_sources
 from minimuse.config import preset
+from minimuse.data_captions import CROPPED, OTHER
 from minimuse.data_sources import (
     FolderDataset,
     Problems,
@@ -35,7 +37,7 @@ CONFIG = preset("nano")
 GOOD = 20
 
 
-def picture(i: int = 0, size=(40, 32), mode: str = "RGB", form: str = "PNG", **options) -> bytes:
+def picture(i: int = 0, size=(36, 36), mode: str = "RGB", form: str = "PNG", **options) -> bytes:
     """An image file with a colour of its own."""
     file = io.BytesIO()
     color = (10 * i % 256, 80, 160)
@@ -221,9 +223,21 @@ def test_fingerprint_of_a_folder(tmp_path):
     prints.append(FolderDataset(moved).fingerprint)
     (moved / "g02.png").unlink()
     prints.append(FolderDataset(moved).fingerprint)
-    os.utime(moved / "g00.png", (1, 1))  # the same bytes, but written again: as good as changed
-    prints.append(FolderDataset(moved).fingerprint)
+    os.utime(moved / "g00.png", (1, 1))
+    assert FolderDataset(moved).fingerprint == prints[-1], "a touched file is the same file"
     assert len(set(prints)) == len(prints), "each change shows"
+
+
+def test_hashes_name_the_file_that_changed(tmp_path):
+    folder = write(tmp_path / "in", good(3) | {"metadata.jsonl": line("g00.png", "one")})
+    for change, name in (
+        ({"metadata.jsonl": line("g00.png", "two")}, "g00.png"),
+        ({"g01.txt": "another"}, "g01.png"),
+        ({"g02.png": picture(2, (41, 33))}, "g02.png"),
+    ):
+        old = FolderDataset(folder).hashes
+        new = FolderDataset(write(folder, change)).hashes
+        assert [key for key in new if new[key] != old[key]] == [name]
 
 
 def test_fingerprint_of_tars(tmp_path):
@@ -235,7 +249,8 @@ def test_fingerprint_of_tars(tmp_path):
     prints.append(opened(tmp_path / "0.tar").fingerprint)
     prints.append(TarDataset([tmp_path / "1.tar", tmp_path / "0.tar"]).fingerprint)
     os.utime(tmp_path / "1.tar", (1, 1))
-    prints.append(opened(pattern).fingerprint)
+    assert opened(pattern).fingerprint == prints[0], "a touched file is the same file"
+    assert list(opened(pattern).hashes) == ["0.tar", "1.tar"]
     tar(tmp_path / "1.tar", good(30))
     os.utime(tmp_path / "1.tar", (1, 1))
     prints.append(opened(pattern).fingerprint)
@@ -263,7 +278,7 @@ def test_a_part_is_a_shard_and_patterns_keep_their_order(tmp_path):
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_captions_of_tars(mode, tmp_path):
     files = {
-        "README.md": "no image, no caption: none of our business",
+        "README.md": "no image, no caption",
         "./0.jpg": picture(form="JPEG"), "./0.json": json.dumps({"caption": "from json", "width": 3}),
         "in/1.PNG": picture(), "in/1.txt": "from txt", "in/1.json": json.dumps({"text": "not this"}),
         "in/2.webp": picture(form="WEBP"), "in/2.json": json.dumps({"text": ["one", "two"]}),
@@ -279,6 +294,7 @@ def test_captions_of_tars(mode, tmp_path):
     assert counts(problems) == {
         "without a caption": 2,
         "a caption without an image": 1,
+        OTHER: 1,
     }
 
 
@@ -420,12 +436,102 @@ def test_pitfall_31_nothing_that_looks_like_an_image_is_ignored(tmp_path):
         "d.v2.png": picture(),
     }
     files |= {"e.txt": "its image was deleted", "notes.md": "not an image"}
-    want = {"of an unknown format": 1, "without a caption": 2, "a caption without an image": 2}
+    want = {"of an unknown format": 2, "without a caption": 2, "a caption without an image": 1, OTHER: 1}
     for source in (opened(write(tmp_path / "in", files)), opened(tar(tmp_path / "0.tar", files))):
         examples, problems = read_all(source)
         assert said(examples) == ["number 0", "number 1"]
         assert counts(problems) == want, f"{problems}"
         assert problems.seen == 7
+
+
+@pytest.mark.parametrize("name", ["a.img", "a.v1.jpg", "a.dat", "a"])
+def test_what_shares_its_name_with_a_caption_is_an_image(name, tmp_path):
+    """Whatever its suffix: it is tried, and counted if it is none."""
+    caption = f"{name.removesuffix('.jpg').removesuffix('.img').removesuffix('.dat')}.txt"
+    for content, used in ((picture(), 3), (b"no image", 2)):
+        files = good(2) | {name: content, caption: "its caption"}
+        for source in (opened(write(tmp_path / "in", files)), opened(tar(tmp_path / "0.tar", files))):
+            examples, problems = read_all(source)
+            assert (len(examples), problems.seen) == (used, 3), f"{name}: {problems}"
+            assert counts(problems) == ({} if used == 3 else {"of an unknown format": 1})
+
+
+def test_what_is_no_image_is_named_and_changes_nothing(tmp_path):
+    folder = write(tmp_path / "in", good(2))
+    before = opened(folder)
+    stray = ["metadata.json1", "table.csv", "x.img", "noext", "in/captions.jsonl", "my-metadata.csv"]
+    examples, problems = read_all(opened(write(folder, dict.fromkeys(stray, "?"))))
+    assert (len(examples), problems.seen) == (2, 2)
+    assert set(problems.names[OTHER]) == set(stray)
+    assert problems.summary().startswith(
+        "6 neither image nor caption (in/captions.jsonl, metadata.json1, my-metadata.csv, ...)"
+    )
+    assert opened(folder).fingerprint == before.fingerprint
+
+
+def test_suffixes_of_any_case(tmp_path):
+    files = {"a.PNG": picture(), "a.TXT": "one", "b.png": picture(), "b.Json": '{"text": "two"}', "c.png": picture()}
+    folder = write(tmp_path / "in", files | {"METADATA.JSONL": line("c.png", "three")})
+    for source in (
+        opened(folder),
+        opened(tar(tmp_path / "0.tar", files | {"Metadata.Csv": "file_name,text\nc.png,three"})),
+    ):
+        assert said(read_all(source)[0]) == ["one", "two", "three"]
+    both = {"a.png": picture(), "a.png.txt": "of the full name", "b.png": picture(), "b.txt": "text", "b.json": "{}"}
+    assert said(read_all(opened(write(tmp_path / "both", both)))[0]) == ["of the full name", "text"]
+
+
+def test_other_fields_are_named(tmp_path):
+    rows = '{"file_name": "a.png", "prompt": "x", "seed": 3}'
+    files = {"a.png": picture(), "metadata.jsonl": rows, "b.png": picture(), "b.json": '{"prompt": "y"}'}
+    _, problems = read_all(opened(write(tmp_path, files)))
+    assert problems.names == {
+        'without "text" or "caption", but with "prompt", "seed"': ["a.png"],
+        'without "text" or "caption", but with "prompt"': ["b.png"],
+    }
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_links_do_not_lead_out(tmp_path):
+    write(tmp_path, {"out/secret.png": picture(), "out/secret.txt": "x"})
+    folder = write(tmp_path / "in", good(2))
+    for name, target in {
+        "out.png": "../out/secret.png", "dead.png": "none.png", "self.png": "self.png", "dir": "../out",
+        "g00.copy.png": "g00.png", "loop": ".", "metadata.jsonl": "../out/secret.txt",
+    }.items():  # fmt: skip
+        (folder / name).symlink_to(target)
+    write(folder, {"g00.copy.txt": "a link inside", "out.txt": "its target is outside"})
+    examples, problems = read_all(opened(folder))
+    assert said(examples) == ["a link inside", "number 0", "number 1"]
+    assert set(problems.names["a link to no file in the folder"]) == {
+        "out.png", "dead.png", "self.png", "dir", "metadata.jsonl"
+    }  # fmt: skip
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(folder, ".")
+    examples, problems = read_all(opened(path))
+    assert said(examples)[:2] == ["number 0", "number 1"]
+    assert "0.tar/out.png" in problems.names["a link to no file in the folder"]
+
+
+def test_the_crop_is_told(tmp_path):
+    files = {"a.png": picture(0, (40, 32)), "b.png": picture(0, (100, 20)), "c.png": picture()}
+    files |= {f"{name}.txt": name for name in "abc"}
+    _, problems = read_all(opened(write(tmp_path, files)))
+    assert problems.names == {CROPPED: ["b.png"]}
+    assert problems.summary() == "1 cropped by more than half (b.png); the crop to squares cut 33% of the pixels"
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_gray_of_any_depth(bits, dtype, tmp_path):
+    levels = np.linspace(0, 2**bits - 1, 32).round().astype(dtype)
+    path = tmp_path / ("a.png" if dtype is np.uint16 else "a.tif")
+    Image.fromarray(np.tile(levels, (32, 1))).save(path)
+    (tmp_path / "a.txt").write_text("a ramp")
+    (example,), _ = read_all(opened(tmp_path), 32)
+    want = torch.linspace(0, 255, 32).expand(3, 32, 32)
+    assert (example.image - want).abs().max() <= 1, "nearly black"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -458,7 +564,7 @@ def test_bytes_and_datasets_own_parquet(tmp_path):
         pa.table({"id": [7], "jpg": [picture(4, form="JPEG")], "caption": [["one", "two"]]}), tmp_path / "a.parquet"
     )
     features = datasets.Features({"photo": datasets.Image(), "text": datasets.Value("string")})
-    rows = {"photo": [Image.new("RGB", (40, 32))], "text": ["three"]}
+    rows = {"photo": [Image.new("RGB", (32, 32))], "text": ["three"]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "b.parquet")
     for name, captions in (("a", ("one", "two")), ("b", ("three",))):
         examples, problems = read_all(opened(tmp_path / f"{name}.parquet"))

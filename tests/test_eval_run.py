@@ -307,5 +307,5 @@ def test_the_command_measures_a_run(tmp_path, tiny_run, monkeypatch, capsys):
     report = json.loads((tmp_path / "out/eval.json").read_text())
     assert report["settings"]["checkpoint"] == "tiny"
     assert set(report["settings"]) >= {"minimuse", "torch", "fingerprint", "weights of clip", "seed", "n", "device"}
-    assert cli.main([*words, "seen", "--seed", "3"]) == 1
+    assert cli.main([*words, "seen", "--seed", "3"]) == 2
     assert "seed was 1000 and is 3" in capsys.readouterr().err

@@ -365,10 +365,10 @@ def test_the_command(tmp_path, capsys):
     assert paired.count("| halton |") == 1, "bound2 less cosine"
     assert "as muse" in values
     assert (tmp_path / "out" / "report.md").is_file()
-    assert cli.main(words) == 1
+    assert cli.main(words) == 2
     assert "another folder" in capsys.readouterr().err
     assert cli.main([*words, "--force"]) == 0
-    assert cli.main(["compare", "--world", "ising"]) == 1
+    assert cli.main(["compare", "--world", "ising"]) == 2
     assert "mixture, chain, potts" in capsys.readouterr().err
 
 

@@ -133,5 +133,5 @@ def test_the_command(tiny_muse, tmp_path, capsys):
     assert cli.main(words.split()) == 0
     assert "accuracy" in capsys.readouterr().out
     assert (tmp_path / "out" / "accuracy.png").is_file()
-    assert cli.main("compare --amused here".split()) == 1
+    assert cli.main("compare --amused here".split()) == 2
     assert "--data" in capsys.readouterr().err

@@ -243,9 +243,10 @@ def test_transparent_is_white():
     assert (decoded(file, 16) == 255).all()
 
 
-def test_values_beyond_16_bits_are_refused():
+@pytest.mark.parametrize("value", [70_000, -1])
+def test_values_beyond_16_bits_are_refused(value):
     file = io.BytesIO()
-    Image.fromarray(np.full((32, 32), 70_000, dtype=np.int32)).save(file, "TIFF")
+    Image.fromarray(np.full((32, 32), value, dtype=np.int32)).save(file, "TIFF")
     with pytest.raises(Refused, match="of mode I"):
         decoded(file, 16)
 

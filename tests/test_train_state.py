@@ -8,6 +8,7 @@ Damaged caches: test_data_cache.py. Damaged checkpoints: test_checkpoint.py.
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from PIL import Image
 from minimuse import checkpoint, cli
 from minimuse import train_state as runs
 from minimuse.config import StageConfig, to_dict
-from minimuse.train_engine import Engine, Stage
+from minimuse.train_engine import Engine, Progress, Stage
 from minimuse.train_state import RUN, STATE, average, differences, states
 
 CFG = StageConfig(steps=8, batch=2, learning_rate=0.1, warmup=2, weight_decay=0.1, ema=0.5, save_every=2)
@@ -309,7 +310,7 @@ def run(tmp_path, monkeypatch, capsys, tiny_muse):
 
 def refused(answer, *words):
     code, err = answer
-    assert code == 1, f"{code} {err}"
+    assert code == 2, f"{code} {err}"
     assert err.startswith("minimuse: "), f"{err}"
     assert err.count("\n") == 1, f"one line: {err}"
     for word in words:
@@ -317,7 +318,7 @@ def refused(answer, *words):
 
 
 def begun(answer):
-    assert answer == (1, "minimuse: it has begun to train\n"), f"{answer}"
+    assert answer == (2, "minimuse: it has begun to train\n"), f"{answer}"
 
 
 def edit_run(change):
@@ -336,6 +337,7 @@ BROKEN_RUN = {
     ),
     "a number": (lambda path: path.write_text("3"), r"run\.json lacks config, seed or data"),
     "no seed": (lambda _: edit_run(lambda v: v.pop("seed")), r"run\.json lacks config, seed or data"),
+    "data of an older version": (lambda _: edit_run(lambda v: v.update(data="scenes")), r"lacks config, seed or data"),
     "odd stages": (
         lambda _: edit_run(lambda v: v["config"].update(stages=[])),
         "holds no whole configuration",
@@ -360,19 +362,23 @@ def test_a_broken_run_json_is_refused(run, tmp_path, kind):
 def test_a_run_goes_on_as_it_began(run, tmp_path):
     begun(run("tiny.json", "--seed", "3", "--set", "stages.base.steps=7"))
     values = json.loads(Path("run", RUN).read_text())
-    assert (values["seed"], values["data"]) == (3, "scenes")
+    assert (values["seed"], values["data"]["source"]) == (3, "scenes")
     assert values["config"]["stages"]["base"]["steps"] == 7
     begun(run("--resume"))
     refused(
-        run("--resume", "--set", "base.dropout=0.5"), r"has other settings: config\.base\.dropout was 0\.0 and is 0\.5"
+        run("--resume", "--set", "base.dropout=0.5"),
+        r"has other settings or data: config\.base\.dropout was 0\.0 and is 0\.5",
     )
-    refused(run("tiny.json", "--resume", "--seed", "3"), r"config\.stages\.base\.steps was 7 and is 2")
-    refused(run("tiny.json", "--resume", "--set", "stages.base.steps=7"), "seed was 3 and is 0")
+    refused(run("tiny.json", "--resume"), r"config\.stages\.base\.steps was 7 and is 2")
+    begun(run("tiny.json", "--resume", "--set", "stages.base.steps=7"))
+    begun(run("--resume", "--seed", "3"))
+    refused(run("--resume", "--seed", "4"), "seed was 3 and is 4")
+    refused(run("--resume", "--model", "ar"), "model was None and is 'ar'")
     refused(run("tiny.json"), "already holds a run; --resume continues it")
     edit_run(lambda v: v["config"].update(scenes=9))
-    refused(run("--resume"), "data_fingerprint was .* and is ")
+    refused(run("--resume"), "scenes gives other images or captions than scenes did")
     Path("run", RUN).unlink()
-    refused(run("--resume"), "run holds no run to resume; give a preset")
+    refused(run("--resume"), r"run holds no run\.json; give a folder that `minimuse train --out` made")
     assert not [p for p in Path("run").iterdir() if p.name != RUN], "nothing else is written"
 
 
@@ -411,7 +417,7 @@ def test_where_a_run_may_not_begin(run, tmp_path):
     assert not Path("run").exists(), "a mistyped --data is no run"
     Path("run").write_text("mine")
     refused(run("tiny.json"), "run is a file; give a folder")
-    refused(run("tiny.json", "--resume"), "run is a file; give a folder")
+    refused(run("tiny.json", "--resume"), r"run holds no run\.json; give a folder")
     assert Path("run").read_text() == "mine"
     Path("run").unlink()
     begun(run("tiny.json"))
@@ -423,23 +429,81 @@ def test_where_a_run_may_not_begin(run, tmp_path):
     assert contents(tmp_path / "run").items() <= {k.removeprefix("run/"): v for k, v in before.items()}.items()
 
 
-def test_changed_data_are_refused(run, tmp_path):
-    """A state trained on other images, or a cache of them, must not go on unnoticed."""
-    data = tmp_path / "data"
-    data.mkdir()
+def test_messages_are_not_glued_to_the_progress_bar(run, monkeypatch):
+    def stages(config, data, engine):
+        yield Progress("base", 1, 9, {"loss": 1.0}, None)
+        logging.getLogger("minimuse").warning("a picture is broken")
+        yield Progress("base", 2, 9, {"loss": 1.0}, None)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("minimuse.train.train_muse", stages)
+    code, err = run("tiny.json")
+    assert code == 2
+    assert "2/9" in err, "the bar shows the last step"
+    lines = re.split(r"[\r\n]+", err)
+    assert "minimuse: a picture is broken" in lines, err
+    assert "minimuse: the disk is full" in lines, err
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of three captioned pictures, named as users name it: by a relative path."""
+    folder = tmp_path / "some data"
+    folder.mkdir()
     for i in range(3):
-        Image.new("RGB", (64, 64), (80 * i, 0, 0)).save(data / f"{i}.png")
-        (data / f"{i}.txt").write_text("a red cube")
+        Image.new("RGB", (64, 64), (80 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a red cube")
+    return Path("some data")
+
+
+def test_changed_data_are_refused_by_name(run, tmp_path, data):
+    """A state trained on other images, or a cache of them, must not go on unnoticed."""
     begun(run("tiny.json", "--data", str(data)))
     begun(run("--resume"))
     (data / "1.txt").write_text("a blue cube")
+    shutil.copy(data / "0.png", data / "2.png")
     before = contents(tmp_path)
-    refused(
-        run("--resume"), "has other settings: data_fingerprint was '[0-9a-f]+' and is ", "Restore them, or start anew"
-    )
-    assert contents(tmp_path) == before
-    (data / "1.txt").write_text("a red cube")
+    answer = run("--resume")
+    refused(answer, r"other settings or data: 1\.png has changed; 2\.png has changed\. Restore them")
+    assert not re.search("[0-9a-f]{16}", answer[1]), f"names say more than hashes: {answer[1]}"
+    (data / "0.png").rename(data / "4.png")
+    (data / "0.txt").rename(data / "4.txt")
+    refused(run("--resume"), r"0\.png is missing; 1\.png has changed; 2\.png has changed; 4\.png is new\.")
+    for name in ("3", "5", "6"):
+        shutil.copy(data / "4.png", data / f"{name}.png")
+    refused(run("--resume"), r"3\.png is new and 3 more\.")
+    assert contents(tmp_path / "run").items() <= {k.removeprefix("run/"): v for k, v in before.items()}.items()
+
+
+def test_a_run_resumes_from_another_folder(run, tmp_path, data, monkeypatch):
+    lm = json.loads(Path("tiny.json").read_text())["text_encoder"]
+    Path("lm").symlink_to(lm)
+    begun(run("tiny.json", "--data", str(data), "--set", "text_encoder=lm"))
+    values = json.loads(Path("run", RUN).read_text())
+    assert values["data"]["source"] == str(tmp_path / data)
+    assert values["config"]["text_encoder"] == str(tmp_path / "lm")
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    Path("run").symlink_to(tmp_path / "run")
     begun(run("--resume"))
+
+
+def test_data_may_move(run, tmp_path, data):
+    """Copying changes the times of files, not their content."""
+    begun(run("tiny.json", "--data", str(data)))
+    before = json.loads(Path("run", RUN).read_text())
+    moved = Path("moved")
+    shutil.copytree(data, moved, copy_function=shutil.copyfile)
+    shutil.rmtree(data)
+    refused(run("--resume"), "there is no file .*some data.*If the data of run moved, give the new place with --data")
+    begun(run("--resume", "--data", "moved"))
+    begun(run("--resume"))
+    after = json.loads(Path("run", RUN).read_text())
+    assert after == before | {"data": before["data"] | {"source": str(tmp_path / moved)}}
+    shutil.copytree(moved, "other")
+    (Path("other") / "1.txt").write_text("a blue cube")
+    refused(run("--resume", "--data", "other"), r"1\.png has changed")
+    refused(run("--resume", "--data", "scenes"), r"0\.png is missing; ")
 
 
 # --- averages ---------------------------------------------------------------------------------------------------------

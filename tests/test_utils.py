@@ -3,7 +3,9 @@
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,17 +13,23 @@ from hypothesis import strategies as st
 
 import minimuse.utils
 from minimuse.utils import (
+    Decay,
+    Fraction,
+    Natural,
+    NonNegative,
+    OneSeed,
+    Positive,
+    PositiveInt,
     atomic_write,
+    check,
     content_hash,
     derive_seed,
     fast_bf16,
+    generator_of,
     pick_device,
     pick_dtype,
     precision,
-    require_at_least,
-    require_fraction,
     require_multiple,
-    require_positive,
     seeded_generator,
 )
 
@@ -82,6 +90,18 @@ def test_any_whole_numbers_make_a_seed(numbers):
     assert 0 <= derive_seed(*numbers) < 2**63, "what torch takes as a seed"
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 1e20, 2.0, "7", b"3", [2.0], True, None, math.nan])
+def test_a_seed_beyond_what_torch_reads_is_refused(seed):
+    with pytest.raises(ValueError, match=r"^seed is .*; give a whole number from 0 to 2\*\*32 - 1"):
+        generator_of(seed)
+
+
+def test_different_seeds_draw_different_numbers():
+    draws = [torch.rand(4, generator=generator_of(seed)).tolist() for seed in (0, 1, 2**31, 2**32 - 1, np.uint32(7))]
+    assert len(set(map(tuple, draws))) == 5
+    assert draws[0] == torch.rand(4, generator=torch.Generator().manual_seed(0)).tolist(), "torch's own draws"
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -118,28 +138,62 @@ def test_pitfall_23_a_file_is_written_whole_under_a_new_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("check", "value", "match"),
+    ("kind", "value", "expected"),
     [
-        (lambda s: require_positive(s, "x"), 0, "SimpleNamespace.x is 0; give a positive whole number"),
-        (lambda s: require_positive(s, "x"), 1.0, "x is 1.0; give a positive whole"),
-        (lambda s: require_at_least(s, 0, "x"), -1, "x is -1; give 0 or more"),
-        (lambda s: require_at_least(s, 0, "x"), math.nan, "x is nan"),
-        (lambda s: require_at_least(s, 0, "x"), math.inf, "x is inf"),
-        (lambda s: require_at_least(s, 0, "x"), "1", "x is '1'"),
-        (lambda s: require_fraction(s, "x"), 1.1, "x is 1.1; give a fraction"),
-        (lambda s: require_fraction(s, "x"), math.nan, "x is nan"),
-        (lambda s: require_multiple(s, "x", 16), 30, "x is 30; give a multiple of 16, such as 32"),
-        (lambda s: require_multiple(s, "x", 16), 3, "such as 16"),
+        (PositiveInt, 0, "a positive whole number"),
+        (PositiveInt, 1.0, "a positive whole"),
+        (PositiveInt, True, "a positive whole"),
+        (PositiveInt, 10**13, r"a positive whole number, at most 10\*\*12"),
+        (Natural, -1, "0 or a positive whole number"),
+        (NonNegative, -1, "a number, 0 or more"),
+        (NonNegative, math.nan, "a number, 0 or more"),
+        (NonNegative, math.inf, "a number, 0 or more"),
+        (NonNegative, "1", "a number, 0 or more"),
+        (NonNegative, 10**400, "a number, 0 or more"),
+        (Positive, 0, "a number above 0"),
+        (Fraction, 1.1, "a fraction"),
+        (Fraction, torch.tensor(math.nan), "a fraction"),
+        (Decay, 1, "a fraction, from 0 to below 1"),
+        (OneSeed, 2**32, r"a whole number from 0 to 2\*\*32 - 1"),
+        (float, torch.zeros(1), "a number"),
+        (float, None, "a number"),
+        (int, np.bool_(True), "a whole number"),
+        (bool, 1, "True or False"),
+        (str, b"a", "a text"),
+        (Literal["a", "b"], ["a"], "one of a, b"),
+        (tuple[float, float], 1.0, "a tuple"),
+        (tuple[float, float], (1.0,), "2 values"),
+        (dict[str, float], 3, "a dict"),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_refused_by_its_name(check, value, match):
-    with pytest.raises(ValueError, match=match):
-        check(SimpleNamespace(x=value))
+def test_a_setting_that_is_not_of_its_kind_is_refused_by_its_name(kind, value, expected):
+    with pytest.raises(ValueError, match=f"^speed is .*; give {expected}"):
+        check("speed", value, kind)
 
 
-def test_settings_that_make_sense_pass():
-    s = SimpleNamespace(x=1)
-    require_positive(s, "x")
-    require_at_least(s, 0, "x")
-    require_fraction(s, "x")
-    require_multiple(s, "x", 1)
+def test_parts_of_a_setting_are_named():
+    with pytest.raises(ValueError, match=r"speed\[1\] is 'x'; give a fraction"):
+        check("speed", [0.5, "x"], tuple[Fraction, ...])
+    with pytest.raises(ValueError, match=r"speed\.a is 2; give a fraction"):
+        check("speed", {"a": 2}, dict[str, Fraction])
+    with pytest.raises(ValueError, match=r"a key of speed is 1; give a text"):
+        check("speed", {1: 1}, dict[str, Fraction])
+
+
+def test_settings_that_make_sense_become_plain_python():
+    kinds = [(PositiveInt, np.int64(3)), (PositiveInt, torch.tensor(3)), (Fraction, np.array(0.5)), (float, 3)]
+    kinds += [
+        (bool, True),
+        (str, "a"),
+        (tuple[Fraction, ...], [0, 1]),
+        (dict[str, float], {"a": 1}),
+        (Literal["a"], "a"),
+    ]
+    values = [check("x", value, kind) for kind, value in kinds]
+    assert values == [3, 3, 0.5, 3, True, "a", (0, 1), {"a": 1}, "a"]
+    assert [type(value) for value in values[:4]] == [int, int, float, int]
+    require_multiple(SimpleNamespace(x=4), "x", 2)
+    with pytest.raises(ValueError, match="x is 30; give a multiple of 16, such as 32"):
+        require_multiple(SimpleNamespace(x=30), "x", 16)
+    with pytest.raises(ValueError, match="such as 16"):
+        require_multiple(SimpleNamespace(x=3), "x", 16)

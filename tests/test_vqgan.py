@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minimuse.train_log import codebook_usage
-from minimuse.vqgan import VQGAN, ResBlock, VectorQuantizer, VQGANConfig
+from minimuse.vqgan import PATIENCE, VQGAN, ResBlock, VectorQuantizer, VQGANConfig
 
 CFG = VQGANConfig(
     image_size=16,
@@ -176,65 +176,71 @@ def test_each_loss_moves_its_own_side():
     assert hold[1] is None, "the commitment loss pulls the codes"
 
 
+def train_step(quantizer, z, idle, generator=None):
+    """What a training does with a batch z, without the gradient."""
+    out = quantizer(z)
+    quantizer.restart_dead_codes(out.z, out.tokens, idle, generator)
+    return codebook_usage(out.tokens, len(quantizer.codebook))
+
+
 def test_pitfall_19_dead_codes_restart():
     """All codes but one far away: without restarts one code would serve everything, for ever."""
-    quantizer = VectorQuantizer(8, 2, patience=5).train()
+    quantizer = VectorQuantizer(8, 2)
     quantizer.codebook.data = torch.full((8, 2), 100.0)
     quantizer.codebook.data[0] = 0
-    quantizer.idle = torch.zeros(8, dtype=torch.long)
-    for step in range(5):
-        used, perplexity = codebook_usage(quantizer(torch.randn(4, 2, 6, 6)).tokens, 8)
+    idle = torch.zeros(8, dtype=torch.long)
+    for step in range(PATIENCE + 1):
+        used, perplexity = train_step(quantizer, torch.randn(4, 2, 6, 6), idle)
         assert (used, perplexity) == (1 / 8, pytest.approx(1)), f"step {step}: patience is not over"
-    used, perplexity = codebook_usage(quantizer(torch.randn(4, 2, 6, 6)).tokens, 8)
+    used, perplexity = train_step(quantizer, torch.randn(4, 2, 6, 6), idle)
     assert used == 1, f"{used:.0%} of the codes are in use after their restart"
     assert perplexity > 4, f"perplexity {perplexity:.1f} of 8"
     assert quantizer.codebook.abs().max() < 10, "restarted codes are outputs of the encoder"
 
 
 def test_pitfall_19_codes_in_use_are_left_alone():
-    quantizer = VectorQuantizer(4, 2, patience=3).train()
+    quantizer = VectorQuantizer(4, 2)
     quantizer.codebook.data = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    quantizer.idle = torch.zeros(4, dtype=torch.long)
+    idle = torch.zeros(4, dtype=torch.long)
     before = quantizer.codebook.detach().clone()
-    for _ in range(12):
-        quantizer(torch.rand(2, 2, 8, 8))
+    for _ in range(3 * PATIENCE):
+        train_step(quantizer, torch.rand(2, 2, 8, 8), idle)
     assert quantizer.codebook.equal(before), "a living code was restarted"
 
 
 def test_the_first_batch_fills_the_codebook():
-    quantizer = VectorQuantizer(8, 2).train()
+    quantizer = VectorQuantizer(8, 2)
     z = torch.randn(4, 2, 6, 6) + 50
+    train_step(quantizer, z, quantizer.new_idle_counts())
     used, _ = codebook_usage(quantizer(z).tokens, 8)
     assert used == 1, "codes start where the encoder's outputs are"
     outputs = z.permute(0, 2, 3, 1).reshape(-1, 2)
     assert all(code in outputs.tolist() for code in quantizer.codebook.tolist()), "at outputs, not between them"
 
 
-def test_several_processes_agree_on_codes():
-    """The hook that training sets: all processes take the restarted codes of the first, and add up their usage."""
-    quantizer = VectorQuantizer(8, 2, patience=3).train()
-    first, calls = torch.full((8, 2), 7.0), []
-
-    def sync(tensor, how):
-        calls.append(how)
-        if how == "first":
-            tensor.copy_(first[: len(tensor)])
-        else:
-            tensor[5] = 1  # another process used code 5
-
-    quantizer.sync = sync
-    quantizer(torch.randn(4, 2, 6, 6))
-    assert calls == ["first", "max"], "restart before the forward pass, usage after it"
-    assert quantizer.codebook.equal(first), "the first process decides where unused codes restart"
-    assert quantizer.idle.tolist() == [0, 1, 1, 1, 1, 0, 1, 1], "a code is idle if no process used it"
+@pytest.mark.parametrize("parts", [2, 4])
+def test_pitfall_28_a_step_is_the_same_however_it_is_split(parts):
+    """Codes die by optimizer steps, not by micro-batches, and restart at outputs of the whole batch."""
+    whole, split = VectorQuantizer(8, 2), VectorQuantizer(8, 2)
+    split.load_state_dict(whole.state_dict())
+    counts = [whole.new_idle_counts(), split.new_idle_counts()]
+    for step in range(PATIENCE + 5):
+        z = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(step)) * (1 if step else 9)
+        train_step(whole, z, counts[0], torch.Generator().manual_seed(step))
+        outs = [split(part) for part in z.chunk(parts)]
+        z, tokens = torch.cat([o.z for o in outs]), torch.cat([o.tokens for o in outs])
+        split.restart_dead_codes(z, tokens, counts[1], torch.Generator().manual_seed(step))
+        assert split.codebook.equal(whole.codebook), f"step {step}: the codebooks differ"
+        assert counts[0].equal(counts[1]), f"step {step}: the counts differ"
 
 
-def test_eval_restarts_nothing():
-    quantizer = VectorQuantizer(8, 2, patience=1).eval()
+def test_the_forward_pass_changes_nothing():
+    """Neither the codebook nor any count: only `restart_dead_codes` does."""
+    quantizer = VectorQuantizer(8, 2).train()
     before = quantizer.codebook.detach().clone()
-    for _ in range(5):
+    for _ in range(PATIENCE + 5):
         quantizer(torch.randn(4, 2, 6, 6) + 50)
-    assert quantizer.codebook.equal(before), "the codebook moved in eval"
+    assert quantizer.codebook.equal(before), "the codebook moved in a forward pass"
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
@@ -293,6 +299,7 @@ def test_growing_leaves_the_old_one_as_it_was():
 
 
 def fine_tune(grown, steps=4):
+    idle = grown.quantizer.new_idle_counts()
     optimizer = torch.optim.AdamW([p for p in grown.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for _ in range(steps):
         x = images(4)
@@ -301,11 +308,11 @@ def fine_tune(grown, steps=4):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        grown.quantizer.restart_dead_codes(quantized.z, quantized.tokens, idle)
 
 
 def test_fine_tuning_keeps_encoder_and_codebook_bit_for_bit():
     small, x = shaken(tokenizer()).train(), images(8)
-    small(x)  # the codebook is in use, and counts idle steps
     grown = small.grow_decoder(BIGGER)
     decoder = copy.deepcopy(grown.decoder.state_dict())
     fine_tune(grown)

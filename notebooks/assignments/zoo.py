@@ -123,9 +123,9 @@ MUTANTS = [
     ),
     Mutant(
         "removed_text_is_nothing",
-        "cfg",
-        "mask=torch.ones_like(embeds[:, :, 0], dtype=torch.bool)",
-        "mask=torch.zeros_like(embeds[:, :, 0], dtype=torch.bool)",
+        "transformer",
+        "attend = attend | ~attend.any(1, keepdim=True)",
+        "attend = attend & attend.any(1, keepdim=True)",
         "Removed text leaves nothing to attend to: an empty softmax, NaN or 0 by attention backend.",
     ),
     Mutant(
@@ -159,8 +159,8 @@ MUTANTS = [
     Mutant(
         "dead_codes_stay_dead",
         "vqgan",
-        "unused = (self.idle >= self.patience).nonzero().squeeze(1)",
-        "unused = (self.idle > 1e9).nonzero().squeeze(1)",
+        "dead = (idle >= PATIENCE).nonzero().squeeze(1)",
+        "dead = (idle > 1e9).nonzero().squeeze(1)",
         "Codes that are never nearest never learn: the codebook collapses onto a few.",
     ),
     Mutant(

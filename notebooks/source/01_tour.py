@@ -21,7 +21,7 @@ import torch
 from checks import check_guide, check_schedule
 
 from minimuse import Muse
-from minimuse.plots import Animation, film, grid, mask_overlay, show, style
+from minimuse.plots import animation, film, grid, mask_overlay, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
 CHECKPOINT = "nano"  # a shipped name or a folder
@@ -303,7 +303,7 @@ the decoder has to be given some code there. The same as an animation (where you
 # %%
 base_steps = [s for s in steps if s.stage == "base"]
 frames = [mask_overlay(muse.picture(s)[0], s.masked[0]) for s in base_steps]
-Animation(frames, ms=300)
+animation(frames, ms=300)
 
 # %% [markdown]
 r"""

@@ -290,14 +290,15 @@ def fit(restart):
     torch.manual_seed(3)
     quantizer = VectorQuantizer(9, 2).train()
     quantizer.codebook.data = 3.0 + 0.3 * torch.randn(9, 2)  # a bad start, far from all
-    if not restart:
-        quantizer.patience = 10**9
-        quantizer.track_usage().zero_()
+    idle = quantizer.new_idle_counts()
     optimizer = torch.optim.SGD(quantizer.parameters(), lr=1.0)
     for _ in range(300):
         optimizer.zero_grad()
-        quantizer(points).codebook_loss.backward()
+        out = quantizer(points)
+        out.codebook_loss.backward()
         optimizer.step()
+        if restart:
+            quantizer.restart_dead_codes(out.z, out.tokens, idle)
     return quantizer
 
 

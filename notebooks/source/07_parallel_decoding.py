@@ -21,7 +21,7 @@ import torch
 from checks import check_decode, check_margin, check_reveal_counts
 
 from minimuse import Muse
-from minimuse.plots import Animation, film, grid, mask_overlay, show, style
+from minimuse.plots import animation, film, grid, mask_overlay, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
 CHECKPOINT = "nano"  # a shipped name or a folder
@@ -198,7 +198,7 @@ codes that were drawn. The same as an animation (where your reader shows none, t
 """
 
 # %%
-Animation(
+animation(
     [mask_overlay(muse.picture(s)[0].resize((160, 160), 0), s.masked[0]) for s in steps], ms=250
 )
 

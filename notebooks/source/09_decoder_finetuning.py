@@ -445,8 +445,8 @@ r"""
 ## 4. Frozen, bit for bit
 
 "Frozen" is easily said. Weight decay shrinks a weight even where its gradient is zero; layers that count things change
-while they only look on. Our quantizer counts idle codes and restarts dead ones: frozen, it must not. So we take fingerprints
-of every byte.
+while they only look on. Training restarts dead codes: in a frozen codebook, it must not. So we take fingerprints of every
+byte.
 """
 
 # %%
@@ -455,7 +455,7 @@ show(VQGAN.freeze_tokens)
 # %%
 from minimuse.vqgan import VectorQuantizer
 
-show(VectorQuantizer.forward)
+show(VectorQuantizer.restart_dead_codes)
 
 # %% [markdown]
 r"""
@@ -729,7 +729,7 @@ grid(broken, [f"{p}: before" for p in prompts] + ["after one step"] * 3, columns
 
 # %% [markdown]
 r"""
-Our quantizer restarts codes that it takes for dead, and at the first step of a training that is all of them. Without restarts the language
+A training restarts codes that it takes for dead, and at the first step that is all of them. Without restarts the language
 would drift more slowly, and the loss would still look healthy: it is the transformers' pictures that fall apart, days later, in another
 script. That is why the fingerprints of section 4 are a test in minimuse.
 

@@ -22,7 +22,7 @@ from checks import check_resample_step, check_token_mask
 
 from minimuse import Muse
 from minimuse.data_images import from_pil, to_pil
-from minimuse.plots import Animation, film, film_strip, grid, mask_overlay, show, style
+from minimuse.plots import animation, film, film_strip, grid, mask_overlay, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: fewer pictures and iterations
 CHECKPOINT = "nano"  # a shipped name or a folder
@@ -399,7 +399,7 @@ the colour turns, and when the shape has settled.
 
 # %%
 every = max(1, len(states) // 25)
-Animation([muse.picture(s)[0] for s in states[::every]], ms=160)
+animation([muse.picture(s)[0] for s in states[::every]], ms=160)
 
 # %% [markdown]
 r"""
