@@ -207,7 +207,7 @@ class TrainLog:
         """-> a function that saves the pictures that `draw` makes of the prompts with the networks in training."""
 
         def eval_fn(model: Any, step: int) -> dict[str, float]:
-            if self.folder and not self.engine.accelerator.is_fsdp2:  # sharded: all processes would have to draw
+            if self.folder and not self.engine.accelerator.is_fsdp2:  # a sharded model would need all processes
                 with eval_mode(parts), self.engine.precision():
                     images = draw()
                 self._save(stage, step, images, prompts, columns=3)
