@@ -199,8 +199,8 @@ def test_it_is_refused_before_the_model_loads(run, here, monkeypatch):
     ("words", "match"),
     [
         (["--steps", "0"], "argument --steps: '0' is not a whole number"),
-        (["--schedule", "cosinus"], "unknown schedule 'cosinus'; known: cosine"),
-        (["--order", "best"], "unknown order 'best'; known: confidence"),
+        (["--schedule", "cosinus"], "schedule is 'cosinus'; give the name of a schedule: cosine"),
+        (["--order", "best"], "order is 'best'; give confidence"),
         (["--sampling-temperature", "-1"], "'-1' is not a number from 0"),
         (["--device", "toaster"], "device 'toaster'"),
         (["--model", "nowhere"], "no checkpoint 'nowhere'"),
@@ -467,7 +467,7 @@ def test_pictures_that_cannot_be_read(run, here, image):
     refused(run("inpaint", "picture.png", "text.png", A), "text.png cannot be read")
     refused(run("edit", "small.png", A), f"x {9} came")
     refused(run("inpaint", "picture.png", "small.png", A), f"x {9} came")
-    refused(run("outpaint", "picture.png", A, "--padding", 1, 2), "padding (1, 2); give pixels to add")
+    refused(run("outpaint", "picture.png", A, "--padding", 1, 2), "padding is (1, 2); give 4 values")
     refused(run("outpaint", "picture.png", A, "--padding", 0), "padding 0")
     (here / "giant.png").write_bytes(giant_png())
     refused(run("edit", "giant.png", A), "giant.png cannot be read, it is too large")
