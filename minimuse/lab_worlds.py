@@ -110,7 +110,7 @@ class MixtureWorld(World):
         modes = check("modes", modes, PositiveInt)
         require(modes * h * w <= 2**17, f"modes is {modes}; give at most {2**17 // (h * w)} for {h * w} tokens")
         logits = torch.randn(modes, h * w, v, generator=generator_of(seed), dtype=torch.double)
-        return cls((check("sharpness", sharpness, float) * logits).softmax(-1), grid=(h, w))
+        return cls((float(check("sharpness", sharpness, float)) * logits).softmax(-1), grid=(h, w))
 
     def log_evidence(self, e: Tensor) -> Tensor:
         """(B, N, V) -> (B,): a product over tokens within each mode, then the sum over modes."""

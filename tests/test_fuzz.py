@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import minimuse
-from minimuse import cfg, checkpoint, config, data_images, eval_metrics, lab, masking, plots, sampler
+from minimuse import cfg, config, data_images, eval_metrics, lab, masking, sampler
 from minimuse.baseline_dit import ddim, dit_sizes
 from minimuse.lab_samplers import preset_settings
 from minimuse.lab_worlds import ChainWorld, MixtureWorld, PottsWorld
@@ -36,7 +36,7 @@ SCALARS = (
     torch.tensor(math.nan), torch.tensor(True), torch.tensor(0.5, dtype=torch.bfloat16),
 )  # fmt: skip
 TEXTS = ("", "7", "cosine", "x" * 300, "\0", b"3", Path("nowhere"))
-OTHERS = (None, (), [], {}, [1], (1, 2), [math.nan, 1], ["a"], {"a": 1}, {1}, range(3), object(), int, len, NotImplemented)
+OTHERS = (None, (), [], {}, [1], (1, 2), [math.nan, 1], ["a"], {"a": 1}, {1}, range(3), object(), int, NotImplemented)
 TENSORS = (
     torch.zeros(0), torch.zeros(N), torch.zeros(2, N), torch.zeros(2, N, dtype=torch.long), torch.ones(2, 3, 4, 4),
     torch.full((2, N), -5), torch.full((2, N), 10**6), torch.ones(2, N, dtype=torch.bool), torch.full((2, N, V), math.nan),
@@ -60,12 +60,20 @@ def nonsense(valid: Any) -> tuple:
     return SETTINGS_NONSENSE
 
 
+ALSO = {  # how an error may name an argument instead
+    "name": "preset", "prompt": "prompts", "schedules": "schedule", "orders": "order", "codebook_size": "rows",
+    "stay": "transition", "sharpness": "tables", "presets": "preset", "negative_prompt": "negative prompts",
+    "first": "values", "second": "values", "successes": "values", "groups": "group labels",
+    "block": "grid", "heads": "width", "multipliers": "blocks",
+}  # fmt: skip
+
+
 class Call(NamedTuple):
-    """A function, valid values of each of its arguments, and how errors may name them instead."""
+    """A function, the arguments that stay as they are, and valid values of each of the others."""
 
     function: Callable[..., Any]
+    fixed: dict[str, Any]
     arguments: dict[str, tuple]
-    also: dict[str, str] = {}  # noqa: RUF012
 
 
 def tokens(*shape: int) -> torch.Tensor:
@@ -100,87 +108,62 @@ SETTINGS = {
     "top_k": (None, 1, 3),
     "remask": (False, True),
 }
-COMMON = {"n": (1, 2), "seed": (0, 7, 2**32 - 3), "negative_prompt": (None, "a ball")}
+COMMON = {"n": (1, 2), "seed": (0, 7, 2**32 - 5), "negative_prompt": (None, "a ball")}
 DECODE = {name: values for name, values in SETTINGS.items() if name != "guidance"}
+SIZES = {"codebook_size": (2, 3)}
+LAB = {"target": (ChainWorld.sticky(4, 2),), "steps": (1, [2]), "presets": ((), ["muse"]), "seed": (0, 1)}
 
 
 def calls(muse: Muse) -> list[Call]:
     square = Image.new("RGB", (16, 16), "red")
     half = np.zeros((16, 16), dtype=np.uint8)
     half[:8] = 255
-    rates = torch.rand(2)
     world = ChainWorld.sticky(4, 2)
     scores = [torch.rand(64, generator=torch.Generator().manual_seed(i)).tolist() for i in (0, 1)]
-    step = next(iter(muse.steps("a cube", seed=0)))
+    prompt = {"prompt": "a cube"}
+    picture = {"image": (square,), "prompt": ("a cube",)}
     return [
-        Call(masking.power_schedule, {"p": (1, 0.5)}),
-        Call(masking.log_schedule, {"n": (2, 64)}),
-        Call(masking.get_schedule, {"schedule": ("cosine", "log", "pow3"), "n": (2, 64)}),
-        Call(masking.reveal_counts, {"n": (0, 5, 64), "steps": (1, 8), "schedule": ("cosine", "log", lambda u: 1 - u)}),
-        Call(masking.sample_mask_rate, {"n": (1, 5), "schedule": ("cosine", "sqrt")}),
-        Call(masking.random_mask, {"tokens": (tokens(2, N),), "rate": (rates,)}),
-        Call(
-            masking.masked_cross_entropy,
-            {"logits": (torch.zeros(2, N, V),), "targets": (tokens(2, N),), "masked": (torch.ones(2, N, dtype=torch.bool),)}
-            | {"label_smoothing": (0.0, 0.1)},
-        ),
-        Call(sampler.entropy_bound, {"bound": (0, 0.5)}),
-        Call(sampler.get_order, {"order": ("halton", sampler.raster)}),
-        Call(
-            sampler.decode,
-            {"logits_fn": (logits_fn,), "tokens": (torch.full((2, N), V),), "mask_id": (V,)} | DECODE,
-        ),
-        Call(cfg.get_guidance, {"guidance": SETTINGS["guidance"]}),
-        Call(muse.generate, {"prompts": ("a cube", ["a", "b"]), **COMMON, **SETTINGS, "batch_size": (1, 16)}),
-        Call(muse.generate, {"prompts": ("a cube",), "superres": (None, {}, {"steps": 1}), "callback": (None, print)}),
-        Call(muse.steps, {"prompt": ("a cube",), **COMMON, **SETTINGS}, {"prompt": "prompts"}),
-        Call(muse.inpaint, {"image": (square,), "mask": (half, half > 0), "prompt": ("a cube",), **COMMON, **SETTINGS}),
-        Call(muse.outpaint, {"image": (square,), "padding": (2, (0, 0, 4, 0)), "prompt": ("a cube",), **COMMON}),
-        Call(muse.edit, {"image": (square,), "prompt": ("a cube",), **COMMON, "guidance": SETTINGS["guidance"]}),
-        Call(
-            muse.edit_steps,
-            {"image": (square,), "prompt": ("a cube",), "seed": (0, 1), "iterations": (1, 3), "fraction": (0.1, 1.0)}
-            | {"top_k": (None, 3)},
-        ),
-        Call(muse.to, {"device": ("cpu", None), "dtype": (None, torch.float32)}),
-        Call(muse.low_tokenizer.encode, {"images": (torch.zeros(1, 3, 8, 8),)}),
-        Call(muse.low_tokenizer.decode, {"tokens": (tokens(1, 4),)}),
-        Call(muse.encoder.encode, {"prompts": (["a cube"],)}),
-        Call(minimuse.Muse.from_pretrained, {"name": ("no/such/folder",)}),
-        Call(checkpoint.find, {"name": ("nano",)}),
-        Call(config.preset, {"name": ("nano", "toy")}),
-        Call(data_images.from_pil, {"image": (square,), "size": (16,)}),
-        Call(data_images.mask_from, {"mask": (half,), "size": ((16, 16),)}),
-        Call(data_images.to_pil, {"images": (torch.zeros(1, 3, 4, 4),)}),
-        Call(data_images.to_float, {"images": (torch.zeros(1, 3, 4, 4, dtype=torch.uint8),)}),
-        Call(data_images.area_downsample, {"images": (torch.zeros(1, 3, 8, 8),), "factor": (1, 2)}),
-        Call(eval_metrics.mean_interval, {"values": (scores[0],), "groups": (None, [*range(8)] * 8)}),
-        Call(eval_metrics.proportion_interval, {"successes": ([True] * 5,), "groups": (None,)}),
-        Call(eval_metrics.paired_difference, {"first": (scores[0],), "second": (scores[1],)}),
-        Call(eval_metrics.frechet_distance, {"real": (torch.randn(20, 3),), "fake": (torch.randn(20, 3),)}),
-        Call(eval_metrics.psnr, {"images": (torch.zeros(1, 3, 8, 8),), "reconstructed": (torch.ones(1, 3, 8, 8),)}),
-        Call(plots.grid, {"images": ([square, square],), "titles": (None, ["a", "b"]), "columns": (1, 2)}),
-        Call(plots.token_map, {"step": (step,), "row": (0,), "side": (64,)}),
-        Call(plots.film, {"muse": (muse,), "steps": ([step],), "row": (0,), "most": (1, 3)}),
-        Call(
-            lab.compare,
-            {"target": (world,), "schedules": ("cosine", ["linear", "bound0.5"]), "orders": (["halton"],), "steps": (1, [2])}
-            | {"presets": ((), ["muse"]), "samples": (64, 128), "seed": (0, 1), "remask": (False,), "top_k": (None, 2)},
-        ),
-        Call(preset_settings, {"name": ("muse", "halton"), "n": (4, 64), "codebook_size": (8,), "steps": (1, 8)}),
-        Call(MixtureWorld, {"tables": (torch.ones(2, 4, 3),), "weights": (None, torch.ones(2)), "grid": (None, (2, 2))}),
-        Call(
-            MixtureWorld.random,
-            {"modes": (2,), "grid": ((2, 2),), "codebook_size": (2, 3), "sharpness": (0, 2.0), "seed": (0,)},
-            {"sharpness": "tables"},
-        ),
-        Call(ChainWorld, {"transition": (torch.ones(2, 2),), "n": (4,), "initial": (None, torch.ones(2))}),
-        Call(ChainWorld.sticky, {"n": (4,), "codebook_size": (2,), "stay": (0.5,)}, {"n": "grid", "stay": "transition"}),
-        Call(PottsWorld, {"grid": ((2, 2),), "codebook_size": (2,), "coupling": (0.5, -1)}, {"codebook_size": "rows"}),
-        Call(world.log_prob, {"tokens": (torch.zeros(1, 4, dtype=torch.long),)}),
-        Call(world.sample, {"n": (3,)}),
-        Call(dit_sizes, {"base": (muse.config.base,), "patch": (1, 2)}),
-        Call(ddim, {"noise_fn": (lambda x, u, step: x,), "x": (torch.randn(1, 3, 2, 2),), "steps": (1, 3)}),
+        Call(muse.generate, {}, {"prompts": ("a cube", ["a", "b"]), **COMMON, **SETTINGS, "batch_size": (1, 16)}),
+        Call(muse.generate, {"prompts": "a cube"}, {"superres": (None, {}, {"steps": 1}), "callback": (None, repr)}),
+        Call(muse.generate, {"prompts": "a cube"}, {f"superres.{name}": values for name, values in SETTINGS.items()}),
+        Call(muse.steps, {}, {"prompt": ("a cube",), **COMMON, **SETTINGS}),
+        Call(muse.inpaint, {}, {**picture, "mask": (half, half > 0), **COMMON, **SETTINGS}),
+        Call(muse.inpaint, prompt, {"image": (square,), "mask": (half,), "keep": (True, False)}),
+        Call(muse.outpaint, {}, {**picture, "padding": (2, (0, 0, 4, 0)), **COMMON}),
+        Call(muse.edit, {}, {**picture, **COMMON, "guidance": SETTINGS["guidance"]}),
+        Call(muse.edit_steps, {}, {**picture, "iterations": (1, 3), "fraction": (0.1, 1.0), "top_k": (None, 3), "seed": (0,)}),
+        Call(muse.to, {"dtype": torch.float32}, {"device": ("cpu", None)}),
+        Call(muse.low_tokenizer.encode, {}, {"images": (torch.zeros(1, 3, 8, 8),)}),
+        Call(muse.low_tokenizer.decode, {}, {"tokens": (tokens(1, 4),)}),
+        Call(muse.encoder.encode, {}, {"prompts": (["a cube"],)}),
+        Call(sampler.decode, {"logits_fn": logits_fn, "mask_id": V}, {"tokens": (torch.full((2, N), V),), **DECODE}),
+        Call(sampler.entropy_bound, {}, {"bound": (0, 0.5)}),
+        Call(sampler.get_order, {}, {"order": ("halton", sampler.raster)}),
+        Call(cfg.get_guidance, {}, {"guidance": SETTINGS["guidance"]}),
+        Call(masking.get_schedule, {}, {"schedule": ("cosine", "log", "pow3"), "n": (2, 64)}),
+        Call(masking.reveal_counts, {}, {"n": (0, 5, 64), "steps": (1, 8), "schedule": ("cosine", "log", lambda u: 1 - u)}),
+        Call(masking.sample_mask_rate, {}, {"n": (1, 5), "schedule": ("cosine", "sqrt")}),
+        Call(masking.random_mask, {}, {"tokens": (tokens(2, N),), "rate": (torch.rand(2),)}),
+        Call(config.preset, {}, {"name": ("nano", "toy")}),
+        Call(data_images.from_pil, {"size": 16}, {"image": (square,)}),
+        Call(data_images.mask_from, {"size": (16, 16)}, {"mask": (half,)}),
+        Call(data_images.to_pil, {}, {"images": (torch.zeros(1, 3, 4, 4),)}),
+        Call(data_images.area_downsample, {}, {"images": (torch.zeros(1, 3, 8, 8),), "factor": (1, 2)}),
+        Call(eval_metrics.mean_interval, {}, {"values": (scores[0], torch.rand(64)), "groups": (None, [*range(8)] * 8)}),
+        Call(eval_metrics.proportion_interval, {}, {"successes": ([True] * 5,), "groups": (None,)}),
+        Call(eval_metrics.paired_difference, {}, {"first": (scores[0],), "second": (scores[1],)}),
+        Call(lab.compare, {"samples": 64}, {"schedules": ("cosine", ["linear", "bound0.5"]), "orders": (["halton"],), **LAB}),
+        Call(lab.compare, {"target": world}, {"samples": (64, 128), "remask": (False,), "top_k": (None, 2), "steps": (1,)}),
+        Call(preset_settings, {}, {"name": ("muse", "halton"), "n": (4, 64), "codebook_size": (8,), "steps": (1, 8)}),
+        Call(MixtureWorld, {}, {"tables": (torch.ones(2, 4, 3),), "weights": (None, torch.ones(2)), "grid": (None, (2, 2))}),
+        Call(MixtureWorld.random, {}, {"modes": (2,), "grid": ((2, 2),), **SIZES, "sharpness": (0, 2.0), "seed": (0,)}),
+        Call(ChainWorld, {}, {"transition": (torch.ones(2, 2),), "n": (4,), "initial": (None, torch.ones(2))}),
+        Call(ChainWorld.sticky, {}, {"n": (4,), **SIZES, "stay": (0.5,)}),
+        Call(PottsWorld, {}, {"grid": ((2, 2),), **SIZES, "coupling": (0.5, -1)}),
+        Call(world.log_prob, {}, {"tokens": (torch.zeros(1, 4, dtype=torch.long),)}),
+        Call(world.sample, {}, {"n": (3,)}),
+        Call(dit_sizes, {"base": muse.config.base}, {"patch": (1, 2)}),
+        Call(ddim, {"noise_fn": lambda x, u, step: x, "x": torch.randn(1, 3, 2, 2)}, {"steps": (1, 3)}),
     ]
 
 
@@ -221,11 +204,13 @@ def test_calls(small_muse):
         arguments = {name: rng.choice(values) for name, values in call.arguments.items()}
         wrong = rng.sample(sorted(arguments), min(len(arguments), 1 + (rng.random() < 0.2)))
         arguments |= {name: rng.choice(nonsense(call.arguments[name][0])) for name in wrong}
-        names = {*wrong, *(call.also[name] for name in wrong if name in call.also)}
+        names = {word for name in wrong for word in (name.removeprefix("superres."), ALSO.get(name, name))}
+        if inner := {name.removeprefix("superres."): v for name, v in arguments.items() if name.startswith("superres.")}:
+            arguments = {"superres": inner}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if problem := attempt(call.function, arguments, names):
-                shown = {name: repr(arguments[name])[:60] for name in wrong}
+            if problem := attempt(call.function, call.fixed | arguments, names):
+                shown = {name: repr((inner or arguments)[name.removeprefix('superres.')])[:60] for name in wrong}
                 found.setdefault((call.function.__qualname__, problem[:60]), f"{call.function.__qualname__}({shown}): {problem}")
     assert not found, "\n".join(["", *sorted(found.values())])
 
@@ -243,7 +228,7 @@ def test_configurations(small_muse):
         try:
             changed = replace(one, **{name: value})
         except Exception as error:
-            problem = complaint(error, {name})
+            problem = complaint(error, {name, ALSO.get(name, name)})
         else:
             kept, was = getattr(changed, name), getattr(one, name)
             problem = "" if type(kept) is type(was) or {type(kept), type(was)} <= {int, float} else f"became {kept!r}"
