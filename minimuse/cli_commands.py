@@ -33,7 +33,7 @@ def run_draw(args: argparse.Namespace) -> None:
     paths = output_paths(args.out, args.prompts[0], len(args.prompts) * args.n, film=args.film, force=args.force)
     muse = open_model(args.model or "toy", device=args.device)
     steps = []
-    with tqdm(desc="decoding", unit="step") as bar:
+    with tqdm(desc="decoding", unit="step", delay=0.1) as bar:  # no bar if it is refused
 
         def callback(step: Any) -> None:
             bar.set_postfix_str(f"{step.stage}, {int(step.masked[0].sum())} masked")
@@ -217,7 +217,7 @@ def changed(config: Any, changes: list[str]) -> Any:
         for name in parents:
             part = part.get(name) if isinstance(part, dict) else None
         known = "=" in change and isinstance(part, dict) and last in part
-        require(known, f"no field {path!r}; give PATH=VALUE with fields of `to_dict`, such as stages.base.steps=500")
+        require(known, f"no field {path!r}; give PATH=VALUE with fields of config.json, such as stages.base.steps=500")
         try:
             part[last] = json.loads(text)
         except (ValueError, RecursionError):  # no JSON: a text

@@ -51,10 +51,10 @@ def from_pil(image: Image.Image, size: int) -> Tensor:
     if not isinstance(image, Image.Image):
         raise TypeError(f"expected a PIL image, {type(image).__name__} came; open a file with PIL.Image.open(path)")
     if image.size != (size, size):
-        came = f"{image.width} x {image.height} came; crop it to a square, then use image.resize(({size}, {size}))"
+        came = f"{image.width} x {image.height} came; crop it to a square and scale it"
         raise ValueError(f"expected an image of {size} x {size} pixels, {came}")
     if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
-        raise ValueError(f"expected an image of mode RGB, RGBA, L or P, {image.mode} came; try image.convert('RGB')")
+        raise ValueError(f"expected an image of mode RGB, RGBA, L or P, {image.mode} came; convert it to RGB")
     pixels = torch.frombuffer(bytearray(to_rgb(image).tobytes()), dtype=torch.uint8)
     return to_float(pixels.view(1, size, size, 3).permute(0, 3, 1, 2))
 

@@ -4,7 +4,7 @@
 
 Each preset says where its code differs from `decode`. To add one, enter a function (n, codebook_size, steps) ->
 keyword arguments in SAMPLER_PRESETS. n tokens, T steps, u = i / (T - 1) progress, NFE forward passes of an image.
-Not here: guidance, which is part of the LogitsFn (`cfg.py`); the training of a scoring network (a notebook has it).
+Not here: adaptive rules such as `entropy_bound` (`sampler.py`); guidance, which is part of the LogitsFn (`cfg.py`).
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 from minimuse.lab_worlds import World
 from minimuse.masking import SCHEDULES
 from minimuse.sampler import Order, Step
-from minimuse.utils import require
+from minimuse.utils import PositiveInt, check, require
 
 GROUPS = 32  # samples form so many groups; intervals compare the groups
 
@@ -29,7 +29,6 @@ def _amused(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
     """
     return {
         "schedule": lambda u: (torch.tensor(u) * math.pi / 2).cos().item(),
-        "order": "confidence",
         "choice_temperature": lambda u: 2 * (1 - u),
     }
 
@@ -58,35 +57,34 @@ def _lucidrains(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
 
 
 class SamplerPreset(NamedTuple):
-    """How a code base samples by default."""
+    """How a code base samples by default: MaskGIT's schedule and order, no ranking noise, and what `changes` says."""
 
-    settings: Callable[[int, int, int], dict[str, Any]]  # (n, codebook_size, steps) -> keyword arguments of `decode`
     steps: int
     guidance: float | None  # as Muse's t, which is w - 1 where l_g = l_u + w (l_c - l_u); None: the paper gives none
+    changes: Callable[[int, int, int], dict[str, Any]]  # (n, codebook_size, steps) -> keyword arguments of `decode`
 
 
 SAMPLER_PRESETS = {
-    # Muse 2.8 to the letter: cosine schedule, confidence order, no ranking noise
-    "muse": SamplerPreset(lambda n, v, t: {"schedule": "cosine", "order": "confidence"}, 24, None),
+    "muse": SamplerPreset(24, None, lambda n, v, t: {}),  # Muse 2.8 to the letter
     # google-research/maskgit: ranking noise 4.5, annealed by 1 - (i + 1) / T. With about as many steps as tokens the
     # original stops revealing once its curve leaves one token; ours reveals one at each step
-    "maskgit": SamplerPreset(
-        lambda n, v, t: {"schedule": "cosine", "order": "confidence", "choice_temperature": 4.5}, 12, 0.0
-    ),
-    "amused": SamplerPreset(_amused, 12, 9.0),
-    "halton": SamplerPreset(_halton, 64, 4.0),
-    "lucidrains": SamplerPreset(_lucidrains, 18, 2.0),
+    "maskgit": SamplerPreset(12, 0.0, lambda n, v, t: {"choice_temperature": 4.5}),
+    "amused": SamplerPreset(12, 9.0, _amused),
+    "halton": SamplerPreset(64, 4.0, _halton),
+    "lucidrains": SamplerPreset(18, 2.0, _lucidrains),
 }
 
 
 def preset_settings(name: str, n: int, codebook_size: int, steps: int | None = None) -> dict[str, Any]:
     """-> the arguments of `decode` that sample n tokens as the named code base does, by default in its own steps."""
-    require(name in SAMPLER_PRESETS, f"unknown preset {name!r}; known: {', '.join(SAMPLER_PRESETS)}")
+    known = isinstance(name, str) and name in SAMPLER_PRESETS
+    require(known, f"unknown preset {name!r}; known: {', '.join(SAMPLER_PRESETS)}")
     preset = SAMPLER_PRESETS[name]
-    steps = steps or preset.steps
-    # both temperatures are set, so the defaults of a checkpoint do not replace them
-    defaults = {"steps": steps, "sampling_temperature": 1.0, "choice_temperature": 0.0}
-    return defaults | preset.settings(n, codebook_size, steps)
+    sizes = {"n": n, "codebook_size": codebook_size, "steps": preset.steps if steps is None else steps}
+    sizes = [check(size, value, PositiveInt) for size, value in sizes.items()]
+    # all are set, so the defaults of a checkpoint do not replace them
+    plain = {"schedule": "cosine", "order": "confidence", "sampling_temperature": 1.0, "choice_temperature": 0.0}
+    return plain | {"steps": sizes[2]} | preset.changes(*sizes)
 
 
 def critic(score: Callable[[Tensor], Tensor]) -> Order:
@@ -115,7 +113,9 @@ def run(steps: Iterator[Step], remask: bool | None = False) -> tuple[Tensor, int
     return step.tokens, nfe
 
 
-def check_samples(samples: int) -> None:
-    """ValueError unless the samples form GROUPS groups of at least two."""
-    good = samples >= 2 * GROUPS and samples % GROUPS == 0
-    require(good, f"got {samples} samples; give a multiple of {GROUPS}, at least {2 * GROUPS}")
+def check_samples(samples: Any) -> int:
+    """-> the number of samples. ValueError unless they form GROUPS groups of at least two, and fit into memory."""
+    samples = check("samples", samples, PositiveInt)
+    good = 2 * GROUPS <= samples <= 2**18 and samples % GROUPS == 0
+    require(good, f"samples is {samples}; give a multiple of {GROUPS}, from {2 * GROUPS} to {2**18}")
+    return samples

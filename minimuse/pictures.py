@@ -121,7 +121,7 @@ def again(muse: Any, settings: dict[str, Any], *, callback: Callable[[Step], Non
     if task := settings.get("task"):
         raise ValueError(f"it was made by {task} from another picture, which it does not hold; give a generated one")
     if FUNCTION in str(settings):
-        raise ValueError(f"a setting came as {FUNCTION}; pass it to `generate`")
+        raise ValueError(f"a setting came as {FUNCTION}; only Python can draw it again")
     return muse.generate(settings.pop("prompt"), callback=callback, **settings)[0]
 
 

@@ -29,12 +29,12 @@ from minimuse.data_sources import Example, Problems
 from minimuse.muse import build
 from minimuse.sampler import SamplingConfig
 from minimuse.text import Context
-from minimuse.train import MaskedLoss
+from minimuse.train import MaskedLoss, tokenizer_losses
 from minimuse.train_engine import checkpoint_activations, hidden_matrices
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
 from minimuse.utils import fast_bf16, pick_device
 from minimuse.vqgan import VQGAN
-from minimuse.vqgan_loss import COMMITMENT, SceneFeatures, VQGANLoss, feature_distance
+from minimuse.vqgan_loss import SceneFeatures, VQGANLoss, feature_distance
 
 
 class StageBudget(NamedTuple):
@@ -158,18 +158,15 @@ def _networks(config: MuseConfig, stage: str) -> tuple[nn.Module, Callable[[int,
         if stage == "decoder":
             vqgan.freeze_tokens()
         perceptual = feature_distance(SceneFeatures(1).requires_grad_(False)) if how.perceptual_weight else None
-        loss = VQGANLoss(perceptual, how.perceptual_weight, how.adversarial_weight, how.adversarial_start)
+        weights = (how.perceptual_weight, how.adversarial_weight)
+        loss = VQGANLoss(perceptual, *weights, how.adversarial_start, how.discriminator_width)
         networks = nn.ModuleList([vqgan, loss])
         size = min(how.crop or vqgan.config.image_size, vqgan.config.image_size)
 
         def losses(batch: int, step: int) -> Iterator[Tensor]:
             x = torch.zeros(batch, 3, size, size)
-            made, quantized = vqgan(x)
-            made = made.float()
-            total = loss.generator_loss(x, made, vqgan.decoder.conv_out.weight, step)
-            yield total + quantized.codebook_loss + COMMITMENT * quantized.commitment_loss
-            if loss.discriminator_active(step):
-                yield loss.discriminator_loss(x, made)
+            for shares, _ in tokenizer_losses(vqgan, loss, x, step):
+                yield next(iter(shares.values()))
 
     return networks, losses
 

@@ -97,10 +97,12 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if device is None:
         return torch.device(best)
     try:
-        require(torch.device(device).type != "meta", "A meta device holds no numbers")
+        require(torch.device(device).type in ("cpu", "cuda", "mps", "xpu"), "Known are cpu, cuda, mps and xpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise ValueError(f"device {str(device)!r} is not on this machine; give {best!r}. {e}") from e
+        raise ValueError(
+            f"device {str(device)!r} is not on this machine; give {best!r}. {str(e).splitlines()[0]}"
+        ) from e
     return torch.device(device)
 
 

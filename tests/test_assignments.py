@@ -248,7 +248,7 @@ WRONG = {
         ),
         ({"drop_text": ("< p", ">= p")}, ["test_drop_text"]),
         (
-            {"drop_text": ("torch.where(drop[:, None], null, context.mask)", "context.mask & ~drop[:, None]")},
+            {"drop_text": ("context.mask & ~drop[:, None]", "context.mask")},
             ["test_drop_text"],
         ),
         ({"guided": ("if t == 0", "if t == -1")}, ["test_guided"]),

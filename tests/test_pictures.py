@@ -51,6 +51,22 @@ def test_a_png_holds_its_settings(tiny_muse, tmp_path):
     assert Image.open(tmp_path / "x.png").tobytes() == image.tobytes(), "the pixels are what was drawn"
 
 
+def test_a_full_disk_destroys_no_picture(tmp_path, monkeypatch):
+    save_png(Image.new("RGB", (4, 4), "red"), tmp_path / "x.png")
+    old = (tmp_path / "x.png").read_bytes()
+
+    def fill(image, path, **options):
+        Path(path).write_bytes(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fill)
+    for name in ("x.png", "y.png"):
+        with pytest.raises(OSError, match="No space left"):
+            save_png(Image.new("RGB", (4, 4), "blue"), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"], "no half file stays"
+    assert (tmp_path / "x.png").read_bytes() == old, "the old picture stays whole"
+
+
 def test_settings_as_text_are_on_a_copy():
     plain, told = Image.new("RGB", (2, 2)), {"model": "tiny", "fingerprint": "0", "prompt": A, "seed": 1}
     marked = with_settings(plain, told)

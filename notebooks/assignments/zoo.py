@@ -122,9 +122,9 @@ MUTANTS = [
     ),
     Mutant(
         "removed_text_is_nothing",
-        "cfg",
-        "mask=torch.ones_like(embeds[:, :, 0], dtype=torch.bool)",
-        "mask=torch.zeros_like(embeds[:, :, 0], dtype=torch.bool)",
+        "transformer",
+        "attend = attend | ~attend.any(1, keepdim=True)",
+        "attend = attend & attend.any(1, keepdim=True)",
         "Removed text leaves nothing to attend to: an empty softmax, NaN or 0 by attention backend.",
     ),
     Mutant(
