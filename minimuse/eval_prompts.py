@@ -15,12 +15,12 @@ from dataclasses import replace
 from functools import partial
 from itertools import permutations, product
 from random import Random
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from minimuse.data_captions import FLOOR_PHRASE, OPENINGS, PARAPHRASES, RELATION_PHRASES, SYNONYMS, noun_phrase
 from minimuse.data_scenes import HELD_OUT, MAX_THINGS, Scene, Thing, box, place_things, relations, stand_apart
 from minimuse.eval_networks import FIELDS, Detection, Detections
-from minimuse.utils import Fraction, PositiveInt, check, require
+from minimuse.utils import Fraction, Rule, check, require
 
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3}
 _TOLERANCE = 0.2  # detected places are not exact: relations hold from this much less than data_scenes.py asks for
@@ -154,8 +154,8 @@ class EvalPrompt(NamedTuple):
 def prompt_set(name: str, n: int) -> list[EvalPrompt]:
     """The first n prompts of a set."""
     require(name in PROMPT_SETS, f"unknown set {name!r}; give one of {', '.join(PROMPT_SETS)}")
-    rngs = [(Random(f"{name}/{i // 2}"), Random(f"{name}/scene/{i}")) for i in range(check("n", n, PositiveInt))]
-    return [PROMPT_SETS[name](i // 2, *pair) for i, pair in enumerate(rngs)]
+    n = check("n", n, Annotated[int, Rule(lambda n: 1 <= n <= 10**6, "a whole number from 1 to 1,000,000")])
+    return [PROMPT_SETS[name](i // 2, Random(f"{name}/{i // 2}"), Random(f"{name}/scene/{i}")) for i in range(n)]
 
 
 def _words(pair: Pair, extra: Pair) -> tuple[str, ...]:
