@@ -4,7 +4,6 @@
     x_s = sqrt(a_s) x + sqrt(1 - a_s) e, e ~ N(0, I), s = 0 .. S-1, a_s falling from nearly 1 to nearly 0
     x_S ~ N(0, I) --DDIM, T steps--> x --standardize back, nearest codes--> tokens --VQGAN's decoder--> images
 
-Tokenizer, language model, cross-attention, guidance and optimizer are Muse's.
 Deviation: DiT predicts mean and variance of the noise; we predict the mean, which is all that DDIM needs.
 Deviation: the head predicts the velocity, from which the noise follows (arXiv 2202.00512, appendix D). The noise levels
 follow a cosine (arXiv 2102.09672, equation 17), not DDPM's line. `benchmarks/race.md` compares them.
