@@ -178,7 +178,10 @@ def test_it_edits_as_muse_edits(tiny_muse):
     made = model.edit(asked, [0, 4])
     assert [x.shape[-1] for x in made.values()] == [64, 32, 32, 32, 64]
     same(made["before"], pictures)
-    same(made[""][1:], tiny_muse.edit(pictures[1], asked[1].prompt, seed=4))
+    (alone,) = tiny_muse.edit(pictures[1], asked[1].prompt, seed=4)
+    off = np.abs(np.array(to_pil(made[""])[1]).astype(int) - np.array(alone))
+    assert off.max() <= 1, "the decoder rounds a batch of two in another order"
+    assert (off > 0).mean() < 0.001
 
 
 def test_it_inpaints_the_region_and_keeps_the_rest(tiny_muse):
