@@ -95,6 +95,8 @@ class TextEncoder:
         """B prompts -> Context of (B, L, D_lm), L the number of tokens of the longest."""
         if isinstance(prompts, str):
             raise TypeError(f"prompts is the str {prompts!r}; give a list: encode([{prompts!r}])")
+        if isinstance(prompts, Iterable) and getattr(prompts, "ndim", 1):
+            prompts = list(prompts)
         prompts = check("prompts", prompts, tuple[str, ...])
         rows = self._cache
         with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, which autograd accepts as constants

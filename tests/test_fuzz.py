@@ -36,7 +36,7 @@ SCALARS = (
     torch.tensor(math.nan), torch.tensor(True), torch.tensor(0.5, dtype=torch.bfloat16),
 )  # fmt: skip
 TEXTS = ("", "7", "cosine", "x" * 300, "\0", b"3", Path("nowhere"))
-OTHERS = (None, (), [], {}, [1], (1, 2), [math.nan, 1], ["a"], {"a": 1}, {1}, range(3), object(), int, NotImplemented)
+OTHERS = (None, (), [], {}, [1], (1, 2), [math.nan, 1], ["a"], {"a": 1}, {1}, range(3), object(), NotImplemented)
 TENSORS = (
     torch.zeros(0), torch.zeros(N), torch.zeros(2, N), torch.zeros(2, N, dtype=torch.long), torch.ones(2, 3, 4, 4),
     torch.full((2, N), -5), torch.full((2, N), 10**6), torch.ones(2, N, dtype=torch.bool), torch.full((2, N, V), math.nan),
@@ -64,7 +64,7 @@ ALSO = {  # how an error may name an argument instead
     "name": "preset", "prompt": "prompts", "schedules": "schedule", "orders": "order", "codebook_size": "rows",
     "stay": "transition", "sharpness": "tables", "presets": "preset", "negative_prompt": "negative prompts",
     "first": "values", "second": "values", "successes": "values", "groups": "group labels",
-    "block": "grid", "heads": "width", "multipliers": "blocks",
+    "values": "rows", "block": "grid", "heads": "width", "multipliers": "blocks",
 }  # fmt: skip
 
 
