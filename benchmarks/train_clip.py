@@ -29,7 +29,7 @@ from minimuse.config import StageConfig
 from minimuse.data_captions import FLOOR_PHRASE, caption
 from minimuse.data_images import to_float, to_uint8
 from minimuse.data_scenes import render
-from minimuse.eval_networks import CLIP_FORMAT, FIELDS, SIZE, SceneClip, SceneClipNetwork
+from minimuse.eval_networks import FIELDS, SIZE, SceneClip
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train_engine import Engine, Stage
 
@@ -57,20 +57,20 @@ def swap(text: str, rng: Random) -> tuple[str, str]:
 
 def train(
     engine: Engine, config: StageConfig, images: Tensor, texts: list[list[Tensor]]
-) -> Iterator[tuple[float, SceneClipNetwork]]:
+) -> Iterator[tuple[float, SceneClip]]:
     """images (n, 3, 64, 64) uint8, for each its caption and WRONG false ones (L, 384) -> (loss, network) per step."""
     torch.manual_seed(engine.seed)
-    stage = Stage(engine, "clip", config, {"model": SceneClipNetwork().to(memory_format=torch.channels_last)})
+    stage = Stage(engine, "clip", config, {"model": SceneClip().to(memory_format=torch.channels_last)})
     net = stage.modules["model"]
     for step in stage.steps():
         for at, generators in stage.micro_batches(len(images), step):
             rows = [texts[i][k].float() for k in range(1 + WRONG) for i in at.tolist()]
             pictures = degrade(to_float(images[at]), generators[0]).to(engine.device)
             with engine.precision():
-                scores = net(pictures, pad_contexts(rows).to(engine.device))
+                scores = net.scores(pictures, pad_contexts(rows).to(engine.device))
             logits, right = scores * net.scale.exp().clamp(max=100), torch.arange(len(at), device=scores.device)
             both = F.cross_entropy(logits, right) + F.cross_entropy(logits[:, : len(at)].T, right)
-            stage.backward(both / stage.parts, loss=both / stage.parts)
+            stage.backward(both / engine.parts, loss=both / engine.parts)
         yield stage.finish(step)["loss"], net
 
 
@@ -111,15 +111,16 @@ true caption scores higher than the same one with one word swapped.
 
 def save(clip: SceneClip, folder: Path, training: dict[str, int], n: int) -> None:
     """Write weights in half precision, config.json, and a model card with the accuracy of the written weights."""
-    weights = {k: v.half().contiguous() for k, v in clip.net.state_dict().items()}
-    clip.net.load_state_dict(weights)  # measure what is saved
+    weights = {k: v.half().contiguous() for k, v in clip.state_dict().items()}
+    clip.load_state_dict(weights)  # measure what is saved
+    clip.eval().requires_grad_(False)
     table = measure(clip, n)
     table["all"] = [sum(column) for column in zip(*table.values(), strict=True)]
     rows = "\n".join(f"| {kind} | {right:,} of {of:,} ({right / of:.1%}) |" for kind, (right, of) in table.items())
-    parameters = sum(p.numel() for p in clip.net.parameters())
+    parameters = sum(p.numel() for p in clip.parameters())
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / checkpoint.WEIGHTS)
-    values = json.dumps({"format": CLIP_FORMAT, "training": training}, indent=1)
+    values = json.dumps({"format": SceneClip.FORMAT, "training": training}, indent=1)
     (folder / checkpoint.CONFIG).write_text(values + "\n", encoding="utf-8")
     card = CARD.format(parameters=parameters, rows=rows, fresh=FRESH, **training)
     (folder / checkpoint.CARD).write_text(card, encoding="utf-8")
@@ -147,11 +148,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for few in tqdm([[*known][i : i + 256] for i in range(0, len(known), 256)], desc="embedding", unit_scale=256):
         known |= {text: e[m].half().cpu() for text, e, m in zip(few, *encoder.encode(few), strict=True)}
     progress = train(
-        Engine(seed=args.seed, device=args.device), config, images, [[known[t] for t in row] for row in said]
+        Engine(seed=args.seed % 2**32, device=args.device), config, images, [[known[t] for t in row] for row in said]
     )
     _, net = deque(tqdm(progress, desc="training", total=config.steps), maxlen=1).pop()
     training = {"scenes": args.scenes, "seed": args.seed, "steps": config.steps, "batch": config.batch}
-    save(SceneClip(net.cpu(), encoder.to("cpu")), args.folder, training, args.fresh)
+    save(net.cpu(), args.folder, training, args.fresh)
     print(args.folder)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/train_detector.py FOLDER
 
-    scenes --render--> images --degrade, as decoders do--> DetectorNetwork --> heat, attributes, box and place
+    scenes --render--> images --degrade, as decoders do--> Detector --> heat, attributes, box and place
 
 The training data is kept away from everything that the detector measures: seeds from 7 billion, splits "test" and
 "novel", no generated pictures. The defaults are those of the shipped weights: 8,000 scenes, 1,200 steps, 8 minutes on
@@ -28,7 +28,6 @@ from minimuse.config import StageConfig
 from minimuse.data_images import to_float, to_uint8
 from minimuse.data_scenes import MAX_THINGS, SPLITS, Scene, box, render, sample_scene
 from minimuse.eval_networks import (
-    DETECTOR_FORMAT,
     FIELDS,
     GRID,
     HEADS,
@@ -36,7 +35,6 @@ from minimuse.eval_networks import (
     SPREAD,
     Detections,
     Detector,
-    DetectorNetwork,
 )
 from minimuse.train_engine import Engine, Stage
 
@@ -139,19 +137,17 @@ def quantize(images: Tensor, step: Tensor) -> Tensor:
     return (basis.T @ rounded @ basis).transpose(3, 4).reshape(b, c, h, w)
 
 
-def train(
-    engine: Engine, config: StageConfig, images: Tensor, scenes: list[Scene]
-) -> Iterator[tuple[float, DetectorNetwork]]:
+def train(engine: Engine, config: StageConfig, images: Tensor, scenes: list[Scene]) -> Iterator[tuple[float, Detector]]:
     """images (n, 3, 64, 64) uint8 and their scenes -> (loss, network) after each step."""
     torch.manual_seed(engine.seed)
-    stage = Stage(engine, "detector", config, {"model": DetectorNetwork().to(memory_format=torch.channels_last)})
+    stage = Stage(engine, "detector", config, {"model": Detector().to(memory_format=torch.channels_last)})
     net, (index, place) = stage.modules["model"], targets(scenes)
     for step in stage.steps():
         for at, generators in stage.micro_batches(len(images), step):
             pictures, doubt = warp(to_float(images[at]), generators[0])
             with engine.precision():
                 maps = net(degrade(pictures, generators[0]).to(engine.device))
-            value = loss(maps, *(part.to(maps.device) for part in (index[at], place[at], doubt))) / stage.parts
+            value = loss(maps, *(part.to(maps.device) for part in (index[at], place[at], doubt))) / engine.parts
             stage.backward(value, loss=value)
         yield stage.finish(step)["loss"], net
 
@@ -217,16 +213,17 @@ doubt about shapes from renders with wavy outlines.
 
 def save(detector: Detector, folder: Path, training: dict[str, float], n: int = 700) -> None:
     """Write weights in half precision, config.json, and a model card with the accuracy of the written weights."""
-    weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in detector.net.state_dict().items()}
-    detector.net.load_state_dict(weights)  # measure what is saved
+    weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in detector.state_dict().items()}
+    detector.load_state_dict(weights)  # measure what is saved
+    detector.eval().requires_grad_(False)
     sizes = {size: measure(detector, n, size) for size in (64, 128)}
     rows = [
         f"| {size} px | {k} | {right:,} of {asked:,} | {whole:,} of {all_:,} |"
         for size, table in sizes.items()
         for k, (right, asked, whole, all_) in table.items()
     ]
-    values = {"format": DETECTOR_FORMAT, "fields": FIELDS, "training": training}
-    parameters = sum(p.numel() for p in detector.net.parameters())
+    values = {"format": Detector.FORMAT, "fields": FIELDS, "training": training}
+    parameters = sum(p.numel() for p in detector.parameters())
     card = CARD.format(parameters=parameters, rows="\n".join(rows), fresh=FRESH, **training)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / checkpoint.WEIGHTS)
@@ -250,11 +247,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     chunks = tqdm(range(0, len(made), 100), desc="rendering", unit_scale=100)
     images = torch.cat([to_uint8(render(made[i : i + 100], SIZE)) for i in chunks])
-    progress = train(Engine(seed=args.seed, device=args.device), config, images, made)
+    progress = train(Engine(seed=args.seed % 2**32, device=args.device), config, images, made)
     _, net = deque(tqdm(progress, desc="training", total=config.steps), maxlen=1).pop()
     training = {"scenes": args.scenes, "seed": args.seed, "steps": config.steps, "batch": config.batch}
     spent = {"minutes": round((time.time() - begun) / 60, 1), "threads": torch.get_num_threads()}
-    save(Detector(net), args.folder, training | spent, args.fresh)
+    save(net, args.folder, training | spent, args.fresh)
     print(args.folder)
 
 

@@ -1,17 +1,22 @@
 """`minimuse app`: a page to draw and edit on your own machine, built on the public API (extra `app`).
 
 The page uses no network: system fonts, no telemetry. One picture is drawn at a time; other requests wait in a queue.
+Other sites can neither read nor use it (`guard`).
 Not here: how pictures are made (`muse.py`) and saved (`pictures.py`).
 """
 
 import os
+import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from queue import SimpleQueue
 from threading import Event
+from time import monotonic
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,6 +29,7 @@ from minimuse.sampler import ORDERS, Step
 
 STAGES = {"base": "Base model", "superres": "Super-resolution"}
 SIDES = ("left", "top", "right", "bottom")
+REQUEST, HOUR = 2**26, 2**29  # bytes that one request may send, and all requests of an hour
 ABOUT = """# minimuse
 A prompt becomes a picture token by token ([Muse](https://arxiv.org/abs/2301.00704)). All tokens start masked (gray).
 Each step keeps the most confident predictions. This is `{}`, {} x {} pixels."""
@@ -70,6 +76,43 @@ def painted(layers: Sequence[Image.Image], side: int) -> np.ndarray:
     if not mask.any():
         raise ValueError("The mask is empty: paint over the part to draw again")
     return mask
+
+
+def guard(app: Callable, host: str) -> Callable:
+    """An ASGI app -> the same, except that it refuses foreign hosts (DNS rebinding), foreign origins and many uploads.
+
+    `host` is where the page was started. 0.0.0.0 means every address of this machine, so any IP address is accepted.
+    """
+    from starlette.datastructures import Headers
+    from starlette.responses import PlainTextResponse
+
+    names = {f"[{host}]" if ":" in host else host.lower(), "localhost", "127.0.0.1", "[::1]", socket.gethostname()}
+    any_address = host in ("0.0.0.0", "::")
+    received: list[tuple[float, int]] = []  # when a request came, and its bytes
+
+    def problem(method: str, headers: Headers) -> str:
+        name = re.sub(r":\d*$", "", headers.get("host", "")).lower()
+        if name not in names and not (any_address and re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", name)):
+            return (
+                f"This page is not at {name!r}: open it at the address that minimuse printed, or start it with --host"
+            )
+        if urlsplit(headers.get("origin", f"http://{name}")).netloc not in (name, headers["host"]):
+            return "Another site may not use this page"
+        if method == "POST":
+            size = int(headers.get("content-length", REQUEST + 1))
+            received[:] = [(when, n) for when, n in received if monotonic() - when < 3600]
+            if size > REQUEST or sum(n for _, n in received) + size > HOUR:
+                return f"At most {REQUEST:,} bytes fit in a request, of a stated length, and {HOUR:,} in an hour"
+            received.append((monotonic(), size))
+        return ""
+
+    async def guarded(scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] == "http" and (text := problem(scope["method"], Headers(scope=scope))):
+            await PlainTextResponse(text, 403)(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return guarded
 
 
 class Page:
@@ -128,11 +171,10 @@ class Page:
         prompt, seed, negative, first, final, steps, high_steps, schedule, order = request
         controls = {"guidance": (first, final), "steps": steps, "schedule": schedule, "order": order}
         base, high = asdict(self.muse.config.base_sampling), self.muse.config.superres_sampling
-        moved = {name: value for name, value in controls.items() if value != base[name]}
-        settings = dict(edit or moved)
-        if moved or high_steps != high.steps:
-            settings["superres"] = moved | {"steps": high_steps}
-        settings |= {"seed": seed, "negative_prompt": negative or None}
+        settings = edit or {name: value for name, value in controls.items() if value != base[name]}
+        if high_steps != high.steps:
+            settings = settings | {"superres": {"steps": high_steps}}
+        settings = settings | {"seed": seed, "negative_prompt": negative or None}
         yield {self.status: "**Reading the prompt**"}
         done, shown = [], []
         try:
@@ -180,7 +222,7 @@ class Page:
                 with gr.Column(scale=2, min_width=320):
                     with gr.Row():
                         prompt = gr.Textbox((muse.examples or [""])[0], label="Prompt", scale=3, min_width=200)
-                        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, min_width=90)
+                        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=90)
                     with gr.Tab("Draw"):
                         with gr.Row():
                             draw = gr.Button("Draw", variant="primary", min_width=120)
@@ -197,9 +239,25 @@ class Page:
             more = another.click(lambda n: (n or 0) + 1, seed, seed, api_name=False)
             for trigger in (prompt.submit, more.then):
                 trigger(self.draw, request, outputs, api_name=False, **queue)
+            self.inputs = list(dict.fromkeys([*request, *(part for _, _, inputs in edits for part in inputs)]))
+            for part in self.inputs:
+                self._check(part)
             for button, method, inputs in [(draw, self.draw, []), *edits]:
                 button.click(method, [*inputs, *request], outputs, api_name=method.__name__, **queue)
         return blocks
+
+    def _check(self, part: Any) -> None:
+        """Programs may send anything: what a part of the page cannot take becomes a sentence that names the part."""
+        gr, take = self.gr, part.preprocess
+
+        def preprocess(value: Any) -> Any:
+            try:
+                return take(value)
+            except Exception as error:
+                why = error.message if isinstance(error, gr.Error) else "its type is wrong"
+                raise gr.Error(f"{part.label}: {value!r} cannot be used, {why}", print_exception=False) from error
+
+        part.preprocess = preprocess
 
     def _edits(self, tab: Any) -> list[tuple]:
         """The tab of edits -> its buttons, each with its method and inputs."""
@@ -260,13 +318,23 @@ class Page:
 
 
 def serve(name: str = "toy", *, host: str = "127.0.0.1", port: int | None = None, device: str | None = None) -> None:
-    """Load a checkpoint, serve the page, print its address, until Ctrl-C."""
-    gr, muse = _gradio(), Muse.from_pretrained(name, device=device)
+    """Load a checkpoint, serve the page, print its address, until Ctrl-C. ValueError where it cannot listen."""
+    gr = _gradio()
+    from starlette.middleware import Middleware
+
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port or 0), family=family).close()
+    except (OSError, OverflowError) as error:
+        hint = "give an address of this machine and a free port from 1 to 65535"
+        raise ValueError(f"cannot listen on {host!r}, port {port or 'any'}: {error}; {hint}") from error
+    muse = Muse.from_pretrained(name, device=device)
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     blocks = Page(muse).build().queue(max_size=100)
     _, url, _ = blocks.launch(
         server_name=host, server_port=port, theme=theme, css=CSS, quiet=True, prevent_thread_lock=True, share=False,
-        ssr_mode=False, run_history=False, footer_links=[], max_file_size="64mb",
+        ssr_mode=False, run_history=False, footer_links=[], max_file_size=REQUEST, show_error=True,
+        app_kwargs={"middleware": [Middleware(guard, host=host)]},
     )  # fmt: skip
     print(f"minimuse: {muse.config.name} is at {url} ; Ctrl-C stops it", flush=True)
     blocks.block_thread()

@@ -21,12 +21,8 @@ Guidance = float | tuple[float, float] | Callable[[float], float]
 
 
 def null_text(context: Context) -> Context:
-    """Removed text, (B, 1, D_lm): a single attended zero embedding.
-
-    Choice: the paper is silent. An empty text would be an empty softmax, which is NaN or 0, depending on the backend.
-    """
-    embeds = context.embeds.new_zeros(len(context.embeds), 1, context.embeds.shape[2])
-    return context._replace(embeds=embeds, mask=torch.ones_like(embeds[:, :, 0], dtype=torch.bool))
+    """Removed text, (B, 1, D_lm): zeros, and no text token in the mask. `Transformer.memory` says what it means."""
+    return Context(torch.zeros_like(context.embeds[:, :1]), torch.zeros_like(context.mask[:, :1]))
 
 
 def drop_text(context: Context, p: float, generator: Generators = None) -> Context:
@@ -34,17 +30,17 @@ def drop_text(context: Context, p: float, generator: Generators = None) -> Conte
     require(0 <= p <= 1, f"drop_text got the probability {p}; give 0 <= p <= 1")
     each = generator if isinstance(generator, Sequence) else [generator] * len(context.mask)
     drop = torch.cat([torch.rand(1, generator=g) < p for g in each]).to(context.mask.device)
-    null = torch.zeros_like(context.mask)
-    null[:, 0] = True
-    embeds = torch.where(drop[:, None, None], 0, context.embeds)
-    return context._replace(embeds=embeds, mask=torch.where(drop[:, None], null, context.mask))
+    return Context(context.embeds.masked_fill(drop[:, None, None], 0), context.mask & ~drop[:, None])
 
 
 def guide(cond: Tensor, uncond: Tensor, t: float) -> Tensor:
-    """cond, uncond (B, N, V) -> guided logits (B, N, V).
+    """cond, uncond (B, N, V) -> guided logits (B, N, V), in float32: in bf16, t would multiply the rounding error.
 
     Muse 2.7: l_g = (1 + t) l_c - t l_u, written l_c + t (l_c - l_u), so that l_c = l_u gives exactly l_c.
     """
+    dtype = torch.promote_types(cond.dtype, torch.float32)  # float64 stays
+    cond = cond.to(dtype)
+    uncond = uncond.to(dtype)
     return cond + t * (cond - uncond)
 
 
@@ -73,7 +69,7 @@ def guided(model: Transformer, cond: Memory, uncond: Memory, guidance: Guidance)
     """A model and two memories -> the LogitsFn (tokens (B, N), u) -> guided logits (B, N, V), in float32.
 
     Both branches run as one batch of 2B; if t = 0, only the first runs. `uncond` is the memory of `null_text`, or of a
-    negative prompt. In bf16, t would multiply the rounding error of l_c - l_u.
+    negative prompt.
     """
     scale = get_guidance(guidance)
     both = cond.cat(uncond)
@@ -82,7 +78,6 @@ def guided(model: Transformer, cond: Memory, uncond: Memory, guidance: Guidance)
         t = scale(u)
         if t == 0:
             return model(tokens, cond).float()
-        l_c, l_u = model(torch.cat([tokens, tokens]), both).float().chunk(2)
-        return guide(l_c, l_u, t)
+        return guide(*model(torch.cat([tokens, tokens]), both).chunk(2), t)
 
     return logits_fn

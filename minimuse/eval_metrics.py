@@ -2,7 +2,6 @@
 
 Pictures of one prompt resemble each other: 10 pictures of each of 20 prompts say less than 200 prompts. `groups`, one
 label per row (such as the prompt), gives intervals for clustered samples: what counts is the number of groups.
-Intervals use Student's t from scipy (pip install "minimuse[eval]").
 
 Images are (B, 3, H, W), uint8 or in [-1, 1]. n, m rows, D features, G groups.
 Not here: the networks that make features and scores (`eval_networks.py`), prompts (`eval_prompts.py`).
@@ -51,9 +50,12 @@ class Estimate(NamedTuple):
 
 def mean_interval(values: Values, groups: Groups = None) -> Estimate:
     """Values (n,) -> their mean, with Student's t interval for G - 1 degrees of freedom. Infinite for one group."""
-    values, index = _rows(values, groups)
-    value, (error, count) = values.mean().item(), _standard_error(values, index)
-    margin = error * _t_quantile(max(1, count - 1))
+    values, index, count = _rows(values, groups)
+    residuals = index.bincount(weights=values - values.mean())  # (G,) summed in each group
+    error = math.inf
+    if count > 1:  # sqrt(G / (G - 1) sum_g (sum of residuals of g)^2) / n
+        error = math.sqrt(count / (count - 1) * residuals.square().sum().item()) / len(values)
+    value, margin = values.mean().item(), error * _t_quantile(count)
     return Estimate(value, value - margin, value + margin, len(values))
 
 
@@ -62,14 +64,14 @@ def proportion_interval(successes: Values, groups: Groups = None) -> Estimate:
 
     With groups, n is the effective sample size: p (1 - p) / error^2, at most n, or G where p is 0 or 1.
     """
-    values, index = _rows(successes, groups)
+    values, _, count = _rows(successes, groups)
     if not ((values == 0) | (values == 1)).all():
         raise ValueError("proportion_interval expects True or False in each row; use mean_interval for numbers")
     p, n, z = values.mean().item(), len(values), _t_quantile(math.inf)
     if groups is not None:
-        error, count = _standard_error(values, index)
+        z = _t_quantile(count)
+        error = mean_interval(values, groups).margin / z
         n = count if p in (0, 1) or count == 1 else min(n, p * (1 - p) / max(error**2, 1e-12))
-        z = _t_quantile(max(1, count - 1))
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     margin = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return Estimate(p, min(max(center - margin, 0.0), p), max(min(center + margin, 1.0), p), len(values), ".1%")
@@ -82,10 +84,10 @@ def paired_difference(first: Values, second: Values, groups: Groups = None) -> E
     (with groups: a group) in each direction is added, so the interval stays open where all agree (Bonett & Price 2012).
     """
     binary = all(torch.as_tensor(x).dtype == torch.bool for x in (first, second))
-    (first, index), (second, _) = _rows(first, groups), _rows(second, None)
+    (first, index, count), (second, *_) = _rows(first, groups), _rows(second, None)
     if len(first) != len(second):
         raise ValueError(f"got {len(first)} and {len(second)} values, expected pairs: one of each per row")
-    gaps, count = first - second, int(index.max()) + 1
+    gaps = first - second
     if not binary:
         return mean_interval(gaps, groups)
     extra = gaps.new_ones(round(len(gaps) / count))  # as many rows as an average group
@@ -99,36 +101,26 @@ def jackknife(whole: Tensor | float, without: Tensor) -> Tensor:
     return len(without) * whole - (len(without) - 1) * without
 
 
-def _t_quantile(freedom: float) -> float:
-    """The 97.5% quantile of Student's t; of the normal distribution for infinite degrees of freedom."""
+def _t_quantile(count: float) -> float:
+    """The 97.5% quantile of Student's t for this many groups; of the normal distribution for infinitely many."""
     try:
         from scipy.stats import t
     except ImportError as error:
         raise ImportError('confidence intervals need scipy; install it with pip install "minimuse[eval]"') from error
-    return float(t.ppf(0.975, freedom))
+    return float(t.ppf(0.975, max(1, count - 1)))
 
 
-def _rows(values: Values, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Values (n,) and labels -> values in double, and the number of each row's group, in the order they appear."""
+def _rows(values: Values, groups: Groups, ndim: int = 1) -> tuple[Tensor, Tensor, int]:
+    """Values (n,) or (n, D) and labels -> values in double, the number of each row's group as they appear, and G."""
     values = torch.as_tensor(values).detach().cpu().double()
-    if values.ndim != 1 or not values.isfinite().all():
-        raise ValueError(f"values of shape {tuple(values.shape)}: expected finite numbers (n,), one per row")
-    return values, _group_index(groups, len(values))
-
-
-def _group_index(groups: Groups, n: int) -> Tensor:
-    labels = range(n) if groups is None else groups.tolist() if isinstance(groups, Tensor) else list(groups)
-    if n == 0 or len(labels) != n:
-        raise ValueError(f"got {n} rows and {len(labels)} group labels, expected at least one row and a label for each")
+    if values.ndim != ndim or values.numel() == 0 or not (values.abs() < 1e100).all():
+        expected = f"at least one row of finite numbers, {'(n,)' if ndim == 1 else '(n, D)'}"
+        raise ValueError(f"got values of shape {tuple(values.shape)}, or NaN or infinite ones; expected {expected}")
+    labels = range(len(values)) if groups is None else groups.tolist() if isinstance(groups, Tensor) else groups
+    if isinstance(labels, str) or len(labels) != len(values):
+        raise ValueError(f"got {len(values)} rows and {len(labels)} group labels, expected a list of one for each row")
     number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-    return torch.tensor([number[label] for label in labels])
-
-
-def _standard_error(values: Tensor, index: Tensor) -> tuple[float, int]:
-    """sqrt(G / (G - 1) sum_g (sum of residuals of g)^2) / n of the mean, infinite for one group; and G."""
-    count = int(index.max()) + 1
-    squares = index.bincount(weights=values - values.mean()).square().sum().item()
-    return math.sqrt(count / (count - 1) * squares) / len(values) if count > 1 else math.inf, count
+    return values, torch.tensor([number[label] for label in labels]), len(number)
 
 
 def in_batches(function: Callable[..., Tensor], *arrays: Sequence | Tensor, batch: int = 64) -> Tensor:
@@ -145,41 +137,36 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
     With C = R^T R from a QR, tr (C1 C2)^(1/2) is the sum of the singular values of R1 R2^T, also for n < D.
     """
-    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1] or min(len(real), len(fake)) < 2:
+    real, fake = (_rows(x, None, 2)[0] for x in (real, fake))
+    if real.shape[1] != fake.shape[1] or min(len(real), len(fake)) < 2:
         raise ValueError(f"features {tuple(real.shape)} and {tuple(fake.shape)}: expected (n, D), (m, D), n and m >= 2")
-    if not (real.isfinite().all() and fake.isfinite().all()):
-        raise ValueError("features contain NaN or infinite values; look for the picture that causes them")
-    means = [x.double().mean(0) for x in (real, fake)]
-    centered = [(x.double() - m) / math.sqrt(len(x) - 1) for x, m in zip((real, fake), means, strict=True)]
+    means = [x.mean(0) for x in (real, fake)]
+    centered = [(x - m) / math.sqrt(len(x) - 1) for x, m in zip((real, fake), means, strict=True)]
     roots = [torch.linalg.qr(x, mode="r")[1] for x in centered]
     traces = sum(r.square().sum() for r in roots)
     distance = (means[0] - means[1]).square().sum() + traces - 2 * torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
     return max(0.0, distance.item())
 
 
-def frechet_interval(
-    real: Tensor, fake: Tensor, groups: Groups = None, *, extrapolate: bool = False, seed: int = 0
-) -> Estimate:
+def frechet_interval(real: Tensor, fake: Tensor, groups: Groups = None, *, extrapolate: bool = False) -> Estimate:
     """Features (n, D), (m, D) -> their Frechet distance: FID for `inception_features` (Muse 3.2).
 
     Its standard error is the standard deviation over 20 random halves of both (delete-half jackknife). `groups` are
     those of the fakes, and are halved as a whole. The distance is biased by about c / n, so only distances of equal n
     compare. `extrapolate` removes that: 2 S(n) - mean S(n / 2) (after arXiv 1911.07023), perhaps below 0.
     """
-    indices = _group_index(None, len(real)), _group_index(groups, len(fake))
-    counts = [int(index.max()) + 1 for index in indices]
-    if min(counts) < 4:
-        raise ValueError(f"{min(counts)} rows or groups are too few; give at least 4 real and 4 fake ones")
-    generator = torch.Generator().manual_seed(seed)
-
-    def half(x: Tensor, index: Tensor, count: int) -> Tensor:
-        chosen = torch.randperm(count, generator=generator)[: (count + 1) // 2]
-        return x[torch.isin(index, chosen).to(x.device)]
-
-    halves = [frechet_distance(*map(half, (real, fake), indices, counts)) for _ in range(20)]
-    halves = torch.tensor(halves, dtype=torch.double)
-    value, margin = frechet_distance(real, fake), _t_quantile(19) * halves.std().item()
-    value = 2 * value - halves.mean().item() if extrapolate else value
+    rows = _rows(real, None, 2), _rows(fake, groups, 2)
+    if (fewest := min(count for *_, count in rows)) < 4:
+        raise ValueError(f"{fewest} rows or groups are too few; give at least 4 real and 4 fake ones")
+    generator = torch.Generator().manual_seed(0)
+    halves = []
+    for _ in range(20):
+        chosen = [torch.randperm(count, generator=generator)[: (count + 1) // 2] for *_, count in rows]
+        parts = [x[torch.isin(index, half)] for (x, index, _), half in zip(rows, chosen, strict=True)]
+        halves.append(frechet_distance(*parts))
+    spread, mean = torch.std_mean(torch.tensor(halves, dtype=torch.double))
+    value, margin = frechet_distance(real, fake), _t_quantile(20) * spread.item()
+    value = 2 * value - mean.item() if extrapolate else value
     low = value - margin if extrapolate else max(0.0, value - margin)
     return Estimate(value, low, value + margin, min(len(real), len(fake)))
 
@@ -198,18 +185,27 @@ def inception_features(weights: str | None = None) -> Features:
 
 def diversity(features: Tensor, prompts: Sequence[str]) -> Estimate:
     """Features (n, D) and the prompt of each -> mean distance of two pictures of one prompt, averaged over prompts."""
-    if len(features) != len(prompts):
-        raise ValueError(f"{len(features)} pictures and {len(prompts)} prompts; give the prompt of each picture")
-    index = _group_index(prompts, len(prompts))
+    rows, index, count = _rows(features, prompts, 2)
     if index.bincount().min() < 2:
         raise ValueError("diversity within a prompt needs at least 2 pictures of each prompt")
-    means = [torch.pdist(features[index == g].double()).mean().item() for g in range(int(index.max()) + 1)]
-    return mean_interval(means)._replace(n=len(features))
+    means = [torch.pdist(rows[index == g]).mean().item() for g in range(count)]
+    return mean_interval(means)._replace(n=len(rows))
+
+
+def check_images(images: Tensor) -> None:
+    """ValueError unless images are (B, C, H, W), uint8 or floats of about [-1, 1]. Decoders go a little beyond."""
+    shaped = images.ndim == 4 and images.numel() > 0
+    if not shaped or not (images.dtype == torch.uint8 or (images.is_floating_point() and images.abs().max() <= 4)):
+        hint = "one image needs [None]; scale pixels of 0 to 255 with x / 127.5 - 1"
+        came = f"{tuple(images.shape)}, {images.dtype}"
+        raise ValueError(f"images are {came}; expected (B, C, H, W), uint8 or floats in [-1, 1]: {hint}")
 
 
 def psnr(images: Tensor, reconstructed: Tensor) -> Tensor:
     """(B, C, H, W) twice -> (B,) dB, 10 log10(1 / MSE) of pixels in [0, 1]. Choice: at most 100, so equal ones too."""
-    if images.shape != reconstructed.shape or images.ndim != 4:
-        raise ValueError(f"images {tuple(images.shape)} and {tuple(reconstructed.shape)}: expected two of (B, C, H, W)")
+    if images.shape != reconstructed.shape:
+        raise ValueError(f"images {tuple(images.shape)} and {tuple(reconstructed.shape)}: expected the same shape")
+    check_images(images)
+    check_images(reconstructed)
     x, y = (x.double() / 255 if x.dtype == torch.uint8 else (x.double() + 1) / 2 for x in (images, reconstructed))
     return -10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10()

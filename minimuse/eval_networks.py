@@ -17,10 +17,10 @@ Not here: training (benchmarks/train_detector.py, benchmarks/train_clip.py), wha
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,18 +31,59 @@ from torch import Tensor, nn
 from minimuse import checkpoint
 from minimuse.data_images import from_pil, to_float, to_pil
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES
+from minimuse.eval_metrics import check_images
 from minimuse.text import Context, TextEncoder
 from minimuse.vqgan import Encoder, VQGANConfig
 
-DETECTOR_FORMAT = "minimuse-reader-1"
 SIZE, GRID = 64, 16  # pixels per side of the network's input; cells per side of its output
 FIELDS = {"color": tuple(COLORS), "shape": SHAPES, "size": SIZES, "material": MATERIALS}
 HEADS = [1, *map(len, FIELDS.values()), 6]  # output channels: heat, logits of each field, box and place
 SPREAD = 0.8  # target heat at d cells from the center of a thing: exp(-d^2 / (2 SPREAD^2))
 _FULL_HEAT = math.exp(-0.5 / (2 * SPREAD**2))  # smallest peak of a thing that is there: its center is a cell's corner
-_MIN_HEAT = _FULL_HEAT / 2  # peaks below it are ignored
-_MAX_THINGS = 6  # per picture
-Images = Sequence[Image.Image] | Tensor  # PIL images, or a tensor (B, 3, H, W), uint8 or in [-1, 1]
+Images = Sequence[Image.Image] | Tensor  # square ones: PIL images, or a tensor (B, 3, H, H), uint8 or in [-1, 1]
+
+
+class Pretrained(nn.Module):
+    """A network whose weights are shipped; benchmarks/train_NAME.py trained it."""
+
+    NAME = FORMAT = ""  # the name of its shipped folder; the format in its config.json
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path | None = None) -> Self:
+        """The shipped network, or the one in a folder that the benchmark wrote, frozen."""
+        path = (checkpoint.SHIPPED / cls.NAME if folder is None else Path(folder)) / checkpoint.CONFIG
+        script = f"benchmarks/train_{cls.NAME}.py"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.parent} has no {path.name}; train the network with `python {script}`")
+        values = checkpoint.read_json(path)
+        if not isinstance(values, dict) or values.get("format") != cls.FORMAT:
+            raise ValueError(f"{path} has another format, expected {cls.FORMAT!r}; give a folder written by {script}")
+        net, weights = cls(), load_file(path.with_name(checkpoint.WEIGHTS))
+        checkpoint.check_weights(net.state_dict(), weights, path.parent)
+        net.load_state_dict(weights)
+        return net.eval().requires_grad_(False)
+
+    def batches(self, images: Images) -> list[Tensor]:
+        """Square pictures of any size -> batches (at most 64, 3, 64, 64) in [-1, 1], on the network's device."""
+        return [part.to(next(self.parameters()).device) for part in network_input(images).split(64)]
+
+
+def network_input(images: Images) -> Tensor:
+    """Square pictures of any size -> (B, 3, 64, 64) in [-1, 1]."""
+    if isinstance(images, Image.Image) or len(images) == 0:
+        raise ValueError("expected PIL images or a tensor (B, 3, H, W), at least one; give one picture as [picture]")
+    if not isinstance(images, Tensor):
+        return torch.cat([network_input(from_pil(image, getattr(image, "width", 0))) for image in images])
+    check_images(images)
+    if images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"images are {tuple(images.shape)}, expected square ones (B, 3, H, H); crop them")
+    images = to_float(images) if images.dtype == torch.uint8 else images.float()
+    if images.shape[-1] != SIZE:
+        images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True)
+    return images.clamp(-1, 1)
+
+
+# --- the detector -----------------------------------------------------------------------------------------------------
 
 
 class Detection(NamedTuple):
@@ -81,8 +122,10 @@ class _Residual(nn.Module):
         return F.relu(self.skip(x) + self.layers(x))
 
 
-class DetectorNetwork(nn.Module):
-    """images (B, 3, 64, 64) in [-1, 1] -> maps (B, 22, 16, 16), with the channels of HEADS."""
+class Detector(Pretrained):
+    """images (B, 3, 64, 64) in [-1, 1] -> maps (B, 22, 16, 16), with the channels of HEADS; and what they say."""
+
+    NAME, FORMAT = "detector", "minimuse-reader-1"
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -107,98 +150,51 @@ class DetectorNetwork(nn.Module):
         fine, coarse = self.trunk(images)
         return self.head(self.join(F.relu(fine + F.interpolate(self.up(coarse), scale_factor=2.0))))
 
-
-class Detector:
-    """A trained network and the detections that follow from its maps."""
-
-    def __init__(self, net: DetectorNetwork):
-        self.net = net.eval().requires_grad_(False)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path = checkpoint.SHIPPED / "detector") -> "Detector":
-        """The shipped detector, or a folder that benchmarks/train_detector.py wrote."""
-        net = DetectorNetwork()
-        load_network(net, folder, DETECTOR_FORMAT, "train_detector.py")
-        return cls(net)
-
-    def to(self, device: str | torch.device) -> "Detector":
-        """Move the network; returns itself."""
-        self.net.to(device)
-        return self
-
     @torch.inference_mode()
-    def _run(self, function: Callable[[Tensor], Tensor], images: Images) -> Tensor:
-        device = self.net.head.weight.device
-        return torch.cat([function(part.to(device)) for part in to_network_input(images).split(64)]).float().cpu()
-
     def features(self, images: Images) -> Tensor:
         """Pictures -> (B, D) features for a Frechet distance: fine and coarse features, averaged over all cells."""
-        return self._run(lambda x: torch.cat([level.mean((2, 3)) for level in self.net.trunk(x)], 1), images)
+        levels = (self.trunk(part) for part in self.batches(images))
+        return torch.cat([torch.cat([x.mean((2, 3)) for x in each], 1) for each in levels]).float().cpu()
 
+    @torch.inference_mode()
     def detect(self, images: Images) -> list[Detections]:
-        """PIL images, or (B, 3, H, W), uint8 or in [-1, 1] -> the things in each. Images are resized to 64 x 64."""
-        return [self._things(maps) for maps in self._run(self.net, images)]
-
-    def _things(self, maps: Tensor) -> Detections:
-        """The maps (22, G, G) of one picture -> its things."""
-        heat, *fields, numbers = maps.split(HEADS)
-        heat = heat.sigmoid()  # (1, G, G)
-        peaks = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat > _MIN_HEAT)
-        _, row, column = peaks.nonzero(as_tuple=True)  # (K,)
-        hottest = heat[0, row, column].argsort(descending=True)[:_MAX_THINGS]
-        row, column = row[hottest], column[hottest]
-        center = (torch.stack([column, row]) + 0.5) / GRID  # (2, K): x and y in [0, 1]
-        numbers = numbers[:, row, column]  # (6, K): four edges from the center in quarter pictures, x, depth
-        edges = numbers[:4] / 4 + center.repeat(2, 1)
-        best = [logits.softmax(0)[:, row, column].max(0) for logits in fields]  # the most probable values, (K,)
-        presence = (heat[0, row, column] / _FULL_HEAT).clamp(max=1)
-        confidence = presence * torch.stack([p.values for p in best]).prod(0)
-        things = []
-        for k, place in enumerate(numbers[4:].T.tolist()):
-            attributes = [values[p.indices[k]] for values, p in zip(FIELDS.values(), best, strict=True)]
-            things.append(Detection(*attributes, *place, tuple(edges[:, k].tolist()), confidence[k].item()))
-        return Detections(tuple(sorted(things, key=lambda thing: thing.x)))
+        """Square pictures of any size -> the things in each."""
+        return [_things(maps) for part in self.batches(images) for maps in self(part).float().cpu()]
 
 
-def load_network(net: nn.Module, folder: str | Path, expected: str, script: str) -> None:
-    """Load a folder's weights into a network, after checking its format. `script` is the benchmark that writes them."""
-    path = Path(folder, checkpoint.CONFIG)
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {path.name}; train the network with `python benchmarks/{script}`")
-    if (found := checkpoint.read_json(path).get("format")) != expected:
-        raise ValueError(f"{path} has format {found!r}, expected {expected!r}; give a folder written by {script}")
-    weights = load_file(path.with_name(checkpoint.WEIGHTS))
-    checkpoint.check_weights(net.state_dict(), weights, folder)
-    net.load_state_dict(weights)
-
-
-def to_network_input(images: Images) -> Tensor:
-    """Square pictures of any size -> (B, 3, 64, 64) in [-1, 1]."""
-    if isinstance(images, Image.Image) or len(images) == 0:
-        raise ValueError("expected PIL images or a tensor (B, 3, H, W), at least one; give one picture as [picture]")
-    if not isinstance(images, Tensor):
-        return torch.cat([to_network_input(from_pil(image, getattr(image, "width", 0))) for image in images])
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-        raise ValueError(f"images are {tuple(images.shape)}, expected square ones (B, 3, H, W); one image needs [None]")
-    images = to_float(images) if images.dtype == torch.uint8 else images.float()
-    if images.abs().max() > 2:
-        raise ValueError(f"values reach {images.abs().max():.3g}, expected uint8 or [-1, 1]; scale with x / 127.5 - 1")
-    if images.shape[-1] != SIZE:
-        images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True)
-    return images.clamp(-1, 1)
+def _things(maps: Tensor) -> Detections:
+    """The maps (22, G, G) of one picture -> its things, at most 6."""
+    heat, *fields, numbers = maps.split(HEADS)
+    heat = heat.sigmoid()  # (1, G, G)
+    peaks = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat > _FULL_HEAT / 2)
+    _, row, column = peaks.nonzero(as_tuple=True)  # (K,)
+    hottest = heat[0, row, column].argsort(descending=True)[:6]
+    row, column = row[hottest], column[hottest]
+    center = (torch.stack([column, row]) + 0.5) / GRID  # (2, K): x and y in [0, 1]
+    numbers = numbers[:, row, column]  # (6, K): four edges from the center in quarter pictures, x, depth
+    edges = numbers[:4] / 4 + center.repeat(2, 1)
+    best = [logits.softmax(0)[:, row, column].max(0) for logits in fields]  # the most probable values, (K,)
+    presence = (heat[0, row, column] / _FULL_HEAT).clamp(max=1)
+    confidence = presence * torch.stack([p.values for p in best]).prod(0)
+    things = []
+    for k, place in enumerate(numbers[4:].T.tolist()):
+        attributes = [values[p.indices[k]] for values, p in zip(FIELDS.values(), best, strict=True)]
+        things.append(Detection(*attributes, *place, tuple(edges[:, k].tolist()), confidence[k].item()))
+    return Detections(tuple(sorted(things, key=lambda thing: thing.x)))
 
 
 # --- CLIP scores ------------------------------------------------------------------------------------------------------
 
-CLIP_FORMAT = "minimuse-scorer-1"
 WIDTH = 48  # d
 _SIZES = {"code_dim": WIDTH, "width": 16, "multipliers": (1, 2, 3, 3), "blocks": (0, 0, 1, 1)}
 _UNUSED = {"codebook_size": 1, "decoder_width": 16, "decoder_blocks": (0, 0, 0, 0)}
 TOWER = VQGANConfig(image_size=SIZE, **_SIZES, **_UNUSED)
 
 
-class SceneClipNetwork(nn.Module):
-    """The image tower and the text tower; `text_width` is the language model's."""
+class SceneClip(Pretrained):
+    """The image tower and the text tower, on top of a language model of width `text_width`."""
+
+    NAME, FORMAT = "clip", "minimuse-scorer-1"
 
     def __init__(self, text_width: int = 384):
         super().__init__()
@@ -209,44 +205,31 @@ class SceneClipNetwork(nn.Module):
         self.place = nn.Parameter(torch.randn(TOWER.grid**2, WIDTH) * 0.1)
         self.hear = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, WIDTH))
         self.scale = nn.Parameter(torch.tensor(3.0))  # log of the softmax's scale in training
+        self.encoder = TextEncoder()
 
-    def cells(self, images: Tensor) -> Tensor:
-        """images (B, 3, 64, 64) -> unit vectors (B, 64, d)."""
-        cells = self.see(images).flatten(2).transpose(1, 2)
-        return F.normalize(self.mix_cells(cells + self.place).float(), dim=-1)
-
-    def words(self, text: Context) -> Tensor:
-        """T texts -> unit vectors (T, L, d)."""
-        words = self.mix_words(self.hear(text.embeds), src_key_padding_mask=~text.mask)
-        return F.normalize(words.float(), dim=-1)
-
-    def forward(self, images: Tensor, text: Context) -> Tensor:
-        """B images, T texts -> (B, T): the score of every image with every text."""
-        best = torch.einsum("bcd,tld->btlc", self.cells(images), self.words(text)).amax(-1)
+    def scores(self, images: Tensor, text: Context) -> Tensor:
+        """B images (B, 3, 64, 64), T texts -> (B, T): the score of every image with every text."""
+        cells = self.see(images).flatten(2).transpose(1, 2) + self.place  # (B, 64, d)
+        cells = F.normalize(self.mix_cells(cells).float(), dim=-1)
+        words = self.mix_words(self.hear(text.embeds), src_key_padding_mask=~text.mask)  # (T, L, d)
+        best = torch.einsum("bcd,tld->btlc", cells, F.normalize(words.float(), dim=-1)).amax(-1)
         return (best * text.mask).sum(-1) / text.mask.sum(-1)
 
-
-class SceneClip:
-    """The trained network and its language model."""
-
-    def __init__(self, net: SceneClipNetwork, encoder: TextEncoder | None = None):
-        self.net = net.eval().requires_grad_(False)
-        self.encoder = encoder or TextEncoder()
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path = checkpoint.SHIPPED / "clip") -> "SceneClip":
-        """The shipped SceneClip, or a folder that benchmarks/train_clip.py wrote."""
-        net = SceneClipNetwork()
-        load_network(net, folder, CLIP_FORMAT, "train_clip.py")
-        return cls(net)
-
     @torch.inference_mode()
-    def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} pictures and {len(prompts)} prompts; give the prompt of each picture")
-        texts = (self.encoder.encode(prompts[i : i + 64]) for i in range(0, len(prompts), 64))
-        pairs = zip(to_network_input(images).split(64), texts, strict=True)
-        return torch.cat([self.net(*pair).diagonal() for pair in pairs])
+    def forward(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """B square pictures of any size, with a prompt each -> B scores."""
+        check_pairs(images, prompts)
+        scores = []
+        for i, part in enumerate(self.batches(images)):
+            text = self.encoder.encode(prompts[64 * i : 64 * (i + 1)]).to(part.device)
+            scores.append(self.scores(part, text).diagonal().cpu())
+        return torch.cat(scores)
+
+
+def check_pairs(images: Images, prompts: Sequence[str]) -> None:
+    """ValueError unless there is one prompt for each picture."""
+    if isinstance(prompts, str) or len(images) != len(prompts):
+        raise ValueError(f"{len(images)} pictures and {len(prompts)} prompts; give a list with the prompt of each")
 
 
 class ClipScorer:
@@ -263,6 +246,7 @@ class ClipScorer:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        check_pairs(images, prompts)
         both = {"text": list(prompts), "images": to_pil(images)}
         inputs = self.processor(**both, return_tensors="pt", padding=True, truncation=True)
         out = self.model(**inputs.to(self.model.device))

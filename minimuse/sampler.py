@@ -15,16 +15,17 @@ Not here: the schedules (`masking.py`), guidance (`cfg.py`).
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from minimuse.masking import Generators, Schedule, ScheduleName, reveal_counts, uniforms
-from minimuse.utils import NonNegative, PositiveInt, Rule, check_fields, require
+from minimuse.utils import NonNegative, PositiveInt, Rule, check, check_fields, require
 
 LogitsFn = Callable[[Tensor, float], Tensor]
 Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N) holds the known tokens too
@@ -39,12 +40,37 @@ class SamplingConfig:
     steps: PositiveInt  # T; the paper: 24 for 256 tokens, 8 for 4096
     guidance: tuple[float, float]  # t at the first and at the last step (2.7: t rises linearly)
     schedule: ScheduleName = "cosine"
-    order: Annotated[str, Rule(lambda x: x in ORDERS, "the name of an order, such as 'halton'")] = "confidence"
+    order: Annotated[str, Rule(lambda x: x in ORDERS, "confidence, random, raster, halton, entropy or margin")] = (
+        "confidence"
+    )
     sampling_temperature: NonNegative = 1.0
     choice_temperature: NonNegative = 4.5  # Choice: noise of the ranking, annealed to 0, as in MaskGIT's released code
 
     def __post_init__(self):
         check_fields(self)
+
+
+SETTINGS = get_type_hints(SamplingConfig, include_extras=True) | {"top_k": PositiveInt, "remask": bool}
+FUNCTIONS = "guidance schedule order sampling_temperature choice_temperature".split()  # may be functions too
+
+
+def check_settings(given: dict[str, Any], superres: bool = False) -> dict[str, Any]:
+    """Settings by name -> those that are not None, with plain numbers. Errors name the setting that makes no sense.
+
+    With `superres`, a setting of this name may hold settings of super-resolution.
+    """
+    settings = {name: value for name, value in check("superres", given, dict).items() if value is not None}
+    known = SETTINGS | {"superres": dict} if superres else SETTINGS
+    if unknown := given.keys() - known.keys():
+        raise TypeError(f"unknown setting {', '.join(map(str, unknown))}; known: {', '.join(sorted(known))}")
+    for name, value in settings.items():
+        if name == "superres":
+            settings[name] = check_settings(value)
+        elif name == "guidance" and not isinstance(value, tuple | list | Callable):
+            settings[name] = check(name, value, float, "a number, a pair (first, last), or a function of u")
+        elif name not in FUNCTIONS or not callable(value):
+            settings[name] = check(name, value, known[name])
+    return settings
 
 
 class Step(NamedTuple):
@@ -202,7 +228,13 @@ def decode(
 
     >>> *_, last = decode(logits_fn, torch.full((1, 64), mask_id), mask_id=mask_id, steps=12)
     """
-    _check(tokens, steps, top_k, sampling_temperature, choice_temperature)
+    ok = tokens.ndim == 2 and tokens.numel() > 0 and tokens.dtype == torch.long
+    require(ok, f"tokens {tuple(tokens.shape)} of {tokens.dtype}; give a (B, N) long tensor that is not empty")
+    temperatures = {"sampling_temperature": sampling_temperature, "choice_temperature": choice_temperature}
+    check_settings({"steps": steps, "top_k": top_k, "remask": remask, **temperatures})
+    if steps > tokens.shape[1]:
+        warnings.warn(f"steps is {steps}: {tokens.shape[1]} tokens take only {tokens.shape[1]}", stacklevel=2)
+        steps = tokens.shape[1]
     order = get_order(order)
     random = uniforms(len(tokens), steps, 2, tokens.shape[1], generator=generator).to(tokens.device)  # (B, T, 2, N)
     unknown = masked = tokens == mask_id
@@ -231,15 +263,6 @@ def decode(
         masked = candidates & ~kept
         tokens = drawn.masked_fill(masked, mask_id)
         yield Step(i, u, tokens, masked, kept & before, log_prob.exp().masked_fill(~before, 0))
-
-
-def _check(tokens: Tensor, steps: int, top_k: int | None, *temperatures: Temperature) -> None:
-    ok = tokens.ndim == 2 and tokens.numel() > 0 and tokens.dtype == torch.long
-    require(ok, f"tokens {tuple(tokens.shape)} of {tokens.dtype}; give a (B, N) long tensor that is not empty")
-    require(isinstance(steps, int) and steps >= 1, f"steps is {steps!r}; give a whole number of at least 1")
-    require(top_k is None or top_k >= 1, f"top_k is {top_k}; give at least 1, or None for all")
-    for t in temperatures:
-        require(callable(t) or 0 <= t < math.inf, f"temperature {t}; give 0 or more, or a function of u")
 
 
 def _plan(masked: Tensor, steps: int, schedule: str | Schedule) -> Tensor:

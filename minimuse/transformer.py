@@ -199,7 +199,9 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = (self.rows + self.columns).flatten(0, 1)  # (N, D)
-        return self.codes(tokens) + positions.expand(tokens.shape[1], -1)  # expand refuses another number of tokens
+        n = len(positions)
+        require(tokens.shape[1:] == (n,), f"tokens of shape {tuple(tokens.shape)}; this model reads (B, {n}) tokens")
+        return self.codes(tokens) + positions
 
 
 class Transformer(nn.Module):
@@ -235,8 +237,12 @@ class Transformer(nn.Module):
             nn.init.normal_(module.head.weight, std=0.02)
 
     def memory(self, context: Context, *extra: Tensor) -> Memory:
-        """context (B, L, D_lm), extra entries (B, K, D) -> Memory of M = L + K entries."""
-        text = self.text(context.embeds)  # (B, L, D)
+        """context (B, L, D_lm), extra entries (B, K, D) -> Memory of M = L + K entries.
+
+        Removed text has no text token. Only the extra entries are left (Muse 2.7). If there are none, all L entries are
+        attended to: their values are zero, so cross-attention adds exactly zero, and no softmax is empty.
+        """
+        text = self.text(context.embeds.masked_fill(~context.mask[..., None], 0))  # (B, L, D)
         entries = torch.cat([self.text_norm(text), *extra], 1)  # (B, M, D)
         keys, values = zip(*(layer.cross.project(entries) for layer in self.layers), strict=True)
         if self.text_layers:
@@ -246,6 +252,7 @@ class Transformer(nn.Module):
             entries = torch.cat([self.text_norm(text), *extra], 1)
             keys = tuple(layer.cross.project(entries)[0] for layer in self.layers)
         attend = F.pad(context.mask, (0, entries.shape[1] - text.shape[1]), value=True)  # (B, M)
+        attend = attend | ~attend.any(1, keepdim=True)
         return Memory(keys, values, attend[:, None, None])
 
     def forward(self, tokens: Tensor, memory: Memory) -> Tensor:

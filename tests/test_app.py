@@ -1,5 +1,7 @@
 """app.py without a browser or a server: what each button does. test_page.py has the page itself."""
 
+import asyncio
+import socket
 import sys
 import threading
 import time
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from minimuse import cli
-from minimuse.app import follow, painted
+from minimuse.app import HOUR, REQUEST, follow, guard, painted, serve
 from minimuse.pictures import settings_of
 
 A = "a red cube"
@@ -123,6 +125,91 @@ def test_what_cannot_be_drawn_is_a_sentence(page, request_, start, tmp_path, mon
 def test_unknown_words_are_named(page, request_):
     sentences, _ = run(page, page.draw("quixotic zebras", *request_[1:]))
     assert "tiny never saw quixotic, zebras in training" in sentences[-1]
+
+
+# --- who may use the page ---------------------------------------------------------------------------------------------
+
+
+def answer(app, method: str = "GET", **headers: str) -> int:
+    """The status of an ASGI app's answer to a request with these headers."""
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app({"type": "http", "method": method, "headers": raw}, None, send))
+    return sent[0]["status"]
+
+
+@pytest.fixture
+def guarded():
+    """guarded(host) -> an app behind the guard, which answers 200."""
+    pytest.importorskip("gradio", reason="the extra `app` is not installed")
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+
+    return lambda host="127.0.0.1": guard(app, host)
+
+
+def test_only_its_own_hosts_are_answered(guarded):
+    for host in ("127.0.0.1:7860", "localhost", "LOCALHOST:80", "[::1]:7860"):
+        assert answer(guarded(), host=host) == 200, f"{host} is this machine"
+    for host in ("evil.example", "evil.example:7860", "127.0.0.1.evil.example", "192.168.0.7:7860", "", "[", "a:b:c"):
+        assert answer(guarded(), host=host) == 403, f"{host!r} may be another site whose name leads here"
+    assert answer(guarded()) == 403, "no host is no known host"
+    assert answer(guarded("192.168.0.7"), host="192.168.0.7:7860") == 200, "it was started for this address"
+    assert answer(guarded("::1"), host="[::1]:7860") == 200
+    everywhere = guarded("0.0.0.0")
+    assert [answer(everywhere, host=host) for host in ("10.0.0.7:1", "[fe80::1]:1", "dead.beef")] == [200, 200, 403]
+
+
+def test_other_origins_are_refused(guarded):
+    own = {"host": "localhost:7860"}
+    for origin in ("http://evil.example", "null", "http://localhost:8000", "http://localhost:7860.evil.example", ""):
+        assert answer(guarded(), "POST", content_length="1", origin=origin, **own) == 403, origin
+    assert answer(guarded(), "POST", content_length="1", origin="http://localhost:7860", **own) == 200
+
+
+def test_uploads_have_a_limit(guarded, monkeypatch):
+    app, own = guarded(), {"host": "localhost"}
+    assert answer(app, "POST", **own) == 403, "a request of unknown length could fill the disk"
+    assert answer(app, "POST", content_length=str(REQUEST + 1), **own) == 403
+    for _ in range(HOUR // REQUEST):
+        assert answer(app, "POST", content_length=str(REQUEST), **own) == 200
+    assert answer(app, "POST", content_length="1", **own) == 403, "all requests of an hour have a limit"
+    assert answer(app, **own) == 200, "reading goes on"
+    later = time.monotonic() + 3601
+    monkeypatch.setattr("minimuse.app.monotonic", lambda: later)
+    assert answer(app, "POST", content_length="1", **own) == 200, "an hour later files are deleted"
+
+
+def test_where_it_cannot_listen_is_a_sentence(monkeypatch):
+    pytest.importorskip("gradio", reason="the extra `app` is not installed")
+    monkeypatch.setattr("minimuse.app.Muse.from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        wrong = [
+            ("127.0.0.1", taken.getsockname()[1]),
+            ("999.1.1.1", None),
+            ("192.0.2.1", 7860),
+            ("127.0.0.1", 99_999_999),
+        ]
+        for host, port in wrong:
+            with pytest.raises(ValueError, match=r"cannot listen on .*give an address of this machine and a free port"):
+                serve("nano", host=host, port=port)
+
+
+def test_wrong_types_are_a_sentence(page):
+    numbers = [part for part in page.inputs if hasattr(part, "minimum")]
+    assert len(numbers) >= 8, f"{page.inputs}"
+    for part in numbers:
+        for value in ("x", [1], {}, -1, 1e300):
+            with pytest.raises(page.gr.Error) as error:
+                part.preprocess(value)
+            assert error.value.message.startswith(f"{part.label}: {value!r} cannot be used"), error.value.message
+    with pytest.raises(page.gr.Error, match="Schedule: how many tokens per step: 'x' cannot be used"):
+        next(part for part in page.inputs if "Schedule" in str(part.label)).preprocess("x")
 
 
 # --- following a drawing ----------------------------------------------------------------------------------------------

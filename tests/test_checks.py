@@ -192,8 +192,7 @@ def drop(fraction=lambda p: p, null=cfg.null_text, whole=False):
     def drop_text(context, p, generator=None):
         u = torch.rand(1 if whole else len(context.mask), generator=generator)
         gone = (u < fraction(p)).expand(len(context.mask))
-        mask = torch.where(gone[:, None], False, context.mask)
-        return Context(torch.where(gone[:, None, None], 0, context.embeds), mask)
+        return Context(torch.where(gone[:, None, None], 0, context.embeds), context.mask)
 
     return drop_text
 
@@ -332,7 +331,7 @@ WRONG = [
     ("check_drop_text", lambda context, p, generator: None, "p = 0 leaves all as it is"),
     ("check_drop_text", drop(lambda p: 1 - p), "p = 0 leaves all as it is"),
     ("check_drop_text", drop(whole=True), "a fraction p is removed, each text by itself"),
-    ("check_drop_text", drop(), "removed text is one attended zero, never an empty softmax"),
+    ("check_drop_text", drop(), "removed text has no text token in its mask"),
     ("check_guide", lambda c, u, t: ..., "t = 0 gives the conditional logits"),
     ("check_guide", lambda c, u, t: u + t * (c - u), "t = 0 gives the conditional logits"),
     ("check_guide", lambda c, u, t: (1 + t) * c + t * u, "cond = uncond gives cond, whatever t"),

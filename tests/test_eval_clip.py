@@ -13,7 +13,7 @@ from minimuse.data_captions import caption
 from minimuse.data_images import to_uint8
 from minimuse.data_scenes import render, sample_scene
 from minimuse.eval_metrics import in_batches, mean_interval
-from minimuse.eval_networks import ClipScorer, Detector, SceneClip, SceneClipNetwork
+from minimuse.eval_networks import ClipScorer, Detector, SceneClip
 from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.text import Context
 
@@ -55,19 +55,19 @@ def test_its_seeds_are_its_own():
 
 
 def test_padding_does_not_matter():
-    net = SceneClipNetwork(16).eval()
+    net = SceneClip(16).eval()
     images, embeds = torch.rand(2, 3, 64, 64), torch.randn(2, 5, 16)
     short = Context(embeds, torch.ones(2, 5, dtype=torch.bool))
     padded = Context(torch.cat([embeds, torch.zeros(2, 4, 16)], 1), torch.arange(9).expand(2, 9) < 5)
     with torch.no_grad():
-        torch.testing.assert_close(net(images, short), net(images, padded), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(net.scores(images, short), net.scores(images, padded), atol=1e-5, rtol=1e-4)
 
 
 @shipped
 def test_it_is_small_and_shares_nothing_with_the_reader():
     assert (FOLDER / checkpoint.WEIGHTS).stat().st_size <= 500_000
-    mine = {v.numel(): v for v in SceneClipNetwork().state_dict().values() if v.numel() > 1000}
-    for name, weight in Detector.from_pretrained().net.state_dict().items():
+    mine = {v.numel(): v for v in SceneClip().state_dict().values() if v.numel() > 1000}
+    for name, weight in Detector.from_pretrained().state_dict().items():
         assert weight.numel() not in mine or weight.shape != mine[weight.numel()].shape, name
 
 
@@ -89,8 +89,9 @@ def test_it_is_a_scorer_as_metrics_asks_for(scorer):
     assert -1 <= scores.min() <= scores.max() <= 1
     others = mean_interval(scorer(images, [*prompts[3:], *prompts[:3]]))
     assert mean_interval(scores).low > others.high, "its own caption fits a picture better than another's"
-    with pytest.raises(ValueError, match="12 pictures and 1 prompts"):
-        scorer(images, ["a cube"])
+    for wrong in (["a cube"], "a cube, a cube"[:12]):
+        with pytest.raises(ValueError, match=r"12 pictures and .* prompts"):
+            scorer(images, wrong)
 
 
 def test_what_is_no_scorer_is_refused(tmp_path):
@@ -120,6 +121,8 @@ def test_clip_score_is_transformers_own_logit(tiny_clip):
     scorer = ClipScorer(tiny_clip)
     assert scorer(images, prompts).tolist() == pytest.approx(said, abs=1e-5)
     assert in_batches(scorer, images, prompts, batch=2).tolist() == pytest.approx(said, abs=1e-5)
+    with pytest.raises(ValueError, match="3 pictures and 1 prompts"):
+        scorer(images, prompts[:1])
 
 
 def test_half_a_clip_is_refused(tmp_path, tiny_clip):

@@ -581,8 +581,8 @@ def test_a_generator_on_another_device_is_refused():
         (torch.full((2, 9), MASK), {"steps": -3}, "steps is -3"),
         (torch.full((2, 9), MASK), {"steps": 2.5}, "steps is 2.5"),
         (torch.full((2, 9), MASK), {"top_k": 0}, "top_k is 0"),
-        (torch.full((2, 9), MASK), {"sampling_temperature": -1.0}, "temperature -1.0"),
-        (torch.full((2, 9), MASK), {"choice_temperature": math.nan}, "temperature nan"),
+        (torch.full((2, 9), MASK), {"sampling_temperature": -1.0}, "sampling_temperature is -1.0"),
+        (torch.full((2, 9), MASK), {"choice_temperature": math.nan}, "choice_temperature is nan"),
         (torch.full((2, 9), MASK), {"schedule": "cosinus"}, "unknown schedule 'cosinus'"),
     ],
 )

@@ -15,7 +15,7 @@ from minimuse import checkpoint
 from minimuse.config import StageConfig
 from minimuse.data_images import to_uint8
 from minimuse.data_scenes import SPLITS, box, render, sample_scene
-from minimuse.eval_networks import GRID, HEADS, SPREAD, Detector, DetectorNetwork
+from minimuse.eval_networks import GRID, HEADS, SPREAD, Detector
 from minimuse.train_engine import Engine
 from minimuse.utils import seeded_generator
 
@@ -53,7 +53,7 @@ def test_the_card_is_written_by_the_code_and_meets_the_bar():
     card = (FOLDER / checkpoint.CARD).read_text(encoding="utf-8")
     training = json.loads((FOLDER / checkpoint.CONFIG).read_text(encoding="utf-8"))["training"]
     rows = [line for line in card.splitlines() if " px |" in line]
-    parameters = sum(p.numel() for p in DetectorNetwork().parameters())
+    parameters = sum(p.numel() for p in Detector().parameters())
     written = train_detector.CARD.format(
         parameters=parameters, rows="\n".join(rows), fresh=train_detector.FRESH, **training
     )
@@ -88,11 +88,11 @@ def perfect_maps(scenes):
 def test_targets_and_reading_are_inverses():
     """Round trip: scenes -> targets -> perfect maps -> what is read, exactly the scenes."""
 
-    class Perfect(DetectorNetwork):
+    class Perfect(Detector):
         def forward(self, images):
             return perfect_maps(SCENES)
 
-    for reading, scene in zip(Detector(Perfect()).detect(torch.zeros(60, 3, 64, 64)), SCENES, strict=True):
+    for reading, scene in zip(Perfect().eval().detect(torch.zeros(60, 3, 64, 64)), SCENES, strict=True):
         assert len(reading.things) == len(scene.things), f"{scene}"
         assert all(attributes_right(reading, scene))
         for found, thing in zip(reading.things, sorted(scene.things, key=lambda t: t.x), strict=True):
@@ -139,7 +139,7 @@ def test_warped_pictures_wobble_and_say_so(images):
 
 
 def test_gradients_reach_every_weight():
-    net = DetectorNetwork()
+    net = Detector()
     loss(net(render(SCENES[:4], 64)), *targets(SCENES[:4])).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
 
@@ -185,7 +185,7 @@ def test_the_command_trains_measures_saves_and_overwrites_nothing(tmp_path, caps
     folder = tmp_path / "mine"
     train_detector.main([str(folder), "--scenes", "16", "--steps", "2", "--fresh", "2", "--device", "cpu"])
     assert Path(capsys.readouterr().out.strip()) == folder
-    net = Detector.from_pretrained(folder).net
+    net = Detector.from_pretrained(folder)
     assert (folder / checkpoint.WEIGHTS).stat().st_size <= 2_000_000
     assert all(v.dtype != torch.float16 for v in net.state_dict().values()), "halved on disk, whole at work"
     assert "16 scenes" in " ".join((folder / checkpoint.CARD).read_text().split())

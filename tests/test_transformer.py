@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minimuse import transformer
-from minimuse.cfg import null_text
+from minimuse.cfg import drop_text, null_text
 from minimuse.config import preset
 from minimuse.masking import masked_cross_entropy
 from minimuse.text import Context
@@ -47,6 +47,11 @@ def context(batch=2, length=5, seed=0):
     g = torch.Generator().manual_seed(seed)
     mask = torch.arange(length) < torch.tensor([length, *([3] * (batch - 1))])[:, None]
     return Context(torch.randn(batch, length, D_LM, generator=g) * mask[..., None], mask)
+
+
+def no_tokens(text):
+    """The same text with no text token in its mask."""
+    return text._replace(mask=torch.zeros_like(text.mask))
 
 
 def tokens(batch=2, n=16, high=V + 1, seed=0):
@@ -101,8 +106,10 @@ def test_logits_depend_on_tokens_places_text_and_its_order():
 def test_another_number_of_tokens_is_refused(n):
     """A shorter sequence would otherwise be read as the first rows of the grid."""
     model = base()
-    with pytest.raises(RuntimeError, match="must match the existing size"):
+    with pytest.raises(ValueError, match=r"this model reads \(B, 16\) tokens"):
         model(tokens(n=n), model.memory(context()))
+    with pytest.raises(ValueError, match=r"this model reads \(B, 16\) tokens"):
+        superres().memory(context(), tokens(n=n))
 
 
 def test_an_example_does_not_depend_on_its_neighbours():
@@ -222,11 +229,27 @@ def test_no_text_layers_leave_checkpoints_as_they_were():
 
 
 def test_null_text_adds_nothing():
-    """One attended zero: cross-attention gives 0, whatever the weights."""
-    model = base()
-    memory = model.memory(null_text(context()))
-    assert all(v.eq(0).all() for v in memory.values), "the value of removed text is not zero"
-    assert memory.attend.all(), "and it is attended"
+    """Pitfall 24: no softmax is empty, and cross-attention adds exactly 0, whatever the weights."""
+    for model in (base(), reader()):
+        for removed in (null_text(context()), drop_text(context(), 1.0), no_tokens(context())):
+            memory = model.memory(removed)
+            assert all(v.eq(0).all() for v in memory.values), "the value of removed text is not zero"
+            assert memory.attend.any(-1).all(), "and it is attended"
+            cross = model.layers[0].cross(torch.randn(2, 16, 32), memory.keys[0], memory.values[0], memory.attend)
+            assert cross.eq(0).all(), "cross-attention to removed text is not zero"
+
+
+def test_pitfall_27_without_text_super_resolution_sees_only_the_low_tokens():
+    """Entries of removed text take no softmax mass, however many there are and whatever they hold."""
+    model, x, low = superres(), tokens(n=64), tokens(high=9)
+    memory = model.memory(null_text(context()), low)
+    alone = Memory(
+        tuple(k[:, :, 1:] for k in memory.keys), tuple(v[:, :, 1:] for v in memory.values), memory.attend[..., 1:]
+    )
+    assert memory.attend.sum(-1).eq(16).all(), "16 low-res tokens, and nothing else, are attended to"
+    expected = model(x, alone)
+    for removed in (null_text(context()), drop_text(context(), 1.0), no_tokens(context())):
+        assert_same(model(x, model.memory(removed, low)), expected, "removed text takes softmax mass")
 
 
 def test_memory_cat_is_two_runs():

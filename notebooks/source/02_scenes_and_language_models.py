@@ -641,8 +641,9 @@ r"""
 ## 7. No text at all
 
 Guidance (notebook 6) needs the model to know pictures without a text. In training, the text of 10% of the examples
-is removed. That is not the empty prompt: `""` still has its two special tokens. Removed text is a single zero vector
-that *is* attended to. If nothing could be attended to, the softmax would be taken over nothing: 0 / 0.
+is removed. That is not the empty prompt: `""` still has its two special tokens. Removed text has no token at all: its
+embeddings are zero, and its mask is `False` everywhere. (A softmax over nothing would be 0 / 0. How the transformer avoids it
+is the subject of notebook 5.)
 """
 
 # %%
@@ -657,8 +658,8 @@ show(drop_text, null_text)
 r"""
 ### Exercise 2.2: remove texts
 
-Write `drop_text`. Each example loses its text with probability $p$, by itself; what is left is one attended zero
-vector, in the same shape. The stub has a mistake that real code has made.
+Write `drop_text`. Each example loses its text with probability $p$, by itself; what is left has the same
+shape, but no text token. The stub has a mistake that real code has made.
 """
 
 
@@ -674,11 +675,7 @@ check_drop_text(my_drop_text)
 # %% tags=["solution"]
 def my_drop_text(context, p, generator=None):
     drop = torch.rand(len(context.mask), generator=generator) < p
-    null = torch.zeros_like(context.mask)
-    null[:, 0] = True  # one token is attended to, and it is zero
-    return Context(
-        context.embeds * ~drop[:, None, None], torch.where(drop[:, None], null, context.mask)
-    )
+    return Context(context.embeds * ~drop[:, None, None], context.mask & ~drop[:, None])
 
 
 check_drop_text(my_drop_text)
@@ -725,7 +722,7 @@ r"""
 - A frozen language model turns prompts into vectors. It brings along what it read: many words for shapes and sizes,
   hardly any for colours. A word table from scratch brings nothing.
 - Which thing stands where, a word's vector hardly says; the words before and after it do.
-- Any encoder fits: T5, ALBERT, BERT, CLIP. Padding is masked, and removed text is one attended zero vector.
+- Any encoder fits: T5, ALBERT, BERT, CLIP. Padding is masked, and removed text has no token in its mask.
 """
 
 # %% [markdown]

@@ -311,9 +311,9 @@ r"""
 ## 3. One network, both predictions
 
 Where does $\ell_u$ come from? From the same weights. In training the text is removed from 10% of the examples, so the
-network learns both jobs. Removed text must still be *something* to attend to: a softmax over nothing is $0/0$, and
-which value that becomes depends on the attention kernel. We leave one token, a vector of zeros, which stands for "no
-text". (The paper does not say what it does.)
+network learns both jobs. Removed text has no token in its mask, and its embeddings are zero. Attention is then attention among
+image tokens (Muse 2.7): cross-attention of the base model adds zero, that of super-resolution sees only the low-res tokens. A
+softmax over nothing would be $0/0$; so the base model attends to the zeros, whose values are zero.
 """
 
 # %%
@@ -326,11 +326,11 @@ from minimuse.text import Context
 
 crowd = Context(text.embeds.expand(5000, -1, -1), text.mask.expand(5000, -1))
 dropped = drop_text(crowd, 0.1, torch.Generator().manual_seed(0))
-gone = dropped.mask.sum(1) == 1
+gone = ~dropped.mask.any(1)
 print(
     "a prompt   (B, L, D_lm):", tuple(text.embeds.shape), "- pieces of text:", int(text.mask.sum())
 )
-print("no prompt  (B, 1, D_lm):", tuple(null_text(text).embeds.shape), "- attended: 1 zero vector")
+print("no prompt  (B, 1, D_lm):", tuple(null_text(text).embeds.shape), "- pieces of text: 0")
 print(f"of 5000 texts {gone.double().mean():.1%} were removed; what is left of the first: ", end="")
 print(f"{dropped.mask[gone][0].tolist()}, largest number {dropped.embeds[gone][0].abs().max():g}")
 
@@ -347,8 +347,7 @@ about; see how the check puts it.
 def my_drop_text(context, p, generator=None):
     drop = torch.rand(len(context.mask), generator=generator) < p  # (B,)
     embeds = torch.where(drop[:, None, None], 0, context.embeds)
-    mask = context.mask & ~drop[:, None]  # your code: what is left to attend to?
-    return Context(embeds, mask)
+    return Context(embeds, context.mask)  # your code: are the zeros still text tokens?
 
 
 check_drop_text(my_drop_text)
@@ -358,8 +357,7 @@ check_drop_text(my_drop_text)
 def my_drop_text(context, p, generator=None):
     drop = torch.rand(len(context.mask), generator=generator) < p  # (B,)
     embeds = torch.where(drop[:, None, None], 0, context.embeds)
-    first = torch.arange(context.mask.shape[1]) == 0  # (L,) one place stays
-    return Context(embeds, torch.where(drop[:, None], first, context.mask))
+    return Context(embeds, context.mask & ~drop[:, None])
 
 
 check_drop_text(my_drop_text)

@@ -417,7 +417,7 @@ r"""
 ### Guidance removes the text alone
 
 Guidance (notebook 6) compares predictions with and without the condition. Here "without" means *without the text*: the
-coarse tokens stay in both memories. Otherwise guidance would push the picture away from its own coarse grid.
+coarse tokens stay in both memories, and without the text nothing else is attended to. Otherwise guidance would push the picture away from its own coarse grid.
 """
 
 # %%
@@ -431,7 +431,8 @@ print(
 print(
     "entries without text:",
     without.attend.shape[-1],
-    "- one zero vector, then the same coarse tokens",
+    "of which attended",
+    int(without.attend.sum()),
 )
 print(
     "the same keys of coarse tokens:",

@@ -594,7 +594,7 @@ r"""
 ## 5. Does it fit the prompt? CLIP score
 
 CLIP is two networks, one for pictures and one for texts, trained so that a picture's vector points where its caption's does. The
-**CLIP score** is the cosine between both: no detector, no grammar, any text. `eval_clip.ClipScorer` takes every published CLIP; for scenes a
+**CLIP score** is the cosine between both: no detector, no grammar, any text. `eval_networks.ClipScorer` takes every published CLIP; for scenes a
 small one of our own comes along, `SceneClip`. It gives each place of the picture and each word a vector $w_j$, $z_i$, and lets each word look for
 its place:
 
@@ -602,7 +602,7 @@ $$\text{score} = \frac{1}{L} \sum_{j=1}^{L} \max_i \, \cos(w_j, z_i).$$
 """
 
 # %%
-from minimuse.eval_networks import SceneClipNetwork
+from minimuse.eval_networks import SceneClip
 
 some = [
     "a red cube",
@@ -639,7 +639,7 @@ ax.set_xticks(range(6), range(1, 7))
 ax.set(xlabel="picture made for text number", ylabel="text")
 ax.grid(False)
 plt.show()
-show(SceneClipNetwork.forward)
+show(SceneClip.scores)
 
 # %% [markdown]
 r"""
