@@ -256,7 +256,8 @@ class Diffusion(LowRes):
         data, stage = trainer.data, self.config.stages["base"]
         factor = self.config.high_tokenizer.image_size // self.config.low_tokenizer.image_size
         z = latents(self.low_tokenizer, Decimated(data.split(data.images), factor))
-        options = {"engine": trainer.engine, "eval_fn": trainer.log.samples_of(self)}
+        eval_fn = trainer.log.samples("base", self.parts, self.examples, partial(self.generate, self.examples, seed=0))
+        options = {"engine": trainer.engine, "eval_fn": eval_fn}
         return train_dit(self.base, stage, z, data.split(data.texts), **options)
 
     @torch.inference_mode()

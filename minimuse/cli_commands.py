@@ -136,27 +136,30 @@ def run_train(args: argparse.Namespace) -> None:
     engine.handle_signals()
     trainer = partial(train_baseline, baseline(args.model)) if args.model else train_muse
     try:
-        last = deque(_with_bars(trainer(config, data=source, engine=engine), shown=engine.is_main), maxlen=1).pop()
+        last = deque(_with_bars(trainer(config, data=source, engine=engine), enabled=engine.is_main), maxlen=1).pop()
     except Stopped:
         if engine.is_main:
             print(f"minimuse: stopped; continue with: minimuse train --resume --out {args.out}", file=sys.stderr)
         raise SystemExit(128 + engine.signal) from None
     if engine.is_main:
         folder = last.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
-        add_record(folder, config, source)
+        add_record(folder, config, int(last.metrics["pictures"]), int(last.metrics["captions"]))
         print(f"trained in {last.metrics['minutes']:.1f} minutes: {folder}")
         print(f'try: minimuse generate "{last.model.examples[0]}" --model {folder}')
 
 
-def _with_bars(progress: Iterator[Any], shown: bool) -> Iterator[Any]:
+def _with_bars(progress: Iterator[Any], enabled: bool) -> Iterator[Any]:
     """Pass a run's Progress on, with a progress bar for each stage."""
     from tqdm import tqdm
 
+    from minimuse.train_log import EVALUATED
+
     for stage, parts in groupby(progress, lambda p: p.stage):
-        with tqdm(desc=stage, disable=not shown) as bar:
+        with tqdm(desc=stage, disable=not enabled) as bar:
             for p in parts:
                 bar.total = p.steps
-                bar.set_postfix({k: f"{v:.3g}" for k, v in p.metrics.items() if "held_out" not in k}, refresh=False)
+                shown = {name: f"{value:.3g}" for name, value in p.metrics.items() if not name.startswith(EVALUATED)}
+                bar.set_postfix(shown, refresh=False)
                 bar.update(p.step - bar.n)
                 yield p
 

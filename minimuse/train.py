@@ -264,7 +264,10 @@ def train_muse(
         trainer = MuseTrainer(config, data, engine, Path(folder))
         for progress in (stages or MuseTrainer.five_stages)(trainer):
             yield progress._replace(metrics=trainer.log(progress))
-    yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, progress.model)
+        captions = trainer.data.captions()
+    minutes = (time.monotonic() - started) / 60
+    done = {"minutes": minutes, "pictures": len(captions), "captions": sum(map(len, captions))}
+    yield Progress("done", 1, 1, done, progress.model)
 
 
 class MuseTrainer:
