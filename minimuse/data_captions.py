@@ -126,11 +126,12 @@ class Example(NamedTuple):
 
     image: Tensor  # (3, size, size) uint8
     captions: tuple[str, ...]  # at least one
+    name: str = ""  # its own in its part, by which it is known when the part is read again
 
     def check(self, size: int) -> "Example":
         """The example itself. ValueError unless image and captions are as above."""
-        image, captions = self
-        if image.shape != (3, size, size) or image.dtype != torch.uint8 or isinstance(captions, str):
+        image, captions, _ = self
+        if image.shape != (3, size, size) or image.dtype != torch.uint8 or isinstance(captions, str) or not captions:
             raise ValueError(
                 f"a source gave an image {tuple(image.shape)} of {image.dtype} with the captions {captions!r}; "
                 f"it yields Example(image (3, {size}, {size}) uint8, a tuple of captions)"
@@ -216,7 +217,7 @@ class SceneDataset:
             few = indices[start : start + 50]
             for i, image in zip(few, scenes.images(few), strict=True):
                 problems.seen += 1
-                yield Example(image, tuple(self.captions(i)))
+                yield Example(image, tuple(self.captions(i)), str(i))
 
     def __len__(self) -> int:
         return self.n
