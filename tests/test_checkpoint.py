@@ -219,7 +219,10 @@ CHANGES = {
     "stages of another kind": (lambda v: v["config"].update(stages=[]), r"config\.json"),
     "nonsense": (lambda v: v["config"]["base"].update(heads=5), "width is .*; give a multiple of 5"),
     "a text for a number": (lambda v: v["config"]["base"].update(width="wide"), "width is 'wide'"),
-    "null for a list": (lambda v: v["config"]["low_tokenizer"].update(multipliers=None), r"multipliers is None; give a tuple"),
+    "null for a list": (
+        lambda v: v["config"]["low_tokenizer"].update(multipliers=None),
+        r"multipliers is None; give a tuple",
+    ),
 }
 
 
