@@ -201,7 +201,7 @@ def test_guidance_forms(tiny_muse, guidance, expected):
 
 
 def test_guidance_of_another_kind_is_refused(tiny_muse):
-    with pytest.raises(TypeError, match="a number, a pair"):
+    with pytest.raises(ValueError, match="a number, a pair"):
         tiny_muse.generate(A, guidance="strong")
 
 
@@ -264,7 +264,7 @@ def test_unknown_settings_list_the_known(tiny_muse):
         (A, {"superres": {"steps": 0}}, ValueError, "steps is 0"),
         (A, {"schedule": "cosinus"}, ValueError, "unknown schedule 'cosinus'; known: cosine"),
         (A, {"order": "confident"}, ValueError, "unknown order 'confident'; known: confidence"),
-        (A, {"sampling_temperature": -1}, ValueError, "temperature -1"),
+        (A, {"sampling_temperature": -1}, ValueError, "sampling_temperature is -1"),
         (A, {"top_k": 0}, ValueError, "top_k is 0"),
     ],
 )
