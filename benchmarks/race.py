@@ -52,6 +52,7 @@ from minimuse.train import Decimated, MaskedLoss, train_transformer
 from minimuse.train_budget import count_flops
 from minimuse.train_engine import Engine, init_from_codebook
 from minimuse.train_log import likelihood_bound
+from minimuse.transformer import RESIDUAL_OUTPUTS
 from minimuse.utils import atomic_write, seeded_generator
 
 PARTS = ("race", "likelihood", "identity", "stages", "guidance")
@@ -65,6 +66,15 @@ TUNE = {  # six settings each
 }
 FINE = {"guidance": (1.0, 3.0), "sampling_temperature": 0.4, "choice_temperature": 0.5}  # nano's own super-resolution
 TUNING_STEPS = {"masked": {"steps": 16}, "ar": {}, "dit": {"steps": 32}}
+
+
+def open_gates(dit: nn.Module) -> None:
+    """Before training: the blocks of a DiT write from the start, as Muse's layers do."""
+    for name, p in dit.named_parameters():
+        if name.endswith(RESIDUAL_OUTPUTS):
+            nn.init.normal_(p, std=(2 * len(dit.layers) * p.shape[1]) ** -0.5)
+    for block in dit.layers:
+        block.condition.bias.data.view(6, -1)[[2, 5]] = 1.0
 
 
 class Entrant(NamedTuple):
@@ -109,7 +119,7 @@ class Race:
             "ar": ar,
             "dit": dit,
             "masked, identity": masked._replace(change=zero_init_residual),
-            "dit, open gates": dit._replace(change=lambda model: model.init_weights(zero_init=False)),
+            "dit, open gates": dit._replace(change=open_gates),
             "one stage": Entrant(LowRes, one_stage(self.config)),
         }
 

@@ -1,7 +1,7 @@
 """The autoregressive baseline (as Parti, arXiv 2206.10789), and what all baselines share.
 
-A baseline takes the place of Muse's base model. It has the same data, text, tokenizer and optimizer, and about as many
-parameters. It draws the low-resolution picture alone, since what Muse does after it would be the same.
+A baseline replaces Muse's base model and draws only the low-resolution picture. It has the same data, text, tokenizer
+and optimizer, and about as many parameters.
 
     model      is trained to predict                         draws                                   in steps
     masked     masked tokens: Muse's base model by itself    many tokens a step, in any order        any T
@@ -87,11 +87,6 @@ class LowRes(Muse):
 
     inpaint = outpaint = edit = edit_steps = decode_superres = refuse
 
-    @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: Any = None, dtype: torch.dtype = torch.float32) -> "LowRes":
-        """As `Muse.from_pretrained`, for a checkpoint of the same class."""
-        return super().from_pretrained(name, device=device, dtype=dtype)
-
     def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
         """As `Muse.save_pretrained`, with a model card of its own."""
         folder = super().save_pretrained(folder, **options)
@@ -168,7 +163,7 @@ class CausalTransformer(Transformer):
         if cache is not None:
             place = cache[0][0].shape[2] if cache[0] else 0
             x = x[:, place : place + 1]
-        pasts = [None] * len(self.layers) if cache is None else cache
+        pasts = cache or [None] * len(self.layers)
         for layer, k, v, past in zip(self.layers, memory.keys, memory.values, pasts, strict=True):
             x = layer(x, k, v, memory.attend, past=past)
         return self.head(self.norm(x))
@@ -211,8 +206,9 @@ def cached(model: CausalTransformer, cond: Memory, uncond: Memory, guidance: Gui
 
     def logits_fn(tokens: Tensor, u: float) -> Tensor:
         place = cache[0][0].shape[2] if cache[0] else 0
-        known = int((tokens[0] != model.mask_id).sum())
-        require(known == place, f"step {place} came with {known} known tokens; reveal one a step, in raster order")
+        masked = torch.arange(tokens.shape[1], device=tokens.device) >= place
+        right = (tokens == model.mask_id).equal(masked.expand_as(tokens))
+        require(right, f"not only the first {place} tokens are known; reveal one token a step, in raster order")
         new = model(tokens.repeat(2, 1), both, cache)[:, 0]  # (2B, V)
         logits = new.new_zeros(*tokens.shape, new.shape[-1], dtype=torch.float)
         logits[:, place] = guide(*new.chunk(2), scale(u))
@@ -242,5 +238,6 @@ class Autoregressive(LowRes):
     def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
         init_from_codebook(self.base, self.low_tokenizer.codebook)
         data, stage = trainer.data, self.config.stages["base"]
-        options = {"engine": trainer.engine, "eval_fn": trainer.log.samples_of(self)}
+        eval_fn = trainer.log.samples("base", self.parts, self.examples, partial(self.generate, self.examples, seed=0))
+        options = {"engine": trainer.engine, "eval_fn": eval_fn}
         return train_ar(self.base, stage, data.split(data.tokens["low"]), data.split(data.texts), **options)

@@ -4,8 +4,6 @@
     x_s = sqrt(a_s) x + sqrt(1 - a_s) e, e ~ N(0, I), s = 0 .. S-1, a_s falling from nearly 1 to nearly 0
     x_S ~ N(0, I) --DDIM, T steps--> x --standardize back, nearest codes--> tokens --VQGAN's decoder--> images
 
-All that surrounds the network is Muse's: tokenizer, language model, cross-attention, guidance, optimizer.
-
 Deviation: DiT predicts mean and variance of the noise; we predict the mean, which is all that DDIM needs.
 Deviation: the head predicts the velocity, from which the noise follows (arXiv 2202.00512, appendix D). The noise levels
 follow a cosine (arXiv 2102.09672, equation 17), not DDPM's line. `benchmarks/race.md` compares them.
@@ -17,9 +15,9 @@ Not here: what all baselines share (`baseline_ar.py`).
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +27,7 @@ from minimuse.baseline_ar import LowRes
 from minimuse.cfg import guided
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_images import to_float
-from minimuse.editing import Jobs
+from minimuse.editing import Jobs, seeded_generators
 from minimuse.masking import Generators, uniforms
 from minimuse.muse import sampling_settings
 from minimuse.sampler import Step
@@ -37,30 +35,10 @@ from minimuse.text import Context
 from minimuse.train import Decimated, MuseTrainer, pick_captions, train_network
 from minimuse.train_engine import Progress, Stage
 from minimuse.transformer import RESIDUAL_OUTPUTS, Layer, Memory, Transformer, TransformerConfig
-from minimuse.utils import PositiveInt, check_fields, require
+from minimuse.utils import PositiveInt, check, require
 from minimuse.vqgan import VQGAN
 
 # --- the network ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """A diffusion transformer over latents."""
-
-    transformer: TransformerConfig  # width, depth, heads, text, and the grid of its tokens (patches)
-    channels: PositiveInt  # d of the latents
-    patch: PositiveInt = 1  # p: side of a token in the latent grid
-    zero_init: bool = True  # adaLN-Zero: blocks begin as the identity; False: gates begin at 1
-
-    def __post_init__(self):
-        check_fields(self)
-
-    @staticmethod
-    def matching(base: TransformerConfig, channels: int, patch: int = 1) -> "DiTConfig":
-        """About as many parameters as the base model. adaLN takes 6 D^2 a layer beside the base's 16 D^2."""
-        require(base.grid % patch == 0, f"a grid of {base.grid} does not split into patches of {patch}; give a divisor")
-        width = round(base.width * (16 / 22) ** 0.5 / (2 * base.heads)) * 2 * base.heads
-        return DiTConfig(replace(base, grid=base.grid // patch, width=width, mlp_width=4 * width), channels, patch)
 
 
 def zero_init_residual(model: nn.Module) -> nn.Module:
@@ -101,45 +79,40 @@ def time_waves(step: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
+def dit_sizes(base: TransformerConfig, patch: int = 1) -> TransformerConfig:
+    """Sizes of the base model -> of a DiT with about as many parameters: adaLN takes 6 D^2 a layer next to 16 D^2."""
+    patch = check("patch", patch, PositiveInt)
+    require(base.grid % patch == 0, f"patch is {patch}; give a divisor of the grid, {base.grid}")
+    width = round(base.width * (16 / 22) ** 0.5 / (2 * base.heads)) * 2 * base.heads
+    return replace(base, grid=base.grid // patch, width=width, mlp_width=4 * width)
+
+
 class DiT(Transformer):
     """Noisy latents x (B, d, h, w), a memory, step s (B,) or () -> the noise in them, (B, d, h, w) float32.
 
-    With the head's velocity v, the noise is e = sqrt(1 - a_s) x + sqrt(a_s) v: nothing is divided by a small number.
+    config: from `dit_sizes` with the same patch. v is the head's velocity: the noise is sqrt(1 - a_s) x + sqrt(a_s) v,
+    which divides nothing by a small number.
     """
 
-    def __init__(self, config: DiTConfig):
-        super().__init__(config.transformer)
-        d, each = config.transformer.width, config.channels * config.patch**2
-        self.patch = config.patch
-        self.register_buffer("mean", torch.zeros(config.channels, 1, 1))  # of the encoder's output, by channel
-        self.register_buffer("std", torch.ones(config.channels, 1, 1))
+    def __init__(self, config: TransformerConfig, channels: int, patch: int = 1):
+        super().__init__(config)
+        d = config.width
+        self.patch = patch
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))  # of the encoder's output, by channel
+        self.register_buffer("std", torch.ones(channels, 1, 1))
         self.places = nn.Parameter((self.embed.rows + self.embed.columns).detach().flatten(0, 1))  # (N, D)
         del self.embed
-        self.inputs = nn.Linear(each, d)
+        self.inputs = nn.Linear(channels * patch**2, d)
         self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
-        self.layers = nn.ModuleList(Block(config.transformer) for _ in self.layers)
+        self.layers = nn.ModuleList(Block(config) for _ in self.layers)
         self.norm = nn.LayerNorm(d, elementwise_affine=False)
         self.condition = nn.Linear(d, 2 * d)
-        self.head = nn.Linear(d, each)
-        self.init_weights(config.zero_init)
-
-    def init_weights(self, zero_init: bool) -> None:
-        """Weights at std 1/sqrt(fan in); conditions and head at zero; residual blocks as `zero_init` says."""
-        for linear in (m for part in (self.inputs, self.time, self.layers) for m in part.modules()):
-            if isinstance(linear, nn.Linear):
-                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-                if linear.bias is not None:
-                    nn.init.zeros_(linear.bias)
-        for linear in (self.condition, self.head, *(block.condition for block in self.layers)):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        scale = 0.0 if zero_init else (2 * len(self.layers)) ** -0.5
-        for block in self.layers:
-            block.cross.out.weight.data.mul_(scale)
-            if not zero_init:
-                block.attention.out.weight.data.mul_(scale)
-                block.mlp[2].weight.data.mul_(scale)
-                block.condition.bias.data.view(6, -1)[[2, 5]] = 1.0
+        self.head = nn.Linear(d, channels * patch**2)
+        for name, p in self.named_parameters():  # adaLN-Zero: conditions and head at 0, so blocks start as the identity
+            if name.endswith(("bias", "cross.out.weight")) or "condition" in name or name.startswith("head"):
+                nn.init.zeros_(p)
+            elif name.startswith(("inputs", "time", "layers")) and p.ndim == 2:
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, memory: Memory, step: Tensor) -> Tensor:
         """x (B, d, h, w), noise level `step` (B,) or () -> the noise in x, (B, d, h, w) float32."""
@@ -178,6 +151,7 @@ def noise_levels(steps: int = 1000) -> Tensor:
 
 
 LEVELS = noise_levels()
+Denoised = tuple[float, Tensor, Tensor]  # progress u, less noisy x, estimate of the picture; both (B, d, h, w)
 
 
 def amounts(step: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,7 +193,7 @@ class NoiseLoss(nn.Module):
 def latents(vqgan: VQGAN, images: Any, batch: int = 256) -> Tensor:
     """Images (n, 3, H, W) uint8 -> the encoder's output before quantization, (n, d, h, w) on the CPU."""
     device = vqgan.codebook.device
-    parts = [torch.arange(i, min(i + batch, len(images))) for i in range(0, len(images), batch)]
+    parts = torch.arange(len(images)).split(batch)
     return torch.cat([vqgan.encoder(to_float(images[at]).to(device)).float().cpu() for at in parts])
 
 
@@ -240,35 +214,26 @@ def train_dit(model: DiT, config: StageConfig, z: Tensor, texts: Any, **options:
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-class Denoised(NamedTuple):
-    """One step of a diffusion's sampling."""
-
-    index: int  # 0 .. T-1
-    u: float  # progress that guidance saw: index / (T - 1)
-    x: Tensor  # (B, d, h, w) after the step, less noisy
-    clean: Tensor  # (B, d, h, w) the network's estimate of the picture
-
-
-def ddim(noise_fn: Callable[..., Tensor], x: Tensor, *, steps: int = 50, clip: float = 5.0) -> Iterator[Denoised]:
-    """Noise x ~ N(0, I) (B, d, h, w) -> a Denoised at a time; the last one's x is the sample (DDIM, arXiv 2010.02502).
+def ddim(noise_fn: Callable[..., Tensor], x: Tensor, *, steps: int = 50) -> Iterator[Denoised]:
+    """Noise x ~ N(0, I) (B, d, h, w) -> T steps; the last one's x is the sample (DDIM, arXiv 2010.02502).
 
     noise_fn: x, progress u, step s () -> the noise in x.
     x0 = (x - sqrt(1 - a_s) e) / sqrt(a_s), x' = sqrt(a_s') x0 + sqrt(1 - a_s') e: equation 12 with eta = 0.
     Choice: the steps begin at S - 1, where there is only noise ("trailing", arXiv 2305.08891); a' ends at 1.
-    Choice: x0 is clipped to `clip` standard deviations, and e follows from it (ADM, arXiv 2105.05233).
+    Choice: x0 is clipped to 5 standard deviations, and e follows from it (ADM, arXiv 2105.05233).
     """
-    total = len(LEVELS)
-    require(1 <= steps <= total, f"steps is {steps}; give a whole number from 1 to {total}")
+    total, steps = len(LEVELS), check("steps", steps, PositiveInt)
+    require(steps <= total, f"steps is {steps}; give a whole number from 1 to {total}")
     times = [round(total - i * total / steps) - 1 for i in range(steps)]
     levels = [LEVELS[s].item() for s in times] + [1.0]
     for i, s in enumerate(times):
         u = i / (steps - 1) if steps > 1 else 1.0
         now, then = levels[i], levels[i + 1]
         noise = noise_fn(x, u, torch.tensor(s, device=x.device)).float()
-        clean = ((x - (1 - now) ** 0.5 * noise) / now**0.5).clamp(-clip, clip)
+        clean = ((x - (1 - now) ** 0.5 * noise) / now**0.5).clamp(-5, 5)
         noise = (x - now**0.5 * clean) / (1 - now) ** 0.5
         x = then**0.5 * clean + (1 - then) ** 0.5 * noise
-        yield Denoised(i, u, x, clean)
+        yield u, x, clean
 
 
 class Diffusion(LowRes):
@@ -285,13 +250,14 @@ class Diffusion(LowRes):
 
     @classmethod
     def network(cls, config: MuseConfig) -> DiT:
-        return DiT(DiTConfig.matching(config.base, config.low_tokenizer.code_dim))
+        return DiT(dit_sizes(config.base), config.low_tokenizer.code_dim)
 
     def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
         data, stage = trainer.data, self.config.stages["base"]
         factor = self.config.high_tokenizer.image_size // self.config.low_tokenizer.image_size
         z = latents(self.low_tokenizer, Decimated(data.split(data.images), factor))
-        options = {"engine": trainer.engine, "eval_fn": trainer.log.samples_of(self)}
+        eval_fn = trainer.log.samples("base", self.parts, self.examples, partial(self.generate, self.examples, seed=0))
+        options = {"engine": trainer.engine, "eval_fn": eval_fn}
         return train_dit(self.base, stage, z, data.split(data.texts), **options)
 
     @torch.inference_mode()
@@ -303,9 +269,9 @@ class Diffusion(LowRes):
         def noise_fn(x: Tensor, u: float, step: Tensor) -> Tensor:
             return guided(partial(self.base, step=step), *memories, guidance)(x, u)
 
-        grid, generators = self.config.low_tokenizer.grid, [torch.Generator().manual_seed(job["seed"]) for job in jobs]
-        x = gaussians(len(jobs), len(self.base.mean), grid, grid, generator=generators)
-        for d in ddim(noise_fn, x.to(self.device), steps=settings["steps"]):
-            tokens = self.low_tokenizer.quantizer.nearest(self.base.standardize(d.clean, back=True))
+        shape = (len(self.base.mean), self.config.low_tokenizer.grid, self.config.low_tokenizer.grid)
+        x = gaussians(len(jobs), *shape, generator=seeded_generators(jobs)).to(self.device)
+        for i, (u, _, clean) in enumerate(ddim(noise_fn, x, steps=settings["steps"])):
+            tokens = self.low_tokenizer.quantizer.nearest(self.base.standardize(clean, back=True))
             none = torch.zeros_like(tokens, dtype=torch.bool)
-            yield Step(d.index, d.u, tokens, none, none, none.float(), stage="base", guidance=guidance(d.u))
+            yield Step(i, u, tokens, none, none, none.float(), stage="base", guidance=guidance(u))

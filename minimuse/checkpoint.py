@@ -147,4 +147,4 @@ def refuse_existing(folder: Path) -> None:
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; give a folder")
     if existing := [f for f in (CONFIG, WEIGHTS, CARD) if (folder / f).exists()]:
-        raise FileExistsError(f"{folder} already holds {', '.join(existing)}; give another folder, or overwrite=True")
+        raise FileExistsError(f"{folder} already holds {', '.join(existing)}; give another folder")

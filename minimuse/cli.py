@@ -10,6 +10,7 @@ Not here: what the commands do (`cli_commands.py`).
 import argparse
 import logging
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -56,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Parser(argparse.ArgumentParser):
     """argparse's, but a mistake is one line."""
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse's, which would take "--out=--" for an empty list."""
+        for word in args or ():
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"argument {word[:-3]}: '--' is no value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Print the mistake and where to find help; exit code 2."""
         self.exit(2, f"minimuse: {' '.join(message.split())}; see {self.prog} --help\n")
@@ -75,7 +83,7 @@ def _number(low: float, high: float, kind: type = float) -> Callable[[str], Any]
             if low <= (value := kind(text)) <= high:  # NaN is not
                 return value
         expected = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected} from {low:,} to {high:,}")
+        raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is not {expected} from {low:,} to {high:,}")
 
     return parse
 
@@ -88,7 +96,7 @@ def _each(parse: Callable[[str], Any]) -> Callable[[str], list]:
 def _guidance(text: str) -> float | tuple[float, ...]:
     values = tuple(_number(-1000, 1000)(part) for part in text.split(":"))
     if len(values) > 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor FIRST:LAST")
+        raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is neither a number nor FIRST:LAST")
     return values if len(values) == 2 else values[0]
 
 
@@ -173,7 +181,7 @@ def _training_options(command: Callable) -> None:
     add("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     add("--out", type=Path, required=True, help="folder of the run: states, log, pictures, checkpoint")
     add("--model", choices=BASELINES, help="train this low-resolution baseline instead of Muse")
-    add("--data", type=_name, help="folder, tar shards, Parquet or hub id of captioned images (default: scenes)")
+    add("--data", help="folder, tar shards, Parquet or hub id of captioned images (default: scenes)")
     add("--seed", type=SEED, help="seed of all random numbers (default: 0)")
     add("--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting: stages.base.steps=500")
     add("--resume", action="store_true", help="continue the stopped run in --out; with --data if its data moved")

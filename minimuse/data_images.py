@@ -5,6 +5,7 @@
 Not here: image files (pictures.py), captioned images (data_sources.py), the tokenizer itself (vqgan.py).
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+
+from minimuse.utils import require
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -21,15 +24,15 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 images -> float32 of the same shape in [-1, 1]."""
-    if images.dtype != torch.uint8:
-        raise ValueError(f"to_float expected uint8 images and got {images.dtype}; floats in [-1, 1] need no change")
+    is_uint8 = images.dtype == torch.uint8
+    require(is_uint8, f"to_float expected uint8 images and got {images.dtype}; floats in [-1, 1] need no change")
     return images.float() / 127.5 - 1
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Images (B, 3, H, W), uint8 or in [-1, 1] -> PIL images."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"to_pil expected images (B, 3, H, W) and got {tuple(images.shape)}; one image needs [None]")
+    fits = images.ndim == 4 and images.shape[1] == 3
+    require(fits, f"to_pil expected images (B, 3, H, W) and got {tuple(images.shape)}; one image needs [None]")
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
 
@@ -51,29 +54,51 @@ def from_pil(image: Image.Image, size: int) -> Tensor:
     if not isinstance(image, Image.Image):
         raise TypeError(f"expected a PIL image, {type(image).__name__} came; open a file with PIL.Image.open(path)")
     if image.size != (size, size):
-        came = f"{image.width} x {image.height} came; crop it to a square, then use image.resize(({size}, {size}))"
+        came = f"{image.width} x {image.height} came; crop it to a square and scale it"
         raise ValueError(f"expected an image of {size} x {size} pixels, {came}")
     if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
-        raise ValueError(f"expected an image of mode RGB, RGBA, L or P, {image.mode} came; try image.convert('RGB')")
+        raise ValueError(f"expected an image of mode RGB, RGBA, L or P, {image.mode} came; convert it to RGB")
     pixels = torch.frombuffer(bytearray(to_rgb(image).tobytes()), dtype=torch.uint8)
     return to_float(pixels.view(1, size, size, 3).permute(0, 3, 1, 2))
 
 
 def mask_from(mask: Any, size: tuple[int, int]) -> Tensor:
-    """A PIL image or an array (H, W), white or True = repaint -> bool (H, W). `size` is the picture's (W, H)."""
-    if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
+    """A PIL image or an array (H, W) -> bool (H, W), True = repaint. `size` is the picture's (W, H).
+
+    One rule for every type: black is 0; white is the smallest of 1, 255 and 65535 that no value exceeds; what is more
+    than half of white is repainted. Colors count by their brightness. ValueError if nothing is white, or if parts are
+    transparent: some programs erase what is to be repainted, others paint it.
+    """
+    if isinstance(mask, Image.Image) and mask.mode[:1] not in ("1", "I", "F"):
+        alpha = mask.convert("RGBA").getchannel("A").getextrema()
+        require(
+            alpha == (255, 255), "the mask has transparent parts; give black and white, such as Image.getchannel('A')"
+        )
+        mask = mask.convert("L")
+    if isinstance(mask, Tensor):
+        mask = mask.cpu().double()
     mask = np.asarray(mask)
-    if mask.shape != size[::-1]:
-        came = " x ".join(str(n) for n in mask.shape[::-1]) or "a single value"
-        raise ValueError(f"expected a mask of the picture's {size[0]} x {size[1]} pixels, {came} came")
-    return torch.from_numpy(mask > 127 if mask.dtype == np.uint8 else mask > 0.5)
+    came = " x ".join(str(n) for n in mask.shape[::-1]) or "a single value"
+    require(mask.shape == size[::-1], f"expected a mask of the picture's {size[0]} x {size[1]} pixels, {came} came")
+    low, high = (float(mask.min()), float(mask.max())) if mask.dtype.kind in "biuf" else (math.nan, math.nan)
+    require(
+        0 <= low <= high <= 65535, f"the mask holds {mask.dtype} values from {low} to {high}; give 0 to 1, or 0 to 255"
+    )
+    white = next(w for w in (1, 255, 65535) if high <= w)
+    repaint = torch.from_numpy(mask > white / 2)
+    require(repaint.any(), f"the mask is empty: no value is above half of {white}, its white; white is what to repaint")
+    return repaint
 
 
 def area_downsample(images: Tensor, factor: int = 2) -> Tensor:
-    """Images (B, 3, H, W) -> (B, 3, H / factor, W / factor): Muse 3.3.1's decimated low-res image."""
-    if factor < 1 or images.shape[-1] % factor or images.shape[-2] % factor:
-        height, width = images.shape[-2:]
-        raise ValueError(f"factor={factor} must divide the image's {height} x {width} pixels")
-    small = F.avg_pool2d(images.float(), factor)  # equals interpolate(mode="area")
-    return small.round().to(torch.uint8) if images.dtype == torch.uint8 else small
+    """Images (B, 3, H, W) -> (B, 3, H / factor, W / factor): Muse 3.3.1's decimated low-res image.
+
+    Floats in [-1, 1] become what the same uint8 images become: training and editing see the same low-res image.
+    """
+    height, width = images.shape[-2:]
+    fits = factor >= 1 and height % factor == 0 and width % factor == 0
+    require(fits, f"factor={factor} must divide the image's {height} x {width} pixels")
+    is_float = images.dtype != torch.uint8
+    images = to_uint8(images) if is_float else images
+    small = F.avg_pool2d(images.float(), factor).round().to(torch.uint8)  # equals interpolate(mode="area")
+    return to_float(small) if is_float else small

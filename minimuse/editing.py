@@ -20,8 +20,8 @@ from torch import Tensor
 from minimuse.cfg import Guidance, get_guidance, guided
 from minimuse.data_images import area_downsample, from_pil, mask_from, to_rgb
 from minimuse.masking import random_mask
-from minimuse.sampler import LogitsFn, Step, decode
-from minimuse.utils import require
+from minimuse.sampler import LogitsFn, Step, check_settings, decode
+from minimuse.utils import Fraction, Natural, PositiveInt, check, generator_of, require
 
 Callback = Callable[[Step], None] | None  # called with every Step of a decode
 Steps = Iterator[Step]
@@ -32,7 +32,7 @@ Muse = Any  # a `muse.Muse`; that file imports this one
 
 def seeded_generators(jobs: Jobs) -> list[torch.Generator]:
     """A generator for each picture, with its seed."""
-    return [torch.Generator().manual_seed(job["seed"]) for job in jobs]
+    return [generator_of(job["seed"]) for job in jobs]
 
 
 def token_mask(repaint: Tensor, downsampling: int) -> Tensor:
@@ -54,8 +54,9 @@ def resample(
     As in Gibbs sampling, every state is a whole picture, and it drifts towards the prompt of `logits_fn`. An iteration
     is one forward pass; u goes from 0 at the first to 1 at the last.
     """
-    ok = iterations >= 1 and 0 < fraction <= 1
-    require(ok, f"{iterations} iterations of a fraction {fraction}; give at least 1, and a fraction in (0, 1]")
+    iterations = check("iterations", iterations, PositiveInt)
+    ok = check("fraction", fraction, Fraction) > 0 and iterations <= 100_000
+    require(ok, f"iterations is {iterations}, fraction is {fraction}; give at most 100000, and a fraction above 0")
     rate = torch.full((1,), fraction, dtype=torch.double)
     for i in range(iterations):
         repaint = torch.cat([random_mask(row[None], rate, g) for row, g in zip(tokens, generators, strict=True)])
@@ -114,12 +115,14 @@ def edit_tokens(
     """Tokens as in `inpaint_tokens` -> Steps of `resample` on the low tokens, then super-resolution's Steps."""
     low = tokens[0].repeat(len(jobs) // len(tokens[0]), 1)
     text, null = muse.contexts(jobs)
-    scale = get_guidance(muse.config.edit_guidance if guidance is None else guidance)
+    guidance = check_settings({"guidance": guidance}).get("guidance", muse.config.edit_guidance)
+    scale = get_guidance(guidance)
     logits_fn = guided(muse.base, muse.base.memory(text), muse.base.memory(null), scale)
     settings |= {"mask_id": muse.base.mask_id, "generators": seeded_generators(jobs)}
+    superres = check_settings({} if superres is None else superres)
     for step in resample(logits_fn, low, **settings):
         yield step._replace(stage="base", guidance=scale(step.u))
-    yield from muse.decode_superres(jobs, step.tokens, **(superres or {}))
+    yield from muse.decode_superres(jobs, step.tokens, **superres)
 
 
 # --- over pictures: methods of Muse -----------------------------------------------------------------------------------
@@ -135,8 +138,8 @@ def inpaint(
     """
     tokens = tokenize(muse, image)
     repaint = mask_from(mask, image.size)
-    require(repaint.any(), "the mask is empty: no pixel is white; white is what to repaint")
     jobs = muse.jobs(prompt, n, seed, negative_prompt)
+    sampling = check_settings(sampling, superres=True)
     steps = inpaint_tokens(muse, tokens, repaint[None], jobs, **sampling)
     images = muse.to_pictures(steps, jobs, sampling | {"task": "inpaint"}, callback)
     if keep:
@@ -155,11 +158,12 @@ def outpaint(
     New canvas is inpainted window by window, starting next to the picture, whose pixels come back bit for bit.
     Choice: unpainted canvas repeats the picture's edge; black would leak into the tokens next to it.
     """
-    sides = tuple(padding) if isinstance(padding, tuple | list) else (padding,) * 4
-    ok = len(sides) == 4 and min(sides) >= 0 and max(sides) > 0
-    require(ok, f"padding {padding}; give pixels to add, 1 number or 4, none negative, at least one above 0")
-    left, top, right, bottom = sides
+    sides = padding if isinstance(padding, tuple | list) else (padding,) * 4
+    sides = check("padding", sides, tuple[Natural, Natural, Natural, Natural])
     side = muse.config.high_tokenizer.image_size
+    most = 16 * side  # Choice: about 4,000 windows
+    require(0 < max(sides) <= most, f"padding is {padding}; give 0 to {most} pixels per side, one side above 0")
+    left, top, right, bottom = sides
     from_pil(image, side)  # refuses what is not a picture of the right size
     wide = Image.fromarray(np.pad(np.asarray(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge"))
     images = []
@@ -169,7 +173,7 @@ def outpaint(
         known[top : top + side, left : left + side] = True
         for i, (y, x) in enumerate(windows(known, side)):
             view = known[y : y + side, x : x + side]
-            window = job | {"seed": job["seed"] + 1_000_003 * i}
+            window = job | {"seed": (job["seed"] + 1_000_003 * i) % 2**32}
             crop = canvas.crop((x, y, x + side, y + side))
             (new,) = inpaint(muse, crop, ~view, **window, callback=callback, **sampling)
             canvas.paste(new, (x, y))

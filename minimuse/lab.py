@@ -25,11 +25,10 @@ Not here: the worlds (`lab_worlds.py`), how code bases sample (`lab_samplers.py`
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any, ClassVar
 
 import torch
@@ -42,9 +41,10 @@ from minimuse.lab_samplers import GROUPS, Outcome, check_samples, preset_setting
 from minimuse.lab_worlds import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World
 from minimuse.masking import get_schedule, reveal_counts
 from minimuse.sampler import Order, by_rank, confidence, decode, entropy_bound, get_order, halton_rank, is_adaptive
-from minimuse.utils import atomic_write
+from minimuse.utils import OneSeed, PositiveInt, atomic_write, check, generator_of, require
 
 __all__ = ["WORLDS", "Cell", "ChainWorld", "MixtureWorld", "PottsWorld", "Report", "World", "compare"]
+Named = str | Iterable[str] | Mapping[str, Any]  # names, or a name for each function
 
 
 @torch.no_grad()
@@ -112,8 +112,8 @@ class WorldEvaluator:
     }
 
     def __init__(self, world: World, samples: int = 4096, seed: int = 0):
-        check_samples(samples)
-        self.world, self.seed, self.grid, self.codebook_size = world, seed, world.grid, world.v
+        samples, self.seed = check_samples(samples), check("seed", seed, OneSeed)
+        self.world, self.grid, self.codebook_size = world, world.grid, world.v
         name = f"{type(world).__name__} {world.grid[0]}x{world.grid[1]}, {world.v} codes"
         self.about = {"target": name, "samples": samples, "seed": seed}
         self.x = world.sample(samples, self._generator(0))
@@ -142,11 +142,11 @@ class WorldEvaluator:
         _, other_seed = path_log_q(world, self.x[:64], generator=self._generator(3), **sampling)
         return Outcome(nfe, {"kl": self._grouped(self.log_p - log_q), **groups}, not other_seed.equal(when[:64]))
 
-    def _grouped(self, each: Tensor) -> list[float]:
-        return (each / self.world.n).view(GROUPS, -1).mean(1).tolist()
+    def _grouped(self, nats: Tensor) -> list[float]:
+        return (nats / self.world.n).view(GROUPS, -1).mean(1).tolist()
 
     def _generator(self, stream: int) -> torch.Generator:
-        return torch.Generator().manual_seed(1_000_003 * self.seed + stream)
+        return generator_of((1_000_003 * self.seed + stream) % 2**32)
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,10 @@ class Report:
 
     def __getitem__(self, key: tuple[str, str, int]) -> Cell:
         """report["cosine", "halton", 8]"""
-        for cell in self.cells:
-            if (cell.schedule, cell.order, cell.steps) == key:
-                return cell
-        raise KeyError(f"no cell {key}; there are {[(c.schedule, c.order, c.steps) for c in self.cells]}")
+        cells = {(c.schedule, c.order, c.steps): c for c in self.cells}
+        if key not in cells:
+            raise KeyError(f"no cell {key}; there are {list(cells)}")
+        return cells[key]
 
     def table(self, against: tuple[str, str] | None = None) -> str:
         """A Markdown table with 95% intervals; "<=" marks a KL that is an upper bound.
@@ -200,24 +200,20 @@ class Report:
         import matplotlib.pyplot as plt
 
         metric = metric or next(m for m in self.titles if any(m in c.groups for c in self.cells))
-        lines: dict[str, list[tuple[float, Estimate]]] = {}
+        lines: dict[str, list[Cell]] = {}
         for c in sorted(self.cells, key=lambda c: c.nfe):
             if metric in c.groups:
                 schedule = "entropy bounds" if c.schedule.startswith("bound") else c.schedule
                 bound = " (upper bound)" if metric == "kl" and c.bound else ""
-                label = f"{c.order}, {schedule}{bound}".removeprefix(", ")
-                lines.setdefault(label, []).append((c.nfe, c[metric]))
-        if not lines:
-            raise ValueError(f"no cell has the metric {metric!r}; known: {', '.join(self.titles)}")
+                lines.setdefault(f"{c.order}, {schedule}{bound}".removeprefix(", "), []).append(c)
+        require(len(lines) > 0, f"no cell has the metric {metric!r}; known: {', '.join(self.titles)}")
         ax = ax or plt.subplots(figsize=(6, 4), layout="constrained")[1]
-        for i, (label, points) in enumerate(lines.items()):
-            nfe, found = zip(*points, strict=True)
+        for i, (label, cells) in enumerate(lines.items()):
+            found = [c[metric] for c in cells]
             style = {"marker": "osD^vP"[i % 6], "ls": ("-", "--", ":", "-.")[i % 4], "capsize": 3, "label": label}
-            ax.errorbar(nfe, [e.value for e in found], [e.margin for e in found], **style)
-        found = [e for points in lines.values() for _, e in points]
-        margin = max(median(e.margin for e in found), 1e-9)
-        if min(found).value > -margin and max(found).value > 10 * max(min(found).value, margin):
-            ax.set_yscale("symlog", linthresh=margin)  # the values span a power of ten
+            ax.errorbar([c.nfe for c in cells], [e.value for e in found], [e.margin for e in found], **style)
+        if metric == "kl":
+            ax.set_yscale("symlog", linthresh=1e-3)
         ax.set_xscale("log", base=2)
         ax.set(xlabel="NFE (forward passes of an image)", ylabel=self.titles[metric], title=self.about["target"])
         ax.legend(fontsize=7, frameon=False)
@@ -251,57 +247,53 @@ def _shown(cell: Cell, metric: str, base: Cell | None = None) -> str:
 
 
 def compare(
-    target: Any,
-    schedules: Iterable[str] | Mapping[str, Any] = ("cosine",),
-    orders: Iterable[str] | Mapping[str, str | Order] = ("confidence",),
-    steps: Iterable[int] = (4, 8, 16),
-    *,
-    presets: Iterable[str] = (),
-    samples: int | None = None,
-    seed: int = 0,
-    out: str | Path | None = None,
-    **sampling: Any,
-) -> Report:
+    target: Any, schedules: Named = "cosine", orders: Named = "confidence", steps: Sequence[int] | int = (4, 8, 16), *,
+    presets: Named = (), samples: int | None = None, seed: int = 0, out: str | Path | None = None, **sampling: Any,
+) -> Report:  # fmt: skip
     """Measure every schedule x order x steps, and every preset x steps, in a World or in a Muse.
 
     Schedules and orders are names, or a mapping of names to functions. An adaptive rule is a schedule; "bound0.5" is
     `entropy_bound(0.5)`. `samples`: 4096 in a world, 512 images of a Muse. `sampling` goes to `decode`. `out` is a
     folder for the report. The target may be an evaluator of your own, with the methods and attributes of the others.
     """
-    if out and (Path(out) / "report.json").exists():
+    if out is not None and (Path(out) / "report.json").exists():
         raise FileExistsError(f"{out} holds another report; give another folder, or overwrite it")
+    if wrong := sampling.keys() & {"schedule", "order"}:
+        raise TypeError(f"compare has no setting {' and '.join(wrong)}; give schedules=[...] and orders=[...]")
+    schedules, orders, presets = _named("schedules", schedules), _named("orders", orders), _named("presets", presets)
+    steps = steps if isinstance(steps, Sequence) else [steps]
+    cells = len(steps) * (len(schedules) * len(orders) + len(presets))
+    require(cells > 0, "nothing to compare: give at least one schedule, order and number of steps, or a preset")
+    require(cells <= 10_000, f"{cells} samplers to compare; give at most 10,000")
+    steps = [check("steps", t, PositiveInt) for t in steps]
     evaluator = target
     if isinstance(target, World):
-        evaluator = WorldEvaluator(target, samples or 4096, seed)
+        evaluator = WorldEvaluator(target, 4096 if samples is None else samples, seed)
     elif hasattr(target, "generate"):  # a Muse; networks are imported only here
         from minimuse.lab_models import MuseEvaluator
 
-        evaluator = MuseEvaluator(target, samples or 512, seed)
-    elif not callable(target) or isinstance(target, type):
+        evaluator = MuseEvaluator(target, 512 if samples is None else samples, seed)
+    elif not callable(target) or not hasattr(target, "grid"):
         raise TypeError(f"target is {target!r}; give a World such as MixtureWorld.random(), a Muse, or an evaluator")
-    grid, schedules, orders = evaluator.grid, _named(schedules), _named(orders)
-    trials = {
-        (name, by, t): {"schedule": schedules[name], "order": orders[by], "steps": t}
-        for name, by, t in product(schedules, orders, steps)
-    }
+    trials = {}
+    for name, order, t in product(schedules, orders, steps):
+        trials[name, order, t] = {"schedule": schedules[name], "order": orders[order], "steps": t}
     for name, t in product(presets, steps):
-        trials[f"as {name}", "", t] = preset_settings(name, math.prod(grid), evaluator.codebook_size, t)
-    if not trials:
-        raise ValueError("nothing to compare: give at least one schedule, order and number of steps, or a preset")
-    trials = {label: _resolved(settings, grid) | sampling for label, settings in trials.items()}  # all, then measure
+        trials[f"as {name}", "", t] = preset_settings(name, math.prod(evaluator.grid), evaluator.codebook_size, t)
+    trials = {label: _resolved(settings, evaluator.grid) | sampling for label, settings in trials.items()}
     cells = [Cell(*label, *evaluator(**settings)) for label, settings in trials.items()]
     about = {"minimuse": minimuse.__version__, "torch": str(torch.__version__), "sampling": repr(sampling)}
     report = Report(cells, dict(evaluator.titles), evaluator.about | about)
-    if out:
+    if out is not None:
         report.save(out)
     return report
 
 
-def _named(x: Iterable[str] | Mapping[str, Any]) -> Mapping[str, Any]:
+def _named(setting: str, x: Named) -> Mapping[str, Any]:
     """Names -> a mapping of each name to itself; one string is one name."""
-    names = [x] if isinstance(x, str) or callable(x) else x
-    if not isinstance(x, Mapping) and any(callable(name) for name in names):
-        raise TypeError("a function needs a name: give a dict, such as {'mine': my_order}")
+    names = [x] if isinstance(x, str) or not isinstance(x, Iterable) else list(x)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{setting} is {x!r}; give names, or a dict of names and functions: {{'mine': my_function}}")
     return x if isinstance(x, Mapping) else {name: name for name in names}
 
 
@@ -309,7 +301,9 @@ def _resolved(settings: dict[str, Any], grid: tuple[int, int]) -> dict[str, Any]
     """Check a schedule and an order, and replace names that depend on the grid by functions."""
     schedule, order = settings["schedule"], settings["order"]
     if isinstance(schedule, str) and schedule.startswith("bound"):
-        schedule = entropy_bound(float(schedule.removeprefix("bound")))
+        nats = schedule.removeprefix("bound")
+        require(nats.replace(".", "", 1).isdecimal(), f"schedule {schedule!r}; give a bound in nats, such as bound0.5")
+        schedule = entropy_bound(float(nats))
     elif not is_adaptive(schedule):
         schedule = get_schedule(schedule, math.prod(grid))
         reveal_counts(math.prod(grid), settings["steps"], schedule)  # checks the curve

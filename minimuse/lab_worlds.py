@@ -13,11 +13,12 @@ Not here: the metrics and the comparison, and how to add a world (`lab.py`).
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minimuse.utils import require
+from minimuse.utils import Fraction, PositiveInt, check, generator_of, require
 
 Grid = tuple[int, int]  # (h, w)
 
@@ -32,9 +33,9 @@ class World:
     batch = 1024  # examples at a time; limits the memory
 
     def __init__(self, grid: Grid, codebook_size: int):
-        self.grid = tuple(grid)
-        self.n = grid[0] * grid[1]
-        self.v = self.mask_id = codebook_size
+        self.grid, self.v = check_size(grid, codebook_size)
+        self.n = math.prod(self.grid)
+        self.mask_id = self.v
 
     def log_evidence(self, e: Tensor) -> Tensor:
         """e (B, N, V) >= 0 -> (B,) nats. A known token has 1 at its code, else 0; an unknown one has 1 everywhere."""
@@ -42,23 +43,26 @@ class World:
 
     def __call__(self, tokens: Tensor, u: float = 0.0) -> Tensor:
         """tokens (B, N), mask_id where unknown -> (B, N, V) log p(x_i | known tokens); 0 or -inf at a known token."""
-        known = tokens != self.mask_id
-        return torch.where(known[..., None], self._evidence(tokens).log(), self.leave_one_out(tokens))
+        known = (tokens != self.mask_id)[..., None]
+        return torch.where(known, self._evidence(tokens).log(), self.leave_one_out(tokens))
 
     def leave_one_out(self, tokens: Tensor) -> Tensor:
         """tokens (B, N), mask_id where unknown -> (B, N, V) log p(x_i | the known tokens except token i)."""
+        parts = []
         with torch.inference_mode(False), torch.enable_grad():
-            parts = []
             for part in tokens.split(self.batch):
                 e = self._evidence(part).requires_grad_()
                 (p,) = torch.autograd.grad(self.log_evidence(e).sum(), e)
                 parts.append((p / p.sum(-1, keepdim=True)).log())
         return torch.cat(parts)
 
+    @torch.no_grad()
     def log_prob(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) -> (B,) log p in nats; with some tokens masked, the log-marginal of the known ones."""
-        with torch.no_grad():
-            return torch.cat([self.log_evidence(self._evidence(part)) for part in tokens.split(self.batch)])
+        found = torch.cat([self.log_evidence(self._evidence(part)) for part in tokens.split(self.batch)])
+        right = found.shape == tokens.shape[:1] and bool(found.isfinite().all())
+        require(right, f"log_evidence of {len(tokens)} examples is {found}; give (B,) finite numbers")
+        return found - self.log_evidence(self._evidence(tokens[:1].new_full((1, self.n), self.mask_id)))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """-> n exact samples, (n, N), drawn token by token with N calls of the world."""
@@ -72,9 +76,10 @@ class World:
 
     def _evidence(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) -> (B, N, V): 1 where the token may be v."""
-        known = tokens.dtype == torch.long and bool(((tokens >= 0) & (tokens <= self.mask_id)).all())
+        right = tokens.dtype == torch.long and tokens.ndim == 2 and tokens.shape[1] == self.n
+        right = right and bool(((tokens >= 0) & (tokens <= self.mask_id)).all())
         wanted = f"(B, {self.n}) long of codes 0..{self.v - 1}, or {self.mask_id} for [MASK]"
-        require(known and tokens.shape[1:] == (self.n,), f"got {tokens.dtype} {tuple(tokens.shape)}; give {wanted}")
+        require(right, f"tokens are {tokens.dtype} {tuple(tokens.shape)}; give {wanted}")
         return torch.eye(self.v + 1, self.v, dtype=torch.double).index_fill(0, torch.tensor(self.v), 1.0)[tokens]
 
 
@@ -83,11 +88,11 @@ class MixtureWorld(World):
 
     def __init__(self, tables: Tensor, weights: Tensor | None = None, grid: Grid | None = None):
         """tables (K, N, V): p_ki(v) > 0; weights (K,), equal by default; grid, by default a square or a row."""
-        self.tables = _normalized(tables, "tables")
+        self.tables = _normalized(tables, "tables", 3)
         k, n, v = self.tables.shape
-        super().__init__(grid or _default_grid(n), v)
-        self.weights = _normalized(torch.ones(k) if weights is None else weights, "weights")
-        fits = self.n == n and self.weights.shape == (k,)
+        super().__init__(_default_grid(n) if grid is None else grid, v)
+        self.weights = _normalized(torch.ones(k) if weights is None else weights, "weights", 1)
+        fits = self.n == n and len(self.weights) == k
         require(fits, f"got tables {(k, n, v)}, {len(self.weights)} weights, grid {grid}; give K weights, h w = N")
 
     @classmethod
@@ -95,9 +100,11 @@ class MixtureWorld(World):
         cls, modes: int = 32, grid: Grid = (8, 8), codebook_size: int = 8, sharpness: float = 2.0, seed: int = 0
     ) -> "MixtureWorld":
         """Softmax of Gaussian tables. A higher sharpness means less noise within a mode."""
-        generator = torch.Generator().manual_seed(seed)
-        logits = torch.randn(modes, grid[0] * grid[1], codebook_size, generator=generator, dtype=torch.double)
-        return cls((sharpness * logits).softmax(-1), grid=grid)
+        (h, w), v = check_size(grid, codebook_size)
+        modes = check("modes", modes, PositiveInt)
+        require(modes * h * w <= 2**17, f"modes is {modes}; give at most {2**17 // (h * w)} for {h * w} tokens")
+        logits = torch.randn(modes, h * w, v, generator=generator_of(seed), dtype=torch.double)
+        return cls((check("sharpness", sharpness, float) * logits).softmax(-1), grid=(h, w))
 
     def log_evidence(self, e: Tensor) -> Tensor:
         """(B, N, V) -> (B,): a product over tokens within each mode, then the sum over modes."""
@@ -165,18 +172,22 @@ class ChainWorld(MarkovWorld):
 
     def __init__(self, transition: Tensor, n: int, initial: Tensor | None = None):
         """transition (V, V): rows p(next | this), all > 0; initial (V,), by default the stationary distribution."""
-        transition = _normalized(transition, "transition")
-        v = len(transition)
-        require(transition.shape == (v, v), f"got transition {tuple(transition.shape)}; give (V, V)")
-        stationary = torch.linalg.matrix_power(transition, 2**20)[0]
-        initial = _normalized(stationary if initial is None else initial, "initial")
-        super().__init__(_default_grid(n), v, torch.arange(n)[:, None], torch.arange(v)[:, None], initial, transition)
+        transition = _normalized(transition, "transition", 2)
+        grid, v = check_size(_default_grid(check("n", n, PositiveInt)), len(transition))
+        require(transition.shape == (v, v), f"transition has the shape {tuple(transition.shape)}; give (V, V)")
+        if initial is None:  # solve p transition = p, sum(p) = 1
+            equations = (transition.T - torch.eye(v)).index_fill(0, torch.tensor(v - 1), 1.0)
+            initial = torch.linalg.solve(equations, torch.eye(v, dtype=torch.double)[-1])
+        initial = _normalized(initial, "initial", 1)
+        require(len(initial) == v, f"initial holds {len(initial)} numbers; give {v}")
+        super().__init__(grid, v, torch.arange(n)[:, None], torch.arange(v)[:, None], initial, transition)
 
     @classmethod
     def sticky(cls, n: int = 64, codebook_size: int = 4, stay: float = 0.8) -> "ChainWorld":
         """A chain that repeats its token with probability `stay`; all other codes are equally likely."""
-        eye = torch.eye(codebook_size, dtype=torch.double)
-        return cls(stay * eye + (1 - stay) / (codebook_size - 1) * (1 - eye), n)
+        (_, v), stay = check_size((1, 1), codebook_size), check("stay", stay, Fraction)
+        eye = torch.eye(v, dtype=torch.double)
+        return cls(stay * eye + (1 - stay) / max(v - 1, 1) * (1 - eye), n)
 
 
 class PottsWorld(MarkovWorld):
@@ -186,30 +197,43 @@ class PottsWorld(MarkovWorld):
     """
 
     def __init__(self, grid: Grid = (4, 16), codebook_size: int = 2, coupling: float = 0.8):
-        h, w = grid
-        require(codebook_size**h <= 4096, f"got {h} rows of {codebook_size} codes; give at most 4096 = codes^rows")
-        self.coupling = coupling
-        columns = torch.cartesian_prod(*[torch.arange(codebook_size)] * h).view(-1, h)  # (S, h)
+        (h, w), v = check_size(grid, codebook_size)
+        require(max(v, 2) ** h <= 4096, f"got {h} rows of {v} codes; give at most 4096 = codes^rows")
+        self.coupling = check("coupling", coupling, float)
+        require(abs(self.coupling) * h <= 150, f"coupling is {coupling}; give at most {150 // h}, so that p(x) > 0")
+        columns = torch.cartesian_prod(*[torch.arange(v)] * h).view(-1, h)  # (S, h)
         within = (columns[:, 1:] == columns[:, :-1]).sum(1).double()  # (S,)
         between = (columns[:, None] == columns).sum(-1).double()  # (S, S)
-        start = (coupling * within).exp()
+        start = (self.coupling * within).exp()
         from_right = torch.arange(h * w).view(h, w).T.flip(0)
-        super().__init__(grid, codebook_size, from_right, columns, start, (coupling * between).exp() * start)
+        super().__init__((h, w), v, from_right, columns, start, (self.coupling * between).exp() * start)
 
 
 WORLDS = {"mixture": MixtureWorld.random, "chain": ChainWorld.sticky, "potts": PottsWorld}  # names of the command line
 
 
-def _default_grid(n: int) -> tuple[int, int]:
+def check_size(grid: Grid, codebook_size: int) -> tuple[Grid, int]:
+    """Grid and codebook size of a world. ValueError if 1,024 examples would need more than a gigabyte."""
+    h, w = check("grid", grid, tuple[PositiveInt, PositiveInt])
+    v = check("codebook_size", codebook_size, PositiveInt)
+    small = v <= 1024 and h * w * v <= 2**17
+    require(small, f"grid is {h} x {w}, codebook_size is {v}; give at most 1024 codes, and 2**17 codes times tokens")
+    return (h, w), v
+
+
+def _default_grid(n: int) -> Grid:
     side = math.isqrt(n)
     return (side, side) if side * side == n else (1, n)
 
 
-def _normalized(p: Tensor, name: str) -> Tensor:
-    """p (..., V) -> float64, normalized. ValueError unless every entry is positive."""
+def _normalized(p: Any, name: str, axes: int) -> Tensor:
+    """p (..., V) -> float64, normalized. ValueError unless it has so many axes, and every entry is positive."""
+    require(not isinstance(p, str | None), f"{name} is {p!r}; give a tensor of positive numbers")
     p = torch.as_tensor(p).double()
-    require(((p > 0) & p.isfinite()).all(), f"{name} holds {p.min():g}; give positive numbers, as p > 0 everywhere")
-    return p / p.sum(-1, keepdim=True)
+    require(p.ndim == axes and p.numel() > 0, f"{name} has the shape {tuple(p.shape)}; give {axes} axes")
+    normal = p / p.sum(-1, keepdim=True)
+    require(((p > 0) & (normal > 0)).all(), f"{name} holds {p.min():g}; give positive numbers, as p > 0 everywhere")
+    return normal
 
 
 def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:

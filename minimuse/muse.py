@@ -10,9 +10,8 @@ import random
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ from minimuse.config import MuseConfig
 from minimuse.data_images import to_pil
 from minimuse.editing import Callback, Jobs, Seed, Steps, seeded_generators
 from minimuse.masking import uniforms
-from minimuse.sampler import SamplingConfig, Step, decode
+from minimuse.sampler import SamplingConfig, Step, check_settings, decode
 from minimuse.text import Context, TextEncoder
 from minimuse.transformer import SuperRes, Transformer
-from minimuse.utils import pick_device, pick_dtype, require
+from minimuse.utils import OneSeed, PositiveInt, check, pick_device, pick_dtype, require
 from minimuse.vqgan import VQGAN
 
 
@@ -50,8 +49,9 @@ class Muse:
     Every method that makes pictures takes, next to its own arguments:
         guidance     t: a number, a pair (first, last) that rises linearly, or a function of u; 0 is none
         steps, schedule, order, sampling_temperature, choice_temperature, top_k, remask    as in `sampler.decode`
-        superres     a dict of these settings for super-resolution only, such as {"steps": 4}
-    The checkpoint decides what you leave out. With another `order` the ranking noise is 0 unless you set it.
+        superres     a dict of these settings for super-resolution, such as {"steps": 4}
+    They hold for the base model only; those in `superres` hold for super-resolution only. The checkpoint decides what
+    you leave out. With another `order` the ranking noise is 0 unless you set it.
     """
 
     format = checkpoint.FORMAT  # in config.json; a baseline has its own format, networks and guidance
@@ -93,7 +93,8 @@ class Muse:
         """
         if generators is None:
             generators = seeded_generators(jobs)
-            uniforms(len(jobs), self.config.base_sampling.steps, 2, self.base.config.tokens, generator=generators)
+            steps = min(self.config.base_sampling.steps, self.base.config.tokens)
+            uniforms(len(jobs), steps, 2, self.base.config.tokens, generator=generators)
         return self._stage("superres", jobs, (low_tokens,), tokens, generators, sampling)
 
     @torch.inference_mode()
@@ -111,10 +112,10 @@ class Muse:
     def decode(self, jobs: Jobs, *, low: Any = None, high: Any = None, superres: Any = None, **sampling) -> Steps:
         """Both stages, one after the other. `low` and `high` are the tokens to start from; None is all [MASK]."""
         generators = seeded_generators(jobs)
+        superres = check_settings({} if superres is None else superres)  # now: the base model takes long
         for step in self.decode_base(jobs, low, generators=generators, **sampling):
             yield step
-        sampling |= superres or {}
-        yield from self.decode_superres(jobs, step.tokens, high, generators=generators, **sampling)
+        yield from self.decode_superres(jobs, step.tokens, high, generators=generators, **superres)
 
     def generate(
         self, prompts: str | Sequence[str], *, n: int = 1, seed: Seed = None, batch_size: int = 16,
@@ -127,6 +128,8 @@ class Muse:
         """
         images = []
         jobs = self.jobs(prompts, n, seed, negative_prompt)
+        sampling = check_settings(sampling, superres=True)
+        batch_size = check("batch_size", batch_size, PositiveInt)
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             images += self.to_pictures(self.decode(batch, **sampling), batch, sampling, callback)
@@ -195,6 +198,7 @@ class Muse:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Muse":
         """Move the networks and the language model; returns itself."""
+        require(dtype is None or dtype.is_floating_point, f"dtype is {dtype}; give torch.float32 or torch.bfloat16")
         self.device = pick_device(device or self.device)
         self.dtype = dtype or self.dtype
         self.parts.to(self.device, self.dtype)
@@ -203,6 +207,7 @@ class Muse:
 
     def compile(self, **options: Any) -> "Muse":
         """Apply torch.compile to the networks that draw; returns itself. The first pictures wait for the compiler."""
+        require("superres" in self.parts, f"{self.config.name} is a baseline; only a whole Muse can be compiled")
         decoders = [t.decoder for t in (self.low_tokenizer, self.high_tokenizer) if isinstance(t, VQGAN)]
         for part in [self.base, self.superres, *decoders]:
             part.compile(**{"dynamic": False} | options)
@@ -210,14 +215,17 @@ class Muse:
 
     def jobs(self, prompts: Any, n: int = 1, seed: Seed = None, negative: Any = None) -> Jobs:
         """Arguments of `generate` -> one dict for each picture: prompt, negative prompt, seed."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts or not all(isinstance(p, str) for p in prompts) or not isinstance(n, Integral) or n < 1:
-            raise ValueError(f"prompts {prompts!r}, n = {n!r}; give at least one prompt, a text, and n of at least 1")
+        prompts = [prompts] if isinstance(prompts, str) else check("prompts", prompts, tuple[str, ...])
+        n = check("n", n, PositiveInt)
         total = len(prompts) * n
-        negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
-        seed = random.randrange(2**31) if seed is None else seed
-        seeds = list(range(seed, seed + total) if isinstance(seed, Integral) else seed)
+        require(0 < total <= 100_000, f"{len(prompts)} prompts, n is {n}; give 1 to 100000 pictures in one call")
+        negatives = negative if isinstance(negative, list | tuple) else [negative] * len(prompts)
+        negatives = [None if text is None else check("negative_prompt", text, str) for text in negatives]
         require(len(negatives) == len(prompts), f"{len(negatives)} negative prompts; give one, or {len(prompts)}")
+        if not isinstance(seed, list | tuple | range) and not getattr(seed, "ndim", 0):
+            first = check("seed", random.randrange(2**31) if seed is None else seed, OneSeed)
+            seed = range(first, first + total)
+        seeds = [check("seed", number, OneSeed) for number in seed]
         require(len(seeds) == total, f"{len(seeds)} seeds for {total} pictures; give one, or {total}")
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._hinted and (hint := self.unfamiliar(prompt)):
@@ -246,6 +254,7 @@ class Muse:
 
     def to_pictures(self, steps: Steps, jobs: Jobs, settings: dict, callback: Callback = None) -> list[Image.Image]:
         """Run the decode to its end, then decode the last tokens. Each image's info holds its job and the settings."""
+        require(callback is None or callable(callback), f"callback is {callback!r}; give a function of a Step")
         for step in steps:
             if callback is not None:
                 callback(step)
@@ -258,10 +267,8 @@ class Muse:
 
 def sampling_settings(defaults: SamplingConfig, given: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
     """A checkpoint's defaults, the user's settings -> guidance as a function of u, arguments for `sampler.decode`."""
-    known = {f.name for f in fields(SamplingConfig)} | {"top_k", "remask"}
-    if unknown := given.keys() - known:
-        raise TypeError(f"unknown setting {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-    settings = asdict(defaults) | {k: v for k, v in given.items() if v is not None}
+    given = check_settings(given)
+    settings = asdict(defaults) | given
     if given.get("order") not in (None, defaults.order) and given.get("choice_temperature") is None:
         settings["choice_temperature"] = 0.0
     return get_guidance(settings.pop("guidance")), settings

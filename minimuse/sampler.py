@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -40,12 +40,37 @@ class SamplingConfig:
     steps: PositiveInt  # T; the paper: 24 for 256 tokens, 8 for 4096
     guidance: tuple[float, float]  # t at the first and at the last step (2.7: t rises linearly)
     schedule: ScheduleName = "cosine"
-    order: Annotated[str, Rule(lambda x: x in ORDERS, "the name of an order, such as 'halton'")] = "confidence"
+    order: Annotated[str, Rule(lambda x: x in ORDERS, "confidence, random, raster, halton, entropy or margin")] = (
+        "confidence"
+    )
     sampling_temperature: NonNegative = 1.0
     choice_temperature: NonNegative = 4.5  # Choice: noise of the ranking, annealed to 0, as in MaskGIT's released code
 
     def __post_init__(self):
         check_fields(self)
+
+
+SETTINGS = get_type_hints(SamplingConfig, include_extras=True) | {"top_k": PositiveInt, "remask": bool}
+FUNCTIONS = "guidance schedule order sampling_temperature choice_temperature".split()  # may be functions too
+
+
+def check_settings(given: dict[str, Any], superres: bool = False) -> dict[str, Any]:
+    """Settings by name -> those that are not None, with plain numbers. Errors name the setting that makes no sense.
+
+    With `superres`, a setting of this name may hold settings of super-resolution.
+    """
+    settings = {name: value for name, value in check("superres", given, dict).items() if value is not None}
+    known = SETTINGS | {"superres": dict} if superres else SETTINGS
+    if unknown := given.keys() - known.keys():
+        raise TypeError(f"unknown setting {', '.join(map(str, unknown))}; known: {', '.join(sorted(known))}")
+    for name, value in settings.items():
+        if name == "superres":
+            settings[name] = check_settings(value)
+        elif name == "guidance" and not isinstance(value, tuple | list | Callable):
+            settings[name] = check(name, value, float, "a number, a pair (first, last), or a function of u")
+        elif name not in FUNCTIONS or not callable(value):
+            settings[name] = check(name, value, known[name])
+    return settings
 
 
 class Step(NamedTuple):
@@ -235,8 +260,7 @@ def _check(tokens: Tensor, mask_id: int, steps: int, top_k: int | None, remask: 
     given = f"{getattr(tokens, 'dtype', tokens)} of shape {getattr(tokens, 'shape', None)}"
     require(ok, f"tokens are {given}; give a (B, N) long tensor that is not empty")
     check("mask_id", mask_id, Natural)
-    check("top_k", 1 if top_k is None else top_k, PositiveInt)
-    check("remask", remask, bool)
+    check_settings({"top_k": top_k, "remask": remask})
     steps, n = check("steps", steps, PositiveInt), tokens.shape[1]
     if steps > n:
         warnings.warn(f"steps is {steps}, but there are only {n} tokens; {n} steps are enough", stacklevel=3)

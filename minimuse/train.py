@@ -12,7 +12,7 @@ Not here: processes, precision, optimizers, saved states (`train_engine.py`), da
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse import train_engine
+from minimuse import train_engine, vqgan_loss
 from minimuse.amused import published_tokenizer
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
@@ -33,12 +33,12 @@ from minimuse.data_sources import SceneDataset, Source, open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
 from minimuse.muse import Muse, build
 from minimuse.text import Context, TextEncoder, pad_contexts
-from minimuse.train_engine import Engine, EvalFn, Progress, Stage, batch_indices, learning_rate, make_optimizers
+from minimuse.train_engine import Engine, EvalFn, Progress, Stage, batch_indices
 from minimuse.train_log import TrainLog, codebook_usage
 from minimuse.transformer import Transformer
 from minimuse.utils import seeded_generator
-from minimuse.vqgan import VQGAN
-from minimuse.vqgan_loss import COMMITMENT, Perceptual, SceneFeatures, VQGANLoss, feature_distance
+from minimuse.vqgan import VQGAN, Quantized
+from minimuse.vqgan_loss import Perceptual, SceneFeatures, VQGANLoss, Weight, adaptive_weight
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
@@ -52,15 +52,9 @@ def random_crop(images: Tensor, size: int, generator: torch.Generator) -> Tensor
 
 
 def train_tokenizer(
-    vqgan: VQGAN,
-    config: StageConfig,
-    images: Any,
-    *,
-    stage: str = "tokenizer",
-    perceptual: Perceptual | None = None,
-    engine: Engine | None = None,
-    eval_fn: EvalFn | None = None,
-) -> Iterator[Progress]:
+    vqgan: VQGAN, config: StageConfig, images: Any, *, stage: str = "tokenizer",
+    perceptual: Perceptual | None = None, engine: Engine | None = None, eval_fn: EvalFn | None = None,
+) -> Iterator[Progress]:  # fmt: skip
     """Train a VQGAN (Muse 2.2), or only its decoder where encoder and codebook are frozen (2.5).
 
     images: a tensor (n, 3, H, W) uint8, or any object with a length that returns such tensors for indices.
@@ -68,23 +62,30 @@ def train_tokenizer(
     engine = engine or Engine()
     for part in (vqgan.encoder, vqgan.quantizer, vqgan.decoder):
         part.train(any(p.requires_grad for p in part.parameters()))
-    vqgan.to(engine.device, memory_format=torch.channels_last)
     torch.manual_seed(engine.seed)
-    losses = VQGANLoss(perceptual, config.perceptual_weight, config.adversarial_weight, config.adversarial_start)
-    losses.to(engine.device, memory_format=torch.channels_last)
-    modules = {"model": vqgan}
-    if losses.discriminator is not None:
-        modules["discriminator"] = losses.discriminator
+    weights = (config.perceptual_weight, config.adversarial_weight)
+    losses = VQGANLoss(perceptual, *weights, config.adversarial_start, config.discriminator_width)
+    for module in (vqgan, losses):
+        module.to(engine.device, memory_format=torch.channels_last)
+    modules = {"model": vqgan} | ({} if losses.discriminator is None else {"discriminator": losses.discriminator})
     idle = vqgan.quantizer.new_idle_counts()
     job = Stage(engine, stage, config, modules, {"idle": idle})
     if job.first:
         yield Progress(stage, job.first, config.steps, {}, vqgan)
+
+    def read(step: int) -> Iterator[Tensor]:
+        for at, _ in job.micro_batches(len(images), step):
+            x = to_float(random_crop(images[at], config.crop, seeded_generator(engine.seed, step)))
+            yield x.to(engine.device).contiguous(memory_format=torch.channels_last)
+
     for step in job.steps():
         outputs = []
-        for at, _ in job.micro_batches(len(images), step):
-            x = to_float(random_crop(images[at], config.crop, seeded_generator(engine.seed, step))).to(engine.device)
-            x = x.contiguous(memory_format=torch.channels_last)
-            outputs.append(engine.accelerator.gather(_tokenizer_backward(job, vqgan, losses, x, step)))
+        weight = _step_weight(job, vqgan, losses, read(step), step)
+        for x in read(step):
+            for shares, quantized in tokenizer_losses(vqgan, losses, x, step, weight, engine.precision):  # noqa: B007
+                shares = {name: value / engine.parts for name, value in shares.items()}
+                job.backward(next(iter(shares.values())), **shares)
+            outputs.append(engine.accelerator.gather((quantized.z, quantized.tokens)))
         z, tokens = (torch.cat(parts) for parts in zip(*outputs, strict=True))  # of the whole batch, in its order
         vqgan.quantizer.restart_dead_codes(z, tokens, idle, seeded_generator(engine.seed, step))
         metrics = job.finish(step)
@@ -95,22 +96,39 @@ def train_tokenizer(
         yield Progress(stage, step + 1, config.steps, metrics, vqgan)
 
 
-def _tokenizer_backward(job: Stage, vqgan: VQGAN, losses: VQGANLoss, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Backward passes of one micro-batch x (B, 3, H, W), the VQGAN's, then the discriminator's -> its z and tokens."""
-    precision = job.engine.precision
+def tokenizer_losses(
+    vqgan: VQGAN, losses: VQGANLoss, x: Tensor, step: int, weight: Weight = adaptive_weight,
+    precision: Callable[[], AbstractContextManager] = nullcontext,
+) -> Iterator[tuple[dict[str, Tensor], Quantized]]:  # fmt: skip
+    """One micro-batch x (B, 3, H, W) -> the VQGAN's loss and its metrics, then the discriminator's loss.
+
+    Run the backward pass of the first value before you ask for the next one.
+    """
     with precision():
-        made, quantized = job.modules["model"](x)
-    made = made.float()
-    with precision():
-        loss = losses.generator_loss(x, made, vqgan.decoder.conv_out.weight, step)
-    loss = loss + quantized.codebook_loss + COMMITMENT * quantized.commitment_loss
-    metrics = {"loss": loss, "l1": F.l1_loss(made, x), "mse": F.mse_loss(made, x)}
-    job.backward(loss / job.parts, **{name: value / job.parts for name, value in metrics.items()})
-    if losses.discriminator_active(step):
+        made, quantized = vqgan(x)
+        made = made.float()
+        loss = losses.generator_loss(x, made, vqgan.decoder.conv_out.weight, step, weight)
+    loss = loss + quantized.codebook_loss + vqgan_loss.COMMITMENT * quantized.commitment_loss
+    yield {"loss": loss, "l1": F.l1_loss(made, x), "mse": F.mse_loss(made, x)}, quantized
+    if losses.active(step):
         with precision():
-            loss = losses.discriminator_loss(x, made, job.modules["discriminator"])
-        job.backward(loss / job.parts, discriminator_loss=loss / job.parts)
-    return quantized.z, quantized.tokens
+            loss = losses.discriminator_loss(x, made)
+        yield {"discriminator_loss": loss}, quantized
+
+
+def _step_weight(job: Stage, vqgan: VQGAN, losses: VQGANLoss, batches: Iterator[Tensor], step: int) -> Weight:
+    """One lambda for all micro-batches and processes of a step. Micro-batches take one more forward pass for it."""
+    found = []
+
+    def weight(gradients: Tensor) -> Tensor:
+        found.append(gradients)
+        return adaptive_weight(job.engine.accelerator.reduce(gradients, "mean"))
+
+    if job.engine.accumulate == 1 or not losses.active(step):
+        return weight
+    for x in batches:
+        next(tokenizer_losses(vqgan, losses, x, step, weight, job.engine.precision))
+    return weight(sum(found) / len(found))
 
 
 def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: int = 0) -> SceneFeatures:
@@ -120,12 +138,9 @@ def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: in
     """
     torch.manual_seed(seed)
     net = SceneFeatures(labels.shape[1])
-    config = StageConfig(steps=steps, batch=64, learning_rate=2e-3, warmup=10, weight_decay=1e-4)
-    (optimizer,) = make_optimizers(net, config)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     for step in range(steps):
-        at = batch_indices(len(images), config.batch, step, seed)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+        at = batch_indices(len(images), 64, step, seed)
         F.binary_cross_entropy_with_logits(net.classify(to_float(images[at])), labels[at]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -156,16 +171,9 @@ class MaskedLoss(nn.Module):
 
 
 def train_transformer(
-    model: Transformer,
-    config: StageConfig,
-    tokens: Any,
-    texts: Any,
-    *,
-    low_tokens: Any = None,
-    stage: str = "base",
-    engine: Engine | None = None,
-    eval_fn: EvalFn | None = None,
-) -> Iterator[Progress]:
+    model: Transformer, config: StageConfig, tokens: Any, texts: Any, *, low_tokens: Any = None,
+    stage: str = "base", engine: Engine | None = None, eval_fn: EvalFn | None = None,
+) -> Iterator[Progress]:  # fmt: skip
     """Masked training of the base (Muse 2.3) or, with `low_tokens`, of the super-resolution transformer (2.4).
 
     tokens (n, N), low_tokens (n, N_low): tensors, or objects that return such rows for indices. texts: the captions of
@@ -199,7 +207,7 @@ def train_network(
     engine = engine or Engine()
     loss.train()
     torch.manual_seed(engine.seed)
-    job = Stage(engine, stage, config, {"model": loss}, shard=True)
+    job = Stage(engine, stage, config, {"model": loss}, wrap=True)
     if job.first:
         yield Progress(stage, job.first, config.steps, {}, loss.model)
     for step in job.steps():
@@ -256,18 +264,24 @@ def train_muse(
         trainer = MuseTrainer(config, data, engine, Path(folder))
         for progress in (stages or MuseTrainer.five_stages)(trainer):
             yield progress._replace(metrics=trainer.log(progress))
-    yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, progress.model)
+        captions = trainer.data.captions()
+    minutes = (time.monotonic() - started) / 60
+    done = {"minutes": minutes, "pictures": len(captions), "captions": sum(map(len, captions))}
+    yield Progress("done", 1, 1, done, progress.model)
 
 
 class MuseTrainer:
     """The networks, the data and the log of one run."""
 
     def __init__(self, config: MuseConfig, data: str | Path | Source, engine: Engine, folder: Path):
+        engine.check_batches(config.stages)
         torch.manual_seed(engine.seed)
         self.config, self.engine = config, engine
         self.parts, self.high = build(config), VQGAN(config.high_tokenizer)
         self.encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
-        self.perceptual = scene_perceptual(config, engine)
+        tokenizing = [s for name, s in config.stages.items() if name not in ("base", "superres")]
+        kinds = {s.perceptual for s in tokenizing if s.perceptual_weight}
+        self.perceptual = {kind: perceptual_loss(kind, config, engine) for kind in sorted(kinds)}  # lpips first
         source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
         work = {"rank": engine.rank, "processes": engine.processes, "wait": engine.accelerator.wait_for_everyone}
         options = {"device": engine.device, "bf16": engine.bf16, **work}
@@ -317,8 +331,10 @@ class MuseTrainer:
         if factor > 1:
             images = Decimated(images, factor)
         eval_fn = self.log.tokenizer(name, self.data.split(images, held_out=True))
-        options = {"stage": name, "engine": self.engine, "eval_fn": eval_fn, "perceptual": self.perceptual}
-        return train_tokenizer(vqgan, self.config.stages[name], self.data.split(images), **options)
+        options = {"stage": name, "engine": self.engine, "eval_fn": eval_fn}
+        config = self.config.stages[name]
+        options["perceptual"] = self.perceptual.get(config.perceptual)
+        return train_tokenizer(vqgan, config, self.data.split(images), **options)
 
     def transformer(self, name: str, *codebooks: Tensor) -> Iterator[Progress]:
         """A transformer stage, "base" or "superres", whose embeddings start from the codebooks."""
@@ -334,16 +350,19 @@ class MuseTrainer:
         self.parts[name] = self.engine.gather_full_model(model, lambda: build(self.config)[name])
 
 
-def scene_perceptual(config: MuseConfig, engine: Engine, n: int = 2000) -> Perceptual | None:
-    """A perceptual loss from features trained on n scenes, or None if no tokenizer stage weighs one.
+def perceptual_loss(kind: str, config: MuseConfig, engine: Engine, n: int = 2000) -> Perceptual | None:
+    """ "lpips", "none", or "scenes": features trained on n scenes.
 
-    Choice: the features come from scenes for any data, so that no weights have to be downloaded.
+    Choice: without LPIPS the features come from scenes for any data, so that no weights have to be downloaded.
     """
-    if not any(s.perceptual_weight for name, s in config.stages.items() if name not in ("base", "superres")):
+    if kind == "lpips":
+        with engine.accelerator.main_process_first():  # it downloads the weights
+            return vqgan_loss.lpips_distance()
+    if kind == "none":
         return None
     scenes = SceneDataset(n, config.low_tokenizer.image_size, seed=engine.seed)
     classes = [*product(COLORS, SHAPES)]
     seen = [{(t.color, t.shape) for t in scenes.scene(i).things} for i in range(n)]
     labels = torch.tensor([[float(c in objects) for c in classes] for objects in seen])
     features = train_features(scenes.images(), labels, seed=engine.seed)
-    return feature_distance(features.to(engine.device))
+    return vqgan_loss.feature_distance(features.to(engine.device))

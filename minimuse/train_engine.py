@@ -11,7 +11,7 @@ Not here: what is trained (`train.py`), files (`train_state.py`).
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,14 +19,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
+from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from minimuse import train_state
 from minimuse.config import StageConfig
 from minimuse.transformer import Layer, TextLayer, Transformer
-from minimuse.utils import derive_seed, precision, seeded_generator
+from minimuse.utils import Natural, OneSeed, PositiveInt, check, derive_seed, precision, require, seeded_generator
 from minimuse.vqgan import ResBlock
 
 EvalFn = Callable[[nn.Module, int], dict[str, float]]  # (model or its loss module, steps done) -> metrics for the log
@@ -120,17 +121,14 @@ def random_features(vectors: Tensor, width: int) -> Tensor:
     return 2**0.5 * (vectors @ waves + 2 * math.pi * torch.rand(width)).cos()
 
 
-# --- several processes, less memory -----------------------------------------------------------------------------------
+# --- the engine -------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_activations(module: nn.Module) -> None:
-    """Activation checkpointing, in place: a layer or residual block keeps only its input, and runs again backward."""
+    """In place: a layer or residual block keeps only its input, and runs again in the backward pass."""
     for part in module.modules():
         if isinstance(part, Layer | TextLayer | ResBlock) and "forward" not in vars(part):
             part.forward = partial(checkpoint, part.forward, use_reentrant=False)
-
-
-# --- the engine -------------------------------------------------------------------------------------------------------
 
 
 class Engine:
@@ -155,29 +153,24 @@ class Engine:
         self.is_main = self.accelerator.is_main_process
         chosen = self.accelerator.mixed_precision  # by `accelerate launch`
         self.bf16 = bf16 if chosen == "no" else chosen == "bf16"
-        self.accumulate = accumulate or self.accelerator.gradient_accumulation_steps
-        self.seed, self.compile, self.recompute = seed, compile, recompute
-        self.folder, self.keep = folder and Path(folder), keep
+        self.precision = partial(precision, self.device, self.bf16)  # -> the autocast context of this run
+        accumulate = self.accelerator.gradient_accumulation_steps if accumulate is None else accumulate
+        self.accumulate, self.keep = check("accumulate", accumulate, PositiveInt), check("keep", keep, Natural)
+        self.parts = self.accumulate * self.processes  # of a batch
+        self.seed, self.compile, self.recompute = check("seed", seed, OneSeed), compile, recompute
+        self.folder = folder and Path(folder)
         self.signal = 0  # number of the signal that asks the run to stop
         if compile:  # the adaptive weight of a tokenizer's losses needs more than one backward pass
             from torch._functorch import config as functorch
 
             functorch.donated_buffer = False
-        if self.accumulate < 1 or keep < 0:
-            raise ValueError(f"{accumulate=}, {keep=}; give accumulate of at least 1 and keep of 0 or more")
 
-    @property
-    def sharded(self) -> bool:
-        """True where FSDP2 spreads the parameters over the processes."""
-        return getattr(self.accelerator, "is_fsdp2", False)
-
-    def prepare(self, module: nn.Module, optimizers: list[torch.optim.Optimizer], shard: bool) -> tuple[Any, ...]:
-        """Module and optimizers as accelerate wraps them. In a sharded run, `shard=False` trains a module by DDP."""
-        if not self.sharded or shard:
-            return self.accelerator.prepare(module, *optimizers)
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        wrapped = nn.parallel.DistributedDataParallel(module.to(self.device), device_ids=ids)
-        return wrapped, *(self.accelerator.prepare_optimizer(o) for o in optimizers)
+    def check_batches(self, stages: dict[str, StageConfig]) -> None:
+        """ValueError unless the batch of each stage splits into equal micro-batches of all processes."""
+        for name, config in stages.items():
+            shares = f"{self.processes} processes x {self.accumulate} micro-batches"
+            hint = f"a batch of {config.batch} does not split into {shares}; make it a multiple of {self.parts}"
+            require(config.batch % self.parts == 0, f"{name}: {hint}")
 
     def handle_signals(self) -> None:
         """From now on Ctrl-C and SIGTERM finish the step, save and raise Stopped. A second one ends at once."""
@@ -195,17 +188,12 @@ class Engine:
             raise Stopped
 
     def gather_full_model(self, module: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
-        """A module that FSDP has sharded -> a new one from `make` with all weights. Only the main process has them."""
-        if not self.sharded:
+        """A module that FSDP has sharded -> a new one from `make` with all weights, in every process."""
+        if not self.accelerator.is_fsdp2:
             return module
-        weights, full = self.accelerator.get_state_dict(module), make()
-        if self.is_main:
-            full.load_state_dict(weights)
+        full = make()
+        full.load_state_dict(get_model_state_dict(module, options=StateDictOptions(full_state_dict=True)))
         return full
-
-    def precision(self) -> AbstractContextManager:
-        """The autocast context of this run."""
-        return precision(self.device, self.bf16)
 
 
 # --- a stage ----------------------------------------------------------------------------------------------------------
@@ -215,22 +203,20 @@ class Stage:
     """A stage under way: its modules with their optimizers, its place in the run, its states.
 
     A step is `backward` for each of `micro_batches`, then `finish`. extra: tensors that belong to the state besides
-    weights and optimizers. shard: whether FSDP may shard the modules.
+    weights and optimizers. wrap: let accelerate wrap the only module, in DDP or FSDP. Otherwise modules stay as they
+    are, and `finish` averages their gradients over the processes.
     """
 
     def __init__(
         self, engine: Engine, name: str, config: StageConfig, modules: dict[str, nn.Module],
-        extra: dict[str, Tensor] | None = None, shard: bool = False,
+        extra: dict[str, Tensor] | None = None, wrap: bool = False,
     ):  # fmt: skip
-        self.engine, self.name, self.config = engine, name, config
-        self.sharded = shard and engine.sharded
-        self.parts = engine.accumulate * engine.processes
-        if config.batch % self.parts:
-            shares = f"{engine.processes} processes x {engine.accumulate} micro-batches"
-            hint = f"make it a multiple of {self.parts}"
-            raise ValueError(f"{name}: a batch of {config.batch} does not split into {shares}; {hint}")
-        self.modules: dict[str, nn.Module] = {}
-        self.optimizers: dict[str, list[Any]] = {}
+        from accelerate.utils import broadcast
+
+        engine.check_batches({name: config})
+        self.engine, self.name, self.config, self.wrap = engine, name, config, wrap
+        self.modules = dict(modules)
+        self.optimizers: dict[str, list[torch.optim.Optimizer]] = {}
         self.metrics: dict[str, Tensor] = {}
         engine.accelerator.free_memory()  # it would keep the modules of the stage before
         for key, module in modules.items():
@@ -239,9 +225,13 @@ class Stage:
                 checkpoint_activations(module)
             if engine.compile:
                 module.compile()
-            self.modules[key], *self.optimizers[key] = engine.prepare(module, make_optimizers(module, config), shard)
-        self.trained = [p for p in self.modules["model"].parameters() if p.requires_grad]
-        self.averages = [p.detach().clone() for p in self.trained] if config.ema else []
+            self.optimizers[key] = make_optimizers(module, config)
+            if wrap:
+                self.modules[key], *_ = engine.accelerator.prepare(module, *self.optimizers[key])
+            else:
+                broadcast([p.data for p in module.parameters()])  # all processes start with the first one's weights
+        self.trained = {k: [p for p in m.parameters() if p.requires_grad] for k, m in self.modules.items()}
+        self.averages = [p.detach().clone() for p in self.trained["model"]] if config.ema else []
         self.extra = (extra or {}) | {f"ema.{i}": average for i, average in enumerate(self.averages)}
         self.folder = engine.folder and engine.folder / name
         self.first = 0
@@ -253,8 +243,7 @@ class Stage:
         tensors: dict[str, Any] = dict(self.extra)
         flat = StateDictOptions(flatten_optimizer_state_dict=True)
         for key, module in self.modules.items():
-            inner = [optimizer.optimizer for optimizer in self.optimizers[key]]
-            for part in get_state_dict(module, inner, options=flat):
+            for part in get_state_dict(module, self.optimizers[key], options=flat):
                 tensors |= {f"{key}.{name}": value for name, value in part.items()}
         return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
 
@@ -279,17 +268,14 @@ class Stage:
         """-> this process's part of a step, A times: indices (b,) of n examples, and a generator for each."""
         engine, generators = self.engine, self.generators(step)
         at = batch_indices(n, self.config.batch, step, engine.seed)
-        size = self.config.batch // self.parts
+        size = self.config.batch // engine.parts
         self.metrics = {}
         for module in self.modules.values():
             module.zero_grad()
         for k in range(engine.accumulate):
             start = (k * engine.processes + engine.rank) * size
-            with ExitStack() as stack:
-                if k < engine.accumulate - 1:  # processes sum their gradients only after the last one
-                    for module in self.modules.values():
-                        ddp = getattr(module, "no_sync", nullcontext)  # only DDP has it
-                        stack.enter_context(engine.accelerator.no_sync(module) if self.sharded else ddp())
+            alone = self.wrap and k < engine.accumulate - 1  # processes sum their gradients only after the last one
+            with engine.accelerator.no_sync(self.modules["model"]) if alone else nullcontext():
                 yield at[start : start + size], generators[start : start + size]
 
     def backward(self, share: Tensor, **metrics: Tensor) -> None:
@@ -303,34 +289,55 @@ class Stage:
             self.metrics[key] = self.metrics.get(key, 0) + value.detach().float()
 
     def finish(self, step: int) -> dict[str, float]:
-        """End of a step: optimizers, moving average, saving -> its metrics. Stopped if any process got a signal."""
+        """End of a step: optimizers, moving average, saving -> its metrics. Stopped if any process got a signal.
+
+        ValueError if a metric, a gradient or a weight is not finite. Then nothing of the step is saved.
+        """
         engine, done = self.engine, step + 1
-        self.update(step)
         stop = torch.tensor(float(engine.signal), device=engine.device)
-        values = torch.stack([*self.metrics.values(), stop])
-        if engine.processes > 1:
-            values = engine.accelerator.reduce(values, "sum")
-        *values, stop = values.tolist()
+        summed = engine.accelerator.reduce(torch.stack([*self.metrics.values(), stop]), "sum")
+        norms = {f"the gradient norm of the {key}": self.clip(key) for key in self.modules}
+        values = torch.cat([summed, torch.stack([*norms.values()])]).tolist()  # the only wait for the device
+        values = dict(zip([*self.metrics, "stop", *norms], values, strict=True))
+        self.require_finite(done, values)
+        self.update(step)
         if done == self.config.steps and self.averages:
-            for p, average in zip(self.trained, self.averages, strict=True):
+            for p, average in zip(self.trained["model"], self.averages, strict=True):
                 p.detach().copy_(average)
-        if self.folder and (stop or done == self.config.steps or done % self.config.save_every == 0):
-            train_state.save_state(self.folder, done, self.state(), self.about(), engine.keep, engine.accelerator)
-        if stop:
+        if values["stop"] or done == self.config.steps or done % self.config.save_every == 0:
+            norms = {f"the weight norm of the {k}": _whole(get_total_norm(p)).item() for k, p in self.trained.items()}
+            self.require_finite(done, norms)
+            if self.folder:
+                train_state.save_state(self.folder, done, self.state(), self.about(), engine.keep, engine.accelerator)
+        if values["stop"]:
             raise Stopped
-        return dict(zip(self.metrics, values, strict=True))
+        return {name: values[name] for name in self.metrics}
+
+    def require_finite(self, done: int, values: dict[str, float]) -> None:
+        """ValueError, with what to try, if a value is infinite or not a number."""
+        for name, value in values.items():
+            hint = f"nothing of this step is saved. Lower stages.{self.name}.learning_rate or raise its warmup"
+            require(math.isfinite(value), f"{self.name} diverged at step {done}: {name} is {value}; {hint}")
+
+    def clip(self, key: str) -> Tensor:
+        """Average a module's gradients over the processes, unless accelerate did; clip them -> norm before, ()."""
+        for p in self.trained[key] if self.engine.processes > 1 and not self.wrap else []:
+            p.grad = None if p.grad is None else self.engine.accelerator.reduce(p.grad, "mean")
+        norm = self.engine.accelerator.clip_grad_norm_(self.trained[key], self.config.clip)
+        return _whole(norm).to(self.engine.device)
 
     def update(self, step: int) -> None:
-        """Clip the gradients, one optimizer step at the step's learning rate, update the moving average.
+        """One optimizer step at the step's learning rate, then the moving average.
 
         A module without gradients stays as it is, such as a discriminator that has not started.
         """
-        for key, module in self.modules.items():
-            trained = [p for p in module.parameters() if p.requires_grad]
-            self.engine.accelerator.clip_grad_norm_(trained, self.config.clip)
-            for optimizer in self.optimizers[key]:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(self.config, step) * group.get("lr_scale", 1.0)
-                optimizer.step()
+        for optimizer in (o for optimizers in self.optimizers.values() for o in optimizers):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, step) * group.get("lr_scale", 1.0)
+            optimizer.step()
         if self.averages:
-            get_ema_multi_avg_fn(self.config.ema)(self.averages, [p.detach() for p in self.trained], None)
+            get_ema_multi_avg_fn(self.config.ema)(self.averages, [p.detach() for p in self.trained["model"]], None)
+
+
+def _whole(value: Any) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value

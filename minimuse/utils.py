@@ -45,7 +45,7 @@ NonNegative = Annotated[float, Rule(lambda x: x >= 0, "a number, 0 or more")]
 Fraction = Annotated[float, Rule(lambda x: 0 <= x <= 1, "a fraction, from 0 to 1")]
 Decay = Annotated[float, Rule(lambda x: 0 <= x < 1, "a fraction, from 0 to below 1")]
 OneSeed = Annotated[int, Rule(lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32 - 1")]
-EXPECTED = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+EXPECTED = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", tuple: "a list"}
 
 
 def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
@@ -78,7 +78,9 @@ def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
         right = isinstance(value, int | kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     else:
         right = isinstance(value, origin or kind)
-    require(right, f"{name} is {reprlib.repr(value)}; give {expected or EXPECTED.get(kind, f'a {kind.__name__}')}")
+    require(
+        right, f"{name} is {reprlib.repr(value)}; give {expected or EXPECTED.get(origin or kind, f'a {kind.__name__}')}"
+    )
     return value
 
 
@@ -97,10 +99,12 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if device is None:
         return torch.device(best)
     try:
-        require(torch.device(device).type != "meta", "A meta device holds no numbers")
+        require(torch.device(device).type in ("cpu", "cuda", "mps", "xpu"), "Known are cpu, cuda, mps and xpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise ValueError(f"device {str(device)!r} is not on this machine; give {best!r}. {e}") from e
+        raise ValueError(
+            f"device {str(device)!r} is not on this machine; give {best!r}. {str(e).splitlines()[0]}"
+        ) from e
     return torch.device(device)
 
 

@@ -1,7 +1,7 @@
 """The losses that train a VQGAN: pixels, perceptual features, a patch discriminator (Muse 2.2, A.2).
 
     generator loss      pixel_loss(x, x') + w_p * perceptual(x, x') - w_a * lambda * mean D(x')
-    discriminator loss  (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x'))) / 2
+    discriminator loss  the hinge loss, (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x'))) / 2
 
 A perceptual loss is any function (x, x') -> (). `feature_distance` uses `SceneFeatures`, a small network trained on
 scenes, and needs no download. `lpips_distance` needs the extra `lpips`, which downloads its weights.
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
+Weight = Tensor | Callable[[Tensor], Tensor]  # lambda, or the function that computes it
 COMMITMENT = 0.25  # weight of the quantizer's commitment loss (VQGAN)
 
 
@@ -27,7 +28,7 @@ def _down(c_in: int, c_out: int) -> nn.Sequential:
 class PatchDiscriminator(nn.Module):
     """images (B, 3, H, W) -> one logit per patch, (B, 1, H/8, W/8), high where it looks real (pix2pix's PatchGAN).
 
-    Choice: width 32, three layers and no normalization, for every preset; VQGAN's has width 64 and BatchNorm.
+    Choice: three layers and no normalization; VQGAN's has width 64 and BatchNorm.
     """
 
     def __init__(self, width: int = 32):
@@ -53,11 +54,14 @@ def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, most: float = 1e4) -> Tensor:
-    """lambda = |grad reconstruction| / (|grad adversarial| + 1e-4) at the decoder's last layer (VQGAN 3.2)."""
-    (r,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (a,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (r.norm() / (a.norm() + 1e-4)).clamp(0, most).detach()
+def adaptive_weight(gradients: Tensor) -> Tensor:
+    """Gradients of both losses at the decoder's last layer, (2, ...) -> lambda, () (VQGAN 3.2).
+
+    lambda = |grad reconstruction| / (|grad adversarial| + 1e-4), at most 1e4. These numbers are those of VQGAN's code;
+    the paper has 1e-6 and no limit.
+    """
+    reconstruction, adversarial = gradients.flatten(1).norm(dim=1)
+    return (reconstruction / (adversarial + 1e-4)).clamp(0, 1e4)
 
 
 class SceneFeatures(nn.Module):
@@ -95,7 +99,8 @@ def lpips_distance() -> Perceptual:
     try:
         import lpips
     except ImportError as e:
-        raise ImportError('lpips_distance needs the package lpips: pip install "minimuse[lpips]"') from e
+        hint = 'pip install "minimuse[lpips]", or set perceptual to "scenes" or "none"'
+        raise ImportError(f"the perceptual loss lpips needs the package lpips: {hint}") from e
     net = lpips.LPIPS(net="vgg").eval().requires_grad_(False)
     return lambda x, y: net.to(x.device)(x, y).mean()
 
@@ -104,35 +109,39 @@ class VQGANLoss(nn.Module):
     """The losses of a tokenizer, without the quantizer's. Its only parameters are the discriminator's."""
 
     def __init__(
-        self,
-        perceptual: Perceptual | None = None,
-        perceptual_weight: float = 0.05,
-        adversarial_weight: float = 0.1,
-        adversarial_start: int = 0,
-    ):
+        self, perceptual: Perceptual | None = None, perceptual_weight: float = 0.05, adversarial_weight: float = 0.1,
+        adversarial_start: int = 0, discriminator_width: int = 32,
+    ):  # fmt: skip
         super().__init__()
         self.perceptual = perceptual
         self.perceptual_weight = perceptual_weight if perceptual else 0.0
         self.adversarial_weight = adversarial_weight
         self.adversarial_start = adversarial_start
-        self.discriminator = PatchDiscriminator() if adversarial_weight else None
+        self.discriminator = PatchDiscriminator(discriminator_width) if adversarial_weight else None
 
-    def discriminator_active(self, step: int) -> bool:
+    def active(self, step: int) -> bool:
         """Is the adversarial term part of the loss at this step?"""
         return self.discriminator is not None and step >= self.adversarial_start
 
-    def generator_loss(self, images: Tensor, made: Tensor, last_layer: Tensor, step: int) -> Tensor:
-        """images, made (B, 3, H, W) -> (): pixels + perceptual + balanced adversarial term."""
+    def generator_loss(
+        self, images: Tensor, made: Tensor, last_layer: Tensor, step: int, weight: Weight = adaptive_weight
+    ) -> Tensor:
+        """images, made (B, 3, H, W) -> (): pixels + perceptual + balanced adversarial term.
+
+        weight: lambda, or a function of both gradients at `last_layer` that returns it.
+        """
         loss = pixel_loss(made, images)
         if self.perceptual_weight:
             loss = loss + self.perceptual_weight * self.perceptual(images, made)
-        if self.discriminator_active(step):
+        if self.active(step):
             frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
             fooled = -torch.func.functional_call(self.discriminator, frozen, made).mean()
-            loss = loss + self.adversarial_weight * adaptive_weight(loss, fooled, last_layer) * fooled
+            if callable(weight):
+                gradients = [torch.autograd.grad(x, last_layer, retain_graph=True)[0] for x in (loss, fooled)]
+                weight = weight(torch.stack(gradients))
+            loss = loss + self.adversarial_weight * weight.detach() * fooled
         return loss
 
-    def discriminator_loss(self, images: Tensor, made: Tensor, discriminator: nn.Module | None = None) -> Tensor:
-        """images, made (B, 3, H, W) -> (): the hinge loss; `discriminator` is the module as accelerate wrapped it."""
-        logits = (discriminator or self.discriminator)(torch.cat([images, made.detach()]))
-        return hinge_discriminator(*logits.chunk(2))
+    def discriminator_loss(self, images: Tensor, made: Tensor) -> Tensor:
+        """images, made (B, 3, H, W) -> (): the hinge loss. No gradient reaches the images."""
+        return hinge_discriminator(*self.discriminator(torch.cat([images, made.detach()])).chunk(2))

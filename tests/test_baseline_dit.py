@@ -4,6 +4,7 @@ import math
 from collections import deque
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,10 +13,10 @@ from minimuse.baseline_dit import (
     LEVELS,
     Block,
     DiT,
-    DiTConfig,
     NoiseLoss,
     add_noise,
     ddim,
+    dit_sizes,
     gaussians,
     latents,
     noise_levels,
@@ -33,10 +34,9 @@ CHANNELS, D_LM = 3, 6
 CONFIG = TransformerConfig(codebook_size=11, grid=4, text_width=D_LM, width=32, layers=2, heads=4, mlp_width=64)
 
 
-def dit(*, patch=1, zero_init=True, **changes):
+def dit(*, patch=1, **changes):
     torch.manual_seed(0)
-    sizes = replace(CONFIG, grid=4 // patch, **changes)
-    return DiT(DiTConfig(sizes, CHANNELS, patch, zero_init)).eval()
+    return DiT(replace(CONFIG, grid=4 // patch, **changes), CHANNELS, patch).eval()
 
 
 def awake(model):
@@ -68,10 +68,6 @@ def test_every_block_is_the_identity_at_the_start():
     step = torch.tensor([3, 900])
     spread = (1 - LEVELS[step]).sqrt().float().view(2, 1, 1, 1)
     assert torch.allclose(model(noisy(), memory, step), spread * noisy()), "the head begins at zero, and so does v"
-    plain = dit(zero_init=False)
-    memory = plain.memory(context())
-    change = plain.layers[0](x, c, memory.keys[0], memory.values[0], memory.attend) - x
-    assert change.std() > 0.05, "with open gates a block does something from the start"
 
 
 def test_the_identity_can_be_left():
@@ -249,24 +245,22 @@ def bent(x, u, step):
     return torch.tanh(x + step / 1000) + 0.1 * x.flip(-1)
 
 
-@pytest.mark.parametrize("clip", [math.inf, 1.0])
 @pytest.mark.parametrize("steps", [1, 4, 10, 50])
-def test_ddim_is_diffusers_step_by_step(steps, clip):
+def test_ddim_is_diffusers_step_by_step(steps):
     schedulers = pytest.importorskip("diffusers.schedulers")
-    how = {"beta_schedule": "squaredcos_cap_v2"}
-    how |= {"clip_sample": clip < math.inf, "clip_sample_range": clip}
+    how = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": True, "clip_sample_range": 5.0}
     theirs = schedulers.DDIMScheduler(**how, timestep_spacing="trailing", set_alpha_to_one=True)
     theirs.set_timesteps(steps)
-    expected = noisy()
+    expected = 4 * noisy()
     seen = 0
-    for d, s in zip(ddim(bent, noisy(), steps=steps, clip=clip), theirs.timesteps, strict=True):
+    for (_, x, clean), s in zip(ddim(bent, 4 * noisy(), steps=steps), theirs.timesteps, strict=True):
         made = theirs.step(bent(expected, 0.0, s), s, expected, use_clipped_model_output=True)
         expected, seen = made.prev_sample, seen + 1
-        assert torch.allclose(d.x, expected, atol=2e-3, rtol=1e-3), f"step {d.index}: another picture"
-        assert torch.allclose(d.clean, made.pred_original_sample, atol=2e-3 * (1 / LEVELS[s].item() ** 0.5), rtol=1e-3)
+        assert torch.allclose(x, expected, atol=2e-3, rtol=1e-3), f"step {seen}: another picture"
+        assert torch.allclose(clean, made.pred_original_sample, atol=2e-3 * (1 / LEVELS[s].item() ** 0.5), rtol=1e-3)
     assert seen == steps
-    assert d.x.equal(d.clean), "the last step leaves no noise"
-    assert d.x.abs().max() <= clip
+    assert x.equal(clean), "the last step leaves no noise"
+    assert steps > 1 or x.abs().max() == 5, "clipped"
 
 
 def test_ddim_finds_the_picture_where_the_noise_is_known():
@@ -278,12 +272,17 @@ def test_ddim_finds_the_picture_where_the_noise_is_known():
         return (x - a.sqrt() * picture) / (1 - a).sqrt()
 
     for steps in (1, 3, 16, 1000):
-        *_, last = ddim(exact, gaussians(2, CHANNELS, 4, 4), steps=steps)
-        assert torch.allclose(last.x, picture.expand(2, -1, -1, -1), atol=1e-2), f"{steps} steps"
-        assert last.u == 1.0
-    assert [d.u for d in ddim(exact, noisy(), steps=3)] == [0, 0.5, 1]
-    with pytest.raises(ValueError, match="from 1 to 1000"):
-        next(ddim(exact, noisy(), steps=0))
+        *_, (u, x, _) = ddim(exact, gaussians(2, CHANNELS, 4, 4), steps=steps)
+        assert torch.allclose(x, picture.expand(2, -1, -1, -1), atol=1e-2), f"{steps} steps"
+        assert u == 1.0
+    assert [u for u, _, _ in ddim(exact, noisy(), steps=3)] == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1001, 10**9, True, 2.5, "4", None, math.nan])
+def test_the_steps_of_ddim_are_checked_before_it_draws(wrong):
+    with pytest.raises(ValueError, match="steps is"):
+        next(ddim(lambda *_: pytest.fail("it draws"), noisy(), steps=wrong))
+    assert len(list(ddim(bent, noisy(), steps=np.int64(2)))) == 2, "numpy scalars are numbers"
 
 
 def test_blocks_are_where_muon_looks():
@@ -314,8 +313,9 @@ def test_training_learns_what_the_text_says():
         return guided(lambda x, memory: model(x, memory, step), *memories, 1.0)(x, u)
 
     with torch.inference_mode():
-        *_, last = ddim(noise_fn, gaussians(4, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0)), steps=20)
-    found = model.standardize(last.x, back=True).flatten(1)
+        noise = gaussians(4, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0))
+        *_, (_, x, _) = ddim(noise_fn, noise, steps=20)
+    found = model.standardize(x, back=True).flatten(1)
     distances = torch.cdist(found, patterns.flatten(1))
     assert distances.argmin(1).tolist() == [0, 1, 2, 3], f"the text does not decide: {distances}"
     assert distances.diag().max() < 0.5 * distances[~torch.eye(4, dtype=torch.bool)].min(), f"{distances}"
@@ -330,10 +330,11 @@ def test_micro_batches_make_the_same_gradient():
         model, engine = dit(), Engine(device="cpu", bf16=False, accumulate=accumulate)
         deque(train_dit(model, replace(STAGE, steps=3, optimizer="adamw"), z, texts, engine=engine), maxlen=0)
         ends.append(torch.cat([p.flatten() for p in model.parameters()]))
-    assert torch.allclose(*ends, atol=1e-5)
+    assert torch.allclose(*ends, atol=1e-4)
 
 
 def test_a_patch_must_divide_the_grid():
-    with pytest.raises(ValueError, match="a grid of 4 does not split into patches of 3"):
-        DiTConfig.matching(CONFIG, CHANNELS, patch=3)
-    assert DiTConfig.matching(CONFIG, CHANNELS, patch=2).transformer.grid == 2
+    for wrong in (3, 0, True, 1.5):
+        with pytest.raises(ValueError, match="patch is"):
+            dit_sizes(CONFIG, wrong)
+    assert dit_sizes(CONFIG, 2).grid == 2

@@ -2,7 +2,9 @@
 
 import copy
 import hashlib
+import io
 import json
+import random
 import re
 import subprocess
 import sys
@@ -19,10 +21,11 @@ import minimuse
 import minimuse.config
 from minimuse import cli
 from minimuse.checkpoint import shipped
-from minimuse.cli_commands import changed
+from minimuse.cli_commands import COMMANDS, changed
 from minimuse.config import preset, to_dict
 from minimuse.muse import Muse
 from minimuse.pictures import save_png
+from minimuse.utils import pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
 A = "a red cube"
@@ -196,8 +199,8 @@ def test_it_is_refused_before_the_model_loads(run, here, monkeypatch):
     ("words", "match"),
     [
         (["--steps", "0"], "argument --steps: '0' is not a whole number"),
-        (["--schedule", "cosinus"], "unknown schedule 'cosinus'; known: cosine"),
-        (["--order", "best"], "unknown order 'best'; known: confidence"),
+        (["--schedule", "cosinus"], "schedule is 'cosinus'; give the name of a schedule: cosine"),
+        (["--order", "best"], "order is 'best'; give confidence"),
         (["--sampling-temperature", "-1"], "'-1' is not a number from 0"),
         (["--device", "toaster"], "device 'toaster'"),
         (["--model", "nowhere"], "no checkpoint 'nowhere'"),
@@ -257,6 +260,117 @@ def test_help(command, capsys):
         cli.main([*command.split(), "--help"])
     assert stop.value.code == 0, "help is no error"
     assert f"usage: minimuse {command}".strip() in capsys.readouterr().out, "help shows the usage"
+
+
+# --- any option at any nonsense ---------------------------------------------------------------------------------------
+
+NONSENSE = [
+    "",
+    " ",
+    "nan",
+    "-nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "-1",
+    "0",
+    "-0.0",
+    "1e-400",
+    "1000000000",
+    "9" * 5000,
+    "1.5",
+]
+NONSENSE += [
+    "-1e9",
+    "x",
+    "None",
+    "true",
+    "[]",
+    "{}",
+    "1,2",
+    ",",
+    ":",
+    "1:nan",
+    "0:1:2",
+    "0x10",
+    "1_0",
+    "٣",
+    "\u202e",
+    "💥",
+]
+NONSENSE += ["\0", "--", "'", "../..", "/dev/null", "a" * 5000, "\udcff"]
+REFUSED = [
+    "",
+    "nan",
+    "-nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "9" * 5000,
+    ":",
+    "1:nan",
+    "1:inf",
+]  # by every option with a number
+
+
+NAMES = ("tasks", "preset", "schedule", "order")
+
+
+def options(command: str) -> list:
+    """The options of a command that take a value, and its positional arguments."""
+    (commands,) = (action for action in cli.parser()._actions if action.dest == "command")
+    return [action for action in commands.choices[command]._actions if action.nargs != 0]
+
+
+def test_generate_with_any_option_at_any_nonsense(here, tiny_muse, capsys, monkeypatch):
+    """One sentence and exit code 2, or a picture. The seed of this test picks half of all pairs."""
+    monkeypatch.setattr(Muse, "from_pretrained", lambda name, device: pick_device(device) and tiny_muse)
+    pairs = [(option, value) for option in options("generate") for value in NONSENSE]
+    done = []
+    for option, value in random.Random(0).sample(pairs, len(pairs) // 2):
+        words = [f"{option.option_strings[0]}={value}"] if option.option_strings else [value]
+        words += [] if option.dest in ("prompts", "like") else [A]
+        words += [] if option.dest in ("steps", "like") else ["--steps", "1"]
+        try:
+            code = cli.main(["generate", "--film", *words])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        lines = err.splitlines()
+        if code == 0:
+            assert "seed" in out, f"{words} drew: {out}"
+        else:
+            assert (code, len(lines), out) == (2, 1, ""), f"{words}: exit code {code}, {err}"
+            assert lines[0].startswith("minimuse: "), f"{words}: {err}"
+        done.append(code)
+    assert done.count(2) > len(done) / 2 > 100, f"{done.count(2)} of {len(done)} were refused"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_numbers_of_all_commands_are_finite(command, capsys):
+    """Every option that takes a number refuses what is none; every option that takes a name refuses an empty one."""
+    for option in options(command):
+        needed = [word for o in options(command) if o.required and o is not option for word in (*o.option_strings, "1")]
+        is_number = callable(option.type) and option.type not in (str, Path, cli._name) and option.dest not in NAMES
+        for value in REFUSED if is_number else [""] * (option.type is not str):
+            words = [f"{option.option_strings[0]}={value}"] if option.option_strings else [value]
+            with pytest.raises(SystemExit) as stop:
+                cli.parser().parse_args([command, *words, *needed])
+            err = capsys.readouterr().err
+            assert (stop.value.code, err.count("\n")) == (2, 1), f"{words}: {err}"
+            assert all(name in err for name in option.option_strings), f"{words}: {err}"
+
+
+def test_output_in_ascii_and_to_a_closed_pipe(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setitem(COMMANDS, "info", lambda args: print("0.5 ± 0.1"))
+    assert cli.main(["info"]) == 0
+    assert written.getvalue() == b"0.5 ? 0.1\n", "a terminal in ASCII gets another letter, not an error"
+    command = [sys.executable, "-c", "import sys; from minimuse.cli import main; sys.exit(main(['info']))"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `head -1` does
+    assert (process.stderr.read(), process.wait()) == ("", 141), "no traceback where the reader has left"
 
 
 # --- like a picture ---------------------------------------------------------------------------------------------------
@@ -353,7 +467,7 @@ def test_pictures_that_cannot_be_read(run, here, image):
     refused(run("inpaint", "picture.png", "text.png", A), "text.png cannot be read")
     refused(run("edit", "small.png", A), f"x {9} came")
     refused(run("inpaint", "picture.png", "small.png", A), f"x {9} came")
-    refused(run("outpaint", "picture.png", A, "--padding", 1, 2), "padding (1, 2); give pixels to add")
+    refused(run("outpaint", "picture.png", A, "--padding", 1, 2), "padding is (1, 2); give 4 values")
     refused(run("outpaint", "picture.png", A, "--padding", 0), "padding 0")
     (here / "giant.png").write_bytes(giant_png())
     refused(run("edit", "giant.png", A), "giant.png cannot be read, it is too large")
@@ -391,11 +505,13 @@ def test_train_writes_a_checkpoint_that_draws(run, here, tiny_muse, monkeypatch)
         "cache",
         *tiny_muse.config.stages,
     }
-    assert set(files(here / "runs/tiny")) - {"tensorboard"} == made, f"{files(here / 'runs/tiny')}"
+    assert set(files(here / "runs/tiny")) == made, f"{files(here / 'runs/tiny')}"
     muse = Muse.from_pretrained(here / "runs/tiny", device="cpu")
     assert muse.config == tiny_muse.config, "it is what the preset says"
     assert muse.words, "it knows the words that it was trained on"
     assert muse.generate(A, seed=0, steps=1)[0].size == (muse.config.high_tokenizer.image_size,) * 2, "it draws"
+    card = (here / "runs/tiny/README.md").read_text()
+    assert "Data: 8 pictures with 8 captions, from scenes. Nothing is held out" in card, card
     assert "trained in" in out[0], f"{out}"
     assert out[-1].startswith("try: minimuse generate "), f"it says what to do next: {out}"
 
@@ -514,7 +630,7 @@ def test_several_changes_must_fit_together_in_the_end():
         ("base.width.more=5", r"no field 'base\.width\.more'"),
         ("steps=5", "no field 'steps'"),
         ("=3", "no field ''"),
-        ("", "no field ''; give PATH=VALUE with fields of `to_dict`, such as stages.base.steps=500"),
+        ("", "no field ''; give PATH=VALUE with fields of config.json, such as stages.base.steps=500"),
         ("base.layers", r"no field 'base\.layers'; give PATH=VALUE"),
         ("base.layers=many", "layers is 'many'; give a positive whole number"),
         ("base.layers=-1", "layers is -1"),

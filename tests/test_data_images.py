@@ -1,5 +1,7 @@
 """data_images.py: images between PIL, uint8 and [-1, 1]."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -46,7 +48,11 @@ def test_from_pil_says_what_is_wrong():
 
 def test_halve_averages():
     images = torch.tensor([[0.0, 0.2], [0.4, 0.6]]).view(1, 1, 2, 2)
-    assert torch.allclose(area_downsample(images), torch.tensor(0.3)), "a low-res pixel is the mean of its block"
+    mean = area_downsample(images).item()
+    assert abs(mean - 0.3) <= 1 / 127.5, f"a low-res pixel is the mean of its block, {mean} came"
+    images = SceneDataset(4, 32).images()
+    low = area_downsample(to_float(images), 4)
+    assert low.equal(to_float(area_downsample(images, 4))), "floats and uint8 of one image have the same low-res image"
     small = area_downsample(SceneDataset(1, 32).images(), 4)
     assert (small.shape, small.dtype) == ((1, 3, 8, 8), torch.uint8), "uint8 stays uint8"
     for factor in (0, 3):
@@ -90,3 +96,68 @@ def test_mask_from_cuts_gray_in_the_middle():
 def test_mask_from_says_what_is_wrong(wrong):
     with pytest.raises(ValueError, match=r"expected a mask of the picture's 9 x 6 pixels, .*came"):
         mask_from(wrong, (9, 6))
+
+
+GRAY = np.array([[0, 127, 128, 255]], dtype=np.uint8)
+WHITE = [[False, False, True, True]]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        GRAY,
+        Image.fromarray(GRAY),
+        Image.fromarray(GRAY).convert("RGB"),
+        Image.fromarray(GRAY).convert("RGBA"),
+        Image.fromarray(GRAY).convert("LA"),
+        Image.fromarray(GRAY).convert("P"),
+        Image.fromarray(GRAY.astype(np.float32)),
+        Image.fromarray(GRAY.astype(np.float32) / 255),
+        Image.fromarray(GRAY.astype(np.int32)),
+        Image.fromarray(GRAY.astype(np.uint16)),
+        Image.fromarray(GRAY.astype(np.uint16) * 257),
+        Image.fromarray(GRAY // 128),
+        GRAY // 128,
+        GRAY > 127,
+        GRAY.astype(np.int64),
+        GRAY.astype(np.float16),
+        GRAY / 255,
+        GRAY.astype(np.uint16) * 257,
+        torch.from_numpy(GRAY),
+        torch.from_numpy(GRAY / 255).bfloat16(),
+        GRAY.tolist(),
+    ],
+    ids=lambda m: getattr(m, "mode", None) or str(getattr(m, "dtype", "list")),
+)
+def test_pitfall_35_one_rule_for_masks_of_every_type(mask):
+    assert mask_from(mask, (4, 1)).tolist() == WHITE
+
+
+@pytest.mark.parametrize(
+    ("mask", "match"),
+    [
+        (Image.new("RGBA", (4, 1), (255, 255, 255, 0)), "transparent parts"),
+        (Image.new("LA", (4, 1), (0, 128)), "transparent parts"),
+        (Image.new("P", (4, 1)), "empty"),
+        (np.full((1, 4), 100), "no value is above half of 255, its white"),
+        (np.full((1, 4), 100, np.uint8), "no value is above half of 255"),
+        (np.full((1, 4), 300, np.uint16), "no value is above half of 65535"),
+        (np.zeros((1, 4)), "no value is above half of 1"),
+        (np.full((1, 4), math.nan), "float64 values from nan to nan"),
+        (np.full((1, 4), -1), "int64 values from -1.0 to -1.0"),
+        (np.full((1, 4), 1e9), "values from 1000000000.0"),
+        (np.full((1, 4), "x"), "values from nan to nan"),
+    ],
+)
+def test_pitfall_35_ambiguous_masks_are_refused(mask, match):
+    with pytest.raises(ValueError, match=match):
+        mask_from(mask, (4, 1))
+
+
+def test_a_picture_with_an_erased_part_is_no_mask():
+    erased = Image.new("RGBA", (4, 1), "white")
+    erased.putpixel((0, 0), (255, 255, 255, 0))
+    with pytest.raises(ValueError, match=r"transparent parts.*getchannel"):
+        mask_from(erased, (4, 1))
+    alpha = Image.fromarray(np.array([[255, 0, 0, 255]], dtype=np.uint8))
+    assert mask_from(alpha, (4, 1)).tolist() == [[True, False, False, True]]

@@ -21,6 +21,7 @@ from minimuse.text import TextEncoder
 from minimuse.train_budget import parameter_counts
 
 ROOT = Path(__file__).resolve().parent.parent
+SEEDS = [-1, 2**32, 2**63, "7", b"3", 2.0, 1e20, True, math.nan, {}]
 A, B = "a red cube", "two small blue spheres left of a metal cylinder"
 
 
@@ -165,10 +166,11 @@ def test_pitfall_17_with_the_real_model_rounding_is_all_that_differs(exact):
 
 
 def test_pitfall_13_a_negative_prompt_of_the_same_text_cancels_guidance(exact):
-    plain = final_tokens(exact, B, seed=1, guidance=0, steps=4)
-    cancelled = final_tokens(exact, B, seed=1, guidance=5, negative_prompt=B, steps=4)
-    guided = final_tokens(exact, B, seed=1, guidance=5, steps=4)
-    away = final_tokens(exact, B, seed=1, guidance=5, negative_prompt="a green ball", steps=4)
+    none, strong = ({"steps": 4, "guidance": t, "superres": {"guidance": t}} for t in (0, 5))
+    plain = final_tokens(exact, B, seed=1, **none)
+    cancelled = final_tokens(exact, B, seed=1, negative_prompt=B, **strong)
+    guided = final_tokens(exact, B, seed=1, **strong)
+    away = final_tokens(exact, B, seed=1, negative_prompt="a green ball", **strong)
     for i, stage in enumerate(("base", "superres")):
         assert torch.equal(plain[i], cancelled[i]), f"{stage}: away from and towards the same text is nowhere"
         assert not torch.equal(plain[i], guided[i]), f"{stage}: guidance must change something"
@@ -196,23 +198,60 @@ def test_pitfall_13_negative_prompts_one_for_each_and_none(exact):
     ids=["int", "float", "pair", "list", "callable"],
 )
 def test_guidance_forms(tiny_muse, guidance, expected):
-    seen = list(tiny_muse.steps(A, seed=0, guidance=guidance, steps=3))
+    settings = {"guidance": guidance, "steps": 3}
+    seen = list(tiny_muse.steps(A, seed=0, **settings, superres=settings))
     assert [s.guidance for s in seen] == expected * 2, f"{[s.guidance for s in seen]}"
 
 
 def test_guidance_of_another_kind_is_refused(tiny_muse):
-    with pytest.raises(ValueError, match="a number, a pair"):
-        tiny_muse.generate(A, guidance="strong")
+    for wrong in ("strong", math.nan, True, 1j, [math.inf]):
+        with pytest.raises(ValueError, match=r"guidance is .*; give (a number, a pair|2 values)"):
+            tiny_muse.generate(A, guidance=wrong)
+    with pytest.raises(ValueError, match=r"guidance\[1\] is nan; give a number"):
+        tiny_muse.generate(A, guidance=(0, math.nan))
 
 
-def test_superres_settings_hold_for_that_stage_alone(exact):
+def test_settings_hold_for_the_base_model_and_those_in_superres_for_super_resolution(exact):
+    own = exact.config.superres_sampling
     override = {"steps": 2, "guidance": 0, "sampling_temperature": 0.5}
     plain, changed = (list(exact.steps(A, seed=0, steps=4, guidance=2, **s)) for s in ({}, {"superres": override}))
-    assert [s.stage for s in plain] == ["base"] * 4 + ["superres"] * 4, "steps holds for both stages"
+    assert [s.stage for s in plain] == ["base"] * 4 + ["superres"] * own.steps, "super-resolution keeps its own steps"
+    assert [s.guidance for s in plain[:4]] == [2] * 4, "guidance=2 holds for the base model"
+    assert (plain[4].guidance, plain[-1].guidance) == own.guidance, "super-resolution keeps its own guidance"
     assert [s.stage for s in changed] == ["base"] * 4 + ["superres"] * 2, "superres={'steps': 2} for that one"
     for a, b in zip(plain[:4], changed[:4], strict=True):
         assert torch.equal(a.tokens, b.tokens), f"base step {a.index} must not notice"
     assert [s.guidance for s in changed[4:]] == [0, 0], "superres={'guidance': 0} is followed"
+
+
+@pytest.mark.parametrize(
+    ("superres", "error", "match"),
+    [
+        ({"steps": 0}, ValueError, "steps is 0"),
+        ({"stages": 3}, TypeError, "unknown setting stages"),
+        ({"superres": {}}, TypeError, "unknown setting superres"),
+        (3, ValueError, "superres is 3; give a dict"),
+        ({"guidance": math.nan}, ValueError, "guidance is nan"),
+    ],
+)
+def test_wrong_settings_of_super_resolution_are_refused_before_the_base_model_draws(
+    tiny_muse, image, monkeypatch, superres, error, match
+):
+    seen = spy_on_decode(monkeypatch)
+    monkeypatch.setattr(minimuse.editing, "decode", minimuse.muse.decode)
+    mask = np.ones(image.size[::-1], dtype=bool)
+    calls = [
+        lambda: tiny_muse.generate(A, superres=superres),
+        lambda: next(tiny_muse.steps(A, superres=superres)),
+        lambda: tiny_muse.inpaint(image, mask, A, superres=superres),
+        lambda: tiny_muse.outpaint(image, 8, A, superres=superres),
+        lambda: tiny_muse.edit(image, A, superres=superres),
+        lambda: next(tiny_muse.edit_steps(image, A, superres=superres)),
+    ]
+    for call in calls:
+        with pytest.raises(error, match=match):
+            call()
+    assert seen == [], "nothing was decoded"
 
 
 def test_defaults_are_the_checkpoints(tiny_muse, monkeypatch):
@@ -232,12 +271,12 @@ def test_another_order_ranks_without_noise(tiny_muse, monkeypatch, order):
     seen = spy_on_decode(monkeypatch)
     tiny_muse.generate(A, seed=0, order=order, steps=2)
     tiny_muse.generate(A, seed=0, order=order, steps=2, choice_temperature=1.5)
-    noise = [settings["choice_temperature"] for _, settings in seen]
-    assert noise == [0, 0, 1.5, 1.5], f"0 unless it is given: {noise}"
+    noise, own = [settings["choice_temperature"] for _, settings in seen], tiny_muse.config.superres_sampling
+    assert noise == [0, own.choice_temperature, 1.5, own.choice_temperature], f"0 unless it is given: {noise}"
 
 
 def test_unknown_settings_list_the_known(tiny_muse):
-    known = "choice_temperature, guidance, order, remask, sampling_temperature, schedule, steps, top_k"
+    known = "choice_temperature, guidance, order, remask, sampling_temperature, schedule, steps, superres, top_k"
     with pytest.raises(TypeError, match=f"unknown setting strength, temperature; known: {known}"):
         tiny_muse.generate(A, temperature=1.0, strength=0.5)
     with pytest.raises(TypeError, match="unknown setting stages"):
@@ -249,12 +288,24 @@ def test_unknown_settings_list_the_known(tiny_muse):
 @pytest.mark.parametrize(
     ("prompts", "settings", "error", "match"),
     [
-        ([], {}, ValueError, "at least one prompt"),
-        (A, {"n": 0}, ValueError, "n of at least 1"),
-        (A, {"n": -1}, ValueError, "n of at least 1"),
-        (A, {"n": 1.5}, ValueError, "n of at least 1"),
-        ([A, 3], {}, ValueError, "at least one prompt, a text"),
-        ([A, None], {}, ValueError, "at least one prompt, a text"),
+        ([], {}, ValueError, "0 prompts, n is 1; give 1 to 100000 pictures in one call"),
+        (None, {}, ValueError, "prompts is None; give a list"),
+        (A, {"n": 0}, ValueError, "n is 0; give a positive whole number"),
+        (A, {"n": -1}, ValueError, "n is -1"),
+        (A, {"n": 1.5}, ValueError, "n is 1.5"),
+        (A, {"n": True}, ValueError, "n is True"),
+        (A, {"n": 1_000_000_000}, ValueError, "n is 1000000000; give 1 to 100000 pictures in one call"),
+        (A, {"batch_size": -1}, ValueError, "batch_size is -1; give a positive whole number"),
+        (A, {"batch_size": 0}, ValueError, "batch_size is 0"),
+        (A, {"batch_size": 1.5}, ValueError, "batch_size is 1.5"),
+        ([A, 3], {}, ValueError, r"prompts\[1\] is 3; give a text"),
+        ([A, None], {}, ValueError, r"prompts\[1\] is None; give a text"),
+        *((A, {"seed": seed}, ValueError, "seed is .*; give a whole number from 0 to") for seed in SEEDS),
+        (A, {"n": 2, "seed": 2**32 - 1}, ValueError, "seed is 4294967296"),
+        (A, {"seed": [2.0]}, ValueError, "seed is 2.0"),
+        ([A, B], {"negative_prompt": [A, 3]}, ValueError, "negative_prompt is 3; give a text"),
+        (A, {"negative_prompt": 3}, ValueError, "negative_prompt is 3"),
+        (A, {"callback": 3}, ValueError, "callback is 3; give a function"),
         ([A, B], {"seed": [1]}, ValueError, "1 seeds for 2 pictures"),
         (A, {"n": 2, "seed": [1, 2, 3]}, ValueError, "3 seeds for 2 pictures"),
         ([A, B], {"negative_prompt": [A]}, ValueError, "1 negative prompts; give one, or 2"),
@@ -263,9 +314,12 @@ def test_unknown_settings_list_the_known(tiny_muse):
         (A, {"steps": 2.5}, ValueError, r"steps is 2\.5"),
         (A, {"superres": {"steps": 0}}, ValueError, "steps is 0"),
         (A, {"schedule": "cosinus"}, ValueError, "unknown schedule 'cosinus'; known: cosine"),
-        (A, {"order": "confident"}, ValueError, "unknown order 'confident'; known: confidence"),
+        (A, {"order": "confident"}, ValueError, "order is 'confident'; give confidence, random, raster"),
         (A, {"sampling_temperature": -1}, ValueError, "sampling_temperature is -1"),
+        (A, {"choice_temperature": math.nan}, ValueError, "choice_temperature is nan"),
         (A, {"top_k": 0}, ValueError, "top_k is 0"),
+        (A, {"remask": 1}, ValueError, "remask is 1; give True or False"),
+        (A, {"steps": len}, ValueError, "steps is "),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(tiny_muse, prompts, settings, error, match):

@@ -51,6 +51,22 @@ def test_a_png_holds_its_settings(tiny_muse, tmp_path):
     assert Image.open(tmp_path / "x.png").tobytes() == image.tobytes(), "the pixels are what was drawn"
 
 
+def test_a_full_disk_destroys_no_picture(tmp_path, monkeypatch):
+    save_png(Image.new("RGB", (4, 4), "red"), tmp_path / "x.png")
+    old = (tmp_path / "x.png").read_bytes()
+
+    def fill(image, path, **options):
+        Path(path).write_bytes(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fill)
+    for name in ("x.png", "y.png"):
+        with pytest.raises(OSError, match="No space left"):
+            save_png(Image.new("RGB", (4, 4), "blue"), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"], "no half file stays"
+    assert (tmp_path / "x.png").read_bytes() == old, "the old picture stays whole"
+
+
 def test_settings_as_text_are_on_a_copy():
     plain, told = Image.new("RGB", (2, 2)), {"model": "tiny", "fingerprint": "0", "prompt": A, "seed": 1}
     marked = with_settings(plain, told)
@@ -109,7 +125,18 @@ def test_functions_are_noted_and_refused(tiny_muse, tmp_path, settings):
 
 @pytest.mark.parametrize(
     "text",
-    [None, "", "{", "3", "[]", "null", "{}", '{"prompt": "a red cube", "seed": 3}'],
+    [
+        None,
+        "",
+        "{",
+        "3",
+        "[]",
+        "null",
+        "{}",
+        '{"prompt": "a red cube", "seed": 3}',
+        "[" * 100_000,
+        '{"model": "tiny", "fingerprint": "0", "prompt": ["a red cube"], "seed": 3}',
+    ],
 )
 def test_a_png_without_settings_is_refused(tmp_path, text):
     chunks = PngImagePlugin.PngInfo()
@@ -159,6 +186,7 @@ def test_the_difference_of_two_pictures():
     gray.putpixel((1, 1), (0, 7, 0))
     assert difference(black, black) == "the same pixels"
     assert difference(black, gray).startswith("1 of 8 pixels differ, by at most 7 of 255")
+    assert difference(black, gray.resize((2, 1))).startswith("another size, 2 x 1 pixels")
 
 
 def test_output_paths_are_free_names(tmp_path, monkeypatch):
@@ -170,11 +198,11 @@ def test_output_paths_are_free_names(tmp_path, monkeypatch):
     assert output_paths(None, "A red cube!", 2)[0] == Path("a-red-cube-v2.png"), "the first version without a conflict"
     Path("x.png").touch()
     assert output_paths(Path("x.png"), A, 1, force=True) == [Path("x.png")]
-    with pytest.raises(FileExistsError, match=r"x\.png already exists"):
+    with pytest.raises(ValueError, match=r"x\.png already exists"):
         output_paths(Path("x.png"), A, 1)
     with pytest.raises(ValueError, match=r"ends in \.png"):
         output_paths(Path("x.jpg"), A, 1)
-    with pytest.raises(FileNotFoundError, match="create it first"):
+    with pytest.raises(ValueError, match="create it first"):
         output_paths(Path("nowhere/x.png"), A, 1)
 
 

@@ -71,6 +71,17 @@ def test_residual_blocks_may_start_as_the_identity():
     assert model.layers[0].mlp[2].weight.grad.abs().sum() > 0, "the zeros can be left"
 
 
+def test_the_gates_of_a_dit_may_start_open(tiny_muse):
+    model = race.Diffusion.network(tiny_muse.config)
+    width = model.config.width
+    memory = model.memory(Context(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)))
+    x, c = torch.randn(2, 64, width), torch.randn(2, 1, width)
+    for opened in (False, True):
+        change = model.layers[0](x, c, memory.keys[0], memory.values[0], memory.attend) - x
+        assert (change.std() > 0.05) == opened, "with open gates a block does something from the start"
+        race.open_gates(model)
+
+
 def test_one_stage_is_as_large_as_two():
     from minimuse.train_budget import parameter_counts
 

@@ -229,6 +229,24 @@ def test_while_data_is_prepared_a_signal_stops_the_run(tiny_lm, tmp_path):
     assert not (tmp_path / "low_tokenizer").exists(), "no stage has begun"
 
 
+def test_a_run_that_diverges_fails(tiny_lm, tmp_path, monkeypatch, capsys):
+    """Exit code 2, one sentence with the stage, the step and what to try, and no checkpoint."""
+    monkeypatch.setattr(train, "perceptual_loss", lambda *_: features())
+    (tmp_path / "tiny.json").write_text(json.dumps(to_dict(tiny(tiny_lm))))
+    words = ["train", str(tmp_path / "tiny.json"), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert cli.main([*words, "--set", "stages.low_tokenizer.learning_rate=1e30"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "low_tokenizer diverged at step" in told, told
+    assert "Lower stages.low_tokenizer.learning_rate" in told, told
+    assert not (tmp_path / "run" / WEIGHTS).exists(), "a checkpoint was written"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    tokenizers = ("low_tokenizer", "high_tokenizer", "decoder")
+    changes = [x for name in tokenizers for x in ("--set", f"stages.{name}.perceptual=lpips")]
+    assert cli.main([*words[:3], str(tmp_path / "lpips"), *changes]) == 2
+    assert 'pip install "minimuse[lpips]"' in capsys.readouterr().err, "the error names the extra"
+
+
 # --- whole runs in this process ---------------------------------------------------------------------------------------
 
 
@@ -236,7 +254,7 @@ def whole_run(config: MuseConfig, folder: Path, keep: int = 2):
     """All five stages, with the perceptual features made in no time."""
     engine = Engine(device="cpu", folder=folder, keep=keep, bf16=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "scene_perceptual", lambda config, engine: features())
+        patch.setattr(train, "perceptual_loss", lambda *_: features())
         yield from train.train_muse(config, engine=engine)
 
 
@@ -272,7 +290,7 @@ def assert_same(found: Path, expected: Path) -> None:
         last = [states(folder / stage)[-1] for folder in (found, expected)]
         assert last[0].name == last[1].name, f"{stage}: {last}"
         assert same(*map(read_tensors, last)), f"{stage}: the last state differs"
-    lines, all_lines = ([line | {"tokens_per_s": 0} for line in read_log(f / "log.jsonl")] for f in (found, expected))
+    lines, all_lines = ([line | {"images_per_s": 0} for line in read_log(f / "log.jsonl")] for f in (found, expected))
     assert all(line in all_lines for line in lines), "log.jsonl: the same figures"
     steps = [(line["stage"], line["step"]) for line in lines]
     assert len(set(steps)) == len(steps), f"each step once: {steps}"

@@ -613,7 +613,7 @@ NONSENSE = [
     {name: x} for name in ("sampling_temperature", "choice_temperature") for x in (*NUMBERS, lambda u: math.nan)
 ]
 NONSENSE += [{name: x} for name in ("steps", "top_k") for x in (*NUMBERS, 0, 2.5, 10**13)]
-NONSENSE += [{"remask": x} for x in (None, 1, "yes", math.nan)] + [{"mask_id": x} for x in (None, -1, True, 1.5)]
+NONSENSE += [{"remask": x} for x in (1, "yes", math.nan)] + [{"mask_id": x} for x in (None, -1, True, 1.5)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,8 @@ from minimuse.masking import masked_cross_entropy
 from minimuse.text import pad_contexts
 from minimuse.train import (
     MaskedLoss,
+    MuseTrainer,
+    perceptual_loss,
     random_crop,
     train_features,
     train_muse,
@@ -26,7 +29,7 @@ from minimuse.train import (
 from minimuse.train_engine import Engine, Stage, batch_indices, learning_rate
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
 from minimuse.vqgan import VQGAN, VQGANConfig
-from minimuse.vqgan_loss import feature_distance
+from minimuse.vqgan_loss import SceneFeatures, VQGANLoss, feature_distance
 
 OFF = settings(deadline=None, max_examples=40, derandomize=True)
 V, D_LM = 8, 6
@@ -129,10 +132,12 @@ def test_optimizer_decays_matrices_alone_and_clips(optimizer):
     stage = Stage(fp32(), "s", config, {"model": net})
     before = net.weight.detach().clone()
     stage.backward(0 * net(torch.ones(1, 3)).sum())
+    stage.clip("model")
     stage.update(0)  # no gradient: all that moves is decay
     assert net.weight.allclose(0.95 * before, atol=1e-6), "matrices decay by rate * weight_decay"
     assert net.bias.equal(torch.ones(3)), "vectors do not"
     stage.backward(1e6 * net(torch.ones(1, 3)).sum())
+    assert stage.clip("model").item() == pytest.approx(1e6 * 12**0.5), "the norm before it is clipped"
     stage.update(1)
     norm = torch.stack([p.grad.norm() for p in (net.weight, net.bias)]).norm().item()
     assert norm == pytest.approx(1.0, abs=1e-3), f"the gradient was clipped to {norm}"
@@ -183,6 +188,55 @@ def test_a_tokenizer_learns():
     assert [p.step for p in trace] == list(range(1, 61)), "a Progress a step"
     assert {(p.stage, p.steps) for p in trace} == {("tokenizer", 60)}, "which says what it is"
     assert all(math.isfinite(x) for p in trace for x in p.metrics.values()), "finite figures"
+
+
+@pytest.mark.parametrize("adversarial_weight", [0.0, 0.1])
+def test_pitfall_28_a_tokenizer_step_is_the_same_however_it_is_split(adversarial_weight):
+    """Gradients, restarted codes and metrics: one lambda and one restart a step, not one a micro-batch."""
+    made = []
+    for accumulate in (1, 2, 4):
+        config = replace(PIXELS, steps=1, crop=8, adversarial_weight=adversarial_weight)
+        (p,) = train_tokenizer(vqgan(), config, plain_images(), engine=Engine(bf16=False, accumulate=accumulate))
+        made.append(({name: q.grad for name, q in p.model.named_parameters()}, p.model.codebook, p.metrics))
+    for gradients, codebook, metrics in made[1:]:
+        assert metrics == pytest.approx(made[0][2], rel=1e-4), "other metrics"
+        torch.testing.assert_close(codebook, made[0][1], atol=1e-4, rtol=0)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, made[0][0][name], atol=1e-6, rtol=1e-3, msg=lambda m, n=name: n + m)
+
+
+def test_the_discriminator_has_the_width_of_the_stage(monkeypatch):
+    made = []
+    monkeypatch.setattr("minimuse.train.VQGANLoss", lambda *args: made.append(VQGANLoss(*args)) or made[0])
+    config = replace(PIXELS, steps=1, adversarial_weight=0.1, discriminator_width=24)
+    list(train_tokenizer(vqgan(), config, plain_images(), engine=fp32()))
+    assert made[0].discriminator.layers[0][0].out_channels == 24
+
+
+def test_each_stage_has_its_own_perceptual_loss(tiny_muse, monkeypatch, tmp_path):
+    """No network is made that no stage weighs. Without its extra, LPIPS is refused by name."""
+    monkeypatch.setattr("minimuse.vqgan_loss.lpips_distance", lambda: "lpips")
+    asked = {"low_tokenizer": ("lpips", 1.0), "high_tokenizer": ("none", 1.0), "decoder": ("scenes", 0.0)}
+    stages = {
+        name: replace(tiny_muse.config.stages[name], perceptual=kind, perceptual_weight=weight)
+        for name, (kind, weight) in asked.items()
+    }
+    trainer = MuseTrainer(replace(tiny_muse.config, stages=stages), "scenes", fp32(), tmp_path)
+    assert trainer.perceptual == {"lpips": "lpips", "none": None}
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ImportError, match=r"minimuse\[lpips\]"):
+        perceptual_loss("lpips", tiny_muse.config, fp32())
+    monkeypatch.setattr("minimuse.train.train_features", lambda images, labels, seed: SceneFeatures(labels.shape[1]))
+    features = perceptual_loss("scenes", tiny_muse.config, fp32(), n=8)
+    assert features(torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)) > 0
+
+
+def test_a_batch_that_does_not_split_is_refused_before_images_are_read(tiny_muse):
+    with pytest.raises(
+        ValueError, match=r"low_tokenizer: a batch of .* does not split into 1 processes x 7 micro-batches"
+    ):
+        next(train_muse(tiny_muse.config, data=object(), engine=Engine(bf16=False, accumulate=7)))
 
 
 def test_pitfall_19_usage_and_perplexity_are_reported():

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_train import PIXELS, VQ, plain_images
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 
 from minimuse import checkpoint
@@ -21,7 +23,7 @@ from minimuse import train_state as runs
 from minimuse import transformer as transformer_module
 from minimuse.config import StageConfig, to_dict
 from minimuse.text import pad_contexts
-from minimuse.train import train_transformer
+from minimuse.train import train_tokenizer, train_transformer
 from minimuse.train_engine import (
     Engine,
     Stage,
@@ -32,6 +34,7 @@ from minimuse.train_engine import (
     random_features,
 )
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
+from minimuse.vqgan import VQGAN
 
 V, D_LM, N = 8, 6, 16
 LAUNCH = Path(checkpoint.__file__).parent / "launch"
@@ -108,8 +111,9 @@ def test_masks_of_an_example_do_not_depend_on_the_batch():
 def test_a_batch_that_does_not_split_is_refused():
     with pytest.raises(ValueError, match=r"a batch of 8 does not split.*multiple of 3"):
         run(transformer(), engine=fp32(accumulate=3))
-    with pytest.raises(ValueError, match="accumulate of at least 1"):
-        Engine(accumulate=-1)
+    for wrong in ({"accumulate": 0}, {"accumulate": -1}, {"keep": -1}, {"seed": 2**32}, {"accumulate": 1.5}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*; give "):
+            Engine(**wrong)
 
 
 def port():
@@ -139,6 +143,9 @@ vqgan = VQGAN(VQ)
 config = replace(PIXELS, steps=4, adversarial_weight=0.1, adversarial_start=1)
 *_, last = train_tokenizer(vqgan, config, plain_images(), engine=engine)
 found |= {f"vqgan{engine.rank}.{k}": v for k, v in weights(vqgan).items()}
+torch.manual_seed(0)
+*_, last = train_tokenizer(VQGAN(VQ), replace(config, steps=1, adversarial_start=0), plain_images(), engine=engine)
+found |= {f"tokenizer.{k}": v.contiguous() for k, v in gradients(last.model).items()}
 from safetensors.torch import save_file
 save_file(found, sys.argv[1] + f"/{engine.rank}.safetensors")
 """
@@ -165,11 +172,18 @@ def test_pitfall_22_two_processes_make_the_same_gradient(tmp_path):
         for rank in (0, 1):
             shared = {k: found[rank][f"{make.__name__}.{k}"] for k in alone}
             assert_close(alone, shared, f"process {rank} of 2 against one")
+    config = replace(PIXELS, steps=1, adversarial_weight=0.1)
+    torch.manual_seed(0)
+    (alone,) = train_tokenizer(VQGAN(VQ), config, plain_images(), engine=fp32())
+    for rank in (0, 1):
+        shared = {k: found[rank][f"tokenizer.{k}"] for k in gradients(alone.model)}
+        assert_close(gradients(alone.model), shared, f"pitfall 28: process {rank} of 2 trains another tokenizer")
     for key in [k for k in found[0] if k.startswith("vqgan0")]:
         assert found[0][key].equal(found[1][key.replace("vqgan0", "vqgan1")]), f"the processes part ways: {key}"
 
 
 SHARDED = """
+import itertools
 import sys
 from dataclasses import replace
 from accelerate import FullyShardedDataParallelPlugin
@@ -178,19 +192,27 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from test_train_engine import CFG, fp32, run, superres
 
-engine = fp32(folder=sys.argv[1])
+engine = fp32()
 # accelerate knows FSDP on accelerators alone; torch shards on CPUs too, so we tell it that this is one
 plugin = FullyShardedDataParallelPlugin(
-    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=sys.argv[3].split(",")
+    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=sys.argv[2].split(",")
 )
 AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
 PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-assert engine.sharded and engine.processes == 2
-model = run(superres(), replace(CFG, steps=4, save_every=1, ema=0.5), engine, low=True, steps=int(sys.argv[2]) or None)
-assert type(next(model.parameters())).__name__ == "DTensor", "nothing is sharded"
-whole = engine.gather_full_model(model, superres)
-if engine.is_main:
-    save_file(whole.state_dict(), sys.argv[1] + "/whole.safetensors")
+assert engine.accelerator.is_fsdp2 and engine.processes == 2
+for folder, steps in (("a", None), ("b", 2), ("b", None)):
+    engine = fp32(folder=f"{sys.argv[1]}/{folder}")
+    model = run(superres(), replace(CFG, steps=4, save_every=1, ema=0.5), engine, low=True, steps=steps)
+    assert type(next(model.parameters())).__name__ == "DTensor", "nothing is sharded"
+    whole = engine.gather_full_model(model, superres)
+    save_file(whole.state_dict(), f"{sys.argv[1]}/{folder}{engine.rank}.safetensors")
+wrong = replace(CFG, steps=4, learning_rate=1e30)
+try:
+    run(superres(), wrong, fp32(folder=f"{sys.argv[1]}/c"), low=True)
+except ValueError as e:
+    assert "base diverged at step" in str(e), e
+else:
+    raise AssertionError("a sharded run that diverges does not stop")
 """
 
 
@@ -199,11 +221,10 @@ def test_a_sharded_run_makes_the_same_weights_and_goes_on_to_the_same_bits(tmp_p
     """FSDP2, with the classes that launch/fsdp8.yaml wraps: against one process, stopped and resumed, averaged."""
     (tmp_path / "sharded.py").write_text(SHARDED)
     wrap = yaml.safe_load((LAUNCH / "fsdp8.yaml").read_text())["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"]
-    for folder, steps in (("a", 0), ("b", 2), ("b", 0)):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        launch(tmp_path / "sharded.py", tmp_path / folder, steps, wrap)
-    a, b = (load_file(tmp_path / folder / "whole.safetensors") for folder in "ab")
+    launch(tmp_path / "sharded.py", tmp_path, wrap)
+    a, b, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("a0", "b0", "a1"))
     assert all(a[k].equal(b[k]) for k in a), "a resumed sharded run parts ways"
+    assert all(a[k].equal(other[k]) for k in a), "the second process does not have the trained weights"
     alone = run(superres(), replace(CFG, steps=4, ema=0.5), low=True)
     assert_close(weights(alone), a, "two shards against one process")
     states = runs.states(tmp_path / "a" / "base")
@@ -328,6 +349,44 @@ def test_a_state_does_not_share_memory_with_what_is_read_back(tmp_path):
     for key, value in again.state().items():
         assert value.equal(before[key]), f"{key} was not read back"
         assert value.stride() == before[key].stride(), f"{key} has other strides"
+
+
+def test_a_training_that_diverges_stops(tmp_path):
+    """Nothing that is not finite is saved. The error says where it happened and what to try."""
+    hint = r"nothing of this step is saved\. Lower stages\.base\.learning_rate or raise its warmup"
+    config = replace(CFG, steps=4, save_every=1, learning_rate=1e30)
+    with pytest.raises(ValueError, match=rf"^base diverged at step \d: .* is (nan|inf); {hint}$"):
+        run(transformer(), config, fp32(folder=tmp_path))
+    for state in runs.states(tmp_path / "base"):
+        assert all(x.isfinite().all() for x in runs.read_tensors(state).values())
+
+
+@pytest.mark.parametrize(("loss", "what"), [(math.nan, "loss is nan"), (0.0, "the gradient norm of the model is nan")])
+def test_the_last_good_state_stays(tmp_path, loss, what):
+    """The third step has a loss or a gradient that is not a number: model and states stay as after the second."""
+    net = torch.nn.Linear(2, 2)
+    stage = Stage(fp32(folder=tmp_path), "s", replace(CFG, steps=9, save_every=1), {"model": net})
+    for step in range(3):
+        before = weights(net)
+        for at, _ in stage.micro_batches(24, step):
+            y = net(at.float()[:2]).square().mean()
+            bad = 0 * torch.sqrt(y - y) if step == 2 else 0  # its gradient is 0 / 0
+            stage.backward(y + bad, loss=y + (loss if step == 2 else 0))
+        if step < 2:
+            stage.finish(step)
+    with pytest.raises(ValueError, match=f"s diverged at step 3: {what}"):
+        stage.finish(2)
+    assert runs.states(tmp_path / "s")[-1].name == "step-00000002"
+    assert all(value.equal(before[name]) for name, value in weights(net).items()), "the bad step changed the weights"
+
+
+def test_a_last_step_to_infinity_is_not_saved(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    stage = Stage(fp32(folder=tmp_path), "s", replace(CFG, steps=1, learning_rate=3e38), {"model": net})
+    stage.backward(net(torch.ones(2, 2)).square().sum())
+    with pytest.raises(ValueError, match="s diverged at step 1: the weight norm of the model is inf"):
+        stage.finish(0)
+    assert not runs.states(tmp_path / "s")
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_pitfall_23_a_file_is_written_whole_under_a_new_name(tmp_path):
         (bool, 1, "True or False"),
         (str, b"a", "a text"),
         (Literal["a", "b"], ["a"], "one of a, b"),
-        (tuple[float, float], 1.0, "a tuple"),
+        (tuple[float, float], 1.0, "a list"),
         (tuple[float, float], (1.0,), "2 values"),
         (dict[str, float], 3, "a dict"),
     ],

@@ -159,12 +159,12 @@ same number of tokens. With $p = 2$ the DiT would have a quarter of them:
 
 # %%
 from minimuse.baseline_ar import Autoregressive, LowRes
-from minimuse.baseline_dit import Diffusion, DiTConfig
+from minimuse.baseline_dit import Diffusion, dit_sizes
 
 BASELINES = {make.model: make for make in (LowRes, Autoregressive, Diffusion)}  # masked, ar, dit
 sizes = muse.config.base
 for patch in (1, 2):
-    net = DiT(DiTConfig.matching(sizes, z.shape[1], patch))
+    net = DiT(dit_sizes(sizes, patch), z.shape[1], patch)
     print(f"p = {patch}: {net.places.shape[0]} tokens of {net.inputs.in_features} numbers")
 show(DiT.forward)
 
@@ -184,7 +184,7 @@ for model, make in BASELINES.items():
     print(
         f"{model:>7}: {size:9,} parameters, {net.config.layers} layers of width {net.config.width}, class {make.__name__}"
     )
-show(DiTConfig.matching)
+show(dit_sizes)
 
 # %% [markdown]
 r"""
@@ -236,8 +236,8 @@ about the same place for noise and for masks?
 # %%
 from minimuse.masking import random_mask
 
-dit_config = DiTConfig.matching(sizes, z.shape[1])
-model = DiT(dit_config)
+dit_config = dit_sizes(sizes)
+model = DiT(dit_config, z.shape[1])
 model.observe(z)
 x, e = model.standardize(z[:1]), gaussians(*z[:1].shape, generator=torch.Generator().manual_seed(0))
 ladder = [0, 150, 300, 450, 600, 750, 900]
@@ -368,15 +368,14 @@ from minimuse.baseline_dit import Block, modulate, time_waves
 show(modulate, time_waves, Block)
 
 # %%
-net = DiT(dit_config)
+net = DiT(dit_config, z.shape[1])
 words = net.memory(muse.encoder.encode(["a red cube"]))
 h, c = torch.randn(1, 64, net.config.width), torch.randn(1, 1, net.config.width)
-for zero_init in (True, False):
-    block = DiT(replace(dit_config, zero_init=zero_init)).layers[0]
+block = net.layers[0]
+for gate in (0.0, 1.0):
+    block.condition.bias.data.view(6, -1)[[2, 5]] = gate  # 0 is where adaLN-Zero begins
     out = block(h, c, words.keys[0], words.values[0], words.attend)
-    print(
-        f"zero_init={zero_init}: the block moves its input by {(out - h).abs().mean():.3f} on average"
-    )
+    print(f"gates at {gate:.0f}: the block moves its input by {(out - h).abs().mean():.3f} on average")
 
 # %% [markdown]
 r"""
@@ -782,7 +781,7 @@ rows = [
     ("guidance", (Diffusion.decode_base, "guided("), (Muse, "self.guided(")),
     (
         "nice ideas",
-        (DiT.init_weights, "nn.init.zeros_(linear.weight)"),
+        (DiT, "nn.init.zeros_(p)"),
         (Muse.decode_superres, '_stage("superres"'),
     ),
     ("", None, (VQGAN.grow_decoder, "freeze_tokens()")),
