@@ -105,7 +105,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     try:
         require(torch.device(device).type in ("cpu", "cuda", "mps", "xpu"), "Known are cpu, cuda, mps and xpu")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as e:
+    except (RuntimeError, AssertionError, ValueError, TypeError) as e:
         raise ValueError(
             f"device {str(device)!r} is not on this machine; give {best!r}. {str(e).splitlines()[0]}"
         ) from e
