@@ -10,6 +10,7 @@ import logging
 import os
 import reprlib
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.handlers[0].setFormatter(logging.Formatter("minimuse: %(message)s"))
     log.setLevel(logging.INFO)
     try:
-        with logging_redirect_tqdm([log]):  # a line of the log starts below a progress bar
+        with logging_redirect_tqdm([log]), warnings.catch_warnings():  # lines start below a progress bar
+            warnings.showwarning = lambda message, *_: log.warning(message)
             COMMANDS[args.command](args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has what it wants, as in `minimuse info | head -1`
