@@ -176,8 +176,8 @@ def tokenize_images(tokenizer: Any, images: Tensor, batch: int = 256, bf16: bool
 class Decimated:
     """Images (n, 3, H, W) -> (n, 3, H / factor, W / factor), computed when they are read: the low-res images."""
 
-    def __init__(self, images: Any, factor: int):
-        self.images, self.factor = images, factor
+    images: Any
+    factor: int
 
     def __len__(self) -> int:
         return len(self.images)
@@ -186,6 +186,7 @@ class Decimated:
         return area_downsample(self.images[indices], self.factor)
 
 
+@dataclass
 class TrainingData:
     """A source, its caches under `folder`, and the split into training and held-out examples."""
 
