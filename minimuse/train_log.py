@@ -236,7 +236,9 @@ class TrainLog:
 
     def _samples(self, stage: str, step: int, parts: nn.ModuleDict, prompts: list[str], draw: Callable) -> None:
         """Save what the networks in training draw for the prompts."""
-        if self.folder and not self.engine.accelerator.is_fsdp2:  # drawing with a sharded model would need all processes
+        if (
+            self.folder and not self.engine.accelerator.is_fsdp2
+        ):  # drawing with a sharded model would need all processes
             with eval_mode(parts), self.engine.precision():
                 images = draw()
             self._save(stage, step, lambda: grid(images, prompts, columns=3))
