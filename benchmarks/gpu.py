@@ -26,6 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from flops import sampling_flops
 from timing import machine, markdown, save, timed
 from torch import nn
 
@@ -34,7 +35,7 @@ from minimuse.config import MuseConfig, preset
 from minimuse.muse import build
 from minimuse.text import Context
 from minimuse.train import train_transformer
-from minimuse.train_budget import duration, matmul_ceiling, sampling_flops, si, stage_budget
+from minimuse.train_budget import duration, matmul_ceiling, si, stage_budget
 from minimuse.train_engine import Engine
 from minimuse.utils import pick_device
 

@@ -33,6 +33,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from flops import decode_flops
 from peers import CPU, ENTRANTS, GUIDANCE, Shape
 from timing import (
     HERE,
@@ -53,7 +54,7 @@ from timing import (
 from minimuse.sampler import SamplingConfig
 from minimuse.text import Context
 from minimuse.train import MaskedLoss
-from minimuse.train_budget import count_flops, decode_flops, duration, matmul_ceiling, si
+from minimuse.train_budget import count_flops, duration, matmul_ceiling, si
 from minimuse.transformer import Transformer
 
 SHAPES = {

@@ -4,7 +4,6 @@
     x_s = sqrt(a_s) x + sqrt(1 - a_s) e, e ~ N(0, I), s = 0 .. S-1, a_s falling from nearly 1 to nearly 0
     x_S ~ N(0, I) --DDIM, T steps--> x --standardize back, nearest codes--> tokens --VQGAN's decoder--> images
 
-Tokenizer, language model, cross-attention, guidance and optimizer are Muse's.
 Deviation: DiT predicts mean and variance of the noise; we predict the mean, which is all that DDIM needs.
 Deviation: the head predicts the velocity, from which the noise follows (arXiv 2202.00512, appendix D). The noise levels
 follow a cosine (arXiv 2102.09672, equation 17), not DDPM's line. `benchmarks/race.md` compares them.
@@ -257,7 +256,8 @@ class Diffusion(LowRes):
         data, stage = trainer.data, self.config.stages["base"]
         factor = self.config.high_tokenizer.image_size // self.config.low_tokenizer.image_size
         z = latents(self.low_tokenizer, Decimated(data.split(data.images), factor))
-        options = {"engine": trainer.engine, "eval_fn": trainer.log.samples_of(self)}
+        eval_fn = trainer.log.samples("base", self.parts, self.examples, partial(self.generate, self.examples, seed=0))
+        options = {"engine": trainer.engine, "eval_fn": eval_fn}
         return train_dit(self.base, stage, z, data.split(data.texts), **options)
 
     @torch.inference_mode()

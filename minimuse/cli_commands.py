@@ -15,7 +15,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-SETTINGS = "guidance steps schedule order sampling_temperature choice_temperature iterations fraction".split()
+SETTINGS = (
+    "guidance steps schedule order sampling_temperature choice_temperature iterations fraction seed negative_prompt"
+)
 BASELINES = ("masked", "ar", "dit")  # of `train --model`: trained at low resolution only
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -28,8 +30,7 @@ def run_draw(args: argparse.Namespace) -> None:
     from minimuse.pictures import difference, open_picture, output_paths, save_png
     from minimuse.plots import film
 
-    like = getattr(args, "like", None)
-    draw = _like(args) if like else _method(args)
+    draw = _drawing(args)
     paths = output_paths(args.out, args.prompts[0], len(args.prompts) * args.n, film=args.film, force=args.force)
     muse = open_model(args.model or "toy", device=args.device)
     steps = []
@@ -50,41 +51,31 @@ def run_draw(args: argparse.Namespace) -> None:
         strip.info = images[0].info
         save_png(strip, paths[-1])
         print(paths[-1])
-    if like:
-        print(f"{like}: {difference(open_picture(like), images[0])}")
+    if getattr(args, "like", None):
+        print(f"{args.like}: {difference(open_picture(args.like), images[0])}")
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a drawing that the user gave."""
-    settings = {name: getattr(args, name, None) for name in (*SETTINGS, "seed", "negative_prompt")}
-    return {name: value for name, value in settings.items() if value is not None}
+def _drawing(args: argparse.Namespace) -> Callable[..., list]:
+    """What a command draws, as a function of a Muse and a callback. --like sets model and prompts in `args`."""
+    from minimuse.checkpoint import shipped
+    from minimuse.pictures import again, open_picture, settings_of
+    from minimuse.utils import require
 
-
-def _method(args: argparse.Namespace) -> Callable[..., list]:
-    """The method of Muse that a command calls, with its inputs: a function of a Muse and a callback."""
-    from minimuse.pictures import open_picture
-
+    given = {name: value for name in SETTINGS.split() if (value := getattr(args, name, None)) is not None}
+    if getattr(args, "like", None):
+        changed = given or args.n != 1
+        require(not changed, "--like takes seed and settings from the picture; leave out the other options")
+        settings = settings_of(args.like)
+        name, args.prompts = settings["model"], [settings["prompt"]]
+        known = args.model or name in shipped()
+        require(known, f"{args.like} was made by {name!r}, which is not shipped; name its folder with --model")
+        args.model = args.model or name
+        return lambda muse, callback: [again(muse, settings, callback=callback)]
     inputs = [open_picture(getattr(args, name)) for name in ("image", "mask") if hasattr(args, name)]
     if args.command == "outpaint":
         inputs.append(tuple(args.padding) if len(args.padding) > 1 else args.padding[0])
     inputs.append(args.prompts if args.command == "generate" else args.prompts[0])
-    return lambda muse, callback: getattr(muse, args.command)(*inputs, n=args.n, callback=callback, **_given(args))
-
-
-def _like(args: argparse.Namespace) -> Callable[..., list]:
-    """As `_method`, for the picture of --like, whose model and prompt become those of the command."""
-    from minimuse.checkpoint import shipped
-    from minimuse.pictures import again, settings_of
-    from minimuse.utils import require
-
-    changed = _given(args) or args.n != 1
-    require(not changed, "--like takes seed and settings from the picture; leave out the other options")
-    settings = settings_of(args.like)
-    name = args.model or settings["model"]
-    known = args.model or name in shipped()
-    require(known, f"{args.like} was made by {name!r}, which is not shipped; name its folder with --model")
-    args.model, args.prompts = name, [settings["prompt"]]
-    return lambda muse, callback: [again(muse, settings, callback=callback)]
+    return lambda muse, callback: getattr(muse, args.command)(*inputs, n=args.n, callback=callback, **given)
 
 
 def baseline(model: str) -> Any:
@@ -145,27 +136,30 @@ def run_train(args: argparse.Namespace) -> None:
     engine.handle_signals()
     trainer = partial(train_baseline, baseline(args.model)) if args.model else train_muse
     try:
-        last = deque(_with_bars(trainer(config, data=source, engine=engine), shown=engine.is_main), maxlen=1).pop()
+        last = deque(_with_bars(trainer(config, data=source, engine=engine), enabled=engine.is_main), maxlen=1).pop()
     except Stopped:
         if engine.is_main:
             print(f"minimuse: stopped; continue with: minimuse train --resume --out {args.out}", file=sys.stderr)
         raise SystemExit(128 + engine.signal) from None
     if engine.is_main:
         folder = last.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
-        add_record(folder, config, source)
+        add_record(folder, config, int(last.metrics["pictures"]), int(last.metrics["captions"]))
         print(f"trained in {last.metrics['minutes']:.1f} minutes: {folder}")
         print(f'try: minimuse generate "{last.model.examples[0]}" --model {folder}')
 
 
-def _with_bars(progress: Iterator[Any], shown: bool) -> Iterator[Any]:
+def _with_bars(progress: Iterator[Any], enabled: bool) -> Iterator[Any]:
     """Pass a run's Progress on, with a progress bar for each stage."""
     from tqdm import tqdm
 
+    from minimuse.train_log import EVALUATED
+
     for stage, parts in groupby(progress, lambda p: p.stage):
-        with tqdm(desc=stage, disable=not shown) as bar:
+        with tqdm(desc=stage, disable=not enabled) as bar:
             for p in parts:
                 bar.total = p.steps
-                bar.set_postfix({k: f"{v:.3g}" for k, v in p.metrics.items() if "held_out" not in k}, refresh=False)
+                shown = {name: f"{value:.3g}" for name, value in p.metrics.items() if not name.startswith(EVALUATED)}
+                bar.set_postfix(shown, refresh=False)
                 bar.update(p.step - bar.n)
                 yield p
 
@@ -232,8 +226,7 @@ def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
     from minimuse.train_budget import preview, report
     from minimuse.utils import pick_device, require
 
-    model = args.model
-    require(not model, f"--dry-run counts a whole Muse, not the baseline {model!r}; leave out --model")
+    require(not args.model, "--dry-run counts a whole Muse, not a baseline; leave out --model")
     device = pick_device(args.device)
     encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens).to(device)
     print(preview(TrainingData(args.out / "cache", source, config, encoder, device=device)))
@@ -320,15 +313,16 @@ def run_info(args: argparse.Namespace) -> None:
             parts = build(config) if is_preset else model_class(name).build(config)
         counts = {part: sum(p.numel() for p in module.parameters()) / 1e6 for part, module in parts.items()}
         print(f"{name}: {sum(counts.values()):,.1f}M parameters, text from {config.text_encoder}")
-        for part, count in counts.items():
-            c = parts[part].config
+        for part, module in parts.items():
+            c = module.config
             if part in ("base", "superres"):
-                steps = getattr(config, f"{part}_sampling").steps
-                about = f"{c.layers} layers x {c.width}, MLP {c.mlp_width}; {c.grid}x{c.grid} tokens of "
-                about += f"{c.codebook_size} codes; {steps} steps"
+                size = (
+                    f"{c.layers} layers x {c.width}, MLP {c.mlp_width}; {c.grid}x{c.grid} tokens of {c.codebook_size}"
+                )
+                about = f"{size} codes; {getattr(config, f'{part}_sampling').steps} steps"
             else:
                 about = f"{c.image_size} px, f={c.downsampling}"
-            print(f"  {part:14} {count:8,.1f}M  {about}")
+            print(f"  {part:14} {counts[part]:8,.1f}M  {about}")
     if not args.names:
         print(f"shipped checkpoints: {', '.join(checkpoint.shipped()) or 'none'}")
 

@@ -184,6 +184,7 @@ class Subset:
 
     rows: Any
     index: Tensor
+    held_out: bool = False  # whether no training example is among them
 
     def __len__(self) -> int:
         return len(self.index)
@@ -325,7 +326,7 @@ class TrainingData:
         index = torch.arange(len(rows))
         if len(rows) >= HELD_OUT:
             index = index[(index % HELD_OUT == HELD_OUT - 1) == held_out]
-        return Subset(rows, index)
+        return Subset(rows, index, held_out and len(rows) >= HELD_OUT)
 
     def words(self, most: int = 20_000) -> dict[str, list[str]]:
         """What a checkpoint says about its data: the most common words of the captions, and prompts to try."""

@@ -44,6 +44,7 @@ from minimuse.sampler import Order, by_rank, confidence, decode, entropy_bound, 
 from minimuse.utils import OneSeed, PositiveInt, atomic_write, check, generator_of, require
 
 __all__ = ["WORLDS", "Cell", "ChainWorld", "MixtureWorld", "PottsWorld", "Report", "World", "compare"]
+Named = str | Iterable[str] | Mapping[str, Any]  # names, or a name for each function
 
 
 @torch.no_grad()
@@ -141,8 +142,8 @@ class WorldEvaluator:
         _, other_seed = path_log_q(world, self.x[:64], generator=self._generator(3), **sampling)
         return Outcome(nfe, {"kl": self._grouped(self.log_p - log_q), **groups}, not other_seed.equal(when[:64]))
 
-    def _grouped(self, each: Tensor) -> list[float]:
-        return (each / self.world.n).view(GROUPS, -1).mean(1).tolist()
+    def _grouped(self, nats: Tensor) -> list[float]:
+        return (nats / self.world.n).view(GROUPS, -1).mean(1).tolist()
 
     def _generator(self, stream: int) -> torch.Generator:
         return generator_of((1_000_003 * self.seed + stream) % 2**32)
@@ -174,10 +175,10 @@ class Report:
 
     def __getitem__(self, key: tuple[str, str, int]) -> Cell:
         """report["cosine", "halton", 8]"""
-        for cell in self.cells:
-            if (cell.schedule, cell.order, cell.steps) == key:
-                return cell
-        raise KeyError(f"no cell {key}; there are {[(c.schedule, c.order, c.steps) for c in self.cells]}")
+        cells = {(c.schedule, c.order, c.steps): c for c in self.cells}
+        if key not in cells:
+            raise KeyError(f"no cell {key}; there are {list(cells)}")
+        return cells[key]
 
     def table(self, against: tuple[str, str] | None = None) -> str:
         """A Markdown table with 95% intervals; "<=" marks a KL that is an upper bound.
@@ -212,7 +213,7 @@ class Report:
             style = {"marker": "osD^vP"[i % 6], "ls": ("-", "--", ":", "-.")[i % 4], "capsize": 3, "label": label}
             ax.errorbar([c.nfe for c in cells], [e.value for e in found], [e.margin for e in found], **style)
         if metric == "kl":
-            ax.set_yscale("symlog", linthresh=1e-3)  # the values span powers of ten
+            ax.set_yscale("symlog", linthresh=1e-3)
         ax.set_xscale("log", base=2)
         ax.set(xlabel="NFE (forward passes of an image)", ylabel=self.titles[metric], title=self.about["target"])
         ax.legend(fontsize=7, frameon=False)
@@ -246,17 +247,9 @@ def _shown(cell: Cell, metric: str, base: Cell | None = None) -> str:
 
 
 def compare(
-    target: Any,
-    schedules: Iterable[str] | Mapping[str, Any] = ("cosine",),
-    orders: Iterable[str] | Mapping[str, str | Order] = ("confidence",),
-    steps: Sequence[int] | int = (4, 8, 16),
-    *,
-    presets: Iterable[str] = (),
-    samples: int | None = None,
-    seed: int = 0,
-    out: str | Path | None = None,
-    **sampling: Any,
-) -> Report:
+    target: Any, schedules: Named = "cosine", orders: Named = "confidence", steps: Sequence[int] | int = (4, 8, 16), *,
+    presets: Named = (), samples: int | None = None, seed: int = 0, out: str | Path | None = None, **sampling: Any,
+) -> Report:  # fmt: skip
     """Measure every schedule x order x steps, and every preset x steps, in a World or in a Muse.
 
     Schedules and orders are names, or a mapping of names to functions. An adaptive rule is a schedule; "bound0.5" is
@@ -282,14 +275,12 @@ def compare(
         evaluator = MuseEvaluator(target, 512 if samples is None else samples, seed)
     elif not callable(target) or not hasattr(target, "grid"):
         raise TypeError(f"target is {target!r}; give a World such as MixtureWorld.random(), a Muse, or an evaluator")
-    grid = evaluator.grid
-    trials = {
-        (name, by, t): {"schedule": schedules[name], "order": orders[by], "steps": t}
-        for name, by, t in product(schedules, orders, steps)
-    }
+    trials = {}
+    for name, order, t in product(schedules, orders, steps):
+        trials[name, order, t] = {"schedule": schedules[name], "order": orders[order], "steps": t}
     for name, t in product(presets, steps):
-        trials[f"as {name}", "", t] = preset_settings(name, math.prod(grid), evaluator.codebook_size, t)
-    trials = {label: _resolved(settings, grid) | sampling for label, settings in trials.items()}  # all, then measure
+        trials[f"as {name}", "", t] = preset_settings(name, math.prod(evaluator.grid), evaluator.codebook_size, t)
+    trials = {label: _resolved(settings, evaluator.grid) | sampling for label, settings in trials.items()}
     cells = [Cell(*label, *evaluator(**settings)) for label, settings in trials.items()]
     about = {"minimuse": minimuse.__version__, "torch": str(torch.__version__), "sampling": repr(sampling)}
     report = Report(cells, dict(evaluator.titles), evaluator.about | about)
@@ -298,7 +289,7 @@ def compare(
     return report
 
 
-def _named(setting: str, x: Iterable[str] | Mapping[str, Any]) -> Mapping[str, Any]:
+def _named(setting: str, x: Named) -> Mapping[str, Any]:
     """Names -> a mapping of each name to itself; one string is one name."""
     names = [x] if isinstance(x, str) or not isinstance(x, Iterable) else list(x)
     if not all(isinstance(name, str) for name in names):

@@ -7,10 +7,11 @@
 
 Image i has the same prompt and seed for every sampler, so samplers are compared in pairs. A metric has GROUPS values:
 group means of the score, or jackknife pseudo-values of the distance, without the bias c / n. The distance needs more
-images than features (192 of the detector). An accuracy of 0 or 1 has an interval of width 0, which is too narrow.
+images than features. An accuracy of 0 or 1 has an interval of width 0, which is too narrow.
 Not here: the whole cascade (`eval_run.py`), the comparison of many samplers (`lab.py`).
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -27,7 +28,7 @@ from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.lab_samplers import GROUPS, Outcome, check_samples, run
 from minimuse.muse import Muse
 from minimuse.sampler import decode
-from minimuse.utils import pick_device
+from minimuse.utils import OneSeed, check, generator_of, pick_device, require
 
 if TYPE_CHECKING:
     from minimuse.amused import Amused
@@ -38,22 +39,23 @@ Scorer = Callable[[Tensor, Sequence[str]], Tensor]  # images (B, 3, H, W), B pro
 class ModelEvaluator:
     """Measures samplers of a model on fixed prompts and seeds, against real images (n, 3, H, W).
 
-    A subclass defines `titles` (of the score, then of the distance), `grid`, `codebook_size` and `draw`.
+    A subclass defines `titles` (of the score, then of the distance), `grid`, `codebook_size` and `draw`: B prompts, a
+    seed each, settings -> images (B, 3, H, W) in [-1, 1], and the forward passes of all of them together.
     """
 
     titles: ClassVar[dict[str, str]]
+    draw: Callable[..., tuple[Tensor, int]]
     batch = 64  # images at a time
 
     def __init__(self, target: str, prompts: list[str], real: Tensor, score: Scorer, features: Features, seed: int):
-        check_samples(len(prompts))
-        self.prompts, self.seed, self.score, self.features = prompts, seed, score, features
+        self.seed = check("seed", seed, OneSeed)
+        self.prompts, self.score, self.features = prompts, score, features
         self.real = in_batches(features, real)  # (n, D)
+        if len(prompts) <= self.real.shape[1]:
+            few = f"the Frechet distance of {len(prompts)} images is unreliable"
+            warnings.warn(f"{few}: samples should be more than its {self.real.shape[1]} features", stacklevel=3)
         level = {next(iter(self.titles)): round(in_batches(score, real, prompts).double().mean().item(), 4)}
         self.about = {"target": target, "samples": len(prompts), "seed": seed, "real images": level}
-
-    def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
-        """B prompts, a seed each -> images (B, 3, H, W) in [-1, 1], and the forward passes of all of them together."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def __call__(self, **sampling: Any) -> Outcome:
@@ -61,7 +63,7 @@ class ModelEvaluator:
         scores, features, nfe = [], [], 0
         for start in range(0, len(self.prompts), self.batch):
             prompts = self.prompts[start : start + self.batch]
-            seeds = [1_000_003 * self.seed + start + i for i in range(len(prompts))]
+            seeds = [(1_000_003 * self.seed + start + i) % 2**32 for i in range(len(prompts))]
             images, passes = self.draw(prompts, seeds, sampling)
             scores.append(self.score(images, prompts).double().cpu())
             features.append(self.features(images).cpu())
@@ -87,7 +89,9 @@ class MuseEvaluator(ModelEvaluator):
     }
 
     def __init__(self, muse: Muse, samples: int = 512, seed: int = 0):
-        check_samples(samples)
+        samples, seed = check_samples(samples), check("seed", seed, OneSeed)
+        settings = getattr(muse, "settings", ("order",))  # of a baseline
+        require("order" in settings, f"target is {muse.config.name}; give a model that has schedules and orders")
         config, detector = muse.config, Detector.from_pretrained().to(muse.device)
         scenes = SceneDataset(samples, config.high_tokenizer.image_size, "test", seed, fractions=(1, 1, 0), k=1)
         prompts = [scenes.captions(i)[0] for i in range(samples)]
@@ -102,7 +106,7 @@ class MuseEvaluator(ModelEvaluator):
         self.grid = (config.base.grid, config.base.grid)
 
     def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
-        """See `ModelEvaluator.draw`."""
+        """See `ModelEvaluator`."""
         jobs = [{"prompt": p, "negative_prompt": None, "seed": s} for p, s in zip(prompts, seeds, strict=True)]
         tokens, nfe = run(self.muse.decode_base(jobs, **sampling), sampling.get("remask"))
         return self.muse.low_tokenizer.decode(tokens).float(), nfe
@@ -120,23 +124,22 @@ class AmusedEvaluator(ModelEvaluator):
     def __init__(
         self, amused: "Amused", folder: str | Path, clip: Scorer, features: Features, samples: int = 512, seed: int = 0
     ):
-        check_samples(samples)
+        samples = check_samples(samples)
         grid = amused.transformer.config.sample_size
         source, size = FolderDataset(folder), grid * amused.tokenizer.downsampling
         every = (example for part in range(source.parts) for example in source.read(part, size, Problems()))
         found = list(islice(every, samples))
-        if len(found) < samples:
-            raise ValueError(f"{folder} holds {len(found)} images; give samples={len(found) // GROUPS * GROUPS}")
+        enough = len(found) == samples
+        require(enough, f"{folder} holds {len(found)} images, samples is {samples}; give more images or fewer samples")
         prompts = [e.captions[0] for e in found]
         super().__init__("aMUSEd", prompts, torch.stack([e.image for e in found]), clip, features, seed)
         self.amused, self.grid, self.codebook_size = amused, (grid, grid), amused.tokenizer.codebook_size
 
     def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
-        """See `ModelEvaluator.draw`."""
         from minimuse.amused import settings
 
         amused = self.amused
-        sampling = {"guidance": 9.0, **sampling, "generator": [torch.Generator().manual_seed(s) for s in seeds]}
+        sampling = {"guidance": 9.0, **sampling, "generator": [generator_of(s) for s in seeds]}
         if sampling.get("order") == "confidence":
             sampling.setdefault("choice_temperature", settings(sampling["steps"])["choice_temperature"])
         logits_fn = amused.logits_fn(prompts, guidance=sampling.pop("guidance"))
@@ -149,8 +152,7 @@ def open_amused(name: str, folder: str, clip: str, *, device: Any = None, **sett
     """Names of aMUSEd weights and of a CLIP, a folder of captioned images -> the evaluator of `minimuse compare`."""
     from minimuse.amused import Amused
 
-    if not (folder and clip):
-        raise ValueError("--amused needs --data, a folder of captioned pictures, and --clip, the name of a CLIP")
+    require(folder and clip, "--amused needs --data, a folder of captioned pictures, and --clip, the name of a CLIP")
     device = pick_device(device)
     amused = Amused.from_pretrained(name).to(device)
     return AmusedEvaluator(amused, folder, ClipScorer(clip, device), inception_features(), **settings)

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimuse.utils import PositiveInt, check, generator_of, require
+from minimuse.utils import Fraction, PositiveInt, check, generator_of, require
 
 Grid = tuple[int, int]  # (h, w)
 
 
 class World:
-    """A distribution over N tokens of V codes, in float64. A subclass defines `log_evidence`, and perhaps `draw`.
+    """A distribution over N tokens of V codes, in float64. A subclass defines `log_evidence`, and perhaps `sample`.
 
     A subclass calls `super().__init__(grid, codebook_size)`. `log_evidence` need not be normalized. Every grid needs
     p(x) > 0, perhaps a tiny one: otherwise one impossible sample makes the measured NLL infinite.
@@ -43,8 +43,8 @@ class World:
 
     def __call__(self, tokens: Tensor, u: float = 0.0) -> Tensor:
         """tokens (B, N), mask_id where unknown -> (B, N, V) log p(x_i | known tokens); 0 or -inf at a known token."""
-        log_known = self._evidence(tokens).log()
-        return torch.where((tokens != self.mask_id)[..., None], log_known, self.leave_one_out(tokens))
+        known = (tokens != self.mask_id)[..., None]
+        return torch.where(known, self._evidence(tokens).log(), self.leave_one_out(tokens))
 
     def leave_one_out(self, tokens: Tensor) -> Tensor:
         """tokens (B, N), mask_id where unknown -> (B, N, V) log p(x_i | the known tokens except token i)."""
@@ -60,18 +60,12 @@ class World:
     def log_prob(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) -> (B,) log p in nats; with some tokens masked, the log-marginal of the known ones."""
         found = torch.cat([self.log_evidence(self._evidence(part)) for part in tokens.split(self.batch)])
-        right = found.shape == tokens.shape[:1]
-        require(right, f"log_evidence of {len(tokens)} examples has the shape {tuple(found.shape)}; give (B,)")
-        return found - self.log_evidence(self._evidence(torch.full((1, self.n), self.mask_id)))
+        right = found.shape == tokens.shape[:1] and bool(found.isfinite().all())
+        require(right, f"log_evidence of {len(tokens)} examples is {found}; give (B,) finite numbers")
+        return found - self.log_evidence(self._evidence(tokens[:1].new_full((1, self.n), self.mask_id)))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """-> n exact samples, (n, N)."""
-        n = check("n", n, PositiveInt)
-        require(n * self.n <= 2**27, f"n is {n}; give at most {2**27 // self.n} samples of {self.n} tokens")
-        return self.draw(n, generator)
-
-    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        """See `sample`. Token by token, with N calls of the world, unless a subclass knows a faster way."""
+        """-> n exact samples, (n, N), drawn token by token with N calls of the world."""
         tokens = torch.full((n, self.n), self.mask_id)
         for i in range(self.n):
             tokens[:, i] = _draw(self(tokens)[:, i].exp(), generator)
@@ -82,10 +76,10 @@ class World:
 
     def _evidence(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) -> (B, N, V): 1 where the token may be v."""
-        known = tokens.dtype == torch.long and bool(((tokens >= 0) & (tokens <= self.mask_id)).all())
+        right = tokens.dtype == torch.long and tokens.ndim == 2 and tokens.shape[1] == self.n
+        right = right and bool(((tokens >= 0) & (tokens <= self.mask_id)).all())
         wanted = f"(B, {self.n}) long of codes 0..{self.v - 1}, or {self.mask_id} for [MASK]"
-        fits = known and tokens.shape[1:] == (self.n,)
-        require(fits, f"tokens are {tokens.dtype} {tuple(tokens.shape)}; give {wanted}")
+        require(right, f"tokens are {tokens.dtype} {tuple(tokens.shape)}; give {wanted}")
         return torch.eye(self.v + 1, self.v, dtype=torch.double).index_fill(0, torch.tensor(self.v), 1.0)[tokens]
 
 
@@ -98,7 +92,7 @@ class MixtureWorld(World):
         k, n, v = self.tables.shape
         super().__init__(_default_grid(n) if grid is None else grid, v)
         self.weights = _normalized(torch.ones(k) if weights is None else weights, "weights", 1)
-        fits = self.n == n and self.weights.shape == (k,)
+        fits = self.n == n and len(self.weights) == k
         require(fits, f"got tables {(k, n, v)}, {len(self.weights)} weights, grid {grid}; give K weights, h w = N")
 
     @classmethod
@@ -109,18 +103,15 @@ class MixtureWorld(World):
         (h, w), v = check_size(grid, codebook_size)
         modes = check("modes", modes, PositiveInt)
         require(modes * h * w <= 2**17, f"modes is {modes}; give at most {2**17 // (h * w)} for {h * w} tokens")
-        sharpness = check("sharpness", sharpness, float)
-        require(abs(sharpness) <= 50, f"sharpness is {sharpness}; give at most 50, so that every code keeps p > 0")
-        generator = generator_of(seed)
-        logits = torch.randn(modes, h * w, v, generator=generator, dtype=torch.double)
-        return cls((sharpness * logits).softmax(-1), grid=(h, w))
+        logits = torch.randn(modes, h * w, v, generator=generator_of(seed), dtype=torch.double)
+        return cls((check("sharpness", sharpness, float) * logits).softmax(-1), grid=(h, w))
 
     def log_evidence(self, e: Tensor) -> Tensor:
         """(B, N, V) -> (B,): a product over tokens within each mode, then the sum over modes."""
         each = torch.einsum("bnv,knv->bnk", e, self.tables).log()  # (B, N, K)
         return (each.sum(1) + self.weights.log()).logsumexp(1)
 
-    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         mode = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         return torch.cat([_draw(self.tables[part], generator) for part in mode.split(self.batch)])
 
@@ -160,7 +151,7 @@ class MarkovWorld(World):
             message, log_scale = message / scale, log_scale + scale.log()[:, 0]
         return message.sum(1).log() + log_scale
 
-    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         tokens, state = torch.empty(n, self.n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
         for positions, transition in zip(self.positions, self.transitions(), strict=True):
             state = _draw(transition[state], generator)
@@ -188,15 +179,13 @@ class ChainWorld(MarkovWorld):
             equations = (transition.T - torch.eye(v)).index_fill(0, torch.tensor(v - 1), 1.0)
             initial = torch.linalg.solve(equations, torch.eye(v, dtype=torch.double)[-1])
         initial = _normalized(initial, "initial", 1)
-        require(initial.shape == (v,), f"initial has the shape {tuple(initial.shape)}; give ({v},)")
+        require(len(initial) == v, f"initial holds {len(initial)} numbers; give {v}")
         super().__init__(grid, v, torch.arange(n)[:, None], torch.arange(v)[:, None], initial, transition)
 
     @classmethod
     def sticky(cls, n: int = 64, codebook_size: int = 4, stay: float = 0.8) -> "ChainWorld":
         """A chain that repeats its token with probability `stay`; all other codes are equally likely."""
-        _, v = check_size((1, 1), codebook_size)
-        stay = check("stay", stay, float)
-        require(0 < stay < 1, f"stay is {stay}; give a probability between 0 and 1")
+        (_, v), stay = check_size((1, 1), codebook_size), check("stay", stay, Fraction)
         eye = torch.eye(v, dtype=torch.double)
         return cls(stay * eye + (1 - stay) / max(v - 1, 1) * (1 - eye), n)
 
@@ -239,10 +228,8 @@ def _default_grid(n: int) -> Grid:
 
 def _normalized(p: Any, name: str, axes: int) -> Tensor:
     """p (..., V) -> float64, normalized. ValueError unless it has so many axes, and every entry is positive."""
-    try:
-        p = torch.as_tensor(p).double()
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{name} is {type(p).__name__}; give a tensor of positive numbers") from e
+    require(not isinstance(p, str | None), f"{name} is {p!r}; give a tensor of positive numbers")
+    p = torch.as_tensor(p).double()
     require(p.ndim == axes and p.numel() > 0, f"{name} has the shape {tuple(p.shape)}; give {axes} axes")
     normal = p / p.sum(-1, keepdim=True)
     require(((p > 0) & (normal > 0)).all(), f"{name} holds {p.min():g}; give positive numbers, as p > 0 everywhere")

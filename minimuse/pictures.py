@@ -8,6 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -18,17 +19,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from minimuse.data_images import to_rgb
 from minimuse.sampler import Step
-from minimuse.utils import atomic_write
+from minimuse.utils import atomic_write, require
 
 KEY = "minimuse"  # where the settings are: a dict in an image's `info`, JSON in a PNG's text chunk
 FUNCTION = "a function, which no PNG holds"  # in place of what JSON cannot hold
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS: Pillow would run Ghostscript
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")  # and 16-bit gray
-PROBLEMS = {
-    UnidentifiedImageError: "of an unknown format",
-    Image.DecompressionBombError: "too large",
-    Image.DecompressionBombWarning: "too large",
-}
+PROBLEMS = dict.fromkeys((Image.DecompressionBombError, Image.DecompressionBombWarning), "too large")
+PROBLEMS[UnidentifiedImageError] = "of an unknown format"
 
 
 class Refused(Exception):
@@ -95,14 +93,14 @@ def settings_of(picture: str | Path | Image.Image) -> dict[str, Any]:
     ValueError if it holds none.
     """
     image = picture if isinstance(picture, Image.Image) else open_picture(picture)
-    try:
-        settings = image.info.get(KEY)
+    settings = image.info.get(KEY)
+    with suppress(ValueError, RecursionError):
         settings = json.loads(settings) if isinstance(settings, str) else settings
-        return {name: settings[name] for name in ("model", "fingerprint", "prompt", "seed")} | settings
-    except (ValueError, TypeError, KeyError) as error:
-        name = Path(getattr(image, "filename", "") or "the picture").name
-        hint = "many programs drop them when they save a picture again"
-        raise ValueError(f"{name} holds no settings of minimuse; {hint}") from error
+    name = Path(getattr(image, "filename", "") or "the picture").name
+    needed = {"model": str, "fingerprint": str, "prompt": str, "seed": int}
+    known = isinstance(settings, dict) and all(isinstance(settings.get(k), kind) for k, kind in needed.items())
+    require(known, f"{name} holds no settings of minimuse; many programs drop them when they save a picture again")
+    return settings
 
 
 def again(muse: Any, settings: dict[str, Any], *, callback: Callable[[Step], None] | None = None) -> Image.Image:
@@ -111,46 +109,40 @@ def again(muse: Any, settings: dict[str, Any], *, callback: Callable[[Step], Non
     ValueError if another checkpoint made it, or if it needs more than its prompt and settings. Another machine, or a
     batch of several pictures, may round differently.
     """
-    settings = dict(settings)
-    model, fingerprint = settings.pop("model"), settings.pop("fingerprint")
-    if fingerprint != muse.fingerprint:
-        raise ValueError(
-            f"the picture was made by another checkpoint, {model} with the fingerprint {fingerprint}; this one is "
-            f"{muse.config.name} with {muse.fingerprint}; name the right one"
-        )
-    if task := settings.get("task"):
-        raise ValueError(f"it was made by {task} from another picture, which it does not hold; give a generated one")
-    if FUNCTION in str(settings):
-        raise ValueError(f"a setting came as {FUNCTION}; only Python can draw it again")
-    return muse.generate(settings.pop("prompt"), callback=callback, **settings)[0]
+    model, fingerprint = settings["model"], settings["fingerprint"]
+    this = f"this one is {muse.config.name} with {muse.fingerprint}; name the right one"
+    other = f"the picture was made by another checkpoint, {model} with the fingerprint {fingerprint}; {this}"
+    require(fingerprint == muse.fingerprint, other)
+    task = settings.get("task")
+    require(not task, f"it was made by {task} from another picture, which it does not hold; give a generated one")
+    require(FUNCTION not in str(settings), f"a setting came as {FUNCTION}; only Python can draw it again")
+    given = {name: value for name, value in settings.items() if name not in ("model", "fingerprint", "prompt")}
+    return muse.generate(settings["prompt"], callback=callback, **given)[0]
 
 
 def difference(old: Image.Image, new: Image.Image) -> str:
-    """Two pictures of one size -> how many of their pixels differ and by how much, in words."""
+    """Two pictures -> how many of their pixels differ and by how much, in words."""
+    if old.size != new.size:
+        return f"another size, {new.width} x {new.height} pixels: the old one was cut or scaled"
     off = np.abs(np.asarray(old.convert("RGB"), dtype=int) - np.asarray(new.convert("RGB"))).max(2)
-    if not off.any():
-        return "the same pixels"
     count = f"{(off > 0).sum()} of {off.size} pixels differ, by at most {off.max()} of 255"
-    return f"{count}: other hardware rounds differently"
+    return f"{count}: other hardware rounds differently" if off.any() else "the same pixels"
 
 
 def output_paths(out: Path | None, prompt: str, count: int, *, film: bool = False, force: bool = False) -> list[Path]:
     """Paths for `count` pictures, then for their film. Without `out`, the first free name made of the prompt is taken.
 
-    ValueError for another format, FileExistsError for existing files without `force`, FileNotFoundError for a folder.
+    ValueError for another format, a missing folder, or existing files without `force`.
     """
-    if out is not None and out.suffix.lower() != ".png":
-        raise ValueError(f"{out}: give a name that ends in .png, the format that holds the settings")
-    if out is not None and not out.parent.is_dir():
-        raise FileNotFoundError(f"no folder {out.parent}; create it first")
     stem = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60] or "picture"
     endings = ["", *(f"-{i}" for i in range(1, count)), *["-film"] * film]
     for version in itertools.count(1):
         path = out or Path(f"{stem}-v{version}.png" if version > 1 else f"{stem}.png")
+        require(path.suffix.lower() == ".png", f"{path}: give a name that ends in .png, the format that holds settings")
+        require(path.parent.is_dir(), f"no folder {path.parent}; create it first")
         paths = [path.with_stem(path.stem + ending) for ending in endings]
         existing = [str(path) for path in paths if path.exists()]
         if out or not existing:
             break
-    if existing and not force:
-        raise FileExistsError(f"{', '.join(existing)} already exists; give another name, or --force")
+    require(force or not existing, f"{', '.join(existing)} already exists; give another name, or --force")
     return paths

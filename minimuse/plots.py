@@ -32,8 +32,7 @@ LINE = 17  # pixels from one line of text to the next
 def _enlarged(images: Images, scale: int | None) -> list[Image.Image]:
     """-> RGB pictures with pixels of scale x scale; None makes them about 160 wide."""
     images = to_pil(images) if isinstance(images, Tensor) else list(images)
-    if not images:
-        raise ValueError("no picture came: expected at least one")
+    require(images, "no picture came: expected at least one")
     scale = scale or max(1, round(160 / images[0].width))
     return [i.convert("RGB").resize((i.width * scale, i.height * scale), Image.Resampling.NEAREST) for i in images]
 
@@ -44,12 +43,11 @@ def grid(
     """Pictures and their captions -> one image, row by row. `columns` None: about as many as rows."""
     cells = _enlarged(images, scale)
     captions = [""] * len(cells) if captions is None else captions
-    if len(captions) != len(cells):
-        raise ValueError(f"{len(captions)} captions for {len(cells)} pictures: give one each, or None")
+    require(len(captions) == len(cells), f"{len(captions)} captions for {len(cells)} pictures: give one each, or None")
     columns = min(columns or math.ceil(math.sqrt(len(cells))), len(cells))
     width, height = (max(sizes) for sizes in zip(*(cell.size for cell in cells), strict=True))
-    font = ImageFont.load_default(size=13)
-    texts = [_wrapped(text, width + GAP // 2, font) for text in captions]
+    letters = max(1, round((width + GAP // 2) / 6.2))  # in a line: a letter is 6.2 pixels wide on average
+    texts = [textwrap.fill(text, letters, break_long_words=False) for text in captions]
     lines = max(text.count("\n") + 1 if text else 0 for text in texts)
     pitch = height + LINE * lines + GAP  # from one row to the next
     sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + math.ceil(len(cells) / columns) * pitch), "white")
@@ -57,20 +55,8 @@ def grid(
     for i, (cell, text) in enumerate(zip(cells, texts, strict=True)):
         x, y = GAP + i % columns * (width + GAP), GAP + i // columns * pitch
         sheet.paste(cell, (x, y))
-        draw.multiline_text((x, y + height + 2), text, fill=INK, font=font)
+        draw.multiline_text((x, y + height + 2), text, fill=INK, font=ImageFont.load_default(size=13))
     return sheet
-
-
-def _wrapped(text: str, width: int, font: Any) -> str:
-    """A caption in lines of at most `width` pixels, if its words allow."""
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return "\n".join(lines)
 
 
 def film_strip(frames: Sequence[Images], titles: Sequence[str] | None = None, scale: int | None = None) -> Image.Image:
@@ -87,10 +73,9 @@ def film_strip(frames: Sequence[Images], titles: Sequence[str] | None = None, sc
 def mask_overlay(image: Image.Image | Tensor, masked: Tensor) -> Image.Image:
     """A picture (3, H, W) or PIL, masked (N,) or (h, w) bool -> the picture with masked tokens as gray squares."""
     picture = to_pil(image[None])[0] if isinstance(image, Tensor) else image.convert("RGB")
-    masked = torch.as_tensor(masked)
-    side = math.isqrt(masked.numel())
-    tokens = masked.view(side, side) if masked.ndim == 1 else masked
-    cover = Image.fromarray((tokens.cpu().byte() * 255).numpy()).resize(picture.size, Image.Resampling.NEAREST)
+    tokens = torch.as_tensor(masked).cpu()
+    tokens = tokens.reshape(math.isqrt(tokens.numel()), -1)
+    cover = Image.fromarray(tokens.numpy()).resize(picture.size, Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", picture.size, MASKED), picture, cover)
 
 
@@ -100,12 +85,12 @@ def token_map(step: Step, row: int = 0, side: int = 384) -> Image.Image:
     size = max(1, side // cells)
     tokens, masked, revealed = (x[row].view(cells, cells).cpu() for x in (step.tokens, step.masked, step.revealed))
     hue = (tokens * 0.618034 % 1 * 255).byte()  # the golden ratio: neighbouring codes get colours far apart
-    value = 130 + (tokens % 5 * 25).byte()
-    bands = [Image.fromarray(band.numpy()) for band in (hue, torch.full_like(hue, 130), value)]
-    sheet = mask_overlay(Image.merge("HSV", bands), masked).resize((cells * size,) * 2, Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(sheet)
+    bands = (hue, torch.full_like(hue, 130), 130 + (tokens % 5 * 25).byte())
+    sheet = mask_overlay(Image.merge("HSV", [Image.fromarray(band.numpy()) for band in bands]), masked)
+    sheet = sheet.resize((cells * size,) * 2, Image.Resampling.NEAREST)
     for y, x in revealed.nonzero().tolist():
-        draw.rectangle((x * size, y * size, (x + 1) * size - 1, (y + 1) * size - 1), outline=INK, width=1 + size // 16)
+        box = (x * size, y * size, (x + 1) * size - 1, (y + 1) * size - 1)
+        ImageDraw.Draw(sheet).rectangle(box, outline=INK, width=1 + size // 16)
     return sheet
 
 
@@ -114,18 +99,15 @@ def film(muse: Any, steps: Sequence[Step], row: int = 0, most: int = 12) -> Imag
 
     Both stages have the width of the finished picture, at least 128 pixels. `row` picks the picture of the batch.
     """
-    if not steps:
-        raise ValueError("no step came: collect them from muse.steps(...), or with callback=list.append")
+    require(steps, "no step came: collect them from muse.steps(...), or with callback=list.append")
     side = max(128, muse.config.high_tokenizer.image_size)
-    frames, titles = [], []
     shown = np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int)
     for last in [i for i, step in enumerate(steps[1:]) if step.stage != steps[i].stage]:
         shown[np.abs(shown - last).argmin()] = last
-    for step in (steps[i] for i in shown):
-        frame = mask_overlay(muse.picture(step)[row], step.masked[row])
-        frames.append(frame.resize((side, side), Image.Resampling.NEAREST))
-        titles.append(f"{step.stage} {step.index + 1}: {int(step.masked[row].sum())} left")
-    return film_strip(frames, titles, scale=1)
+    steps = [steps[i] for i in shown]
+    frames = [mask_overlay(muse.picture(step)[row], step.masked[row]) for step in steps]
+    titles = [f"{step.stage} {step.index + 1}: {int(step.masked[row].sum())} left" for step in steps]
+    return film_strip([frame.resize((side, side), Image.Resampling.NEAREST) for frame in frames], titles, scale=1)
 
 
 def animation(frames: Sequence[Image.Image], ms: int = 250) -> Any:
@@ -174,7 +156,10 @@ def tradeoff(
     """
     points = [(a.value, b.value) for pairs in series.values() for a, b in pairs.values()]
     require(points, "no point came: expected {series: {label: (x, y)}} with at least one")
-    figure, (axes,) = _figure(1, (6, 4), 150)
+    from matplotlib.figure import Figure
+
+    figure = Figure((6, 4), 150, layout="constrained")
+    axes = figure.subplots()
     front = [points[i] for i in pareto_front(points, lower)]
     turn = "steps-post" if lower[0] else "steps-pre"  # the points behind the staircase are beaten by one on it
     axes.plot(*zip(*front, strict=True), drawstyle=turn, color="0.6", lw=4, alpha=0.5, label="Pareto front")
@@ -187,7 +172,6 @@ def tradeoff(
             axes.annotate(label, point, (5, 4), textcoords="offset points", fontsize=8, color=marks["color"])
     labels = [f"{text} ({'lower' if less else 'higher'} is better)" for less, text in zip(lower, (x, y), strict=True)]
     axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log_x else "linear")
-    axes.legend(fontsize=8)
     return _drawn(figure)
 
 
@@ -196,34 +180,27 @@ def curves(log: Sequence[Mapping[str, Any]]) -> Image.Image:
 
     Tokenizers show the PSNR in dB. Transformers show nats per masked token, and held out the likelihood bound.
     """
-    stages = list(dict.fromkeys(line["stage"] for line in log))
+    stages = dict.fromkeys(line["stage"] for line in log)
     require(stages, "the log holds no line of a stage yet; a run writes one every ten steps")
-    figure, columns = _figure(len(stages), (3 * len(stages), 2.6), 100)
-    for axes, stage in zip(columns, stages, strict=True):
+    from matplotlib.figure import Figure
+
+    figure = Figure((3 * len(stages), 2.6), 100, layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
         lines = [line for line in log if line["stage"] == stage]
-        metric, held_out, unit = ("loss", "held_out_bound", "nats per token")
-        if "psnr" in lines[-1]:
-            metric, held_out, unit = ("psnr", "held_out_psnr", "PSNR (dB)")
-        for name, style, label in ((metric, "-", "training"), (held_out, "o", "held out")):
+        is_tokenizer = "psnr" in lines[-1]
+        names = ("psnr", "held_out_psnr") if is_tokenizer else ("loss", "held_out_bound")
+        for name, style, label in zip(names, "-o", ("training", "held out"), strict=True):
             values = [line.get(name, math.nan) for line in lines]
             axes.plot([line["step"] for line in lines], values, style, lw=1, ms=3, label=label)
-        axes.set(title=stage.replace("_", " "), xlabel="step", ylabel=unit)
-    axes.legend(fontsize=8)
+        axes.set(title=stage.replace("_", " "), xlabel="step", ylabel="PSNR (dB)" if is_tokenizer else "nats per token")
     return _drawn(figure)
 
 
-def _figure(columns: int, size: tuple[float, float], dpi: int) -> tuple[Any, Any]:
-    """A matplotlib figure with so many plots side by side, each with a grid."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(size, dpi, layout="constrained")
-    plots = figure.subplots(1, columns, squeeze=False)[0]
-    for axes in plots:
-        axes.grid(alpha=0.25)
-    return figure, plots
-
-
 def _drawn(figure: Any) -> Image.Image:
+    """A matplotlib figure, with grids and one legend -> its picture."""
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
     file = io.BytesIO()
     figure.savefig(file, dpi=figure.dpi)
     return Image.open(file).convert("RGB")

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse import train_engine
+from minimuse import train_engine, vqgan_loss
 from minimuse.amused import published_tokenizer
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
@@ -33,21 +33,12 @@ from minimuse.data_sources import SceneDataset, Source, open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
 from minimuse.muse import Muse, build
 from minimuse.text import Context, TextEncoder, pad_contexts
-from minimuse.train_engine import Engine, EvalFn, Progress, Stage, batch_indices, learning_rate, make_optimizers
+from minimuse.train_engine import Engine, EvalFn, Progress, Stage, batch_indices
 from minimuse.train_log import TrainLog, codebook_usage
 from minimuse.transformer import Transformer
 from minimuse.utils import seeded_generator
 from minimuse.vqgan import VQGAN, Quantized
-from minimuse.vqgan_loss import (
-    COMMITMENT,
-    Perceptual,
-    SceneFeatures,
-    VQGANLoss,
-    Weight,
-    adaptive_weight,
-    feature_distance,
-    lpips_distance,
-)
+from minimuse.vqgan_loss import Perceptual, SceneFeatures, VQGANLoss, Weight, adaptive_weight
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
@@ -61,15 +52,9 @@ def random_crop(images: Tensor, size: int, generator: torch.Generator) -> Tensor
 
 
 def train_tokenizer(
-    vqgan: VQGAN,
-    config: StageConfig,
-    images: Any,
-    *,
-    stage: str = "tokenizer",
-    perceptual: Perceptual | None = None,
-    engine: Engine | None = None,
-    eval_fn: EvalFn | None = None,
-) -> Iterator[Progress]:
+    vqgan: VQGAN, config: StageConfig, images: Any, *, stage: str = "tokenizer",
+    perceptual: Perceptual | None = None, engine: Engine | None = None, eval_fn: EvalFn | None = None,
+) -> Iterator[Progress]:  # fmt: skip
     """Train a VQGAN (Muse 2.2), or only its decoder where encoder and codebook are frozen (2.5).
 
     images: a tensor (n, 3, H, W) uint8, or any object with a length that returns such tensors for indices.
@@ -77,6 +62,7 @@ def train_tokenizer(
     engine = engine or Engine()
     for part in (vqgan.encoder, vqgan.quantizer, vqgan.decoder):
         part.train(any(p.requires_grad for p in part.parameters()))
+    torch.manual_seed(engine.seed)
     weights = (config.perceptual_weight, config.adversarial_weight)
     losses = VQGANLoss(perceptual, *weights, config.adversarial_start, config.discriminator_width)
     for module in (vqgan, losses):
@@ -122,7 +108,7 @@ def tokenizer_losses(
         made, quantized = vqgan(x)
         made = made.float()
         loss = losses.generator_loss(x, made, vqgan.decoder.conv_out.weight, step, weight)
-    loss = loss + quantized.codebook_loss + COMMITMENT * quantized.commitment_loss
+    loss = loss + quantized.codebook_loss + vqgan_loss.COMMITMENT * quantized.commitment_loss
     yield {"loss": loss, "l1": F.l1_loss(made, x), "mse": F.mse_loss(made, x)}, quantized
     if losses.active(step):
         with precision():
@@ -131,7 +117,7 @@ def tokenizer_losses(
 
 
 def _step_weight(job: Stage, vqgan: VQGAN, losses: VQGANLoss, batches: Iterator[Tensor], step: int) -> Weight:
-    """One lambda for all micro-batches and processes of a step; with several micro-batches, by one more forward pass."""
+    """One lambda for all micro-batches and processes of a step. Micro-batches take one more forward pass for it."""
     found = []
 
     def weight(gradients: Tensor) -> Tensor:
@@ -152,12 +138,9 @@ def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: in
     """
     torch.manual_seed(seed)
     net = SceneFeatures(labels.shape[1])
-    config = StageConfig(steps=steps, batch=64, learning_rate=2e-3, warmup=10, weight_decay=1e-4)
-    (optimizer,) = make_optimizers(net, config)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     for step in range(steps):
-        at = batch_indices(len(images), config.batch, step, seed)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+        at = batch_indices(len(images), 64, step, seed)
         F.binary_cross_entropy_with_logits(net.classify(to_float(images[at])), labels[at]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -188,16 +171,9 @@ class MaskedLoss(nn.Module):
 
 
 def train_transformer(
-    model: Transformer,
-    config: StageConfig,
-    tokens: Any,
-    texts: Any,
-    *,
-    low_tokens: Any = None,
-    stage: str = "base",
-    engine: Engine | None = None,
-    eval_fn: EvalFn | None = None,
-) -> Iterator[Progress]:
+    model: Transformer, config: StageConfig, tokens: Any, texts: Any, *, low_tokens: Any = None,
+    stage: str = "base", engine: Engine | None = None, eval_fn: EvalFn | None = None,
+) -> Iterator[Progress]:  # fmt: skip
     """Masked training of the base (Muse 2.3) or, with `low_tokens`, of the super-resolution transformer (2.4).
 
     tokens (n, N), low_tokens (n, N_low): tensors, or objects that return such rows for indices. texts: the captions of
@@ -288,7 +264,10 @@ def train_muse(
         trainer = MuseTrainer(config, data, engine, Path(folder))
         for progress in (stages or MuseTrainer.five_stages)(trainer):
             yield progress._replace(metrics=trainer.log(progress))
-    yield Progress("done", 1, 1, {"minutes": (time.monotonic() - started) / 60}, progress.model)
+        captions = trainer.data.captions()
+    minutes = (time.monotonic() - started) / 60
+    done = {"minutes": minutes, "pictures": len(captions), "captions": sum(map(len, captions))}
+    yield Progress("done", 1, 1, done, progress.model)
 
 
 class MuseTrainer:
@@ -300,10 +279,9 @@ class MuseTrainer:
         self.config, self.engine = config, engine
         self.parts, self.high = build(config), VQGAN(config.high_tokenizer)
         self.encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
-        tokenizing = [
-            s for name, s in config.stages.items() if name not in ("base", "superres") and s.perceptual_weight
-        ]
-        self.perceptual = {s.perceptual: perceptual_loss(s.perceptual, config, engine) for s in tokenizing}
+        tokenizing = [s for name, s in config.stages.items() if name not in ("base", "superres")]
+        kinds = {s.perceptual for s in tokenizing if s.perceptual_weight}
+        self.perceptual = {kind: perceptual_loss(kind, config, engine) for kind in sorted(kinds)}  # lpips first
         source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
         work = {"rank": engine.rank, "processes": engine.processes, "wait": engine.accelerator.wait_for_everyone}
         options = {"device": engine.device, "bf16": engine.bf16, **work}
@@ -353,11 +331,10 @@ class MuseTrainer:
         if factor > 1:
             images = Decimated(images, factor)
         eval_fn = self.log.tokenizer(name, self.data.split(images, held_out=True))
-        stage = self.config.stages[name]
         options = {"stage": name, "engine": self.engine, "eval_fn": eval_fn}
-        return train_tokenizer(
-            vqgan, stage, self.data.split(images), perceptual=self.perceptual.get(stage.perceptual), **options
-        )
+        config = self.config.stages[name]
+        options["perceptual"] = self.perceptual.get(config.perceptual)
+        return train_tokenizer(vqgan, config, self.data.split(images), **options)
 
     def transformer(self, name: str, *codebooks: Tensor) -> Iterator[Progress]:
         """A transformer stage, "base" or "superres", whose embeddings start from the codebooks."""
@@ -380,7 +357,7 @@ def perceptual_loss(kind: str, config: MuseConfig, engine: Engine, n: int = 2000
     """
     if kind == "lpips":
         with engine.accelerator.main_process_first():  # it downloads the weights
-            return lpips_distance()
+            return vqgan_loss.lpips_distance()
     if kind == "none":
         return None
     scenes = SceneDataset(n, config.low_tokenizer.image_size, seed=engine.seed)
@@ -388,4 +365,4 @@ def perceptual_loss(kind: str, config: MuseConfig, engine: Engine, n: int = 2000
     seen = [{(t.color, t.shape) for t in scenes.scene(i).things} for i in range(n)]
     labels = torch.tensor([[float(c in objects) for c in classes] for objects in seen])
     features = train_features(scenes.images(), labels, seed=engine.seed)
-    return feature_distance(features.to(engine.device))
+    return vqgan_loss.feature_distance(features.to(engine.device))

@@ -1,11 +1,11 @@
 """Is my loss right? Checks of a run, finished or under way: each finding has a verdict, a number and a hint.
 
-    tokenizers     codebook (collapsed?), pictures (held-out PSNR), overfitting
+    tokenizers     codebook (collapsed?), pictures (PSNR), overfitting
     transformers   context (loss by mask rate, and bound), leakage, text and low tokens (ignored?), overfitting
     every stage    trend (of the log)
 
 Verdicts: "fine"; "look" means that a person should look at it; "wrong" needs a repair. Losses are in nats a token.
-Nothing of the run is changed, and nothing is computed that the run does not hold yet. Choice: the limits.
+A message names the set that its number was read on. Nothing of the run is changed or computed anew. Choice: the limits.
 
 Not here: the losses themselves (`train_log.py`), whether pictures show what the prompt asks for (`eval_run.py`).
 """
@@ -14,7 +14,9 @@ import math
 import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +25,12 @@ from torch import Tensor
 from minimuse import checkpoint, train_state
 from minimuse.amused import published_tokenizer
 from minimuse.config import STAGES, MuseConfig
-from minimuse.data_cache import Subset, TrainingData
+from minimuse.data_cache import HELD_OUT, Subset, TrainingData
 from minimuse.data_images import to_float
-from minimuse.data_sources import open_source
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import Decimated, MaskedLoss
 from minimuse.train_engine import Engine
-from minimuse.train_log import RATES, STRATA, codebook_usage, eval_mode, read_log, unigram_entropy, validate
+from minimuse.train_log import RATES, STRATA, codebook_usage, eval_mode, read_log, set_of, unigram_entropy, validate
 from minimuse.transformer import SuperRes, Transformer
 from minimuse.utils import seeded_generator
 from minimuse.vqgan import VQGAN
@@ -37,13 +38,15 @@ from minimuse.vqgan import VQGAN
 MOST = 128  # examples that a check reads
 FEW = 16  # with fewer held-out examples, training examples are checked, and overfitting cannot be seen
 EARLY = 0.1  # fraction of a stage's steps before which a transformer may still be untrained
+GOOD_PSNR = 30.0  # dB that are enough, however easy the pictures are
+GOOD_BOUND = 0.1  # nats a token that are enough, however little the tokens vary
 Rows = Sequence[Any]  # columns of n examples: tokens, texts and, for super-resolution, low-resolution tokens
 
 HINTS = {  # what failure looks like, and what to do
     "codebook": "Only a few codes are used. Lower the learning rate, restart dead codes sooner, or lower code_dim.",
     "pictures": "No transformer can draw what the tokenizer loses. Train longer, or use a larger width or grid.",
-    "overfitting": "The model memorizes its training examples. Use more data, more captions, more weight decay or "
-    "dropout, a smaller model, or an earlier state.",
+    "overfitting": "A model that memorizes its training examples needs more data, more captions, more weight decay or "
+    "dropout, a smaller model, or an earlier state. Without held-out examples nobody can tell.",
     "context": "Without context the loss is the unigram entropy at every mask rate. A healthy loss is lower, and falls "
     "as fewer tokens are masked. Check that tokens and positions reach the model, or lower the learning rate.",
     "leakage": "A model that sees its targets has a loss near 0, and draws noise. Its input must hold [MASK] at every "
@@ -66,28 +69,38 @@ class Finding(NamedTuple):
 
 
 def _finding(check: str, number: float, message: str, x: float, look: float, wrong: float) -> Finding:
-    """The verdict follows from a value x that should be low, and its two limits."""
-    return Finding(check, "wrong" if x > wrong else "look" if x > look else "fine", number, message)
+    """The verdict follows from a value x that should be low, and its two limits. NaN is wrong."""
+    return Finding(check, "fine" if x <= look else "look" if x <= wrong else "wrong", number, message)
 
 
-def _nothing_held_out() -> Finding:
-    message = f"Fewer than {FEW} examples are held out (every 50th is), so overfitting would not be seen."
+def _overfitting(held_out: Any, gap: float, message: str, look: float, wrong: float) -> Finding:
+    """The finding about the gap between training and held-out examples, if enough are held out."""
+    if set_of(held_out) == "training":
+        message = f"Nothing is held out: with fewer than {HELD_OUT} examples, all {len(held_out)} are trained on."
+    elif len(held_out) < FEW:
+        message = f"Only {len(held_out)} examples are held out, too few to see overfitting."
+    else:
+        return _finding("overfitting", gap, message, gap, look, wrong)
     return Finding("overfitting", "look", math.nan, message)
 
 
 def examine_tokenizer(model: VQGAN, train: Any, held_out: Any, *, engine: Engine) -> Iterator[Finding]:
     """A tokenizer, training and held-out images (n, 3, H, W) uint8 -> its findings."""
     tokens, psnr, floor = _reconstruct(model, held_out, engine)
-    other_tokens, train_psnr, _ = _reconstruct(model, train, engine)
-    size = model.codebook_size
-    used, perplexity = codebook_usage(torch.cat([tokens, other_tokens]), size)
-    message = f"{used:.0%} of {size} codes are used; perplexity {perplexity:.1f}."
-    yield _finding("codebook", perplexity, message, -perplexity, -size / 10, -max(2, size / 100))
-    message = f"The PSNR of held-out images is {psnr:.1f} dB; that of their mean colors is {floor:.1f} dB."
-    yield _finding("pictures", psnr, message, floor - psnr, -6, -1)
-    gap = train_psnr - psnr
-    message = f"The PSNR of training images is {gap:+.1f} dB compared with held-out ones."
-    yield _nothing_held_out() if len(held_out) < FEW else _finding("overfitting", gap, message, gap, 2, 6)
+    train_tokens, train_psnr, _ = _reconstruct(model, train, engine)
+    size, good = model.codebook_size, psnr >= GOOD_PSNR
+    used, perplexity = codebook_usage(torch.cat([tokens, train_tokens]), size)
+    message = f"{used:.0%} of {size} codes are used on training and held-out images; perplexity {perplexity:.1f}."
+    yield _finding("codebook", perplexity, message, -perplexity, -size / 10, math.inf if good else -max(2, size / 100))
+    message = f"The PSNR of {_name(held_out)} is {psnr:.1f} dB; that of their mean colors is {floor:.1f} dB."
+    yield _finding("pictures", psnr, message, -math.inf if good else floor - psnr, -6, -1)
+    message = f"The PSNR of training images is {train_psnr - psnr:+.1f} dB compared with held-out ones."
+    yield _overfitting(held_out, train_psnr - psnr, message, 2, 6)
+
+
+def _name(rows: Any, few: bool = False) -> str:
+    """Such as "24 training examples"."""
+    return f"{min(MOST, len(rows))} {'training' if few else set_of(rows).replace('_', '-')} examples"
 
 
 def _reconstruct(model: VQGAN, images: Any, engine: Engine) -> tuple[Tensor, float, float]:
@@ -112,28 +125,34 @@ def examine_transformer(
     """
     few = len(held_out[0]) < FEW
     rows = train if few else held_out
-    setting = codebook_size, engine
+    seen, setting = _name(rows[0], few), (codebook_size, engine)
     own = _metrics(loss, rows, *setting)
-    floor = max(unigram_entropy(rows[0][torch.arange(min(4096, len(rows[0])))], codebook_size), 1e-9)  # 0 for one code
+    entropy = unigram_entropy(rows[0][torch.arange(min(4096, len(rows[0])))], codebook_size)
+    floor = max(entropy, GOOD_BOUND)
     by_rate = [own[f"loss@{rate}"].mean().item() for rate in RATES]
     bound = own["bound"].mean().item()
     message = ", ".join(f"{value:.2f} at {rate:.0%}" for rate, value in zip(RATES, by_rate, strict=True))
-    message = f"The loss by mask rate is {message}. -log p is at most {bound:.2f}; the unigram entropy is {floor:.2f}."
-    x = bound / floor if by_rate[0] <= 0.97 * floor else 2.0  # 2: the loss is flat
-    yield _finding("context", bound, message, x, 0.97, math.inf if early else 1.05)
+    message = f"The loss of {seen} by mask rate is {message}. -log p is at most {bound:.2f}; "
+    message += f"the unigram entropy is {entropy:.2f}."
+    flat = not by_rate[0] <= 0.97 * floor
+    yield _finding("context", bound, message, max(bound / floor, 2.0 * flat), 0.97, math.inf if early else 1.05)
     yield _leakage(loss, rows, *setting)
     for column, (check, fraction) in enumerate([("text", 0.005), ("low tokens", 0.05)][: len(rows) - 1], 1):
         cost, error = _mean(_metrics(loss, rows, *setting, exchange=column)["loss"] - own["loss"])
         low, high = sorted([fraction * floor, max(2 * error, 1e-6)])
-        message = f"With the {check} of another image the loss changes by {cost:+.3f} ± {error:.3f}; "
+        message = f"With the {check} of another image the loss of {seen} changes by {cost:+.3f} ± {error:.3f}; "
         message += f"less than {fraction * floor:.3f} would be little."
-        yield _finding(check, cost, message, -cost, -high, math.inf if early else -low)
-    known, known_error = _mean(_metrics(loss, train, *setting)["loss"])
-    fresh, fresh_error = _mean(own["loss"])
+        same = check == "text" and _same(rows[1].pick(torch.arange(MOST) % len(rows[0]), [0.0] * MOST))
+        message += " Their captions are all the same." if same else ""
+        yield _finding(check, cost, message, -cost, -high, math.inf if early or same else -low)
+    (known, known_error), (fresh, fresh_error) = _mean(_metrics(loss, train, *setting)["loss"]), _mean(own["loss"])
     gap, unsure = fresh - known, 2 * math.hypot(known_error, fresh_error)
     message = f"Held-out examples cost {gap:+.3f} more than training ones, {gap / floor:.1%} of the unigram entropy."
-    limits = max(0.05 * floor, unsure), max(0.2 * floor, unsure)
-    yield _nothing_held_out() if few else _finding("overfitting", gap, message, gap, *limits)
+    yield _overfitting(held_out[0], gap, message, max(0.05 * floor, unsure), max(0.2 * floor, unsure))
+
+
+def _same(texts: list[Tensor]) -> bool:
+    return all(a.equal(b) for a, b in pairwise(texts))
 
 
 def _leakage(loss: Callable, rows: Rows, size: int, engine: Engine) -> Finding:
@@ -187,19 +206,19 @@ def examine_log(lines: Sequence[dict[str, Any]]) -> Finding:
     *_, third, last = values.chunk(4)
     change = (last.mean() / third.mean() - 1).item()
     spikes = int((values[10:] > 3 * values.unfold(0, 10, 1)[:-1].median(1).values).sum())
-    message = f"In the last quarter {key} is {last.mean():.3g}, {change:+.1%} compared with the quarter before. "
-    message += f"{spikes} of {len(values)} lines are spikes, above 3 times the median of the ten before."
+    message = f"In the last quarter {key} on training batches is {last.mean():.3g}, {change:+.1%} compared with the "
+    message += (
+        f"quarter before. {spikes} of {len(values)} lines are spikes, above 3 times the median of the ten before."
+    )
     return _finding("trend", change, message, math.inf if spikes else change, 0.05, math.inf)
 
 
 def examine(folder: str | Path, stage: str | None = None, *, device: Any = None) -> list[Finding]:
-    """The folder of a run -> the findings of one stage, or of all that have a state.
+    """The folder of a run -> the findings of one stage, or of all that have a state. Only its caches are read.
 
     FileNotFoundError if there is no run, ValueError if there is no state.
     """
     folder = Path(folder)
-    if not (folder / train_state.RUN).is_file():
-        raise FileNotFoundError(f"{folder} holds no {train_state.RUN}; give a folder that `minimuse train --out` made")
     run, lines = train_state.read_run(folder), read_log(folder / "log.jsonl")
     config = checkpoint.read_configuration(folder / train_state.RUN)
     engine = Engine(seed=run["seed"], device=device)
@@ -208,9 +227,8 @@ def examine(folder: str | Path, stage: str | None = None, *, device: Any = None)
     if not started or stage not in (None, *started):
         raise ValueError(f"{folder} has no state of {stage or 'any stage'} yet; stages with a state: {started}")
     encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
-    source = open_source(run["data"], config, seed=run["seed"])
     options = {"device": engine.device, "bf16": engine.bf16, "read_only": True}
-    data = TrainingData(folder / "cache", source, config, encoder, **options)
+    data = TrainingData(folder / "cache", SimpleNamespace(**run["data"]), config, encoder, **options)
     findings: list[Finding] = []
     for name in [stage] if stage else started:
         found = [examine_log([line for line in lines if line["stage"] == name])]
@@ -222,6 +240,35 @@ def examine(folder: str | Path, stage: str | None = None, *, device: Any = None)
     return findings
 
 
+def _examine_stage(
+    folder: Path, name: str, config: MuseConfig, data: TrainingData, engine: Engine
+) -> Iterator[Finding]:
+    """The newest state of a stage, on the data that the run has computed for it."""
+
+    def tokenizer(name: str) -> VQGAN:
+        sizes = config.finetuned_tokenizer if name == "decoder" else getattr(config, name)
+        vqgan = VQGAN(sizes).to(engine.device)
+        train_state.load_weights(folder / name, vqgan)
+        return vqgan
+
+    deque(data.read(), maxlen=0)
+    if name not in ("base", "superres"):
+        factor = config.high_tokenizer.image_size // config.low_tokenizer.image_size if name == "low_tokenizer" else 1
+        sets = [data.split(Decimated(data.images, factor), held_out) for held_out in (False, True)]
+        yield from examine_tokenizer(tokenizer(name), *sets, engine=engine)
+        return
+    deque(data.tokenize("low", published_tokenizer(config) or tokenizer("low_tokenizer")), maxlen=0)
+    deque(data.embed(), maxlen=0)
+    rows, model = [data.tokens["low"], data.texts], Transformer(config.base)
+    if name == "superres":
+        deque(data.tokenize("high", tokenizer("high_tokenizer")), maxlen=0)
+        rows, model = [data.tokens["high"], data.texts, data.tokens["low"]], SuperRes(config.superres)
+    loss = MaskedLoss(model).to(engine.device)
+    early = train_state.load_weights(folder / name, loss) < EARLY * config.stages[name].steps
+    parts = ([data.split(r, held_out) for r in rows] for held_out in (False, True))
+    yield from examine_transformer(loss, *parts, codebook_size=model.mask_id, engine=engine, early=early)
+
+
 def findings_text(findings: Sequence[Finding]) -> str:
     """Findings as text: verdict, stage, check, the number and, unless it is fine, what to do."""
     lines = []
@@ -231,33 +278,3 @@ def findings_text(findings: Sequence[Finding]) -> str:
         lines += [textwrap.fill(text, 110, initial_indent=" " * 7, subsequent_indent=" " * 7) for text in texts]
     look, wrong = (sum(finding.verdict == verdict for finding in findings) for verdict in ("look", "wrong"))
     return "\n".join([*lines, f"{len(findings)} findings, {look} to look at, {wrong} wrong"])
-
-
-def _examine_stage(
-    folder: Path, name: str, config: MuseConfig, data: TrainingData, engine: Engine
-) -> Iterator[Finding]:
-    """The newest state of a stage, on the data that the run has computed for it."""
-    deque(data.read(), maxlen=0)
-    if name not in ("base", "superres"):
-        factor = config.high_tokenizer.image_size // config.low_tokenizer.image_size if name == "low_tokenizer" else 1
-        images = [Decimated(data.split(data.images, held_out), factor) for held_out in (False, True)]
-        yield from examine_tokenizer(_load_tokenizer(folder, name, config, engine), *images, engine=engine)
-        return
-    low = published_tokenizer(config) or _load_tokenizer(folder, "low_tokenizer", config, engine)
-    deque(data.tokenize("low", low), maxlen=0)
-    deque(data.embed(), maxlen=0)
-    rows, model = [data.tokens["low"], data.texts], Transformer(config.base)
-    if name == "superres":
-        deque(data.tokenize("high", _load_tokenizer(folder, "high_tokenizer", config, engine)), maxlen=0)
-        rows, model = [data.tokens["high"], data.texts, data.tokens["low"]], SuperRes(config.superres)
-    loss = MaskedLoss(model).to(engine.device)
-    early = train_state.load_weights(folder / name, loss) < EARLY * config.stages[name].steps
-    parts = ([data.split(r, held_out) for r in rows] for held_out in (False, True))
-    yield from examine_transformer(loss, *parts, codebook_size=model.mask_id, engine=engine, early=early)
-
-
-def _load_tokenizer(folder: Path, name: str, config: MuseConfig, engine: Engine) -> VQGAN:
-    """The newest state of a tokenizer stage."""
-    vqgan = VQGAN(config.finetuned_tokenizer if name == "decoder" else getattr(config, name)).to(engine.device)
-    train_state.load_weights(folder / name, vqgan)
-    return vqgan

@@ -27,16 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from minimuse import train_state
 from minimuse.config import StageConfig
 from minimuse.transformer import Layer, TextLayer, Transformer
-from minimuse.utils import (
-    Natural,
-    OneSeed,
-    PositiveInt,
-    check,
-    derive_seed,
-    precision,
-    require,
-    seeded_generator,
-)
+from minimuse.utils import Natural, OneSeed, PositiveInt, check, derive_seed, precision, require, seeded_generator
 from minimuse.vqgan import ResBlock
 
 EvalFn = Callable[[nn.Module, int], dict[str, float]]  # (model or its loss module, steps done) -> metrics for the log
@@ -134,7 +125,7 @@ def random_features(vectors: Tensor, width: int) -> Tensor:
 
 
 def checkpoint_activations(module: nn.Module) -> None:
-    """Activation checkpointing, in place: a layer or residual block keeps only its input, and runs again backward."""
+    """In place: a layer or residual block keeps only its input, and runs again in the backward pass."""
     for part in module.modules():
         if isinstance(part, Layer | TextLayer | ResBlock) and "forward" not in vars(part):
             part.forward = partial(checkpoint, part.forward, use_reentrant=False)
@@ -287,10 +278,6 @@ class Stage:
             with engine.accelerator.no_sync(self.modules["model"]) if alone else nullcontext():
                 yield at[start : start + size], generators[start : start + size]
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of a tensor over the processes."""
-        return self.engine.accelerator.reduce(value, "mean")
-
     def backward(self, share: Tensor, **metrics: Tensor) -> None:
         """Backward pass of a share of the step's loss. The shares of all micro-batches and processes add up to it.
 
@@ -309,18 +296,16 @@ class Stage:
         engine, done = self.engine, step + 1
         stop = torch.tensor(float(engine.signal), device=engine.device)
         summed = engine.accelerator.reduce(torch.stack([*self.metrics.values(), stop]), "sum")
-        norms = torch.stack([self.clip(key) for key in self.modules])
-        names = [*self.metrics, "stop", *(f"the gradient norm of the {key}" for key in self.modules)]
-        values = dict(zip(names, torch.cat([summed, norms]).tolist(), strict=True))  # the only wait for the device
+        norms = {f"the gradient norm of the {key}": self.clip(key) for key in self.modules}
+        values = torch.cat([summed, torch.stack([*norms.values()])]).tolist()  # the only wait for the device
+        values = dict(zip([*self.metrics, "stop", *norms], values, strict=True))
         self.require_finite(done, values)
         self.update(step)
         if done == self.config.steps and self.averages:
             for p, average in zip(self.trained["model"], self.averages, strict=True):
                 p.detach().copy_(average)
         if values["stop"] or done == self.config.steps or done % self.config.save_every == 0:
-            norms = {
-                f"the norm of the {k}'s weights": float(_whole(get_total_norm(p))) for k, p in self.trained.items()
-            }
+            norms = {f"the weight norm of the {k}": _whole(get_total_norm(p)).item() for k, p in self.trained.items()}
             self.require_finite(done, norms)
             if self.folder:
                 train_state.save_state(self.folder, done, self.state(), self.about(), engine.keep, engine.accelerator)
@@ -337,7 +322,7 @@ class Stage:
     def clip(self, key: str) -> Tensor:
         """Average a module's gradients over the processes, unless accelerate did; clip them -> norm before, ()."""
         for p in self.trained[key] if self.engine.processes > 1 and not self.wrap else []:
-            p.grad = None if p.grad is None else self.mean(p.grad)
+            p.grad = None if p.grad is None else self.engine.accelerator.reduce(p.grad, "mean")
         norm = self.engine.accelerator.clip_grad_norm_(self.trained[key], self.config.clip)
         return _whole(norm).to(self.engine.device)
 

@@ -147,6 +147,9 @@ def average(paths: Sequence[Path], decay: float = 0.7) -> dict[str, Tensor]:
     """
     if not paths or not 0 <= decay < 1:
         raise ValueError(f"{len(paths)} states, decay {decay}; give at least one state, and a decay in [0, 1)")
+    if len(paths) == 1:
+        hint = "train with --keep 0 to keep them all"
+        logging.getLogger("minimuse").warning("%s is the only state, so the average is a copy of it; %s", *paths, hint)
     total: dict[str, Tensor] = {}
     for path in paths:
         weights = {k.removeprefix(MODEL): v.double() for k, v in read_tensors(path, MODEL).items()}

@@ -4,7 +4,7 @@
     settings = {"order": critic(learned_score(net)), "remask": True, "superres": {"order": None, "remask": False}}
     muse.generate("a red cube", **settings)
 
-Not here: the order that ranks by such a score (`minimuse.lab_samplers.critic`).
+In an exact world, `exact_score` is the perfect score.
 """
 
 import copy
@@ -14,10 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimuse.lab_worlds import World
 from minimuse.masking import random_mask, sample_mask_rate, uniforms
-from minimuse.sampler import draw
+from minimuse.sampler import Order, draw
 from minimuse.text import Context
 from minimuse.transformer import Transformer
+
+
+def critic(score: Callable[[Tensor], Tensor]) -> Order:
+    """A score of tokens, (B, N) -> (B, N), high where one looks real -> an order (Token-Critic, arXiv 2209.04439)."""
+    return lambda logits, drawn, masked, u: score(drawn)
+
+
+def exact_score(world: World) -> Callable[[Tensor], Tensor]:
+    """-> the score log p(x_i | all other tokens), (B, N): how well each token fits the others."""
+    return lambda tokens: world.leave_one_out(tokens).gather(-1, tokens[..., None]).squeeze(-1)
 
 
 def learned_score(net: Transformer) -> Callable[[Tensor], Tensor]:

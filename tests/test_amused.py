@@ -452,7 +452,7 @@ def test_a_schedule_measured_by_fid_and_clip_score(amused, pictures, tiny_clip):
     )
     expected = score(images, evaluator.prompts).mean().item()
     assert ours["clip"].value == pytest.approx(expected, abs=1e-6), "the mean over all pictures"
-    with pytest.raises(ValueError, match="give samples=64"):
+    with pytest.raises(ValueError, match="samples is 96"):
         AmusedEvaluator(amused, pictures, score, features, samples=96)
 
 

@@ -98,6 +98,14 @@ def test_the_cache_gives_the_logits_of_the_full_pass():
     assert torch.allclose(torch.cat(places, 1), full, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", [{"order": "halton"}, {"order": "raster", "steps": 4}])
+def test_the_cache_refuses_any_other_order(how):
+    model = causal().eval()
+    memory = model.memory(prompts(1))
+    with torch.inference_mode(), pytest.raises(ValueError, match="one token a step, in raster order"):
+        list(decode(cached(model, memory, memory, 0.0), torch.full((1, 16), V), **{"mask_id": V, "steps": 16} | how))
+
+
 def test_the_loss_is_the_likelihood():
     """-log p by the chain rule, place by place, from nothing but the tokens before."""
     model, x = causal().eval(), torch.randint(V, (2, 16))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,14 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu
+from flops import decode_flops, sampling_flops
 
-from minimuse.train_budget import sampling_flops, stage_budget
+from minimuse.cfg import guided, null_text
+from minimuse.config import preset
+from minimuse.sampler import SamplingConfig, decode
+from minimuse.text import Context
+from minimuse.train_budget import count_flops, stage_budget
+from minimuse.transformer import Transformer
 
 CPU = torch.device("cpu")
 HOW = {"batch": 2, "rounds": 2, "compiled": False, "training_batches": (4,), "size": 64}
@@ -78,3 +85,23 @@ def test_the_best_is_whichever_bound_is_longer():
     cells = gpu._drawn(row | {"by flops": 0.5, "by bytes": 1.0, "memory": 0})
     assert cells[:3] == ["p, 8 px, CUDA graphs", "1", "2.000"]
     assert cells[5] == "50%", "1 s of a median of 2"
+
+
+def test_sampling_costs_what_a_real_decode_costs():
+    config = preset("nano").base
+    model, how = Transformer(config).eval(), SamplingConfig(steps=5, guidance=(0.0, 3.0))
+    text = Context(torch.randn(1, 64, config.text_width), torch.ones(1, 64, dtype=torch.bool))
+
+    @torch.no_grad()
+    def real():
+        logits_fn = guided(model, model.memory(text), model.memory(null_text(text)), how.guidance)
+        start = torch.full((1, config.tokens), model.mask_id)
+        for _ in decode(logits_fn, start, mask_id=model.mask_id, steps=5, generator=torch.Generator().manual_seed(0)):
+            pass
+
+    counted = sampling_flops(replace(preset("nano"), base_sampling=how))
+    alone = sampling_flops(replace(preset("nano"), base_sampling=replace(how, steps=1, guidance=(0.0, 0.0))))
+    once = sum(decode_flops(model, how, 64))
+    assert once == count_flops(real)
+    assert counted.base == 9 * alone.base  # t = 0 at the first of five steps: one branch there, two in the others
+    assert counted[2:] == alone[2:]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
@@ -26,7 +27,7 @@ from minimuse.lab import (
     marginal_distances,
     path_log_q,
 )
-from minimuse.lab_samplers import GROUPS, Outcome, critic, exact_score
+from minimuse.lab_samplers import GROUPS, Outcome
 from minimuse.sampler import ORDERS, by_rank, decode, entropy_bound
 
 CHAIN = ChainWorld(torch.tensor([[0.8, 0.2], [0.3, 0.7]]), 4, torch.tensor([0.7, 0.3]))  # no ties; a 2x2 grid
@@ -221,7 +222,7 @@ def test_intervals_cover():
 def test_which_orders_ignore_the_drawn_tokens():
     blind = {name for name in ORDERS if name != "halton" and ignores_drawn(name, 6, 5)}
     assert blind == {"random", "raster", "entropy", "margin"}
-    assert not ignores_drawn(critic(exact_score(CHAIN)), 4, 2)
+    assert not ignores_drawn(lambda logits, drawn, masked, u: drawn.float(), 4, 2)
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
@@ -352,8 +353,69 @@ def test_a_world_of_your_own():
 )
 def test_wrong_settings_are_refused_before_any_work(wrong, monkeypatch):
     monkeypatch.setattr(WorldEvaluator, "__call__", lambda *a, **k: pytest.fail("work was done"))
-    with pytest.raises(ValueError, match=r"known|give|float"):
+    with pytest.raises(ValueError, match=r"known|give"):
         wrong()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        *(({"samples": x}, "samples") for x in (0, 32, 100, -64, 64.0, True, math.nan, "64", 10**9)),
+        *(({"seed": x}, "seed") for x in (-1, 2**32, 1.5, True, math.nan, "0", [1])),
+        *(({"steps": x}, "steps") for x in (0, 1.5, True, math.nan, "8", None, [4, "8"], [math.inf], {4})),
+        ({"steps": range(10**9)}, "samplers to compare"),
+        *(({"schedules": x}, "schedule") for x in (["pow"], ["boundnan"], ["bound"], ["bound-1"], {"x": 5})),
+        ({"presets": ["dalle"]}, "preset"),
+    ],
+)
+def test_every_setting_of_compare_is_checked(wrong, name, monkeypatch):
+    monkeypatch.setattr(WorldEvaluator, "__call__", lambda *a, **k: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match=name):
+        compare(CHAIN, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"schedules": 5}, "schedules is 5"),
+        ({"orders": [lambda *_: None]}, "orders is"),
+        ({"presets": None}, "presets is None"),
+        ({"schedule": "linear"}, "give schedules="),  # it would replace every schedule, without a word
+        ({"order": "halton"}, "give .* orders="),
+        ({"target": 3}, "target is 3"),
+        ({"target": MixtureWorld}, "target is"),
+        ({"target": lambda **_: None}, "target is"),
+    ],
+)
+def test_wrong_types_are_named(wrong, name):
+    with pytest.raises(TypeError, match=name):
+        compare(**{"target": CHAIN} | wrong)
+
+
+def test_numpy_and_torch_scalars_are_numbers():
+    same = [compare(CHAIN, steps=t, samples=s, seed=k).cells for t, s, k in (
+        (2, 64, 3), (np.int64(2), np.int32(64), torch.tensor(3)), ([torch.tensor(2)], 64, np.uint8(3)),
+    )]  # fmt: skip
+    assert same[0] == same[1] == same[2]
+
+
+def test_more_steps_than_tokens():
+    """Each takes N steps, one token at a time: no work for the steps that are left."""
+    report = compare(CHAIN, ["linear"], ["raster"], [4, 10**9], samples=64)
+    assert [c.nfe for c in report.cells] == [4, 4]
+    assert report["linear", "raster", 10**9]["kl"].value == pytest.approx(0, abs=1e-6)
+
+
+def test_a_world_that_is_not_normalized_has_the_same_kl():
+    class Scaled(MixtureWorld):
+        def log_evidence(self, e):
+            return super().log_evidence(e) + 3
+
+    ends = [
+        compare(w, ["linear"], ["raster"], [2], samples=64).cells[0].groups["kl"]
+        for w in (MIXTURE, Scaled(MIXTURE.tables))
+    ]
+    assert ends[1] == pytest.approx(ends[0], abs=1e-6)
 
 
 def test_the_command(tmp_path, capsys):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minimuse import cli
+from minimuse.baseline_dit import Diffusion
 from minimuse.data_sources import SceneDataset
 from minimuse.eval_metrics import frechet_distance, mean_interval, paired_difference
 from minimuse.lab import compare
@@ -87,6 +88,24 @@ def test_it_draws_what_the_base_model_of_muse_draws(evaluator, tiny_muse):
     *_, last = (s for s in tiny_muse.decode(jobs, **sampling) if s.stage == "base")
     torch.testing.assert_close(images, tiny_muse.low_tokenizer.decode(last.tokens))
     assert nfe == 3 * 3
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, True, "0"])
+def test_the_seed_is_checked_before_any_work(seed, tiny_muse):
+    with pytest.raises(ValueError, match="seed is"):
+        compare(tiny_muse, seed=seed, samples=64)
+
+
+def test_a_baseline_without_orders_is_refused(tiny_muse):
+    """A diffusion model ignores schedules and orders, so its numbers would mean nothing."""
+    config = Diffusion.configure(tiny_muse.config)
+    with pytest.raises(ValueError, match="target is tiny-dit"):
+        compare(Diffusion(config, Diffusion.build(config), tiny_muse.encoder), samples=64)
+
+
+def test_too_few_images_for_the_distance_are_said(tiny_muse):
+    with pytest.warns(UserWarning, match="Frechet distance of 64 images"):
+        MuseEvaluator(tiny_muse, samples=64)
 
 
 def test_settings_and_seeds_of_each_sampler(evaluator, tiny_muse, monkeypatch):

@@ -1,5 +1,8 @@
 """lab_worlds.py: every world against enumeration, and as a LogitsFn."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -161,6 +164,73 @@ def test_potts_by_hand():
 def test_the_named_worlds():
     for name, make in WORLDS.items():
         assert make().n == 64, f"{name} has the grid of the base model of nano"
+
+
+def test_the_stationary_distribution_of_a_slow_chain():
+    """It changes its token once in 1e9 steps, but stays in code 0 twice as long as in code 1."""
+    world = ChainWorld(torch.tensor([[1 - 1e-9, 1e-9], [2e-9, 1 - 2e-9]], dtype=torch.double), 4)
+    assert world.start.tolist() == pytest.approx([2 / 3, 1 / 3], rel=1e-5)
+
+
+def test_log_evidence_need_not_be_normalized():
+    class Scaled(Copies):
+        def log_evidence(self, e):
+            return super().log_evidence(e) + 5
+
+    x = all_examples(Copies())
+    torch.testing.assert_close(Scaled().log_prob(x), Copies().log_prob(x))
+
+
+@pytest.mark.parametrize("found", [lambda e: e.sum((1, 2))[:, None], lambda e: e.sum((1, 2)) / 0])
+def test_a_wrong_log_evidence_is_refused(found):
+    world = Copies()
+    world.log_evidence = found
+    with pytest.raises(ValueError, match="log_evidence of 3 examples"):
+        world.log_prob(torch.zeros(3, 4, dtype=torch.long))
+
+
+def test_numpy_and_torch_scalars_are_numbers():
+    world = MixtureWorld.random(
+        np.int64(2), (torch.tensor(2), np.int32(2)), np.int64(3), np.float32(2.0), torch.tensor(1)
+    )
+    assert world.tables.equal(MixtureWorld.random(2, (2, 2), 3, 2.0, 1).tables)
+    assert PottsWorld((1, 2), np.int64(2), torch.tensor(0.5)).coupling == 0.5
+    assert ChainWorld.sticky(np.int64(4), 1, np.float64(0.5)).v == 1, "one code is a world too"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        (lambda: MixtureWorld.random(modes=10**9), "modes"),
+        (lambda: MixtureWorld.random(modes=True), "modes"),
+        (lambda: MixtureWorld.random(grid=(10**9, 10**9)), "grid"),
+        (lambda: MixtureWorld.random(grid=8), "grid"),
+        (lambda: MixtureWorld.random(grid=(8, -8)), "grid"),
+        (lambda: MixtureWorld.random(codebook_size=2.5), "codebook_size"),
+        (lambda: MixtureWorld.random(codebook_size=10**9), "codebook_size"),
+        (lambda: MixtureWorld.random(sharpness=math.nan), "sharpness"),
+        (lambda: MixtureWorld.random(seed=2**32), "seed"),
+        (lambda: MixtureWorld("abc"), "tables"),
+        (lambda: MixtureWorld(torch.ones(0, 4, 2)), "tables"),
+        (lambda: MixtureWorld(torch.full((2, 4, 2), math.nan)), "tables"),
+        (lambda: MixtureWorld(-torch.ones(2, 4, 2)), "tables"),
+        (lambda: ChainWorld.sticky(n=10**9), "grid"),
+        (lambda: ChainWorld.sticky(n="64"), "n is"),
+        (lambda: ChainWorld.sticky(codebook_size=10**9), "codebook_size"),
+        (lambda: ChainWorld.sticky(stay=math.nan), "stay"),
+        (lambda: ChainWorld.sticky(stay=2), "stay"),
+        (lambda: ChainWorld(torch.ones(2, 2), 4, torch.ones(1)), "initial"),
+        (lambda: ChainWorld(torch.tensor(1.0), 4), "transition"),
+        (lambda: PottsWorld((10**9, 1), 1), "grid"),
+        (lambda: PottsWorld((100_000, 1), 1), "rows"),
+        (lambda: PottsWorld(coupling=math.inf), "coupling"),
+        (lambda: PottsWorld(coupling=1000), "coupling"),
+        (lambda: PottsWorld(coupling=True), "coupling"),
+    ],
+)
+def test_nonsense_and_huge_sizes_are_refused_by_name(wrong, name):
+    with pytest.raises(ValueError, match=name):
+        wrong()
 
 
 @pytest.mark.parametrize(

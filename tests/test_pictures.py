@@ -125,7 +125,18 @@ def test_functions_are_noted_and_refused(tiny_muse, tmp_path, settings):
 
 @pytest.mark.parametrize(
     "text",
-    [None, "", "{", "3", "[]", "null", "{}", '{"prompt": "a red cube", "seed": 3}'],
+    [
+        None,
+        "",
+        "{",
+        "3",
+        "[]",
+        "null",
+        "{}",
+        '{"prompt": "a red cube", "seed": 3}',
+        "[" * 100_000,
+        '{"model": "tiny", "fingerprint": "0", "prompt": ["a red cube"], "seed": 3}',
+    ],
 )
 def test_a_png_without_settings_is_refused(tmp_path, text):
     chunks = PngImagePlugin.PngInfo()
@@ -175,6 +186,7 @@ def test_the_difference_of_two_pictures():
     gray.putpixel((1, 1), (0, 7, 0))
     assert difference(black, black) == "the same pixels"
     assert difference(black, gray).startswith("1 of 8 pixels differ, by at most 7 of 255")
+    assert difference(black, gray.resize((2, 1))).startswith("another size, 2 x 1 pixels")
 
 
 def test_output_paths_are_free_names(tmp_path, monkeypatch):
@@ -186,11 +198,11 @@ def test_output_paths_are_free_names(tmp_path, monkeypatch):
     assert output_paths(None, "A red cube!", 2)[0] == Path("a-red-cube-v2.png"), "the first version without a conflict"
     Path("x.png").touch()
     assert output_paths(Path("x.png"), A, 1, force=True) == [Path("x.png")]
-    with pytest.raises(FileExistsError, match=r"x\.png already exists"):
+    with pytest.raises(ValueError, match=r"x\.png already exists"):
         output_paths(Path("x.png"), A, 1)
     with pytest.raises(ValueError, match=r"ends in \.png"):
         output_paths(Path("x.jpg"), A, 1)
-    with pytest.raises(FileNotFoundError, match="create it first"):
+    with pytest.raises(ValueError, match="create it first"):
         output_paths(Path("nowhere/x.png"), A, 1)
 
 

@@ -290,7 +290,7 @@ def assert_same(found: Path, expected: Path) -> None:
         last = [states(folder / stage)[-1] for folder in (found, expected)]
         assert last[0].name == last[1].name, f"{stage}: {last}"
         assert same(*map(read_tensors, last)), f"{stage}: the last state differs"
-    lines, all_lines = ([line | {"tokens_per_s": 0} for line in read_log(f / "log.jsonl")] for f in (found, expected))
+    lines, all_lines = ([line | {"images_per_s": 0} for line in read_log(f / "log.jsonl")] for f in (found, expected))
     assert all(line in all_lines for line in lines), "log.jsonl: the same figures"
     steps = [(line["stage"], line["step"]) for line in lines]
     assert len(set(steps)) == len(steps), f"each step once: {steps}"

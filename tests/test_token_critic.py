@@ -5,10 +5,8 @@ import sys
 import torch
 from conftest import ROOT
 
-from minimuse.lab_samplers import critic
-
 sys.path.append(str(ROOT / "notebooks"))
-from token_critic import learned_score, train_critic
+from token_critic import critic, learned_score, train_critic
 
 
 def test_a_critic_learns_to_tell_drawn_from_real(tiny_muse):

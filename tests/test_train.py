@@ -215,7 +215,7 @@ def test_the_discriminator_has_the_width_of_the_stage(monkeypatch):
 
 def test_each_stage_has_its_own_perceptual_loss(tiny_muse, monkeypatch, tmp_path):
     """No network is made that no stage weighs. Without its extra, LPIPS is refused by name."""
-    monkeypatch.setattr("minimuse.train.lpips_distance", lambda: "lpips")
+    monkeypatch.setattr("minimuse.vqgan_loss.lpips_distance", lambda: "lpips")
     asked = {"low_tokenizer": ("lpips", 1.0), "high_tokenizer": ("none", 1.0), "decoder": ("scenes", 0.0)}
     stages = {
         name: replace(tiny_muse.config.stages[name], perceptual=kind, perceptual_weight=weight)

@@ -384,7 +384,7 @@ def test_a_last_step_to_infinity_is_not_saved(tmp_path):
     net = torch.nn.Linear(2, 2)
     stage = Stage(fp32(folder=tmp_path), "s", replace(CFG, steps=1, learning_rate=3e38), {"model": net})
     stage.backward(net(torch.ones(2, 2)).square().sum())
-    with pytest.raises(ValueError, match="s diverged at step 1: the norm of the model's weights is inf"):
+    with pytest.raises(ValueError, match="s diverged at step 1: the weight norm of the model is inf"):
         stage.finish(0)
     assert not runs.states(tmp_path / "s")
 

@@ -130,6 +130,22 @@ def test_a_damaged_state_is_skipped_and_the_one_before_it_is_used(tmp_path, whol
     assert same(weights(job), whole), "the same weights in the end"
 
 
+def test_any_flipped_bit_of_state_json(tmp_path):
+    """The state before it is used, unless the values are still the same, as after a flip in white space."""
+    work(tmp_path, until=4)
+    path = tmp_path / "base/step-00000004" / STATE
+    whole, about = path.read_bytes(), json.loads(path.read_bytes())["about"]
+    steps = set()
+    for at in range(len(whole)):
+        changed = bytearray(whole)
+        changed[at] ^= 1 << at % 8
+        path.write_bytes(changed)
+        same_values = runs.load_state(tmp_path / "base", dict, about) == 4
+        steps.add(same_values)
+        assert not same_values or json.loads(changed) == json.loads(whole), f"byte {at}: {bytes(changed)}"
+    assert False in steps
+
+
 def test_a_damaged_newer_state_does_not_push_out_a_whole_one(tmp_path):
     work(tmp_path, until=4)
     flip(weights_file(tmp_path / "base/step-00000004"))
@@ -517,7 +533,7 @@ def saved(folder: Path, *values: float) -> list[Path]:
     return states(folder)
 
 
-def test_an_average_by_hand(tmp_path):
+def test_an_average_by_hand(tmp_path, caplog):
     """1, 2, 4 at decay 0.7: 0.7 * (0.7 * 1 + 0.3 * 2) + 0.3 * 4 = 2.11."""
     made = average(saved(tmp_path, 1, 2, 4), 0.7)
     assert {k: v.shape for k, v in made.items()} == {"w": (2, 3), "b": (2,)}, "the transformer's names, nothing else"
@@ -525,7 +541,9 @@ def test_an_average_by_hand(tmp_path):
     assert torch.allclose(made["w"], torch.full((2, 3), 2.11))
     assert torch.allclose(made["b"], torch.tensor([2.11, -2.11]))
     assert torch.equal(average(states(tmp_path), 0)["w"], torch.full((2, 3), 4.0)), "decay 0 is the newest"
+    assert "only state" not in caplog.text
     assert torch.equal(average(states(tmp_path)[:1], 0.7)["w"], torch.ones(2, 3)), "of one state it is that one"
+    assert "step-00000001 is the only state, so the average is a copy of it" in caplog.text, "and says so"
 
 
 def test_averages_that_are_refused(tmp_path):

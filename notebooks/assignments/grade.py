@@ -15,7 +15,6 @@ import contextlib
 import csv
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,17 +25,60 @@ import psutil
 from make import environment
 
 
-def submissions(folder: Path, name: str) -> dict[str, Path]:
-    """Student -> notebook. ValueError where two files claim one student, or where there are none."""
+def submissions(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, str]]:
+    """A folder -> (student -> notebook, student or file -> why it is passed over).
+
+    STUDENT.ipynb is one submission. In a folder STUDENT/, at any depth, we take NAME.ipynb, or its only notebook.
+    ValueError where two files belong to one student, or where there is no notebook.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; expected one that holds STUDENT.ipynb or STUDENT/{name}.ipynb")
     found: dict[str, Path] = {}
-    for path in [*sorted(folder.glob("*.ipynb")), *sorted(folder.glob(f"*/{name}.ipynb"))]:
-        student = re.sub(r"[^\w.-]", "_", path.stem if path.parent == folder else path.parent.name)
-        if student in found:
-            raise ValueError(f"{found[student]} and {path} are both of {student!r}; rename one of them")
-        found[student] = path
+    passed: dict[str, str] = {}
+    for entry in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        notebooks = [entry] if entry.suffix == ".ipynb" else []
+        if entry.is_dir():
+            notebooks = [p for p in sorted(entry.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+            notebooks = [p for p in notebooks if p.name == f"{name}.ipynb"] or notebooks
+        student = re.sub(r"[^\w.-]", "_", entry.name if entry.is_dir() else entry.stem)
+        if len(notebooks) != 1:
+            several = f"{len(notebooks)} notebooks ({', '.join(str(p.relative_to(folder)) for p in notebooks)})"
+            what = several if notebooks else "no notebook"
+            passed[student if entry.is_dir() else entry.name] = f"not graded: {what}; expected one {name}.ipynb"
+        elif student in found:
+            raise ValueError(f"{found[student]} and {notebooks[0]} both belong to {student!r}; rename one of them")
+        else:
+            found[student] = notebooks[0]
     if not found:
-        raise ValueError(f"{folder} holds neither STUDENT.ipynb nor STUDENT/{name}.ipynb")
-    return found
+        raise ValueError(f"{folder} holds no notebook; expected STUDENT.ipynb or STUDENT/{name}.ipynb")
+    return found, passed
+
+
+def restored(notebook: Path, source: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A submission with deleted tests and locked cells put back, each after the cell that it followed in `source`.
+
+    ValueError, with the cause, where the file is no notebook or a graded cell stands in it twice.
+    """
+    try:
+        nb = nbformat.reads(notebook.read_text(encoding="utf-8-sig"), as_version=4)
+        ids = [cell.metadata.get("nbgrader", {}).get("grade_id") for cell in nb.cells]
+    except Exception as error:  # nbformat raises many kinds
+        raise ValueError(
+            f"{notebook.name} cannot be read as a notebook: {str(error) or type(error).__name__}"
+        ) from None
+    named = [grade_id for grade_id in ids if grade_id]
+    if twice := sorted({grade_id for grade_id in named if named.count(grade_id) > 1}):
+        raise ValueError(f"{notebook.name} holds the cell {', '.join(twice)} twice; delete the copy and grade again")
+    place = 0
+    for cell in source.cells:
+        about = cell.metadata.get("nbgrader")
+        if about and about["grade_id"] in ids:
+            place = ids.index(about["grade_id"]) + 1
+        elif about and not about["solution"]:
+            nb.cells.insert(place, cell)
+            ids.insert(place, about["grade_id"])
+            place += 1
+    return nb
 
 
 def limited(
@@ -66,23 +108,33 @@ def limited(
                     one.kill()
             process.wait()
             return f"stopped after {seconds:g} s"
-    return f"did not end well: see {log.parent.name}/{log.name}" if code else ""
+    if not code:
+        return ""
+    said = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    cause = next((line for line in reversed(said) if re.search(r"Error\b|\bdied\b|Exception", line)), "")
+    return f"did not end well: {cause[:300]} (see {log.parent.name}/{log.name})"
 
 
 def autograde(
     course: Path, name: str, student: str, notebook: Path, *, seconds: float, cell_seconds: int, gigabytes: float
 ) -> str:
     """One submission into the gradebook -> "", or why it got no marks; COURSE/logs keeps it."""
-    place = course / "submitted" / student / name
-    place.mkdir(parents=True, exist_ok=True)
-    shutil.copy(notebook, place / f"{name}.ipynb")
     logs = course / "logs" / name
-    logs.mkdir(parents=True, exist_ok=True)
-    env = environment(name, (course / "KEY").read_text(encoding="utf-8")) | {"OMP_NUM_THREADS": "1"}
+    place = course / "submitted" / student / name
+    for folder in (logs, place):
+        folder.mkdir(parents=True, exist_ok=True)
+    note = logs / f"{student}.note"
+    try:
+        release = nbformat.read(course / "release" / name / f"{name}.ipynb", as_version=4)
+        nbformat.write(restored(notebook, release), place / f"{name}.ipynb")
+    except ValueError as error:
+        note.write_text(str(error), encoding="utf-8")
+        return str(error)
+    env = environment(name, (course / "KEY").read_text(encoding="utf-8"))
     command = [sys.executable, "-m", "nbgrader", "autograde", name, "--student", student, "--force"]
     command.append(f"--Execute.timeout={cell_seconds}")
     why = limited(command, course, env, logs / f"{student}.log", seconds, gigabytes)
-    (logs / f"{student}.note").write_text(why, encoding="utf-8")
+    note.write_text(why, encoding="utf-8")
     return why
 
 
@@ -136,12 +188,19 @@ def main() -> None:
     if not (args.course / "source" / args.name).is_dir():
         raise SystemExit(f"{args.course} has no assignment {args.name!r}; make.py makes a course")
     limits = {"seconds": args.seconds, "cell_seconds": args.cell_seconds, "gigabytes": args.gigabytes}
-    found = submissions(args.submissions, args.name) if args.submissions else {}
+    try:
+        found, passed = submissions(args.submissions, args.name) if args.submissions else ({}, {})
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    for student, why in passed.items():
+        print(f"{student}: {why}", file=sys.stderr)
     for i, (student, notebook) in enumerate(found.items(), 1):
         why = autograde(args.course, args.name, student, notebook, **limits)
         print(f"{i} of {len(found)}: {student}{': ' if why else ''}{why}", flush=True)
-    if not (rows := marks(args.course, args.name)):
+    rows = marks(args.course, args.name)
+    if not rows:
         raise SystemExit(f"nothing of {args.name} was graded yet; give the folder of submissions")
+    rows += [{"student": student, "note": why} for student, why in passed.items()]
     with open(args.out, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()

@@ -4,6 +4,7 @@
     --nbgrader--> COURSE/release/NAME (for students) and COURSE/solution/NAME (answers, executed under the stubs)
 
 The key chooses the variants that this course sets: of cells with only=GROUP:OPTION, one option of each group is kept.
+HIDDEN_SEED in a hidden test becomes a number that depends on the key.
 What may stand after # %%:
 
     [markdown]                    text
@@ -98,7 +99,9 @@ def notebook(name: str, key: str) -> nbformat.NotebookNode:
     kept = [(m, body) for m, body in found if "only" not in m or options[(o := m["only"].split(":"))[0]] == o[1]]
     spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nb = new_notebook(metadata={"kernelspec": spec, "minimuse": {"stubs": found[0][0].get("stubs", "")}})
+    hidden_seed = str(int.from_bytes(hashlib.sha256(f"{key}/{name}".encode()).digest()[:4], "big"))
     for i, (marks, text) in enumerate(kept):
+        text = text.replace("HIDDEN_SEED", hidden_seed)
         kind = "markdown" if "markdown" in marks else "code"
         cell = (new_markdown_cell if kind == "markdown" else new_code_cell)(text)
         cell.id, cell.metadata = f"cell-{i:02}", _grader(marks, kind)
@@ -111,7 +114,12 @@ def environment(name: str, key: str) -> dict[str, str]:
     folders = [str(HERE), str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH")]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # nbgrader calls alembic
     stubs = notebook(name, key).metadata["minimuse"]["stubs"]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders)), "PATH": path, "MINIMUSE_STUBS": stubs}
+    ours = {"PYTHONPATH": os.pathsep.join(filter(None, folders)), "PATH": path, "MINIMUSE_STUBS": stubs}
+    return {
+        **os.environ,
+        **ours,
+        "OMP_NUM_THREADS": "1",
+    }  # with more threads, cells exceed their time on a busy machine
 
 
 def write_sources(course: Path, key: str) -> None:
@@ -138,6 +146,15 @@ def nbgrader(course: Path, name: str, *command: str) -> None:
         raise SystemExit(f"nbgrader {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
+def failed_cells(path: Path) -> list[str]:
+    """An executed notebook -> its cells that hold an error: "test_x: CellTimeoutError"."""
+    failed = []
+    for i, cell in enumerate(nbformat.read(path, as_version=4).cells):
+        name = cell.metadata.get("nbgrader", {}).get("grade_id", f"cell {i}")
+        failed += [f"{name}: {out.ename}" for out in cell.get("outputs", []) if out.output_type == "error"]
+    return failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="make a course folder for nbgrader: source, release, solution")
     parser.add_argument("course", type=Path, help="a folder of its own; made if it is not there")
@@ -147,6 +164,8 @@ def main() -> None:
     for name in names():
         for command in ("generate_assignment", "generate_solution"):
             nbgrader(args.course, name, command, name, "--force")
+        if failed := failed_cells(args.course / "solution" / name / f"{name}.ipynb"):
+            raise SystemExit(f"the solution of {name} fails: {'; '.join(failed)}. Do not hand this release out")
         options = chosen(cells((SOURCES / f"{name}.py").read_text(encoding="utf-8")), args.key)
         print(f"{name}: release/{name}, solution/{name}; variants: {', '.join(options.values())}")
 

@@ -1,6 +1,6 @@
 """The bug zoo: mistakes that real implementations of this family made, as mutants of our own functions.
 
-    library()            -> the true modules: lib.masking, lib.sampler, lib.cfg, ...
+    library()            -> copies of the true modules: lib.masking, lib.sampler, lib.cfg, ...
     library(MUTANTS[0])  -> the same with one line of one of them changed
     score(tests)         -> which mutants a set of tests kills, which survive, which tests cry wolf on the truth
 
@@ -13,6 +13,7 @@ A mutant is made of the module's source as it stands, so that it never lags behi
 runs, shapes are right, pictures come out. Time and memory of tests are the grader's to limit, not ours.
 """
 
+import functools
 import importlib
 import inspect
 import types
@@ -179,21 +180,26 @@ MUTANTS = [
 ]
 
 
+@functools.cache
+def _compiled(room: str, old: str, new: str) -> types.CodeType:
+    """A module's source with `old` replaced by `new`, compiled. Its file name does not tell what was changed."""
+    source = inspect.getsource(importlib.import_module(f"minimuse.{room}"))
+    if old and source.count(old) != 1:
+        raise ValueError(f"{old!r} stands {source.count(old)} times in {room}.py; expected once")
+    return compile(source.replace(old, new) if old else source, f"{room}.py", "exec")
+
+
 def library(mutant: Mutant | None = None) -> types.SimpleNamespace:
-    """The modules of ROOMS by name; with a mutant one of them is a changed copy, and the others call the true one."""
-    lib = types.SimpleNamespace(**{room: importlib.import_module(f"minimuse.{room}") for room in ROOMS})
-    if mutant is not None:
-        source = inspect.getsource(getattr(lib, mutant.room))
-        if source.count(mutant.old) != 1:
-            raise ValueError(
-                f"{mutant.name}: {mutant.old!r} stands {source.count(mutant.old)} times in {mutant.room}.py"
-            )
-        changed = types.ModuleType(f"minimuse.{mutant.room}")
-        exec(
-            compile(source.replace(mutant.old, mutant.new), f"{mutant.room}.py with {mutant.name}", "exec"),
-            vars(changed),
-        )
-        setattr(lib, mutant.room, changed)
+    """Fresh copies of the modules of ROOMS by name; with a mutant, one line of one of them is changed.
+
+    The true modules are copies too, so that no test can tell a mutant by its identity. Copies call the package.
+    """
+    lib = types.SimpleNamespace()
+    for room in ROOMS:
+        module = types.ModuleType(f"minimuse.{room}")
+        changed = mutant is not None and mutant.room == room
+        exec(_compiled(room, mutant.old if changed else "", mutant.new if changed else ""), vars(module))
+        setattr(lib, room, module)
     return lib
 
 

@@ -542,9 +542,7 @@ model, on scenes that the evaluator does not use.
 """
 
 # %%
-from token_critic import learned_score, train_critic
-
-from minimuse.lab_samplers import critic, exact_score
+from token_critic import critic, exact_score, learned_score, train_critic
 
 perfect = critic(exact_score(mixture))
 plain = compare(mixture, ["cosine"], {"ranker": perfect, "random": "random"}, [8], samples=SAMPLES)

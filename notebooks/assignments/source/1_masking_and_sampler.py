@@ -23,6 +23,7 @@ a comment what you took from where, and know that two of the tasks are in no pac
 import math
 import sys
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -52,56 +53,82 @@ r"""
 ### 1.1 Rates (6 points)
 
 Training hides a share $r$ of each picture's tokens, with density $p(r) = \frac{2}{\pi}(1 - r^2)^{-1/2}$ on $[0, 1]$ (Muse 2.6).
-That is what you get from $r = \cos(\frac{\pi}{2} u)$ with $u$ uniform. Return one rate for each of `n` examples. All your
-random numbers come from `torch.rand(..., generator=generator)`.
+That is what you get from $r = \cos(\frac{\pi}{2} u)$ with $u$ uniform. Here it is one of a family: $r = \cos^{power}(\frac{\pi}{2} u)$. Muse has
+`power = 1`; a larger one hides less. Return one rate for each of `n` examples. All your random numbers come from
+`torch.rand(..., generator=generator)`.
 """
 
 
 # %% answer=mask_rate
-def mask_rate(n, generator=None):
-    """-> (n,) rates, one an example."""
+def mask_rate(n, power, generator=None):
+    """-> (n,) rates, one for each example."""
     ### BEGIN SOLUTION
-    return torch.cos(math.pi / 2 * torch.rand(n, generator=generator))
+    return torch.cos(math.pi / 2 * torch.rand(n, generator=generator)) ** power
     ### END SOLUTION
 
 
 # %% test=test_mask_rate points=6
-assert check_mask_rate(mask_rate), check_mask_rate(mask_rate)
+_rate = partial(mask_rate, power=1.0)
+assert check_mask_rate(_rate), check_mask_rate(_rate)
+_halves = [(mask_rate(4000, k, generator=seeded()) > 0.5).double().mean().item() for k in (1, 2)]
+assert abs(_halves[0] - 2 / 3) < 0.03, (
+    f"power 1: {_halves[0]:.1%} of rates exceed 0.5; expected 67%"
+)
+assert abs(_halves[1] - 1 / 2) < 0.03, (
+    f"power 2: {_halves[1]:.1%} of rates exceed 0.5; expected 50%"
+)
 ### BEGIN HIDDEN TESTS
-_r = mask_rate(50_000, generator=seeded(7)).double()
-for _q in (0.1, 0.5, 0.8, 0.99):  # P(r <= q) = 2/pi arcsin q
-    assert abs((_r <= _q).double().mean() - 2 / math.pi * math.asin(_q)) < 0.01
+for _power in (0.5, 1.0, 3.0):
+    _r = mask_rate(50_000, _power, generator=seeded(7)).double()
+    for _q in (0.1, 0.5, 0.8, 0.99):  # P(r <= q) = 2/pi arcsin(q^(1/power))
+        _want = 2 / math.pi * math.asin(_q ** (1 / _power))
+        assert abs((_r <= _q).double().mean() - _want) < 0.01
 ### END HIDDEN TESTS
 
 # %% [markdown]
 r"""
 ### 1.2 Masks (6 points)
 
-For each row of `tokens` $(B, N)$ choose exactly $\lceil r N \rceil$ places at random, `True` where a token is hidden. Rows
-have their own rates and their own places. (Beware of rounding: $0.3 \cdot 10$ is a little more than 3 in floating point.)
+Some places of a picture must always be shown. `may` $(B, N)$ is `True` where a token may be hidden. In each row choose exactly
+$\lceil r M \rceil$ of its $M$ such places at random, and return `True` where a token is hidden. Rows have their own rates, their own $M$ and
+their own places. (Rounding: $0.3 \cdot 10$ is a little more than 3 in floating point.)
 """
 
 
 # %% answer=random_mask
-def random_mask(tokens, rate, generator=None):
-    """tokens (B, N), rate (B,) -> (B, N) bool, True = masked."""
+def random_mask(tokens, rate, may, generator=None):
+    """tokens (B, N), rate (B,), may (B, N) bool -> (B, N) bool, True = masked."""
     ### BEGIN SOLUTION
-    count = (rate.double() * tokens.shape[1] - 1e-6).ceil()
-    place = torch.rand(tokens.shape, generator=generator).argsort(1).argsort(1)
-    return place < count[:, None]
+    count = (rate.double() * may.sum(1) - 1e-6).ceil()
+    noise = torch.rand(tokens.shape, generator=generator).masked_fill(~may, math.inf)
+    return noise.argsort(1).argsort(1) < count[:, None]
     ### END SOLUTION
 
 
 # %% test=test_random_mask points=6
-assert check_random_mask(random_mask), check_random_mask(random_mask)
+
+
+def _mask(tokens, rate, generator=None):  # every place may be hidden
+    return random_mask(tokens, rate, torch.ones_like(tokens, dtype=torch.bool), generator=generator)
+
+
+assert check_random_mask(_mask), check_random_mask(_mask)
+_may = torch.tensor([[True, False, True, False], [True, True, True, True]])
+_m = random_mask(torch.zeros(2, 4).long(), torch.tensor([0.5, 0.5]), _may, generator=seeded())
+assert _m.sum(1).tolist() == [1, 2], f"rows hide {_m.sum(1).tolist()} places; expected 1 and 2"
+assert not (_m & ~_may).any(), "a place is hidden that must be shown"
 ### BEGIN HIDDEN TESTS
-_m = random_mask(
-    torch.zeros(3, 64, dtype=torch.long), torch.tensor([0.0, 0.5, 1.0]), generator=seeded()
-)
+_m = _mask(torch.zeros(3, 64, dtype=torch.long), torch.tensor([0.0, 0.5, 1.0]), generator=seeded())
 assert _m.sum(1).tolist() == [0, 32, 64]
+_may = torch.rand(200, 30, generator=seeded(1)) < torch.linspace(0, 1, 200)[:, None]
+_rates = torch.rand(200, generator=seeded(2))
+_m = random_mask(torch.zeros(200, 30).long(), _rates, _may, generator=seeded())
+assert not (_m & ~_may).any(), "a place is hidden that must be shown"
+_want = (_rates.double() * _may.sum(1) - 1e-6).ceil().clamp(min=0)
+assert _m.sum(1).equal(_want.long()), "the count of a row is not ceil(r M)"
 _pairs = Counter(
     tuple(row.nonzero().flatten().tolist())
-    for row in random_mask(
+    for row in _mask(
         torch.zeros(6000, 4, dtype=torch.long), torch.full((6000,), 0.5), generator=seeded(3)
     )
 )
@@ -115,29 +142,48 @@ assert max(_pairs.values()) < 1.25 * min(_pairs.values()), (
 r"""
 ### 1.3 The loss (6 points)
 
-The mean cross-entropy in nats over the masked tokens of the whole batch, and 0 where nothing is masked. No gradient
-reaches the logits of tokens that were shown.
+The mean cross-entropy in nats over the masked tokens of the whole batch, where each example has a weight $w_b$ of its own:
+$\sum_{b,i} w_b m_{bi} \ell_{bi} \,/\, \sum_{b,i} w_b m_{bi}$. It is 0 where nothing is masked. No gradient reaches the logits of tokens that were shown.
 """
 
 
 # %% answer=masked_loss
-def masked_loss(logits, targets, masked):
-    """logits (B, N, V), targets (B, N), masked (B, N) bool -> ()."""
+def masked_loss(logits, targets, masked, weight):
+    """logits (B, N, V), targets (B, N), masked (B, N) bool, weight (B,) > 0 -> ()."""
     ### BEGIN SOLUTION
     loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    return (loss * masked).sum() / masked.sum().clamp(min=1)
+    share = masked * weight[:, None]
+    return (loss * share).sum() / share.sum().clamp(min=1e-12)
     ### END SOLUTION
 
 
 # %% test=test_masked_loss points=6
-assert check_masked_loss(masked_loss), check_masked_loss(masked_loss)
+
+
+def _loss(logits, targets, masked):  # all examples weigh the same
+    return masked_loss(logits, targets, masked, torch.ones(len(logits)))
+
+
+assert check_masked_loss(_loss), check_masked_loss(_loss)
+_two = torch.tensor([[[0.0, 0.0]], [[2.0, 0.0]]])  # these cost log 2 and log(1 + e^2)
+_got = masked_loss(
+    _two, torch.tensor([[1], [1]]), torch.ones(2, 1).bool(), torch.tensor([3.0, 1.0])
+)
+_want = (3 * math.log(2) + math.log(1 + math.exp(2))) / 4
+assert abs(_got - _want) < 1e-5, (
+    f"with weights 3 and 1 the loss is {_got:.4f}; expected {_want:.4f}"
+)
 ### BEGIN HIDDEN TESTS
 _logits = torch.randn(3, 5, 7, generator=seeded(), requires_grad=True)
 _targets = torch.randint(7, (3, 5), generator=seeded())
 _masked = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
-_want = [-_logits[b, i].log_softmax(-1)[_targets[b, i]] for b, i in _masked.nonzero().tolist()]
-_got = masked_loss(_logits, _targets, _masked)
-assert torch.allclose(_got, torch.stack(_want).mean(), atol=1e-5)
+_weight = torch.tensor([2.0, 0.5, 4.0])
+_parts = [
+    (_weight[b], -_logits[b, i].log_softmax(-1)[_targets[b, i]])
+    for b, i in _masked.nonzero().tolist()
+]
+_got = masked_loss(_logits, _targets, _masked, _weight)
+assert torch.allclose(_got, sum(w * x for w, x in _parts) / sum(w for w, _ in _parts), atol=1e-5)
 (_grad,) = torch.autograd.grad(_got, _logits)
 assert _grad[~_masked].eq(0).all(), "a gradient reaches tokens that were shown"
 assert _grad[_masked].abs().sum(-1).gt(0).all()
@@ -275,20 +321,20 @@ r"""
 
 ### 2.1 How many (6 points)
 
-Of `n` masked tokens, $\lfloor n \cos(\frac{\pi}{2} \frac{i+1}{T}) \rfloor$ stay masked after step $i = 0, \dots, T-1$. Return how many each step reveals.
+Of `n` masked tokens, $\lfloor n \cos^{power}(\frac{\pi}{2} \frac{i+1}{T}) \rfloor$ stay masked after step $i = 0, \dots, T-1$. Return how many each step reveals.
 Each step reveals at least one, so keep enough for the steps to come; of fewer tokens than steps, `n` steps reveal one each.
-256 tokens in 12 steps are 3, 6, 11, 15, 18, 22, 26, 27, 31, 31, 33, 33. (Add `1e-6` before you take the floor: $\cos(\pi/3)$ is
+With `power = 1`, Muse's cosine, 256 tokens in 12 steps are 3, 6, 11, 15, 18, 22, 26, 27, 31, 31, 33, 33. (Add `1e-6` before you take the floor: $\cos(\pi/3)$ is
 not quite a half.)
 """
 
 
 # %% answer=reveal_counts
-def reveal_counts(n, steps):
+def reveal_counts(n, steps, power):
     """-> list of min(n, steps) whole numbers that sum to n."""
     ### BEGIN SOLUTION
     steps, left, counts = min(n, steps), n, []
     for i in range(steps):
-        stay = math.floor(n * math.cos(math.pi / 2 * (i + 1) / steps) + 1e-6)
+        stay = math.floor(n * math.cos(math.pi / 2 * (i + 1) / steps) ** power + 1e-6)
         stay = min(max(stay, steps - 1 - i), left - 1)
         counts.append(left - stay)
         left = stay
@@ -297,12 +343,17 @@ def reveal_counts(n, steps):
 
 
 # %% test=test_reveal_counts points=6
-assert check_reveal_counts(reveal_counts), check_reveal_counts(reveal_counts)
+_cosine = partial(reveal_counts, power=1.0)
+assert check_reveal_counts(_cosine), check_reveal_counts(_cosine)
+assert reveal_counts(16, 4, 2.0) == [3, 5, 6, 2], f"power 2: {reveal_counts(16, 4, 2.0)}"
 ### BEGIN HIDDEN TESTS
-assert reveal_counts(64, 8) == [2, 3, 6, 8, 10, 11, 12, 12]
-assert reveal_counts(3, 24) == [1, 1, 1]
-assert reveal_counts(1, 1) == [1]
-assert all(sum(reveal_counts(n, 24)) == n for n in range(1, 300))
+assert reveal_counts(64, 8, 1.0) == [2, 3, 6, 8, 10, 11, 12, 12]
+assert reveal_counts(64, 8, 3.0) == [4, 10, 14, 14, 12, 7, 2, 1]
+assert reveal_counts(3, 24, 2.0) == [1, 1, 1]
+assert reveal_counts(1, 1, 2.0) == [1]
+for _power in (1.0, 2.0, 3.0):
+    assert all(sum(reveal_counts(n, 24, _power)) == n for n in range(1, 300))
+    assert all(min(reveal_counts(n, 24, _power)) >= 1 for n in range(1, 300))
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -318,8 +369,8 @@ Then `decode`. A model is a function `logits_fn(tokens, u)` → logits $(B, N, V
 3. score each place by $\log p$ of what was drawn there;
 4. let `choose(scores, masked, counts)` say which are kept; the others stay `mask_id`.
 
-Yield the tokens after each step. Rows may begin with different numbers of `mask_id`: each follows the cosine of its own number.
-A row with fewer masked tokens than steps has its steps of no token where you like. Given tokens never change, nor do those fixed once.
+Yield the tokens after each step. Rows may begin with different numbers of `mask_id`: each follows the curve of 2.1, with `power`, for its own number.
+If a row has fewer masked tokens than steps, some of its steps reveal nothing; which ones is up to you. Given tokens never change, nor do those fixed once.
 """
 
 
@@ -332,12 +383,12 @@ def surest(scores, masked, counts):
     ### END SOLUTION
 
 
-def decode(logits_fn, tokens, *, mask_id, steps, generator=None, choose=surest):
+def decode(logits_fn, tokens, *, mask_id, steps, power, generator=None, choose=surest):
     """tokens (B, N), mask_id where unknown -> yields (B, N) after each step."""
     ### BEGIN SOLUTION
     plans = []
     for n in (tokens == mask_id).sum(1).tolist():
-        counts = reveal_counts(n, steps) if n else []
+        counts = reveal_counts(n, steps, power) if n else []
         plans.append([0] * (steps - len(counts)) + counts)
     for i in range(steps):
         masked = tokens == mask_id
@@ -367,7 +418,8 @@ for _row in range(50):
 ### END HIDDEN TESTS
 
 # %% test=test_decode points=8
-assert check_decode(decode), check_decode(decode)
+_decode = partial(decode, power=1.0)
+assert check_decode(_decode), check_decode(_decode)
 ### BEGIN HIDDEN TESTS
 _start = torch.full((4, 16), 9)
 _start[1, :8], _start[2] = 3, 5
@@ -378,10 +430,10 @@ _even = torch.zeros(4, 16, 9)
 
 def _model(tokens, u):
     _u.append(round(float(u), 6))
-    return _even
+    return _even[: len(tokens)]
 
 
-_states += list(decode(_model, _start.clone(), mask_id=9, steps=4, generator=seeded()))
+_states += list(_decode(_model, _start.clone(), mask_id=9, steps=4, generator=seeded()))
 assert _u[-1] == 1.0, "the last step sees u = 1"
 assert all(x in (0.0, 0.333333, 0.666667, 1.0) for x in _u)
 _left = torch.stack([(s == 9).sum(1) for s in _states], 1).tolist()
@@ -392,19 +444,31 @@ assert _left[3][0] == 2, "a row of 2 in 4 steps"
 assert _left[3][-1] == 0, "a row of 2 in 4 steps"
 assert all((a == b)[a != 9].all() for a, b in pairwise(_states))
 assert _start[1, :8].eq(3).all(), "the tokens that were handed in were changed in place"
+_fast = decode(_model, torch.full((1, 16), 9), mask_id=9, steps=4, power=2.0, generator=seeded())
+assert [(s == 9).sum().item() for s in _fast] == [13, 8, 2, 0], "power 2: 3, 5, 6 and 2 tokens"
 ### END HIDDEN TESTS
 
 # %% test=test_decode_draws points=4
 _coin = torch.tensor([0.7, 0.2, 0.1]).log().expand(3000, 2, 3)
 *_, _last = decode(
-    lambda tokens, u: _coin, torch.full((3000, 2), 3), mask_id=3, steps=1, generator=seeded()
+    lambda tokens, u: _coin,
+    torch.full((3000, 2), 3),
+    mask_id=3,
+    steps=1,
+    power=1.0,
+    generator=seeded(),
 )
 assert abs((_last == 0).double().mean() - 0.7) < 0.03
 ### BEGIN HIDDEN TESTS
 _same = [
     list(
         decode(
-            lambda t, u: _coin[:8], torch.full((8, 2), 3), mask_id=3, steps=2, generator=seeded(4)
+            lambda t, u: _coin[:8],
+            torch.full((8, 2), 3),
+            mask_id=3,
+            steps=2,
+            power=1.0,
+            generator=seeded(4),
         )
     )
     for _ in "ab"
@@ -414,7 +478,14 @@ assert _same[0][-1].equal(_same[1][-1]), "one seed, two results"
 _two = torch.tensor([[0.9, 0.1], [0.5, 0.5]]).log().expand(6000, 2, 2)
 _first = next(
     iter(
-        decode(lambda t, u: _two, torch.full((6000, 2), 2), mask_id=2, steps=2, generator=seeded(5))
+        decode(
+            lambda t, u: _two,
+            torch.full((6000, 2), 2),
+            mask_id=2,
+            steps=2,
+            power=1.0,
+            generator=seeded(5),
+        )
     )
 )
 assert abs((_first[:, 0] != 2).double().mean() - 0.9) < 0.02, (
@@ -639,6 +710,7 @@ try:
                 torch.full((200, 64), 6),
                 mask_id=6,
                 steps=steps,
+                power=1.0,
                 generator=seeded(),
                 choose=ways,
             )
@@ -655,6 +727,7 @@ for _start in (torch.full((3, 16), 4), torch.tensor([[4, 0, 4, 4] * 4, [1] * 8 +
             _start,
             mask_id=4,
             steps=3,
+            power=1.0,
             generator=seeded(),
             choose=choose,
         ),
@@ -676,6 +749,7 @@ list(
         torch.full((2, 16), 4),
         mask_id=4,
         steps=3,
+        power=1.0,
         generator=seeded(),
         choose=_spy,
     )

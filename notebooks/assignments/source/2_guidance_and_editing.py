@@ -22,6 +22,7 @@ are in no package. Every cell of tests may take 30 seconds, and runs on a CPU.
 # %% locked=setup
 import math
 import sys
+from functools import partial
 
 import torch
 import zoo
@@ -47,8 +48,8 @@ r"""
 ### 1.1 The formula and its ramp (6 points)
 
 With $\ell_c$ the logits that know the text and $\ell_u$ those that do not, $\ell_g = (1 + t)\,\ell_c - t\,\ell_u$ (Muse 2.7). Where both
-agree, the result is $\ell_c$ exactly, whatever $t$. `rising(t, start)` gives a function of progress $u$ that goes from `start` at
-$u = 0$ to $t$ at $u = 1$ on a straight line.
+agree, the result is $\ell_c$ exactly, whatever $t$. `t` is a number, or a tensor $(B,)$ with a scale for each image. `rising(t, start, until)`
+gives a function of progress $u$ that goes from `start` at $u = 0$ to $t$ at $u =$ `until` on a straight line, and stays there.
 """
 
 
@@ -56,27 +57,37 @@ $u = 0$ to $t$ at $u = 1$ on a straight line.
 def guide(cond, uncond, t):
     """cond, uncond (B, N, V) -> guided logits (B, N, V)."""
     ### BEGIN SOLUTION
+    if isinstance(t, torch.Tensor) and t.dim() == 1:
+        t = t[:, None, None]  # (B, 1, 1)
     return cond + t * (cond - uncond)
     ### END SOLUTION
 
 
-def rising(t, start=0.0):
-    """-> a function of u."""
+def rising(t, start, until):
+    """-> a function of u; 0 < until <= 1."""
     ### BEGIN SOLUTION
-    return lambda u: start + (t - start) * u
+    return lambda u: start + (t - start) * min(u / until, 1)
     ### END SOLUTION
 
 
 # %% test=test_guide points=6
 assert check_guide(guide), check_guide(guide)
-assert check_rising(rising), check_rising(rising)
+_ramp = partial(rising, until=1.0)
+assert check_rising(_ramp), check_rising(_ramp)
+assert [rising(4.0, 1.0, 0.5)(u) for u in (0.25, 0.5, 0.9)] == [2.5, 4.0, 4.0], "it stays at t"
+_c, _n = torch.tensor([[[2.0]], [[2.0]]]), torch.tensor([[[1.0]], [[1.0]]])
+assert guide(_c, _n, torch.tensor([1.0, 3.0])).flatten().tolist() == [3.0, 5.0], "a scale an image"
 ### BEGIN HIDDEN TESTS
 _c, _n = torch.randn(2, 3, 5, 7, generator=seeded())
 assert guide(_c, _c.clone(), 1e6).equal(_c), (
     "where both agree, the result is the conditional exactly"
 )
 assert torch.allclose(guide(_c, _n, 2.5), 3.5 * _c - 2.5 * _n, atol=1e-4)
-assert abs(rising(3.0)(0.25) - 0.75) < 1e-6
+_t = torch.tensor([0.0, 1.0, 4.0])
+_want = torch.stack([(1 + t) * c - t * n for t, c, n in zip(_t, _c, _n, strict=True)])
+assert torch.allclose(guide(_c, _n, _t), _want, atol=1e-4), "each image has its own scale"
+assert abs(rising(3.0, 0.0, 0.75)(0.25) - 1.0) < 1e-6
+assert rising(3.0, 1.0, 0.2)(1.0) == 3.0
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -85,26 +96,34 @@ r"""
 
 For guidance the model must know pictures without a text, so training removes the text of a random share $p$ of the
 examples, each by itself. A removed text has *no text token*: all embeddings are 0, and its mask is all `False`. (The transformer
-takes care that no softmax is empty.) A `Context` holds `embeds` $(B, L, D)$
-and `mask` $(B, L)$.
+takes care that no softmax is empty.) A `Context` holds `embeds` $(B, L, D)$ and `mask` $(B, L)$. Say also which texts were removed:
+return the new `Context` and a tensor $(B,)$ that is `True` for them.
 """
 
 
 # %% answer=drop_text
 def drop_text(context, p, generator=None):
-    """context, share p -> Context of the same shape."""
+    """context, fraction p -> (Context of the same shape, dropped (B,) bool)."""
     ### BEGIN SOLUTION
     drop = torch.rand(len(context.mask), generator=generator) < p
-    return Context(context.embeds * ~drop[:, None, None], context.mask & ~drop[:, None])
+    return Context(context.embeds * ~drop[:, None, None], context.mask & ~drop[:, None]), drop
     ### END SOLUTION
 
 
 # %% test=test_drop_text points=6
-assert check_drop_text(drop_text), check_drop_text(drop_text)
+
+
+def _drop(context, p, generator=None):
+    return drop_text(context, p, generator=generator)[0]
+
+
+assert check_drop_text(_drop), check_drop_text(_drop)
 ### BEGIN HIDDEN TESTS
 _given = Context(torch.ones(5000, 3, 2), torch.tensor([True, True, False]).expand(5000, 3).clone())
-_made = Context(*drop_text(_given, 0.3, generator=seeded(1)))
+_made, _said = drop_text(_given, 0.3, generator=seeded(1))
 _gone = _made.embeds.eq(0).flatten(1).all(1)
+assert _said.dtype == torch.bool
+assert _said.equal(_gone), "the second result says which texts were removed"
 assert abs(_gone.double().mean() - 0.3) < 0.03
 assert not _made.mask[_gone].any()
 assert (_made.mask[~_gone] == torch.tensor([True, True, False])).all()
@@ -371,27 +390,38 @@ r"""
 ### 2.1 From pixels to tokens (6 points)
 
 A region is painted in pixels: `repaint` $(B, H, W)$, `True` where something new shall stand. A token covers a square of $f \times f$
-pixels, and must be drawn anew if the region touches it in a single pixel. Return $(B, hw)$, line by line.
+pixels, and must be drawn anew if the region touches it in a single pixel. Painted regions are often a little too small, so the region first
+grows by `margin` pixels in every direction, diagonals included. Return $(B, hw)$, line by line.
 """
 
 
 # %% answer=token_mask
-def token_mask(repaint, f):
+def token_mask(repaint, f, margin):
     """repaint (B, H, W) bool -> (B, h*w) bool."""
     ### BEGIN SOLUTION
     b, height, width = repaint.shape
-    return repaint.view(b, height // f, f, width // f, f).any(4).any(2).flatten(1)
+    grown = F.max_pool2d(repaint.float(), 2 * margin + 1, 1, margin) > 0
+    return grown.view(b, height // f, f, width // f, f).any(4).any(2).flatten(1)
     ### END SOLUTION
 
 
 # %% test=test_token_mask points=6
-assert check_token_mask(token_mask), check_token_mask(token_mask)
+_exact = partial(token_mask, margin=0)
+assert check_token_mask(_exact), check_token_mask(_exact)
+_pixel = torch.zeros(1, 4, 4, dtype=torch.bool)
+_pixel[0, 1, 1] = True  # with a margin of one pixel the region reaches all four tokens of 2 x 2
+assert token_mask(_pixel, 2, 1).tolist() == [[True] * 4]
 ### BEGIN HIDDEN TESTS
 _pixels = torch.rand(5, 24, 40, generator=seeded()) < 0.01
 _want = torch.zeros(5, 3, 5, dtype=torch.bool)
 for _b, _y, _x in _pixels.nonzero().tolist():
     _want[_b, _y // 8, _x // 8] = True
-assert token_mask(_pixels, 8).equal(_want.flatten(1))
+assert token_mask(_pixels, 8, 0).equal(_want.flatten(1))
+for _b, _y, _x in _pixels.nonzero().tolist():
+    _want[_b, max(_y - 2, 0) // 8 : (_y + 2) // 8 + 1, max(_x - 2, 0) // 8 : (_x + 2) // 8 + 1] = (
+        True
+    )
+assert token_mask(_pixels, 8, 2).equal(_want.flatten(1)), "a margin of 2 pixels"
 ### END HIDDEN TESTS
 
 # %% [markdown]

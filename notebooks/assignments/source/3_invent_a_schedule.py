@@ -118,7 +118,8 @@ r"""
 ### 2.2 Invent (35 points)
 
 A schedule is a function of progress $u \in [0, 1]$: the share of tokens still masked, from 1 down to 0, never rising. Yours must differ from every named one by at
-least 0.03 somewhere (10 points). It is measured with samples that you have not seen: 15 points if it beats the cosine, 10 more if it beats
+least 0.03 somewhere (10 points). Here you see it with one set of samples. The marks come from another set, whose seed is
+not in this notebook: a schedule that only fits these samples loses there. 15 points if it beats the cosine, 10 more if it beats
 *every* named schedule. To beat means that the paired 95% interval of the difference of KL lies wholly below 0. Think before you search: which
 tokens of this world tell something about the others, and when is all told?
 """
@@ -140,22 +141,33 @@ for _name in SCHEDULES:
     _far = max(abs(my_schedule(i / 100) - get_schedule(_name)(i / 100)) for i in range(101))
     assert _far >= 0.03, f"it is {_name}, give or take {_far:.3f}"
 
+
 # %% test=test_it_wins points=25
-_named = {name: name for name in SCHEDULES}
-_report = compare(
-    world, {**_named, "mine": my_schedule}, ["random"], [STEPS], samples=1024, seed=4_321
-)
-_mine, _beaten = _report["mine", "random", STEPS].groups["kl"], []
-for _name in _named:
-    _d = (
-        torch.tensor(_mine).double()
-        - torch.tensor(_report[_name, "random", STEPS].groups["kl"]).double()
+def _beaten_with(seed):
+    """-> the named schedules that `my_schedule` beats with the samples of this seed."""
+    report = compare(
+        world,
+        {**{n: n for n in SCHEDULES}, "mine": my_schedule},
+        ["random"],
+        [STEPS],
+        samples=1024,
+        seed=seed,
     )
-    _half = student_t(len(_d) - 1) * _d.std().item() / math.sqrt(len(_d))
-    print(f"mine - {_name:8} {_d.mean():+.4f} ± {_half:.4f}")
-    _beaten += [_name] * bool(_d.mean() + _half < 0)
+    mine, beaten = report["mine", "random", STEPS].groups["kl"], []
+    for name in SCHEDULES:
+        d = torch.tensor(mine).double() - torch.tensor(report[name, "random", STEPS].groups["kl"])
+        half = student_t(len(d) - 1) * d.std().item() / math.sqrt(len(d))
+        print(f"mine - {name:8} {d.mean():+.4f} ± {half:.4f}")
+        beaten += [name] * bool(d.mean() + half < 0)
+    return beaten
+
+
+_beaten = _beaten_with(seed=4_321)
+### BEGIN HIDDEN TESTS
+_beaten = _beaten_with(seed=HIDDEN_SEED)  # noqa: F821
+### END HIDDEN TESTS
 assert "cosine" in _beaten, "the interval of the difference to the cosine does not lie below 0"
-25.0 if len(_beaten) == len(_named) else 15.0
+25.0 if len(_beaten) == len(SCHEDULES) else 15.0
 
 # %% [markdown] only=rule:wrong
 r"""
