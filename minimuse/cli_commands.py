@@ -37,7 +37,7 @@ def run_draw(args: argparse.Namespace) -> None:
     with tqdm(desc="decoding", unit="step", delay=0.1) as bar:  # no bar if it is refused
 
         def callback(step: Any) -> None:
-            bar.set_postfix_str(f"{step.stage}, {int(step.masked[0].sum())} masked")
+            bar.set_postfix_str(f"{step.stage}, {int(step.revealed[0].sum())} tokens drawn")
             bar.update()
             if not steps or steps[-1].stage == "base" or steps[-1].masked.any():  # the film shows the first decode only
                 steps.append(step)
