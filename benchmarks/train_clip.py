@@ -70,7 +70,7 @@ def train(
                 scores = net.scores(pictures, pad_contexts(rows).to(engine.device))
             logits, right = scores * net.scale.exp().clamp(max=100), torch.arange(len(at), device=scores.device)
             both = F.cross_entropy(logits, right) + F.cross_entropy(logits[:, : len(at)].T, right)
-            stage.backward(both / stage.parts, loss=both / stage.parts)
+            stage.backward(both / engine.parts, loss=both / engine.parts)
         yield stage.finish(step)["loss"], net
 
 
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for few in tqdm([[*known][i : i + 256] for i in range(0, len(known), 256)], desc="embedding", unit_scale=256):
         known |= {text: e[m].half().cpu() for text, e, m in zip(few, *encoder.encode(few), strict=True)}
     progress = train(
-        Engine(seed=args.seed, device=args.device), config, images, [[known[t] for t in row] for row in said]
+        Engine(seed=args.seed % 2**32, device=args.device), config, images, [[known[t] for t in row] for row in said]
     )
     _, net = deque(tqdm(progress, desc="training", total=config.steps), maxlen=1).pop()
     training = {"scenes": args.scenes, "seed": args.seed, "steps": config.steps, "batch": config.batch}

@@ -147,7 +147,7 @@ def train(engine: Engine, config: StageConfig, images: Tensor, scenes: list[Scen
             pictures, doubt = warp(to_float(images[at]), generators[0])
             with engine.precision():
                 maps = net(degrade(pictures, generators[0]).to(engine.device))
-            value = loss(maps, *(part.to(maps.device) for part in (index[at], place[at], doubt))) / stage.parts
+            value = loss(maps, *(part.to(maps.device) for part in (index[at], place[at], doubt))) / engine.parts
             stage.backward(value, loss=value)
         yield stage.finish(step)["loss"], net
 
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     chunks = tqdm(range(0, len(made), 100), desc="rendering", unit_scale=100)
     images = torch.cat([to_uint8(render(made[i : i + 100], SIZE)) for i in chunks])
-    progress = train(Engine(seed=args.seed, device=args.device), config, images, made)
+    progress = train(Engine(seed=args.seed % 2**32, device=args.device), config, images, made)
     _, net = deque(tqdm(progress, desc="training", total=config.steps), maxlen=1).pop()
     training = {"scenes": args.scenes, "seed": args.seed, "steps": config.steps, "batch": config.batch}
     spent = {"minutes": round((time.time() - begun) / 60, 1), "threads": torch.get_num_threads()}

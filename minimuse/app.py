@@ -93,9 +93,7 @@ def guard(app: Callable, host: str) -> Callable:
     def problem(method: str, headers: Headers) -> str:
         name = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if name not in names and not (any_address and re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", name)):
-            return (
-                f"This page is not at {name!r}: open it at the address that minimuse printed, or start it with --host"
-            )
+            return f"This page is not at {name!r}: open it at the printed address, or start it with --host"
         if urlsplit(headers.get("origin", f"http://{name}")).netloc not in (name, headers["host"]):
             return "Another site may not use this page"
         if method == "POST":
@@ -153,8 +151,7 @@ class Page:
         try:
             return self._to_edit(open_picture(path, self.side))
         except ValueError as error:
-            self.gr.Warning(str(error), duration=None)
-            return self.gr.skip()
+            raise self.gr.Error(str(error), duration=None, print_exception=False) from error
 
     def take(self, last: Any) -> dict:
         """The last drawn picture -> the picture to edit."""
@@ -186,7 +183,6 @@ class Page:
                     shown.append(self._show(result))
                     yield shown[-1]
         except (ValueError, TypeError) as error:
-            self.gr.Warning(str(error), duration=None)
             yield {self.status: f"**Nothing was drawn.** {error}"}
             return
         info = settings_of(result)
@@ -239,25 +235,19 @@ class Page:
             more = another.click(lambda n: (n or 0) + 1, seed, seed, api_name=False)
             for trigger in (prompt.submit, more.then):
                 trigger(self.draw, request, outputs, api_name=False, **queue)
-            self.inputs = list(dict.fromkeys([*request, *(part for _, _, inputs in edits for part in inputs)]))
-            for part in self.inputs:
-                self._check(part)
+            for part in dict.fromkeys([*request, *(part for _, _, inputs in edits for part in inputs)]):
+                part.preprocess = partial(self._take, part, part.preprocess)
             for button, method, inputs in [(draw, self.draw, []), *edits]:
                 button.click(method, [*inputs, *request], outputs, api_name=method.__name__, **queue)
         return blocks
 
-    def _check(self, part: Any) -> None:
-        """Programs may send anything: what a part of the page cannot take becomes a sentence that names the part."""
-        gr, take = self.gr, part.preprocess
-
-        def preprocess(value: Any) -> Any:
-            try:
-                return take(value)
-            except Exception as error:
-                why = error.message if isinstance(error, gr.Error) else "its type is wrong"
-                raise gr.Error(f"{part.label}: {value!r} cannot be used, {why}", print_exception=False) from error
-
-        part.preprocess = preprocess
+    def _take(self, part: Any, preprocess: Callable, value: Any) -> Any:
+        """What a program sends for a part of the page, preprocessed. An error is a sentence that names the part."""
+        try:
+            return preprocess(value)
+        except Exception as error:
+            why = error.message if isinstance(error, self.gr.Error) else "its type is wrong"
+            raise self.gr.Error(f"{part.label}: {value!r} cannot be used. {why}", print_exception=False) from error
 
     def _edits(self, tab: Any) -> list[tuple]:
         """The tab of edits -> its buttons, each with its method and inputs."""

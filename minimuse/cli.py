@@ -1,8 +1,6 @@
 """The `minimuse` command: its options.
 
 minimuse generate "two small red cubes" --n 4 --seed 0 --film
-minimuse inpaint picture.png mask.png "a green sphere"
-minimuse info paper_3b
 
 Not here: what the commands do (`cli_commands.py`).
 """
@@ -12,6 +10,8 @@ import logging
 import os
 import reprlib
 import sys
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,8 +21,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import minimuse
 from minimuse.cli_commands import BASELINES, COMMANDS
-
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,13 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.handlers[0].setFormatter(logging.Formatter("minimuse: %(message)s"))
     log.setLevel(logging.INFO)
     try:
-        with logging_redirect_tqdm([log]):  # a line of the log starts below a progress bar
+        with logging_redirect_tqdm([log]), warnings.catch_warnings():  # lines start below a progress bar
+            warnings.showwarning = lambda message, *_: log.warning(message)
             COMMANDS[args.command](args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has what it wants, as in `minimuse info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as shells expect it of a program whose reader left
-    except USER_ERRORS as error:
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
         print(f"minimuse: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -129,8 +128,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _option_groups() -> dict[str, argparse.ArgumentParser]:
     """Options that several commands share."""
-    names = ("prompts", "image", "drawing", "sampling", "seed", "half", "device")
-    groups = {name: argparse.ArgumentParser(add_help=False) for name in names}
+    groups = defaultdict(lambda: argparse.ArgumentParser(add_help=False))
     add = groups["prompts"].add_mutually_exclusive_group(required=True).add_argument
     add("prompts", nargs="*", default=[], metavar="PROMPT")
     add("--like", type=Path, metavar="PNG", help="draw this picture again: its prompt, seed and settings")

@@ -271,8 +271,6 @@ def run_compare(args: argparse.Namespace) -> None:
     from minimuse.lab_models import open_amused
     from minimuse.utils import require
 
-    out = None if args.force else args.out  # compare refuses a folder with another report
-    settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": out}
     if args.muse:
         target = open_model(args.muse, device=args.device)
     elif args.amused:
@@ -281,6 +279,8 @@ def run_compare(args: argparse.Namespace) -> None:
     else:
         require(args.world in lab.WORLDS, f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
         target = lab.WORLDS[args.world]()
+    out = None if args.force else args.out  # compare refuses a folder with another report
+    settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": out}
     report = lab.compare(target, args.schedule, args.order, args.steps, **settings)
     print(report.table())
     if len(args.schedule) * len(args.order) > 1:

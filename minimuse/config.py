@@ -228,7 +228,7 @@ PRESETS = {f.__name__: f for f in (nano, toy, paper_632m, paper_3b)}
 
 def preset(name: str) -> MuseConfig:
     """A preset by name."""
-    require(name in PRESETS, f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    require(isinstance(name, str) and name in PRESETS, f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]()
 
 

@@ -5,177 +5,143 @@ The tokenizers and the language model are frozen while a transformer trains (Mus
     TrainingData(folder, source, ...)   .read()      -> .images (n, 3, S, S)       pixels, for the tokenizers
                                         .tokenize()  -> .tokens["low"] (n, N)      by a tokenizer that is trained
                                         .embed()     -> .texts, k captions each    by the frozen language model
-    folder/low_tokens-0123456789abcdef/ 00012.000.low_tokens.npy, 00012.001.low_tokens.npy, 00012.json, ...
+    folder/low_tokens-0123456789abcdef/00012.safetensors
 
-The folder's name holds a hash of all that decides the content: a stale cache is never read. A part exists if and only
-if its JSON does, which is renamed into place last: a process may be killed at any moment, and work continues there.
+The folder's name holds a hash of all that decides the content: a stale cache is never read. The file of a part is
+renamed into place when it is whole: a process may be killed at any moment, and work continues there. Each row has the
+name of its image, so that no row of one cache is paired with another's.
 
 Not here: where images come from (data_sources.py), which rows a training step reads (train.py).
 """
 
 import json
 import logging
+import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass
-from functools import lru_cache
-from itertools import islice
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property, lru_cache, partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minimuse.config import MuseConfig
-from minimuse.data_captions import EXAMPLE_PROMPTS, Problems, SceneDataset, common_words, vocabulary
+from minimuse.data_captions import EXAMPLE_PROMPTS, Problems, SceneDataset, vocabulary
 from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import Source
 from minimuse.text import TextEncoder
 from minimuse.utils import atomic_write, content_hash, precision
 
-BLOCK = 500  # rows of one file
+CACHE_VERSION = 2  # raise it on purpose when the files of a cache change
+BLOCK = 500  # images that are tokenized at a time
 HELD_OUT = 50  # every 50th example is held out for validation
-OPEN = 64  # memory maps that a reader keeps open: each holds a file handle
+OPEN = 64  # files that a reader keeps open as memory maps
 
-Captions = list[tuple[str, ...]]  # of rows, in order
-Blocks = Iterator[tuple[dict[str, np.ndarray], Captions]]  # named arrays of up to BLOCK rows, and the rows' captions
-Make = Callable[[int, Problems], Blocks]  # part -> its blocks
-
-
-class Shards:
-    """The parts of one kind of rows, of which at most `limit` are read. The array `kind` has a row per example."""
-
-    def __init__(self, folder: Path, kind: str, content: str, parts: int, limit: int | None = None):
-        self.kind, self.parts, self.limit = kind, parts, limit
-        self.folder = folder / f"{kind}-{content[:16]}"
-
-    def record(self, part: int) -> dict[str, Any] | None:
-        """-> {"rows": of each block, "captions": of all rows, "problems"}, or None if the part was not made yet."""
-        path = self.folder / f"{part:05d}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """The records of all parts, or of as many as hold `limit` rows. ValueError if one is missing."""
-        rows = 0
-        for part in range(self.parts):
-            if self.limit is not None and rows >= self.limit:
-                return
-            if (record := self.record(part)) is None:
-                raise ValueError(f"part {part} of {self.parts} is not in {self.folder}; it was not computed yet")
-            rows += sum(record["rows"])
-            yield record
-
-    def load(self, part: int, block: int, name: str) -> np.ndarray:
-        """An array of a block as a read-only memory map; ValueError if its file is damaged."""
-        path = self.folder / f"{part:05d}.{block:03d}.{name}.npy"
-        try:
-            return np.load(path, mmap_mode="r")
-        except (ValueError, EOFError, FileNotFoundError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete {self.folder} to compute it again") from error
-
-    def fill(self, make: Make, rank: int = 0, processes: int = 1) -> Iterator[tuple[int, int]]:
-        """Make the missing ones of parts rank, rank + processes, ... -> (done, of how many).
-
-        With a limit, a process may make a part or two too many, because it does not wait for the others.
-        """
-        mine = range(rank, self.parts, processes)
-        rows: dict[int, int] = {}  # of the parts that are there
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for done, part in enumerate(mine):
-            yield done, len(mine)
-            for before in set(range(part)) - set(rows):
-                if self.limit and (record := self.record(before)):
-                    rows[before] = sum(record["rows"])
-            if self.limit and sum(rows.values()) >= self.limit:
-                break
-            if self.record(part) is None:
-                self._write(part, make)
-        yield len(mine), len(mine)
-
-    def _write(self, part: int, make: Make) -> None:
-        problems, rows, captions = Problems(), [], []
-        for block, (arrays, texts) in enumerate(make(part, problems)):
-            if len(arrays[self.kind]) != len(texts) or not all(texts):
-                raise ValueError(f"part {part} needs captions for each of its {len(arrays[self.kind])} rows")
-            try:
-                for name, array in arrays.items():
-                    np.save(self.folder / f"{part:05d}.{block:03d}.{name}.npy", array, allow_pickle=False)
-            except OSError as error:
-                hint = "make room and start again; finished parts are kept"
-                raise OSError(f"part {part} could not be written to {self.folder} ({error}): {hint}") from error
-            rows.append(len(texts))
-            captions += texts
-        record = {"rows": rows, "captions": captions, "problems": asdict(problems)}
-        atomic_write(self.folder / f"{part:05d}.json", json.dumps(record))
+Record = dict[str, Any]  # of a part: "names" and "captions" of its rows, and "problems"
+Make = Callable[[int, Record], Iterator[Tensor]]  # part -> its rows in pieces; it fills the record
 
 
 class Rows:
-    """The rows of a cache as one array: `rows[indices (B,)]` -> Tensor (B, ...), a copy."""
+    """A tensor with a row per image, on disk in parts: `rows[indices (B,)]` -> Tensor (B, ...), a copy.
 
-    def __init__(self, shards: Shards, dtype: torch.dtype | None = None):
-        self.kind, self.dtype = shards.kind, dtype
-        sizes = [(part, record["rows"]) for part, record in enumerate(shards.records())]
-        self.blocks = [(part, block) for part, rows in sizes for block in range(len(rows))]
-        self.starts = np.cumsum([0] + [n for _, rows in sizes for n in rows])
-        self.n = min(int(self.starts[-1]), shards.limit or int(self.starts[-1]))
-        self.map = lru_cache(OPEN)(lambda block, name: shards.load(*self.blocks[block], name))
-
-    def __len__(self) -> int:
-        return self.n
-
-    def locate(self, indices: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Indices (B,) or a slice -> the block of each row, and its place in that block."""
-        rows = np.asarray(np.arange(self.n)[indices] if isinstance(indices, slice) else indices, np.int64)
-        if rows.ndim != 1 or (rows.size and not 0 <= rows.min() <= rows.max() < self.n):
-            raise IndexError(f"rows {rows.tolist()}: expected a list of numbers from 0 to {self.n - 1}")
-        blocks = np.searchsorted(self.starts, rows, side="right") - 1
-        return blocks, rows - self.starts[blocks]
-
-    def __getitem__(self, indices: Sequence[int] | slice | Tensor) -> Tensor:
-        blocks, rows = self.locate(indices)
-        first = self.map(0, self.kind)
-        out = np.empty((len(rows), *first.shape[1:]), first.dtype)
-        for block in np.unique(blocks).tolist():
-            at = blocks == block
-            out[at] = self.map(block, self.kind)[rows[at]]
-        return torch.from_numpy(out).to(self.dtype)
-
-
-class Texts(Rows):
-    """The embedded captions of n examples, unpadded. A block stores equal texts once.
-
-    text (n, 2): first caption and end of an example; spans (captions, 2): rows of a caption in values (tokens, D).
+    At most `limit` rows are read. Tokens become long.
     """
 
-    def __init__(self, shards: Shards):
-        super().__init__(shards)
-        self.index = [[np.array(shards.load(*at, name)) for name in ("text", "spans")] for at in self.blocks]
+    def __init__(self, folder: Path, parts: int, limit: int = sys.maxsize):
+        self.folder, self.limit = folder, limit
+        self.paths = [folder / f"{part:05d}.safetensors" for part in range(parts)]
+        self.load = lru_cache(OPEN)(lambda part: load_file(self.paths[part])["rows"])  # a memory map
 
-    def pick(self, indices: Sequence[int] | Tensor, u: Sequence[float] | Tensor) -> list[Tensor]:
-        """indices (B,), u (B,) in [0, 1) -> caption floor(u k) of the k of each example: B tensors (L, D)."""
-        rows = []
-        for block, row, x in zip(*self.locate(indices), np.asarray(u), strict=True):
-            text, spans = self.index[block]
-            first, end = text[row].tolist()
-            start, stop = spans[min(first + int(x * (end - first)), end - 1)].tolist()
-            rows.append(torch.from_numpy(np.array(self.map(int(block), "values")[start:stop])))
-        return rows
+    def record(self, part: int) -> Record | None:
+        """The record of a part, or None if it was not computed yet. ValueError if its file is damaged."""
+        try:
+            with safe_open(self.paths[part], "pt") as file:
+                return json.loads(file.metadata()["record"])
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{self.paths[part]} is damaged ({error}); delete it to compute it again") from error
+
+    def records(self) -> Iterator[Record]:
+        """The records of all parts, or of those within the limit. ValueError if one is missing."""
+        rows = 0
+        for part, path in enumerate(self.paths):
+            record = self.record(part)
+            if rows >= self.limit or (record is None and rows and self.limit < sys.maxsize):
+                return
+            if record is None:
+                raise ValueError(f"there is no {path}; it was not computed yet")
+            rows += len(record["names"])
+            yield record
+
+    def fill(self, make: Make, rank: int = 0, processes: int = 1) -> Iterator[tuple[int, int]]:
+        """Compute the missing ones of parts rank, rank + processes, ... -> (done, of how many).
+
+        Each process computes its fraction of `limit`, or somewhat more.
+        """
+        mine = range(rank, len(self.paths), processes)
+        rows = 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for done, part in enumerate(mine):
+            yield done, len(mine)
+            if rows * processes >= self.limit:
+                break
+            if (record := self.record(part)) is None:
+                record = {}
+                for leftover in self.folder.glob(f"{self.paths[part].name}.*"):  # of a process that was killed
+                    leftover.unlink()
+                pieces = list(make(part, record))
+                tensors = {"rows": torch.cat(pieces) if pieces else torch.empty(0)}
+                metadata = {"record": json.dumps(record)}
+                try:
+                    atomic_write(self.paths[part], partial(save_file, tensors, metadata=metadata))
+                except (OSError, SafetensorError) as error:
+                    hint = "make room and start again; finished parts are kept"
+                    raise OSError(f"{self.paths[part]} could not be written ({error}): {hint}") from error
+            rows += len(record["names"])
+        yield len(mine), len(mine)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """The first row of each part, and the number of rows."""
+        return torch.tensor([0, *(len(record["names"]) for record in self.records())]).cumsum(0)
+
+    def __len__(self) -> int:
+        return min(int(self.starts[-1]), self.limit)
+
+    def __getitem__(self, indices: Sequence[int] | slice | Tensor) -> Tensor:
+        rows = torch.arange(len(self))[indices] if isinstance(indices, slice) else torch.as_tensor(indices).long()
+        if rows.ndim != 1 or not all(0 <= row < len(self) for row in rows.tolist()):
+            raise IndexError(f"rows {rows.tolist()}: expected a list of numbers from 0 to {len(self) - 1}")
+        parts = torch.searchsorted(self.starts, rows, right=True) - 1
+        like = self.load(int(self.starts.diff().nonzero()[0]))
+        out = like.new_empty(len(rows), *like.shape[1:])
+        for part in parts.unique().tolist():
+            out[parts == part] = self.load(part)[rows[parts == part] - self.starts[part]]
+        return out if out.dtype == torch.uint8 else out.long()
 
 
 @dataclass
-class LiveTexts:
-    """Captions that are encoded at each reading, because they are too many to store."""
+class Texts:
+    """The captions of n examples, and a function that embeds some: it looks them up, or asks the language model."""
 
-    captions: Captions
-    encode: Callable[[list[str]], list[Tensor]]
+    captions: list[tuple[str, ...]]
+    embed: Callable[[list[str]], list[Tensor]]
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def pick(self, indices: Sequence[int] | Tensor, u: Sequence[float] | Tensor) -> list[Tensor]:
-        """As `Texts.pick`."""
-        rows = [self.captions[int(i)] for i in indices]
-        return self.encode([texts[int(float(x) * len(texts))] for texts, x in zip(rows, u, strict=True)])
+        """indices (B,), u (B,) in [0, 1) -> caption floor(u k) of the k of each example: B tensors (L, D), unpadded."""
+        choices = [self.captions[int(i)] for i in indices]
+        at = [min(int(float(x) * len(texts)), len(texts) - 1) for texts, x in zip(choices, u, strict=True)]
+        return self.embed([texts[i] for texts, i in zip(choices, at, strict=True)])
 
 
 @dataclass
@@ -195,21 +161,6 @@ class Subset:
     def pick(self, indices: Tensor, u: Sequence[float] | Tensor) -> list[Tensor]:
         """As `Texts.pick`."""
         return self.rows.pick(self.index[indices], u)
-
-
-def text_block(captions: Captions, encode: Callable[[list[str]], list[Tensor]]) -> dict[str, np.ndarray]:
-    """Captions of n examples -> the arrays that `Texts` reads."""
-    every = [text for texts in captions for text in texts]
-    unique = list(dict.fromkeys(every))
-    rows = [row.cpu().half() for row in encode(unique)]
-    values = torch.cat(rows)
-    if not values.isfinite().all():
-        raise ValueError("embeddings beyond float16's 65,504, or NaN: this language model's text cannot be stored")
-    ends = np.cumsum([0] + [len(row) for row in rows])
-    span = {text: ends[i : i + 2] for i, text in enumerate(unique)}
-    spans = np.array([span[text] for text in every])
-    firsts = np.cumsum([0] + [len(texts) for texts in captions])
-    return {"text": np.stack([firsts[:-1], firsts[1:]], 1), "spans": spans, "values": values.numpy()}
 
 
 @torch.inference_mode()
@@ -240,58 +191,53 @@ class TrainingData:
     def __post_init__(self):
         self.side = self.config.high_tokenizer.image_size
         self.pixels_limit = max(1, int(self.config.pixels_gib * 2**30 / (3 * self.side**2)))
-        self._pixels = self._shards("pixels", limit=self.pixels_limit)
-        self._paired = self._pixels  # the cache whose rows all later ones must match
+        self.images = self._first = self._rows("pixels", limit=self.pixels_limit)  # later rows must match the first
         self.tokens: dict[str, Rows] = {}
+        self._logged = 0  # parts whose problems are in the log
 
     def read(self) -> Iterator[tuple[int, int]]:
         """Decode or render the images, as many as `pixels_gib` has room for."""
-
-        def make(part: int, problems: Problems) -> Blocks:
-            return (({"pixels": images.numpy()}, captions) for images, captions in self._read(part, problems))
-
-        yield from self._fill(self._pixels, make)
-        problems = Problems()
-        for found in (record["problems"] for record in self._pixels.records()):
-            problems.seen += found["seen"]
-            for kind, names in found["names"].items():
-                problems.add(kind, *names)
-        self.images = Rows(self._pixels)
-        if not len(self.images):
-            raise ValueError(f"no usable captioned image; {problems.summary() or 'nothing was found'}")
-        if problems.names and self.rank == 0:
-            logging.getLogger("minimuse").warning(problems.summary())
-
-    def _read(self, part: int, problems: Problems) -> Iterator[tuple[Tensor, Captions]]:
-        """Part -> blocks of images and captions, from the cache of pixels if it holds the part."""
-        if record := self._pixels.record(part):
-            captions = iter(record["captions"])
-            for block in range(len(record["rows"])):
-                pixels = np.array(self._pixels.load(part, block, "pixels"))
-                yield torch.from_numpy(pixels), list(islice(captions, len(pixels)))
-            return
-        examples = self.source.read(part, self.side, problems)
-        while few := list(islice(examples, BLOCK)):
-            images = [example.check(self.side).image for example in few]
-            yield torch.stack(images), [example.captions for example in few]
+        return self._fill(self.images, lambda part, record: _blocks(self._images(part, record)))
 
     def tokenize(self, name: str, tokenizer: Any) -> Iterator[tuple[int, int]]:
         """name "low" or "high": the tokens of all images by a frozen tokenizer; "low" reads decimated images."""
-        kind = f"{name}_tokens"
         size = getattr(self.config, f"{name}_tokenizer").image_size
         v = tokenizer.codebook_size
-        shards = self._shards(kind, size, tokenizer.to(self.device).state_dict())
 
-        def make(part: int, problems: Problems) -> Blocks:
-            for images, captions in self._read(part, problems):
-                tokens = tokenize_images(tokenizer, area_downsample(images, self.side // size), bf16=self.bf16)
-                if tokens.min() < 0 or tokens.max() >= v:
-                    raise ValueError(f"{name} tokens {tokens.min()} to {tokens.max()}; expected 0 to {v - 1}")
-                yield {kind: tokens.numpy().astype(np.uint16 if v <= 2**16 else np.int32)}, captions
+        def tokens_of(images: Tensor) -> Tensor:
+            tokens = tokenize_images(tokenizer, area_downsample(images, self.side // size), bf16=self.bf16)
+            if tokens.min() < 0 or tokens.max() >= v:
+                raise ValueError(f"{name} tokens {tokens.min()} to {tokens.max()}; expected 0 to {v - 1}")
+            return tokens.to(torch.int16 if v <= 2**15 else torch.int32)
 
-        yield from self._fill(shards, make)
-        self._paired = shards
-        self.tokens[name] = Rows(shards, torch.long)
+        rows = self._rows(f"{name}_tokens", size, tokenizer.to(self.device).state_dict())
+        yield from self._fill(rows, lambda part, record: map(tokens_of, _blocks(self._images(part, record))))
+        self.tokens[name] = self._first = rows
+
+    def _images(self, part: int, record: Record) -> Iterator[Tensor]:
+        """Part -> its images, from the cache or the source. It fills the record.
+
+        When a part is read again, images that could not be read before are left out. ValueError if others are missing.
+        """
+        if stored := self.images.record(part):
+            record |= stored
+            yield from self.images.load(part)
+            return
+        first = self._first.record(part)
+        due = first["names"][::-1] if first else []  # the next one last
+        problems = Problems()
+        record |= {"names": [], "captions": [], "problems": vars(problems)}
+        for example in self.source.read(part, self.side, problems):
+            name = example.check(self.side).name or content_hash(example.image, example.captions)
+            if first and due[-1:] != [name]:
+                continue
+            del due[-1:]
+            record["names"].append(name)
+            record["captions"].append(example.captions)
+            yield example.image
+        if due:
+            lost = f"part {part} of the data lost {due[-1]}, and {len(due)} images in all, since it was read first"
+            raise ValueError(f"{lost}. Start again when they can be read, or delete {self.folder}")
 
     def embed(self) -> Iterator[tuple[int, int]]:
         """The captions of all examples, embedded. If they exceed `text_gib`, they are encoded at each reading."""
@@ -299,27 +245,39 @@ class TrainingData:
         known = self.encode([text for texts in captions[:: max(1, len(captions) // 64)] for text in texts])
         each = sum(row.nbytes for row in known) / len(known)  # of a caption
         if each * sum(map(len, captions)) > self.config.text_gib * 2**30:
-            self.texts: Texts | LiveTexts = LiveTexts(captions, self.encode)
+            self.texts = Texts(captions, self.encode)
             return
-        shards = self._shards("text", self.encoder.max_tokens, self.encoder.weights)
 
-        def make(part: int, problems: Problems) -> Blocks:
-            captions = iter(self._paired.record(part)["captions"])
-            while few := list(islice(captions, BLOCK)):
-                yield text_block(few, self.encode), few
+        def make(part: int, record: Record) -> Iterator[Tensor]:
+            record |= self._first.record(part)
+            texts = list(dict.fromkeys(text for texts in record["captions"] for text in texts))
+            values = self.encode(texts)
+            record |= {"texts": texts, "lengths": [len(value) for value in values]}
+            if not all(value.isfinite().all() for value in values):
+                raise ValueError("embeddings beyond float16's 65,504, or NaN: this text cannot be stored")
+            return iter(values)
 
-        yield from self._fill(shards, make)
-        self.texts = Texts(shards)
+        stored = self._rows("text", self.encoder.max_tokens, self.encoder.weights)
+        yield from self._fill(stored, make)
+        places = {}
+        for part, record in enumerate(stored.records()):
+            ends = torch.tensor([0, *record["lengths"]]).cumsum(0).tolist()
+            places |= {text: (part, *span) for text, span in zip(record["texts"], pairwise(ends), strict=True)}
+
+        def look_up(texts: list[str]) -> list[Tensor]:
+            return [stored.load(part)[start:end].clone() for part, start, end in map(places.__getitem__, texts)]
+
+        self.texts = Texts(captions, look_up)
 
     def encode(self, texts: Sequence[str], batch: int = 512) -> list[Tensor]:
         """B texts -> B embeddings (L, D), unpadded, in half precision."""
         parts = (self.encoder.encode(list(texts[i : i + batch])) for i in range(0, len(texts), batch))
         return [e[m].half().cpu() for part in parts for e, m in zip(part.embeds, part.mask, strict=True)]
 
-    def captions(self) -> Captions:
+    def captions(self) -> list[tuple[str, ...]]:
         """The captions of all examples read so far, in order."""
-        rows = (tuple(texts) for record in self._paired.records() for texts in record["captions"])
-        return list(islice(rows, self._paired.limit))
+        rows = [tuple(texts) for record in self._first.records() for texts in record["captions"]]
+        return rows[: self._first.limit]
 
     def split(self, rows: Any, held_out: bool = False) -> Subset:
         """Rows of all examples -> those to train on, or every 50th, held out. Of fewer than 50, all serve for both."""
@@ -333,19 +291,34 @@ class TrainingData:
         if isinstance(self.source, SceneDataset):
             return {"words": vocabulary(bool(self.source.synonyms)), "examples": EXAMPLE_PROMPTS}
         captions = [text for texts in self.captions() for text in texts]
+        words = Counter(word for text in captions for word in re.findall(r"[^\W\d_]+", text.lower()))
         examples = [captions[i * (len(captions) - 1) // 3] for i in range(min(3, len(captions)))]
-        return {"words": common_words(captions, most), "examples": examples}
+        return {"words": [word for word, _ in words.most_common(most)], "examples": examples}
 
-    def _shards(self, kind: str, *content: Any, limit: int | None = None) -> Shards:
-        key = content_hash(self.source.fingerprint, self.side, *content)
-        return Shards(Path(self.folder), kind, key, self.source.parts, limit)
+    def _rows(self, kind: str, *content: Any, limit: int = sys.maxsize) -> Rows:
+        key = content_hash(CACHE_VERSION, self.source.fingerprint, self.side, *content)
+        return Rows(Path(self.folder) / f"{kind}-{key[:16]}", self.source.parts, limit)
 
-    def _fill(self, shards: Shards, make: Make) -> Iterator[tuple[int, int]]:
-        """Make what is missing, then check that each part has the same examples as the caches before it."""
+    def _fill(self, rows: Rows, make: Make) -> Iterator[tuple[int, int]]:
+        """Compute what is missing, check that each part has the rows of the first cache, and log what was left out."""
         if not self.read_only:
-            yield from shards.fill(make, self.rank, self.processes)
+            yield from rows.fill(make, self.rank, self.processes)
             self.wait()
-        for part, (old, new) in enumerate(zip(self._paired.records(), shards.records(), strict=False)):
-            if old["captions"] != new["captions"]:
-                hint = f"Delete {self.folder} and start again"
-                raise ValueError(f"part {part} of the data gave other examples when it was read again. {hint}")
+        problems = Problems()
+        for part, record in enumerate(rows.records()):
+            first = self._first.record(part)
+            if first and first["names"] != record["names"]:
+                raise ValueError(f"{rows.folder} has other rows than {self._first.folder}; delete {self.folder}")
+            if part >= self._logged:
+                problems.include(Problems(**record["problems"]))
+                self._logged = part + 1
+        if not len(rows):
+            raise ValueError(f"no usable captioned image; {problems.summary() or 'nothing was found'}")
+        if self.rank == 0 and problems.summary():
+            logging.getLogger("minimuse").warning(problems.summary())
+
+
+def _blocks(images: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Images -> batches of up to BLOCK."""
+    while few := list(islice(images, BLOCK)):
+        yield torch.stack(few)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from minimuse.utils import require
+from minimuse.utils import PositiveInt, check, require
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -89,9 +89,9 @@ def area_downsample(images: Tensor, factor: int = 2) -> Tensor:
 
     Floats in [-1, 1] become what the same uint8 images become: training and editing see the same low-res image.
     """
-    height, width = images.shape[-2:]
-    fits = factor >= 1 and height % factor == 0 and width % factor == 0
-    require(fits, f"factor={factor} must divide the image's {height} x {width} pixels")
+    factor = check("factor", factor, PositiveInt)
+    fits = images.ndim in (3, 4) and images.shape[-2] % factor == images.shape[-1] % factor == 0
+    require(fits, f"images of shape {tuple(images.shape)}, factor is {factor}; give (B, 3, H, W), and a divisor of H and W")
     is_float = images.dtype != torch.uint8
     images = to_uint8(images) if is_float else images
     small = F.avg_pool2d(images.float(), factor).round().to(torch.uint8)  # equals interpolate(mode="area")

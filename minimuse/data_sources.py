@@ -60,7 +60,7 @@ class Source(Protocol):
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
         """Part 0 to parts - 1 -> its examples at size x size pixels, always in the same order.
 
-        An `Example` has an image (3, size, size) uint8 and a tuple of captions. Add 1 to `problems.seen` for
+        An `Example` has an image (3, size, size) uint8, a tuple of captions and a name. Add 1 to `problems.seen` for
         every image. Call `problems.add(kind, name)` for an image that cannot be used.
         """
         ...
@@ -108,7 +108,7 @@ class FileSource:
                 if square.info["cut"] > 0.5:
                     problems.add(CROPPED, item.name)
                 image = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
-                yield Example(image, captions)
+                yield Example(image, captions, item.name)
 
 
 def _named(paths: Sequence[Path]) -> dict[str, Path]:

@@ -5,9 +5,8 @@
 
 A picture is right if it has everything that the prompt names: how many things, their attributes, their relation. What
 the prompt does not name may be anything, but no other thing may be there.
-Prompt i of a set depends only on i. Each prompt comes twice in a row, so that pictures of the same prompt compare.
-Pairs, attributes, relations and numbers repeat with different periods: every stretch of a set is balanced.
-Not here: detecting things (`eval_networks.py`), captions of scenes (`data_captions.py`).
+Prompt i of a set depends only on i, and each prompt comes twice in a row. Pairs of color and shape, other attributes,
+relations and numbers repeat with different periods, so every stretch of a set is balanced.
 """
 
 import re
@@ -16,14 +15,15 @@ from dataclasses import replace
 from functools import partial
 from itertools import permutations, product
 from random import Random
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from minimuse.data_captions import FLOOR_PHRASE, OPENINGS, PARAPHRASES, RELATION_PHRASES, SYNONYMS, noun_phrase
 from minimuse.data_scenes import HELD_OUT, MAX_THINGS, Scene, Thing, box, place_things, relations, stand_apart
 from minimuse.eval_networks import FIELDS, Detection, Detections
+from minimuse.utils import Fraction, Rule, check, require
 
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3}
-TOLERANCE = 0.2  # detected places are not exact: relations hold from this much less than data_scenes.py asks for
+_TOLERANCE = 0.2  # detected places are not exact: relations hold from this much less than data_scenes.py asks for
 _LEXICON = {  # every word for an attribute -> its field and its plain name, with paraphrases, synonyms and plurals
     word + ending: (field, name)
     for field, names in FIELDS.items()
@@ -64,32 +64,29 @@ class Verdict(NamedTuple):
 
 def parse_prompt(prompt: str) -> PromptSpec:
     """A prompt in the words of data_captions.py, with paraphrases -> what it asks for. ValueError for other words."""
-    text = " ".join(prompt.lower().rstrip(" .").replace(",", " , ").split()).removesuffix(f" {FLOOR_PHRASE}")
+    text = " ".join(check("prompt", prompt, str).lower().rstrip(" .").replace(",", " , ").split()).removesuffix(
+        f" {FLOOR_PHRASE}"
+    )
     first, *related = _RELATION.split(_OPENING.sub("", text, 1) if _OPENING.match(text) else text)
     one, others = _AND.split(first), _AND.split(related[1]) if related else []
-    if len(related) > 2 or (related and len(one) > 1):
-        raise ValueError(f"{prompt!r}: expected at most one relation, between the first thing or group and the others")
+    one_relation = len(related) <= 2 and not (related and len(one) > 1)
+    require(one_relation, f"{prompt!r}: expected at most one relation, between the first thing or group and the others")
     groups = tuple(_parse_group(phrase, prompt) for phrase in one + others)
-    if (total := sum(group.number for group in groups)) > MAX_THINGS:
-        raise ValueError(f"{prompt!r} asks for {total} things; scenes hold at most {MAX_THINGS}")
+    total = sum(group.number for group in groups)
+    require(total <= MAX_THINGS, f"{prompt!r} asks for {total} things; scenes hold at most {MAX_THINGS}")
     return PromptSpec(groups, _RELATION_NAMES[related[0]] if related else "")
 
 
 def _parse_group(phrase: str, prompt: str) -> ObjectGroup:
     """ "two small red cubes" -> ObjectGroup(2, {"size": "small", "color": "red", "shape": "cube"})."""
     number, *words = phrase.split() or [""]
-    if number not in NUMBERS:
-        raise ValueError(f"{prompt!r}: {phrase!r} does not start with a number; known: {', '.join(NUMBERS)}")
-    attributes: dict[str, str] = {}
+    numbers, shapes = ", ".join(NUMBERS), ", ".join(FIELDS["shape"])
+    require(number in NUMBERS, f"{prompt!r}: {phrase!r} does not start with a number; known: {numbers}")
     for word in words:
-        if word not in _LEXICON:
-            raise ValueError(f"{prompt!r}: unknown word {word!r}; known: {', '.join(sorted(_LEXICON))}")
-        field, name = _LEXICON[word]
-        if field in attributes:
-            raise ValueError(f"{prompt!r}: {phrase!r} names its {field} twice")
-        attributes[field] = name
-    if "shape" not in attributes:
-        raise ValueError(f"{prompt!r}: {phrase!r} names no shape; known: {', '.join(FIELDS['shape'])}, and other words")
+        require(word in _LEXICON, f"{prompt!r}: unknown word {word!r}; known: {', '.join(sorted(_LEXICON))}")
+    attributes = dict(_LEXICON[word] for word in words)
+    require(len(attributes) == len(words), f"{prompt!r}: {phrase!r} names an attribute twice")
+    require("shape" in attributes, f"{prompt!r}: {phrase!r} names no shape; known: {shapes}, and other words")
     return ObjectGroup(NUMBERS[number], attributes)
 
 
@@ -98,6 +95,7 @@ def matches(found: Detections, spec: PromptSpec, *, min_confidence: float = 0.0)
 
     A thing detected with less than `min_confidence` is wrong too: for a lump, the detector names the nearest shape.
     """
+    check("min_confidence", min_confidence, Fraction)
     slots = [group for group in spec.groups for _ in range(group.number)]
     count = len(found.things)
     wrong = [] if count == len(slots) else [f"{count} thing{'s' * (count != 1)}, not {len(slots)}"]
@@ -127,9 +125,9 @@ def _faults(slots: list[ObjectGroup], pairing: tuple, spec: PromptSpec, min_conf
     return wrong
 
 
-def possible_relations(a: Detection, b: Detection, tolerance: float = TOLERANCE) -> set[str]:
-    """Relations of a to b, as in data_scenes.py, if b may be up to `tolerance` from where it was detected."""
-    shifts = product((-tolerance, 0.0, tolerance), repeat=2)
+def possible_relations(a: Detection, b: Detection) -> set[str]:
+    """Relations of a to b, as in data_scenes.py, if b may be a little from where it was detected."""
+    shifts = product((-_TOLERANCE, 0.0, _TOLERANCE), repeat=2)
     return set().union(*(relations(a, b._replace(x=b.x + dx, depth=b.depth + dz)) for dx, dz in shifts))
 
 
@@ -155,10 +153,9 @@ class EvalPrompt(NamedTuple):
 
 def prompt_set(name: str, n: int) -> list[EvalPrompt]:
     """The first n prompts of a set."""
-    if name not in PROMPT_SETS or n < 1:
-        raise ValueError(f"{n} prompts of set {name!r}: give at least 1, and one of {', '.join(PROMPT_SETS)}")
-    rngs = [(Random(f"{name}/{i // 2}"), Random(f"{name}/scene/{i}")) for i in range(n)]
-    return [PROMPT_SETS[name](i // 2, *pair) for i, pair in enumerate(rngs)]
+    require(name in PROMPT_SETS, f"unknown set {name!r}; give one of {', '.join(PROMPT_SETS)}")
+    n = check("n", n, Annotated[int, Rule(lambda n: 1 <= n <= 10**6, "a whole number from 1 to 1,000,000")])
+    return [PROMPT_SETS[name](i // 2, Random(f"{name}/{i // 2}"), Random(f"{name}/scene/{i}")) for i in range(n)]
 
 
 def _words(pair: Pair, extra: Pair) -> tuple[str, ...]:
@@ -173,9 +170,9 @@ def _look(pair: Pair, rng: Random, extra: Pair = ("", "")) -> tuple[str, ...]:
 
 def _scene(rng: Random, looks: list[tuple], holds: Callable[[tuple[Thing, ...]], bool] = bool) -> Scene:
     """A random scene of these looks for which `holds` is True."""
-    while True:
-        if (things := place_things(rng, looks)) and holds(things):
-            return Scene(things)
+    while not ((things := place_things(rng, looks)) and holds(things)):
+        pass
+    return Scene(things)
 
 
 def _one(i: int, say: Random, rng: Random, pairs: list[Pair], paraphrase: bool = False) -> EvalPrompt:
@@ -217,17 +214,18 @@ def _negative(i: int, say: Random, rng: Random) -> EvalPrompt:
     return EvalPrompt(noun_phrase(pair, 1, {}), scene, f"{' '.join(pair)}, not {word}", word, away)
 
 
-def _replaced(things: tuple[Thing, ...], new: Pair) -> tuple[Thing, ...]:
-    return (replace(things[0], color=new[0], shape=new[1]), *things[1:])
-
-
 def _change(before: Scene, new: Pair, prompt: str, group: str) -> EvalPrompt:
     """The first thing of `before` gets another color and shape. The region has a little floor around both boxes."""
-    after = Scene(_replaced(before.things, new))
-    left, top, right, bottom = zip(box(before.things[0]), box(after.things[0]), strict=True)
-    low = (max(0.0, min(edges) - 0.03) for edges in (left, top))
-    high = (min(1.0, max(edges) + 0.03) for edges in (right, bottom))
-    return EvalPrompt(prompt, after, group, before=before, region=(*low, *high))
+    old, *others = before.things
+    put = replace(old, color=new[0], shape=new[1])
+    left, top, right, bottom = zip(box(old), box(put), strict=True)
+    region = (
+        max(0.0, min(left) - 0.03),
+        max(0.0, min(top) - 0.03),
+        min(1.0, max(right) + 0.03),
+        min(1.0, max(bottom) + 0.03),
+    )
+    return EvalPrompt(prompt, Scene((put, *others)), group, before=before, region=region)
 
 
 def _edit(i: int, say: Random, rng: Random) -> EvalPrompt:
@@ -245,8 +243,8 @@ def _inpaint(i: int, say: Random, rng: Random) -> EvalPrompt:
     looks = [_look(pair, rng) for pair in (old, other)[: 1 + i % 2]]
 
     def free(things: tuple[Thing, ...]) -> bool:
-        put, *rest = _replaced(things, new)
-        return all(0.02 <= edge <= 0.98 for edge in box(put)) and all(stand_apart(put, thing) for thing in rest)
+        put = replace(things[0], color=new[0], shape=new[1])
+        return all(0.02 <= edge <= 0.98 for edge in box(put)) and all(stand_apart(put, thing) for thing in things[1:])
 
     prompt = " and ".join(noun_phrase(pair, 1, {}) for pair in (new, other)[: 1 + i % 2])
     return _change(_scene(rng, looks, free), new, prompt, prompt)

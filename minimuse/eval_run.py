@@ -3,9 +3,8 @@
 A task draws variants of each picture: "" is the result, "real" a render of a scene that fits the prompt. The method of
 EvalModel with the task's name draws them, or `prompts`. The folder gets settings.json (other settings need another
 folder), eval.json and eval.md (metrics with 95% intervals), tasks/NAME.json and .png (the values of every picture; the
-first pictures), and sweep-*.png (trade-offs of a sweep with their Pareto fronts).
+first pictures), and sweep-*.png (trade-offs). A stopped evaluation continues after its last finished task.
 
-A stopped evaluation continues after its last finished task. Picture i of a task uses seed + i.
 Images are uint8, (B, 3, H, W). Not here: prompts and what they mean (`eval_prompts.py`), metrics (`eval_metrics.py`).
 """
 
@@ -14,7 +13,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,27 +31,14 @@ from minimuse.eval_prompts import PROMPT_SETS, EvalPrompt, matches, parse_prompt
 from minimuse.muse import Muse
 from minimuse.plots import grid, tradeoff
 from minimuse.sampler import ORDERS, Step
-from minimuse.utils import atomic_write
+from minimuse.utils import OneSeed, Rule, atomic_write, check
 from minimuse.vqgan import VQGAN
 
 FIRST = 24  # pictures of a task that are shown
 ITERATIONS = (10, 30, 100)  # of a mask-free edit: after these, pictures are measured
 COLUMNS = {"right": "all right", "clear": "clear", "frechet": "Frechet", "score": "CLIP-like", "diversity": "diversity"}
-TASKS = {
-    "seen": "one object, seen combinations",
-    "novel": "one object, novel combinations",
-    "paraphrases": "one object, words never trained on",
-    "relations": "two objects with a relation",
-    "counts": "two or three alike",
-    "negative": "negative prompts",
-    "edit": "mask-free edit of a colour",
-    "inpaint": "inpainting, a thing replaced",
-    "outpaint": "outpainting, a thing beyond the edge",
-    "superres": "super-resolution against plain upscaling",
-    "tokenizers": "real renders through the tokenizers",
-    "decoder": "the decoder before and after fine-tuning",
-}
-CASCADE = ("edit", "inpaint", "outpaint", "superres", "tokenizers", "decoder")  # not for the base model alone
+TASKS = (*(name for name in PROMPT_SETS if name != "mixed"), "superres", "tokenizers", "decoder")
+BASE_TASKS = TASKS[:6]  # those of the base model alone
 SWEEP: dict[str, dict[str, dict[str, Any]]] = {  # line of the plot -> point -> settings of the base model
     "guidance": {f"{t}": {"guidance": float(t)} for t in (0, 1, 2, 4, 8)},
     "rising guidance": {f"0-{t}": {"guidance": (0.0, float(t))} for t in (1, 2, 4, 8, 16)},
@@ -65,6 +51,13 @@ Variants = dict[str, Tensor]
 Metrics = dict[str, Estimate]
 Asked = Sequence[EvalPrompt]
 Seeds = Iterable[int]
+Pictures = Annotated[
+    int,
+    Rule(
+        lambda n: 10 <= n <= 10**6, "a whole number of at least 10 pictures, for the intervals, and at most 1,000,000"
+    ),
+]
+BatchSize = Annotated[int, Rule(lambda n: 1 <= n <= 1000, "a whole number from 1 to 1,000")]
 
 
 class Batch(NamedTuple):
@@ -111,8 +104,7 @@ class EvalModel:
 
     def edit(self, asked: Asked, seeds: Seeds) -> Variants:
         """A thing's color changed without a mask: base images (small) after some iterations, and the end."""
-        before = self.real(ask.before for ask in asked)
-        jobs = _jobs([ask.prompt for ask in asked], seeds)
+        before, jobs = self.real(ask.before for ask in asked), _jobs([ask.prompt for ask in asked], seeds)
         steps = [*edit_tokens(self.muse, tokenize(self.muse, *to_pil(before)), jobs, iterations=ITERATIONS[-1])]
         stages = {f"{i}": self._images([steps[i - 1]]) for i in ITERATIONS}
         return {"before": before, **stages, "": self._images(steps)}
@@ -141,25 +133,24 @@ class EvalModel:
         without_text = self.muse.decode_superres(jobs, low.tokens, guidance=-1.0)  # l_c - (l_c - l_u) = l_u
         return {"bicubic": to_uint8(bicubic), "": high, "no text": self._images(without_text)}
 
-    @torch.inference_mode()
     def tokenizers(self, asked: Asked, seeds: Seeds) -> Variants:
         """Real renders through both tokenizers: an upper limit for every model that uses them."""
         low, high = tokenize(self.muse, *to_pil(self.real(ask.scene for ask in asked)))
-        made = {"low": self.muse.low_tokenizer.decode(low), "": self.muse.high_tokenizer.decode(high)}
-        return {name: to_uint8(images).cpu() for name, images in made.items()}
+        return {"low": _decoded(self.muse.low_tokenizer, low), "": _decoded(self.muse.high_tokenizer, high)}
 
-    @torch.inference_mode()
     def decoder(self, asked: Asked, seeds: Seeds) -> Variants:
         """Real renders through the high tokenizer, before and after its fine-tuning."""
         _, tokens = tokenize(self.muse, *to_pil(self.real(ask.scene for ask in asked)))
-        made = {"before": self.before.decode(tokens), "": self.muse.high_tokenizer.decode(tokens)}
-        return {name: to_uint8(images).cpu() for name, images in made.items()}
+        return {"before": _decoded(self.before, tokens), "": _decoded(self.muse.high_tokenizer, tokens)}
 
-    @torch.inference_mode()
     def _images(self, steps: Iterable[Step]) -> Tensor:
         *_, step = steps
-        tokenizer = self.muse.low_tokenizer if step.stage == "base" else self.muse.high_tokenizer
-        return to_uint8(tokenizer.decode(step.tokens)).cpu()
+        return _decoded(self.muse.low_tokenizer if step.stage == "base" else self.muse.high_tokenizer, step.tokens)
+
+
+@torch.inference_mode()
+def _decoded(tokenizer: VQGAN, tokens: Tensor) -> Tensor:
+    return to_uint8(tokenizer.decode(tokens)).cpu()
 
 
 def _jobs(prompts: Sequence[str], seeds: Seeds, negatives: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -224,17 +215,17 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Run tasks (default: all that the model can do) or a sweep -> the content of eval.json.
 
-    n pictures per task (1000) or point of the sweep (300). `about` says what draws, in JSON values. ValueError where
-    `out` holds other settings, or a task is not possible.
+    n pictures per task (1000) or point of the sweep (300), picture i with seed + i. `about` says what draws, in JSON
+    values. ValueError where `out` holds other settings, or a task is not possible.
     """
-    n = n if n is not None else 300 if sweep else 1000
-    if n < 10 or batch < 1:
-        raise ValueError(f"n is {n}, batch is {batch}; intervals need at least 10 pictures, batches at least 1")
+    n = check("n", n if n is not None else 300 if sweep else 1000, Pictures)
+    batch, seed = check("batch", batch, BatchSize), check("seed", seed, OneSeed)
+    check("seed + n - 1", seed + n - 1, OneSeed)
     runs, out = _runs(model, tasks, sweep), Path(out)
     versions = {"minimuse": minimuse.__version__, "torch": str(torch.__version__)}
     settings = versions | about | {"n": n, "seed": seed, "sweep": sweep, "base_only": model.base_only}
     proportion_interval([True, False])  # without scipy: an error now, not after all pictures are drawn
-    _claim(out, settings)
+    _claim(out, json.loads(json.dumps(settings)))
     evaluator = evaluator or Evaluator()
     waiting = {name: how for name, how in runs.items() if not (out / "tasks" / f"{name}.json").exists()}
     with tqdm(total=n * len(waiting), unit="picture") as bar:
@@ -257,24 +248,22 @@ def _runs(model: EvalModel, tasks: Sequence[str], sweep: bool) -> dict[str, dict
         raise ValueError(f"a sweep has its own prompts; leave out --sweep, or the tasks {', '.join(tasks)}")
     if sweep:
         return {f"{line} {point}": how for line, points in SWEEP.items() for point, how in points.items()}
-    reasons = {name: "unknown" for name in tasks if name not in TASKS}
-    if model.base_only:
-        reasons |= dict.fromkeys(CASCADE, "needs the whole cascade; leave out --base-only")
-    elif model.before is None:
-        reasons["decoder"] = "needs the decoder before fine-tuning; give --run, the folder of the training"
-    if name := next(filter(reasons.get, tasks), None):
-        raise ValueError(f"task {name!r}: {reasons[name]}. Known tasks: {', '.join(TASKS)}")
-    return {name: {} for name in tasks or TASKS if name not in reasons}
+    possible = BASE_TASKS if model.base_only else [t for t in TASKS if t != "decoder" or model.before is not None]
+    if wrong := [task for task in tasks if task not in possible]:
+        hint = "decoder needs --run; --base-only leaves only the first six"
+        raise ValueError(f"task {wrong[0]!r} is not possible. Known tasks: {', '.join(TASKS)}; {hint}")
+    return {name: {} for name in tasks or possible}
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Start a report folder, or continue the one with the same settings."""
     path = out / "settings.json"
+    if out.exists() and not path.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is a file, or holds files but no settings.json; give another folder")
     old = checkpoint.read_json(path) if path.exists() else settings
+    old = old if isinstance(old, dict) else {}
     if changed := [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in settings.items() if old.get(k) != v]:
         raise ValueError(f"{out} holds another evaluation: {'; '.join(changed)}. Give another folder")
-    if not path.exists() and out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} holds files but no settings.json; give another folder")
     (out / "tasks").mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(settings, indent=1) + "\n")
 
@@ -298,8 +287,8 @@ def _report(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     paths = {name: out / "tasks" / f"{name}.json" for name in names}
     found = {name: checkpoint.read_json(path)["metrics"] for name, path in paths.items() if path.exists()}
     report = {"settings": settings, "tasks": found}
-    atomic_write(out / "eval.json", json.dumps(report, indent=1) + "\n")
     metrics = {name: {key: Estimate(*value) for key, value in each.items()} for name, each in found.items()}
+    atomic_write(out / "eval.json", json.dumps(report, indent=1) + "\n")
     atomic_write(out / "eval.md", table(metrics) + "\n")
     for key, title in (("score", "CLIP-like score"), ("right", "all right")) if settings["sweep"] else ():
         plots: dict[str, dict[str, Any]] = {}  # lines that share a plot
@@ -316,7 +305,7 @@ def table(found: dict[str, Metrics]) -> str:
     lines = ["| task | n | " + " | ".join(COLUMNS.values()) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
     for name, metrics in found.items():
         cells = [metrics[key].short() if key in metrics else "" for key in COLUMNS]
-        lines.append(f"| {TASKS.get(name, name)} | {metrics['right'].n} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {metrics['right'].n} | {' | '.join(cells)} |")
     lines += ["", "| task | metric | value and 95% interval | n |", "|---|---|---|---|"]
     for name, metrics in found.items():
         lines += [f"| {name} | {key} | {m.short()} | {m.n} |" for key, m in metrics.items() if key not in COLUMNS]
@@ -337,7 +326,7 @@ def measure(
         if not torch.allclose(before.codebook, muse.high_tokenizer.codebook, rtol=1e-2, atol=1e-3):  # stored in half
             raise ValueError(f"{folder} is not the training run of {name}: the codebooks differ; give another --run")
     about = {"checkpoint": muse.config.name, "fingerprint": muse.fingerprint, "dtype": str(muse.dtype)}
-    homes = {"checkpoint": checkpoint.find(name)} | {part: checkpoint.SHIPPED / part for part in ("detector", "clip")}
+    homes = {"checkpoint": checkpoint.find(name), **{part: checkpoint.SHIPPED / part for part in ("detector", "clip")}}
     for part, home in homes.items():
         about[f"weights of {part}"] = hashlib.sha256((home / checkpoint.WEIGHTS).read_bytes()).hexdigest()
     model = EvalModel(muse, before=before, base_only=base_only or sweep)  # sweeps are of the base model alone

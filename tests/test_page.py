@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -374,6 +375,38 @@ def test_a_narrow_window_shows_all_of_it(page):
     press(page, "Draw")
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= 390, f"the page is {wide} pixels wide in a window of 390"
+
+
+# --- other sites and wrong programs -----------------------------------------------------------------------------------
+
+
+def test_other_sites_get_nothing(server):
+    def ask(path: str, data: bytes | None = None, **headers: str) -> int:
+        request = urllib.request.Request(server.url + path, data, headers)
+        try:
+            return urllib.request.urlopen(request).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert ask("config") == 200
+    for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}):
+        assert ask("config", **headers) == 403, f"{headers}"
+        assert ask("gradio_api/upload", b"x", **headers) == 403, f"{headers}: the disk could be filled"
+
+
+def test_wrong_types_of_a_program_are_a_sentence(server):
+    from gradio_client import Client
+
+    client, good = Client(server.url, verbose=False), [A, 0, "", 0, 0, 2, 2, "cosine", "confidence"]
+    wrong = [(0, None), (1, "x"), (1, -1), (1, 2**40), (3, [1]), (4, 1e300), (5, True), (5, 2.5), (6, None), (7, "x")]
+    for at, value in wrong:
+        try:
+            said = client.predict(*good[:at], value, *good[at + 1 :], api_name="/draw")[2]
+        except Exception as error:
+            said = f"**Nothing was drawn.** {error}"
+        assert re.match(r"\*\*Nothing was drawn\.\*\* [A-Za-z]", said), f"{at}, {value!r}: {said}"
+        assert "\n" not in said, f"one sentence: {said}"
+        assert "not supported between" not in said, f"{at}, {value!r}: {said}"
 
 
 # --- eight programs at once -------------------------------------------------------------------------------------------

@@ -327,7 +327,7 @@ class TestRefusals:
         ("prompts", "error", "match"),
         [
             ("a red cube", TypeError, r"the str 'a red cube'; give a list"),
-            (7, TypeError, "not iterable"),
+            (7, ValueError, "prompts is 7"),
             ([], ValueError, "got no prompts; give at least one"),
         ],
     )
