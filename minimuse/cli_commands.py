@@ -143,7 +143,7 @@ def run_train(args: argparse.Namespace) -> None:
         raise SystemExit(128 + engine.signal) from None
     if engine.is_main:
         folder = last.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
-        add_record(folder, config, int(last.metrics["pictures"]), int(last.metrics["captions"]))
+        add_record(folder, int(last.metrics["pictures"]), int(last.metrics["captions"]))
         print(f"trained in {last.metrics['minutes']:.1f} minutes: {folder}")
         print(f'try: minimuse generate "{last.model.examples[0]}" --model {folder}')
 
