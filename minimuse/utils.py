@@ -67,8 +67,7 @@ def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
         kinds = args[:1] * len(value) if args[-1] is ... else args
         require(len(value) == len(kinds), f"{name} is {reprlib.repr(value)}; give {len(kinds)} values")
         return tuple(check(f"{name}[{i}]", v, k) for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()
+    value = plain(value)
     expected = expected or EXPECTED.get(origin or kind) or f"a {kind.__name__}"
     if origin is Annotated:
         expected = args[1].expected
@@ -85,6 +84,11 @@ def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
 
 
 _kinds = cache(partial(get_type_hints, include_extras=True))  # it is slow
+
+
+def plain(value: Any) -> Any:
+    """A numpy or torch scalar -> a Python number; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def check_fields(config: Any) -> None:
@@ -183,15 +187,10 @@ def file_hash(path: Path) -> str:
 
 
 def content_hash(*values: Any) -> str:
-    """Tensors and JSON values, also in lists and dicts (a state_dict) -> SHA-256 in hex, the same on every machine.
+    """JSON values and tensors (a state_dict) -> SHA-256 in hex. The order of a dict's keys does not count."""
 
-    The order of a dict's keys does not count. Everything else does, a tensor's dtype and shape included.
-    """
+    def digest(tensor: Tensor) -> list:
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return [str(tensor.dtype), list(tensor.shape), hashlib.sha256(content).hexdigest()]
 
-    def plain(value: Any) -> list:
-        if not isinstance(value, Tensor):
-            raise TypeError(f"content_hash got a {type(value).__name__}; give tensors, JSON values, lists and dicts")
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
-
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=plain).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=digest).encode()).hexdigest()
