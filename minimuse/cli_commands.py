@@ -36,7 +36,7 @@ def run_draw(args: argparse.Namespace) -> None:
     with tqdm(desc="decoding", unit="step", delay=0.1) as bar:  # no bar if it is refused
 
         def callback(step: Any) -> None:
-            bar.set_postfix_str(f"{step.stage}, {int(step.masked[0].sum())} masked")
+            bar.set_postfix_str(f"{step.stage}, {int(step.revealed[0].sum())} tokens drawn")
             bar.update()
             if not steps or steps[-1].stage == "base" or steps[-1].masked.any():  # the film shows the first decode only
                 steps.append(step)
@@ -142,7 +142,7 @@ def run_train(args: argparse.Namespace) -> None:
         raise SystemExit(128 + engine.signal) from None
     if engine.is_main:
         folder = last.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
-        add_record(folder, config, int(last.metrics["pictures"]), int(last.metrics["captions"]))
+        add_record(folder, int(last.metrics["pictures"]), int(last.metrics["captions"]))
         print(f"trained in {last.metrics['minutes']:.1f} minutes: {folder}")
         print(f'try: minimuse generate "{last.model.examples[0]}" --model {folder}')
 

@@ -69,6 +69,7 @@ def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
         return tuple(check(f"{name}[{i}]", v, k) for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
     if getattr(value, "ndim", None) == 0:
         value = value.item()
+    expected = expected or EXPECTED.get(origin or kind) or f"a {kind.__name__}"
     if origin is Annotated:
         expected = args[1].expected
         right = args[1].is_right(check(name, value, args[0], expected))
@@ -79,9 +80,7 @@ def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
         right = isinstance(value, int | kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     else:
         right = isinstance(value, origin or kind)
-    require(
-        right, f"{name} is {reprlib.repr(value)}; give {expected or EXPECTED.get(origin or kind, f'a {kind.__name__}')}"
-    )
+    require(right, f"{name} is {reprlib.repr(value)}; give {expected}")
     return value
 
 
@@ -106,16 +105,16 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         require(torch.device(device).type in ("cpu", "cuda", "mps", "xpu"), "Known are cpu, cuda, mps and xpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError, TypeError) as e:
-        raise ValueError(
-            f"device {str(device)!r} is not on this machine; give {best!r}. {str(e).splitlines()[0]}"
-        ) from e
+        why = str(e).splitlines()[0]
+        raise ValueError(f"device {str(device)!r} is not on this machine; give {best!r}. {why}") from e
     return torch.device(device)
 
 
 def pick_dtype(device: torch.device, parameters: int) -> torch.dtype:
     """bfloat16 if the device multiplies it faster than float32, otherwise float32.
 
-    Choice: on a CPU, models below 30 million parameters use float32, so that a seed gives one picture on every CPU.
+    Choice: on a CPU, models below 30 million parameters use float32. So a seed gives nearly one picture on all CPUs:
+    kernels and threads change the rounding, which may change a pixel by 1 and, rarely, a token.
     """
     fast = fast_bf16(device) and (device.type != "cpu" or parameters >= 30_000_000)
     return torch.bfloat16 if fast else torch.float32

@@ -42,7 +42,14 @@ TENSORS = (
     torch.full((2, N), -5), torch.full((2, N), 10**6), torch.ones(2, N, dtype=torch.bool), torch.full((2, N, V), math.nan),
     torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.complex64),
 )  # fmt: skip
-ARRAYS = (np.zeros((16, 16)), np.full((16, 16), math.nan), np.zeros(3), np.array(["a"]), np.full((16, 16), -1), np.ones((8, 16)))
+ARRAYS = (
+    np.zeros((16, 16)),
+    np.full((16, 16), math.nan),
+    np.zeros(3),
+    np.array(["a"]),
+    np.full((16, 16), -1),
+    np.ones((8, 16)),
+)
 PICTURES = (
     Image.new("RGB", (16, 16)), Image.new("RGBA", (16, 16)), Image.new("L", (15, 16), 255), Image.new("1", (16, 16), 1),
     Image.new("F", (16, 16), 0.5), Image.new("I;16", (16, 16), 300), Image.new("CMYK", (16, 16)), Image.new("LAB", (16, 16)),
@@ -131,7 +138,11 @@ def calls(muse: Muse) -> list[Call]:
         Call(muse.inpaint, prompt, {"image": (square,), "mask": (half,), "keep": (True, False)}),
         Call(muse.outpaint, {}, {**picture, "padding": (2, (0, 0, 4, 0)), **COMMON}),
         Call(muse.edit, {}, {**picture, **COMMON, "guidance": SETTINGS["guidance"]}),
-        Call(muse.edit_steps, {}, {**picture, "iterations": (1, 3), "fraction": (0.1, 1.0), "top_k": (None, 3), "seed": (0,)}),
+        Call(
+            muse.edit_steps,
+            {},
+            {**picture, "iterations": (1, 3), "fraction": (0.1, 1.0), "top_k": (None, 3), "seed": (0,)},
+        ),
         Call(muse.to, {"dtype": torch.float32}, {"device": ("cpu", None)}),
         Call(muse.low_tokenizer.encode, {}, {"images": (torch.zeros(1, 3, 8, 8),)}),
         Call(muse.low_tokenizer.decode, {}, {"tokens": (tokens(1, 4),)}),
@@ -141,7 +152,11 @@ def calls(muse: Muse) -> list[Call]:
         Call(sampler.get_order, {}, {"order": ("halton", sampler.raster)}),
         Call(cfg.get_guidance, {}, {"guidance": SETTINGS["guidance"]}),
         Call(masking.get_schedule, {}, {"schedule": ("cosine", "log", "pow3"), "n": (2, 64)}),
-        Call(masking.reveal_counts, {}, {"n": (0, 5, 64), "steps": (1, 8), "schedule": ("cosine", "log", lambda u: 1 - u)}),
+        Call(
+            masking.reveal_counts,
+            {},
+            {"n": (0, 5, 64), "steps": (1, 8), "schedule": ("cosine", "log", lambda u: 1 - u)},
+        ),
         Call(masking.sample_mask_rate, {}, {"n": (1, 5), "schedule": ("cosine", "sqrt")}),
         Call(masking.random_mask, {}, {"tokens": (tokens(2, N),), "rate": (torch.rand(2),)}),
         Call(config.preset, {}, {"name": ("nano", "toy")}),
@@ -149,13 +164,27 @@ def calls(muse: Muse) -> list[Call]:
         Call(data_images.mask_from, {"size": (16, 16)}, {"mask": (half,)}),
         Call(data_images.to_pil, {}, {"images": (torch.zeros(1, 3, 4, 4),)}),
         Call(data_images.area_downsample, {}, {"images": (torch.zeros(1, 3, 8, 8),), "factor": (1, 2)}),
-        Call(eval_metrics.mean_interval, {}, {"values": (scores[0], torch.rand(64)), "groups": (None, [*range(8)] * 8)}),
+        Call(
+            eval_metrics.mean_interval, {}, {"values": (scores[0], torch.rand(64)), "groups": (None, [*range(8)] * 8)}
+        ),
         Call(eval_metrics.proportion_interval, {}, {"successes": ([True] * 5,), "groups": (None,)}),
         Call(eval_metrics.paired_difference, {}, {"first": (scores[0],), "second": (scores[1],)}),
-        Call(lab.compare, {"samples": 64}, {"schedules": ("cosine", ["linear", "bound0.5"]), "orders": (["halton"],), **LAB}),
-        Call(lab.compare, {"target": world}, {"samples": (64, 128), "remask": (False,), "top_k": (None, 2), "steps": (1,)}),
+        Call(
+            lab.compare,
+            {"samples": 64},
+            {"schedules": ("cosine", ["linear", "bound0.5"]), "orders": (["halton"],), **LAB},
+        ),
+        Call(
+            lab.compare,
+            {"target": world},
+            {"samples": (64, 128), "remask": (False,), "top_k": (None, 2), "steps": (1,)},
+        ),
         Call(preset_settings, {}, {"name": ("muse", "halton"), "n": (4, 64), "codebook_size": (8,), "steps": (1, 8)}),
-        Call(MixtureWorld, {}, {"tables": (torch.ones(2, 4, 3),), "weights": (None, torch.ones(2)), "grid": (None, (2, 2))}),
+        Call(
+            MixtureWorld,
+            {},
+            {"tables": (torch.ones(2, 4, 3),), "weights": (None, torch.ones(2)), "grid": (None, (2, 2))},
+        ),
         Call(MixtureWorld.random, {}, {"modes": (2,), "grid": ((2, 2),), **SIZES, "sharpness": (0, 2.0), "seed": (0,)}),
         Call(ChainWorld, {}, {"transition": (torch.ones(2, 2),), "n": (4,), "initial": (None, torch.ones(2))}),
         Call(ChainWorld.sticky, {}, {"n": (4,), **SIZES, "stay": (0.5,)}),
@@ -189,7 +218,9 @@ def attempt(function: Callable[..., Any], arguments: dict[str, Any], names: set[
             list(islice(result, 50))
     except Exception as error:
         if wrong := complaint(error, names):
-            place = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[:0:-1][:4])
+            place = " < ".join(
+                f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[:0:-1][:4]
+            )
             return f"{type(error).__name__} {wrong}: {str(error)[:150]!r} at {place}"
     return ""
 
@@ -205,13 +236,17 @@ def test_calls(small_muse):
         wrong = rng.sample(sorted(arguments), min(len(arguments), 1 + (rng.random() < 0.2)))
         arguments |= {name: rng.choice(nonsense(call.arguments[name][0])) for name in wrong}
         names = {word for name in wrong for word in (name.removeprefix("superres."), ALSO.get(name, name))}
-        if inner := {name.removeprefix("superres."): v for name, v in arguments.items() if name.startswith("superres.")}:
+        if inner := {
+            name.removeprefix("superres."): v for name, v in arguments.items() if name.startswith("superres.")
+        }:
             arguments = {"superres": inner}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if problem := attempt(call.function, call.fixed | arguments, names):
-                shown = {name: repr((inner or arguments)[name.removeprefix('superres.')])[:60] for name in wrong}
-                found.setdefault((call.function.__qualname__, problem[:60]), f"{call.function.__qualname__}({shown}): {problem}")
+                shown = {name: repr((inner or arguments)[name.removeprefix("superres.")])[:60] for name in wrong}
+                found.setdefault(
+                    (call.function.__qualname__, problem[:60]), f"{call.function.__qualname__}({shown}): {problem}"
+                )
     assert not found, "\n".join(["", *sorted(found.values())])
 
 
@@ -235,5 +270,7 @@ def test_configurations(small_muse):
             if isinstance(kept, float) and not math.isfinite(kept):
                 problem = f"became {kept}"
         if problem:
-            found.setdefault((type(one).__name__, name, problem[:30]), f"{type(one).__name__}.{name} = {value!r:.60}: {problem}")
+            found.setdefault(
+                (type(one).__name__, name, problem[:30]), f"{type(one).__name__}.{name} = {value!r:.60}: {problem}"
+            )
     assert not found, "\n".join(["", *sorted(found.values())])
