@@ -15,9 +15,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-SETTINGS = (
-    "guidance steps schedule order sampling_temperature choice_temperature iterations fraction seed negative_prompt"
-)
+SETTINGS = "guidance steps schedule order sampling_temperature choice_temperature".split()  # of a drawing
+SETTINGS += "iterations fraction seed negative_prompt".split()
 BASELINES = ("masked", "ar", "dit")  # of `train --model`: trained at low resolution only
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -61,7 +60,7 @@ def _drawing(args: argparse.Namespace) -> Callable[..., list]:
     from minimuse.pictures import again, open_picture, settings_of
     from minimuse.utils import require
 
-    given = {name: value for name in SETTINGS.split() if (value := getattr(args, name, None)) is not None}
+    given = {name: value for name in SETTINGS if (value := getattr(args, name, None)) is not None}
     if getattr(args, "like", None):
         changed = given or args.n != 1
         require(not changed, "--like takes seed and settings from the picture; leave out the other options")
@@ -304,13 +303,13 @@ def run_info(args: argparse.Namespace) -> None:
 
     from minimuse import checkpoint
     from minimuse.config import PRESETS, preset
-    from minimuse.muse import build
+    from minimuse.muse import Muse
 
     for name in args.names or PRESETS:
         is_preset = name in PRESETS
         config = preset(name) if is_preset else checkpoint.read_configuration(checkpoint.find(name) / checkpoint.CONFIG)
         with torch.device("meta"):
-            parts = build(config) if is_preset else model_class(name).build(config)
+            parts = (Muse if is_preset else model_class(name)).build(config)
         counts = {part: sum(p.numel() for p in module.parameters()) / 1e6 for part, module in parts.items()}
         print(f"{name}: {sum(counts.values()):,.1f}M parameters, text from {config.text_encoder}")
         for part, module in parts.items():
