@@ -10,14 +10,13 @@ Not here: the scenes and their pictures (data_scenes.py), data from files (data_
 """
 
 import json
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from torch import Tensor
 from minimuse import data_scenes
 from minimuse.data_images import to_uint8
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES, Scene, Thing, relations
-from minimuse.utils import content_hash
+from minimuse.utils import Fraction, NonNegative, OneSeed, Rule, check, check_fields, content_hash, require
 
 SCENES_VERSION = 1  # raise it on purpose when the same scenes give other pixels or captions: caches become invalid
 PART = 500  # examples in a part, where a source has no parts of its own
@@ -53,8 +52,7 @@ def caption(scene: Scene, seed: int, *, style: str = "any", paraphrase: bool = F
     "short" names colour and shape and sometimes one more, "any" mixes both. A paraphrase replaces at least one word.
     `synonyms` is the fraction of captions in which about half of the words are replaced by SYNONYMS.
     """
-    if style not in ("any", "short", "long"):
-        raise ValueError(f"style={style!r}: choose any, short or long")
+    check("style", style, Literal["any", "short", "long"])
     rng = Random(f"caption/{seed}")
     long = style == "long" or (style == "any" and rng.random() < 0.3)
     fields = rng.choices(("color shape", "size color shape", "color material shape", "shape"), (40, 25, 23, 12))[0]
@@ -115,12 +113,6 @@ def vocabulary(synonyms: bool = False) -> list[str]:
     return sorted({word for text in texts for word in text.split()} | {shape + "s" for shape in shapes})
 
 
-def common_words(captions: Iterable[str], most: int) -> list[str]:
-    """The most common words of any captions, of letters only."""
-    counts = Counter(word for text in captions for word in re.findall(r"[^\W\d_]+", text.lower()))
-    return [word for word, _ in counts.most_common(most)]
-
-
 class Example(NamedTuple):
     """What a source yields."""
 
@@ -177,8 +169,8 @@ class Problems:
         left_out = sum(len(self.names[kind]) for kind in told)
         if told:
             notes.insert(0, f"left out {left_out} of {self.seen} images: {', '.join(told.values())}")
-        if self.cut >= 0.005 * (used := self.seen - left_out):
-            notes += [f"the crop to squares cut {self.cut / used:.0%} of the pixels"] if self.cut else []
+        if self.cut and self.cut >= 0.005 * (self.seen - left_out):
+            notes.append(f"the crop to squares cut {self.cut / (self.seen - left_out):.0%} of the pixels")
         return "; ".join(notes)
 
 
@@ -186,17 +178,17 @@ class Problems:
 class SceneDataset:
     """n captioned scenes of one split: a `Source`. Everything follows from (split, seed, i), so nothing is stored."""
 
-    n: int
-    size: int
-    split: str = "train"
-    seed: int = 0
-    fractions: tuple[float, ...] = data_scenes.FRACTIONS  # of scenes with 1, 2 and 3 things
-    k: int = 2  # captions per scene
-    synonyms: float = 0.0  # fraction of captions that use the words of SYNONYMS
+    n: Annotated[int, Rule(lambda x: 1 <= x <= 10**8, "a positive whole number, at most 10**8")]
+    size: data_scenes.Side
+    split: Literal[data_scenes.SPLITS] = "train"
+    seed: OneSeed = 0
+    fractions: tuple[NonNegative, NonNegative, NonNegative] = data_scenes.FRACTIONS  # of scenes with 1, 2 and 3 things
+    k: Annotated[int, Rule(lambda x: 1 <= x <= 100, "a whole number from 1 to 100")] = 2  # captions per scene
+    synonyms: Fraction = 0.0  # fraction of captions that use the words of SYNONYMS
 
     def __post_init__(self):
-        if self.n < 1 or self.size < 8 or self.k < 1 or self.split not in data_scenes.SPLITS:
-            raise ValueError(f"{self}: expected n, k >= 1, size >= 8, a split of {', '.join(data_scenes.SPLITS)}")
+        check_fields(self)
+        require(sum(self.fractions) > 0, "SceneDataset.fractions are all 0; give one above 0")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -211,10 +203,9 @@ class SceneDataset:
         """Part -> scenes 500 part to 500 part + 499, the same as `images` and `captions` give."""
         if not 0 <= part < self.parts:
             raise IndexError(f"part {part} of {self.parts}: expected 0 to {self.parts - 1}")
-        indices = range(part * PART, min((part + 1) * PART, self.n))
         scenes = replace(self, size=size)
-        for start in range(0, len(indices), 50):
-            few = indices[start : start + 50]
+        for start in range(part * PART, min((part + 1) * PART, self.n), 50):
+            few = range(start, min(start + 50, (part + 1) * PART, self.n))
             for i, image in zip(few, scenes.images(few), strict=True):
                 problems.seen += 1
                 yield Example(image, tuple(self.captions(i)), str(i))
@@ -230,14 +221,14 @@ class SceneDataset:
 
     def captions(self, i: int, k: int | None = None) -> list[str]:
         """-> k different captions of scene i (None: as many as the data set has per scene)."""
-        k = k or self.k
+        k = self.k if k is None else replace(self, k=k).k
         scene = self.scene(i)
-        found = {}
-        for attempt in range(50 * k):
-            found[caption(scene, 10_007 * i + attempt, synonyms=self.synonyms)] = None
-            if len(found) == k:
-                return list(found)
-        raise ValueError(f"scene {i} has fewer than {k} different captions: ask for at most {len(found)}")
+        every = (caption(scene, 10_007 * i + attempt, synonyms=self.synonyms) for attempt in range(50 * k))
+        found: dict[str, None] = {}
+        while len(found) < k and (text := next(every, "")):
+            found[text] = None
+        require(len(found) == k, f"scene {i} has fewer than {k} different captions: ask for at most {len(found)}")
+        return list(found)
 
     def images(self, indices: Sequence[int] | None = None) -> Tensor:
         """Indices (None: all) -> uint8 images (B, 3, H, W), rendered 256 scenes at a time."""

@@ -1,12 +1,7 @@
 """The embedded data set: pictures of things on a floor, ray-cast in PyTorch at any size.
 
-All that the world contains (CLEVR's world, arXiv 1612.06890, with a closer camera):
-
-    colours     gray, red, blue, green, brown, purple, cyan, yellow
-    shapes      cube, sphere, cylinder        sizes      small, large
-    materials   rubber, metal                 things     1 to 3 a scene, on one gray floor, one light, one camera
-    captions    "a small red cube" · "two blue metal spheres" · "a green cube left of a yellow cylinder"
-    held out    brown cubes, purple spheres, cyan cylinders: only in split "novel"
+A small CLEVR (arXiv 1612.06890) with a closer camera: 1 to 3 things of COLORS, SHAPES, SIZES and MATERIALS on one gray
+floor, one light, one camera. Brown cubes, purple spheres and cyan cylinders are only in split "novel".
 
 x runs left to right, y up, depth away from the camera; a large sphere has radius 1. `B` scenes, `K` things a scene,
 `n` things of a whole batch, `R` rays, `M` rays that meet a thing.
@@ -18,10 +13,13 @@ import math
 from dataclasses import asdict, dataclass
 from functools import reduce
 from random import Random
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from minimuse.utils import Rule, check, check_fields, require
 
 COLORS = {
     "gray": (0.36, 0.37, 0.40), "red": (0.80, 0.11, 0.13), "blue": (0.14, 0.27, 0.86), "green": (0.10, 0.55, 0.16),
@@ -33,6 +31,8 @@ MATERIALS = ("rubber", "metal")
 SPLITS = ("train", "test", "novel")
 HELD_OUT = frozenset((list(COLORS)[4 + s], shape) for s, shape in enumerate(SHAPES))  # brown cube, purple sphere, ...
 MAX_THINGS = 3
+SUPERSAMPLE = 2  # rays per pixel, along each side
+Side = Annotated[int, Rule(lambda x: 8 <= x <= 4096, "a whole number of pixels from 8 to 4096")]
 FRACTIONS = (45, 35, 20)  # of scenes with 1, 2 and 3 things
 
 _RADIUS = {"small": 0.62, "large": 1.0}
@@ -46,22 +46,16 @@ _CLEAR_X, _CLEAR_DEPTH = 0.9, 1.2  # separations from which we call a thing left
 
 @dataclass(frozen=True)
 class Thing:
-    color: str
-    shape: str
-    size: str = "large"
-    material: str = "rubber"
+    color: Literal[tuple(COLORS)]
+    shape: Literal[SHAPES]
+    size: Literal[SIZES] = "large"
+    material: Literal[MATERIALS] = "rubber"
     x: float = 0.0  # left -> right
     depth: float = 0.0  # towards -> away
     turn: float = 30.0  # degrees about the vertical; shows on cubes alone
 
     def __post_init__(self):
-        for field, known in (("color", COLORS), ("shape", SHAPES), ("size", SIZES), ("material", MATERIALS)):
-            if getattr(self, field) not in known:
-                raise ValueError(f"Thing({field}={getattr(self, field)!r}): choose one of {', '.join(known)}")
-        for field in ("x", "depth", "turn"):
-            value = getattr(self, field)
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"Thing({field}={value!r}): expected a finite number")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -69,10 +63,8 @@ class Scene:
     things: tuple[Thing, ...]
 
     def __post_init__(self):
-        if not isinstance(self.things, tuple) or not all(isinstance(thing, Thing) for thing in self.things):
-            raise ValueError(f"Scene({self.things!r}): expected a tuple of Thing, e.g. Scene((Thing('red', 'cube'),))")
-        if not 1 <= len(self.things) <= MAX_THINGS:
-            raise ValueError(f"a Scene holds 1 to {MAX_THINGS} things, {len(self.things)} came: add or remove some")
+        check_fields(self)
+        require(1 <= len(self.things) <= MAX_THINGS, f"Scene.things holds {len(self.things)}; give 1 to {MAX_THINGS}")
 
 
 def is_novel(thing: Thing) -> bool:
@@ -88,31 +80,28 @@ def sample_scene(
     Without `n_things`, `fractions` are the fractions of scenes with 1, 2 and 3 things. The split's name is part of the
     seed, so "test" has the combinations of "train" in other scenes.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
-    if n_things not in (None, *range(1, MAX_THINGS + 1)):
-        raise ValueError(f"n_things={n_things!r}: expected 1 to {MAX_THINGS}, or None for a mixture")
+    check("split", split, Literal[SPLITS])
+    require(n_things in (None, *range(1, MAX_THINGS + 1)), f"n_things is {n_things!r}; give 1 to {MAX_THINGS}, or None")
     rng = Random(f"{split}/{seed}")
     n = n_things or rng.choices((1, 2, 3), fractions)[0]
     alike = min(n, rng.choices((1, 2, 3), (60, 26, 14))[0])  # this many look the same, so that captions count
+    every = [(color, shape) for color in COLORS for shape in SHAPES]
     while True:
-        looks = [_look(rng, novel=split == "novel" and i == 0) for i in range(n)]
+        looks = []
+        for i in range(n):
+            novel = split == "novel" and i == 0
+            pair = rng.choice([pair for pair in every if (pair in HELD_OUT) == novel])
+            looks.append((*pair, rng.choice(SIZES), rng.choice(MATERIALS)))
         looks[:alike] = looks[:1] * alike
         if things := place_things(rng, rng.sample(looks, n)):
             return Scene(things)
-
-
-def _look(rng: Random, novel: bool) -> tuple[str, str, str, str]:
-    """-> colour, shape, size, material. The pair is a held-out one if and only if `novel`."""
-    pairs = [(color, shape) for color in COLORS for shape in SHAPES if ((color, shape) in HELD_OUT) == novel]
-    return (*rng.choice(pairs), rng.choice(SIZES), rng.choice(MATERIALS))
 
 
 def place_things(rng: Random, looks: list[tuple], tries: int = 30) -> tuple[Thing, ...] | None:
     """Looks -> things on the floor, or None if no attempt fits (three large ones rarely do)."""
     near, far = (-0.5, 0.5) if len(looks) == 1 else (-1.2, 2.4)
     for _ in range(tries):
-        things = []
+        things: list[Thing] = []
         for look in looks:
             spot = (rng.uniform(-1.7, 1.7), rng.uniform(near, far), rng.uniform(15, 75))
             thing = Thing(*look, *(round(number, 3) for number in spot))
@@ -178,24 +167,24 @@ def _rays(size: int) -> Vec:
 
 
 def _points(t: Tensor, d: Vec) -> Vec:
-    return _EYE[0] + t * d[0], _EYE[1] + t * d[1], _EYE[2] + t * d[2]
+    return tuple(eye + t * axis for eye, axis in zip(_EYE, d, strict=True))
 
 
 def _dot(a: Vec, b: Vec) -> Tensor:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
-def _slab(o: Tensor, d: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-    """Where rays o + t d enter and leave |o| < half."""
-    step = 1 / (d + 1e-9)  # a ray along the slab must not be 0 / 0
-    return -o * step - half * step.abs(), -o * step + half * step.abs()
-
-
 def _ball(o: Vec, d: Vec, half: Tensor) -> tuple[Tensor, Tensor]:
-    """Where rays enter and leave a ball. Both are equal for a miss."""
+    """Where rays o + t d enter and leave a ball. Both are equal for a miss."""
     a, b = 1 / _dot(d, d), _dot(o, d)
     root = (b * b - (_dot(o, o) - half**2) / a).clamp(min=0).sqrt()
     return (-b - root) * a, (root - b) * a
+
+
+def _slab(o: Tensor, d: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a slab, |o + t d| < half."""
+    step = 1 / (d + 1e-9)  # a ray along the slab must not be 0 / 0
+    return -o * step - half * step.abs(), -o * step + half * step.abs()
 
 
 def _meet(shape: str, o: Vec, d: Vec, wide: Tensor, tall: Tensor) -> Tensor:
@@ -337,12 +326,11 @@ def _render(things: _Things, d: Vec, floor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def render(scenes: list[Scene], size: int, supersample: int = 2) -> Tensor:
+def render(scenes: list[Scene], size: int) -> Tensor:
     """Scenes -> images (B, 3, size, size) in [-1, 1], as many at a time as fit in a CPU's cache."""
-    if isinstance(scenes, Scene) or not scenes:
-        raise ValueError(f"render: expected a list of at least one Scene, {scenes!r} came")
-    if size < 8 or supersample < 1:
-        raise ValueError(f"render: expected size >= 8 and supersample >= 1, {size} and {supersample} came")
-    chunk = max(1, 2**17 // (size * supersample) ** 2)
-    d, floor = _rays(size * supersample), _floor(size)
+    check("scenes", scenes, list)
+    require(len(scenes) > 0 and all(isinstance(scene, Scene) for scene in scenes), "scenes: give a list of Scene")
+    size = check("size", size, Side)
+    chunk = max(1, 2**17 // (size * SUPERSAMPLE) ** 2)
+    d, floor = _rays(size * SUPERSAMPLE), _floor(size)
     return torch.cat([_render(_Things(scenes[i : i + chunk]), d, floor) for i in range(0, len(scenes), chunk)])

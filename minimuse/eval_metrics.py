@@ -83,8 +83,9 @@ def paired_difference(first: Values, second: Values, groups: Groups = None) -> E
     Numbers: as `mean_interval`. True or False: only pairs that disagree count, as in McNemar's test. One pseudo-pair
     (with groups: a group) in each direction is added, so the interval stays open where all agree (Bonett & Price 2012).
     """
-    binary = all(torch.as_tensor(x).dtype == torch.bool for x in (first, second))
+    given = (first, second)
     (first, index, count), (second, *_) = _rows(first, groups), _rows(second, None)
+    binary = all(torch.as_tensor(x).dtype == torch.bool for x in given)
     if len(first) != len(second):
         raise ValueError(f"got {len(first)} and {len(second)} values, expected pairs: one of each per row")
     gaps = first - second
@@ -112,12 +113,16 @@ def _t_quantile(count: float) -> float:
 
 def _rows(values: Values, groups: Groups, ndim: int = 1) -> tuple[Tensor, Tensor, int]:
     """Values (n,) or (n, D) and labels -> values in double, the number of each row's group as they appear, and G."""
-    values = torch.as_tensor(values).detach().cpu().double()
+    try:
+        values = torch.as_tensor(values).detach().cpu().double()
+        labels = list(range(len(values)) if groups is None else groups.tolist() if isinstance(groups, Tensor) else groups)
+    except (TypeError, ValueError, RuntimeError) as error:
+        came = f"values are a {type(values).__name__}, group labels a {type(groups).__name__}"
+        raise ValueError(f"{came}; give rows of numbers, and a list of one label for each row") from error
     if values.ndim != ndim or values.numel() == 0 or not (values.abs() < 1e100).all():
         expected = f"at least one row of finite numbers, {'(n,)' if ndim == 1 else '(n, D)'}"
         raise ValueError(f"got values of shape {tuple(values.shape)}, or NaN or infinite ones; expected {expected}")
-    labels = range(len(values)) if groups is None else groups.tolist() if isinstance(groups, Tensor) else groups
-    if isinstance(labels, str) or len(labels) != len(values):
+    if isinstance(groups, str) or len(labels) != len(values):
         raise ValueError(f"got {len(values)} rows and {len(labels)} group labels, expected a list of one for each row")
     number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     return values, torch.tensor([number[label] for label in labels]), len(number)

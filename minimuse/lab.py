@@ -25,7 +25,7 @@ Not here: the worlds (`lab_worlds.py`), how code bases sample (`lab_samplers.py`
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -44,7 +44,7 @@ from minimuse.sampler import Order, by_rank, confidence, decode, entropy_bound, 
 from minimuse.utils import OneSeed, PositiveInt, atomic_write, check, generator_of, require
 
 __all__ = ["WORLDS", "Cell", "ChainWorld", "MixtureWorld", "PottsWorld", "Report", "World", "compare"]
-Named = str | Iterable[str] | Mapping[str, Any]  # names, or a name for each function
+Named = str | Sequence[str] | Mapping[str, Any]  # names, or a name for each function
 
 
 @torch.no_grad()
@@ -263,7 +263,7 @@ def compare(
     schedules, orders, presets = _named("schedules", schedules), _named("orders", orders), _named("presets", presets)
     steps = steps if isinstance(steps, Sequence) else [steps]
     cells = len(steps) * (len(schedules) * len(orders) + len(presets))
-    require(cells > 0, "nothing to compare: give at least one schedule, order and number of steps, or a preset")
+    require(cells > 0, "nothing to compare: give at least one of schedules, of orders and of steps, or of presets")
     require(cells <= 10_000, f"{cells} samplers to compare; give at most 10,000")
     steps = [check("steps", t, PositiveInt) for t in steps]
     evaluator = target
@@ -291,7 +291,7 @@ def compare(
 
 def _named(setting: str, x: Named) -> Mapping[str, Any]:
     """Names -> a mapping of each name to itself; one string is one name."""
-    names = [x] if isinstance(x, str) or not isinstance(x, Iterable) else list(x)
+    names = list(x) if isinstance(x, Sequence | Mapping | Set) and not isinstance(x, str) else [x]
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"{setting} is {x!r}; give names, or a dict of names and functions: {{'mine': my_function}}")
     return x if isinstance(x, Mapping) else {name: name for name in names}

@@ -24,7 +24,7 @@ Grid = tuple[int, int]  # (h, w)
 
 
 class World:
-    """A distribution over N tokens of V codes, in float64. A subclass defines `log_evidence`, and perhaps `sample`.
+    """A distribution over N tokens of V codes, in float64. A subclass defines `log_evidence`, and perhaps `draw`.
 
     A subclass calls `super().__init__(grid, codebook_size)`. `log_evidence` need not be normalized. Every grid needs
     p(x) > 0, perhaps a tiny one: otherwise one impossible sample makes the measured NLL infinite.
@@ -65,7 +65,13 @@ class World:
         return found - self.log_evidence(self._evidence(tokens[:1].new_full((1, self.n), self.mask_id)))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """-> n exact samples, (n, N), drawn token by token with N calls of the world."""
+        """-> n exact samples, (n, N)."""
+        n = check("n", n, PositiveInt)
+        require(n * self.n <= 2**27, f"n is {n}; give at most {2**27 // self.n} samples of {self.n} tokens")
+        return self.draw(n, generator)
+
+    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """As `sample`, token by token with N calls of the world, unless a subclass knows a faster way."""
         tokens = torch.full((n, self.n), self.mask_id)
         for i in range(self.n):
             tokens[:, i] = _draw(self(tokens)[:, i].exp(), generator)
@@ -104,14 +110,14 @@ class MixtureWorld(World):
         modes = check("modes", modes, PositiveInt)
         require(modes * h * w <= 2**17, f"modes is {modes}; give at most {2**17 // (h * w)} for {h * w} tokens")
         logits = torch.randn(modes, h * w, v, generator=generator_of(seed), dtype=torch.double)
-        return cls((check("sharpness", sharpness, float) * logits).softmax(-1), grid=(h, w))
+        return cls((float(check("sharpness", sharpness, float)) * logits).softmax(-1), grid=(h, w))
 
     def log_evidence(self, e: Tensor) -> Tensor:
         """(B, N, V) -> (B,): a product over tokens within each mode, then the sum over modes."""
         each = torch.einsum("bnv,knv->bnk", e, self.tables).log()  # (B, N, K)
         return (each.sum(1) + self.weights.log()).logsumexp(1)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         mode = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         return torch.cat([_draw(self.tables[part], generator) for part in mode.split(self.batch)])
 
@@ -151,7 +157,7 @@ class MarkovWorld(World):
             message, log_scale = message / scale, log_scale + scale.log()[:, 0]
         return message.sum(1).log() + log_scale
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         tokens, state = torch.empty(n, self.n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
         for positions, transition in zip(self.positions, self.transitions(), strict=True):
             state = _draw(transition[state], generator)
@@ -228,8 +234,10 @@ def _default_grid(n: int) -> Grid:
 
 def _normalized(p: Any, name: str, axes: int) -> Tensor:
     """p (..., V) -> float64, normalized. ValueError unless it has so many axes, and every entry is positive."""
-    require(not isinstance(p, str | None), f"{name} is {p!r}; give a tensor of positive numbers")
-    p = torch.as_tensor(p).double()
+    try:
+        p = torch.as_tensor(p).double()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{name} is a {type(p).__name__}; give a tensor of positive numbers") from e
     require(p.ndim == axes and p.numel() > 0, f"{name} has the shape {tuple(p.shape)}; give {axes} axes")
     normal = p / p.sum(-1, keepdim=True)
     require(((p > 0) & (normal > 0)).all(), f"{name} holds {p.min():g}; give positive numbers, as p > 0 everywhere")

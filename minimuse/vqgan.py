@@ -202,11 +202,16 @@ class VQGAN(nn.Module):
         """images (B, 3, H, W) in [-1, 1] -> tokens (B, h*w) long; H and W are any multiples of f."""
         f = self.downsampling
         ok = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] % f == images.shape[3] % f == 0
-        require(ok, f"images of shape {tuple(images.shape)}; give (B, 3, H, W) with H and W multiples of {f}")
+        ok = ok and images.is_floating_point() and images.numel() > 0
+        came = f"images of shape {tuple(images.shape)} and {images.dtype}"
+        require(ok, f"{came}; give floats (B, 3, H, W) with H and W multiples of {f}")
         return self.quantizer.nearest(self.encoder(images))
 
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """tokens (B, h*w) -> images (B, 3, H, W) in [-1, 1]; a square, unless `grid` gives (h, w)."""
+        ok = tokens.ndim == 2 and tokens.dtype == torch.long and tokens.numel() > 0
+        ok = ok and bool(((tokens >= 0) & (tokens < self.codebook_size)).all())
+        require(ok, f"tokens {tuple(tokens.shape)} of {tokens.dtype}; give (B, N) long, 0 to {self.codebook_size - 1}")
         n = tokens.shape[1]
         h, w = grid or (math.isqrt(n), math.isqrt(n))
         require(h * w == n, f"{n} tokens do not fill a grid of {h} x {w}; pass grid=(h, w)")

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,13 +146,23 @@ def test_images_do_not_depend_on_neighbours():
 
 
 def test_dataset_refuses_nonsense():
-    for wrong in ({"n": 0}, {"size": 4}, {"split": "valid"}):
-        with pytest.raises(ValueError, match="expected"):
-            SceneDataset(**({"n": 3, "size": 32} | wrong))
+    nonsense = {
+        "n": (0, -1, 2.5, True, "3", float("nan"), 10**12), "size": (4, 2**20, None), "split": ("valid", 1),
+        "seed": (-1, 2**32, 1.0, "0"), "fractions": ((0, 0, 0), (1, 1), (-1, 1, 1), 3, (float("nan"), 1, 1)),
+        "k": (0, 101, True), "synonyms": (-0.1, 1.1, float("inf")),
+    }  # fmt: skip
+    for name, values in nonsense.items():
+        for value in values:
+            with pytest.raises(ValueError, match=rf"SceneDataset\.{name}.* give "):
+                SceneDataset(**({"n": 3, "size": 32} | {name: value}))
+    numbers = SceneDataset(np.int64(3), torch.tensor(32), seed=np.uint32(2**32 - 1), synonyms=np.float32(0.5))
+    assert numbers.fingerprint == SceneDataset(3, 32, seed=2**32 - 1, synonyms=0.5).fingerprint
+    with pytest.raises(ValueError, match=r"SceneDataset\.k is 0"):
+        SceneDataset(3, 32).captions(0, 0)
     with pytest.raises(IndexError, match="0 to 2"):
         SceneDataset(3, 32).scene(3)
     with pytest.raises(ValueError, match="at most"):
-        SceneDataset(3, 32).captions(0, 500)
+        SceneDataset(3, 32).captions(0, 100)
 
 
 def test_fractions_say_how_often_there_are_one_two_and_three_things():
