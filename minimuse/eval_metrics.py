@@ -113,10 +113,11 @@ def _rows(values: Values, groups: Groups, ndim: int = 1) -> tuple[Tensor, Tensor
     """Values (n,) or (n, D) and labels -> values in double, the number of each row's group as they appear, and G."""
     try:
         values = torch.as_tensor(values).detach().cpu().double()
-        labels = groups.tolist() if isinstance(groups, Tensor) else range(len(values)) if groups is None else [*groups]
+        labels = range(len(values)) if groups is None else groups
+        labels = [label.item() if isinstance(label, Tensor) else label for label in labels]
         number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"expected rows of numbers, and a list of one group label for each row: {error}") from error
+        raise ValueError(f"expected values in rows, and a list of group labels, one for each row: {error}") from error
     if values.ndim != ndim or values.numel() == 0 or not (values.abs() < 1e100).all():
         expected = f"at least one row of finite numbers, {'(n,)' if ndim == 1 else '(n, D)'}"
         raise ValueError(f"got values of shape {tuple(values.shape)}, or NaN or infinite ones; expected {expected}")
