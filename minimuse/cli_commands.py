@@ -128,6 +128,7 @@ def run_train(args: argparse.Namespace) -> None:
         return
     options = {name: getattr(args, name) for name in ("seed", "device", "accumulate", "compile", "recompute", "keep")}
     engine = Engine(folder=args.out, **options)
+    engine.check_batches(config.stages)
     run = {"config": to_dict(config), "seed": args.seed, "data": data_record(args.data, source)}
     if engine.is_main:
         open_run(args.out, run | ({"model": args.model} if args.model else {}), resume=args.resume)

@@ -174,6 +174,20 @@ def tokenize_images(tokenizer: Any, images: Tensor, batch: int = 256, bf16: bool
 
 
 @dataclass
+class Decimated:
+    """Images (n, 3, H, W) -> (n, 3, H / factor, W / factor), computed when they are read: the low-res images."""
+
+    images: Any
+    factor: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: Any) -> Tensor:
+        return area_downsample(self.images[indices], self.factor)
+
+
+@dataclass
 class TrainingData:
     """A source, its caches under `folder`, and the split into training and held-out examples."""
 
