@@ -200,7 +200,7 @@ def test_it_is_refused_before_the_model_loads(run, here, monkeypatch):
     ("words", "match"),
     [
         (["--steps", "0"], "argument --steps: '0' is not a whole number"),
-        (["--schedule", "cosinus"], "schedule is 'cosinus'; give the name of a schedule: cosine"),
+        (["--schedule", "cosinus"], "schedule: unknown schedule 'cosinus'; known: cosine"),
         (["--order", "best"], "order is 'best'; give confidence"),
         (["--sampling-temperature", "-1"], "'-1' is not a number from 0"),
         (["--device", "toaster"], "device 'toaster'"),
