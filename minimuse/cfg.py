@@ -15,7 +15,7 @@ from torch import Tensor
 from minimuse.masking import Generators
 from minimuse.text import Context
 from minimuse.transformer import Memory, Transformer
-from minimuse.utils import require
+from minimuse.utils import Fraction, check
 
 Guidance = float | tuple[float, float] | Callable[[float], float]
 
@@ -27,7 +27,7 @@ def null_text(context: Context) -> Context:
 
 def drop_text(context: Context, p: float, generator: Generators = None) -> Context:
     """context (B, L, D_lm) -> same shape; each example loses its text with probability p, as in `null_text`."""
-    require(0 <= p <= 1, f"drop_text got the probability {p}; give 0 <= p <= 1")
+    p = check("the probability p of drop_text", p, Fraction)
     each = generator if isinstance(generator, Sequence) else [generator] * len(context.mask)
     drop = torch.cat([torch.rand(1, generator=g) < p for g in each]).to(context.mask.device)
     return Context(context.embeds.masked_fill(drop[:, None, None], 0), context.mask & ~drop[:, None])
@@ -52,24 +52,22 @@ def rising(t: float, start: float = 0.0) -> Callable[[float], float]:
 def get_guidance(guidance: Guidance) -> Callable[[float], float]:
     """A number (constant), a pair (first, last) that is linear in u, or any function of u -> a function of u."""
     if callable(guidance):
-        return guidance
-    if isinstance(guidance, tuple | list) and len(guidance) == 2:
-        return rising(float(guidance[1]), float(guidance[0]))
-    if isinstance(guidance, int | float) and not isinstance(guidance, bool):
-        return lambda u: float(guidance)
-    raise TypeError(f"guidance {guidance!r}; give a number, a pair (first, last), or a function of u in [0, 1]")
+        return lambda u: check(f"guidance at u = {u:.3g}", guidance(u), float)
+    pair = guidance if isinstance(guidance, tuple | list) and len(guidance) == 2 else (guidance, guidance)
+    expected = "a number, a pair (first, last), or a function of u in [0, 1]"
+    start, t = (float(check("guidance", number, float, expected)) for number in pair)
+    return rising(t, start)
 
 
 def from_guidance_scale(s: float) -> float:
     """The guidance_scale s of diffusers -> t: l_u + s (l_c - l_u) equals (1 + t) l_c - t l_u with t = s - 1."""
-    return s - 1
+    return check("guidance_scale", s, float) - 1
 
 
 def guided(model: Transformer, cond: Memory, uncond: Memory, guidance: Guidance) -> Callable[[Tensor, float], Tensor]:
     """A model and two memories -> the LogitsFn (tokens (B, N), u) -> guided logits (B, N, V), in float32.
 
-    Both branches run as one batch of 2B; if t = 0, only the first runs. `uncond` is the memory of `null_text`, or of a
-    negative prompt.
+    Both branches run as one batch of 2B, only the first if t = 0. `uncond` is of `null_text` or of a negative prompt.
     """
     scale = get_guidance(guidance)
     both = cond.cat(uncond)

@@ -8,8 +8,10 @@ Not here: what the commands do (`cli_commands.py`).
 import argparse
 import logging
 import os
+import re
 import reprlib
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,13 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal in ASCII shows "?" for other letters
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    words = [re.sub("^(--[^=]+=)--$", r"\1", word) for word in words]  # argparse takes the value "--" for no value
+    args = parser().parse_args(words)
     log = logging.getLogger("minimuse")
     log.handlers[:] = [logging.StreamHandler()]
     log.handlers[0].setFormatter(logging.Formatter("minimuse: %(message)s"))
     log.setLevel(logging.INFO)
     try:
-        with logging_redirect_tqdm([log]):  # a line of the log starts below a progress bar
+        with logging_redirect_tqdm([log]), warnings.catch_warnings():  # lines start below a progress bar
+            warnings.showwarning = lambda message, *_: log.warning(message)
             COMMANDS[args.command](args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has what it wants, as in `minimuse info | head -1`
@@ -53,13 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class Parser(argparse.ArgumentParser):
     """argparse's, but a mistake is one line."""
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As argparse's, which would take "--out=--" for an empty list."""
-        for word in args or ():
-            if word.startswith("--") and word.endswith("=--"):
-                self.error(f"argument {word[:-3]}: '--' is no value")
-        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake and where to find help; exit code 2."""

@@ -17,20 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimuse.utils import Rule, require
+from minimuse.utils import Natural, Positive, PositiveInt, Rule, check, require
 
 Schedule = Callable[[float], float]
 Generators = torch.Generator | Sequence[torch.Generator] | None  # one for the whole batch, or one for each example
+Ratio = Annotated[float, Rule(lambda x: -1e-6 <= x <= 1 + 1e-6, "a ratio within [0, 1]")]  # up to rounding
 
 
 def power_schedule(p: float) -> Schedule:
     """u -> 1 - u ** p. p = 1 is linear, 2 square, 3 cubic, 1/2 sqrt (MaskGIT, table 3)."""
-    require(p > 0, f"power_schedule got the exponent {p}, which does not fall from 1 to 0; give a positive exponent")
+    p = check("the exponent of a schedule", p, Positive)
     return lambda u: 1 - u**p
 
 
 def log_schedule(n: int) -> Schedule:
     """u -> -log(u) / log(n), at most 1: the one curve that depends on the number n >= 2 of tokens (MaskGIT)."""
+    require(check("n", n, PositiveInt) > 1, "log_schedule(1) does not fall; give at least 2 tokens")
     return lambda u: 1.0 if u * n <= 1 else -math.log(u) / math.log(n)
 
 
@@ -47,26 +49,19 @@ SCHEDULES: dict[str, Schedule] = {
 def get_schedule(schedule: str | Schedule, n: int | None = None) -> Schedule:
     """A name ("cosine", "log", "pow2.5", ...) or a function u -> r -> the function. "log" needs n tokens."""
     if callable(schedule):
-        return schedule
-    if schedule in SCHEDULES:
+        return lambda u: check(f"the schedule at u = {u:.3g}", schedule(u), Ratio)
+    if isinstance(schedule, str) and schedule in SCHEDULES:
         return SCHEDULES[schedule]
     if schedule == "log":
         require(n is not None, '"log" depends on the number of tokens; pass log_schedule(n) instead of its name')
         return log_schedule(n)
-    if isinstance(schedule, str) and schedule.startswith("pow") and schedule[3:].replace(".", "", 1).isdigit():
+    if isinstance(schedule, str) and schedule.startswith("pow") and schedule[3:].replace(".", "", 1).isdecimal():
         return power_schedule(float(schedule[3:]))
     known = ", ".join([*SCHEDULES, "log", "powP (such as pow2.5)"])
     raise ValueError(f"unknown schedule {schedule!r}; known: {known}; or pass any function u -> ratio still masked")
 
 
-def _is_schedule(name: str) -> bool:
-    try:
-        return callable(get_schedule(name, 2))
-    except ValueError:
-        return False
-
-
-ScheduleName = Annotated[str, Rule(_is_schedule, "the name of a schedule: " + ", ".join([*SCHEDULES, "log", "pow2.5"]))]
+ScheduleName = Annotated[str, Rule(lambda name: callable(get_schedule(name, 2)), "the name of a schedule")]
 
 
 def reveal_counts(n: int, steps: int, schedule: str | Schedule = "cosine") -> list[int]:
@@ -78,15 +73,17 @@ def reveal_counts(n: int, steps: int, schedule: str | Schedule = "cosine") -> li
     >>> reveal_counts(256, 12)
     [3, 6, 11, 15, 18, 22, 26, 27, 31, 31, 33, 33]
     """
-    require(n >= 0 and steps >= 1, f"cannot reveal {n} tokens in {steps} steps; give n >= 0 and steps >= 1")
+    n = check("n", n, Natural)
+    steps = min(n, check("steps", steps, PositiveInt))
     curve = get_schedule(schedule, max(n, 2))
-    steps = min(n, steps)
     counts = []
     left = n
+    before = 1.0
     for i in range(steps):
         u = (i + 1) / steps
         ratio = curve(u)
-        require(-1e-6 <= ratio <= 1 + 1e-6, f"the schedule gives {ratio} at u = {u:.3g}; it must stay within [0, 1]")
+        require(ratio <= before + 1e-6, f"the schedule rises to {ratio:.3g} at u = {u:.3g}; it must fall from 1 to 0")
+        before = ratio
         steps_to_come = steps - 1 - i
         stay = max(math.floor(n * ratio + 1e-6), steps_to_come)
         stay = min(stay, left - 1) if steps_to_come else 0
@@ -98,8 +95,8 @@ def reveal_counts(n: int, steps: int, schedule: str | Schedule = "cosine") -> li
 def uniforms(*shape: int, generator: Generators = None) -> Tensor:
     """Random numbers in [0, 1), (B, ...). With one generator per example, no row depends on its neighbours."""
     each = generator if isinstance(generator, Sequence) else [generator]
-    devices = [g.device for g in each if g is not None and g.device.type != "cpu"]
-    require(not devices, f"generators on {devices}; give CPU generators, so that a seed means the same everywhere")
+    ok = all(g is None or (isinstance(g, torch.Generator) and g.device.type == "cpu") for g in each)
+    require(ok, f"generator is {generator!r}; give CPU generators, so that a seed means the same everywhere")
     if not isinstance(generator, Sequence):
         return torch.rand(shape, generator=generator)
     n = len(generator)
@@ -108,21 +105,25 @@ def uniforms(*shape: int, generator: Generators = None) -> Tensor:
 
 
 def sample_mask_rate(n: int, *, schedule: str | Schedule = "cosine", generator: Generators = None) -> Tensor:
-    """One rate for each of n examples, (n,) in [0, 1]: r = schedule(u), u uniform on [0, 1).
+    """One rate for each of n examples, (n,) float64 in [0, 1]: r = schedule(u), u uniform on [0, 1).
 
     Muse 2.6: for the cosine p(r) = (2 / pi) (1 - r^2)^(-1/2), mean 0.64 and P(r > 0.9) = 0.287.
     """
     curve = get_schedule(schedule)
-    return torch.tensor([curve(u) for u in uniforms(n, generator=generator).tolist()])
+    require(check("n", n, Natural) <= 10**6, f"n is {n}; give at most 10**6 examples")
+    return torch.tensor([curve(u) for u in uniforms(n, generator=generator).tolist()], dtype=torch.double).clamp(0, 1)
 
 
 def masked_counts(rate: Tensor, n: int) -> Tensor:
-    """rate (B,) -> how many of n tokens to mask, (B,): ceil(r n)."""
-    return (rate.cpu().double() * n - 1e-6).ceil().long()
+    """rate (B,) -> how many of n tokens to mask, (B,): ceil(r n). The rate k / n gives k in any precision."""
+    ok = rate.is_floating_point() and bool(((rate >= 0) & (rate <= 1)).all())
+    require(ok, f"mask rates {rate.tolist()}; give floats from 0 to 1")
+    return (rate.cpu().double() * n - 2 * n * torch.finfo(rate.dtype).eps).ceil().long()
 
 
 def random_mask(tokens: Tensor, rate: Tensor, generator: Generators = None) -> Tensor:
     """tokens (B, N), rate (B,) -> masked (B, N) bool: True at exactly ceil(r N) random positions of each row."""
+    require(tokens.ndim == 2, f"tokens have the shape {tuple(tokens.shape)}; give (B, N)")
     b, n = tokens.shape
     require(rate.shape == (b,), f"rate of shape {tuple(rate.shape)} for a batch of {b}; give one rate per example")
     place = uniforms(b, n, generator=generator).argsort(1).argsort(1)  # (B, N), a random permutation per row

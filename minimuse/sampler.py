@@ -2,8 +2,7 @@
 
     all [MASK] -> predict every masked token -> keep the most confident ones -> predict the rest -> ... -> no [MASK]
 
-`decode` needs only a LogitsFn (tokens (B, N), u) -> logits (B, N, V). Its settings are independent of each other, and
-you may replace each by a function of your own:
+`decode` needs only a LogitsFn (tokens (B, N), u) -> logits (B, N, V). You may replace each setting by a function:
     how many are revealed   schedule: a curve, or an adaptive rule (logits, masked, u) -> (B,), such as `entropy_bound`
     which are revealed      order: (logits, drawn, masked, u) -> scores (B, N), the highest are kept
     what is drawn           sampling_temperature: a number or a function of u; top_k
@@ -15,6 +14,7 @@ Not here: the schedules (`masking.py`), guidance (`cfg.py`).
 
 import inspect
 import math
+import reprlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minimuse.masking import Generators, Schedule, ScheduleName, reveal_counts, uniforms
-from minimuse.utils import NonNegative, PositiveInt, Rule, check, check_fields, require
+from minimuse.utils import Natural, NonNegative, PositiveInt, Rule, check, check_fields, require
 
 LogitsFn = Callable[[Tensor, float], Tensor]
 Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N) holds the known tokens too
@@ -129,7 +129,7 @@ ORDERS: dict[str, Order] = {
 
 def get_order(order: str | Order) -> Order:
     """A name of `ORDERS` or a function -> the function."""
-    ok = callable(order) or order in ORDERS
+    ok = callable(order) or (isinstance(order, str) and order in ORDERS)
     require(ok, f"unknown order {order!r}; known: {', '.join(ORDERS)}; or pass a function")
     return order if callable(order) else ORDERS[order]
 
@@ -164,16 +164,16 @@ def token_entropy(logits: Tensor) -> Tensor:
 
 
 def entropy_bound(bound: float) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """A rule that reveals tokens, lowest entropy first, as long as their summed entropy is within `bound` nats.
+    """A rule that reveals the k tokens of lowest entropy, k as large as sum(H) - max(H) <= bound allows, in nats.
 
-    Tokens revealed together are drawn independently; the error of that is at most the sum of their entropies.
+    EB-Sampler (arXiv 2505.24857). Tokens revealed together are drawn independently; the bound limits the error of that.
     Use it with order="entropy", which ranks tokens in the same way.
     """
-    require(bound >= 0, f"entropy bound {bound}; give 0 nats or more")
+    bound = check("the entropy bound", bound, NonNegative)
 
     def rule(logits: Tensor, masked: Tensor, u: float) -> Tensor:
-        total = token_entropy(logits).masked_fill(~masked, math.inf).sort(1).values.cumsum(1)
-        return (total <= bound).sum(1)
+        h = token_entropy(logits).masked_fill(~masked, math.inf).sort(1).values
+        return (h.cumsum(1) - h <= bound).sum(1)  # not at known tokens: inf - inf is NaN
 
     return rule
 
@@ -189,54 +189,42 @@ def is_adaptive(schedule: object) -> bool:
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None = None) -> Tensor:
-    """logits (B, N, V), uniforms (B, N) -> tokens (B, N): inverse CDF of softmax(logits / temperature); 0 is argmax."""
+    """logits (B, N, V), uniforms (B, N) -> tokens (B, N): inverse CDF of softmax(logits / temperature); 0 is argmax.
+
+    The CDF has the dtype of the uniforms. `decode` gives float64: next to 1, float32 has no place for 1e-9.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         best = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
-    cdf = logits.softmax(-1).cumsum_(-1)
-    below_one = uniforms.clamp(max=1 - 2**-22)[..., None]  # so that rounding cannot reach the end of the CDF
-    return torch.searchsorted(cdf, below_one * cdf[..., -1:], right=True).squeeze(-1)
+    cdf = (logits / temperature).softmax(-1).cumsum(-1, dtype=uniforms.dtype)
+    below_one = uniforms.clamp(max=1 - 2 * torch.finfo(cdf.dtype).eps)[..., None]  # stay below the end of the CDF
+    return torch.searchsorted(cdf, below_one * cdf[..., -1:], right=True).squeeze(-1).clamp(max=cdf.shape[-1] - 1)
 
 
 # --- decode -----------------------------------------------------------------------------------------------------------
 
 
 def decode(
-    logits_fn: LogitsFn,
-    tokens: Tensor,
-    *,
-    mask_id: int,
-    steps: int,
-    schedule: str | Count = "cosine",
-    order: str | Order = "confidence",
-    sampling_temperature: Temperature = 1.0,
-    choice_temperature: Temperature = 0.0,
-    top_k: int | None = None,
-    remask: bool = False,
-    generator: Generators = None,
-) -> Iterator[Step]:
+    logits_fn: LogitsFn, tokens: Tensor, *, mask_id: int, steps: int,
+    schedule: str | Count = "cosine", order: str | Order = "confidence",
+    sampling_temperature: Temperature = 1.0, choice_temperature: Temperature = 0.0,
+    top_k: int | None = None, remask: bool = False, generator: Generators = None,
+) -> Iterator[Step]:  # fmt: skip
     """tokens (B, N), mask_id where unknown -> one Step at a time until no token is masked; the last has the result.
 
     Of T steps, step i sees u = i / (T - 1) and leaves masked the ratio schedule((i + 1) / T) of the tokens that were
-    masked at the start. Tokens given as input never change, and revealed ones do not either (2.8).
+    masked at the start. Tokens given as input never change, and revealed ones do not either (2.8). T is at most N.
     An image with n < T masked tokens is decoded in the last n steps. An adaptive rule may finish early.
     Deviation: with remask=True, each step re-ranks all generated tokens, so that a token revealed earlier can be masked
     again (Token-Critic, arXiv 2209.04439).
 
     >>> *_, last = decode(logits_fn, torch.full((1, 64), mask_id), mask_id=mask_id, steps=12)
     """
-    ok = tokens.ndim == 2 and tokens.numel() > 0 and tokens.dtype == torch.long
-    require(ok, f"tokens {tuple(tokens.shape)} of {tokens.dtype}; give a (B, N) long tensor that is not empty")
-    temperatures = {"sampling_temperature": sampling_temperature, "choice_temperature": choice_temperature}
-    check_settings({"steps": steps, "top_k": top_k, "remask": remask, **temperatures})
-    if steps > tokens.shape[1]:
-        warnings.warn(f"steps is {steps}: {tokens.shape[1]} tokens take only {tokens.shape[1]}", stacklevel=2)
-        steps = tokens.shape[1]
+    steps = _check(tokens, mask_id, steps, top_k, remask)
     order = get_order(order)
-    random = uniforms(len(tokens), steps, 2, tokens.shape[1], generator=generator).to(tokens.device)  # (B, T, 2, N)
+    random = _fine_uniforms(tokens, steps, generator)  # (B, T, 2, N)
     unknown = masked = tokens == mask_id
     plan = None if is_adaptive(schedule) else _plan(masked, steps, schedule)  # (T, B)
     if not masked.any():
@@ -245,24 +233,66 @@ def decode(
         if not (masked if plan is None else plan[i]).any():
             continue
         u = i / (steps - 1) if steps > 1 else 1.0
+        temperature = _at(u, "sampling_temperature", sampling_temperature)
+        annealed = _at(u, "choice_temperature", choice_temperature, 1 - (i + 1) / steps)
         logits = logits_fn(tokens, u).float()
-        temperature = sampling_temperature(u) if callable(sampling_temperature) else sampling_temperature
         drawn = torch.where(masked, draw(logits, random[:, i, 0], temperature, top_k), tokens)
         log_prob = confidence(logits, drawn, masked, u)
         score = log_prob if order is confidence else order(logits, drawn, masked, u)
-        gumbel = -torch.log(-torch.log(random[:, i, 1].clamp(1e-20, 1 - 1e-7)))
-        annealed = choice_temperature(u) if callable(choice_temperature) else choice_temperature * (1 - (i + 1) / steps)
-        score = score + annealed * gumbel
         candidates = unknown if remask else masked
-        count = plan[i].to(tokens.device) if plan is not None else masked.sum(1)
-        if plan is None and i < steps - 1:  # an adaptive rule: at least one token, in the last step all that are left
-            count = torch.minimum(schedule(logits, masked, u).to(tokens.device).clamp(min=1), count)
+        _check_shape("the order's scores are", score, log_prob)
+        nan = (score.isnan() | log_prob.isnan()) & candidates
+        require(not nan.any(), f"NaN at u = {u:.3g}, in the order's scores or in the model's logits; give numbers")
+        gumbel = -torch.log(-torch.log(random[:, i, 1]))
+        score = score + annealed * gumbel
+        count = _adaptive_count(schedule, logits, masked, u) if plan is None else plan[i].to(tokens.device)
         count = count + (candidates & ~masked).sum(1)
         kept = top_mask(score.clamp(min=-1e30).masked_fill(~candidates, -math.inf), gumbel, count) & candidates
         before = masked
         masked = candidates & ~kept
         tokens = drawn.masked_fill(masked, mask_id)
         yield Step(i, u, tokens, masked, kept & before, log_prob.exp().masked_fill(~before, 0))
+
+
+def _check(tokens: Tensor, mask_id: int, steps: int, top_k: int | None, remask: bool) -> int:
+    """Refuse what is wrong -> the number of steps, at most the number of tokens."""
+    ok = isinstance(tokens, Tensor) and tokens.ndim == 2 and tokens.numel() > 0 and tokens.dtype == torch.long
+    given = f"{getattr(tokens, 'dtype', tokens)} of shape {getattr(tokens, 'shape', None)}"
+    require(ok, f"tokens are {given}; give a (B, N) long tensor that is not empty")
+    check("mask_id", mask_id, Natural)
+    check_settings({"top_k": top_k, "remask": remask})
+    steps, n = check("steps", steps, PositiveInt), tokens.shape[1]
+    if steps > n:
+        warnings.warn(f"steps is {steps}, but there are only {n} tokens; {n} steps are enough", stacklevel=3)
+    return min(steps, n)
+
+
+def _fine_uniforms(tokens: Tensor, steps: int, generator: Generators) -> Tensor:
+    """(B, T, 2, N) in (0, 1). torch's float32 numbers have 24 random bits; those of another number follow them."""
+    coarse = uniforms(len(tokens), steps, 2, tokens.shape[1], generator=generator)
+    fine = coarse.double() + 2**-24 * coarse.flatten(1).roll(1, 1).view_as(coarse)
+    fine = fine.to(tokens.device, torch.float if tokens.device.type == "mps" else torch.double)  # MPS has no float64
+    return fine.clamp(1e-30, 1 - torch.finfo(fine.dtype).eps)
+
+
+def _at(u: float, name: str, temperature: Temperature, anneal: float = 1.0) -> float:
+    """A temperature at u: a function of u, or a number times `anneal`."""
+    if callable(temperature):
+        return check(f"{name} at u = {u:.3g}", temperature(u), NonNegative)
+    return check(name, temperature, NonNegative) * anneal
+
+
+def _check_shape(what: str, given: Any, like: Tensor) -> None:
+    ok = isinstance(given, Tensor) and given.shape == like.shape
+    require(ok, f"{what} {reprlib.repr(given)}; give a tensor of shape {tuple(like.shape)}")
+
+
+def _adaptive_count(rule: Callable[..., Tensor], logits: Tensor, masked: Tensor, u: float) -> Tensor:
+    """How many tokens a rule reveals of each image, (B,): at least one, and at u = 1 all that are left."""
+    left = masked.sum(1)
+    count = rule(logits, masked, u) if u < 1 else left
+    _check_shape("the schedule's counts are", count, left)
+    return torch.minimum(count.to(left).clamp(min=1), left)
 
 
 def _plan(masked: Tensor, steps: int, schedule: str | Schedule) -> Tensor:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,9 +76,9 @@ def test_each_text_is_dropped_whole_or_kept_whole(p, seed):
         assert kept or gone, f"text {i} is half dropped"
 
 
-@pytest.mark.parametrize("p", [-0.1, 1.1, float("nan"), 10])
+@pytest.mark.parametrize("p", [-0.1, 1.1, float("nan"), 10, True, "0.1", None])
 def test_a_probability_outside_zero_to_one_is_refused(p):
-    with pytest.raises(ValueError, match="0 <= p <= 1"):
+    with pytest.raises(ValueError, match="the probability p of drop_text is .* give a fraction"):
         drop_text(context(), p)
 
 
@@ -160,10 +161,24 @@ def test_get_guidance(guidance, at_0, at_half, at_1):
     assert [t(0.0), t(0.5), t(1.0)] == [at_0, at_half, at_1], f"{guidance!r} as a function of progress"
 
 
-@pytest.mark.parametrize("guidance", ["4", None, True, (1,), (1, 2, 3), [], {"t": 1}])
+@pytest.mark.parametrize(
+    "guidance",
+    ["4", None, True, (1,), (1, 2, 3), [], {"t": 1}, float("nan"), float("inf"), (0, float("nan")), (True, 1)],
+)
 def test_get_guidance_refuses_the_rest(guidance):
-    with pytest.raises(TypeError, match="give a number, a pair"):
+    with pytest.raises(ValueError, match="guidance is .* give a number, a pair"):
         get_guidance(guidance)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), None, "1", True])
+def test_a_guidance_function_that_gives_no_number_is_refused(value):
+    with pytest.raises(ValueError, match="guidance at u = 0.5 is"):
+        get_guidance(lambda u: value)(0.5)
+
+
+def test_numpy_and_torch_scalars_are_guidance():
+    for three in (np.float32(3), np.int64(3), torch.tensor(3.0)):
+        assert get_guidance(three)(0.2) == get_guidance((three, three))(0.7) == get_guidance(lambda u: three)(1) == 3
 
 
 # --- guided -----------------------------------------------------------------------------------------------------------

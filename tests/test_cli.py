@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -361,6 +362,12 @@ def test_numbers_of_all_commands_are_finite(command, capsys):
             assert all(name in err for name in option.option_strings), f"{words}: {err}"
 
 
+def test_warnings_are_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(COMMANDS, "info", lambda args: warnings.warn("steps is 5000: 64 are enough", stacklevel=2))
+    assert cli.main(["info"]) == 0
+    assert capsys.readouterr().err == "minimuse: steps is 5000: 64 are enough\n", "no path, no source line"
+
+
 def test_output_in_ascii_and_to_a_closed_pipe(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
@@ -468,7 +475,7 @@ def test_pictures_that_cannot_be_read(run, here, image):
     refused(run("edit", "small.png", A), f"x {9} came")
     refused(run("inpaint", "picture.png", "small.png", A), f"x {9} came")
     refused(run("outpaint", "picture.png", A, "--padding", 1, 2), "padding is (1, 2); give 4 values")
-    refused(run("outpaint", "picture.png", A, "--padding", 0), "padding 0")
+    refused(run("outpaint", "picture.png", A, "--padding", 0), "padding is 0")
     (here / "giant.png").write_bytes(giant_png())
     refused(run("edit", "giant.png", A), "giant.png cannot be read, it is too large")
     for keep in (20, 40, 100, len(whole) // 2):

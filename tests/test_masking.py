@@ -14,6 +14,8 @@ from scipy import stats
 from minimuse.masking import (
     SCHEDULES,
     get_schedule,
+    log_schedule,
+    masked_counts,
     masked_cross_entropy,
     power_schedule,
     random_mask,
@@ -66,10 +68,10 @@ def test_a_callable_is_its_own_schedule():
     def curve(u):
         return 1 - u
 
-    assert get_schedule(curve) is curve, "a function should be taken as it is"
+    assert [get_schedule(curve)(u) for u in (0.0, 0.3, 1.0)] == [1.0, 0.7, 0.0], "a function is its own schedule"
 
 
-@pytest.mark.parametrize("name", ["cosinus", "Cosine", "pow", "powx", "pow-1", "", None, 3])
+@pytest.mark.parametrize("name", ["cosinus", "Cosine", "pow", "powx", "pow-1", "pow²", "", None, 3, ["cosine"]])
 def test_pitfall_15_unknown_schedule_lists_the_known(name):
     for call in (
         lambda: get_schedule(name),
@@ -83,10 +85,11 @@ def test_pitfall_15_unknown_schedule_lists_the_known(name):
 
 
 def test_schedules_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match="positive exponent"):
-        power_schedule(0)
-    with pytest.raises(ValueError, match="positive exponent"):
-        power_schedule(math.nan)
+    for exponent in (0, -1, math.nan, math.inf, True, "2"):
+        with pytest.raises(ValueError, match="the exponent of a schedule is"):
+            power_schedule(exponent)
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        log_schedule(1)
     with pytest.raises(ValueError, match=r"log_schedule\(n\)"):
         get_schedule("log")
 
@@ -142,16 +145,30 @@ def test_reveal_counts_leave_the_schedules_ratio(n, steps, name):
         assert -1e-6 <= exact - left < 1 + 1e-6, f"{left} stay after step {i}, the curve says {exact}"
 
 
-@pytest.mark.parametrize(("n", "steps"), [(-1, 4), (4, 0), (4, -2)])
-def test_reveal_counts_refuse_nonsense(n, steps):
-    with pytest.raises(ValueError, match="steps >= 1"):
+@pytest.mark.parametrize(
+    ("n", "steps", "name"),
+    [(-1, 4, "n"), (4, 0, "steps"), (4, -2, "steps"), (4, True, "steps"), (4, math.nan, "steps"), (2.5, 2, "n")],
+)
+def test_reveal_counts_refuse_nonsense(n, steps, name):
+    with pytest.raises(ValueError, match=f"^{name} is"):
         reveal_counts(n, steps)
 
 
-@pytest.mark.parametrize("curve", [lambda u: 1 + u, lambda u: -u, lambda u: math.nan])
+def test_more_steps_than_tokens_cost_nothing():
+    assert reveal_counts(3, 10**9) == [1, 1, 1], "steps beyond the tokens are never made"
+
+
+@pytest.mark.parametrize("curve", [lambda u: u, lambda u: 0.5 + 0.4 * math.sin(7 * u), lambda u: abs(1 - 2 * u)])
+def test_a_curve_that_rises_is_refused(curve):
+    with pytest.raises(ValueError, match="the schedule rises to"):
+        reveal_counts(64, 16, curve)
+
+
+@pytest.mark.parametrize("curve", [lambda u: 1 + u, lambda u: -u, lambda u: math.nan, lambda u: None, lambda u: "1"])
 def test_a_curve_outside_zero_to_one_is_refused(curve):
-    with pytest.raises(ValueError, match=r"within \[0, 1\]"):
-        reveal_counts(64, 8, curve)
+    for call in (lambda: reveal_counts(64, 8, curve), lambda: sample_mask_rate(4, schedule=curve)):
+        with pytest.raises(ValueError, match=r"the schedule at u = .* give a ratio within \[0, 1\]"):
+            call()
 
 
 # --- training rates and masks -----------------------------------------------------------------------------------------
@@ -192,18 +209,37 @@ def test_mask_rates_have_the_density_of_the_schedule(schedule, cdf):
 @OFF
 def test_random_mask_covers_exactly_ceil_of_rate_times_n(rates, n, seed):
     exact = [Fraction(r) * n for r in rates]
-    assume(all(x == int(x) or x - int(x) > Fraction(1, 100_000) for x in exact))  # rounding of r forgives 1e-6
+    assume(all(x == int(x) or x - int(x) > Fraction(n, 2**22) for x in exact))  # the rounding of r is forgiven
     masked = random_mask(torch.zeros(len(rates), n, dtype=torch.long), torch.tensor(rates), seeded(seed))
     assert masked.dtype == torch.bool, "a mask is boolean"
     assert masked.sum(1).tolist() == [math.ceil(x) for x in exact], f"rates {rates} of {n} tokens"
 
 
-@pytest.mark.parametrize("n", [1, 7, 16, 64, 256, 1024, 4096])
-def test_random_mask_of_k_of_n_masks_k(n):
-    """0.1 * 30 is 3.0000000000000004: rounding must not mask a fourth."""
-    k = torch.arange(0, n + 1, max(1, n // 60))
-    masked = random_mask(torch.zeros(len(k), n, dtype=torch.long), k.double() / n, seeded())
+@pytest.mark.parametrize("n", [1, 7, 16, 64, 100, 256, 900, 1024, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_random_mask_of_k_of_n_masks_k(n, dtype):
+    """0.1 * 30 is 3.0000000000000004, and in float32 off by more: rounding must not mask a fourth."""
+    k = torch.arange(0, n + 1, max(1, n // 100))
+    masked = random_mask(torch.zeros(len(k), n, dtype=torch.long), k.to(dtype) / n, seeded())
     assert masked.sum(1).equal(k), f"k / {n} should mask exactly k"
+
+
+@pytest.mark.parametrize("n", [100, 144, 900])
+def test_no_rate_masks_one_token_too_many(n):
+    """Rates of a step curve, so that each is k / n: in float32 some masked k + 1."""
+    rates = sample_mask_rate(2000, schedule=lambda u: math.ceil(n * (1 - u)) / n, generator=seeded())
+    assert rates.dtype == torch.float64, "rates are float64"
+    expected = (rates * n).round().long()
+    assert masked_counts(rates, n).equal(expected), "one token too many"
+    assert masked_counts(rates.float(), n).equal(expected), "one token too many in float32"
+
+
+@pytest.mark.parametrize("rate", [math.nan, -0.1, 1.5, math.inf])
+def test_rates_that_are_no_rates_are_refused(rate):
+    with pytest.raises(ValueError, match="give floats from 0 to 1"):
+        random_mask(torch.zeros(1, 4, dtype=torch.long), torch.tensor([rate]))
+    with pytest.raises(ValueError, match="give floats from 0 to 1"):
+        random_mask(torch.zeros(1, 4, dtype=torch.long), torch.tensor([1]))
 
 
 def test_random_mask_falls_on_every_place_alike():

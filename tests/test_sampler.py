@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -108,7 +109,7 @@ def test_a_row_with_fewer_masked_tokens_than_steps_joins_late():
 
 @given(
     rows=st.lists(st.integers(0, 16), min_size=1, max_size=4),
-    steps=st.integers(1, 20),
+    steps=st.integers(1, 16),
     order=st.sampled_from(list(ORDERS)),
     schedule=st.sampled_from(["cosine", "sqrt", "log", entropy_bound(2.0)]),
     temperature=st.sampled_from([0.0, 4.5]),
@@ -249,6 +250,40 @@ def test_top_k_never_draws_outside_the_k(k):
     if k > 1:
         result = stats.chisquare(counts.numpy(), expected.numpy())
         assert result.pvalue > 1e-3, f"in the proportions of their softmax: {result}"
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_pitfall_33_rare_tokens_are_drawn_as_often_as_they_should(place):
+    """A token of probability 1e-9, at the start, in the middle and at the end: float32 draws it 60 times too often, or
+    never. A billion evenly spaced uniforms are too many, so that only those around its stretch of the CDF are tried.
+    """
+    p = torch.full((7,), (1 - 1e-9) / 6, dtype=torch.double)
+    p[place] = 1e-9
+    start = p[:place].sum()
+    x = start + torch.linspace(-4e-9, 4e-9, 8001, dtype=torch.double)
+    x = x[(x >= 0) & (x < 1)]
+    for logits in (p.log(), p.log().float()):
+        tokens = draw(logits.expand(1, len(x), 7), x[None], 1.0)
+        spread = (tokens[0] == place).sum().item() * 1e-12  # each uniform stands for 1e-12
+        assert spread == pytest.approx(1e-9, rel=0.01), f"a token of 1e-9 has {spread:.2g} of the draws"
+
+
+def test_pitfall_33_random_numbers_reach_the_tails():
+    """The lowest of 2^24 float32 uniforms is 0, so that Gumbel noise ends at 16.6: finer numbers have 48 random bits."""
+    seen = []
+
+    def spy(logits, x, temperature, top_k=None):
+        seen.append(x)
+        return draw(logits, x, temperature, top_k)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minimuse.sampler.draw", spy)
+        run(toy, masks(64, 256), steps=1, generator=seeded())
+    (x,) = seen
+    fine = (x.double() * 2**24).frac()
+    assert x.dtype == torch.float64, "uniforms are float64"
+    assert stats.kstest(fine.flatten().numpy(), "uniform").pvalue > 1e-3, "the lower 24 bits are random too"
+    assert x.min() > 0, "and no noise is infinite"
 
 
 def test_temperature_zero_is_argmax():
@@ -462,13 +497,17 @@ def test_a_world_with_impossible_tokens_decodes():
 
 
 def test_entropy_bound_by_hand():
-    """Entropies ln 4, 0, ln 2, ln 2. The surest first, they sum to 0, 0.69, 1.39, 2.77."""
+    """Pitfall 32. Entropies 0, ln 2, ln 2, ln 4, the surest first: without the largest they sum to 0, 0, 0.69, 1.39."""
     p = [[0.25] * 4, [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [0.0, 0.5, 0.0, 0.5]]
     logits, masked = torch.tensor(p).log()[None], torch.ones(1, 4, dtype=torch.bool)
-    for bound, count in ((0.0, 1), (0.69, 1), (0.70, 2), (1.38, 2), (1.39, 3), (2.77, 3), (2.78, 4)):
+    for bound, count in ((0.0, 2), (0.69, 2), (0.70, 3), (1.38, 3), (1.39, 4), (2.78, 4)):
         assert entropy_bound(bound)(logits, masked, 0.0).tolist() == [count], f"a bound of {bound} nats"
     masked = torch.tensor([[True, False, True, False]])
-    assert entropy_bound(0.7)(logits, masked, 0.0).tolist() == [1], "known tokens are not counted"
+    assert entropy_bound(0.7)(logits, masked, 0.0).tolist() == [2], "known tokens are not counted"
+    assert entropy_bound(0.0)(logits[:, 2:], masked[:, 2:], 0.0).tolist() == [1], "0 nats: one token a step"
+    for wrong in (-1, math.nan, math.inf, True, "1", None):
+        with pytest.raises(ValueError, match="the entropy bound is"):
+            entropy_bound(wrong)
 
 
 def test_images_of_an_adaptive_batch_finish_at_different_steps():
@@ -479,12 +518,12 @@ def test_images_of_an_adaptive_batch_finish_at_different_steps():
         return torch.stack([sure, unsure])
 
     tokens = torch.full((2, 8), 4)
-    steps = list(decode(model, tokens, mask_id=4, steps=20, schedule=entropy_bound(3.0), order="entropy"))
+    steps = list(decode(model, tokens, mask_id=4, steps=8, schedule=entropy_bound(2.0), order="entropy"))
     counts = [s.revealed.sum(1).tolist() for s in steps]
-    assert counts == [[8, 2], [0, 2], [0, 2], [0, 2]], f"2 ln 4 < 3 < 3 ln 4: two a step, got {counts}"
-    capped = list(decode(model, tokens, mask_id=4, steps=2, schedule=entropy_bound(3.0), order="entropy"))
+    assert counts == [[8, 2], [0, 2], [0, 2], [0, 2]], f"ln 4 < 2 < 2 ln 4: two a step, got {counts}"
+    capped = list(decode(model, tokens, mask_id=4, steps=2, schedule=entropy_bound(2.0), order="entropy"))
     assert [s.revealed.sum(1).tolist() for s in capped] == [[8, 2], [0, 6]], "the last of T steps reveals the rest"
-    slow = list(decode(model, tokens, mask_id=4, steps=20, schedule=entropy_bound(0.0), order="entropy"))
+    slow = list(decode(model, tokens, mask_id=4, steps=8, schedule=entropy_bound(0.0), order="entropy"))
     assert len(slow) == 8, "at least one token a step, whatever the bound"
 
 
@@ -564,9 +603,17 @@ def test_a_generator_on_another_device_is_refused():
     class Elsewhere:
         device = torch.device("cuda")
 
-    for wrong in (Elsewhere(), [seeded(), Elsewhere()]):
+    for wrong in (Elsewhere(), [seeded(), Elsewhere()], 7, "seed", [None, 3]):
         with pytest.raises(ValueError, match="give CPU generators"):
             run(toy, masks(2, 9), steps=3, generator=wrong)
+
+
+NUMBERS = (-1, math.nan, math.inf, True, "1", [1.0], 1e999)
+NONSENSE = [
+    {name: x} for name in ("sampling_temperature", "choice_temperature") for x in (*NUMBERS, lambda u: math.nan)
+]
+NONSENSE += [{name: x} for name in ("steps", "top_k") for x in (*NUMBERS, 0, 2.5, 10**13)]
+NONSENSE += [{"remask": x} for x in (1, "yes", math.nan)] + [{"mask_id": x} for x in (None, -1, True, 1.5)]
 
 
 @pytest.mark.parametrize(
@@ -580,18 +627,56 @@ def test_a_generator_on_another_device_is_refused():
         (torch.full((2, 9), MASK), {"steps": 0}, "steps is 0"),
         (torch.full((2, 9), MASK), {"steps": -3}, "steps is -3"),
         (torch.full((2, 9), MASK), {"steps": 2.5}, "steps is 2.5"),
-        (torch.full((2, 9), MASK), {"top_k": 0}, "top_k is 0"),
-        (torch.full((2, 9), MASK), {"sampling_temperature": -1.0}, "sampling_temperature is -1.0"),
-        (torch.full((2, 9), MASK), {"choice_temperature": math.nan}, "choice_temperature is nan"),
+        (None, {}, "tokens are None"),
+        *((torch.full((2, 9), MASK), change, " is ") for change in NONSENSE),
         (torch.full((2, 9), MASK), {"schedule": "cosinus"}, "unknown schedule 'cosinus'"),
     ],
 )
 def test_nonsense_is_refused(tokens, change, match):
+    with pytest.raises(ValueError, match=match) as error:
+        list(decode(toy, tokens, **{"mask_id": MASK, "steps": 3} | change))
+    assert match != " is " or str(error.value).startswith(next(iter(change))), "the message names the setting"
+
+
+def test_steps_beyond_the_tokens_are_clamped_with_a_warning():
+    """A billion steps would be a billion random numbers for each token."""
+    with pytest.warns(UserWarning, match="there are only 16 tokens"):
+        many = run(toy, masks(1, 16), steps=10**9, generator=seeded())
+    assert len(many) == 16, "one token a step"
+    assert many[-1].tokens.equal(run(toy, masks(1, 16), steps=16, generator=seeded())[-1].tokens), "as with 16 steps"
+
+
+def test_numpy_and_torch_scalars_are_numbers():
+    plain = run(toy, masks(1, 16), steps=4, top_k=3, choice_temperature=2.0, generator=seeded())[-1].tokens
+    for make in (np.int64, torch.tensor):
+        settings_ = {"steps": make(4), "top_k": make(3), "choice_temperature": make(2)}
+        assert run(toy, masks(1, 16), generator=seeded(), **settings_)[-1].tokens.equal(plain), f"{make} differs"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"order": lambda logits, drawn, masked, u: torch.full(drawn.shape, math.nan)}, "NaN at u = 0"),
+        ({"order": lambda logits, drawn, masked, u: torch.zeros(3)}, "the order's scores are"),
+        ({"order": lambda logits, drawn, masked, u: None}, "the order's scores are None"),
+        ({"schedule": lambda logits, masked, u: None}, "the schedule's counts are None"),
+        ({"schedule": lambda logits, masked, u: torch.ones(7)}, "the schedule's counts are"),
+        ({"schedule": lambda u: u}, "the schedule rises"),
+        ({"schedule": lambda u: math.nan}, "the schedule at u"),
+    ],
+)
+def test_functions_that_give_nonsense_are_refused(change, match):
     with pytest.raises(ValueError, match=match):
-        run(toy, tokens, **{"steps": 3} | change)
+        run(toy, masks(2, 9), steps=3, **change)
 
 
-@pytest.mark.parametrize("order", ["confident", "", None, 3])
+@pytest.mark.parametrize("order", list(ORDERS))
+def test_a_model_that_gives_nan_is_refused(order):
+    with pytest.raises(ValueError, match="NaN at u = 0"):
+        run(lambda tokens, u: torch.full((*tokens.shape, V), math.nan), masks(2, 9), steps=3, order=order)
+
+
+@pytest.mark.parametrize("order", ["confident", "", None, 3, ["halton"]])
 def test_an_unknown_order_lists_the_known(order):
     with pytest.raises(ValueError, match="unknown order") as error:
         run(toy, masks(2, 9), steps=3, order=order)
