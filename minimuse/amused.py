@@ -5,8 +5,7 @@
     *_, last = decode(amused.logits_fn(["a fox"]), tokens, mask_id=amused.mask_id, **settings(steps=12))
     images = amused.tokenizer.decode(last.tokens)  # (1, 3, 256, 256)
 
-Every schedule and order of `sampler.decode` then runs on a real model with 600M parameters. Its `VQTokenizer` has the
-sizes of Muse's (f = 16, 8192 codes), so a base model can train on its tokens (`low_tokenizer_from`).
+Its `VQTokenizer` has the sizes of Muse's (f = 16, 8192 codes): a base model can train on it (`low_tokenizer_from`).
 
 What aMUSEd does differently from Muse:
     one model for 256 or 512 px, without super-resolution: a U-ViT, attention layers between convolutions
@@ -15,11 +14,11 @@ What aMUSEd does differently from Muse:
     removed text is the empty prompt; guidance is constant, t = 9; the ranking has MaskGIT's noise
     [MASK] is the last id of the vocabulary (8255), not one past the codebook
 
-Glossary: h w token grid, f downsampling, V codebook size, t guidance. Not here: training.
+Not here: training.
 """
 
+import logging
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,13 @@ from torch import Tensor, nn
 from minimuse.cfg import Guidance, get_guidance, guide
 from minimuse.config import MuseConfig
 from minimuse.sampler import LogitsFn
+from minimuse.utils import require
 
 
 def settings(steps: int = 12) -> dict[str, Any]:
     """Arguments with which `sampler.decode` decodes as aMUSEd's scheduler does: steps, schedule, ranking noise.
 
-    Its noise at step i is 2 (T-1-i) / (T-1), ours c (T-1-i) / T, so c = 2 T / (T-1). Its cosine has single precision:
-    at u = 2/3 it leaves 127 of 256 tokens, where MaskGIT's leaves 128.
+    Its noise at step i is 2 (T-1-i) / (T-1), ours c (T-1-i) / T. Its cosine has single precision: 127 of 256, not 128.
     """
     return {
         "steps": steps,
@@ -52,14 +51,13 @@ def _load(kind: str, name: str | Path, subfolder: str) -> Any:
         import transformers
     except ImportError as error:
         raise ImportError("published weights need diffusers: pip install 'minimuse[amused]'") from error
-    model_class = getattr(diffusers, kind, None) or getattr(transformers, kind)
+    load = (getattr(diffusers, kind, None) or getattr(transformers, kind)).from_pretrained
     try:
         if kind == "CLIPTokenizer":
-            return model_class.from_pretrained(name, subfolder=subfolder)
-        options = {"use_safetensors": True, "output_loading_info": True}
-        model, info = model_class.from_pretrained(name, subfolder=subfolder, **options)
-        if info["missing_keys"]:
-            raise ValueError(f"it lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}, ...")
+            return load(name, subfolder=subfolder)
+        model, info = load(name, subfolder=subfolder, use_safetensors=True, output_loading_info=True)
+        missing = sorted(info["missing_keys"])
+        require(not missing, f"it lacks the weights {', '.join(missing[:3])}, ...")
     except (OSError, ValueError) as error:
         raise ValueError(f"no {kind} in {str(name)!r}, subfolder {subfolder!r}: {error}") from error
     return model.float().eval().requires_grad_(False)
@@ -70,16 +68,15 @@ class VQTokenizer(nn.Module):
 
     def __init__(self, vq: nn.Module):
         super().__init__()
-        if not vq.config.lookup_from_codebook:
-            raise ValueError("this VQModel has lookup_from_codebook=False; give one that decodes tokens as aMUSEd's")
+        require(vq.config.lookup_from_codebook, "this VQModel has lookup_from_codebook=False; give one like aMUSEd's")
         self.vq = vq.eval().requires_grad_(False)
         self.codebook_size = vq.config.num_vq_embeddings
         self.downsampling = 2 ** (len(vq.config.block_out_channels) - 1)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, subfolder: str = "vqvae") -> "VQTokenizer":
-        """From a folder or hub id of a whole aMUSEd; subfolder="" for a VQModel alone."""
-        return cls(_load("VQModel", name, subfolder))
+    def from_pretrained(cls, name: str | Path) -> "VQTokenizer":
+        """From a folder or hub id of a whole aMUSEd, or from a folder of a VQModel alone."""
+        return cls(_load("VQModel", name, "" if Path(name, "config.json").exists() else "vqvae"))
 
     @property
     def codebook(self) -> Tensor:
@@ -95,8 +92,8 @@ class VQTokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) of a square grid -> images (B, 3, H, W) in [-1, 1]. ValueError if a [MASK] is left."""
-        if tokens.max() >= self.codebook_size:
-            raise ValueError(f"token {tokens.max()} is none of the {self.codebook_size} codes; is [MASK] left in it?")
+        known = tokens.max() < self.codebook_size
+        require(known, f"token {tokens.max()} is none of the {self.codebook_size} codes; is [MASK] left in it?")
         side = math.isqrt(tokens.shape[1])
         shape = (len(tokens), side, side, self.vq.quantize.vq_embed_dim)
         return self.vq.decode(tokens, force_not_quantize=True, shape=shape).sample.clamp(0, 1) * 2 - 1
@@ -104,15 +101,12 @@ class VQTokenizer(nn.Module):
 
 def published_tokenizer(config: MuseConfig) -> VQTokenizer | None:
     """The frozen low tokenizer that `low_tokenizer_from` names, or None. ValueError if its sizes are different."""
-    name = config.low_tokenizer_from
-    if not name:
+    if not (name := config.low_tokenizer_from):
         return None
-    alone = Path(name, "config.json").exists()  # a folder with a VQModel only, not a whole aMUSEd
-    tokenizer = VQTokenizer.from_pretrained(name, subfolder="" if alone else "vqvae")
+    tokenizer = VQTokenizer.from_pretrained(name)
     for size in ("codebook_size", "downsampling"):
         found, expected = getattr(tokenizer, size), getattr(config.low_tokenizer, size)
-        if found != expected:
-            raise ValueError(f"{name}: {size} {found}, but low_tokenizer says {expected}; change it")
+        require(found == expected, f"{name}: {size} {found}, but low_tokenizer says {expected}; change it")
     return tokenizer
 
 
@@ -121,8 +115,8 @@ class Amused(nn.Module):
 
     def __init__(self, tokenizer: VQTokenizer, transformer: nn.Module, clip: nn.Module, clip_tokenizer: Any):
         super().__init__()
-        if (v := clip.config.vocab_size) != len(clip_tokenizer):
-            raise ValueError(f"CLIP knows {v} text tokens, its tokenizer {len(clip_tokenizer)}; is vocab.json missing?")
+        v, n = clip.config.vocab_size, len(clip_tokenizer)
+        require(v == n, f"CLIP knows {v} text tokens, its tokenizer {n}; is vocab.json missing?")
         self.tokenizer = tokenizer
         self.clip_tokenizer = clip_tokenizer
         self.transformer = transformer.eval().requires_grad_(False)
@@ -137,11 +131,11 @@ class Amused(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """B prompts, cut to 77 tokens with a warning -> penultimate layer (B, 77, D_lm), projected embedding (B, P)."""
+        """B prompts, cut to 77 tokens -> penultimate layer (B, 77, D_lm), projected embedding (B, P)."""
         limit = self.clip.config.max_position_embeddings
-        for prompt in prompts:
-            if (n := len(self.clip_tokenizer(prompt, verbose=False)["input_ids"])) > limit:
-                warnings.warn(f"prompt cut from {n} to {limit} tokens: {prompt[:60]!r}...", stacklevel=3)
+        lengths = [len(ids) for ids in self.clip_tokenizer(list(prompts), verbose=False)["input_ids"]]
+        if long := sum(n > limit for n in lengths):
+            logging.getLogger("minimuse").warning("%d prompts are cut to %d tokens of CLIP", long, limit)
         options = {"padding": "max_length", "truncation": True, "max_length": limit, "return_tensors": "pt"}
         ids = self.clip_tokenizer(list(prompts), **options)["input_ids"].to(self.clip.device)
         out = self.clip(ids, output_hidden_states=True)
@@ -152,8 +146,7 @@ class Amused(nn.Module):
     ) -> LogitsFn:
         """B prompts -> the LogitsFn (tokens (B, N), u) -> guided logits (B, N, V), of the grid of the training.
 
-        guidance is t as in `cfg.get_guidance`; the guidance_scale of diffusers is t + 1. negative_prompts None are
-        empty prompts.
+        guidance: t as in `cfg.get_guidance`; the guidance_scale of diffusers is t + 1. negative_prompts: none are "".
         """
         b, side = len(prompts), self.transformer.config.sample_size
         scale = get_guidance(guidance)

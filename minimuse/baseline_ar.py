@@ -1,6 +1,6 @@
 """The autoregressive baseline (as Parti, arXiv 2206.10789), and what all baselines share.
 
-A baseline replaces Muse's base model and draws only the low-resolution picture. It has the same data, text, tokenizer
+A baseline replaces Muse's base model, and draws only the low-resolution picture. It has the same data, text, tokenizer
 and optimizer, and about as many parameters.
 
     model      is trained to predict                         draws                                   in steps
@@ -11,7 +11,7 @@ and optimizer, and about as many parameters.
 A new baseline is a subclass of `LowRes` with its own `configure`, `network`, `fit` and `decode_base`, and a line in
 `cli_commands.baseline`.
 
-Glossary: B batch, N image tokens, D width, V codebook size, u progress, t guidance scale.
+B batch, N image tokens, D width, V codebook size, u progress, t guidance scale.
 Not here: the diffusion baseline (`baseline_dit.py`), the comparison (`benchmarks/race.py`).
 """
 
@@ -43,10 +43,7 @@ from minimuse.vqgan import VQGAN
 
 
 class LowRes(Muse):
-    """Muse's base model by itself: low-resolution pictures from text alone. Each baseline is a subclass.
-
-    config: from `configure`; parts: from `build`.
-    """
+    """Muse's base model by itself. Each baseline is a subclass. config: from `configure`; parts: from `build`."""
 
     model = "masked"  # its name in `minimuse train --model`
     format = "minimuse-masked-1"
@@ -130,18 +127,15 @@ class CausalLayer(Layer):
     """
 
     def forward(self, x: Tensor, *memory: Tensor, past: list[Tensor] | None = None) -> Tensor:
-        x = x + self.dropout(self.look_back(self.norm1(x), past))
-        x = x + self.dropout(self.cross(self.norm2(x), *memory))
-        return x + self.dropout(self.mlp(self.norm3(x)))
-
-    def look_back(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
-        """Causal self-attention of x (B, n, D) over m tokens, of which the last n are x's -> (B, n, D)."""
-        q, k, v = self.attention.qkv(x).unflatten(-1, (3, self.attention.heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = self.attention.qkv(self.norm1(x)).unflatten(-1, (3, self.attention.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
         if past is not None:
             k, v = past[:] = [torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True)] if past else [k, v]
         n, m = q.shape[2], k.shape[2]
         see = torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m - n)
-        return self.attention.out(attention(q, k, v, see).transpose(1, 2).flatten(2))
+        x = x + self.dropout(self.attention.out(attention(q, k, v, see).transpose(1, 2).flatten(2)))
+        x = x + self.dropout(self.cross(self.norm2(x), *memory))
+        return x + self.dropout(self.mlp(self.norm3(x)))
 
 
 class CausalTransformer(Transformer):
@@ -182,9 +176,7 @@ class NextTokenLoss(nn.Module):
         return F.cross_entropy(logits, x.flatten(), reduction="sum", label_smoothing=self.label_smoothing)
 
 
-def train_ar(
-    model: CausalTransformer, config: StageConfig, tokens: Any, texts: Any, **options: Any
-) -> Iterator[Progress]:
+def train_ar(model: nn.Module, config: StageConfig, tokens: Any, texts: Any, **options: Any) -> Iterator[Progress]:
     """Train to predict the next token. The arguments are those of `train.train_transformer`."""
 
     def losses(job: Stage, step: int, at: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:

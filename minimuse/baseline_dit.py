@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from minimuse.baseline_ar import LowRes
 from minimuse.cfg import guided
 from minimuse.config import MuseConfig, StageConfig
+from minimuse.data_cache import Decimated
 from minimuse.data_images import to_float
 from minimuse.editing import Jobs, seeded_generators
 from minimuse.masking import Generators, uniforms
 from minimuse.muse import sampling_settings
 from minimuse.sampler import Step
 from minimuse.text import Context
-from minimuse.train import Decimated, MuseTrainer, pick_captions, train_network
+from minimuse.train import MuseTrainer, pick_captions, train_network
 from minimuse.train_engine import Progress, Stage
 from minimuse.transformer import RESIDUAL_OUTPUTS, Layer, Memory, Transformer, TransformerConfig
 from minimuse.utils import PositiveInt, check, require
@@ -42,10 +43,7 @@ from minimuse.vqgan import VQGAN
 
 
 def zero_init_residual(model: nn.Module) -> nn.Module:
-    """Before training: residual blocks start as the identity (DiT, arXiv 2212.09748). Returns the model.
-
-    It fits Muse's transformers too: `train_transformer(zero_init_residual(Transformer(config)), ...)`.
-    """
+    """Before training: residual blocks start as the identity (DiT), in Muse's transformers too. Returns the model."""
     for name, weight in model.named_parameters():
         if name.endswith(RESIDUAL_OUTPUTS):
             nn.init.zeros_(weight)
@@ -90,8 +88,7 @@ def dit_sizes(base: TransformerConfig, patch: int = 1) -> TransformerConfig:
 class DiT(Transformer):
     """Noisy latents x (B, d, h, w), a memory, step s (B,) or () -> the noise in them, (B, d, h, w) float32.
 
-    config: from `dit_sizes` with the same patch. v is the head's velocity: the noise is sqrt(1 - a_s) x + sqrt(a_s) v,
-    which divides nothing by a small number.
+    config: from `dit_sizes` with the same patch. The head's velocity v gives the noise sqrt(1 - a_s) x + sqrt(a_s) v.
     """
 
     def __init__(self, config: TransformerConfig, channels: int, patch: int = 1):

@@ -18,6 +18,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -173,6 +174,20 @@ def tokenize_images(tokenizer: Any, images: Tensor, batch: int = 256, bf16: bool
 
 
 @dataclass
+class Decimated:
+    """Images (n, 3, H, W) -> (n, 3, H / factor, W / factor), computed when they are read: the low-res images."""
+
+    images: Any
+    factor: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: Any) -> Tensor:
+        return area_downsample(self.images[indices], self.factor)
+
+
+@dataclass
 class TrainingData:
     """A source, its caches under `folder`, and the split into training and held-out examples."""
 
@@ -242,6 +257,9 @@ class TrainingData:
     def embed(self) -> Iterator[tuple[int, int]]:
         """The captions of all examples, embedded. If they exceed `text_gib`, they are encoded at each reading."""
         captions = self.captions()
+        texts = list(dict.fromkeys(text for texts in captions[:50_000] for text in texts))
+        for remark in self.encoder.remarks(texts) if self.rank == 0 else []:
+            logging.getLogger("minimuse").warning(remark)
         known = self.encode([text for texts in captions[:: max(1, len(captions) // 64)] for text in texts])
         each = sum(row.nbytes for row in known) / len(known)  # of a caption
         if each * sum(map(len, captions)) > self.config.text_gib * 2**30:
@@ -271,7 +289,9 @@ class TrainingData:
 
     def encode(self, texts: Sequence[str], batch: int = 512) -> list[Tensor]:
         """B texts -> B embeddings (L, D), unpadded, in half precision."""
-        parts = (self.encoder.encode(list(texts[i : i + batch])) for i in range(0, len(texts), batch))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `embed` says once what holds for all captions
+            parts = [self.encoder.encode(list(texts[i : i + batch])) for i in range(0, len(texts), batch)]
         return [e[m].half().cpu() for part in parts for e, m in zip(part.embeds, part.mask, strict=True)]
 
     def captions(self) -> list[tuple[str, ...]]:

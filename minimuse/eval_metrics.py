@@ -115,7 +115,8 @@ def _rows(values: Values, groups: Groups, ndim: int = 1) -> tuple[Tensor, Tensor
     """Values (n,) or (n, D) and labels -> values in double, the number of each row's group as they appear, and G."""
     try:
         values = torch.as_tensor(values).detach().cpu().double()
-        labels = list(range(len(values)) if groups is None else groups.tolist() if isinstance(groups, Tensor) else groups)
+        labels = list(range(len(values)) if groups is None else groups)
+        labels = [label.item() if isinstance(label, Tensor) else label for label in labels]
     except (TypeError, ValueError, RuntimeError) as error:
         came = f"values are a {type(values).__name__}, group labels a {type(groups).__name__}"
         raise ValueError(f"{came}; give rows of numbers, and a list of one label for each row") from error

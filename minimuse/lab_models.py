@@ -79,8 +79,8 @@ class ModelEvaluator:
 class MuseEvaluator(ModelEvaluator):
     """The base model of a Muse, on captions of scenes of the split "test" with one or two objects.
 
-    Guidance, temperature and, for the checkpoint's own order, the ranking noise come from the checkpoint, unless the
-    sampler sets them. Choice: without super-resolution, as the base model decides what is where.
+    What the sampler does not set comes from the checkpoint. Choice: no super-resolution; the base model decides what is
+    where.
     """
 
     titles: ClassVar = {

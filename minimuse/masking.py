@@ -115,6 +115,7 @@ def sample_mask_rate(n: int, *, schedule: str | Schedule = "cosine", generator: 
     Muse 2.6: for the cosine p(r) = (2 / pi) (1 - r^2)^(-1/2), mean 0.64 and P(r > 0.9) = 0.287.
     """
     curve = get_schedule(schedule)
+    require(check("n", n, Natural) <= 10**6, f"n is {n}; give at most 10**6 examples")
     return torch.tensor([curve(u) for u in uniforms(n, generator=generator).tolist()], dtype=torch.double).clamp(0, 1)
 
 
@@ -127,6 +128,7 @@ def masked_counts(rate: Tensor, n: int) -> Tensor:
 
 def random_mask(tokens: Tensor, rate: Tensor, generator: Generators = None) -> Tensor:
     """tokens (B, N), rate (B,) -> masked (B, N) bool: True at exactly ceil(r N) random positions of each row."""
+    require(tokens.ndim == 2, f"tokens have the shape {tuple(tokens.shape)}; give (B, N)")
     b, n = tokens.shape
     require(rate.shape == (b,), f"rate of shape {tuple(rate.shape)} for a batch of {b}; give one rate per example")
     place = uniforms(b, n, generator=generator).argsort(1).argsort(1)  # (B, N), a random permutation per row

@@ -14,6 +14,7 @@ import math
 import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +26,10 @@ from torch import Tensor
 from minimuse import checkpoint, train_state
 from minimuse.amused import published_tokenizer
 from minimuse.config import STAGES, MuseConfig
-from minimuse.data_cache import HELD_OUT, Subset, TrainingData
+from minimuse.data_cache import HELD_OUT, Decimated, Subset, TrainingData
 from minimuse.data_images import to_float
 from minimuse.text import TextEncoder, pad_contexts
-from minimuse.train import Decimated, MaskedLoss
+from minimuse.train import MaskedLoss
 from minimuse.train_engine import Engine
 from minimuse.train_log import RATES, STRATA, codebook_usage, eval_mode, read_log, set_of, unigram_entropy, validate
 from minimuse.transformer import SuperRes, Transformer
@@ -45,10 +46,9 @@ Rows = Sequence[Any]  # columns of n examples: tokens, texts and, for super-reso
 HINTS = {  # what failure looks like, and what to do
     "codebook": "Only a few codes are used. Lower the learning rate, restart dead codes sooner, or lower code_dim.",
     "pictures": "No transformer can draw what the tokenizer loses. Train longer, or use a larger width or grid.",
-    "overfitting": "A model that memorizes its training examples needs more data, more captions, more weight decay or "
-    "dropout, a smaller model, or an earlier state. Without held-out examples nobody can tell.",
-    "context": "Without context the loss is the unigram entropy at every mask rate. A healthy loss is lower, and falls "
-    "as fewer tokens are masked. Check that tokens and positions reach the model, or lower the learning rate.",
+    "overfitting": "A model that memorizes needs more data or captions, more weight decay or dropout, or fewer steps.",
+    "context": "A healthy loss is below the unigram entropy, and falls as fewer tokens are masked. Check the inputs, "
+    "or lower the learning rate.",
     "leakage": "A model that sees its targets has a loss near 0, and draws noise. Its input must hold [MASK] at every "
     "target, and the loss must count masked tokens only.",
     "text": "The model ignores its text. Check that captions belong to their images and differ, and cond_drop_prob.",
@@ -75,13 +75,15 @@ def _finding(check: str, number: float, message: str, x: float, look: float, wro
 
 def _overfitting(held_out: Any, gap: float, message: str, look: float, wrong: float) -> Finding:
     """The finding about the gap between training and held-out examples, if enough are held out."""
-    if set_of(held_out) == "training":
-        message = f"Nothing is held out: with fewer than {HELD_OUT} examples, all {len(held_out)} are trained on."
-    elif len(held_out) < FEW:
-        message = f"Only {len(held_out)} examples are held out, too few to see overfitting."
-    else:
+    n = len(held_out) if set_of(held_out) == "held_out" else 0
+    if n >= FEW:
         return _finding("overfitting", gap, message, gap, look, wrong)
-    return Finding("overfitting", "look", math.nan, message)
+    few = f"Only {n} examples are held out" if n else f"Nothing is held out (of fewer than {HELD_OUT} examples)"
+    return Finding("overfitting", "look", math.nan, f"{few}, so overfitting could not be seen.")
+
+
+def _name(rows: Any) -> str:
+    return f"{min(MOST, len(rows))} {set_of(rows).replace('_', '-')} examples"
 
 
 def examine_tokenizer(model: VQGAN, train: Any, held_out: Any, *, engine: Engine) -> Iterator[Finding]:
@@ -90,17 +92,12 @@ def examine_tokenizer(model: VQGAN, train: Any, held_out: Any, *, engine: Engine
     train_tokens, train_psnr, _ = _reconstruct(model, train, engine)
     size, good = model.codebook_size, psnr >= GOOD_PSNR
     used, perplexity = codebook_usage(torch.cat([tokens, train_tokens]), size)
-    message = f"{used:.0%} of {size} codes are used on training and held-out images; perplexity {perplexity:.1f}."
+    message = f"{used:.0%} of {size} codes are used by all images read; perplexity {perplexity:.1f}."
     yield _finding("codebook", perplexity, message, -perplexity, -size / 10, math.inf if good else -max(2, size / 100))
     message = f"The PSNR of {_name(held_out)} is {psnr:.1f} dB; that of their mean colors is {floor:.1f} dB."
     yield _finding("pictures", psnr, message, -math.inf if good else floor - psnr, -6, -1)
     message = f"The PSNR of training images is {train_psnr - psnr:+.1f} dB compared with held-out ones."
     yield _overfitting(held_out, train_psnr - psnr, message, 2, 6)
-
-
-def _name(rows: Any, few: bool = False) -> str:
-    """Such as "24 training examples"."""
-    return f"{min(MOST, len(rows))} {'training' if few else set_of(rows).replace('_', '-')} examples"
 
 
 def _reconstruct(model: VQGAN, images: Any, engine: Engine) -> tuple[Tensor, float, float]:
@@ -123,36 +120,32 @@ def examine_transformer(
 
     early: the model may still be untrained, so only leakage and overfitting are "wrong".
     """
-    few = len(held_out[0]) < FEW
-    rows = train if few else held_out
-    seen, setting = _name(rows[0], few), (codebook_size, engine)
-    own = _metrics(loss, rows, *setting)
-    entropy = unigram_entropy(rows[0][torch.arange(min(4096, len(rows[0])))], codebook_size)
+    rows = held_out if len(held_out[0]) >= FEW else train
+    measure, slack = partial(_metrics, loss, codebook_size, engine), math.inf if early else 0.0
+    own, tokens, seen = measure(rows), rows[0][torch.arange(min(4096, len(rows[0])))], _name(rows[0])
+    entropy = unigram_entropy(tokens, codebook_size)
     floor = max(entropy, GOOD_BOUND)
-    by_rate = [own[f"loss@{rate}"].mean().item() for rate in RATES]
+    rates = {rate: own[f"loss@{rate}"].mean().item() for rate in RATES}
     bound = own["bound"].mean().item()
-    message = ", ".join(f"{value:.2f} at {rate:.0%}" for rate, value in zip(RATES, by_rate, strict=True))
-    message = f"The loss of {seen} by mask rate is {message}. -log p is at most {bound:.2f}; "
-    message += f"the unigram entropy is {entropy:.2f}."
-    flat = not by_rate[0] <= 0.97 * floor
-    yield _finding("context", bound, message, max(bound / floor, 2.0 * flat), 0.97, math.inf if early else 1.05)
-    yield _leakage(loss, rows, *setting)
+    message = f"The loss of {seen} is {', '.join(f'{x:.2f} at mask rate {rate:.0%}' for rate, x in rates.items())}. "
+    message += f"-log p is at most {bound:.2f}; the unigram entropy is {entropy:.2f}."
+    flat = not rates[RATES[0]] <= 0.97 * floor
+    yield _finding("context", bound, message, max(bound / floor, 2.0 * flat), 0.97, 1.05 + slack)
+    yield _leakage(loss, rows, codebook_size, engine)
+    captions = rows[1].pick(torch.arange(MOST) % len(rows[0]), [0.0] * MOST)
+    same = all(a.equal(b) for a, b in pairwise(captions))
     for column, (check, fraction) in enumerate([("text", 0.005), ("low tokens", 0.05)][: len(rows) - 1], 1):
-        cost, error = _mean(_metrics(loss, rows, *setting, exchange=column)["loss"] - own["loss"])
+        cost, error = _mean(measure(rows, exchange=column)["loss"] - own["loss"])
         low, high = sorted([fraction * floor, max(2 * error, 1e-6)])
         message = f"With the {check} of another image the loss of {seen} changes by {cost:+.3f} ± {error:.3f}; "
         message += f"less than {fraction * floor:.3f} would be little."
-        same = check == "text" and _same(rows[1].pick(torch.arange(MOST) % len(rows[0]), [0.0] * MOST))
-        message += " Their captions are all the same." if same else ""
-        yield _finding(check, cost, message, -cost, -high, math.inf if early or same else -low)
-    (known, known_error), (fresh, fresh_error) = _mean(_metrics(loss, train, *setting)["loss"]), _mean(own["loss"])
+        if check == "text" and same:
+            message, low = f"All captions of {seen} are the same.", -math.inf
+        yield _finding(check, cost, message, -cost, -high, slack - low)
+    (known, known_error), (fresh, fresh_error) = _mean(measure(train)["loss"]), _mean(own["loss"])
     gap, unsure = fresh - known, 2 * math.hypot(known_error, fresh_error)
     message = f"Held-out examples cost {gap:+.3f} more than training ones, {gap / floor:.1%} of the unigram entropy."
     yield _overfitting(held_out[0], gap, message, max(0.05 * floor, unsure), max(0.2 * floor, unsure))
-
-
-def _same(texts: list[Tensor]) -> bool:
-    return all(a.equal(b) for a, b in pairwise(texts))
 
 
 def _leakage(loss: Callable, rows: Rows, size: int, engine: Engine) -> Finding:
@@ -175,7 +168,7 @@ def _leakage(loss: Callable, rows: Rows, size: int, engine: Engine) -> Finding:
     return _finding("leakage", total, message, error, 0.05, 0.05)
 
 
-def _metrics(loss: Callable, rows: Rows, size: int, engine: Engine, *, exchange: int = 0) -> dict[str, Tensor]:
+def _metrics(loss: Callable, size: int, engine: Engine, rows: Rows, exchange: int = 0) -> dict[str, Tensor]:
     """`validate` on up to 8 groups of examples -> its metrics, (groups,) each, and "loss", the mean over mask rates.
 
     Column `exchange` of the rows, unless it is 0, is that of another image.
@@ -206,10 +199,8 @@ def examine_log(lines: Sequence[dict[str, Any]]) -> Finding:
     *_, third, last = values.chunk(4)
     change = (last.mean() / third.mean() - 1).item()
     spikes = int((values[10:] > 3 * values.unfold(0, 10, 1)[:-1].median(1).values).sum())
-    message = f"In the last quarter {key} on training batches is {last.mean():.3g}, {change:+.1%} compared with the "
-    message += (
-        f"quarter before. {spikes} of {len(values)} lines are spikes, above 3 times the median of the ten before."
-    )
+    message = f"In the last quarter the {key} of training batches changed by {change:+.1%}. {spikes} of {len(values)} "
+    message += "lines are spikes, above 3 times the median of the ten before."
     return _finding("trend", change, message, math.inf if spikes else change, 0.05, math.inf)
 
 
@@ -272,9 +263,8 @@ def _examine_stage(
 def findings_text(findings: Sequence[Finding]) -> str:
     """Findings as text: verdict, stage, check, the number and, unless it is fine, what to do."""
     lines = []
-    for finding in findings:
-        lines.append(f"{finding.verdict:5}  {finding.stage}, {finding.check}")
-        texts = [finding.message] if finding.verdict == "fine" else [finding.message, HINTS[finding.check]]
-        lines += [textwrap.fill(text, 110, initial_indent=" " * 7, subsequent_indent=" " * 7) for text in texts]
-    look, wrong = (sum(finding.verdict == verdict for finding in findings) for verdict in ("look", "wrong"))
+    for check, verdict, _, message, stage in findings:
+        text = message if verdict == "fine" else f"{message} {HINTS[check]}"
+        lines.append(f"{verdict:5}  {stage}, {check}\n{textwrap.indent(textwrap.fill(text, 103), ' ' * 7)}")
+    look, wrong = ([finding.verdict for finding in findings].count(verdict) for verdict in ("look", "wrong"))
     return "\n".join([*lines, f"{len(findings)} findings, {look} to look at, {wrong} wrong"])

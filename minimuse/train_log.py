@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -50,17 +49,16 @@ MAX_TOKENS = 2**16  # Choice: validation reads at most so many tokens, 64 images
 
 
 @contextmanager
-def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Modules in eval mode, without gradients. Afterwards each submodule has its own mode again."""
-    before = [(m, m.training) for module in modules for m in module.modules()]
-    for module in modules:
-        module.eval()
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """A module in eval mode, without gradients. Afterwards each submodule has its own mode again."""
+    before = [(part, part.training) for part in module.modules()]
+    module.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        for m, training in before:
-            m.training = training
+        for part, training in before:
+            part.training = training
 
 
 def codebook_usage(tokens: Tensor, codebook_size: int) -> tuple[float, float]:
@@ -236,23 +234,15 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def add_record(folder: Path, config: MuseConfig, pictures: int, captions: int) -> None:
+def add_record(folder: Path, pictures: int, captions: int) -> None:
     """Of a finished run: write curves.png, and add to its model card what it read, how it went, on what machine."""
-    log, source = read_log(folder / "log.jsonl"), read_run(folder)["data"]["source"]
+    source = read_run(folder)["data"]["source"]
     source = Path(source).name if os.path.isabs(source) else source  # the card may be published: no home folder
-    split = f"Every {HELD_OUT}th picture is held out, for the evaluation"
-    if pictures < HELD_OUT:
-        split = "Nothing is held out: the evaluation is of training pictures"
-    lines = ["", f"Data: {pictures:,} pictures with {captions:,} captions, from {source}. {split}."]
-    lines += ["", "| Stage | Steps | Training, last lines | Evaluation |", "|---|---|---|---|"]
-    for stage in dict.fromkeys(line["stage"] for line in log):
-        rows = [line for line in log if line["stage"] == stage]
-        name, evaluated, unit = ("psnr", "_psnr", "dB") if "psnr" in rows[-1] else ("loss", "_bound", "nats a token")
-        values = [f"{line[key]:.2f} {unit}" for line in rows for key in line if key.endswith(evaluated)]
-        last = mean(line[name] for line in rows[-10:])
-        lines.append(f"| {stage} | {config.stages[stage].steps:,} | {last:.2f} {unit} | {''.join(values[-1:])} |")
+    split = f"Every {HELD_OUT}th picture is held out" if pictures >= HELD_OUT else "Nothing is held out"
     cpu = f"{os.cpu_count()} cores, {platform.machine()}"
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    lines += ["", f"Trained on {machine}, torch {torch.__version__}.", "", "![](curves.png)", ""]
-    atomic_write(folder / CARD, (folder / CARD).read_text(encoding="utf-8") + "\n".join(lines))
-    curves(log).save(folder / "curves.png")
+    text = (folder / CARD).read_text(encoding="utf-8")
+    text += f"\nData: {pictures:,} pictures with {captions:,} captions, from {source}. {split} for validation.\n"
+    text += f"\nTrained on {machine}, torch {torch.__version__}.\n\n![training and validation](curves.png)\n"
+    curves(read_log(folder / "log.jsonl")).save(folder / "curves.png")
+    atomic_write(folder / CARD, text)

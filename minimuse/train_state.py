@@ -56,17 +56,15 @@ def save_state(
         _transfer(dcp.save, tensors, new)
         if main:
             values = {"step": step, "about": about, "files": {file.name: file_hash(file) for file in new.iterdir()}}
-            values["sha256"] = content_hash(values)
-            atomic_write(new / STATE, json.dumps(values, indent=1) + "\n")
+            atomic_write(new / STATE, json.dumps(values | {"sha256": content_hash(values)}, indent=1) + "\n")
             shutil.rmtree(path, ignore_errors=True)  # incomplete, damaged, or the same state
             new.rename(path)
     except OSError as e:
         if main:  # the new folder may be what fills the disk
             shutil.rmtree(new, ignore_errors=True)
-        last = states(folder)
-        kept = f"the last complete state is {last[-1]}" if last else "there is no earlier state"
-        hint = "Free some space or fix the folder, then --resume"
-        raise OSError(e.errno, f"could not save step {step} to {folder} ({e.strerror or e}); {kept}. {hint}") from e
+        kept = f"the last complete state is {states(folder)[-1]}" if states(folder) else "there is no earlier state"
+        problem = f"could not save step {step} to {folder} ({e.strerror or e}); {kept}"
+        raise OSError(e.errno, f"{problem}. Free some space or fix the folder, then --resume") from e
     older = [state for state in states(folder) if state <= path]  # a newer one was damaged, and does not count
     for old in older[:-keep] if main and keep else []:
         with suppress(OSError):  # on Windows another program may hold it open
@@ -88,47 +86,31 @@ def _check(path: Path) -> dict[str, Any]:
     return values
 
 
-def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole state of a stage and its state.json; each damaged one is named by a warning."""
-    for path in reversed(states(folder)):
-        try:
-            return path, _check(path)
-        except ValueError as e:
-            logging.getLogger("minimuse").warning("%s; it is skipped, the state before it is used", e)
-    return None
-
-
-def load_state(folder: Path, tensors: Callable[[], dict[str, Tensor]], about: dict[str, Any]) -> int:
+def load_state(folder: Path, tensors: Callable[[], dict[str, Tensor]], about: dict[str, Any] | None = None) -> int:
     """Read the newest whole state of a stage into `tensors()`, in place -> its step; 0 if there is none.
 
-    ValueError if the state belongs to a run with other settings. Nothing is deleted.
+    ValueError if the state belongs to a run with other settings `about`. A warning names each damaged state.
     """
-    if (found := _newest(folder)) is None:
-        return 0
-    path, values = found
-    if changed := differences(values["about"], json.loads(json.dumps(about))):
-        raise ValueError(f"{path} belongs to another run: {'; '.join(changed[:4])}. Restore them, or start a new run")
-    _read_into(tensors(), path)
-    return values["step"]
+    for path in reversed(states(folder)):
+        try:
+            values = _check(path)
+        except ValueError as e:
+            logging.getLogger("minimuse").warning("%s; it is skipped, the state before it is used", e)
+            continue
+        changed = differences(values["about"], json.loads(json.dumps(about))) if about else []
+        if changed:
+            raise ValueError(f"{path} belongs to another run: {'; '.join(changed[:4])}. Restore them, or start anew")
+        _transfer(dcp.load, tensors(), path)
+        return values["step"]
+    return 0
 
 
 def load_weights(folder: Path, module: nn.Module) -> int:
     """Read the weights of a stage's newest whole state into a module of the same kind -> the state's step."""
-    if (found := _newest(folder)) is None:
-        reason = (
-            "each training state in it is damaged or incomplete" if states(folder) else "it holds no training state"
-        )
-        raise ValueError(f"{folder}: {reason}; `minimuse train` writes them there")
-    _read_into({f"model.{name}": tensor for name, tensor in module.state_dict().items()}, found[0])
-    return found[1]["step"]
-
-
-def _read_into(tensors: dict[str, Tensor], path: Path) -> None:
-    """Read a state's tensors of the same names, in place. ValueError if it lacks one or has another shape."""
-    try:
-        _transfer(dcp.load, tensors, path)
-    except OSError as e:
-        raise ValueError(f"{path} holds other tensors than this run: {e}") from e
+    step = load_state(folder, lambda: {f"model.{name}": tensor for name, tensor in module.state_dict().items()})
+    if not step:
+        raise ValueError(f"{folder} holds no whole training state; `minimuse train` writes them there")
+    return step
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
@@ -136,7 +118,7 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     _check(path)
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in saved.items() if k.startswith(prefix)}
-    _read_into(tensors, path)
+    _transfer(dcp.load, tensors, path)
     return tensors
 
 
@@ -148,23 +130,24 @@ def average(paths: Sequence[Path], decay: float = 0.7) -> dict[str, Tensor]:
     if not paths or not 0 <= decay < 1:
         raise ValueError(f"{len(paths)} states, decay {decay}; give at least one state, and a decay in [0, 1)")
     if len(paths) == 1:
-        hint = "train with --keep 0 to keep them all"
-        logging.getLogger("minimuse").warning("%s is the only state, so the average is a copy of it; %s", *paths, hint)
-    total: dict[str, Tensor] = {}
-    for path in paths:
-        weights = {k.removeprefix(MODEL): v.double() for k, v in read_tensors(path, MODEL).items()}
-        total = {k: decay * total[k] + (1 - decay) * v for k, v in weights.items()} if total else weights
-    return {k: v.float() for k, v in total.items()}
+        hint = "the average is a copy of it; train with --keep 0 to keep them all"
+        logging.getLogger("minimuse").warning("%s is the only state: %s", paths[0], hint)
+    total = read_tensors(paths[0], MODEL)
+    for path in paths[1:]:
+        total = {k: torch.lerp(v.double(), total[k].double(), decay) for k, v in read_tensors(path, MODEL).items()}
+    return {k.removeprefix(MODEL): v.float() for k, v in total.items()}
 
 
 def _transfer(action: Callable[..., Any], tensors: dict[str, Tensor], path: Path) -> None:
-    """dcp.save or dcp.load. OSError if it fails in any process."""
+    """dcp.save, or dcp.load in place. OSError if writing fails in any process, ValueError if tensors do not fit."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns if there is only one process
             action(tensors, checkpoint_id=path)
     except dcp.CheckpointException as e:
         cause = next(iter(e.failures.values()))[0]
+        if action is dcp.load:
+            raise ValueError(f"{path} holds other tensors than this run: {cause}") from e
         raise OSError(getattr(cause, "errno", None), str(cause)) from e
 
 
@@ -193,28 +176,31 @@ def open_run(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
     `resume` is False; ValueError if it has other values; FileNotFoundError if there is nothing to resume.
     """
     path = folder / RUN
+    if resume and path.exists() and (folder / CARD).exists():  # the last file of a finished run
+        raise FileExistsError(f"the run in {folder} is finished; start a new one in another folder")
     if resume:
-        if path.exists() and (folder / CARD).exists():  # the last file of a finished run
-            raise FileExistsError(f"the run in {folder} is finished; start a new one in another folder")
         old, new = read_run(folder), json.loads(json.dumps(values))
-        changes = differences(old, new | {"data": old["data"]})
-        before, now = old["data"]["files"], new["data"]["files"]
-        for name in (name for name in before | now if before.get(name) != now.get(name)):
-            changes.append(
-                f"{name} {'is missing' if name not in now else 'has changed' if name in before else 'is new'}"
-            )
-        if not changes and old["data"]["fingerprint"] != new["data"]["fingerprint"]:
-            changes = [f"{new['data']['source']} gives other images or captions than {old['data']['source']} did"]
+        changes = differences(old, new | {"data": old["data"]}) + _changed_data(old["data"], new["data"])
         if changes:
             more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
             found = f"the run in {folder} has other settings or data: {'; '.join(changes[:4])}{more}"
             raise ValueError(f"{found}. Restore them, or start a new run")
+    elif path.exists():
+        raise FileExistsError(f"{folder} already holds a run; --resume continues it, or give another folder")
     else:
-        if path.exists():
-            raise FileExistsError(f"{folder} already holds a run; --resume continues it, or give another folder")
         refuse_existing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(values, indent=1) + "\n")
+
+
+def _changed_data(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Two records of data, perhaps at different places -> the names of the files that differ."""
+    if old["fingerprint"] == new["fingerprint"]:
+        return []
+    before, now = old["files"], new["files"]
+    changes = [f"{name} is {'missing' if name in before else 'new'}" for name in sorted(before.keys() ^ now.keys())]
+    changes += [f"{name} has changed" for name in before if before[name] != now.get(name, before[name])]
+    return changes or [f"{new['source']} gives other images or captions than {old['source']} did"]
 
 
 def read_run(folder: Path) -> dict[str, Any]:

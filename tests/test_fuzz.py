@@ -39,14 +39,16 @@ TEXTS = ("", "7", "cosine", "x" * 300, "\0", b"3", Path("nowhere"))
 OTHERS = (None, (), [], {}, [1], (1, 2), [math.nan, 1], ["a"], {"a": 1}, {1}, range(3), object(), NotImplemented)
 TENSORS = (
     torch.zeros(0), torch.zeros(N), torch.zeros(2, N), torch.zeros(2, N, dtype=torch.long), torch.ones(2, 3, 4, 4),
-    torch.full((2, N), -5), torch.full((2, N), 10**6), torch.ones(2, N, dtype=torch.bool), torch.full((2, N, V), math.nan),
+    torch.full((2, N), -5), torch.full((2, N), 10**6), torch.ones(2, N).bool(), torch.full((2, N, V), math.nan),
     torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.complex64),
 )  # fmt: skip
-ARRAYS = (np.zeros((16, 16)), np.full((16, 16), math.nan), np.zeros(3), np.array(["a"]), np.full((16, 16), -1), np.ones((8, 16)))
+ARRAYS = (
+    np.zeros((16, 16)), np.full((16, 16), math.nan), np.full((16, 16), -1), np.ones((8, 16)), np.zeros(3), np.array(["a"]),
+)  # fmt: skip
 PICTURES = (
     Image.new("RGB", (16, 16)), Image.new("RGBA", (16, 16)), Image.new("L", (15, 16), 255), Image.new("1", (16, 16), 1),
-    Image.new("F", (16, 16), 0.5), Image.new("I;16", (16, 16), 300), Image.new("CMYK", (16, 16)), Image.new("LAB", (16, 16)),
-    Image.new("RGB", (1, 1)), Image.new("P", (16, 16)),
+    Image.new("F", (16, 16), 0.5), Image.new("I;16", (16, 16), 300), Image.new("CMYK", (16, 16)),
+    Image.new("LAB", (16, 16)), Image.new("RGB", (1, 1)), Image.new("P", (16, 16)),
 )  # fmt: skip
 SETTINGS_NONSENSE = (*NUMBERS, *SCALARS, *TEXTS, *OTHERS)
 
@@ -63,7 +65,8 @@ def nonsense(valid: Any) -> tuple:
 ALSO = {  # how an error may name an argument instead
     "name": "preset", "prompt": "prompts", "schedules": "schedule", "orders": "order", "codebook_size": "rows",
     "stay": "transition", "sharpness": "tables", "presets": "preset", "negative_prompt": "negative prompts",
-    "first": "values", "second": "values", "successes": "values", "groups": "group labels",
+    "first": "values", "second": "values", "successes": "row", "superres": "setting", "mask_schedule": "schedule",
+    "groups": "group labels",
     "values": "rows", "block": "grid", "heads": "width", "multipliers": "blocks",
 }  # fmt: skip
 
@@ -131,7 +134,11 @@ def calls(muse: Muse) -> list[Call]:
         Call(muse.inpaint, prompt, {"image": (square,), "mask": (half,), "keep": (True, False)}),
         Call(muse.outpaint, {}, {**picture, "padding": (2, (0, 0, 4, 0)), **COMMON}),
         Call(muse.edit, {}, {**picture, **COMMON, "guidance": SETTINGS["guidance"]}),
-        Call(muse.edit_steps, {}, {**picture, "iterations": (1, 3), "fraction": (0.1, 1.0), "top_k": (None, 3), "seed": (0,)}),
+        Call(
+            muse.edit_steps,
+            {},
+            {**picture, "iterations": (1, 3), "fraction": (0.1, 1.0), "top_k": (None, 3), "seed": (0,)},
+        ),
         Call(muse.to, {"dtype": torch.float32}, {"device": ("cpu", None)}),
         Call(muse.low_tokenizer.encode, {}, {"images": (torch.zeros(1, 3, 8, 8),)}),
         Call(muse.low_tokenizer.decode, {}, {"tokens": (tokens(1, 4),)}),
@@ -140,8 +147,12 @@ def calls(muse: Muse) -> list[Call]:
         Call(sampler.entropy_bound, {}, {"bound": (0, 0.5)}),
         Call(sampler.get_order, {}, {"order": ("halton", sampler.raster)}),
         Call(cfg.get_guidance, {}, {"guidance": SETTINGS["guidance"]}),
-        Call(masking.get_schedule, {}, {"schedule": ("cosine", "log", "pow3"), "n": (2, 64)}),
-        Call(masking.reveal_counts, {}, {"n": (0, 5, 64), "steps": (1, 8), "schedule": ("cosine", "log", lambda u: 1 - u)}),
+        Call(masking.get_schedule, {}, {"schedule": ("cosine", "pow3", len)}),
+        Call(
+            masking.reveal_counts,
+            {},
+            {"n": (0, 5, 64), "steps": (1, 8), "schedule": ("cosine", "log", lambda u: 1 - u)},
+        ),
         Call(masking.sample_mask_rate, {}, {"n": (1, 5), "schedule": ("cosine", "sqrt")}),
         Call(masking.random_mask, {}, {"tokens": (tokens(2, N),), "rate": (torch.rand(2),)}),
         Call(config.preset, {}, {"name": ("nano", "toy")}),
@@ -149,13 +160,27 @@ def calls(muse: Muse) -> list[Call]:
         Call(data_images.mask_from, {"size": (16, 16)}, {"mask": (half,)}),
         Call(data_images.to_pil, {}, {"images": (torch.zeros(1, 3, 4, 4),)}),
         Call(data_images.area_downsample, {}, {"images": (torch.zeros(1, 3, 8, 8),), "factor": (1, 2)}),
-        Call(eval_metrics.mean_interval, {}, {"values": (scores[0], torch.rand(64)), "groups": (None, [*range(8)] * 8)}),
+        Call(
+            eval_metrics.mean_interval, {}, {"values": (scores[0], torch.rand(64)), "groups": (None, [*range(8)] * 8)}
+        ),
         Call(eval_metrics.proportion_interval, {}, {"successes": ([True] * 5,), "groups": (None,)}),
         Call(eval_metrics.paired_difference, {}, {"first": (scores[0],), "second": (scores[1],)}),
-        Call(lab.compare, {"samples": 64}, {"schedules": ("cosine", ["linear", "bound0.5"]), "orders": (["halton"],), **LAB}),
-        Call(lab.compare, {"target": world}, {"samples": (64, 128), "remask": (False,), "top_k": (None, 2), "steps": (1,)}),
+        Call(
+            lab.compare,
+            {"samples": 64},
+            {"schedules": ("cosine", ["linear", "bound0.5"]), "orders": (["halton"],), **LAB},
+        ),
+        Call(
+            lab.compare,
+            {"target": world},
+            {"samples": (64, 128), "remask": (False,), "top_k": (None, 2), "steps": (1,)},
+        ),
         Call(preset_settings, {}, {"name": ("muse", "halton"), "n": (4, 64), "codebook_size": (8,), "steps": (1, 8)}),
-        Call(MixtureWorld, {}, {"tables": (torch.ones(2, 4, 3),), "weights": (None, torch.ones(2)), "grid": (None, (2, 2))}),
+        Call(
+            MixtureWorld,
+            {},
+            {"tables": (torch.ones(2, 4, 3),), "weights": (None, torch.ones(2)), "grid": (None, (2, 2))},
+        ),
         Call(MixtureWorld.random, {}, {"modes": (2,), "grid": ((2, 2),), **SIZES, "sharpness": (0, 2.0), "seed": (0,)}),
         Call(ChainWorld, {}, {"transition": (torch.ones(2, 2),), "n": (4,), "initial": (None, torch.ones(2))}),
         Call(ChainWorld.sticky, {}, {"n": (4,), **SIZES, "stay": (0.5,)}),
@@ -181,15 +206,25 @@ def complaint(error: Exception, names: set[str]) -> str:
     return ""
 
 
-def attempt(function: Callable[..., Any], arguments: dict[str, Any], names: set[str]) -> str:
+def is_no_number(value: Any) -> bool:
+    """True for a bool, a complex number, NaN or an infinity, also of numpy and torch."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return isinstance(value, bool | complex) or (isinstance(value, float) and not math.isfinite(value))
+
+
+def attempt(function: Callable[..., Any], arguments: dict[str, Any], names: set[str], must_fail: bool) -> str:
     """Call the function, and take the steps of an iterator -> "" or a complaint."""
     try:
         result = function(**arguments)
         if isinstance(result, Iterator):
             list(islice(result, 50))
+        return "what is no number was accepted" if must_fail else ""
     except Exception as error:
         if wrong := complaint(error, names):
-            place = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[:0:-1][:4])
+            place = " < ".join(
+                f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[:0:-1][:4]
+            )
             return f"{type(error).__name__} {wrong}: {str(error)[:150]!r} at {place}"
     return ""
 
@@ -205,13 +240,19 @@ def test_calls(small_muse):
         wrong = rng.sample(sorted(arguments), min(len(arguments), 1 + (rng.random() < 0.2)))
         arguments |= {name: rng.choice(nonsense(call.arguments[name][0])) for name in wrong}
         names = {word for name in wrong for word in (name.removeprefix("superres."), ALSO.get(name, name))}
-        if inner := {name.removeprefix("superres."): v for name, v in arguments.items() if name.startswith("superres.")}:
+        if inner := {
+            name.removeprefix("superres."): v for name, v in arguments.items() if name.startswith("superres.")
+        }:
             arguments = {"superres": inner}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if problem := attempt(call.function, call.fixed | arguments, names):
-                shown = {name: repr((inner or arguments)[name.removeprefix('superres.')])[:60] for name in wrong}
-                found.setdefault((call.function.__qualname__, problem[:60]), f"{call.function.__qualname__}({shown}): {problem}")
+            numbers = [name for name in wrong if all(type(v) in (int, float) for v in call.arguments[name])]
+            must_fail = any(is_no_number((inner or arguments)[name.removeprefix("superres.")]) for name in numbers)
+            if problem := attempt(call.function, call.fixed | arguments, names, must_fail):
+                shown = {name: repr((inner or arguments)[name.removeprefix("superres.")])[:60] for name in wrong}
+                found.setdefault(
+                    (call.function.__qualname__, problem[:60]), f"{call.function.__qualname__}({shown}): {problem}"
+                )
     assert not found, "\n".join(["", *sorted(found.values())])
 
 
@@ -235,5 +276,7 @@ def test_configurations(small_muse):
             if isinstance(kept, float) and not math.isfinite(kept):
                 problem = f"became {kept}"
         if problem:
-            found.setdefault((type(one).__name__, name, problem[:30]), f"{type(one).__name__}.{name} = {value!r:.60}: {problem}")
+            found.setdefault(
+                (type(one).__name__, name, problem[:30]), f"{type(one).__name__}.{name} = {value!r:.60}: {problem}"
+            )
     assert not found, "\n".join(["", *sorted(found.values())])

@@ -201,8 +201,7 @@ def test_the_models_go_on_training_after_a_picture(config, tmp_path, tiny_muse):
 
 
 @pytest.mark.parametrize(("pictures", "said"), [(49, "Nothing is held out"), (5000, "Every 50th picture is held out")])
-def test_the_model_card_tells_how_it_went(config, tmp_path, pictures, said):
-    """By hand: the mean loss of two lines of a stage, and its bound, held out or not."""
+def test_the_model_card_names_the_data(tmp_path, pictures, said):
     lines = [{"stage": "base", "step": s, "loss": 3.0, "images_per_s": 64.0} for s in (10, 20)]
     lines[1] |= {"loss": 2.0, "training_bound" if pictures < 50 else "held_out_bound": 2.75}
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -210,11 +209,10 @@ def test_the_model_card_tells_how_it_went(config, tmp_path, pictures, said):
     data = {"source": str(tmp_path / "my pictures"), "fingerprint": "", "parts": 1, "files": {}}
     open_run(tmp_path / "run", {"config": {}, "seed": 0, "data": data}, resume=False)
     (tmp_path / "run/run.json").rename(tmp_path / "run.json")
-    add_record(tmp_path, config, pictures, 2 * pictures)
+    add_record(tmp_path, pictures, 2 * pictures)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# a card\n"), "what stood there stays"
     assert f"Data: {pictures:,} pictures with {2 * pictures:,} captions, from my pictures. {said}" in text, text
-    assert f"| base | {config.stages['base'].steps} | 2.50 nats a token | 2.75 nats a token |" in text, text
     assert (tmp_path / "curves.png").stat().st_size > 1000, "and the curves are drawn"
 
 
