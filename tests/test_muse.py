@@ -313,7 +313,7 @@ def test_unknown_settings_list_the_known(tiny_muse):
         (A, {"steps": 0}, ValueError, "steps is 0"),
         (A, {"steps": 2.5}, ValueError, r"steps is 2\.5"),
         (A, {"superres": {"steps": 0}}, ValueError, "steps is 0"),
-        (A, {"schedule": "cosinus"}, ValueError, "unknown schedule 'cosinus'; known: cosine"),
+        (A, {"schedule": "cosinus"}, ValueError, "schedule is 'cosinus'; give the name of a schedule: cosine"),
         (A, {"order": "confident"}, ValueError, "order is 'confident'; give confidence, random, raster"),
         (A, {"sampling_temperature": -1}, ValueError, "sampling_temperature is -1"),
         (A, {"choice_temperature": math.nan}, ValueError, "choice_temperature is nan"),
