@@ -39,7 +39,7 @@ from minimuse import Muse
 from minimuse.baseline_ar import Autoregressive, CausalTransformer, LowRes, NextTokenLoss, train_ar
 from minimuse.baseline_dit import Diffusion, latents, train_dit, zero_init_residual
 from minimuse.config import MuseConfig
-from minimuse.data_cache import TrainingData
+from minimuse.data_cache import Decimated, TrainingData
 from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import SceneDataset, open_source
 from minimuse.eval_metrics import Estimate, frechet_interval, mean_interval, paired_difference, proportion_interval
@@ -48,7 +48,7 @@ from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.muse import build
 from minimuse.plots import grid, tradeoff
 from minimuse.text import Context, pad_contexts
-from minimuse.train import Decimated, MaskedLoss, train_transformer
+from minimuse.train import MaskedLoss, train_transformer
 from minimuse.train_budget import count_flops
 from minimuse.train_engine import Engine, init_from_codebook
 from minimuse.train_log import likelihood_bound

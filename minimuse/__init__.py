@@ -21,11 +21,7 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_HOME = {  # exported name -> its file
-    "Context": "text",
-    "Muse": "muse",
-    "TextEncoder": "text",
-}
+_HOME = {"Context": "text", "Muse": "muse", "TextEncoder": "text"}  # exported name -> its file
 
 __all__ = ["Context", "Muse", "TextEncoder", "__version__"]
 

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from minimuse.baseline_ar import LowRes
 from minimuse.cfg import guided
 from minimuse.config import MuseConfig, StageConfig
+from minimuse.data_cache import Decimated
 from minimuse.data_images import to_float
 from minimuse.editing import Jobs, seeded_generators
 from minimuse.masking import Generators, uniforms
 from minimuse.muse import sampling_settings
 from minimuse.sampler import Step
 from minimuse.text import Context
-from minimuse.train import Decimated, MuseTrainer, pick_captions, train_network
+from minimuse.train import MuseTrainer, pick_captions, train_network
 from minimuse.train_engine import Progress, Stage
 from minimuse.transformer import RESIDUAL_OUTPUTS, Layer, Memory, Transformer, TransformerConfig
 from minimuse.utils import PositiveInt, check, require

@@ -20,11 +20,12 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from minimuse.config import MuseConfig, from_dict, to_dict
-from minimuse.utils import atomic_write, require
+from minimuse.utils import atomic_write, check, require
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 FORMAT = "minimuse-1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+ABOUT = ("words", "examples")  # what config.json holds besides the configuration
 # fields of a configuration that do not change what `generate` draws
 NOT_DRAWN = "name stages scenes captions fractions synonyms pixels_gib text_gib dropout edit_guidance".split()
 
@@ -73,12 +74,15 @@ def load(name: str | Path, format: str = FORMAT) -> tuple[MuseConfig, dict[str, 
         found = f"its format is {values.get('format')!r}, expected {format!r}"
         hint = f"; load it with {values['load_with']}" if "load_with" in values else ""  # a baseline names its class
         raise ValueError(f"{folder / CONFIG} holds another kind of model: {found}{hint}")
-    about = {name: values.get(name, []) for name in ("words", "examples")}
+    texts = {name: check(f"{name} in {folder / CONFIG}", values.get(name, []), tuple[str, ...]) for name in ABOUT}
+    about = {name: list(each) for name, each in texts.items()}
+    config = read_configuration(folder / CONFIG)
+    check_size(config, folder, whole=format == FORMAT)
     try:
         weights = parse_weights((folder / WEIGHTS).read_bytes())  # not memory-mapped: Windows cannot replace those
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{folder / WEIGHTS} is broken or cut short: {e}; copy or download it again") from e
-    return read_configuration(folder / CONFIG), weights, about
+    return config, weights, about
 
 
 def read_json(path: Path) -> Any:
@@ -99,13 +103,35 @@ def read_configuration(path: Path) -> MuseConfig:
 
 
 def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str | Path) -> None:
-    """ValueError if names or shapes of weights are not those of the configuration."""
+    """ValueError if names or shapes of weights are not those of the configuration, or numbers are not finite."""
     old, new = ({key: tuple(tensor.shape) for key, tensor in weights.items()} for weights in (expected, found))
     wrong = [f"lacks {key}" for key in old.keys() - new.keys()]
     wrong += [f"has {key}" for key in new.keys() - old.keys()]
-    wrong += [f"{key} is {new[key]}, not {old[key]}" for key in old.keys() & new.keys() if old[key] != new[key]]
+    for key in old.keys() & new.keys():
+        if old[key] != new[key]:
+            wrong.append(f"{key} is {new[key]}, not {old[key]}")
+        elif found[key].dtype.is_floating_point != expected[key].dtype.is_floating_point:
+            wrong.append(f"{key} holds {found[key].dtype}")
+        elif not found[key].isfinite().all():
+            wrong.append(f"{key} holds NaN or infinity")
     first = "; ".join(sorted(wrong)[:3])
-    require(not wrong, f"the weights of {str(name)!r} do not fit its config.json: {first}, ...")
+    require(not wrong, f"the weights of {str(name)!r} do not fit its config.json: {first}")
+
+
+def check_size(config: MuseConfig, folder: Path, whole: bool) -> None:
+    """ValueError if the networks are larger than the file of weights. This is arithmetic: nothing is built.
+
+    Each transformer layer has more than D^2 parameters, and each residual block more than its channels squared.
+    """
+    transformers = [config.base, config.superres] if whole else [config.base]
+    tokenizers = [config.finetuned_tokenizer] if whole else []
+    tokenizers += [] if config.low_tokenizer_from else [config.low_tokenizer]
+    fewest = sum((c.layers + c.low_layers + c.text_layers) * c.width**2 for c in transformers)
+    for c in tokenizers:
+        fewest += sum(c.blocks) * c.width**2 + sum(c.decoder_blocks) * c.decoder_width**2 + c.width * max(c.multipliers)
+    size = (folder / WEIGHTS).stat().st_size
+    wrong = f"{folder / WEIGHTS} is broken or cut short: {size} bytes, and {CONFIG} has over {fewest} parameters"
+    require(fewest <= size, f"{wrong}; copy or download it again")
 
 
 def fingerprint(config: MuseConfig, weights: Mapping[str, Tensor]) -> str:

@@ -8,6 +8,7 @@ Not here: what the commands do (`cli_commands.py`).
 import argparse
 import logging
 import os
+import re
 import reprlib
 import sys
 import warnings
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal in ASCII shows "?" for other letters
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    words = [re.sub("^(--[^=]+=)--$", r"\1", word) for word in words]  # argparse takes the value "--" for no value
+    args = parser().parse_args(words)
     log = logging.getLogger("minimuse")
     log.handlers[:] = [logging.StreamHandler()]
     log.handlers[0].setFormatter(logging.Formatter("minimuse: %(message)s"))
@@ -55,13 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class Parser(argparse.ArgumentParser):
     """argparse's, but a mistake is one line."""
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As argparse's, which would take "--out=--" for an empty list."""
-        for word in args or ():
-            if word.startswith("--") and word.endswith("=--"):
-                self.error(f"argument {word[:-3]}: '--' is no value")
-        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake and where to find help; exit code 2."""

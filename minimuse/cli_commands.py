@@ -15,9 +15,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-SETTINGS = (
-    "guidance steps schedule order sampling_temperature choice_temperature iterations fraction seed negative_prompt"
-)
+SETTINGS = "guidance steps schedule order sampling_temperature choice_temperature".split()  # of a drawing
+SETTINGS += "iterations fraction seed negative_prompt".split()
 BASELINES = ("masked", "ar", "dit")  # of `train --model`: trained at low resolution only
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -37,7 +36,7 @@ def run_draw(args: argparse.Namespace) -> None:
     with tqdm(desc="decoding", unit="step", delay=0.1) as bar:  # no bar if it is refused
 
         def callback(step: Any) -> None:
-            bar.set_postfix_str(f"{step.stage}, {int(step.masked[0].sum())} masked")
+            bar.set_postfix_str(f"{step.stage}, {int(step.revealed[0].sum())} tokens drawn")
             bar.update()
             if not steps or steps[-1].stage == "base" or steps[-1].masked.any():  # the film shows the first decode only
                 steps.append(step)
@@ -61,7 +60,7 @@ def _drawing(args: argparse.Namespace) -> Callable[..., list]:
     from minimuse.pictures import again, open_picture, settings_of
     from minimuse.utils import require
 
-    given = {name: value for name in SETTINGS.split() if (value := getattr(args, name, None)) is not None}
+    given = {name: value for name in SETTINGS if (value := getattr(args, name, None)) is not None}
     if getattr(args, "like", None):
         changed = given or args.n != 1
         require(not changed, "--like takes seed and settings from the picture; leave out the other options")
@@ -129,6 +128,7 @@ def run_train(args: argparse.Namespace) -> None:
         return
     options = {name: getattr(args, name) for name in ("seed", "device", "accumulate", "compile", "recompute", "keep")}
     engine = Engine(folder=args.out, **options)
+    engine.check_batches(config.stages)
     run = {"config": to_dict(config), "seed": args.seed, "data": data_record(args.data, source)}
     if engine.is_main:
         open_run(args.out, run | ({"model": args.model} if args.model else {}), resume=args.resume)
@@ -304,13 +304,13 @@ def run_info(args: argparse.Namespace) -> None:
 
     from minimuse import checkpoint
     from minimuse.config import PRESETS, preset
-    from minimuse.muse import build
+    from minimuse.muse import Muse
 
     for name in args.names or PRESETS:
         is_preset = name in PRESETS
         config = preset(name) if is_preset else checkpoint.read_configuration(checkpoint.find(name) / checkpoint.CONFIG)
         with torch.device("meta"):
-            parts = build(config) if is_preset else model_class(name).build(config)
+            parts = (Muse if is_preset else model_class(name)).build(config)
         counts = {part: sum(p.numel() for p in module.parameters()) / 1e6 for part, module in parts.items()}
         print(f"{name}: {sum(counts.values()):,.1f}M parameters, text from {config.text_encoder}")
         for part, module in parts.items():

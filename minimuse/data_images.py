@@ -70,24 +70,18 @@ def mask_from(mask: Any, size: tuple[int, int]) -> Tensor:
     transparent: some programs erase what is to be repainted, others paint it.
     """
     if isinstance(mask, Image.Image) and mask.mode[:1] not in ("1", "I", "F"):
-        alpha = mask.convert("RGBA").getchannel("A").getextrema()
-        require(
-            alpha == (255, 255), "the mask has transparent parts; give black and white, such as Image.getchannel('A')"
-        )
+        clear = mask.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+        require(not clear, "the mask has transparent parts; give black and white, such as Image.getchannel('A')")
         mask = mask.convert("L")
-    if isinstance(mask, Tensor):
-        mask = mask.cpu().double()
-    mask = np.asarray(mask)
+    mask = np.asarray(mask.cpu().double() if isinstance(mask, Tensor) else mask)
     came = " x ".join(str(n) for n in mask.shape[::-1]) or "a single value"
     require(mask.shape == size[::-1], f"expected a mask of the picture's {size[0]} x {size[1]} pixels, {came} came")
     low, high = (float(mask.min()), float(mask.max())) if mask.dtype.kind in "biuf" else (math.nan, math.nan)
-    require(
-        0 <= low <= high <= 65535, f"the mask holds {mask.dtype} values from {low} to {high}; give 0 to 1, or 0 to 255"
-    )
+    fits = 0 <= low <= high <= 65535
+    require(fits, f"the mask holds {mask.dtype} values from {low} to {high}; give 0 to 1, or 0 to 255")
     white = next(w for w in (1, 255, 65535) if high <= w)
-    repaint = torch.from_numpy(mask > white / 2)
-    require(repaint.any(), f"the mask is empty: no value is above half of {white}, its white; white is what to repaint")
-    return repaint
+    require(high > white / 2, f"the mask is empty: no value is above half of {white}; white is what to repaint")
+    return torch.from_numpy(mask > white / 2)
 
 
 def area_downsample(images: Tensor, factor: int = 2) -> Tensor:
@@ -97,7 +91,7 @@ def area_downsample(images: Tensor, factor: int = 2) -> Tensor:
     """
     factor = check("factor", factor, PositiveInt)
     fits = images.ndim in (3, 4) and images.shape[-2] % factor == images.shape[-1] % factor == 0
-    require(fits, f"images of shape {tuple(images.shape)}, factor is {factor}; give (B, 3, H, W), and a divisor of H and W")
+    require(fits, f"factor is {factor}, images have the shape {tuple(images.shape)}; give a divisor of H and W")
     is_float = images.dtype != torch.uint8
     images = to_uint8(images) if is_float else images
     small = F.avg_pool2d(images.float(), factor).round().to(torch.uint8)  # equals interpolate(mode="area")

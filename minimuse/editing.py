@@ -55,7 +55,8 @@ def resample(
     is one forward pass; u goes from 0 at the first to 1 at the last.
     """
     iterations = check("iterations", iterations, PositiveInt)
-    ok = check("fraction", fraction, Fraction) > 0 and iterations <= 100_000
+    fraction = check("fraction", fraction, Fraction)
+    ok = fraction > 0 and iterations <= 100_000
     require(ok, f"iterations is {iterations}, fraction is {fraction}; give at most 100000, and a fraction above 0")
     rate = torch.full((1,), fraction, dtype=torch.double)
     for i in range(iterations):

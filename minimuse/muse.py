@@ -28,7 +28,7 @@ from minimuse.masking import uniforms
 from minimuse.sampler import SamplingConfig, Step, check_settings, decode
 from minimuse.text import Context, TextEncoder
 from minimuse.transformer import SuperRes, Transformer
-from minimuse.utils import OneSeed, PositiveInt, check, pick_device, pick_dtype, require
+from minimuse.utils import OneSeed, PositiveInt, check, pick_device, pick_dtype, plain, require
 from minimuse.vqgan import VQGAN
 
 
@@ -258,7 +258,7 @@ class Muse:
         for step in steps:
             if callback is not None:
                 callback(step)
-        settings = {k: v for k, v in settings.items() if v is not None}
+        settings = {k: plain(v) for k, v in settings.items() if v is not None}
         images = self.picture(step)
         for image, job in zip(images, jobs, strict=True):
             image.info["minimuse"] = {"model": self.config.name, "fingerprint": self.fingerprint, **job, **settings}

@@ -99,34 +99,54 @@ class TextEncoder:
             prompts = list(prompts)
         prompts = check("prompts", prompts, tuple[str, ...])
         rows = self._cache
+        new = [text for text in dict.fromkeys(prompts) if text not in rows]
+        for remark in self.remarks(new):
+            warnings.warn(remark, stacklevel=2)
         with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, which autograd accepts as constants
-            rows = rows | self._embed([text for text in dict.fromkeys(prompts) if text not in rows])
+            rows = rows | self._embed(new)
             self._cache = dict(list(rows.items())[max(0, len(rows) - self.cache_size) :])  # the newest
             return pad_contexts([rows[text] for text in prompts]).to(self.device)
 
+    def remarks(self, texts: list[str]) -> list[str]:
+        """What is lost: a sentence about texts that are cut, one about tokens that the LM does not know."""
+        if not texts:
+            return []
+        limit = self.limit
+        ids = self._tokenizer(texts, verbose=False)["input_ids"]
+        tokens = dict(zip(texts, map(tuple, ids), strict=True))
+        remarks = []
+        if cut := [text for text, ids in tokens.items() if len(ids) > limit]:
+            remarks.append(f"{len(cut)} of {len(texts)} texts are cut to {limit} tokens: {cut[0][:60]!r}...")
+        unk = self._tokenizer.unk_token_id
+        unknown = {text: ids for text, ids in tokens.items() if unk in ids}
+        if unknown and unk != self._tokenizer.eos_token_id:  # CLIP's tokenizer knows all bytes
+            fraction = sum(ids.count(unk) for ids in unknown.values()) / sum(map(len, tokens.values()))
+            some = f"{len(unknown)} of {len(texts)} texts, such as {next(iter(unknown))[:60]!r}"
+            same = f"{len(unknown) - len(set(unknown.values()))} become the same as another"
+            remarks.append(f"{self.name!r} does not know {fraction:.0%} of the tokens, in {some}; {same}")
+        return remarks
+
     def _embed(self, texts: list[str]) -> dict[str, Tensor]:
         """Different texts -> {text: (L, D_lm)}, through the LM in batches of similar length."""
-        tokens = sorted(self._tokenize(texts).items(), key=lambda item: len(item[1])) if texts else []
         rows: dict[str, Tensor] = {}
+        found = self._tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"] if texts else []
+        tokens = sorted(zip(texts, found, strict=True), key=lambda item: len(item[1]))
         for start in range(0, len(tokens), self.batch_size):
             batch = tokens[start : start + self.batch_size]
-            ids, attend = pad_contexts([torch.tensor(ids) for _, ids in batch])  # (b, l), (b, l)
-            ids = ids.masked_fill(~attend, self._tokenizer.pad_token_id or 0)
+            padding = self._tokenizer.pad_token_id or 0
+            ids, attend = pad_contexts([torch.tensor(ids or [padding]) for _, ids in batch])  # (b, l), (b, l)
+            ids = ids.masked_fill(~attend, padding)
             with torch.autocast(self.device.type, enabled=False):  # a trainer's autocast would end up in the cache
                 out = self._lm(input_ids=ids.to(self.device), attention_mask=attend.long().to(self.device))
             hidden = out.last_hidden_state.cpu()  # (b, l, D_lm)
-            rows |= {text: row[: len(ids)].clone() for (text, ids), row in zip(batch, hidden, strict=True)}
+            rows |= {text: row[: len(ids) or 1].clone() for (text, ids), row in zip(batch, hidden, strict=True)}
         return rows
 
-    def _tokenize(self, texts: list[str]) -> dict[str, list[int]]:
-        """Texts -> {text: token ids}, never none."""
+    @property
+    def limit(self) -> int:
+        """The most tokens of a text."""
         own_limit = getattr(self._config, "max_position_embeddings", self.max_tokens)
-        limit = min(self.max_tokens, self._tokenizer.model_max_length, own_limit)
-        tokens = dict(zip(texts, self._tokenizer(texts, verbose=False)["input_ids"], strict=True))
-        for text in [text for text, ids in tokens.items() if len(ids) > limit]:
-            warnings.warn(f"prompt cut from {len(tokens[text])} to {limit} tokens: {text[:60]!r}...", stacklevel=4)
-            tokens[text] = self._tokenizer(text, truncation=True, max_length=limit)["input_ids"]
-        return {text: ids or [self._tokenizer.pad_token_id or 0] for text, ids in tokens.items()}
+        return min(self.max_tokens, self._tokenizer.model_max_length, own_limit)
 
     @cached_property
     def _source(self) -> str:
@@ -168,7 +188,11 @@ class TextEncoder:
         logging.set_verbosity_error()  # no warnings about decoders and heads, which we do not need
         logging.disable_progress_bar()
         try:
-            lm, info = lm_class.from_pretrained(self._source, dtype=self.dtype, output_loading_info=True)
+            options = {"use_safetensors": True, "output_loading_info": True}  # never a pickle, which may run code
+            lm, info = lm_class.from_pretrained(self._source, dtype=self.dtype, **options)
+        except OSError as error:
+            convert = f"{lm_class.__name__}.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(FOLDER)"
+            raise OSError(f"{self.name!r} has no model.safetensors; if you trust it, convert it: {convert}") from error
         finally:
             logging.set_verbosity(verbosity)
             logging.enable_progress_bar()

@@ -26,8 +26,8 @@ from minimuse import train_engine, vqgan_loss
 from minimuse.amused import published_tokenizer
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
-from minimuse.data_cache import TrainingData
-from minimuse.data_images import area_downsample, to_float
+from minimuse.data_cache import Decimated, TrainingData
+from minimuse.data_images import to_float
 from minimuse.data_scenes import COLORS, SHAPES
 from minimuse.data_sources import SceneDataset, Source, open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
@@ -100,10 +100,7 @@ def tokenizer_losses(
     vqgan: VQGAN, losses: VQGANLoss, x: Tensor, step: int, weight: Weight = adaptive_weight,
     precision: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Iterator[tuple[dict[str, Tensor], Quantized]]:  # fmt: skip
-    """One micro-batch x (B, 3, H, W) -> the VQGAN's loss and its metrics, then the discriminator's loss.
-
-    Run the backward pass of the first value before you ask for the next one.
-    """
+    """A micro-batch x (B, 3, H, W) -> the VQGAN's loss and metrics, and after its backward pass the discriminator's."""
     with precision():
         made, quantized = vqgan(x)
         made = made.float()
@@ -132,10 +129,7 @@ def _step_weight(job: Stage, vqgan: VQGAN, losses: VQGANLoss, batches: Iterator[
 
 
 def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: int = 0) -> SceneFeatures:
-    """Features for a perceptual loss, from a small classifier.
-
-    images (n, 3, H, W) uint8, labels (n, K): 1 where the image shows an object of class k, otherwise 0.
-    """
+    """images (n, 3, H, W) uint8, labels (n, K), 1 for the classes that it shows -> a classifier, for its features."""
     torch.manual_seed(seed)
     net = SceneFeatures(labels.shape[1])
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
@@ -235,19 +229,6 @@ def pick_captions(texts: Any, at: Tensor, generators: list[torch.Generator], p: 
 # --- all five ---------------------------------------------------------------------------------------------------------
 
 
-class Decimated:
-    """Images (n, 3, H, W) -> (n, 3, H / factor, W / factor), computed when they are read: the low-res images."""
-
-    def __init__(self, images: Any, factor: int):
-        self.images, self.factor = images, factor
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, indices: Any) -> Tensor:
-        return area_downsample(self.images[indices], self.factor)
-
-
 def train_muse(
     config: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None, stages: Any = None
 ) -> Iterator[Progress]:
@@ -280,7 +261,7 @@ class MuseTrainer:
         self.parts, self.high = build(config), VQGAN(config.high_tokenizer)
         self.encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
         tokenizing = [s for name, s in config.stages.items() if name not in ("base", "superres")]
-        kinds = {s.perceptual for s in tokenizing if s.perceptual_weight}
+        kinds = {s.perceptual for s in tokenizing if s.perceptual_weight} - {"none"}
         self.perceptual = {kind: perceptual_loss(kind, config, engine) for kind in sorted(kinds)}  # lpips first
         source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
         work = {"rank": engine.rank, "processes": engine.processes, "wait": engine.accelerator.wait_for_everyone}
@@ -292,13 +273,11 @@ class MuseTrainer:
         """The stages in order, and before each the data that it reads. The last Progress holds the Muse."""
         config, parts, data = self.config, self.parts, self.data
         yield from self.before_base()
-
         yield from self.transformer("base", parts["low_tokenizer"].codebook)
 
         parts["high_tokenizer"] = self.high
         yield from self.tokenizer("high_tokenizer", self.high)
         yield from self.prepare("high tokens", data.tokenize("high", self.high))
-
         yield from self.transformer("superres", self.high.codebook, parts["low_tokenizer"].codebook)
 
         torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
@@ -327,14 +306,12 @@ class MuseTrainer:
 
     def tokenizer(self, name: str, vqgan: VQGAN) -> Iterator[Progress]:
         """A tokenizer stage: the low tokenizer sees the downsampled images."""
-        images, factor = self.data.images, self.config.high_tokenizer.image_size // vqgan.config.image_size
-        if factor > 1:
-            images = Decimated(images, factor)
+        factor = self.config.high_tokenizer.image_size // vqgan.config.image_size
+        images = Decimated(self.data.images, factor) if factor > 1 else self.data.images
         eval_fn = self.log.tokenizer(name, self.data.split(images, held_out=True))
-        options = {"stage": name, "engine": self.engine, "eval_fn": eval_fn}
         config = self.config.stages[name]
-        options["perceptual"] = self.perceptual.get(config.perceptual)
-        return train_tokenizer(vqgan, config, self.data.split(images), **options)
+        options = {"engine": self.engine, "eval_fn": eval_fn, "perceptual": self.perceptual.get(config.perceptual)}
+        return train_tokenizer(vqgan, config, self.data.split(images), stage=name, **options)
 
     def transformer(self, name: str, *codebooks: Tensor) -> Iterator[Progress]:
         """A transformer stage, "base" or "superres", whose embeddings start from the codebooks."""
@@ -350,16 +327,11 @@ class MuseTrainer:
         self.parts[name] = self.engine.gather_full_model(model, lambda: build(self.config)[name])
 
 
-def perceptual_loss(kind: str, config: MuseConfig, engine: Engine, n: int = 2000) -> Perceptual | None:
-    """ "lpips", "none", or "scenes": features trained on n scenes.
-
-    Choice: without LPIPS the features come from scenes for any data, so that no weights have to be downloaded.
-    """
+def perceptual_loss(kind: str, config: MuseConfig, engine: Engine, n: int = 2000) -> Perceptual:
+    """LPIPS for "lpips". Choice: for "scenes", features trained on n scenes, which need no download."""
     if kind == "lpips":
         with engine.accelerator.main_process_first():  # it downloads the weights
             return vqgan_loss.lpips_distance()
-    if kind == "none":
-        return None
     scenes = SceneDataset(n, config.low_tokenizer.image_size, seed=engine.seed)
     classes = [*product(COLORS, SHAPES)]
     seen = [{(t.color, t.shape) for t in scenes.scene(i).things} for i in range(n)]

@@ -67,11 +67,15 @@ def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
         kinds = args[:1] * len(value) if args[-1] is ... else args
         require(len(value) == len(kinds), f"{name} is {reprlib.repr(value)}; give {len(kinds)} values")
         return tuple(check(f"{name}[{i}]", v, k) for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()
+    value = plain(value)
+    expected = expected or EXPECTED.get(origin or kind) or f"a {kind.__name__}"
     if origin is Annotated:
         expected = args[1].expected
-        right = args[1].is_right(check(name, value, args[0], expected))
+        value = check(name, value, args[0], expected)
+        try:
+            right = args[1].is_right(value)
+        except ValueError as e:  # a rule with a sentence of its own
+            raise ValueError(f"{name}: {e}") from e
     elif origin is Literal:
         expected = f"one of {', '.join(args)}"
         right = isinstance(value, str) and value in args
@@ -79,13 +83,16 @@ def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
         right = isinstance(value, int | kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     else:
         right = isinstance(value, origin or kind)
-    require(
-        right, f"{name} is {reprlib.repr(value)}; give {expected or EXPECTED.get(origin or kind, f'a {kind.__name__}')}"
-    )
+    require(right, f"{name} is {reprlib.repr(value)}; give {expected}")
     return value
 
 
 _kinds = cache(partial(get_type_hints, include_extras=True))  # it is slow
+
+
+def plain(value: Any) -> Any:
+    """A numpy or torch scalar -> a Python number; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def check_fields(config: Any) -> None:
@@ -106,16 +113,16 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         require(torch.device(device).type in ("cpu", "cuda", "mps", "xpu"), "Known are cpu, cuda, mps and xpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError, TypeError) as e:
-        raise ValueError(
-            f"device {str(device)!r} is not on this machine; give {best!r}. {str(e).splitlines()[0]}"
-        ) from e
+        why = str(e).splitlines()[0]
+        raise ValueError(f"device {str(device)!r} is not on this machine; give {best!r}. {why}") from e
     return torch.device(device)
 
 
 def pick_dtype(device: torch.device, parameters: int) -> torch.dtype:
     """bfloat16 if the device multiplies it faster than float32, otherwise float32.
 
-    Choice: on a CPU, models below 30 million parameters use float32, so that a seed gives one picture on every CPU.
+    Choice: on a CPU, models below 30 million parameters use float32. So a seed gives nearly one picture on all CPUs:
+    kernels and threads change the rounding, which may change a pixel by 1 and, rarely, a token.
     """
     fast = fast_bf16(device) and (device.type != "cpu" or parameters >= 30_000_000)
     return torch.bfloat16 if fast else torch.float32
@@ -184,15 +191,10 @@ def file_hash(path: Path) -> str:
 
 
 def content_hash(*values: Any) -> str:
-    """Tensors and JSON values, also in lists and dicts (a state_dict) -> SHA-256 in hex, the same on every machine.
+    """JSON values and tensors (a state_dict) -> SHA-256 in hex. The order of a dict's keys does not count."""
 
-    The order of a dict's keys does not count. Everything else does, a tensor's dtype and shape included.
-    """
+    def digest(tensor: Tensor) -> list:
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return [str(tensor.dtype), list(tensor.shape), hashlib.sha256(content).hexdigest()]
 
-    def plain(value: Any) -> list:
-        if not isinstance(value, Tensor):
-            raise TypeError(f"content_hash got a {type(value).__name__}; give tensors, JSON values, lists and dicts")
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
-
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=plain).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=digest).encode()).hexdigest()

@@ -3,8 +3,7 @@
     generator loss      pixel_loss(x, x') + w_p * perceptual(x, x') - w_a * lambda * mean D(x')
     discriminator loss  the hinge loss, (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x'))) / 2
 
-A perceptual loss is any function (x, x') -> (). `feature_distance` uses `SceneFeatures`, a small network trained on
-scenes, and needs no download. `lpips_distance` needs the extra `lpips`, which downloads its weights.
+A perceptual loss is any function (x, x') -> (): LPIPS, or a distance of features that were trained on scenes.
 
 Glossary: x images, x' reconstructions, D discriminator, w_p = 0.05 and w_a = 0.1 (A.2), lambda `adaptive_weight`.
 Not here: the quantizer's losses (`vqgan.py`), the training loop (`train.py`).
@@ -55,10 +54,9 @@ def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(gradients: Tensor) -> Tensor:
-    """Gradients of both losses at the decoder's last layer, (2, ...) -> lambda, () (VQGAN 3.2).
+    """Gradients of both losses at the decoder's last layer, (2, ...) -> |first| / (|second| + 1e-4) (VQGAN 3.2).
 
-    lambda = |grad reconstruction| / (|grad adversarial| + 1e-4), at most 1e4. These numbers are those of VQGAN's code;
-    the paper has 1e-6 and no limit.
+    1e-4 and the limit 1e4 are those of VQGAN's code; its paper has 1e-6 and no limit.
     """
     reconstruction, adversarial = gradients.flatten(1).norm(dim=1)
     return (reconstruction / (adversarial + 1e-4)).clamp(0, 1e4)
@@ -73,11 +71,10 @@ class SceneFeatures(nn.Module):
         self.head = nn.Linear(4 * width, classes)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        features = []
+        features = [images]
         for stage in self.stages:
-            images = stage(images)
-            features.append(images)
-        return features
+            features.append(stage(features[-1]))
+        return features[1:]
 
     def classify(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> logits (B, classes): does the image show an object of this class?"""
@@ -126,10 +123,7 @@ class VQGANLoss(nn.Module):
     def generator_loss(
         self, images: Tensor, made: Tensor, last_layer: Tensor, step: int, weight: Weight = adaptive_weight
     ) -> Tensor:
-        """images, made (B, 3, H, W) -> (): pixels + perceptual + balanced adversarial term.
-
-        weight: lambda, or a function of both gradients at `last_layer` that returns it.
-        """
+        """images, made (B, 3, H, W) -> (): pixels + perceptual + balanced adversarial term; weight is lambda."""
         loss = pixel_loss(made, images)
         if self.perceptual_weight:
             loss = loss + self.perceptual_weight * self.perceptual(images, made)

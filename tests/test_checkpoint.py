@@ -1,6 +1,7 @@
 """checkpoint.py: what lies on disk, what is refused, and that nothing is ever overwritten by accident."""
 
 import json
+import math
 import os
 from dataclasses import field, make_dataclass, replace
 from pathlib import Path
@@ -279,14 +280,60 @@ def _misshape(weights):
         (lambda w: w.pop("base.head.weight"), r"lacks base\.head\.weight"),
         (lambda w: w.update(extra=torch.zeros(1)), "has extra"),
         (_misshape, r"base\.head\.weight is \(15, 32\), not \(16, 32\)"),
+        (lambda w: w["base.head.weight"].view(-1)[3:4].fill_(math.nan), r"base\.head\.weight holds NaN or infinity"),
+        (lambda w: w["base.head.weight"].view(-1)[3:4].fill_(math.inf), r"base\.head\.weight holds NaN or infinity"),
+        (
+            lambda w: w.update({"base.head.weight": w["base.head.weight"].int()}),
+            "weight holds torch.int32",
+        ),
     ],
-    ids=["missing", "extra", "misshapen"],
+    ids=["missing", "extra", "misshapen", "nan", "infinity", "integers"],
 )
 def test_weights_that_do_not_fit(folder, change, match):
     weights = load_file(folder / WEIGHTS)
     change(weights)
     save_file(weights, folder / WEIGHTS)
     with pytest.raises(ValueError, match=f"do not fit its config.json: .*{match}"):
+        Muse.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("base", {"layers": 200_000}),
+        ("superres", {"layers": 10**12}),
+        ("superres", {"low_layers": 10**9}),
+        ("base", {"width": 2**38}),
+        ("base", {"text_layers": 10**9}),
+        ("low_tokenizer", {"width": 2**38}),
+        ("low_tokenizer", {"multipliers": [10**12], "blocks": [1], "decoder_blocks": [1]}),
+        ("low_tokenizer", {"blocks": [10**9]}),
+        ("high_tokenizer", {"decoder_blocks": [10**9]}),
+    ],
+)
+def test_more_parameters_than_the_file_holds_are_refused_before_anything_is_built(folder, monkeypatch, part, change):
+    def enlarge(values):
+        config = values["config"]
+        for name, value in change.items():
+            old = config[part][name]
+            config[part][name] = value * len(old) if isinstance(old, list) else value
+        config["finetuned_blocks"] = config["high_tokenizer"]["decoder_blocks"]
+
+    change_config(folder, enlarge)
+    monkeypatch.setattr(Muse, "build", lambda config: pytest.fail("a network was built"))
+    with pytest.raises(ValueError, match=r"broken or cut short: \d+ bytes, and config\.json has over \d+ parameters"):
+        Muse.from_pretrained(folder)
+
+
+def test_deeply_nested_json_is_refused(folder):
+    (folder / CONFIG).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json is broken JSON"):
+        Muse.from_pretrained(folder)
+
+
+def test_broken_words_are_refused(folder):
+    change_config(folder, lambda v: v.update(words=3))
+    with pytest.raises(ValueError, match=r"words in .*config\.json is 3; give a list"):
         Muse.from_pretrained(folder)
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minimuse import data_cache
-from minimuse.data_cache import HELD_OUT, Rows, Subset, Texts, TrainingData, tokenize_images
+from minimuse.data_cache import HELD_OUT, Decimated, Rows, Subset, Texts, TrainingData, tokenize_images
 from minimuse.data_captions import EXAMPLE_PROMPTS, Example, vocabulary
 from minimuse.data_images import area_downsample, to_pil
 from minimuse.data_sources import FolderDataset, SceneDataset
 from minimuse.text import TextEncoder
-from minimuse.train import Decimated
 
 SIDE = 64
 SIZES = (3, 0, 5, 2)  # rows of the parts in the tests of files
@@ -162,7 +162,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         save(tensors, path, **options)
 
     monkeypatch.setattr(data_cache, "save_file", full)
-    with pytest.raises(OSError, match=r"00002.safetensors could not be written .*left\): make room and start again"):
+    with pytest.raises(OSError, match=r"00002.safetensors could not be written .*left\): make room"):
         filled(tmp_path)
     monkeypatch.undo()
     assert len(filled(tmp_path)) == 10
@@ -523,3 +523,16 @@ def test_a_wrong_example_is_refused():
     for image, captions in ((pixels, "a"), (pixels, ()), (pixels.float(), ("a",)), (pixels.permute(1, 2, 0), ("a",))):
         with pytest.raises(ValueError, match=r"yields Example\(image \(3, 8, 8\) uint8"):
             Example(image, captions).check(8)
+
+
+def test_cut_and_unknown_captions_are_one_line_each(make, tiny_lm, caplog):
+    """Many long captions, and sentences of one unknown script: a count, no warning for each caption."""
+    captions = ["red cube " * 150, "a blue ball and " * 50, "一只红色的猫坐在草地上", "蓝天白云下的山", "a red cube"]
+    with warnings.catch_warnings(), caplog.at_level("WARNING", "minimuse"):
+        warnings.simplefilter("error")
+        data = make(Made(n=5, captions=captions), TextEncoder(tiny_lm, max_tokens=8))
+        work(data)
+    said = [r.message for r in caplog.records if "texts" in r.message]
+    assert len(said) == 2, said
+    assert said[0].startswith("2 of 5 texts are cut to 8 tokens: 'red cube red cube"), said
+    assert "in 2 of 5 texts, such as '一只红色的猫坐在草地上'; 1 become the same as another" in said[1], said

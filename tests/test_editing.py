@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import math
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from scipy import stats
 import minimuse.muse
 from minimuse import checkpoint
 from minimuse.config import PRESETS, preset
+from minimuse.data_images import area_downsample, to_float
 from minimuse.editing import fill_with_nearest, infill, resample, token_mask, tokenize, windows
 from minimuse.muse import Muse
 
@@ -394,7 +396,7 @@ def test_pictures_that_do_not_fit_are_refused(tiny_muse, image):
     for call in calls:
         with pytest.raises(TypeError, match=r"str came.*PIL\.Image\.open"):
             call("cat.png")
-        with pytest.raises(ValueError, match=rf"{side} x {side} pixels, {side} x 8 came.*resize"):
+        with pytest.raises(ValueError, match=rf"{side} x {side} pixels, {side} x 8 came; crop it to a square"):
             call(image.resize((side, 8)))
         with pytest.raises(ValueError, match="CMYK"):
             call(image.convert("CMYK"))
@@ -519,6 +521,23 @@ def test_edit_gives_pictures(tiny_muse, image):
     again = tiny_muse.edit(image, A, n=2, seed=1, negative_prompt=B, callback=seen.append, **settings)
     assert again[0].tobytes() == images[0].tobytes(), "the same seed, the same edit"
     assert [s.stage for s in seen] == ["base", "base", "superres"], "callback sees every step"
+
+
+def test_low_tokens_are_those_of_training(tiny_muse, image):
+    """Training decimates uint8 images; editing reads the same low-res image, so the same tokens."""
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
+    factor = tiny_muse.config.high_tokenizer.image_size // tiny_muse.config.low_tokenizer.image_size
+    trained = tiny_muse.low_tokenizer.encode(to_float(area_downsample(pixels, factor)))
+    assert tokenize(tiny_muse, image)[0].equal(trained)
+
+
+def test_numpy_scalars_are_numbers_in_edits(tiny_muse, image):
+    settings = {"iterations": np.int64(2), "fraction": np.float32(0.25), "top_k": np.int8(3), "guidance": np.float32(2)}
+    (new,) = tiny_muse.edit(image, A, seed=np.int64(1), superres={"steps": 1}, **settings)
+    plain = {"iterations": 2, "fraction": 0.25, "top_k": 3, "guidance": 2.0}
+    assert {k: json.loads(json.dumps(new.info["minimuse"]))[k] for k in plain} == plain, "info is plain JSON"
+    (wide,) = tiny_muse.outpaint(image, np.int64(4), A, seed=2**32 - 1, steps=1, superres={"steps": 1})
+    assert wide.size == (image.width + 8, image.height + 8)
 
 
 @pytest.mark.parametrize("wrong", [{"iterations": 0}, {"fraction": 0.0}, {"fraction": 1.5}, {"guidance": math.nan}])

@@ -313,7 +313,7 @@ def test_unknown_settings_list_the_known(tiny_muse):
         (A, {"steps": 0}, ValueError, "steps is 0"),
         (A, {"steps": 2.5}, ValueError, r"steps is 2\.5"),
         (A, {"superres": {"steps": 0}}, ValueError, "steps is 0"),
-        (A, {"schedule": "cosinus"}, ValueError, "unknown schedule 'cosinus'; known: cosine"),
+        (A, {"schedule": "cosinus"}, ValueError, "schedule is 'cosinus'; give the name of a schedule: cosine"),
         (A, {"order": "confident"}, ValueError, "order is 'confident'; give confidence, random, raster"),
         (A, {"sampling_temperature": -1}, ValueError, "sampling_temperature is -1"),
         (A, {"choice_temperature": math.nan}, ValueError, "choice_temperature is nan"),
@@ -325,6 +325,49 @@ def test_unknown_settings_list_the_known(tiny_muse):
 def test_what_cannot_be_drawn_is_refused(tiny_muse, prompts, settings, error, match):
     with pytest.raises(error, match=match):
         tiny_muse.generate(prompts, **settings)
+
+
+def test_numpy_and_torch_scalars_are_numbers(tiny_muse):
+    plain = {"n": 2, "seed": 5, "steps": 3, "guidance": 2.0, "top_k": 4, "sampling_temperature": 0.5}
+    special = {"n": np.int64(2), "seed": np.uint32(5), "steps": torch.tensor(3), "guidance": np.float32(2)}
+    special |= {"top_k": np.array(4), "sampling_temperature": torch.tensor(0.5, dtype=torch.float64)}
+    expected = tiny_muse.generate(A, **plain, superres={"steps": 2})
+    images = tiny_muse.generate(A, **special, superres={"steps": np.int8(2)}, batch_size=np.int64(16))
+    assert [i.tobytes() for i in images] == [i.tobytes() for i in expected]
+    assert json.dumps(images[1].info["minimuse"]) == json.dumps(expected[1].info["minimuse"]), "info is plain JSON"
+    by_array = tiny_muse.generate(A, n=2, seed=np.array([5, 6]), **{k: plain[k] for k in ("steps", "guidance")})
+    assert [i.info["minimuse"]["seed"] for i in by_array] == [5, 6]
+
+
+def test_seeds_beyond_32_bits_draw_nothing_else(tiny_muse):
+    last = tiny_muse.generate(A, seed=2**32 - 1, steps=1, superres={"steps": 1})[0]
+    first = tiny_muse.generate(A, seed=0, steps=1, superres={"steps": 1})[0]
+    assert last.tobytes() != first.tobytes()
+
+
+def test_steps_beyond_the_tokens_are_clamped_with_a_word(tiny_muse):
+    with pytest.warns(UserWarning, match="steps is 1000000000: 64 tokens take only 64"):
+        seen = list(tiny_muse.steps(A, seed=0, steps=10**9, superres={"steps": 1}))
+    assert sum(step.stage == "base" for step in seen) == 64
+
+
+def test_a_muse_leaves_the_callers_modules_as_they_are(tiny_muse):
+    parts = build(tiny_muse.config)
+    muse = Muse(tiny_muse.config, parts, tiny_muse.encoder)
+    muse.generate(A, seed=0, steps=1, superres={"steps": 1})
+    assert parts.training, "still in training mode"
+    assert all(p.requires_grad for p in parts.parameters()), "still trained"
+
+
+def test_a_baseline_is_not_compiled(tiny_muse):
+    parts = torch.nn.ModuleDict({name: tiny_muse.parts[name] for name in ("low_tokenizer", "base")})
+    with pytest.raises(ValueError, match="tiny is a baseline; only a whole Muse can be compiled"):
+        Muse(tiny_muse.config, parts, tiny_muse.encoder).compile()
+
+
+def test_integers_are_no_dtype_of_a_muse(folder):
+    with pytest.raises(ValueError, match=r"dtype is torch\.int64; give torch\.float32"):
+        Muse.from_pretrained(folder, dtype=torch.int64)
 
 
 # --- words that it never saw ------------------------------------------------------------------------------------------

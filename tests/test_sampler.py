@@ -269,7 +269,7 @@ def test_pitfall_33_rare_tokens_are_drawn_as_often_as_they_should(place):
 
 
 def test_pitfall_33_random_numbers_reach_the_tails():
-    """The lowest of 2^24 float32 uniforms is 0, so that Gumbel noise ends at 16.6: finer numbers have 48 random bits."""
+    """Of 2^24 float32 uniforms the lowest is 0, and Gumbel noise ends at 16.6. Finer numbers have 48 random bits."""
     seen = []
 
     def spy(logits, x, temperature, top_k=None):

@@ -251,13 +251,13 @@ class TestTruncation:
     def test_warns_once_a_text_and_names_it(self, tiny_lm):
         encoder = TextEncoder(tiny_lm, max_tokens=8)
         long = "a red cube " * 5
-        with pytest.warns(UserWarning, match="cut from 16 to 8 tokens: 'a red cube") as caught:
+        with pytest.warns(UserWarning, match="1 of 2 texts are cut to 8 tokens: 'a red cube") as caught:
             assert encoder.encode([long, "a"]).mask.sum(1).tolist() == [8, 2]
         assert caught[0].filename == __file__  # the warning points at the caller
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             encoder.encode([long])
-        with pytest.warns(UserWarning, match="cut from 17"):
+        with pytest.warns(UserWarning, match="1 of 1 texts are cut to 8"):
             encoder.encode([long + "a"])
 
     def test_forgotten_by_the_cache_it_is_still_shown_once(self, tiny_lm):
@@ -270,8 +270,9 @@ class TestTruncation:
 
     def test_end_token_survives(self, tiny_lm):
         encoder = TextEncoder(tiny_lm, max_tokens=4)
-        with pytest.warns(UserWarning, match="cut from 7 to 4"):
-            assert encoder._tokenize(["a red cube and a ball"])["a red cube and a ball"][-1] == 1
+        assert (
+            encoder._tokenizer("a red cube and a ball", truncation=True, max_length=encoder.limit)["input_ids"][-1] == 1
+        )
 
     @pytest.mark.parametrize(("kind", "limit"), [("bert", 64), ("clip", 77)])
     def test_the_lms_own_limit_holds(self, tiny_lms, kind, limit):
@@ -283,8 +284,47 @@ class TestTruncation:
             warnings.simplefilter("error")
             assert TextEncoder(tiny_lm, max_tokens=4).encode(["a red cube"]).mask.shape == (1, 4)
 
+    def test_many_long_texts_are_one_line_with_their_number(self, tiny_lm):
+        encoder = TextEncoder(tiny_lm, max_tokens=4)
+        with pytest.warns(UserWarning, match="30 of 40 texts are cut to 4 tokens: 'a red cube and a ball 0'") as caught:
+            encoder.encode([f"a red cube and a ball {i}" for i in range(30)] + [f"{i}" for i in range(10)])
+        assert len(caught) == 1
+
+
+class TestUnknownTokens:
+    CHINESE = ("一只红色的猫坐在草地上", "蓝天白云下的山")
+
+    def test_texts_that_become_the_same_are_counted(self, tiny_lm):
+        encoder = TextEncoder(tiny_lm)
+        match = r"does not know \d+% of the tokens, in 2 of 3 texts, such as '一只.*'; 1 become the same as another"
+        with pytest.warns(UserWarning, match=match) as caught:
+            context = encoder.encode(["a red cube", *self.CHINESE])
+        assert len(caught) == 1
+        assert context.embeds[1].equal(context.embeds[2]), "two sentences, one embedding: so a warning is due"
+
+    def test_known_texts_are_silent(self, tiny_lms):
+        for name in tiny_lms.values():
+            assert TextEncoder(name).remarks(["a red cube", "", "two small spheres"]) == []
+
+    @packaged
+    def test_the_default_model(self):
+        encoder = TextEncoder()
+        assert encoder.remarks(["a red cube", "un café près de l'été"]) == []
+        (remark,) = encoder.remarks(["a red cube", "\U0001f431\U0001f680", "\U0001f9ca", "빨간 고양이"])
+        assert "does not know" in remark, remark
+
 
 class TestRefusals:
+    def test_pitfall_21_a_pickled_language_model_is_refused(self, tiny_lm, tmp_path):
+        from safetensors.torch import load_file
+
+        folder = Path(shutil.copytree(tiny_lm, tmp_path / "lm"))
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+        with pytest.raises(OSError, match=r"no model\.safetensors; if you trust it, convert it: T5EncoderModel"):
+            TextEncoder(folder).encode(["a red cube"])
+
     @pytest.mark.parametrize(
         ("prompts", "error", "match"),
         [

@@ -222,7 +222,7 @@ def test_each_stage_has_its_own_perceptual_loss(tiny_muse, monkeypatch, tmp_path
         for name, (kind, weight) in asked.items()
     }
     trainer = MuseTrainer(replace(tiny_muse.config, stages=stages), "scenes", fp32(), tmp_path)
-    assert trainer.perceptual == {"lpips": "lpips", "none": None}
+    assert trainer.perceptual == {"lpips": "lpips"}
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ImportError, match=r"minimuse\[lpips\]"):

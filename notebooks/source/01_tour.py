@@ -57,8 +57,8 @@ grid([first], ["a large red cube"], scale=256 // first.width)
 
 # %% [markdown]
 r"""
-The same seed makes the same picture on every machine, since all random numbers are drawn on the CPU. Another seed is
-another picture of the same prompt:
+The same seed makes nearly the same picture on every machine, since all random numbers are drawn on the CPU; only
+rounding differs. Another seed is another picture of the same prompt:
 """
 
 # %%
