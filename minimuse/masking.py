@@ -56,7 +56,7 @@ def get_schedule(schedule: str | Schedule, n: int | None = None) -> Schedule:
     if isinstance(schedule, str) and schedule.startswith("pow") and schedule[3:].replace(".", "", 1).isdecimal():
         return power_schedule(float(schedule[3:]))
     known = ", ".join([*SCHEDULES, "log", "powP (such as pow2.5)"])
-    raise ValueError(f"unknown schedule {schedule!r}; known: {known}; or pass any function u -> ratio still masked")
+    raise ValueError(f"unknown schedule {schedule!r}; known: {known}")
 
 
 def _is_schedule(name: str) -> bool:

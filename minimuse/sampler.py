@@ -130,7 +130,7 @@ ORDERS: dict[str, Order] = {
 def get_order(order: str | Order) -> Order:
     """A name of `ORDERS` or a function -> the function."""
     ok = callable(order) or (isinstance(order, str) and order in ORDERS)
-    require(ok, f"unknown order {order!r}; known: {', '.join(ORDERS)}; or pass a function")
+    require(ok, f"unknown order {order!r}; known: {', '.join(ORDERS)}")
     return order if callable(order) else ORDERS[order]
 
 

@@ -270,7 +270,9 @@ class TestTruncation:
 
     def test_end_token_survives(self, tiny_lm):
         encoder = TextEncoder(tiny_lm, max_tokens=4)
-        assert encoder._tokenize(["a red cube and a ball"])["a red cube and a ball"][-1] == 1
+        assert (
+            encoder._tokenizer("a red cube and a ball", truncation=True, max_length=encoder.limit)["input_ids"][-1] == 1
+        )
 
     @pytest.mark.parametrize(("kind", "limit"), [("bert", 64), ("clip", 77)])
     def test_the_lms_own_limit_holds(self, tiny_lms, kind, limit):
