@@ -91,7 +91,7 @@ def area_downsample(images: Tensor, factor: int = 2) -> Tensor:
     """
     factor = check("factor", factor, PositiveInt)
     fits = images.ndim in (3, 4) and images.shape[-2] % factor == images.shape[-1] % factor == 0
-    require(fits, f"images of shape {tuple(images.shape)}, factor is {factor}; give (B, 3, H, W), and a divisor of H and W")
+    require(fits, f"factor is {factor}, images have the shape {tuple(images.shape)}; give a divisor of H and W")
     is_float = images.dtype != torch.uint8
     images = to_uint8(images) if is_float else images
     small = F.avg_pool2d(images.float(), factor).round().to(torch.uint8)  # equals interpolate(mode="area")

@@ -39,21 +39,16 @@ TEXTS = ("", "7", "cosine", "x" * 300, "\0", b"3", Path("nowhere"))
 OTHERS = (None, (), [], {}, [1], (1, 2), [math.nan, 1], ["a"], {"a": 1}, {1}, range(3), object(), NotImplemented)
 TENSORS = (
     torch.zeros(0), torch.zeros(N), torch.zeros(2, N), torch.zeros(2, N, dtype=torch.long), torch.ones(2, 3, 4, 4),
-    torch.full((2, N), -5), torch.full((2, N), 10**6), torch.ones(2, N, dtype=torch.bool), torch.full((2, N, V), math.nan),
+    torch.full((2, N), -5), torch.full((2, N), 10**6), torch.ones(2, N).bool(), torch.full((2, N, V), math.nan),
     torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.complex64),
 )  # fmt: skip
 ARRAYS = (
-    np.zeros((16, 16)),
-    np.full((16, 16), math.nan),
-    np.zeros(3),
-    np.array(["a"]),
-    np.full((16, 16), -1),
-    np.ones((8, 16)),
-)
+    np.zeros((16, 16)), np.full((16, 16), math.nan), np.full((16, 16), -1), np.ones((8, 16)), np.zeros(3), np.array(["a"]),
+)  # fmt: skip
 PICTURES = (
     Image.new("RGB", (16, 16)), Image.new("RGBA", (16, 16)), Image.new("L", (15, 16), 255), Image.new("1", (16, 16), 1),
-    Image.new("F", (16, 16), 0.5), Image.new("I;16", (16, 16), 300), Image.new("CMYK", (16, 16)), Image.new("LAB", (16, 16)),
-    Image.new("RGB", (1, 1)), Image.new("P", (16, 16)),
+    Image.new("F", (16, 16), 0.5), Image.new("I;16", (16, 16), 300), Image.new("CMYK", (16, 16)),
+    Image.new("LAB", (16, 16)), Image.new("RGB", (1, 1)), Image.new("P", (16, 16)),
 )  # fmt: skip
 SETTINGS_NONSENSE = (*NUMBERS, *SCALARS, *TEXTS, *OTHERS)
 
@@ -70,7 +65,8 @@ def nonsense(valid: Any) -> tuple:
 ALSO = {  # how an error may name an argument instead
     "name": "preset", "prompt": "prompts", "schedules": "schedule", "orders": "order", "codebook_size": "rows",
     "stay": "transition", "sharpness": "tables", "presets": "preset", "negative_prompt": "negative prompts",
-    "first": "values", "second": "values", "successes": "values", "groups": "group labels",
+    "first": "values", "second": "values", "successes": "row", "superres": "setting", "mask_schedule": "schedule",
+    "groups": "group labels",
     "values": "rows", "block": "grid", "heads": "width", "multipliers": "blocks",
 }  # fmt: skip
 
@@ -151,7 +147,7 @@ def calls(muse: Muse) -> list[Call]:
         Call(sampler.entropy_bound, {}, {"bound": (0, 0.5)}),
         Call(sampler.get_order, {}, {"order": ("halton", sampler.raster)}),
         Call(cfg.get_guidance, {}, {"guidance": SETTINGS["guidance"]}),
-        Call(masking.get_schedule, {}, {"schedule": ("cosine", "log", "pow3"), "n": (2, 64)}),
+        Call(masking.get_schedule, {}, {"schedule": ("cosine", "pow3", len)}),
         Call(
             masking.reveal_counts,
             {},
@@ -210,12 +206,20 @@ def complaint(error: Exception, names: set[str]) -> str:
     return ""
 
 
-def attempt(function: Callable[..., Any], arguments: dict[str, Any], names: set[str]) -> str:
+def is_no_number(value: Any) -> bool:
+    """True for a bool, a complex number, NaN or an infinity, also of numpy and torch."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return isinstance(value, bool | complex) or (isinstance(value, float) and not math.isfinite(value))
+
+
+def attempt(function: Callable[..., Any], arguments: dict[str, Any], names: set[str], must_fail: bool) -> str:
     """Call the function, and take the steps of an iterator -> "" or a complaint."""
     try:
         result = function(**arguments)
         if isinstance(result, Iterator):
             list(islice(result, 50))
+        return "what is no number was accepted" if must_fail else ""
     except Exception as error:
         if wrong := complaint(error, names):
             place = " < ".join(
@@ -242,7 +246,9 @@ def test_calls(small_muse):
             arguments = {"superres": inner}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if problem := attempt(call.function, call.fixed | arguments, names):
+            numbers = [name for name in wrong if all(type(v) in (int, float) for v in call.arguments[name])]
+            must_fail = any(is_no_number((inner or arguments)[name.removeprefix("superres.")]) for name in numbers)
+            if problem := attempt(call.function, call.fixed | arguments, names, must_fail):
                 shown = {name: repr((inner or arguments)[name.removeprefix("superres.")])[:60] for name in wrong}
                 found.setdefault(
                     (call.function.__qualname__, problem[:60]), f"{call.function.__qualname__}({shown}): {problem}"

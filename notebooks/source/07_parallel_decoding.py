@@ -694,8 +694,8 @@ r"""
 ## 9. A rule that decides by itself
 
 Why should each picture take the same steps? Tokens drawn together are drawn as if independent, and the error of that
-is at most the sum of their entropies. So: fix the surest tokens as long as their summed entropy stays within a
-*bound*. Where the model is sure, that is many at once; where it is not, one.
+is at most the sum of their entropies less the largest one. So: fix the surest tokens as long as that stays within a
+*bound* (EB-Sampler, arXiv 2505.24857). Where the model is sure, that is many at once; where it is not, one.
 """
 
 # %%

@@ -408,8 +408,9 @@ distance; Halton order hardly has any. None is best in all columns: that is why 
 r"""
 ## 7. How many, decided as you go
 
-Why fix the counts in advance? An adaptive rule looks at the logits: reveal the surest tokens as long as their summed
-entropy stays within a bound, which bounds the cost of the step. It takes few passes where little is at stake.
+Why fix the counts in advance? An adaptive rule looks at the logits: reveal the surest tokens as long as the sum of their
+entropies less the largest one stays within a bound, which bounds the cost of the step (EB-Sampler, arXiv 2505.24857). It
+takes few passes where little is at stake.
 """
 
 # %%
