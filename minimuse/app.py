@@ -10,6 +10,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from queue import SimpleQueue
@@ -29,7 +30,8 @@ from minimuse.sampler import ORDERS, Step
 
 STAGES = {"base": "Base model", "superres": "Super-resolution"}
 SIDES = ("left", "top", "right", "bottom")
-REQUEST, HOUR = 2**26, 2**29  # bytes that one request may send, and all requests of an hour
+REQUEST = 2**26  # bytes that one request may send
+HOUR = 2**29  # and all requests of an hour
 ABOUT = """# minimuse
 A prompt becomes a picture token by token ([Muse](https://arxiv.org/abs/2301.00704)). All tokens start masked (gray).
 Each step keeps the most confident predictions. This is `{}`, {} x {} pixels."""
@@ -84,6 +86,7 @@ def guard(app: Callable, host: str) -> Callable:
     `host` is where the page was started. 0.0.0.0 means every address of this machine, so any IP address is accepted.
     """
     from starlette.datastructures import Headers
+    from starlette.requests import ClientDisconnect
     from starlette.responses import PlainTextResponse
 
     names = {f"[{host}]" if ":" in host else host.lower(), "localhost", "127.0.0.1", "[::1]", socket.gethostname()}
@@ -108,7 +111,8 @@ def guard(app: Callable, host: str) -> Callable:
         if scope["type"] == "http" and (text := problem(scope["method"], Headers(scope=scope))):
             await PlainTextResponse(text, 403)(scope, receive, send)
         else:
-            await app(scope, receive, send)
+            with suppress(ClientDisconnect):  # nobody waits for the answer
+                await app(scope, receive, send)
 
     return guarded
 

@@ -5,11 +5,10 @@ The tokenizers and the language model are frozen while a transformer trains (Mus
     TrainingData(folder, source, ...)   .read()      -> .images (n, 3, S, S)       pixels, for the tokenizers
                                         .tokenize()  -> .tokens["low"] (n, N)      by a tokenizer that is trained
                                         .embed()     -> .texts, k captions each    by the frozen language model
-    folder/low_tokens-0123456789abcdef/00012.safetensors
 
-The folder's name holds a hash of all that decides the content: a stale cache is never read. The file of a part is
-renamed into place when it is whole: a process may be killed at any moment, and work continues there. Each row has the
-name of its image, so that no row of one cache is paired with another's.
+A cache is a folder, named by a hash of all that decides its content, with a file per part of the source. A file is
+renamed into place when it is whole, so a process may be killed at any moment. Each row has the name of its image, so
+that no row of one cache is paired with another's.
 
 Not here: where images come from (data_sources.py), which rows a training step reads (train.py).
 """
@@ -37,7 +36,7 @@ from minimuse.data_captions import EXAMPLE_PROMPTS, Problems, SceneDataset, voca
 from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import Source
 from minimuse.text import TextEncoder
-from minimuse.utils import atomic_write, content_hash, precision
+from minimuse.utils import atomic_write, content_hash, precision, require
 
 CACHE_VERSION = 2  # raise it on purpose when the files of a cache change
 BLOCK = 500  # images that are tokenized at a time
@@ -73,11 +72,10 @@ class Rows:
         """The records of all parts, or of those within the limit. ValueError if one is missing."""
         rows = 0
         for part, path in enumerate(self.paths):
-            record = self.record(part)
-            if rows >= self.limit or (record is None and rows and self.limit < sys.maxsize):
+            record = self.record(part) if rows < self.limit else None
+            if record is None and rows and self.limit < sys.maxsize:
                 return
-            if record is None:
-                raise ValueError(f"there is no {path}; it was not computed yet")
+            require(record is not None, f"there is no {path}; it was not computed yet")
             rows += len(record["names"])
             yield record
 
@@ -93,20 +91,20 @@ class Rows:
             yield done, len(mine)
             if rows * processes >= self.limit:
                 break
-            if (record := self.record(part)) is None:
-                record = {}
-                for leftover in self.folder.glob(f"{self.paths[part].name}.*"):  # of a process that was killed
-                    leftover.unlink()
-                pieces = list(make(part, record))
-                tensors = {"rows": torch.cat(pieces) if pieces else torch.empty(0)}
-                metadata = {"record": json.dumps(record)}
-                try:
-                    atomic_write(self.paths[part], partial(save_file, tensors, metadata=metadata))
-                except (OSError, SafetensorError) as error:
-                    hint = "make room and start again; finished parts are kept"
-                    raise OSError(f"{self.paths[part]} could not be written ({error}): {hint}") from error
-            rows += len(record["names"])
+            rows += len((self.record(part) or self._compute(part, make))["names"])
         yield len(mine), len(mine)
+
+    def _compute(self, part: int, make: Make) -> Record:
+        path, record = self.paths[part], {}
+        for leftover in self.folder.glob(f"{path.name}.*"):  # of a process that was killed
+            leftover.unlink()
+        pieces = list(make(part, record))
+        tensors = {"rows": torch.cat(pieces) if pieces else torch.empty(0)}
+        try:
+            atomic_write(path, partial(save_file, tensors, metadata={"record": json.dumps(record)}))
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{path} could not be written ({error}): make room; finished parts are kept") from error
+        return record
 
     @cached_property
     def starts(self) -> Tensor:
@@ -118,7 +116,7 @@ class Rows:
 
     def __getitem__(self, indices: Sequence[int] | slice | Tensor) -> Tensor:
         rows = torch.arange(len(self))[indices] if isinstance(indices, slice) else torch.as_tensor(indices).long()
-        if rows.ndim != 1 or not all(0 <= row < len(self) for row in rows.tolist()):
+        if rows.ndim != 1 or not ((rows >= 0) & (rows < len(self))).all():
             raise IndexError(f"rows {rows.tolist()}: expected a list of numbers from 0 to {len(self) - 1}")
         parts = torch.searchsorted(self.starts, rows, right=True) - 1
         like = self.load(int(self.starts.diff().nonzero()[0]))
@@ -140,9 +138,8 @@ class Texts:
 
     def pick(self, indices: Sequence[int] | Tensor, u: Sequence[float] | Tensor) -> list[Tensor]:
         """indices (B,), u (B,) in [0, 1) -> caption floor(u k) of the k of each example: B tensors (L, D), unpadded."""
-        choices = [self.captions[int(i)] for i in indices]
-        at = [min(int(float(x) * len(texts)), len(texts) - 1) for texts, x in zip(choices, u, strict=True)]
-        return self.embed([texts[i] for texts, i in zip(choices, at, strict=True)])
+        rows = [(self.captions[int(i)], float(x)) for i, x in zip(indices, u, strict=True)]
+        return self.embed([texts[min(int(x * len(texts)), len(texts) - 1)] for texts, x in rows])
 
 
 @dataclass
@@ -221,8 +218,8 @@ class TrainingData:
 
         def tokens_of(images: Tensor) -> Tensor:
             tokens = tokenize_images(tokenizer, area_downsample(images, self.side // size), bf16=self.bf16)
-            if tokens.min() < 0 or tokens.max() >= v:
-                raise ValueError(f"{name} tokens {tokens.min()} to {tokens.max()}; expected 0 to {v - 1}")
+            lowest, highest = tokens.aminmax()
+            require(lowest >= 0 and highest < v, f"{name} tokens {lowest} to {highest}; expected 0 to {v - 1}")
             return tokens.to(torch.int16 if v <= 2**15 else torch.int32)
 
         rows = self._rows(f"{name}_tokens", size, tokenizer.to(self.device).state_dict())
@@ -250,9 +247,8 @@ class TrainingData:
             record["names"].append(name)
             record["captions"].append(example.captions)
             yield example.image
-        if due:
-            lost = f"part {part} of the data lost {due[-1]}, and {len(due)} images in all, since it was read first"
-            raise ValueError(f"{lost}. Start again when they can be read, or delete {self.folder}")
+        lost = f"part {part} of the data lost {due[-1:]}, and {len(due)} images in all, since it was read first"
+        require(not due, f"{lost}. Start again when they can be read, or delete {self.folder}")
 
     def embed(self) -> Iterator[tuple[int, int]]:
         """The captions of all examples, embedded. If they exceed `text_gib`, they are encoded at each reading."""
@@ -271,8 +267,8 @@ class TrainingData:
             texts = list(dict.fromkeys(text for texts in record["captions"] for text in texts))
             values = self.encode(texts)
             record |= {"texts": texts, "lengths": [len(value) for value in values]}
-            if not all(value.isfinite().all() for value in values):
-                raise ValueError("embeddings beyond float16's 65,504, or NaN: this text cannot be stored")
+            finite = all(value.isfinite().all() for value in values)
+            require(finite, "embeddings beyond float16's 65,504, or NaN: this text cannot be stored")
             return iter(values)
 
         stored = self._rows("text", self.encoder.max_tokens, self.encoder.weights)
@@ -327,13 +323,12 @@ class TrainingData:
         problems = Problems()
         for part, record in enumerate(rows.records()):
             first = self._first.record(part)
-            if first and first["names"] != record["names"]:
-                raise ValueError(f"{rows.folder} has other rows than {self._first.folder}; delete {self.folder}")
+            same = first is None or first["names"] == record["names"]
+            require(same, f"{rows.folder} has other rows than {self._first.folder}; delete {self.folder}")
             if part >= self._logged:
                 problems.include(Problems(**record["problems"]))
                 self._logged = part + 1
-        if not len(rows):
-            raise ValueError(f"no usable captioned image; {problems.summary() or 'nothing was found'}")
+        require(len(rows) > 0, f"no usable captioned image; {problems.summary() or 'nothing was found'}")
         if self.rank == 0 and problems.summary():
             logging.getLogger("minimuse").warning(problems.summary())
 

@@ -1,7 +1,4 @@
-"""Captions of scenes, and `SceneDataset`: true phrases, short and long, and paraphrases that training never sees.
-
-    attributes   "a small red metal cube"            cardinality   "two blue spheres"
-    relations    "a green cube left of a cylinder"   composition   "a red cube, a gray sphere and two yellow cylinders"
+"""Captions of scenes, such as "two blue spheres left of a small red metal cube", and `SceneDataset`.
 
 SYNONYMS are for training, if a data set asks for them. PARAPHRASES are in no training caption: what a model makes of
 them comes from its language model. Both stand in words.json.
@@ -36,12 +33,9 @@ EXAMPLE_PROMPTS: list[str] = _WORDS["examples"]
 OPENINGS = ("a photo of", "a picture of", "a picture with", "there")  # "there" needs "is" or "are"
 FLOOR_PHRASE = "on a gray floor"
 RELATION_PHRASES = {
-    "left": ("left of", "to the left of"),
-    "right": ("right of", "to the right of"),
-    "front": ("in front of",),
-    "behind": ("behind",),
-    "beside": ("next to",),
-}
+    "left": ("left of", "to the left of"), "right": ("right of", "to the right of"), "front": ("in front of",),
+    "behind": ("behind",), "beside": ("next to",),
+}  # fmt: skip
 _NUMBERS = ("", "a", "two", "three")
 
 
@@ -123,11 +117,10 @@ class Example(NamedTuple):
     def check(self, size: int) -> "Example":
         """The example itself. ValueError unless image and captions are as above."""
         image, captions, _ = self
-        if image.shape != (3, size, size) or image.dtype != torch.uint8 or isinstance(captions, str) or not captions:
-            raise ValueError(
-                f"a source gave an image {tuple(image.shape)} of {image.dtype} with the captions {captions!r}; "
-                f"it yields Example(image (3, {size}, {size}) uint8, a tuple of captions)"
-            )
+        right = image.shape == (3, size, size) and image.dtype == torch.uint8
+        came = f"a source gave an image {tuple(image.shape)} of {image.dtype} with the captions {captions!r}"
+        expected = f"it yields Example(image (3, {size}, {size}) uint8, a tuple of captions)"
+        require(right and bool(captions) and not isinstance(captions, str), f"{came}; {expected}")
         return self
 
 
@@ -222,13 +215,13 @@ class SceneDataset:
     def captions(self, i: int, k: int | None = None) -> list[str]:
         """-> k different captions of scene i (None: as many as the data set has per scene)."""
         k = self.k if k is None else replace(self, k=k).k
-        scene = self.scene(i)
-        every = (caption(scene, 10_007 * i + attempt, synonyms=self.synonyms) for attempt in range(50 * k))
-        found: dict[str, None] = {}
-        while len(found) < k and (text := next(every, "")):
-            found[text] = None
-        require(len(found) == k, f"scene {i} has fewer than {k} different captions: ask for at most {len(found)}")
-        return list(found)
+        scene, found = self.scene(i), []
+        for attempt in range(50 * k):
+            text = caption(scene, 10_007 * i + attempt, synonyms=self.synonyms)
+            found += [text] if text not in found else []
+            if len(found) == k:
+                return found
+        raise ValueError(f"scene {i} has fewer than {k} different captions: ask for at most {len(found)}")
 
     def images(self, indices: Sequence[int] | None = None) -> Tensor:
         """Indices (None: all) -> uint8 images (B, 3, H, W), rendered 256 scenes at a time."""

@@ -6,7 +6,7 @@
     tables/*.parquet            a column of images and a column of captions
     user/name, user/name@rev    a data set of the Hugging Face hub: split "train", streamed
 
-Training reads a source once, part by part, front to back. To add one, write a class with the three members of `Source`.
+Training reads a source part by part. To add one, write a class with the three members of `Source`.
 Files come from strangers: nothing in them is executed, no name or link leads out of a folder, and every file that is
 not used is counted and named (`Problems`), except hidden ones.
 
@@ -37,9 +37,9 @@ import torch
 from minimuse.config import MuseConfig
 from minimuse.data_captions import CROPPED, OTHER, PART, Example, Problems, SceneDataset
 from minimuse.pictures import FORMATS, Refused, decode_image
-from minimuse.utils import content_hash, file_hash
+from minimuse.utils import content_hash, file_hash, require
 
-FILES_VERSION = 3  # raise it on purpose when the same files give other pixels or captions: caches become invalid
+FILES_VERSION = 4  # raise it on purpose when the same files give other pixels or captions: caches become invalid
 SUFFIXES = ".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .avif .eps .heic .heif .jfif .jp2 .jxl .pgm .psd .svg .tga"
 CAPTIONS = (".txt", ".json")  # next to an image; text wins
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -47,8 +47,8 @@ HIDDEN = re.compile(r"(^|/)\.(?!\./)")  # a name that begins with a dot, in any 
 LARGEST = 2**28  # bytes of one file in a tar: a compressed tar may promise terabytes
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")  # names of columns
 TEXTS = ("text", "caption", "captions", "txt", "json")
-MISSING, TWICE, DAMAGED = "listed without a file", "listed twice", "lost in a damaged file"
-LINK = "a link to no file in the folder"
+MISSING, TWICE = "listed without a file", "listed twice"
+DAMAGED, LINK = "lost in a damaged file", "a link to no file in the folder"
 
 
 class Source(Protocol):
@@ -79,15 +79,14 @@ class FileSource:
     """A `Source` of image files. `items(part)` of a subclass gives the items, and `read` decodes and counts them.
 
     hashes: the name of each file -> a hash of its content, so that a run can name the files that changed.
-
-    Choice: by default the shorter side has at least size // 2 pixels. Images enlarged more than twofold teach blur.
+    Choice: the shorter side has at least size // 2 pixels. Images enlarged more than twofold teach blur.
     """
 
-    def __init__(self, parts: int, min_side: int | None, paths: Mapping[str, Path], *facts: Any):
-        self.parts, self.min_side = parts, min_side
+    def __init__(self, parts: int, paths: Mapping[str, Path], *facts: Any):
+        self.parts = parts
         with ThreadPoolExecutor() as pool:  # of contents: a file that was copied or touched is the same file
             self.hashes = dict(zip(paths, pool.map(file_hash, paths.values()), strict=True))
-        self.fingerprint = content_hash(type(self).__name__, FILES_VERSION, min_side, list(self.hashes.items()), facts)
+        self.fingerprint = content_hash(type(self).__name__, FILES_VERSION, list(self.hashes.items()), facts)
 
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
         """Part -> its examples. What cannot be used is added to `problems`."""
@@ -100,7 +99,7 @@ class FileSource:
                 if not captions:
                     raise Refused(item.problem or "without a caption")
                 file = io.BytesIO(item.image) if isinstance(item.image, bytes) else item.image
-                square = decode_image(file, size, size // 2 if self.min_side is None else self.min_side)
+                square = decode_image(file, size, size // 2)
             except (Refused, FileNotFoundError) as error:
                 problems.add(str(error) if isinstance(error, Refused) else MISSING, item.name)
             else:
@@ -164,7 +163,7 @@ def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
         else:
             stray.append(Item(name, problem=OTHER))
     used = {stem[name] for name in rows} | rows.keys()
-    lonely = [name for stem, found in captions.items() if stem not in used for name in found if name not in rows]
+    lonely = [name for key in captions.keys() - used for name in captions[key] if name not in rows]
     stray += [Item(name, problem="a caption without an image") for name in lonely]
     return sorted([*rows.values(), *stray], key=lambda item: place.get(item.name, len(place)))
 
@@ -202,10 +201,9 @@ class FolderDataset(FileSource):
     in `read`. ValueError if no image has a caption.
     """
 
-    def __init__(self, folder: str | Path, *, min_side: int | None = None):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise ValueError(f"{folder} is not a folder")
+        require(self.folder.is_dir(), f"{folder} is not a folder")
         files: dict[str, Path] = {}
         root, links = self.folder.resolve(), []
         for path in self.folder.rglob("*"):
@@ -225,7 +223,7 @@ class FolderDataset(FileSource):
         self.rows = [*(row for row in rows if row.problem != OTHER), *sorted(links)]
         self.others = [row for row in rows if row.problem == OTHER]
         paths = {row.name: files[row.name] for row in self.rows if row.name in files}
-        super().__init__(-(-len(self.rows) // PART), min_side, paths, self.rows)
+        super().__init__(-(-len(self.rows) // PART), paths, self.rows)
         texts = {row.name: row.text for row in self.rows}
         self.hashes = {name: content_hash(value, texts[name]) for name, value in self.hashes.items()}
 
@@ -242,11 +240,11 @@ class FolderDataset(FileSource):
 class TarDataset(FileSource):
     """Tar shards, each with the same layout as a folder; a part is a shard. ValueError if none is a tar file."""
 
-    def __init__(self, shards: Sequence[str | Path], *, min_side: int | None = None):
+    def __init__(self, shards: Sequence[str | Path]):
         self.shards = [Path(shard) for shard in shards]
-        if not any(tarfile.is_tarfile(path) for path in self.shards):
-            raise ValueError(f"{self.shards[0]}: expected a folder, tar files, or files that end in .parquet")
-        super().__init__(len(self.shards), min_side, _named(self.shards))
+        expected = "expected a folder, tar files, or files that end in .parquet"
+        require(any(map(tarfile.is_tarfile, self.shards)), f"{self.shards[0]}: {expected}")
+        super().__init__(len(self.shards), _named(self.shards))
 
     def items(self, part: int) -> Iterator[Item]:
         """Part -> the items of a shard in its order: captions are read first, images in a second pass."""
@@ -268,10 +266,10 @@ class TarDataset(FileSource):
         with suppress(Exception):  # damage: what stands before it is used, and the caller counts it
             for member in archive:
                 name = posixpath.normpath(member.name)
-                problem = TWICE if name in members else "too large" if member.size > LARGEST else LINK
-                if member.isdir() or HIDDEN.search(name):
+                if HIDDEN.search(name) or member.isdir():
                     continue
                 if name in members or member.size > LARGEST or not member.isreg():
+                    problem = TWICE if name in members else "too large" if member.size > LARGEST else LINK
                     yield Item(prefix + name, problem=problem)
                     continue
                 if name.lower().endswith((*CAPTIONS, *METADATA)):
@@ -289,7 +287,7 @@ class TableDataset(FileSource):
     version: user/name@refs/convert/parquet. The columns are those of the first file.
     """
 
-    def __init__(self, files: Sequence[str | Path] = (), *, hub: str = "", min_side: int | None = None):
+    def __init__(self, files: Sequence[str | Path] = (), hub: str = ""):
         self.files = [Path(file) for file in files]
         self.hub, _, self.revision = hub.partition("@")
         if hub:
@@ -297,13 +295,13 @@ class TableDataset(FileSource):
 
             self.revision = HfApi().dataset_info(self.hub, revision=self.revision or None).sha
         table = self._open()
-        super().__init__(len(files) or table.num_shards, min_side, _named(self.files), self.hub, self.revision)
+        super().__init__(len(files) or table.num_shards, _named(self.files), self.hub, self.revision)
         columns = {name: type(feature).__name__ for name, feature in (table.features or {}).items()}
         self.image = next((name for name in columns if name in IMAGES or columns[name] == "Image"), "")
         self.text = next((name for name in TEXTS if name in columns), "")
-        if not self.image or not self.text:
-            expected = f"an image column ({', '.join(IMAGES)}) and a caption column ({', '.join(TEXTS)})"
-            raise ValueError(f"{hub or self.files[0]}: expected {expected}, found {', '.join(columns) or 'none'}")
+        expected = f"an image column ({', '.join(IMAGES)}) and a caption column ({', '.join(TEXTS)})"
+        found = f"{hub or self.files[0]}: expected {expected}, found {', '.join(columns) or 'none'}"
+        require(bool(self.image and self.text), found)
 
     def _open(self, part: int | None = None) -> Any:
         try:
@@ -330,21 +328,18 @@ class TableDataset(FileSource):
             yield Item(name, problem=DAMAGED)
 
 
-def open_source(spec: str | Path, config: MuseConfig, *, seed: int = 0, min_side: int | None = None) -> Source:
+def open_source(spec: str | Path, config: MuseConfig, *, seed: int = 0) -> Source:
     """What to train on -> a source: "scenes" (a folder of that name is ./scenes), a folder, shards, or a hub id."""
     if spec == "scenes":
-        size = config.high_tokenizer.image_size
         options = {"fractions": config.fractions, "k": config.captions, "synonyms": config.synonyms}
-        return SceneDataset(config.scenes, size, seed=seed, **options)
+        return SceneDataset(config.scenes, config.high_tokenizer.image_size, seed=seed, **options)
     if os.path.isdir(spec):
-        return FolderDataset(spec, min_side=min_side)
-    files = _expand(str(spec))
-    if not files and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(spec)):
-        return TableDataset(hub=str(spec), min_side=min_side)
-    if not files:
-        raise ValueError(f"there is no file {spec}; expected scenes, a folder, shards, or user/name of a hub data set")
-    kind = TableDataset if all(file.endswith(".parquet") for file in files) else TarDataset
-    return kind(files, min_side=min_side)
+        return FolderDataset(spec)
+    if files := _expand(str(spec)):
+        return (TableDataset if all(file.endswith(".parquet") for file in files) else TarDataset)(files)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(spec)):
+        return TableDataset(hub=str(spec))
+    raise ValueError(f"there is no file {spec}; expected scenes, a folder, shards, or user/name of a hub data set")
 
 
 def _expand(pattern: str) -> list[str]:
@@ -355,7 +350,8 @@ def _expand(pattern: str) -> list[str]:
     if not match:
         return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     before, first, last, after = match.groups()
-    files = [f"{before}{number:0{len(first)}}{after}" for number in range(int(first), int(last) + 1)]
-    if lacking := [file for file in files if not os.path.isfile(file)]:
-        raise ValueError(f"{pattern}: there is no file {lacking[0]}")
+    files = []
+    for number in range(int(first), int(last) + 1):
+        files.append(f"{before}{number:0{len(first)}}{after}")
+        require(os.path.isfile(files[-1]), f"{pattern}: there is no file {files[-1]}")
     return files

@@ -4,8 +4,6 @@
 
 Decoding follows this curve: after step i of T, floor(n * schedule((i + 1) / T)) of the n tokens stay masked.
 Training draws u uniformly, so r = schedule(u) has the distribution that decoding meets.
-
-Glossary: B batch, N tokens, V codebook size, u progress, r mask ratio.
 Not here: which positions are revealed, and what is drawn there (`sampler.py`).
 """
 
@@ -32,7 +30,7 @@ def power_schedule(p: float) -> Schedule:
 
 def log_schedule(n: int) -> Schedule:
     """u -> -log(u) / log(n), at most 1: the one curve that depends on the number n >= 2 of tokens (MaskGIT)."""
-    require(check("n", n, PositiveInt) > 1, "log_schedule(1) does not fall; give at least 2 tokens")
+    require(n >= 2, f"log_schedule({n}) does not fall; give at least 2 tokens")
     return lambda u: 1.0 if u * n <= 1 else -math.log(u) / math.log(n)
 
 
@@ -58,10 +56,17 @@ def get_schedule(schedule: str | Schedule, n: int | None = None) -> Schedule:
     if isinstance(schedule, str) and schedule.startswith("pow") and schedule[3:].replace(".", "", 1).isdecimal():
         return power_schedule(float(schedule[3:]))
     known = ", ".join([*SCHEDULES, "log", "powP (such as pow2.5)"])
-    raise ValueError(f"unknown schedule {schedule!r}; known: {known}; or pass any function u -> ratio still masked")
+    raise ValueError(f"unknown schedule {schedule!r}; known: {known}")
 
 
-ScheduleName = Annotated[str, Rule(lambda name: callable(get_schedule(name, 2)), "the name of a schedule")]
+def _is_schedule(name: str) -> bool:
+    try:
+        return callable(get_schedule(name, 2))
+    except ValueError:
+        return False
+
+
+ScheduleName = Annotated[str, Rule(_is_schedule, "the name of a schedule: " + ", ".join([*SCHEDULES, "log", "pow2.5"]))]
 
 
 def reveal_counts(n: int, steps: int, schedule: str | Schedule = "cosine") -> list[int]:
@@ -116,8 +121,8 @@ def sample_mask_rate(n: int, *, schedule: str | Schedule = "cosine", generator: 
 
 def masked_counts(rate: Tensor, n: int) -> Tensor:
     """rate (B,) -> how many of n tokens to mask, (B,): ceil(r n). The rate k / n gives k in any precision."""
-    ok = rate.is_floating_point() and bool(((rate >= 0) & (rate <= 1)).all())
-    require(ok, f"mask rates {rate.tolist()}; give floats from 0 to 1")
+    require(bool(((rate >= 0) & (rate <= 1)).all()), f"mask rates {rate.tolist()}; give numbers from 0 to 1")
+    rate = rate if rate.is_floating_point() else rate.double()
     return (rate.cpu().double() * n - 2 * n * torch.finfo(rate.dtype).eps).ceil().long()
 
 

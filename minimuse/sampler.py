@@ -59,10 +59,10 @@ def check_settings(given: dict[str, Any], superres: bool = False) -> dict[str, A
 
     With `superres`, a setting of this name may hold settings of super-resolution.
     """
-    settings = {name: value for name, value in check("superres", given, dict).items() if value is not None}
     known = SETTINGS | {"superres": dict} if superres else SETTINGS
-    if unknown := given.keys() - known.keys():
+    if unknown := check("superres", given, dict).keys() - known.keys():
         raise TypeError(f"unknown setting {', '.join(map(str, unknown))}; known: {', '.join(sorted(known))}")
+    settings = {name: value for name, value in given.items() if value is not None}
     for name, value in settings.items():
         if name == "superres":
             settings[name] = check_settings(value)
@@ -130,7 +130,7 @@ ORDERS: dict[str, Order] = {
 def get_order(order: str | Order) -> Order:
     """A name of `ORDERS` or a function -> the function."""
     ok = callable(order) or (isinstance(order, str) and order in ORDERS)
-    require(ok, f"unknown order {order!r}; known: {', '.join(ORDERS)}; or pass a function")
+    require(ok, f"unknown order {order!r}; known: {', '.join(ORDERS)}")
     return order if callable(order) else ORDERS[order]
 
 
@@ -180,9 +180,8 @@ def entropy_bound(bound: float) -> Callable[[Tensor, Tensor, float], Tensor]:
 
 def is_adaptive(schedule: object) -> bool:
     """True for a function of three required arguments (logits, masked, u). A curve takes one."""
-    if not callable(schedule):
-        return False
-    return sum(p.default is p.empty for p in inspect.signature(schedule).parameters.values()) == 3
+    parameters = inspect.signature(schedule).parameters.values() if callable(schedule) else ()
+    return sum(p.default is p.empty for p in parameters) == 3
 
 
 # --- what: drawing ----------------------------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None
 
     The CDF has the dtype of the uniforms. `decode` gives float64: next to 1, float32 has no place for 1e-9.
     """
-    if temperature == 0:
+    if temperature < 1e-30:  # float32 cannot divide by less
         return logits.argmax(-1)
     if top_k is not None and top_k < logits.shape[-1]:
         best = logits.topk(top_k, dim=-1)
@@ -222,7 +221,9 @@ def decode(
 
     >>> *_, last = decode(logits_fn, torch.full((1, 64), mask_id), mask_id=mask_id, steps=12)
     """
-    steps = _check(tokens, mask_id, steps, top_k, remask)
+    temperatures = {"sampling_temperature": sampling_temperature, "choice_temperature": choice_temperature}
+    check_settings({"top_k": top_k, "remask": remask, **temperatures})
+    steps = _number_of_steps(tokens, mask_id, steps)
     order = get_order(order)
     random = _fine_uniforms(tokens, steps, generator)  # (B, T, 2, N)
     unknown = masked = tokens == mask_id
@@ -233,14 +234,17 @@ def decode(
         if not (masked if plan is None else plan[i]).any():
             continue
         u = i / (steps - 1) if steps > 1 else 1.0
-        temperature = _at(u, "sampling_temperature", sampling_temperature)
-        annealed = _at(u, "choice_temperature", choice_temperature, 1 - (i + 1) / steps)
+        temperature = sampling_temperature(u) if callable(sampling_temperature) else sampling_temperature
+        temperature = check("sampling_temperature", temperature, NonNegative)
+        annealed = choice_temperature(u) if callable(choice_temperature) else choice_temperature * (1 - (i + 1) / steps)
+        annealed = check("choice_temperature", annealed, NonNegative)
         logits = logits_fn(tokens, u).float()
         drawn = torch.where(masked, draw(logits, random[:, i, 0], temperature, top_k), tokens)
         log_prob = confidence(logits, drawn, masked, u)
         score = log_prob if order is confidence else order(logits, drawn, masked, u)
         candidates = unknown if remask else masked
-        _check_shape("the order's scores are", score, log_prob)
+        ok = isinstance(score, Tensor) and score.shape == tokens.shape
+        require(ok, f"the order's scores are {reprlib.repr(score)}; give a tensor of shape {tuple(tokens.shape)}")
         nan = (score.isnan() | log_prob.isnan()) & candidates
         require(not nan.any(), f"NaN at u = {u:.3g}, in the order's scores or in the model's logits; give numbers")
         gumbel = -torch.log(-torch.log(random[:, i, 1]))
@@ -254,14 +258,13 @@ def decode(
         yield Step(i, u, tokens, masked, kept & before, log_prob.exp().masked_fill(~before, 0))
 
 
-def _check(tokens: Tensor, mask_id: int, steps: int, top_k: int | None, remask: bool) -> int:
-    """Refuse what is wrong -> the number of steps, at most the number of tokens."""
+def _number_of_steps(tokens: Tensor, mask_id: int, steps: int) -> int:
+    """The number of steps, at most the number of tokens. Refuses wrong arguments."""
     ok = isinstance(tokens, Tensor) and tokens.ndim == 2 and tokens.numel() > 0 and tokens.dtype == torch.long
-    given = f"{getattr(tokens, 'dtype', tokens)} of shape {getattr(tokens, 'shape', None)}"
-    require(ok, f"tokens are {given}; give a (B, N) long tensor that is not empty")
+    require(ok, f"tokens are {reprlib.repr(tokens)}; give a (B, N) long tensor that is not empty")
     check("mask_id", mask_id, Natural)
-    check_settings({"top_k": top_k, "remask": remask})
-    steps, n = check("steps", steps, PositiveInt), tokens.shape[1]
+    steps = check("steps", steps, PositiveInt)
+    n = tokens.shape[1]
     if steps > n:
         warnings.warn(f"steps is {steps}, but there are only {n} tokens; {n} steps are enough", stacklevel=3)
     return min(steps, n)
@@ -275,23 +278,12 @@ def _fine_uniforms(tokens: Tensor, steps: int, generator: Generators) -> Tensor:
     return fine.clamp(1e-30, 1 - torch.finfo(fine.dtype).eps)
 
 
-def _at(u: float, name: str, temperature: Temperature, anneal: float = 1.0) -> float:
-    """A temperature at u: a function of u, or a number times `anneal`."""
-    if callable(temperature):
-        return check(f"{name} at u = {u:.3g}", temperature(u), NonNegative)
-    return check(name, temperature, NonNegative) * anneal
-
-
-def _check_shape(what: str, given: Any, like: Tensor) -> None:
-    ok = isinstance(given, Tensor) and given.shape == like.shape
-    require(ok, f"{what} {reprlib.repr(given)}; give a tensor of shape {tuple(like.shape)}")
-
-
 def _adaptive_count(rule: Callable[..., Tensor], logits: Tensor, masked: Tensor, u: float) -> Tensor:
     """How many tokens a rule reveals of each image, (B,): at least one, and at u = 1 all that are left."""
     left = masked.sum(1)
     count = rule(logits, masked, u) if u < 1 else left
-    _check_shape("the schedule's counts are", count, left)
+    ok = isinstance(count, Tensor) and count.shape == left.shape
+    require(ok, f"the schedule's counts are {reprlib.repr(count)}; give a tensor of shape {tuple(left.shape)}")
     return torch.minimum(count.to(left).clamp(min=1), left)
 
 

@@ -47,11 +47,6 @@ class TransformerConfig:
         """N."""
         return self.grid**2
 
-    @property
-    def mask_id(self) -> int:
-        """The [MASK] token, one past the codebook."""
-        return self.codebook_size
-
     def __post_init__(self):
         check_fields(self)
         require_multiple(self, "width", self.heads)
@@ -218,7 +213,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(*sizes) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=False)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
-        self.mask_id = config.mask_id
+        self.mask_id = config.codebook_size  # the [MASK] token, one past the codebook
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:

@@ -163,12 +163,11 @@ class VectorQuantizer(nn.Module):
     def restart_dead_codes(
         self, z: Tensor, tokens: Tensor, idle: Tensor, generator: torch.Generator | None = None
     ) -> None:
-        """After an optimizer step, give dead codes a random encoder output. A frozen codebook stays as it is.
+        """After an optimizer step, dead codes become random encoder outputs. A frozen codebook stays as it is.
 
         z (B, d, h, w), tokens (B, h*w): the whole batch of the step, all micro-batches and processes. So a step is the
-        same however it is split. idle (V,) counts the steps since a code was last used; it is updated in place.
-
-        Choice: a code is dead when no token was its own for PATIENCE steps.
+        same however it is split. idle (V,) counts steps since a code was last used, in place.
+        Choice: a code that was not used for PATIENCE steps is dead.
         """
         if not self.codebook.requires_grad:
             return

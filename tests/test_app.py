@@ -183,6 +183,16 @@ def test_uploads_have_a_limit(guarded, monkeypatch):
     assert answer(app, "POST", content_length="1", **own) == 200, "an hour later files are deleted"
 
 
+def test_a_client_that_leaves_is_no_error(guarded):
+    from starlette.requests import ClientDisconnect
+
+    async def left(scope, receive, send):
+        raise ClientDisconnect
+
+    request = {"type": "http", "method": "GET", "headers": [(b"host", b"localhost")]}
+    assert asyncio.run(guard(left, "127.0.0.1")(request, None, None)) is None, "nobody waits for the answer"
+
+
 def test_where_it_cannot_listen_is_a_sentence(monkeypatch):
     pytest.importorskip("gradio", reason="the extra `app` is not installed")
     monkeypatch.setattr("minimuse.app.Muse.from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))

@@ -200,7 +200,7 @@ def test_it_is_refused_before_the_model_loads(run, here, monkeypatch):
     ("words", "match"),
     [
         (["--steps", "0"], "argument --steps: '0' is not a whole number"),
-        (["--schedule", "cosinus"], "schedule is 'cosinus'; give the name of a schedule: cosine"),
+        (["--schedule", "cosinus"], "schedule 'cosinus'"),
         (["--order", "best"], "order is 'best'; give confidence"),
         (["--sampling-temperature", "-1"], "'-1' is not a number from 0"),
         (["--device", "toaster"], "device 'toaster'"),
@@ -324,11 +324,11 @@ def options(command: str) -> list:
 
 
 def test_generate_with_any_option_at_any_nonsense(here, tiny_muse, capsys, monkeypatch):
-    """One sentence and exit code 2, or a picture. The seed of this test picks half of all pairs."""
+    """One sentence and exit code 2, or a picture. The seed of this test picks a third of all pairs."""
     monkeypatch.setattr(Muse, "from_pretrained", lambda name, device: pick_device(device) and tiny_muse)
     pairs = [(option, value) for option in options("generate") for value in NONSENSE]
     done = []
-    for option, value in random.Random(0).sample(pairs, len(pairs) // 2):
+    for option, value in random.Random(0).sample(pairs, len(pairs) // 3):
         words = [f"{option.option_strings[0]}={value}"] if option.option_strings else [value]
         words += [] if option.dest in ("prompts", "like") else [A]
         words += [] if option.dest in ("steps", "like") else ["--steps", "1"]
@@ -344,7 +344,7 @@ def test_generate_with_any_option_at_any_nonsense(here, tiny_muse, capsys, monke
             assert (code, len(lines), out) == (2, 1, ""), f"{words}: exit code {code}, {err}"
             assert lines[0].startswith("minimuse: "), f"{words}: {err}"
         done.append(code)
-    assert done.count(2) > len(done) / 2 > 100, f"{done.count(2)} of {len(done)} were refused"
+    assert done.count(2) > len(done) / 2 > 60, f"{done.count(2)} of {len(done)} were refused"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -236,10 +236,8 @@ def test_no_rate_masks_one_token_too_many(n):
 
 @pytest.mark.parametrize("rate", [math.nan, -0.1, 1.5, math.inf])
 def test_rates_that_are_no_rates_are_refused(rate):
-    with pytest.raises(ValueError, match="give floats from 0 to 1"):
+    with pytest.raises(ValueError, match="give numbers from 0 to 1"):
         random_mask(torch.zeros(1, 4, dtype=torch.long), torch.tensor([rate]))
-    with pytest.raises(ValueError, match="give floats from 0 to 1"):
-        random_mask(torch.zeros(1, 4, dtype=torch.long), torch.tensor([1]))
 
 
 def test_random_mask_falls_on_every_place_alike():

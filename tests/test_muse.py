@@ -313,7 +313,7 @@ def test_unknown_settings_list_the_known(tiny_muse):
         (A, {"steps": 0}, ValueError, "steps is 0"),
         (A, {"steps": 2.5}, ValueError, r"steps is 2\.5"),
         (A, {"superres": {"steps": 0}}, ValueError, "steps is 0"),
-        (A, {"schedule": "cosinus"}, ValueError, "unknown schedule 'cosinus'; known: cosine"),
+        (A, {"schedule": "cosinus"}, ValueError, "schedule is 'cosinus'; give the name of a schedule: cosine"),
         (A, {"order": "confident"}, ValueError, "order is 'confident'; give confidence, random, raster"),
         (A, {"sampling_temperature": -1}, ValueError, "sampling_temperature is -1"),
         (A, {"choice_temperature": math.nan}, ValueError, "choice_temperature is nan"),
@@ -368,6 +368,8 @@ def test_a_baseline_is_not_compiled(tiny_muse):
 def test_integers_are_no_dtype_of_a_muse(folder):
     with pytest.raises(ValueError, match=r"dtype is torch\.int64; give torch\.float32"):
         Muse.from_pretrained(folder, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"holds torch\.int64"):
+        Muse.from_pretrained(folder).save_pretrained(folder.parent / "integers", dtype=torch.int64)
 
 
 # --- words that it never saw ------------------------------------------------------------------------------------------

@@ -103,8 +103,8 @@ MUTANTS = [
     Mutant(
         "noise_not_annealed",
         "sampler",
-        "choice_temperature, 1 - (i + 1) / steps)",
-        "choice_temperature)",
+        "choice_temperature * (1 - (i + 1) / steps)",
+        "choice_temperature",
         "The ranking stays as noisy at the end as it was at the beginning.",
     ),
     Mutant(
