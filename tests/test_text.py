@@ -341,8 +341,11 @@ class TestRefusals:
         assert tiny_text.encode(("a", "a cube")).embeds.equal(tiny_text.encode(iter(["a", "a cube"])).embeds)
 
     def test_settings(self):
-        with pytest.raises(ValueError, match="max_tokens=2; give at least 3"):
+        with pytest.raises(ValueError, match="max_tokens is 2; give at least 3"):
             TextEncoder(max_tokens=2)
+        for name, value in (("max_tokens", "x"), ("max_tokens", True), ("batch_size", 0), ("cache_size", -1)):
+            with pytest.raises(ValueError, match=f"{name} is "):
+                TextEncoder(**{name: value})
 
     def test_unknown_name(self):
         encoder = TextEncoder("nobody/no-such-model")
