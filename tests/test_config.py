@@ -96,7 +96,7 @@ STAGE = NANO.stages["base"]
         (STAGE, {"betas": "x"}, r"betas is 'x'; give a list"),
         (STAGE, {"betas": (0.9,)}, r"betas is \(0\.9,\); give 2 values"),
         (STAGE, {"betas": (0.9, 1.0)}, r"betas\[1\] is 1\.0; give a fraction, from 0 to below 1"),
-        (STAGE, {"mask_schedule": "stairs"}, r"mask_schedule is 'stairs'; give the name of a schedule: cosine,"),
+        (STAGE, {"mask_schedule": "stairs"}, r"mask_schedule: unknown schedule 'stairs'; known: cosine, arccos"),
         (STAGE, {"perceptual": None}, r"perceptual is None; give one of scenes, lpips, none"),
         (NANO, {"stages": {"bass": STAGE}}, r"a key of MuseConfig\.stages is 'bass'; give one of low_tokenizer, base"),
         (NANO, {"fractions": (0, 0, 0)}, r"fractions are all 0"),

@@ -17,6 +17,7 @@ from scipy import stats
 import minimuse.muse
 from minimuse import checkpoint
 from minimuse.config import PRESETS, preset
+from minimuse.data_images import area_downsample, to_float
 from minimuse.editing import fill_with_nearest, infill, resample, token_mask, tokenize, windows
 from minimuse.muse import Muse
 
@@ -520,6 +521,14 @@ def test_edit_gives_pictures(tiny_muse, image):
     again = tiny_muse.edit(image, A, n=2, seed=1, negative_prompt=B, callback=seen.append, **settings)
     assert again[0].tobytes() == images[0].tobytes(), "the same seed, the same edit"
     assert [s.stage for s in seen] == ["base", "base", "superres"], "callback sees every step"
+
+
+def test_low_tokens_are_those_of_training(tiny_muse, image):
+    """Training decimates uint8 images; editing reads the same low-res image, so the same tokens."""
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
+    factor = tiny_muse.config.high_tokenizer.image_size // tiny_muse.config.low_tokenizer.image_size
+    trained = tiny_muse.low_tokenizer.encode(to_float(area_downsample(pixels, factor)))
+    assert tokenize(tiny_muse, image)[0].equal(trained)
 
 
 def test_numpy_scalars_are_numbers_in_edits(tiny_muse, image):

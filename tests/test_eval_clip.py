@@ -1,11 +1,13 @@
 """eval_networks.py: true captions score above false ones, whatever the padding; scores of transformers' CLIP."""
 
+import shutil
 import sys
 from random import Random
 
 import pytest
 import torch
 from conftest import ROOT, WORDS
+from safetensors.torch import load_file
 from test_eval_prompts import perfect
 
 from minimuse import checkpoint
@@ -126,8 +128,6 @@ def test_clip_score_is_transformers_own_logit(tiny_clip):
 
 
 def test_half_a_clip_is_refused(tmp_path, tiny_clip):
-    import shutil
-
     import transformers as tf
 
     shutil.copytree(tiny_clip, tmp_path / "half")
@@ -136,3 +136,11 @@ def test_half_a_clip_is_refused(tmp_path, tiny_clip):
     model.save_pretrained(tmp_path / "half", state_dict=state)
     with pytest.raises(ValueError, match="lacks 'visual_projection"):
         ClipScorer(str(tmp_path / "half"))
+
+
+def test_a_pickle_is_not_loaded(tmp_path, tiny_clip):
+    folder = shutil.copytree(tiny_clip, tmp_path / "old")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="no CLIP in safetensors; if you trust it, convert it"):
+        ClipScorer(str(folder))

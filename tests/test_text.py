@@ -270,7 +270,9 @@ class TestTruncation:
 
     def test_end_token_survives(self, tiny_lm):
         encoder = TextEncoder(tiny_lm, max_tokens=4)
-        assert encoder._tokenize(["a red cube and a ball"])["a red cube and a ball"][-1] == 1
+        assert (
+            encoder._tokenizer("a red cube and a ball", truncation=True, max_length=encoder.limit)["input_ids"][-1] == 1
+        )
 
     @pytest.mark.parametrize(("kind", "limit"), [("bert", 64), ("clip", 77)])
     def test_the_lms_own_limit_holds(self, tiny_lms, kind, limit):
@@ -339,8 +341,11 @@ class TestRefusals:
         assert tiny_text.encode(("a", "a cube")).embeds.equal(tiny_text.encode(iter(["a", "a cube"])).embeds)
 
     def test_settings(self):
-        with pytest.raises(ValueError, match="max_tokens=2; give at least 3"):
+        with pytest.raises(ValueError, match="max_tokens is 2; give at least 3"):
             TextEncoder(max_tokens=2)
+        for name, value in (("max_tokens", "x"), ("max_tokens", True), ("batch_size", 0), ("cache_size", -1)):
+            with pytest.raises(ValueError, match=f"{name} is "):
+                TextEncoder(**{name: value})
 
     def test_unknown_name(self):
         encoder = TextEncoder("nobody/no-such-model")
