@@ -92,8 +92,8 @@ class VQTokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) of a square grid -> images (B, 3, H, W) in [-1, 1]. ValueError if a [MASK] is left."""
-        known = tokens.max() < self.codebook_size
-        require(known, f"token {tokens.max()} is none of the {self.codebook_size} codes; is [MASK] left in it?")
+        known = tokens.min() >= 0 and tokens.max() < self.codebook_size
+        require(known, f"tokens: {tokens.min()} to {tokens.max()} came, of {self.codebook_size} codes; is [MASK] left?")
         side = math.isqrt(tokens.shape[1])
         shape = (len(tokens), side, side, self.vq.quantize.vq_embed_dim)
         return self.vq.decode(tokens, force_not_quantize=True, shape=shape).sample.clamp(0, 1) * 2 - 1
@@ -149,8 +149,10 @@ class Amused(nn.Module):
         guidance: t as in `cfg.get_guidance`; the guidance_scale of diffusers is t + 1. negative_prompts: none are "".
         """
         b, side = len(prompts), self.transformer.config.sample_size
+        negatives = list(negative_prompts or [""] * b)
+        require(len(negatives) == b, f"{len(negatives)} negative_prompts came for {b} prompts; give one for each")
         scale = get_guidance(guidance)
-        states, pooled = self.encode([*prompts, *(negative_prompts or [""] * b)])
+        states, pooled = self.encode([*prompts, *negatives])
         pixels = side * self.tokenizer.downsampling
         micro = states.new_tensor([pixels, pixels, 0, 0, 6.0]).expand(2 * b, -1)  # size, crop corner, aesthetic score
 

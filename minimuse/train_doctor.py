@@ -92,7 +92,8 @@ def examine_tokenizer(model: VQGAN, train: Any, held_out: Any, *, engine: Engine
     train_tokens, train_psnr, _ = _reconstruct(model, train, engine)
     size, good = model.codebook_size, psnr >= GOOD_PSNR
     used, perplexity = codebook_usage(torch.cat([tokens, train_tokens]), size)
-    message = f"{used:.0%} of {size} codes are used by all images read; perplexity {perplexity:.1f}."
+    message = f"{used:.0%} of {size} codes are used by {_name(held_out)} and {min(MOST, len(train))} training ones; "
+    message += f"the perplexity is {perplexity:.1f}."
     yield _finding("codebook", perplexity, message, -perplexity, -size / 10, math.inf if good else -max(2, size / 100))
     message = f"The PSNR of {_name(held_out)} is {psnr:.1f} dB; that of their mean colors is {floor:.1f} dB."
     yield _finding("pictures", psnr, message, -math.inf if good else floor - psnr, -6, -1)
@@ -163,7 +164,8 @@ def _leakage(loss: Callable, rows: Rows, size: int, engine: Engine) -> Finding:
     for value in values:
         with eval_mode(loss), engine.precision():
             total += math.exp(-float(loss(x.masked_fill(masked, value), masked, context, low, 1)[0]))
-    message = f"The probabilities of {len(values)} of {size} values of one masked token add up to {total:.2f}."
+    message = f"The probabilities of {len(values)} of {size} values of a masked token add up to {total:.2f} "
+    message += f"in the first of {_name(rows[0])}."
     error = abs(total - 1) if len(values) == size else total - 1
     return _finding("leakage", total, message, error, 0.05, 0.05)
 

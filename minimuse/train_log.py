@@ -226,11 +226,14 @@ def set_of(rows: Any) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """log.jsonl -> its lines, without a half-written last one."""
+    """log.jsonl -> its lines, without damaged ones, such as a half-written last one."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            lines.append(json.loads(line))
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError, TypeError, AttributeError, RecursionError):
+            line = json.loads(text)
+            kinds = {key: str if key == "stage" else int | float for key in line.keys() | {"stage", "step"}}
+            if all(isinstance(line.get(key), kind) for key, kind in kinds.items()):
+                lines.append(line)
     return lines
 
 

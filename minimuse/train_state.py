@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 
 from minimuse.checkpoint import CARD, read_json, refuse_existing
-from minimuse.utils import atomic_write, content_hash, file_hash
+from minimuse.utils import Decay, atomic_write, check, content_hash, file_hash, require
 
 STATE, RUN = "state.json", "run.json"
 MODEL = "model.model."  # a transformer's weights in a state begin so, because MaskedLoss holds the transformer
@@ -127,8 +127,8 @@ def average(paths: Sequence[Path], decay: float = 0.7) -> dict[str, Tensor]:
 
     avg <- decay * avg + (1 - decay) * weights, starting from the oldest.
     """
-    if not paths or not 0 <= decay < 1:
-        raise ValueError(f"{len(paths)} states, decay {decay}; give at least one state, and a decay in [0, 1)")
+    decay = check("decay", decay, Decay)
+    require(bool(paths), "there are no states to average; give at least one")
     if len(paths) == 1:
         hint = "the average is a copy of it; train with --keep 0 to keep them all"
         logging.getLogger("minimuse").warning("%s is the only state: %s", paths[0], hint)

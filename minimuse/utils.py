@@ -81,6 +81,7 @@ def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
         right = isinstance(value, str) and value in args
     elif kind in (int, float):
         right = isinstance(value, int | kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        value = float(value) if right and kind is float and abs(value) > 2**53 else value  # torch takes no larger int
     else:
         right = isinstance(value, origin or kind)
     require(right, f"{name} is {reprlib.repr(value)}; give {expected}")

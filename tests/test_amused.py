@@ -225,6 +225,11 @@ def test_pitfall_13_a_negative_prompt_of_the_same_text_cancels_guidance(amused):
     torch.testing.assert_close(same, amused.logits_fn(PROMPTS[:1], guidance=0)(tokens, 0.0), rtol=1e-4, atol=1e-4)
 
 
+def test_too_few_negative_prompts_are_refused(amused):
+    with pytest.raises(ValueError, match="1 negative_prompts came for 2 prompts"):
+        amused.logits_fn(PROMPTS, negative_prompts=["blurry"])
+
+
 def test_guidance_may_rise(amused):
     tokens = torch.full((2, N), MASK)
     rising = amused.logits_fn(PROMPTS, guidance=(0.0, 9.0))

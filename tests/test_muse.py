@@ -368,6 +368,8 @@ def test_a_baseline_is_not_compiled(tiny_muse):
 def test_integers_are_no_dtype_of_a_muse(folder):
     with pytest.raises(ValueError, match=r"dtype is torch\.int64; give torch\.float32"):
         Muse.from_pretrained(folder, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"holds torch\.int64"):
+        Muse.from_pretrained(folder).save_pretrained(folder.parent / "integers", dtype=torch.int64)
 
 
 # --- words that it never saw ------------------------------------------------------------------------------------------

@@ -124,6 +124,28 @@ def test_a_half_written_last_line(config, tmp_path):
         json.loads(line)
 
 
+def test_damaged_lines_are_passed_over(config, tmp_path):
+    """Any flipped bit: the other lines are read, and a resumed run goes on."""
+    path = tmp_path / "log.jsonl"
+    walk(watch(config, tmp_path), "base", range(1, 31))
+    whole, first = path.read_bytes(), path.read_bytes().index(b"\n")
+    for at in range(first):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        assert [line["step"] for line in read_log(path)][-2:] == [20, 30], flipped[:first]
+        walk(watch(config, tmp_path), "base", [31], first=30)
+    for text in (
+        "3",
+        "[1]",
+        '{"stage": "base"}',
+        '{"stage": 1, "step": 1}',
+        '{"stage": "base", "step": 1, "loss": "x"}',
+    ):
+        path.write_text(text + "\n")
+        assert read_log(path) == [], text
+
+
 def test_a_log_that_is_not_there(tmp_path):
     assert read_log(tmp_path / "log.jsonl") == [], "no log is an empty one"
 
