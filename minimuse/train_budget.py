@@ -231,7 +231,7 @@ def preview(data: TrainingData, most: int = 16) -> str:
     letters = sum(len(text) for e in examples for text in e.captions) / len(examples)
     sizes = {"pixels": 3 * data.side**2 * min(data.pixels_limit, n)}
     for name, part in (("low", config.low_tokenizer), ("high", config.high_tokenizer)):
-        sizes[name] = n * part.grid**2 * (2 if part.codebook_size <= 2**16 else 4)
+        sizes[name] = n * part.grid**2 * (2 if part.codebook_size <= 2**15 else 4)
     sizes["text"] = n * letters / 4 * config.base.text_width * 2  # four characters a token, two bytes a number
     lines = [f"caches of about {n:,} images:", *(f"  {name:7}{si(size, 'B'):>9}" for name, size in sizes.items())]
     if sizes["text"] > config.text_gib * 2**30:
