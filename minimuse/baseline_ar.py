@@ -127,6 +127,7 @@ class CausalLayer(Layer):
     """
 
     def forward(self, x: Tensor, *memory: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        """x and the keys, values and mask of cross-attention -> (B, N, D)."""
         qkv = self.attention.qkv(self.norm1(x)).unflatten(-1, (3, self.attention.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
         if past is not None:

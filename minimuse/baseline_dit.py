@@ -250,6 +250,7 @@ class Diffusion(LowRes):
         return DiT(dit_sizes(config.base), config.low_tokenizer.code_dim)
 
     def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
+        """Train on the latents of the low tokenizer."""
         data, stage = trainer.data, self.config.stages["base"]
         factor = self.config.high_tokenizer.image_size // self.config.low_tokenizer.image_size
         z = latents(self.low_tokenizer, Decimated(data.split(data.images), factor))

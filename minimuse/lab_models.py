@@ -136,6 +136,7 @@ class AmusedEvaluator(ModelEvaluator):
         self.amused, self.grid, self.codebook_size = amused, (grid, grid), amused.tokenizer.codebook_size
 
     def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
+        """See `ModelEvaluator`."""
         from minimuse.amused import settings
 
         amused = self.amused

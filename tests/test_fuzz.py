@@ -43,7 +43,8 @@ TENSORS = (
     torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.complex64),
 )  # fmt: skip
 ARRAYS = (
-    np.zeros((16, 16)), np.full((16, 16), math.nan), np.full((16, 16), -1), np.ones((8, 16)), np.zeros(3), np.array(["a"]),
+    np.zeros((16, 16)), np.full((16, 16), math.nan), np.full((16, 16), -1), np.ones((8, 16)), np.zeros(3),
+    np.array(["a"]),
 )  # fmt: skip
 PICTURES = (
     Image.new("RGB", (16, 16)), Image.new("RGBA", (16, 16)), Image.new("L", (15, 16), 255), Image.new("1", (16, 16), 1),

@@ -346,7 +346,7 @@ def test_seeds_beyond_32_bits_draw_nothing_else(tiny_muse):
 
 
 def test_steps_beyond_the_tokens_are_clamped_with_a_word(tiny_muse):
-    with pytest.warns(UserWarning, match="steps is 1000000000: 64 tokens take only 64"):
+    with pytest.warns(UserWarning, match="steps is 1000000000, but there are only 64 tokens"):
         seen = list(tiny_muse.steps(A, seed=0, steps=10**9, superres={"steps": 1}))
     assert sum(step.stage == "base" for step in seen) == 64
 
@@ -368,6 +368,8 @@ def test_a_baseline_is_not_compiled(tiny_muse):
 def test_integers_are_no_dtype_of_a_muse(folder):
     with pytest.raises(ValueError, match=r"dtype is torch\.int64; give torch\.float32"):
         Muse.from_pretrained(folder, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"holds torch\.int64"):
+        Muse.from_pretrained(folder).save_pretrained(folder.parent / "integers", dtype=torch.int64)
 
 
 # --- words that it never saw ------------------------------------------------------------------------------------------

@@ -289,6 +289,7 @@ def test_pitfall_33_random_numbers_reach_the_tails():
 def test_temperature_zero_is_argmax():
     logits = torch.randn(3, 50, V)
     assert draw(logits, torch.rand(3, 50), 0).equal(logits.argmax(-1)), "temperature 0 is the most likely token"
+    assert draw(logits, torch.rand(3, 50), 1e-300).equal(logits.argmax(-1)), "and so is nearly 0"
     once, again = (run(toy, masks(2, 16), steps=4, sampling_temperature=0, generator=seeded(i))[-1] for i in (0, 1))
     assert once.tokens.equal(again.tokens), "without noise there is nothing random left"
 
@@ -448,6 +449,12 @@ def test_halton_spreads_what_is_revealed_together():
     assert spread > max(by_chance), f"nearest neighbours are {spread} apart, by chance up to {max(by_chance)}"
     rank = halton_rank(16, 16)
     assert rank[first_revealed(steps)[0]].sort().values.equal(torch.arange(16)), "the first sixteen of the sequence"
+
+
+def test_halton_ranks_are_computed_once():
+    halton_rank.cache_clear()
+    run(toy, masks(2, 256), steps=16, order="halton")
+    assert halton_rank.cache_info().misses == 1, "the ranks are computed again at every step"
 
 
 def test_halton_of_no_square_says_what_to_do():
@@ -622,7 +629,7 @@ NONSENSE += [{"remask": x} for x in (1, "yes", math.nan)] + [{"mask_id": x} for 
         (torch.full((0, 9), MASK), {}, "not empty"),
         (torch.full((2, 0), MASK), {}, "not empty"),
         (torch.full((9,), MASK), {}, r"\(B, N\) long"),
-        (torch.full((2, 9), MASK).float(), {}, "float32"),
+        (torch.full((2, 9), MASK).float(), {}, "tokens are"),
         (torch.full((2, 9), MASK).int(), {}, "int32"),
         (torch.full((2, 9), MASK), {"steps": 0}, "steps is 0"),
         (torch.full((2, 9), MASK), {"steps": -3}, "steps is -3"),

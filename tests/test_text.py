@@ -296,7 +296,7 @@ class TestUnknownTokens:
 
     def test_texts_that_become_the_same_are_counted(self, tiny_lm):
         encoder = TextEncoder(tiny_lm)
-        match = r"does not know \d+% of the tokens, in 2 of 3 texts, such as '一只.*'; 1 become the same as another"
+        match = r"does not know \d+% of the tokens in 2 of 3 texts, such as '一只.*'; 1 become the same as another"
         with pytest.warns(UserWarning, match=match) as caught:
             context = encoder.encode(["a red cube", *self.CHINESE])
         assert len(caught) == 1
@@ -341,8 +341,11 @@ class TestRefusals:
         assert tiny_text.encode(("a", "a cube")).embeds.equal(tiny_text.encode(iter(["a", "a cube"])).embeds)
 
     def test_settings(self):
-        with pytest.raises(ValueError, match="max_tokens=2; give at least 3"):
+        with pytest.raises(ValueError, match="max_tokens is 2; give at least 3"):
             TextEncoder(max_tokens=2)
+        for name, value in (("max_tokens", "x"), ("max_tokens", True), ("batch_size", 0), ("cache_size", -1)):
+            with pytest.raises(ValueError, match=f"{name} is "):
+                TextEncoder(**{name: value})
 
     def test_unknown_name(self):
         encoder = TextEncoder("nobody/no-such-model")

@@ -5,6 +5,7 @@ import itertools
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -230,6 +231,17 @@ def test_each_stage_has_its_own_perceptual_loss(tiny_muse, monkeypatch, tmp_path
     monkeypatch.setattr("minimuse.train.train_features", lambda images, labels, seed: SceneFeatures(labels.shape[1]))
     features = perceptual_loss("scenes", tiny_muse.config, fp32(), n=8)
     assert features(torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)) > 0
+
+
+def test_features_of_scenes_depend_on_the_seed_only(tiny_muse, monkeypatch):
+    """A resumed run trains them again, and goes on with the same weights."""
+    pair, steps = (torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)), partial(train_features, steps=3)
+    monkeypatch.setattr("minimuse.train.train_features", steps)
+    found = []
+    for seed in (3, 3, 4):
+        torch.rand(seed + len(found))  # whatever the process has drawn before
+        found.append(perceptual_loss("scenes", tiny_muse.config, fp32(seed), n=16)(*pair).item())
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_batch_that_does_not_split_is_refused_before_images_are_read(tiny_muse):

@@ -192,6 +192,7 @@ def test_settings_that_make_sense_become_plain_python():
     values = [check("x", value, kind) for kind, value in kinds]
     assert values == [3, 3, 0.5, 3, True, "a", (0, 1), {"a": 1}, "a"]
     assert [type(value) for value in values[:4]] == [int, int, float, int]
+    assert type(check("x", 10**30, Positive)) is float, "torch takes no int beyond 64 bits"
     require_multiple(SimpleNamespace(x=4), "x", 2)
     with pytest.raises(ValueError, match="x is 30; give a multiple of 16, such as 32"):
         require_multiple(SimpleNamespace(x=30), "x", 16)
