@@ -38,9 +38,8 @@ def guide(cond: Tensor, uncond: Tensor, t: float) -> Tensor:
 
     Muse 2.7: l_g = (1 + t) l_c - t l_u, written l_c + t (l_c - l_u), so that l_c = l_u gives exactly l_c.
     """
-    dtype = torch.promote_types(cond.dtype, torch.float32)  # float64 stays
-    cond = cond.to(dtype)
-    uncond = uncond.to(dtype)
+    cond = cond.to(torch.promote_types(cond.dtype, torch.float32))  # float64 stays
+    uncond = uncond.to(cond.dtype)
     return cond + t * (cond - uncond)
 
 

@@ -70,6 +70,7 @@ def mask_from(mask: Any, size: tuple[int, int]) -> Tensor:
     transparent: some programs erase what is to be repainted, others paint it.
     """
     if isinstance(mask, Image.Image) and mask.mode[:1] not in ("1", "I", "F"):
+        require(mask.mode != "LAB", "the mask is of mode LAB, which Pillow cannot convert; give black and white")
         clear = mask.convert("RGBA").getchannel("A").getextrema() != (255, 255)
         require(not clear, "the mask has transparent parts; give black and white, such as Image.getchannel('A')")
         mask = mask.convert("L")

@@ -187,18 +187,6 @@ def _slab(o: Tensor, d: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
     return -o * step - half * step.abs(), -o * step + half * step.abs()
 
 
-def _meet(shape: str, o: Vec, d: Vec, wide: Tensor, tall: Tensor) -> Tensor:
-    """Rays in a thing's frame -> distance at which they enter all its slabs or balls, inf for a miss."""
-    if shape == "cube":
-        spans = [_slab(o[axis], d[axis], wide) for axis in range(3)]
-    elif shape == "sphere":
-        spans = [_ball(o, d, wide)]
-    else:
-        spans = [_ball((o[0], 0, o[2]), (d[0], 0, d[2]), wide), _slab(o[1], d[1], tall)]
-    near, far = reduce(torch.maximum, [span[0] for span in spans]), reduce(torch.minimum, [span[1] for span in spans])
-    return torch.where((near < far) & (far > 0), near, torch.inf)
-
-
 class _Things:
     """The things of B scenes as columns of n numbers: scene, shape, position, size, colour."""
 
@@ -232,7 +220,15 @@ class _Things:
             rows = (self.kind[i].flatten() == kind).nonzero()[:, 0]
             j, (o_, d_) = i[rows], (tuple(c if len(c) == 1 else c[rows] for c in v) for v in (o, d))
             d_ = self.turn(d_, j) if shape == "cube" else d_
-            t[rows] = _meet(shape, self.local(o_, j), d_, self.wide[j], self.tall[j])
+            o_, wide = self.local(o_, j), self.wide[j]
+            if shape == "cube":
+                spans = [_slab(*axis, wide) for axis in zip(o_, d_, strict=True)]
+            elif shape == "sphere":
+                spans = [_ball(o_, d_, wide)]
+            else:
+                spans = [_ball((o_[0], 0, o_[2]), (d_[0], 0, d_[2]), wide), _slab(o_[1], d_[1], self.tall[j])]
+            near, far = reduce(torch.maximum, [s[0] for s in spans]), reduce(torch.minimum, [s[1] for s in spans])
+            t[rows] = torch.where((near < far) & (far > 0), near, torch.inf)
         return t
 
     def trace(self, o: Vec, d: Vec) -> Tensor:

@@ -9,9 +9,7 @@
 Training reads a source part by part. To add one, write a class with the three members of `Source`.
 Files come from strangers: nothing in them is executed, no name or link leads out of a folder, and every file that is
 not used is counted and named (`Problems`), except hidden ones.
-
-Choice: only Parquet and the hub use the library `datasets` (extra `data`). In folders and tar files it ends at the
-first bad sample or skips images, and counts none of this.
+Choice: only Parquet and the hub use the library `datasets` (extra `data`), which skips bad images without a word.
 
 Not here: pixels (data_images.py), decoding (pictures.py), what is stored of a source (data_cache.py).
 """
@@ -25,7 +23,7 @@ import posixpath
 import re
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -60,8 +58,7 @@ class Source(Protocol):
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
         """Part 0 to parts - 1 -> its examples at size x size pixels, always in the same order.
 
-        An `Example` has an image (3, size, size) uint8, a tuple of captions and a name. Add 1 to `problems.seen` for
-        every image. Call `problems.add(kind, name)` for an image that cannot be used.
+        Add 1 to `problems.seen` for every image. Call `problems.add(kind, name)` for one that cannot be used.
         """
         ...
 
@@ -82,10 +79,12 @@ class FileSource:
     Choice: the shorter side has at least size // 2 pixels. Images enlarged more than twofold teach blur.
     """
 
-    def __init__(self, parts: int, paths: Mapping[str, Path], *facts: Any):
+    def __init__(self, parts: int, paths: Sequence[Path], *facts: Any, root: Path | None = None):
         self.parts = parts
+        folder = root or (os.path.commonpath([path.absolute().parent for path in paths]) if paths else "")
+        names = [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
         with ThreadPoolExecutor() as pool:  # of contents: a file that was copied or touched is the same file
-            self.hashes = dict(zip(paths, pool.map(file_hash, paths.values()), strict=True))
+            self.hashes = dict(zip(names, pool.map(file_hash, paths), strict=True))
         self.fingerprint = content_hash(type(self).__name__, FILES_VERSION, list(self.hashes.items()), facts)
 
     def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
@@ -110,12 +109,6 @@ class FileSource:
                 yield Example(image, captions, item.name)
 
 
-def _named(paths: Sequence[Path]) -> dict[str, Path]:
-    """Files by their names from their common folder on."""
-    folder = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
-    return {os.path.relpath(path, folder): path for path in paths}
-
-
 def captions_of(value: Any) -> tuple[str, ...]:
     """A text, a list of texts, or an object with either as "text" or "caption" -> the captions that are not blank."""
     if isinstance(value, dict):
@@ -125,10 +118,8 @@ def captions_of(value: Any) -> tuple[str, ...]:
         value = value.get("text") or value.get("caption")
     texts = value if isinstance(value, list) else [value]
     texts = [" ".join(text.split()) for text in texts if isinstance(text, str)]
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:  # a byte that is no UTF-8, or half a character in JSON
-        raise Refused("with a caption not in UTF-8") from error
+    if any(re.search("[\ud800-\udfff]", text) for text in texts):  # a byte that is no UTF-8, or half a character
+        raise Refused("with a caption not in UTF-8")
     return tuple(text for text in texts if text)
 
 
@@ -172,20 +163,19 @@ def _text(content: bytes, name: str) -> Any:
     """A file next to an image -> the lines of a text, or the value in JSON, or None if it is not JSON."""
     if name.lower().endswith(".txt"):
         return [line for line in content.decode("utf-8-sig", "surrogateescape").splitlines() if line.strip()]
-    try:
+    with suppress(ValueError, RecursionError):  # a wrong encoding is a ValueError too
         return json.loads(content)
-    except (ValueError, RecursionError):  # a wrong encoding is a ValueError too
-        return None
 
 
 def _metadata(name: str, content: bytes) -> Iterator[Item]:
     """metadata.jsonl or metadata.csv -> an item per line, with the name of the image, or else of the line."""
+    lines: Iterable[tuple[int, Any]] = enumerate(content.split(b"\n"), 1)
     if name.lower().endswith(".csv"):
         table = io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline="")
         lines = enumerate(csv.DictReader(table, restkey=""), 2)
-    else:
-        lines = ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
     for number, line in lines:
+        if isinstance(line, bytes) and not line.strip():
+            continue
         values = line if isinstance(line, dict) else _text(line, name)
         if isinstance(values, dict) and isinstance(values.get("file_name"), str):
             listed = posixpath.join(posixpath.dirname(name), values["file_name"].replace("\\", "/"))
@@ -195,10 +185,9 @@ def _metadata(name: str, content: bytes) -> Iterator[Item]:
 
 
 class FolderDataset(FileSource):
-    """A folder of captioned images, in the order of the names, subfolders included and hidden files left out.
+    """A folder of captioned images in the order of their names, with subfolders. ValueError if none has a caption.
 
-    Metadata name files from their own folder on, and win over files next to the image. Captions are read here, images
-    in `read`. ValueError if no image has a caption.
+    Metadata name files from their own folder on, and win over files next to the image. Captions are read here.
     """
 
     def __init__(self, folder: str | Path):
@@ -216,20 +205,20 @@ class FolderDataset(FileSource):
         rows = _scan(sorted(files), lambda name: files[name].read_bytes())
         if not any(row.text for row in rows if row.name in files):
             kinds = Counter(posixpath.splitext(name)[1] or "without a suffix" for name in sorted(files))
-            found = ", ".join(f"{n} {kind}" for kind, n in (kinds + Counter([LINK] * len(links))).items())
+            kinds.update([LINK] * len(links))
+            found = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "no file at all"
             example = 'metadata.jsonl with lines {"file_name": "a.png", "text": "a red cube"}, or a.txt next to a.png'
             expected = f"expected images ({', '.join(FORMATS)}) and {example}; shards need a pattern: {folder}/*.tar"
-            raise ValueError(f"{folder} holds no captioned image but {found or 'no file at all'}; {expected}")
+            raise ValueError(f"{folder} holds no captioned image but {found}; {expected}")
         self.rows = [*(row for row in rows if row.problem != OTHER), *sorted(links)]
         self.others = [row for row in rows if row.problem == OTHER]
-        paths = {row.name: files[row.name] for row in self.rows if row.name in files}
-        super().__init__(-(-len(self.rows) // PART), paths, self.rows)
+        paths = [files[row.name] for row in self.rows if row.name in files]
+        super().__init__(-(-len(self.rows) // PART), paths, self.rows, root=self.folder)
         texts = {row.name: row.text for row in self.rows}
         self.hashes = {name: content_hash(value, texts[name]) for name, value in self.hashes.items()}
 
     def __len__(self) -> int:
-        """How many images there are, those with problems included."""
-        return len(self.rows)
+        return len(self.rows)  # those with problems included
 
     def items(self, part: int) -> Iterable[Item]:
         """Part -> up to 500 items."""
@@ -244,7 +233,7 @@ class TarDataset(FileSource):
         self.shards = [Path(shard) for shard in shards]
         expected = "expected a folder, tar files, or files that end in .parquet"
         require(any(map(tarfile.is_tarfile, self.shards)), f"{self.shards[0]}: {expected}")
-        super().__init__(len(self.shards), _named(self.shards))
+        super().__init__(len(self.shards), self.shards)
 
     def items(self, part: int) -> Iterator[Item]:
         """Part -> the items of a shard in its order: captions are read first, images in a second pass."""
@@ -281,7 +270,7 @@ class TarDataset(FileSource):
 
 
 class TableDataset(FileSource):
-    """Parquet files, or a data set of the Hugging Face hub, read by the library `datasets`; a part is one file.
+    """Parquet files, or a data set of the hub, read by the library `datasets`; a part is one file.
 
     Images are bytes in the rows. No path in a row is opened, so a hub data set of image files needs its Parquet
     version: user/name@refs/convert/parquet. The columns are those of the first file.
@@ -295,22 +284,23 @@ class TableDataset(FileSource):
 
             self.revision = HfApi().dataset_info(self.hub, revision=self.revision or None).sha
         table = self._open()
-        super().__init__(len(files) or table.num_shards, _named(self.files), self.hub, self.revision)
+        super().__init__(len(files) or table.num_shards, self.files, self.hub, self.revision)
         columns = {name: type(feature).__name__ for name, feature in (table.features or {}).items()}
         self.image = next((name for name in columns if name in IMAGES or columns[name] == "Image"), "")
         self.text = next((name for name in TEXTS if name in columns), "")
-        expected = f"an image column ({', '.join(IMAGES)}) and a caption column ({', '.join(TEXTS)})"
-        found = f"{hub or self.files[0]}: expected {expected}, found {', '.join(columns) or 'none'}"
-        require(bool(self.image and self.text), found)
+        expected = f"expected an image column ({', '.join(IMAGES)}) and a caption column ({', '.join(TEXTS)})"
+        found = f"found {', '.join(columns) or 'none'}"
+        require(bool(self.image and self.text), f"{hub or self.files[0]}: {expected}, {found}")
 
     def _open(self, part: int | None = None) -> Any:
         try:
             from datasets import load_dataset
         except ImportError as error:
             raise ImportError('this data needs the library datasets: pip install "minimuse[data]"') from error
+        options = {"split": "train", "streaming": True}
         if self.files:
-            return load_dataset("parquet", data_files=str(self.files[part or 0]), split="train", streaming=True)
-        table = load_dataset(self.hub, revision=self.revision, split="train", streaming=True)
+            return load_dataset("parquet", data_files=str(self.files[part or 0]), **options)
+        table = load_dataset(self.hub, revision=self.revision, **options)
         return table if part is None else table.shard(self.parts, part)
 
     def items(self, part: int) -> Iterator[Item]:
@@ -330,6 +320,7 @@ class TableDataset(FileSource):
 
 def open_source(spec: str | Path, config: MuseConfig, *, seed: int = 0) -> Source:
     """What to train on -> a source: "scenes" (a folder of that name is ./scenes), a folder, shards, or a hub id."""
+    require(isinstance(spec, str | Path), f"data is {spec!r}; give a text or a path")
     if spec == "scenes":
         options = {"fractions": config.fractions, "k": config.captions, "synonyms": config.synonyms}
         return SceneDataset(config.scenes, config.high_tokenizer.image_size, seed=seed, **options)

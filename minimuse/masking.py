@@ -114,8 +114,8 @@ def sample_mask_rate(n: int, *, schedule: str | Schedule = "cosine", generator: 
 
     Muse 2.6: for the cosine p(r) = (2 / pi) (1 - r^2)^(-1/2), mean 0.64 and P(r > 0.9) = 0.287.
     """
-    curve = get_schedule(schedule)
     require(check("n", n, Natural) <= 10**6, f"n is {n}; give at most 10**6 examples")
+    curve = get_schedule(schedule)
     return torch.tensor([curve(u) for u in uniforms(n, generator=generator).tolist()], dtype=torch.double).clamp(0, 1)
 
 

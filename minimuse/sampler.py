@@ -235,7 +235,7 @@ def decode(
             continue
         u = i / (steps - 1) if steps > 1 else 1.0
         temperature = sampling_temperature(u) if callable(sampling_temperature) else sampling_temperature
-        temperature = check("sampling_temperature", temperature, NonNegative)
+        temperature = float(check("sampling_temperature", temperature, NonNegative))
         annealed = choice_temperature(u) if callable(choice_temperature) else choice_temperature * (1 - (i + 1) / steps)
         annealed = check("choice_temperature", annealed, NonNegative)
         logits = logits_fn(tokens, u).float()

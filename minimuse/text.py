@@ -120,10 +120,10 @@ class TextEncoder:
         unk = self._tokenizer.unk_token_id
         unknown = {text: ids for text, ids in tokens.items() if unk in ids}
         if unknown and unk != self._tokenizer.eos_token_id:  # CLIP's tokenizer knows all bytes
-            fraction = sum(ids.count(unk) for ids in unknown.values()) / sum(map(len, tokens.values()))
+            fraction = sum(ids.count(unk) for ids in unknown.values()) / sum(map(len, unknown.values()))
             some = f"{len(unknown)} of {len(texts)} texts, such as {next(iter(unknown))[:60]!r}"
             same = f"{len(unknown) - len(set(unknown.values()))} become the same as another"
-            remarks.append(f"{self.name!r} does not know {fraction:.0%} of the tokens, in {some}; {same}")
+            remarks.append(f"{self.name!r} does not know {fraction:.0%} of the tokens in {some}; {same}")
         return remarks
 
     def _embed(self, texts: list[str]) -> dict[str, Tensor]:

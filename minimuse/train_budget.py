@@ -27,6 +27,7 @@ from minimuse.muse import build
 from minimuse.text import Context
 from minimuse.train import MaskedLoss, tokenizer_losses
 from minimuse.train_engine import checkpoint_activations, hidden_matrices
+from minimuse.transformer import SuperRes, Transformer
 from minimuse.utils import Positive, PositiveInt, check, fast_bf16, pick_device, require
 from minimuse.vqgan import VQGAN
 from minimuse.vqgan_loss import SceneFeatures, VQGANLoss, feature_distance
@@ -128,8 +129,8 @@ def _networks(config: MuseConfig, stage: str) -> tuple[nn.Module, Callable[[int,
     """A stage's networks, and (batch, step) -> the losses of a step, each for a backward pass of its own."""
     how = config.stages[stage]
     if stage in ("base", "superres"):
-        networks = MaskedLoss(build(config)[stage])
         model = getattr(config, stage)
+        networks = MaskedLoss((Transformer if stage == "base" else SuperRes)(model))
 
         def losses(batch: int, step: int) -> Iterator[Tensor]:
             x = torch.zeros(batch, model.tokens, dtype=torch.long)
@@ -230,7 +231,7 @@ def preview(data: TrainingData, most: int = 16) -> str:
     letters = sum(len(text) for e in examples for text in e.captions) / len(examples)
     sizes = {"pixels": 3 * data.side**2 * min(data.pixels_limit, n)}
     for name, part in (("low", config.low_tokenizer), ("high", config.high_tokenizer)):
-        sizes[name] = n * part.grid**2 * (2 if part.codebook_size <= 2**16 else 4)
+        sizes[name] = n * part.grid**2 * (2 if part.codebook_size <= 2**15 else 4)
     sizes["text"] = n * letters / 4 * config.base.text_width * 2  # four characters a token, two bytes a number
     lines = [f"caches of about {n:,} images:", *(f"  {name:7}{si(size, 'B'):>9}" for name, size in sizes.items())]
     if sizes["text"] > config.text_gib * 2**30:

@@ -72,10 +72,7 @@ def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
     if origin is Annotated:
         expected = args[1].expected
         value = check(name, value, args[0], expected)
-        try:
-            right = args[1].is_right(value)
-        except ValueError as e:  # a rule with a sentence of its own
-            raise ValueError(f"{name}: {e}") from e
+        right = args[1].is_right(value)
     elif origin is Literal:
         expected = f"one of {', '.join(args)}"
         right = isinstance(value, str) and value in args

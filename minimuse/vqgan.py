@@ -163,7 +163,7 @@ class VectorQuantizer(nn.Module):
     def restart_dead_codes(
         self, z: Tensor, tokens: Tensor, idle: Tensor, generator: torch.Generator | None = None
     ) -> None:
-        """After an optimizer step, dead codes become random encoder outputs. A frozen codebook stays as it is.
+        """Once per optimizer step, dead codes become random encoder outputs. A frozen codebook stays as it is.
 
         z (B, d, h, w), tokens (B, h*w): the whole batch of the step, all micro-batches and processes. So a step is the
         same however it is split. idle (V,) counts steps since a code was last used, in place.

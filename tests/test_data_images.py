@@ -139,6 +139,7 @@ def test_pitfall_35_one_rule_for_masks_of_every_type(mask):
         (Image.new("RGBA", (4, 1), (255, 255, 255, 0)), "transparent parts"),
         (Image.new("LA", (4, 1), (0, 128)), "transparent parts"),
         (Image.new("P", (4, 1)), "empty"),
+        (Image.new("LAB", (4, 1)), "the mask is of mode LAB"),
         (np.full((1, 4), 100), "no value is above half of 255; white is"),
         (np.full((1, 4), 100, np.uint8), "no value is above half of 255"),
         (np.full((1, 4), 300, np.uint16), "no value is above half of 65535"),

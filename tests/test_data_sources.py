@@ -408,6 +408,10 @@ def test_open_source_says_what_is_wrong_with_a_file(tmp_path):
             opened(tmp_path / name)
     with pytest.raises(ValueError, match=r"there is no file .*none; expected scenes, a folder, shards, or user/name"):
         opened(tmp_path / "none")
+    with pytest.raises(ValueError, match="data is 3; give a text or a path"):
+        opened(3)
+    with pytest.raises(ValueError, match=r"there is no file .*0\.tar"):  # no list of names is made first
+        opened(f"{tmp_path}/{{0..999999999999}}.tar")
     with pytest.raises(ValueError, match=r"a\.zip is not a folder"):
         FolderDataset(tmp_path / "a.zip")
 

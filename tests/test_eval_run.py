@@ -52,11 +52,11 @@ class Oracle(EvalModel):
         words = [[w for w in b.split() if w not in a.split()] for a, b in zip(prompts, negatives, strict=True)]
         return self.real([scene_of(p, s, *w) for p, s, w in zip(prompts, seeds, words, strict=True)])
 
-    def tokenizers(self, asked, seeds):
-        images = self.real(ask.scene for ask in asked)
-        return dict.fromkeys(("before", "low", "bicubic", "no text", *map(str, ITERATIONS), ""), images)
+    def variants(*names):
+        return lambda self, asked, seeds: dict.fromkeys((*names, ""), self.real(ask.scene for ask in asked))
 
-    edit = inpaint = outpaint = superres = tokenizers
+    edit, superres, tokenizers = variants(*map(str, ITERATIONS)), variants("bicubic", "no text"), variants("low")
+    inpaint = outpaint = variants()
 
     def decoder(self, asked, seeds):
         images = self.real(ask.scene for ask in asked)

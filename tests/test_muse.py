@@ -346,7 +346,7 @@ def test_seeds_beyond_32_bits_draw_nothing_else(tiny_muse):
 
 
 def test_steps_beyond_the_tokens_are_clamped_with_a_word(tiny_muse):
-    with pytest.warns(UserWarning, match="steps is 1000000000: 64 tokens take only 64"):
+    with pytest.warns(UserWarning, match="steps is 1000000000, but there are only 64 tokens"):
         seen = list(tiny_muse.steps(A, seed=0, steps=10**9, superres={"steps": 1}))
     assert sum(step.stage == "base" for step in seen) == 64
 

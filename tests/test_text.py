@@ -296,7 +296,7 @@ class TestUnknownTokens:
 
     def test_texts_that_become_the_same_are_counted(self, tiny_lm):
         encoder = TextEncoder(tiny_lm)
-        match = r"does not know \d+% of the tokens, in 2 of 3 texts, such as '一只.*'; 1 become the same as another"
+        match = r"does not know \d+% of the tokens in 2 of 3 texts, such as '一只.*'; 1 become the same as another"
         with pytest.warns(UserWarning, match=match) as caught:
             context = encoder.encode(["a red cube", *self.CHINESE])
         assert len(caught) == 1
