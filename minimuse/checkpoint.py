@@ -9,6 +9,7 @@ Not here: training states (`train_state.py`).
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def shipped() -> list[str]:
 
 def find(name: str | Path) -> Path:
     """A shipped name, a folder or a hub id -> the folder. Only a hub id uses the network."""
-    folder = SHIPPED / name if str(name) in shipped() else Path(name).expanduser()
+    folder = SHIPPED / name if str(name) in shipped() else Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
     problem = f"no checkpoint {str(name)!r}: no such folder, and the shipped ones are: {', '.join(shipped())}"
@@ -112,7 +113,7 @@ def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], n
             wrong.append(f"{key} is {new[key]}, not {old[key]}")
         elif found[key].dtype.is_floating_point != expected[key].dtype.is_floating_point:
             wrong.append(f"{key} holds {found[key].dtype}")
-        elif not found[key].isfinite().all():
+        elif not found[key].float().isfinite().all():  # float8 has no isfinite
             wrong.append(f"{key} holds NaN or infinity")
     first = "; ".join(sorted(wrong)[:3])
     require(not wrong, f"the weights of {str(name)!r} do not fit its config.json: {first}")

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, Literal
 
+from minimuse import utils
 from minimuse.masking import ScheduleName
 from minimuse.sampler import SamplingConfig
 from minimuse.transformer import TransformerConfig
-from minimuse.utils import Decay, Fraction, Natural, NonNegative, Positive, PositiveInt, check, check_fields, require
+from minimuse.utils import Decay, Fraction, Natural, NonNegative, Positive, PositiveInt, Size, check_fields, require
 from minimuse.vqgan import GROUP, VQGANConfig
 
 STAGES = ("low_tokenizer", "base", "high_tokenizer", "superres", "decoder")
@@ -31,7 +32,7 @@ class StageConfig:
     """How one stage trains."""
 
     steps: PositiveInt
-    batch: PositiveInt
+    batch: Size
     learning_rate: Positive
     warmup: Natural
     weight_decay: NonNegative
@@ -47,7 +48,7 @@ class StageConfig:
     perceptual_weight: NonNegative = 0.05  # tokenizers (A.2)
     adversarial_weight: NonNegative = 0.1  # tokenizers (A.2)
     adversarial_start: Natural = 0  # step at which the adversarial loss starts
-    discriminator_width: PositiveInt = 32  # tokenizers: channels of the discriminator's first layer
+    discriminator_width: Size = 32  # tokenizers: channels of the discriminator's first layer
     ema: Decay = 0.0  # decay of a moving average of the weights, which becomes the result; 0 is none
     save_every: PositiveInt = 500  # steps between saved states
     eval_every: PositiveInt = 500  # steps between validations and sample grids
@@ -69,7 +70,7 @@ class MuseConfig:
     superres: TransformerConfig
     base_sampling: SamplingConfig
     superres_sampling: SamplingConfig
-    finetuned_width: PositiveInt  # the decoder of Muse 2.5
+    finetuned_width: Size  # the decoder of Muse 2.5
     finetuned_blocks: tuple[Natural, ...]
     scenes: PositiveInt  # number of training scenes, if the data are scenes
     captions: PositiveInt  # captions per scene
@@ -99,6 +100,9 @@ class MuseConfig:
         more = [a >= b for a, b in zip(self.finetuned_blocks, high.decoder_blocks, strict=False)]
         fits = all(more) and len(self.finetuned_blocks) == len(high.decoder_blocks)
         require(fits, f"finetuned_blocks is {self.finetuned_blocks}; give {high.decoder_blocks}, or larger numbers")
+        for name, stage in self.stages.items():
+            side = max(8, low.downsampling if name == "low_tokenizer" else high.downsampling)  # 8: the discriminator's
+            require(stage.crop % side == 0, f"stages.{name}.crop is {stage.crop}; give a multiple of {side}, or 0")
         require(self.text_tokens >= 3, f"text_tokens is {self.text_tokens}; give at least 3, two may be special tokens")
         require(sum(self.fractions) > 0, "fractions are all 0; give at least one above 0")
 
@@ -239,4 +243,4 @@ def to_dict(config: MuseConfig) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any], cls: type = MuseConfig) -> Any:
     """The values of `to_dict` -> a configuration."""
-    return check(cls.__name__, values, cls)
+    return utils.check(cls.__name__, values, cls)

@@ -74,7 +74,7 @@ def mask_from(mask: Any, size: tuple[int, int]) -> Tensor:
         clear = mask.convert("RGBA").getchannel("A").getextrema() != (255, 255)
         require(not clear, "the mask has transparent parts; give black and white, such as Image.getchannel('A')")
         mask = mask.convert("L")
-    mask = np.asarray(mask.cpu().double() if isinstance(mask, Tensor) else mask)
+    mask = np.asarray(mask.detach().cpu().double() if isinstance(mask, Tensor) else mask)
     came = " x ".join(str(n) for n in mask.shape[::-1]) or "a single value"
     require(mask.shape == size[::-1], f"expected a mask of the picture's {size[0]} x {size[1]} pixels, {came} came")
     low, high = (float(mask.min()), float(mask.max())) if mask.dtype.kind in "biuf" else (math.nan, math.nan)

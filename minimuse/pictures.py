@@ -5,6 +5,7 @@ Not here: which settings are noted (`Muse.to_pictures`), captioned images to tra
 
 import itertools
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -139,10 +140,12 @@ def output_paths(out: Path | None, prompt: str, count: int, *, film: bool = Fals
     for version in itertools.count(1):
         path = out or Path(f"{stem}-v{version}.png" if version > 1 else f"{stem}.png")
         require(path.suffix.lower() == ".png", f"{path}: give a name that ends in .png, the format that holds settings")
-        require(path.parent.is_dir(), f"no folder {path.parent}; create it first")
+        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+        require(writable, f"no folder {path.parent} to write in; create it first, or give another")
         paths = [path.with_stem(path.stem + ending) for ending in endings]
         existing = [str(path) for path in paths if path.exists()]
         if out or not existing:
             break
-    require(force or not existing, f"{', '.join(existing)} already exists; give another name, or --force")
+    free = force and not any(path.is_dir() for path in paths)
+    require(free or not existing, f"{', '.join(existing)} already exists; give another name, or --force for files")
     return paths

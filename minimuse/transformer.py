@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimuse.text import Context
-from minimuse.utils import Fraction, Natural, PositiveInt, check_fields, require, require_multiple
+from minimuse.utils import Depth, Fraction, Layers, Natural, Size, check_fields, require, require_multiple
 
 RESIDUAL_OUTPUTS = ("attention.out.weight", "cross.out.weight", "mlp.2.weight")  # of a layer: added to its input
 
@@ -28,19 +28,19 @@ RESIDUAL_OUTPUTS = ("attention.out.weight", "cross.out.weight", "mlp.2.weight") 
 class TransformerConfig:
     """A masked transformer (Muse 2.3, A.1). With `low_layers` > 0, a super-resolution transformer (2.4, A.3)."""
 
-    codebook_size: PositiveInt  # V of the tokens that it predicts
-    grid: PositiveInt  # tokens per side; N = grid ** 2
-    text_width: PositiveInt  # D_lm of the language model
-    width: PositiveInt  # D
-    layers: PositiveInt
-    heads: PositiveInt  # Choice: 64 channels per head in the paper presets
-    mlp_width: PositiveInt
+    codebook_size: Size  # V of the tokens that it predicts
+    grid: Size  # tokens per side; N = grid ** 2
+    text_width: Size  # D_lm of the language model
+    width: Size  # D
+    layers: Layers
+    heads: Size  # Choice: 64 channels per head in the paper presets
+    mlp_width: Size
     block: Natural = 0  # side b of multi-axis attention's blocks; 0 is full attention
-    low_layers: Natural = 0  # depth of the encoder over the low-res tokens
+    low_layers: Depth = 0  # depth of the encoder over the low-res tokens
     low_grid: Natural = 0
     low_codebook_size: Natural = 0
     dropout: Fraction = 0.0  # Choice: the paper is silent
-    text_layers: Natural = 0  # Deviation: trained layers over the text embeddings, see `TextLayer`; Muse has none
+    text_layers: Depth = 0  # Deviation: trained layers over the text embeddings, see `TextLayer`; Muse has none
 
     @property
     def tokens(self) -> int:

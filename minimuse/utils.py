@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import reprlib
 import sys
 import uuid
@@ -41,12 +42,15 @@ class Rule(NamedTuple):
 
 PositiveInt = Annotated[int, Rule(lambda x: 0 < x <= 10**12, "a positive whole number, at most 10**12")]
 Natural = Annotated[int, Rule(lambda x: 0 <= x <= 10**12, "0 or a positive whole number, at most 10**12")]
+Size = Annotated[int, Rule(lambda x: 0 < x <= 2**17, "a positive whole number, at most 2**17")]
+Layers = Annotated[int, Rule(lambda x: 0 < x <= 1000, "a positive whole number, at most 1000")]
+Depth = Annotated[int, Rule(lambda x: 0 <= x <= 1000, "0 or a positive whole number, at most 1000")]
 Positive = Annotated[float, Rule(lambda x: x > 0, "a number above 0")]
 NonNegative = Annotated[float, Rule(lambda x: x >= 0, "a number, 0 or more")]
 Fraction = Annotated[float, Rule(lambda x: 0 <= x <= 1, "a fraction, from 0 to 1")]
 Decay = Annotated[float, Rule(lambda x: 0 <= x < 1, "a fraction, from 0 to below 1")]
 OneSeed = Annotated[int, Rule(lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32 - 1")]
-EXPECTED = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", tuple: "a list"}
+EXPECTED = {int: "a whole number", float: "a number", str: "a text in UTF-8", bool: "True or False", tuple: "a list"}
 
 
 def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
@@ -80,7 +84,7 @@ def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
         right = isinstance(value, int | kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         value = float(value) if right and kind is float and abs(value) > 2**53 else value  # torch takes no larger int
     else:
-        right = isinstance(value, origin or kind)
+        right = isinstance(value, origin or kind) and not (kind is str and re.search("[\ud800-\udfff]", value))
     require(right, f"{name} is {reprlib.repr(value)}; give {expected}")
     return value
 

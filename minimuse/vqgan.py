@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse.utils import Natural, PositiveInt, check_fields, require, require_multiple
+from minimuse.utils import Depth, Size, check_fields, require, require_multiple
 
 GROUP = 16  # channels per normalization group: fixed, so that a wider layer keeps the groups of a narrower one
 PATIENCE = 20  # optimizer steps without use after which a code restarts
@@ -27,14 +27,14 @@ PATIENCE = 20  # optimizer steps without use after which a code restarts
 class VQGANConfig:
     """A tokenizer (Muse 2.2, A.2). Each tuple has one number per resolution, from full size down to size / f."""
 
-    image_size: PositiveInt  # side of the training images in pixels; any multiple of f works
-    codebook_size: PositiveInt  # V; in the paper, more than 8192 codes did not help
-    code_dim: PositiveInt  # d
-    width: PositiveInt  # channels at full size; `multipliers` scale it below
-    multipliers: tuple[PositiveInt, ...]  # f = 2 ** (len(multipliers) - 1)
-    blocks: tuple[Natural, ...]  # residual blocks of the encoder; 0 at full size saves most of a CPU's time
-    decoder_width: PositiveInt  # the fine-tuned decoder (Muse 2.5) differs only in these two
-    decoder_blocks: tuple[Natural, ...]
+    image_size: Size  # side of the training images in pixels; any multiple of f works
+    codebook_size: Size  # V; in the paper, more than 8192 codes did not help
+    code_dim: Size  # d
+    width: Size  # channels at full size; `multipliers` scale it below
+    multipliers: tuple[Size, ...]  # f = 2 ** (len(multipliers) - 1)
+    blocks: tuple[Depth, ...]  # residual blocks of the encoder; 0 at full size saves most of a CPU's time
+    decoder_width: Size  # the fine-tuned decoder (Muse 2.5) differs only in these two
+    decoder_blocks: tuple[Depth, ...]
 
     @property
     def downsampling(self) -> int:

@@ -647,3 +647,15 @@ def test_several_changes_must_fit_together_in_the_end():
 def test_changes_that_are_refused(text, match):
     with pytest.raises(ValueError, match=match):
         changed(NANO, [text])
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_loads(run, here, monkeypatch):
+    monkeypatch.setattr(Muse, "from_pretrained", lambda *a, **k: pytest.fail("the model was loaded"))
+    (here / "folder.png").mkdir()
+    refused(run("generate", A, "--out", "folder.png", "--force"), "folder.png already exists")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    refused(run("generate", A, "--out", "x.png"), "no folder . to write in")
+
+
+def test_what_is_not_utf8_is_no_prompt(run):
+    refused(run("generate", "\udcff"), "give a text in UTF-8")

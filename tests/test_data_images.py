@@ -162,3 +162,8 @@ def test_a_picture_with_an_erased_part_is_no_mask():
         mask_from(erased, (4, 1))
     alpha = Image.fromarray(np.array([[255, 0, 0, 255]], dtype=np.uint8))
     assert mask_from(alpha, (4, 1)).tolist() == [[True, False, False, True]]
+
+
+def test_a_mask_of_a_training_step_may_need_gradients():
+    mask = torch.eye(4).requires_grad_()
+    assert torch.equal(mask_from(mask, (4, 4)), torch.eye(4) > 0), "gradients do not matter"
