@@ -31,6 +31,7 @@ LogitsFn = Callable[[Tensor, float], Tensor]
 Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N) holds the known tokens too
 Count = Schedule | Callable[[Tensor, Tensor, float], Tensor]
 Temperature = float | Callable[[float], float]
+OrderName = Annotated[str, Rule(lambda x: x in ORDERS, "confidence, random, raster, halton, entropy or margin")]
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,7 @@ class SamplingConfig:
     steps: PositiveInt  # T; the paper: 24 for 256 tokens, 8 for 4096
     guidance: tuple[float, float]  # t at the first and at the last step (2.7: t rises linearly)
     schedule: ScheduleName = "cosine"
-    order: Annotated[str, Rule(lambda x: x in ORDERS, "confidence, random, raster, halton, entropy or margin")] = (
-        "confidence"
-    )
+    order: OrderName = "confidence"
     sampling_temperature: NonNegative = 1.0
     choice_temperature: NonNegative = 4.5  # Choice: noise of the ranking, annealed to 0, as in MaskGIT's released code
 
@@ -129,14 +128,12 @@ ORDERS: dict[str, Order] = {
 
 def get_order(order: str | Order) -> Order:
     """A name of `ORDERS` or a function -> the function."""
-    ok = callable(order) or (isinstance(order, str) and order in ORDERS)
-    require(ok, f"unknown order {order!r}; known: {', '.join(ORDERS)}")
-    return order if callable(order) else ORDERS[order]
+    return order if callable(order) else ORDERS[check("order", order, OrderName)]
 
 
 def by_rank(rank: Tensor) -> Order:
     """rank (N,), 0 = first -> an order that reveals positions by rank."""
-    return lambda logits, drawn, masked, u: -rank.to(drawn.device).float().expand_as(drawn)
+    return lambda logits, drawn, masked, u: -rank.to(drawn.device, non_blocking=True).float().expand_as(drawn)
 
 
 @lru_cache(maxsize=16)
@@ -227,11 +224,13 @@ def decode(
     order = get_order(order)
     random = _fine_uniforms(tokens, steps, generator)  # (B, T, 2, N)
     unknown = masked = tokens == mask_id
-    plan = None if is_adaptive(schedule) else _plan(masked, steps, schedule)  # (T, B)
+    plan = None if is_adaptive(schedule) else _plan(masked, steps, schedule)
+    counts = None if plan is None else torch.tensor(plan, device=tokens.device)  # (T, B)
+    first_nan = torch.full((), math.inf, device=tokens.device)  # its u; read after the loop, which waits for no GPU
     if not masked.any():
         yield Step(0, 0.0, tokens, masked, masked, masked.float())  # masked is False everywhere
     for i in range(steps):
-        if not (masked if plan is None else plan[i]).any():
+        if not (masked.any() if plan is None else any(plan[i])):
             continue
         u = i / (steps - 1) if steps > 1 else 1.0
         temperature = sampling_temperature(u) if callable(sampling_temperature) else sampling_temperature
@@ -245,17 +244,19 @@ def decode(
         candidates = unknown if remask else masked
         ok = isinstance(score, Tensor) and score.shape == tokens.shape
         require(ok, f"the order's scores are {reprlib.repr(score)}; give a tensor of shape {tuple(tokens.shape)}")
-        nan = (score.isnan() | log_prob.isnan()) & candidates
-        require(not nan.any(), f"NaN at u = {u:.3g}, in the order's scores or in the model's logits; give numbers")
+        nan = ((score.isnan() | log_prob.isnan()) & candidates).any()
+        first_nan = torch.where(nan, first_nan.clamp(max=u), first_nan)
         gumbel = -torch.log(-torch.log(random[:, i, 1]))
         score = score + annealed * gumbel
-        count = _adaptive_count(schedule, logits, masked, u) if plan is None else plan[i].to(tokens.device)
+        count = _adaptive_count(schedule, logits, masked, u) if plan is None else counts[i]
         count = count + (candidates & ~masked).sum(1)
         kept = top_mask(score.clamp(min=-1e30).masked_fill(~candidates, -math.inf), gumbel, count) & candidates
         before = masked
         masked = candidates & ~kept
         tokens = drawn.masked_fill(masked, mask_id)
         yield Step(i, u, tokens, masked, kept & before, log_prob.exp().masked_fill(~before, 0))
+    what = "in the order's scores or in the model's logits"
+    require(first_nan.isinf().item(), f"NaN at u = {first_nan.item():.3g}, {what}; give numbers")
 
 
 def _number_of_steps(tokens: Tensor, mask_id: int, steps: int) -> int:
@@ -287,11 +288,11 @@ def _adaptive_count(rule: Callable[..., Tensor], logits: Tensor, masked: Tensor,
     return torch.minimum(count.to(left).clamp(min=1), left)
 
 
-def _plan(masked: Tensor, steps: int, schedule: str | Schedule) -> Tensor:
-    """masked (B, N) -> how many tokens each image reveals at each step, (T, B) on the CPU."""
+def _plan(masked: Tensor, steps: int, schedule: str | Schedule) -> list[tuple[int, ...]]:
+    """masked (B, N) -> how many tokens each step reveals of each image, T times B numbers."""
     sizes = masked.sum(1).tolist()
     counts = {n: reveal_counts(n, steps, schedule) for n in set(sizes)}
-    return torch.tensor([[0] * (steps - len(counts[n])) + counts[n] for n in sizes]).T
+    return list(zip(*([0] * (steps - len(counts[n])) + counts[n] for n in sizes), strict=True))
 
 
 def top_mask(scores: Tensor, ties: Tensor, counts: Tensor) -> Tensor:
