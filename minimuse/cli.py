@@ -1,9 +1,4 @@
-"""The `minimuse` command: its options.
-
-minimuse generate "two small red cubes" --n 4 --seed 0 --film
-
-Not here: what the commands do (`cli_commands.py`).
-"""
+"""The `minimuse` command: its options. Not here: what the commands do (`cli_commands.py`)."""
 
 import argparse
 import logging
@@ -21,7 +16,6 @@ from typing import Any, NoReturn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import minimuse
-from minimuse.cli_commands import BASELINES, COMMANDS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = logging.getLogger("minimuse")
     log.handlers[:] = [logging.StreamHandler()]
     log.handlers[0].setFormatter(logging.Formatter("minimuse: %(message)s"))
-    log.setLevel(logging.INFO)
     try:
+        from minimuse.cli_commands import COMMANDS  # now: it loads torch, and `minimuse --help` is fast
+
         with logging_redirect_tqdm([log]), warnings.catch_warnings():  # lines start below a progress bar
             warnings.showwarning = lambda message, *_: log.warning(message)
             COMMANDS[args.command](args)
@@ -51,9 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("minimuse: stopped", file=sys.stderr)
         return 130
     return 0
-
-
-# --- options ----------------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,10 +81,8 @@ def _each(parse: Callable[[str], Any]) -> Callable[[str], list]:
 
 
 def _guidance(text: str) -> float | tuple[float, ...]:
-    values = tuple(_number(-1000, 1000)(part) for part in text.split(":"))
-    if len(values) > 2:
-        raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is neither a number nor FIRST:LAST")
-    return values if len(values) == 2 else values[0]
+    first, *last = [_number(-1000, 1000)(part) for part in text.split(":", 1)]
+    return (first, *last) if last else first
 
 
 COUNT = _number(1, 10_000, int)
@@ -116,8 +106,7 @@ def parser() -> argparse.ArgumentParser:
         added.register("type", Path, lambda text: Path(_name(text)))
         return added.add_argument
 
-    _drawing_options(command)
-    _training_options(command)
+    _making_options(command)
     _measuring_options(command)
     return top
 
@@ -129,6 +118,8 @@ def _option_groups() -> dict[str, argparse.ArgumentParser]:
     add("prompts", nargs="*", default=[], metavar="PROMPT")
     add("--like", type=Path, metavar="PNG", help="draw this picture again: its prompt, seed and settings")
     groups["image"].add_argument("image", type=Path)
+    groups["mask"].add_argument("mask", type=Path)
+    groups["prompt"].add_argument("prompts", nargs=1, metavar="PROMPT")
     add = groups["drawing"].add_argument
     add("--model", help="shipped name, folder or hub id (default: toy; with --like, the picture's own)")
     add("--n", type=COUNT, default=1, help="number of pictures for each prompt")
@@ -150,31 +141,23 @@ def _option_groups() -> dict[str, argparse.ArgumentParser]:
     return groups
 
 
-def _drawing_options(command: Callable) -> None:
-    """Options of generate, inpaint, outpaint, edit and app."""
+def _making_options(command: Callable) -> None:
+    """Options of the commands that make pictures and models."""
     command("generate", "draw pictures from prompts", "prompts", "drawing", "sampling", "device")
-    add = command("inpaint", "repaint the white part of a mask", "image", "drawing", "sampling", "device")
-    add("mask", type=Path)
-    add("prompts", nargs=1, metavar="PROMPT")
-    add = command("outpaint", "extend a picture beyond its edges", "image", "drawing", "sampling", "device")
-    add("prompts", nargs=1, metavar="PROMPT")
+    command("inpaint", "repaint the white part of a mask", "image", "mask", "prompt", "drawing", "sampling", "device")
+    add = command("outpaint", "extend a picture beyond its edges", "image", "prompt", "drawing", "sampling", "device")
     add("--padding", type=COUNT_OR_0, nargs="+", default=[16], help="pixels: one number, or left top right bottom")
-    add = command("edit", "change a picture towards a prompt, without a mask", "image", "drawing", "device")
-    add("prompts", nargs=1, metavar="PROMPT")
+    add = command("edit", "change a picture towards a prompt, without a mask", "image", "prompt", "drawing", "device")
     add("--iterations", type=COUNT, default=100, help="number of resampling steps (default: 100)")
     add("--share", dest="fraction", type=FRACTION, default=0.08, help="fraction of tokens resampled in an iteration")
     add = command("app", "open a page to draw with in the browser (extra `app`)", "device")
     add("--checkpoint", "--model", default="toy", help="shipped name, folder or hub id (default: toy)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=_number(1, 65535, int), help="port to listen on (default: the first free one from 7860)")
-
-
-def _training_options(command: Callable) -> None:
-    """Options of train, average and doctor."""
     add = command("train", "train a Muse from scratch, or resume a run", "half", "device")
     add("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     add("--out", type=Path, required=True, help="folder of the run: states, log, pictures, checkpoint")
-    add("--model", choices=BASELINES, help="train this low-resolution baseline instead of Muse")
+    add("--model", choices=("masked", "ar", "dit"), help="train this low-resolution baseline instead of Muse")
     add("--data", help="folder, tar shards, Parquet or hub id of captioned images (default: scenes)")
     add("--seed", type=SEED, help="seed of all random numbers (default: 0)")
     add("--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting: stages.base.steps=500")

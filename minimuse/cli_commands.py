@@ -1,34 +1,38 @@
 """What each `minimuse` command does with its options. A command calls the library and prints.
 
-Commands import what they need when they run, so `minimuse --help` is fast.
-Not here: the options (`cli.py`), the page of `minimuse app` (`app.py`).
+Not here: the options (`cli.py`, which loads this file when a command runs), the page of `minimuse app` (`app.py`).
 """
 
 import argparse
 import json
+import re
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm import tqdm
+
+from minimuse import checkpoint
+from minimuse.config import PRESETS, from_dict, preset, to_dict
+from minimuse.muse import Muse
+from minimuse.pictures import again, difference, open_picture, output_paths, save_png, settings_of
+from minimuse.plots import film
+from minimuse.utils import pick_device, require
+
 SETTINGS = "guidance steps schedule order sampling_temperature choice_temperature".split()  # of a drawing
 SETTINGS += "iterations fraction seed negative_prompt".split()
-BASELINES = ("masked", "ar", "dit")  # of `train --model`: trained at low resolution only
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
 def run_draw(args: argparse.Namespace) -> None:
     """Draw with a progress bar, and save the pictures with their settings."""
-    from tqdm import tqdm
-
-    from minimuse.pictures import difference, open_picture, output_paths, save_png
-    from minimuse.plots import film
-
     draw = _drawing(args)
     paths = output_paths(args.out, args.prompts[0], len(args.prompts) * args.n, film=args.film, force=args.force)
     muse = open_model(args.model or "toy", device=args.device)
@@ -56,17 +60,13 @@ def run_draw(args: argparse.Namespace) -> None:
 
 def _drawing(args: argparse.Namespace) -> Callable[..., list]:
     """What a command draws, as a function of a Muse and a callback. --like sets model and prompts in `args`."""
-    from minimuse.checkpoint import shipped
-    from minimuse.pictures import again, open_picture, settings_of
-    from minimuse.utils import require
-
     given = {name: value for name in SETTINGS if (value := getattr(args, name, None)) is not None}
     if getattr(args, "like", None):
-        changed = given or args.n != 1
-        require(not changed, "--like takes seed and settings from the picture; leave out the other options")
+        is_plain = not given and args.n == 1
+        require(is_plain, "--like takes seed and settings from the picture; leave out the other options")
         settings = settings_of(args.like)
         name, args.prompts = settings["model"], [settings["prompt"]]
-        known = args.model or name in shipped()
+        known = args.model or name in checkpoint.shipped()
         require(known, f"{args.like} was made by {name!r}, which is not shipped; name its folder with --model")
         args.model = args.model or name
         return lambda muse, callback: [again(muse, settings, callback=callback)]
@@ -87,13 +87,10 @@ def baseline(model: str) -> Any:
 
 def model_class(name: str | Path) -> Any:
     """A shipped name, a folder or a hub id -> Muse, or the class of a baseline."""
-    from minimuse import checkpoint
-    from minimuse.muse import Muse
-
     path = checkpoint.find(name) / checkpoint.CONFIG
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    models = [model for model in BASELINES if f'"minimuse-{model}-1"' in text]
-    return baseline(models[0]) if models else Muse
+    found = re.search('"minimuse-(masked|ar|dit)-1"', text)
+    return baseline(found[1]) if found else Muse
 
 
 def open_model(name: str | Path, *, device: Any = None) -> Any:
@@ -113,13 +110,10 @@ def run_app(args: argparse.Namespace) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     """Run all stages with a progress bar each, then save the checkpoint."""
-    import torch
-
     from minimuse.baseline_ar import train_baseline
-    from minimuse.config import to_dict
     from minimuse.train import train_muse
     from minimuse.train_engine import Engine, Stopped
-    from minimuse.train_log import add_record
+    from minimuse.train_log import EVALUATED, add_record
     from minimuse.train_state import data_record, open_run
 
     config, source = _configuration(args)
@@ -136,32 +130,22 @@ def run_train(args: argparse.Namespace) -> None:
     engine.handle_signals()
     trainer = partial(train_baseline, baseline(args.model)) if args.model else train_muse
     try:
-        last = deque(_with_bars(trainer(config, data=source, engine=engine), enabled=engine.is_main), maxlen=1).pop()
+        for stage, parts in groupby(trainer(config, data=source, engine=engine), lambda p: p.stage):
+            with tqdm(desc=stage, disable=not engine.is_main) as bar:
+                for p in parts:
+                    bar.total = p.steps
+                    shown = {k: f"{value:.3g}" for k, value in p.metrics.items() if not k.startswith(EVALUATED)}
+                    bar.set_postfix(shown, refresh=False)
+                    bar.update(p.step - bar.n)
     except Stopped:
         if engine.is_main:
             print(f"minimuse: stopped; continue with: minimuse train --resume --out {args.out}", file=sys.stderr)
         raise SystemExit(128 + engine.signal) from None
     if engine.is_main:
-        folder = last.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
-        add_record(folder, int(last.metrics["pictures"]), int(last.metrics["captions"]))
-        print(f"trained in {last.metrics['minutes']:.1f} minutes: {folder}")
-        print(f'try: minimuse generate "{last.model.examples[0]}" --model {folder}')
-
-
-def _with_bars(progress: Iterator[Any], enabled: bool) -> Iterator[Any]:
-    """Pass a run's Progress on, with a progress bar for each stage."""
-    from tqdm import tqdm
-
-    from minimuse.train_log import EVALUATED
-
-    for stage, parts in groupby(progress, lambda p: p.stage):
-        with tqdm(desc=stage, disable=not enabled) as bar:
-            for p in parts:
-                bar.total = p.steps
-                shown = {name: f"{value:.3g}" for name, value in p.metrics.items() if not name.startswith(EVALUATED)}
-                bar.set_postfix(shown, refresh=False)
-                bar.update(p.step - bar.n)
-                yield p
+        folder = p.model.save_pretrained(args.out, dtype=torch.float16 if args.half else None, overwrite=True)
+        add_record(folder, int(p.metrics["pictures"]), int(p.metrics["captions"]))
+        print(f"trained in {p.metrics['minutes']:.1f} minutes: {folder}")
+        print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
 
 
 def _configuration(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -169,28 +153,24 @@ def _configuration(args: argparse.Namespace) -> tuple[Any, Any]:
 
     Paths become absolute, so that a run may be resumed from another folder.
     """
-    from minimuse.checkpoint import read_configuration
-    from minimuse.config import PRESETS, preset
     from minimuse.data_sources import open_source
     from minimuse.train_state import RUN, read_run
-    from minimuse.utils import require
 
     run = read_run(args.out) if args.resume else {"seed": 0, "data": {"source": "scenes"}}
     for name, value in (("seed", run["seed"]), ("data", run["data"]["source"]), ("model", run.get("model"))):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.resume and args.preset is None:
-        config = read_configuration(args.out / RUN)
-    else:
-        require(args.preset is not None, f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
-        is_file = args.preset not in PRESETS and Path(args.preset).is_file()
-        config = read_configuration(Path(args.preset)) if is_file else preset(args.preset)
-        if args.model:
-            config = baseline(args.model).configure(config)
+    require(args.preset or args.resume, f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
+    file = Path(args.preset or args.out / RUN)
+    is_file = args.preset not in PRESETS and file.is_file()
+    config = checkpoint.read_configuration(file) if is_file else preset(args.preset)
+    if args.model and args.preset:
+        config = baseline(args.model).configure(config)
     config = changed(config, args.set)
-    names = ("text_encoder", "low_tokenizer_from")
-    folders = {name: Path(place) for name in names if Path(place := getattr(config, name)).is_dir() and place}
-    config = replace(config, **{name: str(folder.absolute()) for name, folder in folders.items()})
+    for name in ("text_encoder", "low_tokenizer_from"):
+        place = getattr(config, name)
+        if place and Path(place).is_dir():
+            config = replace(config, **{name: str(Path(place).absolute())})
     try:
         return config, open_source(args.data, config, seed=args.seed)
     except ValueError as error:
@@ -200,22 +180,18 @@ def _configuration(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def changed(config: Any, changes: list[str]) -> Any:
     """A configuration with fields set by "path=value", the value in JSON: "stages.base.steps=500", "name=mine"."""
-    from minimuse.config import from_dict, to_dict
-    from minimuse.utils import require
-
     values = to_dict(config)
     for change in changes:
-        path, _, text = change.partition("=")
+        path, equals, value = change.partition("=")
         *parents, last = path.split(".")
         part: Any = values
         for name in parents:
             part = part.get(name) if isinstance(part, dict) else None
-        known = "=" in change and isinstance(part, dict) and last in part
+        known = equals and isinstance(part, dict) and last in part
         require(known, f"no field {path!r}; give PATH=VALUE with fields of config.json, such as stages.base.steps=500")
-        try:
-            part[last] = json.loads(text)
-        except (ValueError, RecursionError):  # no JSON: a text
-            part[last] = text
+        with suppress(ValueError, RecursionError):  # else it is a text
+            value = json.loads(value)
+        part[last] = value
     return from_dict(values)
 
 
@@ -224,7 +200,6 @@ def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
     from minimuse.data_cache import TrainingData
     from minimuse.text import TextEncoder
     from minimuse.train_budget import preview, report
-    from minimuse.utils import pick_device, require
 
     require(not args.model, "--dry-run counts a whole Muse, not a baseline; leave out --model")
     device = pick_device(args.device)
@@ -236,17 +211,13 @@ def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
 
 def run_average(args: argparse.Namespace) -> None:
     """Average the states of both transformers and save a checkpoint."""
-    import torch
-
-    from minimuse import checkpoint, train_state
-    from minimuse.utils import require
+    from minimuse import train_state
 
     checkpoint.refuse_existing(args.out)
     muse = open_model(args.folder, device="cpu")
-    for name in (name for name in ("base", "superres") if name in muse.parts):
-        folder = args.folder / name
-        states = train_state.states(folder)
-        require(states, f"{folder} holds no states; `minimuse train` writes them there")
+    for name in [name for name in ("base", "superres") if name in muse.parts]:
+        states = train_state.states(args.folder / name)
+        require(states, f"{args.folder / name} holds no states; `minimuse train` writes them there")
         muse.parts[name].load_state_dict(train_state.average(states, args.decay))
         print(f"{name}: {len(states)} states, steps {int(states[0].name[5:])} to {int(states[-1].name[5:])}")
     print(muse.save_pretrained(args.out, dtype=torch.float16 if args.half else None))
@@ -269,7 +240,6 @@ def run_compare(args: argparse.Namespace) -> None:
     """Print a table, and paired differences from its first sampler. With --out, also write figures and tables."""
     from minimuse import lab
     from minimuse.lab_models import open_amused
-    from minimuse.utils import require
 
     if args.muse:
         target = open_model(args.muse, device=args.device)
@@ -300,12 +270,6 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def run_info(args: argparse.Namespace) -> None:
     """Print sizes and sampling defaults of presets and checkpoints."""
-    import torch
-
-    from minimuse import checkpoint
-    from minimuse.config import PRESETS, preset
-    from minimuse.muse import Muse
-
     for name in args.names or PRESETS:
         is_preset = name in PRESETS
         config = preset(name) if is_preset else checkpoint.read_configuration(checkpoint.find(name) / checkpoint.CONFIG)
@@ -315,11 +279,9 @@ def run_info(args: argparse.Namespace) -> None:
         print(f"{name}: {sum(counts.values()):,.1f}M parameters, text from {config.text_encoder}")
         for part, module in parts.items():
             c = module.config
-            if part in ("base", "superres"):
-                size = (
-                    f"{c.layers} layers x {c.width}, MLP {c.mlp_width}; {c.grid}x{c.grid} tokens of {c.codebook_size}"
-                )
-                about = f"{size} codes; {getattr(config, f'{part}_sampling').steps} steps"
+            if sampling := getattr(config, f"{part}_sampling", None):
+                about = f"{c.layers} layers x {c.width}, MLP {c.mlp_width}; {c.grid}x{c.grid} tokens of "
+                about += f"{c.codebook_size} codes; {sampling.steps} steps"
             else:
                 about = f"{c.image_size} px, f={c.downsampling}"
             print(f"  {part:14} {counts[part]:8,.1f}M  {about}")

@@ -1,6 +1,6 @@
 """Pictures to look at, as PIL images: grids, films, token masks, curves, trade-offs; and source code.
 
-Glossary: B pictures, h w token grid, N = h w. Not here: saving, which is the image's own `.save(path)`.
+B pictures, h w token grid, N = h w. Not here: saving, which is the image's own `.save(path)`.
 """
 
 import base64
@@ -46,24 +46,29 @@ def grid(
     require(len(captions) == len(cells), f"{len(captions)} captions for {len(cells)} pictures: give one each, or None")
     columns = min(columns or math.ceil(math.sqrt(len(cells))), len(cells))
     width, height = (max(sizes) for sizes in zip(*(cell.size for cell in cells), strict=True))
-    letters = max(1, round((width + GAP // 2) / 6.2))  # in a line: a letter is 6.2 pixels wide on average
-    texts = [textwrap.fill(text, letters, break_long_words=False) for text in captions]
-    lines = max(text.count("\n") + 1 if text else 0 for text in texts)
-    pitch = height + LINE * lines + GAP  # from one row to the next
+    font = ImageFont.load_default(size=13)
+    texts = [_wrapped(text.split(), width + GAP // 2, font) for text in captions]
+    pitch = height + LINE * max(map(len, texts)) + GAP  # from one row to the next
     sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + math.ceil(len(cells) / columns) * pitch), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (cell, text) in enumerate(zip(cells, texts, strict=True)):
         x, y = GAP + i % columns * (width + GAP), GAP + i // columns * pitch
         sheet.paste(cell, (x, y))
-        draw.multiline_text((x, y + height + 2), text, fill=INK, font=ImageFont.load_default(size=13))
+        draw.multiline_text((x, y + height + 2), "\n".join(text), fill=INK, font=font)
     return sheet
 
 
-def film_strip(frames: Sequence[Images], titles: Sequence[str] | None = None, scale: int | None = None) -> Image.Image:
-    """Decoding steps -> a strip: one column for each step, one row for each image of the batch, titles below.
+def _wrapped(words: list[str], width: int, font: Any) -> list[str]:
+    """The words of a caption -> lines of at most `width` pixels, if the words allow."""
+    lines = words[:1]
+    for word in words[1:]:
+        longer = f"{lines[-1]} {word}"
+        lines[-1:] = [longer] if font.getlength(longer) <= width else [lines[-1], word]
+    return lines
 
-    A frame is one step's pictures: a PIL image, several, or a tensor (B, 3, H, W). Titles such as "step 3: 41 left".
-    """
+
+def film_strip(frames: Sequence[Images], titles: Sequence[str] | None = None, scale: int | None = None) -> Image.Image:
+    """Steps, each a PIL image, several, or (B, 3, H, W) -> a strip: steps are columns, rows the batch, titles below."""
     frames = [_enlarged([frame] if isinstance(frame, Image.Image) else frame, scale) for frame in frames]
     pictures = [picture for row in zip(*frames, strict=True) for picture in row]
     titles = titles and [""] * (len(pictures) - len(frames)) + list(titles)

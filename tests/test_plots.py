@@ -46,6 +46,9 @@ def test_captions_are_wrapped_under_the_pictures():
     assert told.height >= plain.height + 2 * 17, "a long caption takes several lines"
     footer = np.asarray(told)[plain.height :]
     assert (footer < 100).any(), "no ink under the pictures"
+    wide = np.asarray(grid(PICTURES[:2], ["THE WIDEST LETTERS ARE W AND M, AND WORDS HAVE MANY", ""], 2, scale=5))
+    assert (wide[170:, :168] < 100).any(), "no ink under the first picture"
+    assert (wide[170:, 176:] == 255).all(), "capitals run under the second picture: lines are wrapped by their width"
 
 
 def test_film_strip():
