@@ -225,8 +225,7 @@ def decode(
     random = _fine_uniforms(tokens, steps, generator)  # (B, T, 2, N)
     unknown = masked = tokens == mask_id
     plan = None if is_adaptive(schedule) else _plan(masked, steps, schedule)
-    counts = None if plan is None else torch.tensor(plan, device=tokens.device)  # (T, B)
-    first_nan = torch.full((), math.inf, device=tokens.device)  # its u; read after the loop, which waits for no GPU
+    first_nan = torch.full((), math.inf, device=tokens.device)  # its u, read after the loop: no step waits for a GPU
     if not masked.any():
         yield Step(0, 0.0, tokens, masked, masked, masked.float())  # masked is False everywhere
     for i in range(steps):
@@ -248,15 +247,14 @@ def decode(
         first_nan = torch.where(nan, first_nan.clamp(max=u), first_nan)
         gumbel = -torch.log(-torch.log(random[:, i, 1]))
         score = score + annealed * gumbel
-        count = _adaptive_count(schedule, logits, masked, u) if plan is None else counts[i]
-        count = count + (candidates & ~masked).sum(1)
+        count = _adaptive_count(schedule, logits, masked, u) if plan is None else torch.tensor(plan[i])
+        count = count.to(tokens.device, non_blocking=True) + (candidates & ~masked).sum(1)
         kept = top_mask(score.clamp(min=-1e30).masked_fill(~candidates, -math.inf), gumbel, count) & candidates
         before = masked
         masked = candidates & ~kept
         tokens = drawn.masked_fill(masked, mask_id)
         yield Step(i, u, tokens, masked, kept & before, log_prob.exp().masked_fill(~before, 0))
-    what = "in the order's scores or in the model's logits"
-    require(first_nan.isinf().item(), f"NaN at u = {first_nan.item():.3g}, {what}; give numbers")
+    require(first_nan.isinf().item(), f"NaN at u = {first_nan:.3g} in the logits or in the order's scores; give numbers")
 
 
 def _number_of_steps(tokens: Tensor, mask_id: int, steps: int) -> int:
