@@ -19,11 +19,10 @@ from safetensors.torch import load as parse_weights
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from minimuse.config import MuseConfig, from_dict, to_dict
+from minimuse.config import FORMAT, MuseConfig, from_dict, to_dict
 from minimuse.utils import atomic_write, check, require
 
 SHIPPED = Path(__file__).parent / "checkpoints"
-FORMAT = "minimuse-1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 ABOUT = ("words", "examples")  # what config.json holds besides the configuration
 # fields of a configuration that do not change what `generate` draws
@@ -74,8 +73,7 @@ def load(name: str | Path, format: str = FORMAT) -> tuple[MuseConfig, dict[str, 
         found = f"its format is {values.get('format')!r}, expected {format!r}"
         hint = f"; load it with {values['load_with']}" if "load_with" in values else ""  # a baseline names its class
         raise ValueError(f"{folder / CONFIG} holds another kind of model: {found}{hint}")
-    texts = {name: check(f"{name} in {folder / CONFIG}", values.get(name, []), tuple[str, ...]) for name in ABOUT}
-    about = {name: list(each) for name, each in texts.items()}
+    about = {k: list(check(f"{k} in {folder / CONFIG}", values.get(k, []), tuple[str, ...])) for k in ABOUT}
     config = read_configuration(folder / CONFIG)
     check_size(config, folder, whole=format == FORMAT)
     try:
@@ -119,14 +117,11 @@ def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], n
 
 
 def check_size(config: MuseConfig, folder: Path, whole: bool) -> None:
-    """ValueError if the networks are larger than the file of weights. This is arithmetic: nothing is built.
-
-    Each transformer layer has more than D^2 parameters, and each residual block more than its channels squared.
-    """
+    """ValueError if the networks have more parameters than the file of weights has bytes; nothing is built."""
     transformers = [config.base, config.superres] if whole else [config.base]
     tokenizers = [config.finetuned_tokenizer] if whole else []
     tokenizers += [] if config.low_tokenizer_from else [config.low_tokenizer]
-    fewest = sum((c.layers + c.low_layers + c.text_layers) * c.width**2 for c in transformers)
+    fewest = sum((c.layers + c.low_layers + c.text_layers) * c.width**2 for c in transformers)  # a layer has over D^2
     for c in tokenizers:
         fewest += sum(c.blocks) * c.width**2 + sum(c.decoder_blocks) * c.decoder_width**2 + c.width * max(c.multipliers)
     size = (folder / WEIGHTS).stat().st_size

@@ -11,9 +11,10 @@ from typing import Any, Literal
 from minimuse.masking import ScheduleName
 from minimuse.sampler import SamplingConfig
 from minimuse.transformer import TransformerConfig
-from minimuse.utils import Decay, Fraction, Natural, NonNegative, Positive, PositiveInt, check, check_fields, require
+from minimuse.utils import Checked, Decay, Fraction, Natural, NonNegative, Positive, PositiveInt, check, require
 from minimuse.vqgan import GROUP, VQGANConfig
 
+FORMAT = "minimuse-1"  # of a checkpoint
 STAGES = ("low_tokenizer", "base", "high_tokenizer", "superres", "decoder")
 EQUAL = (  # fields of MuseConfig that must agree
     ("base.codebook_size", "low_tokenizer.codebook_size"),
@@ -27,7 +28,7 @@ EQUAL = (  # fields of MuseConfig that must agree
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(Checked):
     """How one stage trains."""
 
     steps: PositiveInt
@@ -52,12 +53,9 @@ class StageConfig:
     save_every: PositiveInt = 500  # steps between saved states
     eval_every: PositiveInt = 500  # steps between validations and sample grids
 
-    def __post_init__(self):
-        check_fields(self)
-
 
 @dataclass(frozen=True)
-class MuseConfig:
+class MuseConfig(Checked):
     """A whole Muse: two tokenizers, two transformers, a language model, and how each stage trains and decodes."""
 
     name: str
@@ -87,7 +85,7 @@ class MuseConfig:
         return replace(self.high_tokenizer, decoder_width=self.finetuned_width, decoder_blocks=self.finetuned_blocks)
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         for a, b in EQUAL:
             x, y = attrgetter(a, b)(self)
             require(x == y, f"{a} is {x} but {b} is {y}; make them equal")
@@ -232,9 +230,7 @@ def preset(name: str) -> MuseConfig:
     return PRESETS[name]()
 
 
-def to_dict(config: MuseConfig) -> dict[str, Any]:
-    """A configuration as plain JSON values."""
-    return dataclasses.asdict(config)
+to_dict = dataclasses.asdict  # a configuration as plain JSON values
 
 
 def from_dict(values: dict[str, Any], cls: type = MuseConfig) -> Any:

@@ -44,7 +44,7 @@ SCHEDULES: dict[str, Schedule] = {
     "sqrt": power_schedule(0.5),
 }
 POWER = re.compile(r"pow(?=.*[1-9])\d*\.?\d*")
-SCHEDULE_NAMES = ", ".join([*SCHEDULES, "log, or a power such as pow2.5"])
+SCHEDULE_NAMES = "the name of a schedule: " + ", ".join([*SCHEDULES, "log, or a power such as pow2.5"])
 ScheduleName = Annotated[str, Rule(lambda x: x in SCHEDULES or x == "log" or bool(POWER.fullmatch(x)), SCHEDULE_NAMES)]
 
 
@@ -62,8 +62,7 @@ def get_schedule(schedule: str | Schedule, n: int | None = None) -> Schedule:
 def reveal_counts(n: int, steps: int, schedule: str | Schedule = "cosine") -> list[int]:
     """How many of n masked tokens each step reveals. They sum to n; every step reveals at least one.
 
-    MaskGIT: after step i of T, floor(n * schedule((i + 1) / T)) stay masked, at least one for each later step.
-    With n < steps there are only n steps.
+    At least one token stays masked for each later step. With n < steps there are only n steps.
 
     >>> reveal_counts(256, 12)
     [3, 6, 11, 15, 18, 22, 26, 27, 31, 31, 33, 33]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minimuse.masking import Generators, Schedule, ScheduleName, reveal_counts, uniforms
-from minimuse.utils import Natural, NonNegative, PositiveInt, Rule, check, check_fields, require
+from minimuse.utils import Checked, Natural, NonNegative, PositiveInt, Rule, check, require
 
 LogitsFn = Callable[[Tensor, float], Tensor]
 Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N) holds the known tokens too
@@ -35,7 +35,7 @@ OrderName = Annotated[str, Rule(lambda x: x in ORDERS, "confidence, random, rast
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Checked):
     """How one transformer decodes (Muse 2.8); the defaults of `Muse.generate`."""
 
     steps: PositiveInt  # T; the paper: 24 for 256 tokens, 8 for 4096
@@ -45,19 +45,13 @@ class SamplingConfig:
     sampling_temperature: NonNegative = 1.0
     choice_temperature: NonNegative = 4.5  # Choice: noise of the ranking, annealed to 0, as in MaskGIT's released code
 
-    def __post_init__(self):
-        check_fields(self)
-
 
 SETTINGS = get_type_hints(SamplingConfig, include_extras=True) | {"top_k": PositiveInt, "remask": bool}
 FUNCTIONS = "guidance schedule order sampling_temperature choice_temperature".split()  # may be functions too
 
 
 def check_settings(given: dict[str, Any], superres: bool = False) -> dict[str, Any]:
-    """Settings by name -> those that are not None, with plain numbers. Errors name the setting that makes no sense.
-
-    With `superres`, a setting of this name may hold settings of super-resolution.
-    """
+    """Settings by name -> those that are not None, with plain numbers; with `superres`, also one of this name."""
     known = SETTINGS | {"superres": dict} if superres else SETTINGS
     if unknown := check("superres", given, dict).keys() - known.keys():
         raise TypeError(f"unknown setting {', '.join(map(str, unknown))}; known: {', '.join(sorted(known))}")
@@ -163,8 +157,7 @@ def token_entropy(logits: Tensor) -> Tensor:
 def entropy_bound(bound: float) -> Callable[[Tensor, Tensor, float], Tensor]:
     """A rule that reveals the k tokens of lowest entropy, k as large as sum(H) - max(H) <= bound allows, in nats.
 
-    EB-Sampler (arXiv 2505.24857). Tokens revealed together are drawn independently; the bound limits the error of that.
-    Use it with order="entropy", which ranks tokens in the same way.
+    EB-Sampler (arXiv 2505.24857): the bound limits the error of independent draws. Use it with order="entropy".
     """
     bound = check("the entropy bound", bound, NonNegative)
 
@@ -179,9 +172,6 @@ def is_adaptive(schedule: object) -> bool:
     """True for a function of three required arguments (logits, masked, u). A curve takes one."""
     parameters = inspect.signature(schedule).parameters.values() if callable(schedule) else ()
     return sum(p.default is p.empty for p in parameters) == 3
-
-
-# --- what: drawing ----------------------------------------------------------------------------------------------------
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None = None) -> Tensor:
@@ -199,9 +189,6 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None
     return torch.searchsorted(cdf, below_one * cdf[..., -1:], right=True).squeeze(-1).clamp(max=cdf.shape[-1] - 1)
 
 
-# --- decode -----------------------------------------------------------------------------------------------------------
-
-
 def decode(
     logits_fn: LogitsFn, tokens: Tensor, *, mask_id: int, steps: int,
     schedule: str | Count = "cosine", order: str | Order = "confidence",
@@ -213,8 +200,7 @@ def decode(
     Of T steps, step i sees u = i / (T - 1) and leaves masked the ratio schedule((i + 1) / T) of the tokens that were
     masked at the start. Tokens given as input never change, and revealed ones do not either (2.8). T is at most N.
     An image with n < T masked tokens is decoded in the last n steps. An adaptive rule may finish early.
-    Deviation: with remask=True, each step re-ranks all generated tokens, so that a token revealed earlier can be masked
-    again (Token-Critic, arXiv 2209.04439).
+    Deviation: with remask=True, revealed tokens may be masked again (Token-Critic, arXiv 2209.04439).
 
     >>> *_, last = decode(logits_fn, torch.full((1, 64), mask_id), mask_id=mask_id, steps=12)
     """
@@ -254,7 +240,7 @@ def decode(
         masked = candidates & ~kept
         tokens = drawn.masked_fill(masked, mask_id)
         yield Step(i, u, tokens, masked, kept & before, log_prob.exp().masked_fill(~before, 0))
-    require(first_nan.isinf().item(), f"NaN at u = {first_nan:.3g} in the logits or in the order's scores; give numbers")
+    require(first_nan.isinf().item(), f"NaN at u = {first_nan:.3g}, in the logits or the order's scores; give numbers")
 
 
 def _number_of_steps(tokens: Tensor, mask_id: int, steps: int) -> int:

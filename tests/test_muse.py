@@ -365,10 +365,12 @@ def test_a_baseline_is_not_compiled(tiny_muse):
         Muse(tiny_muse.config, parts, tiny_muse.encoder).compile()
 
 
-def test_integers_are_no_dtype_of_a_muse(folder):
+def test_integers_are_no_dtype_of_a_muse(folder, tiny_muse):
+    with pytest.raises(ValueError, match="dtype is 'x'; give torch.float32"):
+        tiny_muse.to(dtype="x")
     with pytest.raises(ValueError, match=r"dtype is torch\.int64; give torch\.float32"):
         Muse.from_pretrained(folder, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"holds torch\.int64"):
+    with pytest.raises(ValueError, match=r"dtype is torch\.int64"):
         Muse.from_pretrained(folder).save_pretrained(folder.parent / "integers", dtype=torch.int64)
 
 
