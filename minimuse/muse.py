@@ -88,8 +88,8 @@ class Muse:
     ) -> Steps:
         """B jobs, low_tokens (B, N_low) -> Steps of super-resolution over (B, N) tokens (Muse 2.4, 2.8).
 
-        `generators` None continue each seed where a base decode with the checkpoint's number of steps ends. So the low
-        tokens of `generate` become the same picture again.
+        `generators` None continue each seed where the checkpoint's base decode ends, so that low tokens of `generate`
+        become the same picture again.
         """
         if generators is None:
             generators = seeded_generators(jobs)
@@ -186,10 +186,8 @@ class Muse:
             expected = self.build(self.config)
         if self.config.low_tokenizer_from:
             del parts["low_tokenizer"], expected["low_tokenizer"]
-        weights = {
-            k: v.to(check("dtype", dtype or v.dtype, FloatType)).cpu().contiguous()
-            for k, v in parts.state_dict().items()
-        }
+        check("dtype", dtype or self.dtype, FloatType)
+        weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in parts.state_dict().items()}
         checkpoint.check_weights(expected.state_dict(), weights, self.config.name)
         return checkpoint.save(folder, self.config, weights, self.about, overwrite=overwrite)
 

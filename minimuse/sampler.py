@@ -79,9 +79,6 @@ class Step(NamedTuple):
     guidance: float = 0.0
 
 
-# --- which: the orders ------------------------------------------------------------------------------------------------
-
-
 def confidence(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
     """log p(drawn), (B, N): Muse 2.8 and MaskGIT."""
     return logits.gather(-1, drawn[..., None]).squeeze(-1) - logits.logsumexp(-1)
@@ -144,9 +141,6 @@ def halton_rank(h: int, w: int) -> Tensor:
         cell = int(radical_inverse(i, 2) * h) * w + int(radical_inverse(i, 3) * w)
         rank.setdefault(cell, len(rank))
     return torch.tensor([rank[cell] for cell in range(h * w)])
-
-
-# --- how many: adaptive rules -----------------------------------------------------------------------------------------
 
 
 def token_entropy(logits: Tensor) -> Tensor:

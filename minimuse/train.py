@@ -39,8 +39,6 @@ from minimuse.utils import seeded_generator
 from minimuse.vqgan import VQGAN, Quantized
 from minimuse.vqgan_loss import Perceptual, SceneFeatures, VQGANLoss, Weight, adaptive_weight
 
-# --- tokenizers -------------------------------------------------------------------------------------------------------
-
 
 def random_crop(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """images (B, 3, H, W) -> the same random square of all of them, (B, 3, size, size). Size 0 keeps whole images."""
@@ -140,9 +138,6 @@ def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: in
     return net.eval().requires_grad_(False)
 
 
-# --- transformers -----------------------------------------------------------------------------------------------------
-
-
 class MaskedLoss(nn.Module):
     """The masked loss (Muse 2.3) as one module, so that DDP, FSDP and torch.compile see the whole forward pass."""
 
@@ -166,8 +161,7 @@ def train_transformer(
 ) -> Iterator[Progress]:  # fmt: skip
     """Masked training of the base (Muse 2.3) or, with `low_tokens`, of the super-resolution transformer (2.4).
 
-    tokens (n, N), low_tokens (n, N_low): tensors, or objects that return such rows for indices. texts: the captions of
-    each example, each caption as unpadded embeddings (L, D_lm).
+    tokens (n, N), low_tokens (n, N_low): tensors, or objects that return such rows. texts: captions (L, D_lm) of each.
     """
 
     def losses(job: Stage, step: int, at: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
@@ -221,17 +215,14 @@ def pick_captions(texts: Any, at: Tensor, generators: list[torch.Generator], p: 
     return drop_text(pad_contexts([text.float() for text in chosen]), p, generators)  # Muse 2.7
 
 
-# --- all five ---------------------------------------------------------------------------------------------------------
-
-
 def train_muse(
     config: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None, stages: Any = None
 ) -> Iterator[Progress]:
     """All five stages -> a Progress a step. The last one's model is the finished Muse.
 
     data: "scenes", a source, or what `data_sources.open_source` opens: a folder of captioned images, tar shards.
-    With `engine.folder` a stopped run is resumed where it was; without, nothing is kept. The low-resolution image is
-    the downsampled high-resolution one (Muse 3.3.1). stages: a baseline's, instead of `MuseTrainer.five_stages`.
+    With `engine.folder` a stopped run is resumed where it was; without, nothing is kept.
+    stages: a baseline's, instead of `MuseTrainer.five_stages`.
     """
     engine = engine or Engine()
     started = time.monotonic()

@@ -160,9 +160,8 @@ class Layer(nn.Module):
             self.norm2 = nn.LayerNorm(width, bias=False)
             self.cross = CrossAttention(width, heads)
         self.norm3 = nn.LayerNorm(width, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, mlp_width, bias=False), nn.GELU(), nn.Linear(mlp_width, width, bias=False)
-        )
+        mlp = nn.Linear(width, mlp_width, bias=False), nn.GELU(), nn.Linear(mlp_width, width, bias=False)
+        self.mlp = nn.Sequential(*mlp)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, *memory: Tensor) -> Tensor:

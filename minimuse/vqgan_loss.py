@@ -92,8 +92,7 @@ def lpips_distance() -> Perceptual:
     try:
         import lpips
     except ImportError as e:
-        hint = 'pip install "minimuse[lpips]", or set perceptual to "scenes" or "none"'
-        raise ImportError(f"the perceptual loss lpips needs the package lpips: {hint}") from e
+        raise ImportError('perceptual="lpips" needs pip install "minimuse[lpips]"; "scenes" and "none" do not') from e
     net = lpips.LPIPS(net="vgg").eval().requires_grad_(False)
     return lambda x, y: net.to(x.device)(x, y).mean()
 
