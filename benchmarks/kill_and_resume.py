@@ -83,6 +83,8 @@ def killed(out: Path, begin: list[str], moments: list[Place], stages: list[str],
         half = ", ".join(p.name for p in out.rglob("*.new")) or "-"
         at, last = " ".join(map(str, moment)), newest[-1] if newest else "none"
         print(f"| {out.name} | {n + 1} | {at} | {last} | {half} |", flush=True)
+        if (out / WEIGHTS).exists():  # it finished before the kill
+            return n + 1
         words = ["--resume"] if (out / "run.json").exists() else begin
     deque(Life(out, words).places(), maxlen=0)
     return len(moments)
