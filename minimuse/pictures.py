@@ -51,11 +51,10 @@ def with_settings(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
 
 
 def decode_image(file: str | Path | IO[bytes], side: int | None = None, min_side: int = 0) -> Image.Image:
-    """An image file of any origin -> a PIL image. It is judged by its header before it is decoded.
+    """An image file of any origin -> a PIL image. `Refused` by its header if it is too large, or below `min_side`.
 
     With `side`: upright, RGB, the shorter side scaled to `side`, cropped at the centre; `info["cut"]` is the fraction
-    that the crop removed. An animation gives its first frame. Colour profiles are not applied. Raises `Refused`, also
-    if a side has fewer than `min_side` pixels.
+    that the crop removed. An animation gives its first frame. Colour profiles are not applied.
     """
     try:
         with warnings.catch_warnings():
@@ -85,8 +84,7 @@ def open_picture(path: str | Path, side: int | None = None) -> Image.Image:
     try:
         return decode_image(path, side)
     except Refused as problem:
-        million = Image.MAX_IMAGE_PIXELS / 1e6
-        expected = f"give a PNG, JPEG or WebP of at most {million:.0f} million pixels"
+        expected = f"give a PNG, JPEG or WebP of at most {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise ValueError(f"{Path(path).name} cannot be read, it is {problem}; {expected}") from problem
 
 
@@ -160,10 +158,9 @@ def again(muse: Any, settings: dict[str, Any], *, callback: Callable[[Step], Non
     ValueError if another checkpoint made it, or if it needs more than its prompt and settings. Another machine, or a
     batch of several pictures, may round differently.
     """
-    model, fingerprint = settings["model"], settings["fingerprint"]
-    this = f"this one is {muse.config.name} with {muse.fingerprint}; name the right one"
-    other = f"the picture was made by another checkpoint, {model} with the fingerprint {fingerprint}; {this}"
-    require(fingerprint == muse.fingerprint, other)
+    is_same = settings["fingerprint"] == muse.fingerprint
+    made = "the picture was made by another checkpoint, {model} with the fingerprint {fingerprint}".format(**settings)
+    require(is_same, f"{made}; this one is {muse.config.name} with {muse.fingerprint}; name the right one")
     task = settings.get("task")
     require(not task, f"it was made by {task} from another picture, which it does not hold; give a generated one")
     require(FUNCTION not in str(settings), f"a setting came as {FUNCTION}; only Python can draw it again")

@@ -142,10 +142,7 @@ def style() -> None:
 
 
 def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool] = (True, False)) -> list[int]:
-    """Points (x, y) -> indices of those that no other point beats, sorted by x. `lower`: is less better, for x and y?
-
-    A point beats another if it is at least as good in both and better in one.
-    """
+    """Points (x, y) -> indices of those that none beats (is as good in both, better in one). `lower`: is less better?"""
     costs = [tuple(value if less else -value for value, less in zip(point, lower, strict=True)) for point in points]
     best = [a for a in costs if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in costs)]
     return sorted((i for i, cost in enumerate(costs) if cost in best), key=lambda i: points[i])
@@ -181,10 +178,7 @@ def tradeoff(
 
 
 def curves(log: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """The lines of a run's log.jsonl -> one plot for each stage: its training metric and the held-out one.
-
-    Tokenizers show the PSNR in dB. Transformers show nats per masked token, and held out the likelihood bound.
-    """
+    """The lines of a run's log.jsonl -> a plot for each stage: PSNR, or the loss and the held-out likelihood bound."""
     stages = dict.fromkeys(line["stage"] for line in log)
     require(stages, "the log holds no line of a stage yet; a run writes one every ten steps")
     from matplotlib.figure import Figure
@@ -207,7 +201,7 @@ def _drawn(figure: Any) -> Image.Image:
         axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     file = io.BytesIO()
-    figure.savefig(file, dpi=figure.dpi)
+    figure.savefig(file, dpi=figure.dpi)  # else `style` sets it
     return Image.open(file).convert("RGB")
 
 
