@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -349,6 +350,18 @@ def test_steps_beyond_the_tokens_are_clamped_with_a_word(tiny_muse):
     with pytest.warns(UserWarning, match="steps is 1000000000, but there are only 64 tokens"):
         seen = list(tiny_muse.steps(A, seed=0, steps=10**9, superres={"steps": 1}))
     assert sum(step.stage == "base" for step in seen) == 64
+
+
+def test_superres_continues_a_seed_where_the_base_decode_ends(tiny_muse):
+    """Also where the checkpoint's steps are more than the tokens."""
+    sampling = replace(tiny_muse.config.base_sampling, steps=100)
+    config = replace(tiny_muse.config, base_sampling=sampling)
+    muse = Muse(config, tiny_muse.parts, tiny_muse.encoder)
+    with pytest.warns(UserWarning, match="there are only 64 tokens"):
+        seen = list(muse.steps(A, seed=3))
+    low = [step for step in seen if step.stage == "base"][-1].tokens
+    *_, last = muse.decode_superres(muse.jobs(A, seed=3), low)
+    assert last.tokens.equal(seen[-1].tokens)
 
 
 def test_a_muse_leaves_the_callers_modules_as_they_are(tiny_muse):
