@@ -105,11 +105,12 @@ class TextEncoder:
         """What is lost: a sentence about texts that are cut, one about tokens that the LM does not know."""
         if not texts:
             return []
+        limit = self.limit  # first, so that an unknown LM is told as such
         ids = self._tokenizer(texts, verbose=False)["input_ids"]
         tokens = dict(zip(texts, map(tuple, ids), strict=True))
         remarks = []
-        if cut := [text for text, ids in tokens.items() if len(ids) > self.limit]:
-            remarks.append(f"{len(cut)} of {len(texts)} texts are cut to {self.limit} tokens: {cut[0][:60]!r}...")
+        if cut := [text for text, ids in tokens.items() if len(ids) > limit]:
+            remarks.append(f"{len(cut)} of {len(texts)} texts are cut to {limit} tokens: {cut[0][:60]!r}...")
         unk = self._tokenizer.unk_token_id
         unknown = {text: ids for text, ids in tokens.items() if unk in ids}
         if unknown and unk != self._tokenizer.eos_token_id:  # CLIP's tokenizer knows all bytes
