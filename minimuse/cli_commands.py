@@ -24,7 +24,7 @@ from minimuse.app import serve
 from minimuse.config import PRESETS, from_dict, preset, to_dict
 from minimuse.lab_models import open_amused
 from minimuse.muse import Muse
-from minimuse.pictures import again, difference, open_picture, output_paths, save_png, settings_of
+from minimuse.pictures import again, difference, open_picture, output_paths, save_png, settings_of, with_settings
 from minimuse.plots import film
 from minimuse.utils import pick_device, require
 
@@ -53,9 +53,7 @@ def run_draw(args: argparse.Namespace) -> None:
         save_png(image, path)
         print(f"{path}  ({image.info['minimuse']['prompt']!r}, seed {image.info['minimuse']['seed']})")
     if args.film:
-        strip = film(muse, steps)
-        strip.info = images[0].info
-        save_png(strip, paths[-1])
+        save_png(with_settings(film(muse, steps), images[0].info["minimuse"]), paths[-1])
         print(paths[-1])
     if getattr(args, "like", None):
         print(f"{args.like}: {difference(open_picture(args.like), images[0])}")
