@@ -43,10 +43,10 @@ def save_png(image: Image.Image, path: str | Path) -> None:
     atomic_write(Path(path), partial(image.save, format="PNG", pnginfo=chunks))
 
 
-def with_settings(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
+def with_settings(image: Image.Image, settings: dict[str, Any] | str) -> Image.Image:
     """A copy that carries the settings as text, which other programs keep when they write a PNG."""
     image = image.copy()
-    image.info = {KEY: json.dumps(settings, default=lambda value: FUNCTION)}
+    image.info = {KEY: settings if isinstance(settings, str) else json.dumps(settings, default=lambda value: FUNCTION)}
     return image
 
 
