@@ -1,14 +1,13 @@
 """`minimuse app`: a page to draw and edit on your own machine, built on the public API (extra `app`).
 
-The page uses no network: system fonts, no telemetry. One picture is drawn at a time; other requests wait in a queue.
-Other sites can neither read nor use it (`guard`).
+The page uses no network. Other sites can neither read nor use it (`guard`). One picture is drawn at a time.
 Not here: how pictures are made (`muse.py`) and saved (`pictures.py`).
 """
 
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -83,15 +82,14 @@ def guard(app: Callable, host: str) -> Callable:
 
     `host` is where the page was started. 0.0.0.0 means every address of this machine: any IP address is accepted.
     """
-    from starlette.datastructures import Headers
-    from starlette.requests import ClientDisconnect
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import PlainTextResponse
 
     names = {f"[{host}]" if ":" in host else host.lower(), "localhost", "127.0.0.1", "[::1]", socket.gethostname()}
     any_address = host in ("0.0.0.0", "::")
     received: list[tuple[float, int]] = []  # when a request came, and its bytes
 
-    def problem(method: str, headers: Headers) -> str:
+    def problem(method: str, headers: Mapping[str, str]) -> str:
         name = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if name not in names and not (any_address and re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", name)):
             return f"This page is not at {name!r}: open it at the printed address, or start it with --host"
@@ -106,7 +104,7 @@ def guard(app: Callable, host: str) -> Callable:
         return ""
 
     async def guarded(scope: dict, receive: Callable, send: Callable) -> None:
-        refusal = scope["type"] == "http" and problem(scope["method"], Headers(scope=scope))
+        refusal = scope["type"] == "http" and problem(scope["method"], Request(scope).headers)
         with suppress(ClientDisconnect):  # nobody waits for the answer
             await (PlainTextResponse(refusal, 403) if refusal else app)(scope, receive, send)
 
