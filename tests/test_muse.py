@@ -379,7 +379,7 @@ def test_a_baseline_is_not_compiled(tiny_muse):
 
 
 def test_integers_are_no_dtype_of_a_muse(folder, tiny_muse):
-    with pytest.raises(ValueError, match="dtype is 'x'; give torch.float32"):
+    with pytest.raises(ValueError, match=r"dtype is 'x'; give torch\.float32"):
         tiny_muse.to(dtype="x")
     with pytest.raises(ValueError, match=r"dtype is torch\.int64; give torch\.float32"):
         Muse.from_pretrained(folder, dtype=torch.int64)
