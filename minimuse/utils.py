@@ -49,6 +49,7 @@ Positive = Annotated[float, Rule(lambda x: x > 0, "a number above 0")]
 NonNegative = Annotated[float, Rule(lambda x: x >= 0, "a number, 0 or more")]
 Fraction = Annotated[float, Rule(lambda x: 0 <= x <= 1, "a fraction, from 0 to 1")]
 Decay = Annotated[float, Rule(lambda x: 0 <= x < 1, "a fraction, from 0 to below 1")]
+FloatType = Annotated[torch.dtype, Rule(lambda x: x.is_floating_point, "torch.float32 or torch.bfloat16")]
 OneSeed = Annotated[int, Rule(lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32 - 1")]
 EXPECTED = {int: "a whole number", float: "a number", str: "a text in UTF-8", bool: "True or False", tuple: "a list"}
 
@@ -97,10 +98,12 @@ def plain(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
-def check_fields(config: Any) -> None:
-    """In a dataclass's `__post_init__`: check each field by its annotation, and store plain Python numbers."""
-    for name, kind in _kinds(type(config)).items():
-        object.__setattr__(config, name, check(f"{type(config).__name__}.{name}", getattr(config, name), kind))
+class Checked:
+    """The base of a dataclass whose fields are checked by their annotations, and hold plain Python numbers."""
+
+    def __post_init__(self):
+        for name, kind in _kinds(type(self)).items():
+            object.__setattr__(self, name, check(f"{type(self).__name__}.{name}", getattr(self, name), kind))
 
 
 # --- devices and precision --------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minimuse.data_images import area_downsample, from_pil, mask_from, to_float, to_pil, to_uint8
+from minimuse.data_images import area_downsample, to_float, to_pil, to_uint8
 from minimuse.data_sources import SceneDataset
+from minimuse.pictures import from_pil, mask_from
 
 
 def test_uint8_round_trip():
