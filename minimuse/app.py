@@ -15,7 +15,6 @@ from queue import SimpleQueue
 from threading import Event
 from time import monotonic
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -93,7 +92,7 @@ def guard(app: Callable, host: str) -> Callable:
         name = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if name not in names and not (any_address and re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", name)):
             return f"This page is not at {name!r}: open it at the printed address, or start it with --host"
-        if urlsplit(headers.get("origin", f"http://{name}")).netloc not in (name, headers["host"]):
+        if headers.get("origin", f"http://{name}").partition("://")[2] not in (name, headers["host"]):
             return "Another site may not use this page"
         if method == "POST":
             size = int(headers.get("content-length", REQUEST + 1))
