@@ -246,8 +246,7 @@ class Muse:
         unknown = [word for word in words if word not in self.words]
         if not self.words or 2 * len(unknown) <= len(words):
             return ""
-        words = ", ".join(word[:40] for word in unknown[:9])
-        return f"{self.config.name} never saw {words} in training. Try one of {self.examples[:3]}"
+        return f"{self.config.name} never saw {', '.join(unknown)[:300]} in training. Try one of {self.examples[:3]}"
 
     def contexts(self, jobs: Jobs) -> tuple[Context, Context]:
         """Jobs -> their texts, and what to guide away from: removed text or negative prompts (Muse 2.7)."""
