@@ -237,6 +237,7 @@ def run_doctor(args: argparse.Namespace) -> None:
 
 def run_compare(args: argparse.Namespace) -> None:
     """Print a table, and paired differences from its first sampler. With --out, also write figures and tables."""
+    require(args.out is None or not args.out.is_file(), f"--out {args.out} is a file; give a folder")
     if args.muse:
         target = open_model(args.muse, device=args.device)
     elif args.amused:

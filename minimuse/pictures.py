@@ -121,7 +121,9 @@ def mask_from(mask: Any, size: tuple[int, int]) -> Tensor:
     than half of white is repainted. Colors count by their brightness. ValueError if nothing is white, or if parts are
     transparent: some programs erase what is to be repainted, others paint it.
     """
-    if isinstance(mask, Image.Image) and mask.mode[:1] not in ("1", "I", "F"):
+    plain = isinstance(mask, Image.Image) and mask.mode[:1] in ("1", "I", "F")
+    require(not (plain and "transparency" in mask.info), "the mask has a transparent color; give black and white")
+    if isinstance(mask, Image.Image) and not plain:
         require(mask.mode != "LAB", "the mask is of mode LAB, which Pillow cannot convert; give black and white")
         clear = mask.convert("RGBA").getchannel("A").getextrema() != (255, 255)
         require(not clear, "the mask has transparent parts; give black and white, such as Image.getchannel('A')")

@@ -255,6 +255,11 @@ def test_wrong_usage_is_one_line(words, run):
     refused((code, out, err), "see minimuse")
 
 
+def test_a_file_is_no_folder_for_a_report(run, here):
+    (here / "report.png").touch()
+    refused(run("compare", "--out", "report.png", model=False), "--out report.png is a file; give a folder")
+
+
 @pytest.mark.parametrize("command", ["", "generate", "inpaint", "outpaint", "edit", "app", "train", "info"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -323,6 +328,7 @@ def options(command: str) -> list:
     return [action for action in commands.choices[command]._actions if action.nargs != 0]
 
 
+@pytest.mark.slow
 def test_generate_with_any_option_at_any_nonsense(here, tiny_muse, capsys, monkeypatch):
     """One sentence and exit code 2, or a picture. The seed of this test picks a third of all pairs."""
     monkeypatch.setattr(Muse, "from_pretrained", lambda name, device: pick_device(device) and tiny_muse)

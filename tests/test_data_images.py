@@ -156,6 +156,12 @@ def test_pitfall_35_ambiguous_masks_are_refused(mask, match):
         mask_from(mask, (4, 1))
 
 
+def test_a_black_and_white_file_with_a_transparent_color_is_no_mask(tmp_path):
+    Image.new("1", (4, 1), 1).save(tmp_path / "mask.png", transparency=1)
+    with pytest.raises(ValueError, match="transparent color"):
+        mask_from(Image.open(tmp_path / "mask.png"), (4, 1))
+
+
 def test_a_picture_with_an_erased_part_is_no_mask():
     erased = Image.new("RGBA", (4, 1), "white")
     erased.putpixel((0, 0), (255, 255, 255, 0))

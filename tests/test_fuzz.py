@@ -230,6 +230,7 @@ def attempt(function: Callable[..., Any], arguments: dict[str, Any], names: set[
     return ""
 
 
+@pytest.mark.slow
 def test_calls(small_muse):
     rng = random.Random(0)
     found = {}
