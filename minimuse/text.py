@@ -103,8 +103,10 @@ class TextEncoder:
 
     def remarks(self, texts: list[str]) -> list[str]:
         """What is lost: a sentence about texts that are cut, one about tokens that the LM does not know."""
+        if not texts:
+            return []
         limit = self.limit  # first, so that an unknown LM is told as such
-        ids = self._tokenizer(texts, verbose=False)["input_ids"] if texts else []
+        ids = self._tokenizer(texts, verbose=False)["input_ids"]
         tokens = dict(zip(texts, map(tuple, ids), strict=True))
         remarks = []
         if cut := [text for text, ids in tokens.items() if len(ids) > limit]:
@@ -114,8 +116,7 @@ class TextEncoder:
         if unknown and unk != self._tokenizer.eos_token_id:  # CLIP's tokenizer knows all bytes
             fraction = sum(ids.count(unk) for ids in unknown.values()) / sum(map(len, unknown.values()))
             some = f"{len(unknown)} of {len(texts)} texts, such as {next(iter(unknown))[:60]!r}"
-            merged = len(unknown) - len(set(unknown.values()))
-            same = f"; {merged} become the same as another" if merged else ""
+            same = f"; {n} become the same as another" if (n := len(unknown) - len(set(unknown.values()))) else ""
             remarks.append(f"{self.name!r} does not know {fraction:.0%} of the tokens in {some}{same}")
         return remarks
 
