@@ -1,23 +1,20 @@
 """`minimuse app`: a page to draw and edit on your own machine, built on the public API (extra `app`).
 
-The page uses no network: system fonts, no telemetry. One picture is drawn at a time; other requests wait in a queue.
-Other sites can neither read nor use it (`guard`).
+The page uses no network. Other sites can neither read nor use it (`guard`). One picture is drawn at a time.
 Not here: how pictures are made (`muse.py`) and saved (`pictures.py`).
 """
 
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from queue import SimpleQueue
 from threading import Event
 from time import monotonic
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -27,6 +24,7 @@ from minimuse.muse import Muse
 from minimuse.pictures import open_picture, settings_of, with_settings
 from minimuse.plots import film, mask_overlay, token_map
 from minimuse.sampler import ORDERS, Step
+from minimuse.utils import require
 
 STAGES = {"base": "Base model", "superres": "Super-resolution"}
 SIDES = ("left", "top", "right", "bottom")
@@ -62,8 +60,7 @@ def follow(draw: Callable[..., list[Image.Image]]) -> Iterator[Step | Image.Imag
         job = pool.submit(draw, callback=callback)
         job.add_done_callback(steps.put)
         try:
-            while (step := steps.get()) is not job:
-                yield step
+            yield from iter(steps.get, job)
         finally:
             closed.set()
     yield job.result()[0]
@@ -75,29 +72,27 @@ def painted(layers: Sequence[Image.Image], side: int) -> np.ndarray:
     for layer in layers:
         opaque = layer.getchannel("A").point(lambda alpha: 255 * (alpha > 127))
         mask |= np.asarray(opaque.resize((side, side), Image.Resampling.BOX)) > 0
-    if not mask.any():
-        raise ValueError("The mask is empty: paint over the part to draw again")
+    require(mask.any(), "The mask is empty: paint over the part to draw again")
     return mask
 
 
 def guard(app: Callable, host: str) -> Callable:
-    """An ASGI app -> the same, except that it refuses foreign hosts (DNS rebinding), foreign origins and many uploads.
+    """An ASGI app -> the same, but it refuses foreign hosts (DNS rebinding), foreign origins and many uploads.
 
-    `host` is where the page was started. 0.0.0.0 means every address of this machine, so any IP address is accepted.
+    `host` is where the page was started. 0.0.0.0 means every address of this machine: any IP address is accepted.
     """
-    from starlette.datastructures import Headers
-    from starlette.requests import ClientDisconnect
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import PlainTextResponse
 
     names = {f"[{host}]" if ":" in host else host.lower(), "localhost", "127.0.0.1", "[::1]", socket.gethostname()}
     any_address = host in ("0.0.0.0", "::")
     received: list[tuple[float, int]] = []  # when a request came, and its bytes
 
-    def problem(method: str, headers: Headers) -> str:
+    def problem(method: str, headers: Mapping[str, str]) -> str:
         name = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if name not in names and not (any_address and re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", name)):
             return f"This page is not at {name!r}: open it at the printed address, or start it with --host"
-        if urlsplit(headers.get("origin", f"http://{name}")).netloc not in (name, headers["host"]):
+        if headers.get("origin", f"http://{name}").partition("://")[2] not in (name, headers["host"]):
             return "Another site may not use this page"
         if method == "POST":
             size = int(headers.get("content-length", REQUEST + 1))
@@ -108,11 +103,9 @@ def guard(app: Callable, host: str) -> Callable:
         return ""
 
     async def guarded(scope: dict, receive: Callable, send: Callable) -> None:
-        if scope["type"] == "http" and (text := problem(scope["method"], Headers(scope=scope))):
-            await PlainTextResponse(text, 403)(scope, receive, send)
-        else:
-            with suppress(ClientDisconnect):  # nobody waits for the answer
-                await app(scope, receive, send)
+        refusal = scope["type"] == "http" and problem(scope["method"], Request(scope).headers)
+        with suppress(ClientDisconnect):  # nobody waits for the answer
+            await (PlainTextResponse(refusal, 403) if refusal else app)(scope, receive, send)
 
     return guarded
 
@@ -120,12 +113,13 @@ def guard(app: Callable, host: str) -> Callable:
 class Page:
     """A Muse -> a page. `build` lays it out; the other public methods are what its buttons do.
 
-    Those that draw take prompt, seed, negative prompt and sampling controls last. After each step they yield what
-    changes on the page.
+    Those that draw take prompt, seed, negative prompt and sampling controls last. They yield what changes on the page.
     """
 
     def __init__(self, muse: Muse):
-        self.gr = _gradio()
+        import gradio
+
+        self.gr = gradio
         self.muse = muse
         self.side = muse.config.high_tokenizer.image_size
         self.zoom = max(1, 384 // self.side)  # the picture to edit is enlarged, so a brush has room
@@ -136,11 +130,8 @@ class Page:
     def repaint(self, start: Any, canvas: Any, *request: Any) -> Iterator[dict]:
         """Inpaint what the user painted on the canvas."""
         layers = (canvas or {}).get("layers", [])
-
-        def inpaint(*args: Any, **settings: Any) -> list[Image.Image]:
-            return self.muse.inpaint(start, painted(layers, self.side), *args, **settings)
-
-        yield from self._run(inpaint, request, start)
+        inpaint = self.muse.inpaint
+        yield from self._run(lambda *a, **k: inpaint(start, painted(layers, self.side), *a, **k), request, start)
 
     def extend(self, start: Any, where: str, by: int, *request: Any) -> Iterator[dict]:
         padding = tuple(by * (where == side) for side in SIDES)
@@ -158,29 +149,26 @@ class Page:
             raise self.gr.Error(str(error), duration=None, print_exception=False) from error
 
     def take(self, last: Any) -> dict:
-        """The last drawn picture -> the picture to edit."""
+        """The last drawn picture -> the picture to edit. The page forgets a drawing after an hour."""
         return self._to_edit(last[1]) if last else self.gr.skip()
 
     def look_back(self, last: Any, at: int) -> dict:
-        """The slider's position -> the page at that step. The page forgets a drawing after an hour."""
+        """The slider's position -> the page at that step."""
         return last[0][at - 1] if last else self.gr.skip()
 
-    def _run(
-        self, method: Callable, request: tuple, start: Any = True, edit: dict[str, Any] | None = None
-    ) -> Iterator[dict]:
+    def _run(self, method: Callable, request: tuple, start: Any = True, edit: Any = None) -> Iterator[dict]:
         """Draw with a method of Muse. `start` is the picture to edit. `edit` replaces controls in mask-free edits."""
         prompt, seed, negative, first, final, steps, high_steps, schedule, order = request
         controls = {"guidance": (first, final), "steps": steps, "schedule": schedule, "order": order}
-        base, high = asdict(self.muse.config.base_sampling), self.muse.config.superres_sampling
-        settings = edit or {name: value for name, value in controls.items() if value != base[name]}
+        base, high = self.muse.config.base_sampling, self.muse.config.superres_sampling
+        settings = edit or {name: value for name, value in controls.items() if value != getattr(base, name)}
+        settings |= {"seed": seed, "negative_prompt": negative or None}
         if high_steps != high.steps:
-            settings = settings | {"superres": {"steps": high_steps}}
-        settings = settings | {"seed": seed, "negative_prompt": negative or None}
+            settings["superres"] = {"steps": high_steps}
         yield {self.status: "**Reading the prompt**"}
         done, shown = [], []
         try:
-            if start is None:
-                raise ValueError("There is no picture to edit yet: load one, or draw one and take it")
+            require(start is not None, "There is no picture to edit yet: load one, or draw one and take it")
             for result in follow(partial(method, prompt, **settings)):
                 if isinstance(result, Step):
                     done.append(result)
@@ -215,6 +203,7 @@ class Page:
     def build(self) -> Any:
         """-> gradio's Blocks. Programs may call its events by name: /draw, /load, /repaint, /extend, /change."""
         gr, muse = self.gr, self.muse
+        base, high = muse.config.base_sampling, muse.config.superres_sampling
         with gr.Blocks(title="minimuse", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
             self.start, self.last = gr.State(time_to_live=3600), gr.State(time_to_live=3600)
             gr.Markdown(ABOUT.format(muse.config.name, self.side, self.side))
@@ -232,7 +221,15 @@ class Page:
                     with gr.Tab("Edit") as tab:
                         edits = self._edits(tab)
                     with gr.Accordion("Decoding settings", open=False):
-                        request = [prompt, seed, *self._controls()]
+                        request = [
+                            prompt, seed, gr.Textbox(label="Negative prompt"),
+                            gr.Slider(0, 10, base.guidance[0], step=0.5, label="Guidance at the first step"),
+                            gr.Slider(0, 10, base.guidance[1], step=0.5, label="Guidance at the last step"),
+                            gr.Slider(1, 64, base.steps, step=1, label="Steps of the base model"),
+                            gr.Slider(1, 64, high.steps, step=1, label="Steps of super-resolution"),
+                            gr.Dropdown([*SCHEDULES, "log"], value=base.schedule, label="Schedule: tokens per step"),
+                            gr.Dropdown([*ORDERS], value=base.order, label="Order: which tokens first"),
+                        ]  # fmt: skip
                 with gr.Column(scale=3, min_width=320):
                     outputs = self._outputs()
             queue = {"concurrency_id": "muse", "concurrency_limit": 1, "show_progress_on": self.status}
@@ -284,18 +281,6 @@ class Page:
         side, strength = [self.start, where, by], [self.start, iterations, fraction, guidance]
         return [(repaint, self.repaint, edited), (extend, self.extend, side), (change, self.change, strength)]
 
-    def _controls(self) -> list:
-        gr, base, high = self.gr, self.muse.config.base_sampling, self.muse.config.superres_sampling
-        return [
-            gr.Textbox(label="Negative prompt"),
-            gr.Slider(0, 10, base.guidance[0], step=0.5, label="Guidance at the first step"),
-            gr.Slider(0, 10, base.guidance[1], step=0.5, label="Guidance at the last step"),
-            gr.Slider(1, 64, base.steps, step=1, label="Steps of the base model"),
-            gr.Slider(1, 64, high.steps, step=1, label="Steps of super-resolution"),
-            gr.Dropdown([*SCHEDULES, "log"], value=base.schedule, label="Schedule: how many tokens per step"),
-            gr.Dropdown([*ORDERS], value=base.order, label="Order: which tokens first"),
-        ]
-
     def _outputs(self) -> list:
         gr, image = self.gr, {"format": "png", "buttons": ["download", "fullscreen"], "min_width": 140}
         self.status = gr.Markdown("Press *Draw*.", elem_id="status")
@@ -313,9 +298,12 @@ class Page:
 
 def serve(name: str = "toy", *, host: str = "127.0.0.1", port: int | None = None, device: str | None = None) -> None:
     """Load a checkpoint, serve the page, print its address, until Ctrl-C. ValueError where it cannot listen."""
-    gr = _gradio()
-    from starlette.middleware import Middleware
-
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # gradio reads them on import
+    try:
+        import gradio as gr
+        from starlette.middleware import Middleware
+    except ImportError as error:
+        raise ImportError('the app needs gradio: pip install "minimuse[app]"') from error
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port or 0), family=family).close()
@@ -332,12 +320,3 @@ def serve(name: str = "toy", *, host: str = "127.0.0.1", port: int | None = None
     )  # fmt: skip
     print(f"minimuse: {muse.config.name} is at {url} ; Ctrl-C stops it", flush=True)
     blocks.block_thread()
-
-
-def _gradio() -> Any:
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # gradio reads them on import
-    try:
-        import gradio
-    except ImportError as error:
-        raise ImportError('the app needs gradio: pip install "minimuse[app]"') from error
-    return gradio

@@ -8,8 +8,8 @@ and optimizer, and about as many parameters.
     ar         the next token, row by row                    one token a step, in that order         N
     dit        the noise in latents (`baseline_dit.py`)      all latents, less noisy at each step    any T
 
-A new baseline is a subclass of `LowRes` with its own `configure`, `network`, `fit` and `decode_base`, and a line in
-`cli_commands.baseline`.
+A new baseline is a subclass of `LowRes` with its own `configure`, `network`, `fit` and `decode_base`, and a name in
+`cli.py`, `cli_commands.baseline` and `cli_commands.model_class`.
 
 B batch, N image tokens, D width, V codebook size, u progress, t guidance scale.
 Not here: the diffusion baseline (`baseline_dit.py`), the comparison (`benchmarks/race.py`).

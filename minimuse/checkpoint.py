@@ -9,23 +9,20 @@ Not here: training states (`train_state.py`).
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_weights
-from safetensors.torch import save as serialize
+import safetensors.torch
 from torch import Tensor
 
-from minimuse.config import MuseConfig, from_dict, to_dict
+from minimuse.config import FORMAT, MuseConfig, from_dict, to_dict
 from minimuse.utils import atomic_write, check, require
 
 SHIPPED = Path(__file__).parent / "checkpoints"
-FORMAT = "minimuse-1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-ABOUT = ("words", "examples")  # what config.json holds besides the configuration
 # fields of a configuration that do not change what `generate` draws
 NOT_DRAWN = "name stages scenes captions fractions synonyms pixels_gib text_gib dropout edit_guidance".split()
 
@@ -48,7 +45,7 @@ def shipped() -> list[str]:
 
 def find(name: str | Path) -> Path:
     """A shipped name, a folder or a hub id -> the folder. Only a hub id uses the network."""
-    folder = SHIPPED / name if str(name) in shipped() else Path(name).expanduser()
+    folder = SHIPPED / name if str(name) in shipped() else Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
     problem = f"no checkpoint {str(name)!r}: no such folder, and the shipped ones are: {', '.join(shipped())}"
@@ -68,19 +65,19 @@ def load(name: str | Path, format: str = FORMAT) -> tuple[MuseConfig, dict[str, 
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no {file}; a checkpoint is what Muse.save_pretrained writes")
-    values = read_json(folder / CONFIG)
+    at = folder / CONFIG
+    values = read_json(at)
     values = values if isinstance(values, dict) else {}
     if values.get("format") != format:
-        found = f"its format is {values.get('format')!r}, expected {format!r}"
         hint = f"; load it with {values['load_with']}" if "load_with" in values else ""  # a baseline names its class
-        raise ValueError(f"{folder / CONFIG} holds another kind of model: {found}{hint}")
-    texts = {name: check(f"{name} in {folder / CONFIG}", values.get(name, []), tuple[str, ...]) for name in ABOUT}
-    about = {name: list(each) for name, each in texts.items()}
-    config = read_configuration(folder / CONFIG)
+        found = f"its format is {values.get('format')!r}, expected {format!r}{hint}"
+        raise ValueError(f"{at} holds another kind of model: {found}")
+    about = {k: list(check(f"{k} in {at}", values.get(k, []), tuple[str, ...])) for k in ("words", "examples")}
+    config = read_configuration(at)
     check_size(config, folder, whole=format == FORMAT)
-    try:
-        weights = parse_weights((folder / WEIGHTS).read_bytes())  # not memory-mapped: Windows cannot replace those
-    except (SafetensorError, OSError) as e:
+    try:  # not memory-mapped: Windows cannot replace such a file
+        weights = safetensors.torch.load((folder / WEIGHTS).read_bytes())
+    except (safetensors.SafetensorError, OSError) as e:
         raise ValueError(f"{folder / WEIGHTS} is broken or cut short: {e}; copy or download it again") from e
     return config, weights, about
 
@@ -112,21 +109,18 @@ def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], n
             wrong.append(f"{key} is {new[key]}, not {old[key]}")
         elif found[key].dtype.is_floating_point != expected[key].dtype.is_floating_point:
             wrong.append(f"{key} holds {found[key].dtype}")
-        elif not found[key].isfinite().all():
+        elif not found[key].float().isfinite().all():  # float8 has no isfinite
             wrong.append(f"{key} holds NaN or infinity")
     first = "; ".join(sorted(wrong)[:3])
     require(not wrong, f"the weights of {str(name)!r} do not fit its config.json: {first}")
 
 
 def check_size(config: MuseConfig, folder: Path, whole: bool) -> None:
-    """ValueError if the networks are larger than the file of weights. This is arithmetic: nothing is built.
-
-    Each transformer layer has more than D^2 parameters, and each residual block more than its channels squared.
-    """
+    """ValueError if the networks have more parameters than the file of weights has bytes; nothing is built."""
     transformers = [config.base, config.superres] if whole else [config.base]
     tokenizers = [config.finetuned_tokenizer] if whole else []
     tokenizers += [] if config.low_tokenizer_from else [config.low_tokenizer]
-    fewest = sum((c.layers + c.low_layers + c.text_layers) * c.width**2 for c in transformers)
+    fewest = sum((c.layers + c.low_layers + c.text_layers) * c.width**2 for c in transformers)  # a layer has over D^2
     for c in tokenizers:
         fewest += sum(c.blocks) * c.width**2 + sum(c.decoder_blocks) * c.decoder_width**2 + c.width * max(c.multipliers)
     size = (folder / WEIGHTS).stat().st_size
@@ -159,7 +153,7 @@ def save(folder: str | Path, config: MuseConfig, weights: dict, about: dict[str,
         refuse_existing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = {"format": FORMAT, "config": to_dict(config), **about}
-    atomic_write(folder / WEIGHTS, lambda path: path.write_bytes(serialize(weights, {"format": "pt"})))
+    atomic_write(folder / WEIGHTS, lambda path: path.write_bytes(safetensors.torch.save(weights, {"format": "pt"})))
     atomic_write(folder / CONFIG, json.dumps(values, indent=1) + "\n")
     low, high = (f"{t.image_size} px ({t.grid}x{t.grid} tokens)" for t in (config.low_tokenizer, config.high_tokenizer))
     example = (about.get("examples") or ["a red cube"])[0]

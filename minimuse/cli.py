@@ -30,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.handlers[:] = [logging.StreamHandler()]
     log.handlers[0].setFormatter(logging.Formatter("minimuse: %(message)s"))
     try:
-        from minimuse.cli_commands import COMMANDS  # now: it loads torch, and `minimuse --help` is fast
-
         with logging_redirect_tqdm([log]), warnings.catch_warnings():  # lines start below a progress bar
             warnings.showwarning = lambda message, *_: log.warning(message)
+            from minimuse.cli_commands import COMMANDS  # not before: it loads torch, and `minimuse --help` is fast
+
             COMMANDS[args.command](args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has what it wants, as in `minimuse info | head -1`

@@ -1,5 +1,6 @@
 """What each `minimuse` command does with its options. A command calls the library and prints.
 
+Training and evaluation load slowly, so only the commands that need them import them.
 Not here: the options (`cli.py`, which loads this file when a command runs), the page of `minimuse app` (`app.py`).
 """
 
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minimuse import checkpoint
+from minimuse import checkpoint, lab
+from minimuse.app import serve
 from minimuse.config import PRESETS, from_dict, preset, to_dict
+from minimuse.lab_models import open_amused
 from minimuse.muse import Muse
-from minimuse.pictures import again, difference, open_picture, output_paths, save_png, settings_of
+from minimuse.pictures import again, difference, open_picture, output_paths, save_png, settings_of, with_settings
 from minimuse.plots import film
 from minimuse.utils import pick_device, require
 
@@ -50,9 +53,7 @@ def run_draw(args: argparse.Namespace) -> None:
         save_png(image, path)
         print(f"{path}  ({image.info['minimuse']['prompt']!r}, seed {image.info['minimuse']['seed']})")
     if args.film:
-        strip = film(muse, steps)
-        strip.info = images[0].info
-        save_png(strip, paths[-1])
+        save_png(with_settings(film(muse, steps), images[0].info["minimuse"]), paths[-1])
         print(paths[-1])
     if getattr(args, "like", None):
         print(f"{args.like}: {difference(open_picture(args.like), images[0])}")
@@ -100,8 +101,6 @@ def open_model(name: str | Path, *, device: Any = None) -> Any:
 
 def run_app(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
-    from minimuse.app import serve
-
     serve(args.checkpoint, host=args.host, port=args.port, device=args.device)
 
 
@@ -238,9 +237,7 @@ def run_doctor(args: argparse.Namespace) -> None:
 
 def run_compare(args: argparse.Namespace) -> None:
     """Print a table, and paired differences from its first sampler. With --out, also write figures and tables."""
-    from minimuse import lab
-    from minimuse.lab_models import open_amused
-
+    require(args.out is None or not args.out.is_file(), f"--out {args.out} is a file; give a folder")
     if args.muse:
         target = open_model(args.muse, device=args.device)
     elif args.amused:

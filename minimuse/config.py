@@ -8,12 +8,15 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, Literal
 
+from minimuse import utils
 from minimuse.masking import ScheduleName
 from minimuse.sampler import SamplingConfig
+from minimuse.text import TextTokens
 from minimuse.transformer import TransformerConfig
-from minimuse.utils import Decay, Fraction, Natural, NonNegative, Positive, PositiveInt, check, check_fields, require
+from minimuse.utils import Checked, Decay, Fraction, Natural, NonNegative, Positive, PositiveInt, Size, require
 from minimuse.vqgan import GROUP, VQGANConfig
 
+FORMAT = "minimuse-1"  # of a checkpoint
 STAGES = ("low_tokenizer", "base", "high_tokenizer", "superres", "decoder")
 EQUAL = (  # fields of MuseConfig that must agree
     ("base.codebook_size", "low_tokenizer.codebook_size"),
@@ -27,11 +30,11 @@ EQUAL = (  # fields of MuseConfig that must agree
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(Checked):
     """How one stage trains."""
 
     steps: PositiveInt
-    batch: PositiveInt
+    batch: Size
     learning_rate: Positive
     warmup: Natural
     weight_decay: NonNegative
@@ -47,29 +50,26 @@ class StageConfig:
     perceptual_weight: NonNegative = 0.05  # tokenizers (A.2)
     adversarial_weight: NonNegative = 0.1  # tokenizers (A.2)
     adversarial_start: Natural = 0  # step at which the adversarial loss starts
-    discriminator_width: PositiveInt = 32  # tokenizers: channels of the discriminator's first layer
+    discriminator_width: Size = 32  # tokenizers: channels of the discriminator's first layer
     ema: Decay = 0.0  # decay of a moving average of the weights, which becomes the result; 0 is none
     save_every: PositiveInt = 500  # steps between saved states
     eval_every: PositiveInt = 500  # steps between validations and sample grids
 
-    def __post_init__(self):
-        check_fields(self)
-
 
 @dataclass(frozen=True)
-class MuseConfig:
+class MuseConfig(Checked):
     """A whole Muse: two tokenizers, two transformers, a language model, and how each stage trains and decodes."""
 
     name: str
     text_encoder: str  # hub id, folder, or "all-MiniLM-L6-v2"
-    text_tokens: PositiveInt  # longest prompt, in tokens of the language model
+    text_tokens: TextTokens  # longest prompt, in tokens of the language model
     low_tokenizer: VQGANConfig
     high_tokenizer: VQGANConfig
     base: TransformerConfig
     superres: TransformerConfig
     base_sampling: SamplingConfig
     superres_sampling: SamplingConfig
-    finetuned_width: PositiveInt  # the decoder of Muse 2.5
+    finetuned_width: Size  # the decoder of Muse 2.5
     finetuned_blocks: tuple[Natural, ...]
     scenes: PositiveInt  # number of training scenes, if the data are scenes
     captions: PositiveInt  # captions per scene
@@ -87,7 +87,7 @@ class MuseConfig:
         return replace(self.high_tokenizer, decoder_width=self.finetuned_width, decoder_blocks=self.finetuned_blocks)
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         for a, b in EQUAL:
             x, y = attrgetter(a, b)(self)
             require(x == y, f"{a} is {x} but {b} is {y}; make them equal")
@@ -99,11 +99,10 @@ class MuseConfig:
         more = [a >= b for a, b in zip(self.finetuned_blocks, high.decoder_blocks, strict=False)]
         fits = all(more) and len(self.finetuned_blocks) == len(high.decoder_blocks)
         require(fits, f"finetuned_blocks is {self.finetuned_blocks}; give {high.decoder_blocks}, or larger numbers")
-        require(self.text_tokens >= 3, f"text_tokens is {self.text_tokens}; give at least 3, two may be special tokens")
+        for name, stage in self.stages.items():
+            side = max(8, low.downsampling if name == "low_tokenizer" else high.downsampling)  # 8: the discriminator's
+            require(stage.crop % side == 0, f"stages.{name}.crop is {stage.crop}; give a multiple of {side}, or 0")
         require(sum(self.fractions) > 0, "fractions are all 0; give at least one above 0")
-
-
-# --- presets ----------------------------------------------------------------------------------------------------------
 
 
 def nano() -> MuseConfig:
@@ -147,7 +146,6 @@ def toy() -> MuseConfig:
         small.low_tokenizer, image_size=64, codebook_size=512, code_dim=16,
         multipliers=(1, 2, 4, 8), blocks=(1, 1, 1, 2), decoder_blocks=(1, 1, 1, 2),
     )  # fmt: skip
-    fine = {"multipliers": (1, 2, 4), "blocks": (0, 1, 2), "decoder_blocks": (0, 1, 2)}
     tokenizing = replace(small.stages["low_tokenizer"], steps=7000, perceptual_weight=0.05)
     masked = replace(small.stages["base"], batch=64)
     late = {"adversarial_weight": 0.1, "adversarial_start": 200}
@@ -155,7 +153,7 @@ def toy() -> MuseConfig:
         small, name="toy",
         scenes=60_000, captions=4, fractions=(25, 55, 20), synonyms=0.5,
         low_tokenizer=low,
-        high_tokenizer=replace(low, image_size=128, **fine),
+        high_tokenizer=replace(low, image_size=128, multipliers=(1, 2, 4), blocks=(0, 1, 2), decoder_blocks=(0, 1, 2)),
         finetuned_blocks=(1, 2, 2),
         # Deviation: one text layer, because MiniLM's vectors hardly tell the order of words (benchmarks/binding.md)
         base=replace(small.base, codebook_size=512, layers=6, text_layers=1, width=192, mlp_width=768),
@@ -184,7 +182,6 @@ def paper_3b() -> MuseConfig:
         image_size=256, codebook_size=8192, code_dim=256, width=128, multipliers=(1, 1, 2, 2, 4), blocks=(2,) * 5,
         decoder_width=128, decoder_blocks=(2,) * 5,
     )  # fmt: skip
-    fine = {"multipliers": (1, 1, 2, 4), "blocks": (2,) * 4, "decoder_blocks": (2,) * 4}
     smaller = {"width": 1024, "layers": 32, "heads": 16, "mlp_width": 4096}
     larger = {"width": 2048, "layers": 48, "heads": 32, "mlp_width": 8192}
     base = TransformerConfig(codebook_size=8192, grid=16, text_width=4096, **larger)
@@ -201,7 +198,7 @@ def paper_3b() -> MuseConfig:
         name="paper_3b", text_encoder="google/t5-v1_1-xxl", text_tokens=128,
         scenes=1_000_000, captions=4,
         low_tokenizer=low,
-        high_tokenizer=replace(low, image_size=512, **fine),
+        high_tokenizer=replace(low, image_size=512, multipliers=(1, 1, 2, 4), blocks=(2,) * 4, decoder_blocks=(2,) * 4),
         finetuned_width=256, finetuned_blocks=(4,) * 4,
         base=base,
         superres=replace(base, grid=64, block=8, low_layers=16, low_grid=16, low_codebook_size=8192, **smaller),
@@ -232,11 +229,9 @@ def preset(name: str) -> MuseConfig:
     return PRESETS[name]()
 
 
-def to_dict(config: MuseConfig) -> dict[str, Any]:
-    """A configuration as plain JSON values."""
-    return dataclasses.asdict(config)
+to_dict = dataclasses.asdict  # a configuration as plain JSON values
 
 
 def from_dict(values: dict[str, Any], cls: type = MuseConfig) -> Any:
     """The values of `to_dict` -> a configuration."""
-    return check(cls.__name__, values, cls)
+    return utils.check(cls.__name__, values, cls)

@@ -202,7 +202,7 @@ class TrainingData:
 
     def __post_init__(self):
         self.side = self.config.high_tokenizer.image_size
-        self.pixels_limit = max(1, int(self.config.pixels_gib * 2**30 / (3 * self.side**2)))
+        self.pixels_limit = int(min(sys.maxsize, max(1, self.config.pixels_gib / (3 * self.side**2) * 2**30)))
         self.images = self._first = self._rows("pixels", limit=self.pixels_limit)  # later rows must match the first
         self.tokens: dict[str, Rows] = {}
         self._logged = 0  # parts whose problems are in the log

@@ -21,7 +21,7 @@ from torch import Tensor
 from minimuse import data_scenes
 from minimuse.data_images import to_uint8
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES, Scene, Thing, relations
-from minimuse.utils import Fraction, NonNegative, OneSeed, Rule, check, check_fields, content_hash, require
+from minimuse.utils import Checked, Fraction, NonNegative, OneSeed, Rule, check, content_hash, require
 
 SCENES_VERSION = 1  # raise it on purpose when the same scenes give other pixels or captions: caches become invalid
 PART = 500  # examples in a part, where a source has no parts of its own
@@ -168,7 +168,7 @@ class Problems:
 
 
 @dataclass(frozen=True)
-class SceneDataset:
+class SceneDataset(Checked):
     """n captioned scenes of one split: a `Source`. Everything follows from (split, seed, i), so nothing is stored."""
 
     n: Annotated[int, Rule(lambda x: 1 <= x <= 10**8, "a positive whole number, at most 10**8")]
@@ -180,7 +180,7 @@ class SceneDataset:
     synonyms: Fraction = 0.0  # fraction of captions that use the words of SYNONYMS
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         require(sum(self.fractions) > 0, "SceneDataset.fractions are all 0; give one above 0")
 
     @cached_property

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minimuse.utils import Rule, check, check_fields, require
+from minimuse.utils import Checked, Rule, check, require
 
 COLORS = {
     "gray": (0.36, 0.37, 0.40), "red": (0.80, 0.11, 0.13), "blue": (0.14, 0.27, 0.86), "green": (0.10, 0.55, 0.16),
@@ -45,7 +45,7 @@ _CLEAR_X, _CLEAR_DEPTH = 0.9, 1.2  # separations from which we call a thing left
 
 
 @dataclass(frozen=True)
-class Thing:
+class Thing(Checked):
     color: Literal[tuple(COLORS)]
     shape: Literal[SHAPES]
     size: Literal[SIZES] = "large"
@@ -54,16 +54,13 @@ class Thing:
     depth: float = 0.0  # towards -> away
     turn: float = 30.0  # degrees about the vertical; shows on cubes alone
 
-    def __post_init__(self):
-        check_fields(self)
-
 
 @dataclass(frozen=True)
-class Scene:
+class Scene(Checked):
     things: tuple[Thing, ...]
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         require(1 <= len(self.things) <= MAX_THINGS, f"Scene.things holds {len(self.things)}; give 1 to {MAX_THINGS}")
 
 

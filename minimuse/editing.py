@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from minimuse.cfg import Guidance, get_guidance, guided
-from minimuse.data_images import area_downsample, from_pil, mask_from, to_rgb
+from minimuse.data_images import area_downsample
 from minimuse.masking import random_mask
 from minimuse.sampler import LogitsFn, Step, check_settings, decode
 from minimuse.utils import Fraction, Natural, PositiveInt, check, generator_of, require
@@ -51,8 +51,7 @@ def resample(
 ) -> Steps:  # fmt: skip
     """tokens (B, N) of an image -> one Step per iteration: a random fraction is masked and drawn again (Muse 3.3.2).
 
-    As in Gibbs sampling, every state is a whole picture, and it drifts towards the prompt of `logits_fn`. An iteration
-    is one forward pass; u goes from 0 at the first to 1 at the last.
+    As in Gibbs sampling, every state is a whole picture. u goes from 0 at the first iteration to 1 at the last.
     """
     iterations = check("iterations", iterations, PositiveInt)
     fraction = check("fraction", fraction, Fraction)
@@ -78,10 +77,7 @@ def fill_with_nearest(tokens: Tensor, masked: Tensor) -> Tensor:
 
 
 def windows(known: Tensor, side: int) -> Iterator[tuple[int, int]]:
-    """known (H, W) bool -> (top, left) of square windows that cover the unknown pixels, the best known window first.
-
-    Windows overlap by half. The caller marks in `known` what it has painted.
-    """
+    """known (H, W) bool, where the caller marks what it paints -> (top, left) of the best known window, overlapping."""
     tops, lefts = ([*range(0, length - side, max(1, side // 2)), length - side] for length in known.shape)
     while not known.all():
         fractions = {(y, x): known[y : y + side, x : x + side].float().mean().item() for y in tops for x in lefts}
@@ -91,6 +87,8 @@ def windows(known: Tensor, side: int) -> Iterator[tuple[int, int]]:
 @torch.inference_mode()
 def tokenize(muse: Muse, *images: Image.Image) -> tuple[Tensor, Tensor]:
     """B pictures -> low tokens (B, N_low) of the decimated pictures, high tokens (B, N) (Muse 3.3.1)."""
+    from minimuse.pictures import from_pil
+
     side = muse.config.high_tokenizer.image_size
     pixels = torch.cat([from_pil(image, side) for image in images]).to(muse.device)
     low = area_downsample(pixels, side // muse.config.low_tokenizer.image_size)
@@ -137,6 +135,8 @@ def inpaint(
 
     With `keep` your pixels outside the mask come back bit for bit. `sampling` is as in `Muse`.
     """
+    from minimuse.pictures import mask_from, to_rgb
+
     tokens = tokenize(muse, image)
     repaint = mask_from(mask, image.size)
     jobs = muse.jobs(prompt, n, seed, negative_prompt)
@@ -159,6 +159,8 @@ def outpaint(
     New canvas is inpainted window by window, starting next to the picture, whose pixels come back bit for bit.
     Choice: unpainted canvas repeats the picture's edge; black would leak into the tokens next to it.
     """
+    from minimuse.pictures import from_pil, to_rgb
+
     sides = padding if isinstance(padding, tuple | list) else (padding,) * 4
     sides = check("padding", sides, tuple[Natural, Natural, Natural, Natural])
     side = muse.config.high_tokenizer.image_size
@@ -199,8 +201,8 @@ def edit(
 def edit_steps(muse: Muse, image: Image.Image, prompt: str, *, seed: int = 0, **settings) -> Steps:
     """The Steps of `edit`: a whole picture of low tokens after each iteration, then super-resolution's Steps.
 
-    The paper: iterations=100, fraction=0.08, guidance=4, top_k=3. A checkpoint may have another guidance
-    (`MuseConfig.edit_guidance`). Choice: a pair rises from the first iteration to the last; the paper's is constant.
+    The paper: iterations=100, fraction=0.08, guidance=4 (here `MuseConfig.edit_guidance`), top_k=3.
+    Choice: a pair of guidance rises from the first iteration to the last; the paper's is constant.
     """
     negative = settings.pop("negative_prompt", None)
     return edit_tokens(muse, tokenize(muse, image), muse.jobs(prompt, 1, seed, negative), **settings)

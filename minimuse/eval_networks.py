@@ -29,9 +29,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minimuse import checkpoint
-from minimuse.data_images import from_pil, to_float, to_pil
+from minimuse.data_images import to_float, to_pil
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES
 from minimuse.eval_metrics import check_images
+from minimuse.pictures import from_pil
 from minimuse.text import Context, TextEncoder
 from minimuse.vqgan import Encoder, VQGANConfig
 

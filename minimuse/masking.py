@@ -8,6 +8,7 @@ Not here: which positions are revealed, and what is drawn there (`sampler.py`).
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
@@ -42,38 +43,26 @@ SCHEDULES: dict[str, Schedule] = {
     "cubic": power_schedule(3),
     "sqrt": power_schedule(0.5),
 }
+POWER = re.compile(r"pow(?=.*[1-9])\d*\.?\d*")
+SCHEDULE_NAMES = "the name of a schedule: " + ", ".join([*SCHEDULES, "log, or a power such as pow2.5"])
+ScheduleName = Annotated[str, Rule(lambda x: x in SCHEDULES or x == "log" or bool(POWER.fullmatch(x)), SCHEDULE_NAMES)]
 
 
 def get_schedule(schedule: str | Schedule, n: int | None = None) -> Schedule:
     """A name ("cosine", "log", "pow2.5", ...) or a function u -> r -> the function. "log" needs n tokens."""
     if callable(schedule):
         return lambda u: check(f"the schedule at u = {u:.3g}", schedule(u), Ratio)
-    if isinstance(schedule, str) and schedule in SCHEDULES:
-        return SCHEDULES[schedule]
-    if schedule == "log":
+    name = check("schedule", schedule, ScheduleName)
+    if name == "log":
         require(n is not None, '"log" depends on the number of tokens; pass log_schedule(n) instead of its name')
         return log_schedule(n)
-    if isinstance(schedule, str) and schedule.startswith("pow") and schedule[3:].replace(".", "", 1).isdecimal():
-        return power_schedule(float(schedule[3:]))
-    known = ", ".join([*SCHEDULES, "log", "powP (such as pow2.5)"])
-    raise ValueError(f"unknown schedule {schedule!r}; known: {known}")
-
-
-def _is_schedule(name: str) -> bool:
-    try:
-        return callable(get_schedule(name, 2))
-    except ValueError:
-        return False
-
-
-ScheduleName = Annotated[str, Rule(_is_schedule, "the name of a schedule: " + ", ".join([*SCHEDULES, "log", "pow2.5"]))]
+    return SCHEDULES[name] if name in SCHEDULES else power_schedule(float(name[3:]))
 
 
 def reveal_counts(n: int, steps: int, schedule: str | Schedule = "cosine") -> list[int]:
     """How many of n masked tokens each step reveals. They sum to n; every step reveals at least one.
 
-    MaskGIT: after step i of T, floor(n * schedule((i + 1) / T)) stay masked, at least one for each later step.
-    With n < steps there are only n steps.
+    At least one token stays masked for each later step. With n < steps there are only n steps.
 
     >>> reveal_counts(256, 12)
     [3, 6, 11, 15, 18, 22, 26, 27, 31, 31, 33, 33]
@@ -140,8 +129,7 @@ def masked_cross_entropy(
 ) -> Tensor:
     """logits (B, N, V), targets (B, N), masked (B, N) -> (): mean cross-entropy in nats over the masked tokens.
 
-    Muse 2.3. If the rows are only a part of a batch, `count` is the number of masked tokens in all of it: the losses of
-    the parts then add up to the batch's mean.
+    Muse 2.3. `count`: the masked tokens of the whole batch, if the rows are only a part of it.
     """
     hidden = targets.masked_fill(~masked, -100).flatten()  # cross_entropy ignores -100
     total = F.cross_entropy(logits.flatten(0, 1).float(), hidden, reduction="sum", label_smoothing=label_smoothing)

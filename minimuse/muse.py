@@ -19,16 +19,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minimuse import checkpoint, editing
+from minimuse import editing
 from minimuse.cfg import get_guidance, guided, null_text
-from minimuse.config import MuseConfig
+from minimuse.config import FORMAT, MuseConfig
 from minimuse.data_images import to_pil
 from minimuse.editing import Callback, Jobs, Seed, Steps, seeded_generators
 from minimuse.masking import uniforms
 from minimuse.sampler import SamplingConfig, Step, check_settings, decode
 from minimuse.text import Context, TextEncoder
 from minimuse.transformer import SuperRes, Transformer
-from minimuse.utils import OneSeed, PositiveInt, check, pick_device, pick_dtype, plain, require
+from minimuse.utils import FloatType, OneSeed, PositiveInt, check, pick_device, pick_dtype, plain, require
 from minimuse.vqgan import VQGAN
 
 
@@ -54,7 +54,7 @@ class Muse:
     you leave out. With another `order` the ranking noise is 0 unless you set it.
     """
 
-    format = checkpoint.FORMAT  # in config.json; a baseline has its own format, networks and guidance
+    format = FORMAT  # in config.json; a baseline has its own format, networks and guidance
     build = staticmethod(build)
     guided = staticmethod(guided)
 
@@ -88,8 +88,8 @@ class Muse:
     ) -> Steps:
         """B jobs, low_tokens (B, N_low) -> Steps of super-resolution over (B, N) tokens (Muse 2.4, 2.8).
 
-        `generators` None continue each seed where a base decode with the checkpoint's number of steps ends. So the low
-        tokens of `generate` become the same picture again.
+        `generators` None continue each seed where the checkpoint's base decode ends, so that low tokens of `generate`
+        become the same picture again.
         """
         if generators is None:
             generators = seeded_generators(jobs)
@@ -156,6 +156,8 @@ class Muse:
 
         `device` None is cuda, then mps, then cpu. `dtype` None is what `pick_dtype` chooses.
         """
+        from minimuse import checkpoint
+
         config, weights, about = checkpoint.load(name, cls.format)
         with torch.device("meta"):
             parts = cls.build(config)
@@ -177,11 +179,14 @@ class Muse:
 
         A published low tokenizer is named in config.json, not stored. ValueError if the weights do not fit the config.
         """
+        from minimuse import checkpoint
+
         parts = nn.ModuleDict(self.parts)
         with torch.device("meta"):
             expected = self.build(self.config)
         if self.config.low_tokenizer_from:
             del parts["low_tokenizer"], expected["low_tokenizer"]
+        check("dtype", dtype or self.dtype, FloatType)
         weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in parts.state_dict().items()}
         checkpoint.check_weights(expected.state_dict(), weights, self.config.name)
         return checkpoint.save(folder, self.config, weights, self.about, overwrite=overwrite)
@@ -194,13 +199,14 @@ class Muse:
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits for configuration and weights. Pictures carry it to say which checkpoint made them."""
-        return checkpoint.fingerprint(self.config, self.parts.state_dict())
+        from minimuse.checkpoint import fingerprint
+
+        return fingerprint(self.config, self.parts.state_dict())
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Muse":
         """Move the networks and the language model; returns itself."""
-        require(dtype is None or dtype.is_floating_point, f"dtype is {dtype}; give torch.float32 or torch.bfloat16")
+        self.dtype = check("dtype", dtype or self.dtype, FloatType)
         self.device = pick_device(device or self.device)
-        self.dtype = dtype or self.dtype
         self.parts.to(self.device, self.dtype)
         self.encoder.to(self.device)
         return self
@@ -240,7 +246,7 @@ class Muse:
         unknown = [word for word in words if word not in self.words]
         if not self.words or 2 * len(unknown) <= len(words):
             return ""
-        return f"{self.config.name} never saw {', '.join(unknown)} in training. Try one of {self.examples[:3]}"
+        return f"{self.config.name} never saw {', '.join(unknown)[:300]} in training. Try one of {self.examples[:3]}"
 
     def contexts(self, jobs: Jobs) -> tuple[Context, Context]:
         """Jobs -> their texts, and what to guide away from: removed text or negative prompts (Muse 2.7)."""

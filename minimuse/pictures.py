@@ -1,10 +1,12 @@
-"""Pictures as files: PNGs that hold the settings that made them, the same picture drawn again, files of any origin.
+"""Pictures of users: files and masks of any kind, PNGs that hold the settings that made them, the same drawn again.
 
 Not here: which settings are noted (`Muse.to_pictures`), captioned images to train on (`data_sources.py`).
 """
 
 import itertools
 import json
+import math
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -14,10 +16,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
-from minimuse.data_images import to_rgb
+from minimuse.data_images import to_float
 from minimuse.sampler import Step
 from minimuse.utils import atomic_write, require
 
@@ -40,19 +44,18 @@ def save_png(image: Image.Image, path: str | Path) -> None:
     atomic_write(Path(path), partial(image.save, format="PNG", pnginfo=chunks))
 
 
-def with_settings(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
+def with_settings(image: Image.Image, settings: dict[str, Any] | str) -> Image.Image:
     """A copy that carries the settings as text, which other programs keep when they write a PNG."""
     image = image.copy()
-    image.info = {KEY: json.dumps(settings, default=lambda value: FUNCTION)}
+    image.info = {KEY: settings if isinstance(settings, str) else json.dumps(settings, default=lambda value: FUNCTION)}
     return image
 
 
 def decode_image(file: str | Path | IO[bytes], side: int | None = None, min_side: int = 0) -> Image.Image:
-    """An image file of any origin -> a PIL image. It is judged by its header before it is decoded.
+    """An image file of any origin -> a PIL image. `Refused` by its header if it is too large, or below `min_side`.
 
     With `side`: upright, RGB, the shorter side scaled to `side`, cropped at the centre; `info["cut"]` is the fraction
-    that the crop removed. An animation gives its first frame. Colour profiles are not applied. Raises `Refused`, also
-    if a side has fewer than `min_side` pixels.
+    that the crop removed. An animation gives its first frame. Colour profiles are not applied.
     """
     try:
         with warnings.catch_warnings():
@@ -82,9 +85,58 @@ def open_picture(path: str | Path, side: int | None = None) -> Image.Image:
     try:
         return decode_image(path, side)
     except Refused as problem:
-        million = Image.MAX_IMAGE_PIXELS / 1e6
-        expected = f"give a PNG, JPEG or WebP of at most {million:.0f} million pixels"
+        expected = f"give a PNG, JPEG or WebP of at most {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise ValueError(f"{Path(path).name} cannot be read, it is {problem}; {expected}") from problem
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode -> RGB. Transparent pixels become white."""
+    if image.mode[:1] == "I":  # Choice: gray of the fewest bits that hold its largest value; cameras have 10, 12, or 14
+        values = np.asarray(image)
+        white = next((2**bits - 1 for bits in (8, 10, 12, 14) if values.max() < 2**bits), 65535)
+        image = Image.fromarray((values.clip(0, white) * (255 / white) + 0.5).astype(np.uint8))
+    if image.mode in ("RGBA", "LA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def from_pil(image: Image.Image, size: int) -> Tensor:
+    """A PIL image of size x size pixels -> (1, 3, size, size) in [-1, 1]. Transparent pixels become white."""
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"expected a PIL image, {type(image).__name__} came; open a file with PIL.Image.open(path)")
+    if image.size != (size, size):
+        came = f"{image.width} x {image.height} came; crop it to a square and scale it"
+        raise ValueError(f"expected an image of {size} x {size} pixels, {came}")
+    if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
+        raise ValueError(f"expected an image of mode RGB, RGBA, L or P, {image.mode} came; convert it to RGB")
+    pixels = torch.frombuffer(bytearray(to_rgb(image).tobytes()), dtype=torch.uint8)
+    return to_float(pixels.view(1, size, size, 3).permute(0, 3, 1, 2))
+
+
+def mask_from(mask: Any, size: tuple[int, int]) -> Tensor:
+    """A PIL image or an array (H, W) -> bool (H, W), True = repaint. `size` is the picture's (W, H).
+
+    One rule for every type: black is 0; white is the smallest of 1, 255 and 65535 that no value exceeds; what is more
+    than half of white is repainted. Colors count by their brightness. ValueError if nothing is white, or if parts are
+    transparent: some programs erase what is to be repainted, others paint it.
+    """
+    plain = isinstance(mask, Image.Image) and mask.mode[:1] in ("1", "I", "F")
+    require(not (plain and "transparency" in mask.info), "the mask has a transparent color; give black and white")
+    if isinstance(mask, Image.Image) and not plain:
+        require(mask.mode != "LAB", "the mask is of mode LAB, which Pillow cannot convert; give black and white")
+        clear = mask.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+        require(not clear, "the mask has transparent parts; give black and white, such as Image.getchannel('A')")
+        mask = mask.convert("L")
+    mask = np.asarray(mask.detach().cpu().double() if isinstance(mask, Tensor) else mask)
+    came = " x ".join(str(n) for n in mask.shape[::-1]) or "a single value"
+    require(mask.shape == size[::-1], f"expected a mask of the picture's {size[0]} x {size[1]} pixels, {came} came")
+    low, high = (float(mask.min()), float(mask.max())) if mask.dtype.kind in "biuf" else (math.nan, math.nan)
+    fits = 0 <= low <= high <= 65535
+    require(fits, f"the mask holds {mask.dtype} values from {low} to {high}; give 0 to 1, or 0 to 255")
+    white = next(w for w in (1, 255, 65535) if high <= w)
+    require(high > white / 2, f"the mask is empty: no value is above half of {white}; white is what to repaint")
+    return torch.from_numpy(mask > white / 2)
 
 
 def settings_of(picture: str | Path | Image.Image) -> dict[str, Any]:
@@ -109,10 +161,9 @@ def again(muse: Any, settings: dict[str, Any], *, callback: Callable[[Step], Non
     ValueError if another checkpoint made it, or if it needs more than its prompt and settings. Another machine, or a
     batch of several pictures, may round differently.
     """
-    model, fingerprint = settings["model"], settings["fingerprint"]
-    this = f"this one is {muse.config.name} with {muse.fingerprint}; name the right one"
-    other = f"the picture was made by another checkpoint, {model} with the fingerprint {fingerprint}; {this}"
-    require(fingerprint == muse.fingerprint, other)
+    is_same = settings["fingerprint"] == muse.fingerprint
+    made = "the picture was made by another checkpoint, {model} with the fingerprint {fingerprint}".format(**settings)
+    require(is_same, f"{made}; this one is {muse.config.name} with {muse.fingerprint}; name the right one")
     task = settings.get("task")
     require(not task, f"it was made by {task} from another picture, which it does not hold; give a generated one")
     require(FUNCTION not in str(settings), f"a setting came as {FUNCTION}; only Python can draw it again")
@@ -139,10 +190,12 @@ def output_paths(out: Path | None, prompt: str, count: int, *, film: bool = Fals
     for version in itertools.count(1):
         path = out or Path(f"{stem}-v{version}.png" if version > 1 else f"{stem}.png")
         require(path.suffix.lower() == ".png", f"{path}: give a name that ends in .png, the format that holds settings")
-        require(path.parent.is_dir(), f"no folder {path.parent}; create it first")
+        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+        require(writable, f"no folder {path.parent} to write in; create it first, or give another")
         paths = [path.with_stem(path.stem + ending) for ending in endings]
         existing = [str(path) for path in paths if path.exists()]
         if out or not existing:
             break
-    require(force or not existing, f"{', '.join(existing)} already exists; give another name, or --force")
+    free = force and not any(path.is_dir() for path in paths)
+    require(free or not existing, f"{', '.join(existing)} already exists; give another name, or --force for files")
     return paths

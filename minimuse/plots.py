@@ -142,10 +142,7 @@ def style() -> None:
 
 
 def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool] = (True, False)) -> list[int]:
-    """Points (x, y) -> indices of those that no other point beats, sorted by x. `lower`: is less better, for x and y?
-
-    A point beats another if it is at least as good in both and better in one.
-    """
+    """Points -> indices by x of those that none beats (as good in both, better in one). `lower`: is less better?"""
     costs = [tuple(value if less else -value for value, less in zip(point, lower, strict=True)) for point in points]
     best = [a for a in costs if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in costs)]
     return sorted((i for i, cost in enumerate(costs) if cost in best), key=lambda i: points[i])
@@ -169,22 +166,19 @@ def tradeoff(
     turn = "steps-post" if lower[0] else "steps-pre"  # the points behind the staircase are beaten by one on it
     axes.plot(*zip(*front, strict=True), drawstyle=turn, color="0.6", lw=4, alpha=0.5, label="Pareto front")
     for i, (name, pairs) in enumerate(series.items()):
-        marks = {"color": f"C{i % 10}", "marker": "osD^vPX*"[i % 8], "lw": 0.8, "ms": 5}
-        rows = [[(m.value, m.value - m.low, m.high - m.value) for m in pair] for pair in pairs.values()]
-        (xs, *x_reach), (ys, *y_reach) = np.reshape(rows, (-1, 2, 3)).transpose(1, 2, 0)
-        axes.errorbar(xs, ys, xerr=x_reach, yerr=y_reach, label=name, **marks)
-        for label, *point in zip(pairs, xs, ys, strict=True):
-            axes.annotate(label, point, (5, 4), textcoords="offset points", fontsize=8, color=marks["color"])
+        pen = {"color": f"C{i % 10}", "marker": "osD^vPX*"[i % 8], "lw": 0.8, "ms": 5}
+        axes.plot([a.value for a, _ in pairs.values()], [b.value for _, b in pairs.values()], label=name, **pen)
+        for label, (a, b) in pairs.items():
+            axes.hlines(b.value, a.low, a.high, pen["color"], lw=0.8)
+            axes.vlines(a.value, b.low, b.high, pen["color"], lw=0.8)
+            axes.annotate(label, (a.value, b.value), (5, 4), textcoords="offset points", fontsize=8, color=pen["color"])
     labels = [f"{text} ({'lower' if less else 'higher'} is better)" for less, text in zip(lower, (x, y), strict=True)]
     axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log_x else "linear")
     return _drawn(figure)
 
 
 def curves(log: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """The lines of a run's log.jsonl -> one plot for each stage: its training metric and the held-out one.
-
-    Tokenizers show the PSNR in dB. Transformers show nats per masked token, and held out the likelihood bound.
-    """
+    """The lines of a run's log.jsonl -> a plot for each stage: PSNR, or the loss and the held-out likelihood bound."""
     stages = dict.fromkeys(line["stage"] for line in log)
     require(stages, "the log holds no line of a stage yet; a run writes one every ten steps")
     from matplotlib.figure import Figure
@@ -207,7 +201,7 @@ def _drawn(figure: Any) -> Image.Image:
         axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     file = io.BytesIO()
-    figure.savefig(file, dpi=figure.dpi)
+    figure.savefig(file, dpi=figure.dpi)  # else `style` sets it
     return Image.open(file).convert("RGB")
 
 

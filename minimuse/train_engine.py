@@ -24,7 +24,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from minimuse import train_state
+from minimuse import train_state, utils
 from minimuse.config import StageConfig
 from minimuse.transformer import Layer, TextLayer, Transformer
 from minimuse.utils import Natural, OneSeed, PositiveInt, check, derive_seed, precision, require, seeded_generator
@@ -146,7 +146,7 @@ class Engine:
     ):  # fmt: skip
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
+        self.accelerator = Accelerator(cpu=device is not None and utils.pick_device(device).type == "cpu")
         found = self.accelerator.device  # on CPUs "cpu:0", "cpu:1"; moving there would copy each tensor
         self.device = torch.device("cpu") if found.type == "cpu" else found
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes

@@ -19,28 +19,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimuse.text import Context
-from minimuse.utils import Fraction, Natural, PositiveInt, check_fields, require, require_multiple
+from minimuse.utils import Checked, Depth, Fraction, Layers, Natural, Size, require, require_multiple
 
 RESIDUAL_OUTPUTS = ("attention.out.weight", "cross.out.weight", "mlp.2.weight")  # of a layer: added to its input
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Checked):
     """A masked transformer (Muse 2.3, A.1). With `low_layers` > 0, a super-resolution transformer (2.4, A.3)."""
 
-    codebook_size: PositiveInt  # V of the tokens that it predicts
-    grid: PositiveInt  # tokens per side; N = grid ** 2
-    text_width: PositiveInt  # D_lm of the language model
-    width: PositiveInt  # D
-    layers: PositiveInt
-    heads: PositiveInt  # Choice: 64 channels per head in the paper presets
-    mlp_width: PositiveInt
+    codebook_size: Size  # V of the tokens that it predicts
+    grid: Size  # tokens per side; N = grid ** 2
+    text_width: Size  # D_lm of the language model
+    width: Size  # D
+    layers: Layers
+    heads: Size  # Choice: 64 channels per head in the paper presets
+    mlp_width: Size
     block: Natural = 0  # side b of multi-axis attention's blocks; 0 is full attention
-    low_layers: Natural = 0  # depth of the encoder over the low-res tokens
+    low_layers: Depth = 0  # depth of the encoder over the low-res tokens
     low_grid: Natural = 0
     low_codebook_size: Natural = 0
     dropout: Fraction = 0.0  # Choice: the paper is silent
-    text_layers: Natural = 0  # Deviation: trained layers over the text embeddings, see `TextLayer`; Muse has none
+    text_layers: Depth = 0  # Deviation: trained layers over the text embeddings, see `TextLayer`; Muse has none
 
     @property
     def tokens(self) -> int:
@@ -48,7 +48,7 @@ class TransformerConfig:
         return self.grid**2
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         require_multiple(self, "width", self.heads)
         require_multiple(self, "grid", self.block or 1)
         if self.block or self.text_layers:  # half of the heads attend in one way, half in another
@@ -160,9 +160,8 @@ class Layer(nn.Module):
             self.norm2 = nn.LayerNorm(width, bias=False)
             self.cross = CrossAttention(width, heads)
         self.norm3 = nn.LayerNorm(width, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, mlp_width, bias=False), nn.GELU(), nn.Linear(mlp_width, width, bias=False)
-        )
+        mlp = nn.Linear(width, mlp_width, bias=False), nn.GELU(), nn.Linear(mlp_width, width, bias=False)
+        self.mlp = nn.Sequential(*mlp)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, *memory: Tensor) -> Tensor:
@@ -234,8 +233,8 @@ class Transformer(nn.Module):
     def memory(self, context: Context, *extra: Tensor) -> Memory:
         """context (B, L, D_lm), extra entries (B, K, D) -> Memory of M = L + K entries.
 
-        Removed text has no text token. Only the extra entries are left (Muse 2.7). If there are none, all L entries are
-        attended to: their values are zero, so cross-attention adds exactly zero, and no softmax is empty.
+        Removed text has no text token: only the extra entries are left (Muse 2.7). Without any, all L entries are
+        attended to: their values are zero, so cross-attention adds exactly zero.
         """
         text = self.text(context.embeds.masked_fill(~context.mask[..., None], 0))  # (B, L, D)
         entries = torch.cat([self.text_norm(text), *extra], 1)  # (B, M, D)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import reprlib
 import sys
 import uuid
@@ -41,12 +42,16 @@ class Rule(NamedTuple):
 
 PositiveInt = Annotated[int, Rule(lambda x: 0 < x <= 10**12, "a positive whole number, at most 10**12")]
 Natural = Annotated[int, Rule(lambda x: 0 <= x <= 10**12, "0 or a positive whole number, at most 10**12")]
+Size = Annotated[int, Rule(lambda x: 0 < x <= 2**17, "a positive whole number, at most 2**17")]
+Layers = Annotated[int, Rule(lambda x: 0 < x <= 1000, "a positive whole number, at most 1000")]
+Depth = Annotated[int, Rule(lambda x: 0 <= x <= 1000, "0 or a positive whole number, at most 1000")]
 Positive = Annotated[float, Rule(lambda x: x > 0, "a number above 0")]
 NonNegative = Annotated[float, Rule(lambda x: x >= 0, "a number, 0 or more")]
 Fraction = Annotated[float, Rule(lambda x: 0 <= x <= 1, "a fraction, from 0 to 1")]
 Decay = Annotated[float, Rule(lambda x: 0 <= x < 1, "a fraction, from 0 to below 1")]
+FloatType = Annotated[torch.dtype, Rule(lambda x: x.is_floating_point, "torch.float32 or torch.bfloat16")]
 OneSeed = Annotated[int, Rule(lambda x: 0 <= x < 2**32, "a whole number from 0 to 2**32 - 1")]
-EXPECTED = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", tuple: "a list"}
+EXPECTED = {int: "a whole number", float: "a number", str: "a text in UTF-8", bool: "True or False", tuple: "a list"}
 
 
 def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
@@ -80,7 +85,7 @@ def check(name: str, value: Any, kind: Any, expected: str = "") -> Any:
         right = isinstance(value, int | kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         value = float(value) if right and kind is float and abs(value) > 2**53 else value  # torch takes no larger int
     else:
-        right = isinstance(value, origin or kind)
+        right = isinstance(value, origin or kind) and not (kind is str and re.search("[\ud800-\udfff]", value))
     require(right, f"{name} is {reprlib.repr(value)}; give {expected}")
     return value
 
@@ -93,10 +98,12 @@ def plain(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
-def check_fields(config: Any) -> None:
-    """In a dataclass's `__post_init__`: check each field by its annotation, and store plain Python numbers."""
-    for name, kind in _kinds(type(config)).items():
-        object.__setattr__(config, name, check(f"{type(config).__name__}.{name}", getattr(config, name), kind))
+class Checked:
+    """The base of a dataclass whose fields are checked by their annotations, and hold plain Python numbers."""
+
+    def __post_init__(self):
+        for name, kind in _kinds(type(self)).items():
+            object.__setattr__(self, name, check(f"{type(self).__name__}.{name}", getattr(self, name), kind))
 
 
 # --- devices and precision --------------------------------------------------------------------------------------------

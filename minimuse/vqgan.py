@@ -3,7 +3,6 @@
     images (B, 3, H, W) --Encoder--> z (B, d, h, w) --VectorQuantizer--> tokens (B, h*w) --codebook, Decoder--> images
 
 Every layer is a convolution: Muse removes VQGAN's attention block, so that any image size works.
-
 Glossary: f = downsampling, V = codebook_size, d = code_dim, h = H / f, w = W / f.
 Not here: the losses (`vqgan_loss.py`), the training loop (`train.py`).
 """
@@ -17,24 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse.utils import Natural, PositiveInt, check_fields, require, require_multiple
+from minimuse.utils import Checked, Depth, Size, require, require_multiple
 
 GROUP = 16  # channels per normalization group: fixed, so that a wider layer keeps the groups of a narrower one
 PATIENCE = 20  # optimizer steps without use after which a code restarts
 
 
 @dataclass(frozen=True)
-class VQGANConfig:
+class VQGANConfig(Checked):
     """A tokenizer (Muse 2.2, A.2). Each tuple has one number per resolution, from full size down to size / f."""
 
-    image_size: PositiveInt  # side of the training images in pixels; any multiple of f works
-    codebook_size: PositiveInt  # V; in the paper, more than 8192 codes did not help
-    code_dim: PositiveInt  # d
-    width: PositiveInt  # channels at full size; `multipliers` scale it below
-    multipliers: tuple[PositiveInt, ...]  # f = 2 ** (len(multipliers) - 1)
-    blocks: tuple[Natural, ...]  # residual blocks of the encoder; 0 at full size saves most of a CPU's time
-    decoder_width: PositiveInt  # the fine-tuned decoder (Muse 2.5) differs only in these two
-    decoder_blocks: tuple[Natural, ...]
+    image_size: Size  # side of the training images in pixels; any multiple of f works
+    codebook_size: Size  # V; in the paper, more than 8192 codes did not help
+    code_dim: Size  # d
+    width: Size  # channels at full size; `multipliers` scale it below
+    multipliers: tuple[Size, ...]  # f = 2 ** (len(multipliers) - 1)
+    blocks: tuple[Depth, ...]  # residual blocks of the encoder; 0 at full size saves most of a CPU's time
+    decoder_width: Size  # the fine-tuned decoder (Muse 2.5) differs only in these two
+    decoder_blocks: tuple[Depth, ...]
 
     @property
     def downsampling(self) -> int:
@@ -47,7 +46,7 @@ class VQGANConfig:
         return self.image_size // self.downsampling
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         fits = len(self.multipliers) == len(self.blocks) == len(self.decoder_blocks) > 0
         require(fits, "VQGANConfig: give one multiplier, one number of blocks and of decoder_blocks per resolution")
         require_multiple(self, "width", GROUP)
@@ -165,9 +164,8 @@ class VectorQuantizer(nn.Module):
     ) -> None:
         """Once per optimizer step, dead codes become random encoder outputs. A frozen codebook stays as it is.
 
-        z (B, d, h, w), tokens (B, h*w): the whole batch of the step, all micro-batches and processes. So a step is the
-        same however it is split. idle (V,) counts steps since a code was last used, in place.
-        Choice: a code that was not used for PATIENCE steps is dead.
+        z (B, d, h, w), tokens (B, h*w): of the whole batch, however it is split. idle (V,): steps since a code was last
+        used, counted in place. Choice: a code that was not used for PATIENCE steps is dead.
         """
         if not self.codebook.requires_grad:
             return
@@ -202,14 +200,14 @@ class VQGAN(nn.Module):
         f = self.downsampling
         ok = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] % f == images.shape[3] % f == 0
         ok = ok and images.is_floating_point() and images.numel() > 0
-        came = f"images of shape {tuple(images.shape)} and {images.dtype}"
-        require(ok, f"{came}; give floats (B, 3, H, W) with H and W multiples of {f}")
+        require(ok, f"images {tuple(images.shape)} of {images.dtype}; give floats (B, 3, H, W), multiples of {f}")
         return self.quantizer.nearest(self.encoder(images))
 
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """tokens (B, h*w) -> images (B, 3, H, W) in [-1, 1]; a square, unless `grid` gives (h, w)."""
         ok = tokens.ndim == 2 and tokens.dtype == torch.long and tokens.numel() > 0
-        ok = ok and bool(((tokens >= 0) & (tokens < self.codebook_size)).all())
+        if ok and tokens.device.type == "cpu":  # elsewhere, looking would wait for the device
+            ok = bool(((tokens >= 0) & (tokens < self.codebook_size)).all())
         require(ok, f"tokens {tuple(tokens.shape)} of {tokens.dtype}; give (B, N) long, 0 to {self.codebook_size - 1}")
         n = tokens.shape[1]
         h, w = grid or (math.isqrt(n), math.isqrt(n))
@@ -224,8 +222,7 @@ class VQGAN(nn.Module):
     def grow_decoder(self, config: VQGANConfig) -> "VQGAN":
         """A copy with the bigger decoder of `config`; encoder and codebook stay the same and are frozen (Muse 2.5).
 
-        Choice: the bigger decoder starts as the same function. Old weights fill the leading channels, new channels
-        feed old ones through zeros, new blocks are the identity.
+        Choice: it starts as the same function: new channels feed old ones through zeros, new blocks are the identity.
         """
         grown = VQGAN(config)
         grown.encoder = copy.deepcopy(self.encoder)

@@ -4,7 +4,6 @@
     discriminator loss  the hinge loss, (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x'))) / 2
 
 A perceptual loss is any function (x, x') -> (): LPIPS, or a distance of features that were trained on scenes.
-
 Glossary: x images, x' reconstructions, D discriminator, w_p = 0.05 and w_a = 0.1 (A.2), lambda `adaptive_weight`.
 Not here: the quantizer's losses (`vqgan.py`), the training loop (`train.py`).
 """
@@ -20,21 +19,20 @@ Weight = Tensor | Callable[[Tensor], Tensor]  # lambda, or the function that com
 COMMITMENT = 0.25  # weight of the quantizer's commitment loss (VQGAN)
 
 
-def _down(c_in: int, c_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
+def _pyramid(width: int) -> list[nn.Module]:
+    """images (B, 3, H, W) -> maps of 1/2, 1/4 and 1/8 of the size: a module for each."""
+    sizes = [(3, width), (width, 2 * width), (2 * width, 4 * width)]
+    return [nn.Sequential(nn.Conv2d(*size, 4, stride=2, padding=1), nn.LeakyReLU(0.2)) for size in sizes]
 
 
 class PatchDiscriminator(nn.Module):
-    """images (B, 3, H, W) -> one logit per patch, (B, 1, H/8, W/8), high where it looks real (pix2pix's PatchGAN).
+    """images (B, 3, H, W) -> one logit per patch, (B, 1, H/8, W/8), high where it looks real (pix2pix's PatchGAN)."""
 
-    Choice: three layers and no normalization; VQGAN's has width 64 and BatchNorm.
-    """
+    # Choice: three layers and no normalization; VQGAN's has width 64 and BatchNorm
 
     def __init__(self, width: int = 32):
         super().__init__()
-        self.layers = nn.Sequential(
-            _down(3, width), _down(width, 2 * width), _down(2 * width, 4 * width), nn.Conv2d(4 * width, 1, 3, padding=1)
-        )
+        self.layers = nn.Sequential(*_pyramid(width), nn.Conv2d(4 * width, 1, 3, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
@@ -54,10 +52,8 @@ def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(gradients: Tensor) -> Tensor:
-    """Gradients of both losses at the decoder's last layer, (2, ...) -> |first| / (|second| + 1e-4) (VQGAN 3.2).
-
-    1e-4 and the limit 1e4 are those of VQGAN's code; its paper has 1e-6 and no limit.
-    """
+    """Gradients of both losses at the decoder's last layer, (2, ...) -> |first| / (|second| + 1e-4) (VQGAN 3.2)."""
+    # 1e-4 and the limit 1e4 are those of VQGAN's code; its paper has 1e-6 and no limit
     reconstruction, adversarial = gradients.flatten(1).norm(dim=1)
     return (reconstruction / (adversarial + 1e-4)).clamp(0, 1e4)
 
@@ -67,7 +63,7 @@ class SceneFeatures(nn.Module):
 
     def __init__(self, classes: int, width: int = 32):
         super().__init__()
-        self.stages = nn.ModuleList([_down(3, width), _down(width, 2 * width), _down(2 * width, 4 * width)])
+        self.stages = nn.ModuleList(_pyramid(width))
         self.head = nn.Linear(4 * width, classes)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -96,8 +92,7 @@ def lpips_distance() -> Perceptual:
     try:
         import lpips
     except ImportError as e:
-        hint = 'pip install "minimuse[lpips]", or set perceptual to "scenes" or "none"'
-        raise ImportError(f"the perceptual loss lpips needs the package lpips: {hint}") from e
+        raise ImportError('perceptual="lpips" needs pip install "minimuse[lpips]"; "scenes" and "none" do not') from e
     net = lpips.LPIPS(net="vgg").eval().requires_grad_(False)
     return lambda x, y: net.to(x.device)(x, y).mean()
 

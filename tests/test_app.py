@@ -165,7 +165,14 @@ def test_only_its_own_hosts_are_answered(guarded):
 
 def test_other_origins_are_refused(guarded):
     own = {"host": "localhost:7860"}
-    for origin in ("http://evil.example", "null", "http://localhost:8000", "http://localhost:7860.evil.example", ""):
+    for origin in (
+        "http://evil.example",
+        "null",
+        "http://localhost:8000",
+        "http://[bad",
+        "http://localhost:7860.evil.example",
+        "",
+    ):
         assert answer(guarded(), "POST", content_length="1", origin=origin, **own) == 403, origin
     assert answer(guarded(), "POST", content_length="1", origin="http://localhost:7860", **own) == 200
 

@@ -78,7 +78,7 @@ def test_each_text_is_dropped_whole_or_kept_whole(p, seed):
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan"), 10, True, "0.1", None])
 def test_a_probability_outside_zero_to_one_is_refused(p):
-    with pytest.raises(ValueError, match="the probability p of drop_text is .* give a fraction"):
+    with pytest.raises(ValueError, match=r"the probability p of drop_text is .* give a fraction"):
         drop_text(context(), p)
 
 
@@ -166,19 +166,24 @@ def test_get_guidance(guidance, at_0, at_half, at_1):
     ["4", None, True, (1,), (1, 2, 3), [], {"t": 1}, float("nan"), float("inf"), (0, float("nan")), (True, 1)],
 )
 def test_get_guidance_refuses_the_rest(guidance):
-    with pytest.raises(ValueError, match="guidance is .* give a number, a pair"):
+    with pytest.raises(ValueError, match=r"guidance is .* give a number, a pair"):
         get_guidance(guidance)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), None, "1", True])
 def test_a_guidance_function_that_gives_no_number_is_refused(value):
-    with pytest.raises(ValueError, match="guidance at u = 0.5 is"):
+    with pytest.raises(ValueError, match=r"guidance at u = 0\.5 is"):
         get_guidance(lambda u: value)(0.5)
 
 
 def test_numpy_and_torch_scalars_are_guidance():
     for three in (np.float32(3), np.int64(3), torch.tensor(3.0)):
-        assert get_guidance(three)(0.2) == get_guidance((three, three))(0.7) == get_guidance(lambda u: three)(1) == 3
+        assert (
+            get_guidance(three)(0.2)
+            == get_guidance((three, three))(0.7)
+            == get_guidance(lambda u, three=three: three)(1)
+            == 3
+        )
 
 
 # --- guided -----------------------------------------------------------------------------------------------------------

@@ -255,6 +255,11 @@ def test_wrong_usage_is_one_line(words, run):
     refused((code, out, err), "see minimuse")
 
 
+def test_a_file_is_no_folder_for_a_report(run, here):
+    (here / "report.png").touch()
+    refused(run("compare", "--out", "report.png", model=False), "--out report.png is a file; give a folder")
+
+
 @pytest.mark.parametrize("command", ["", "generate", "inpaint", "outpaint", "edit", "app", "train", "info"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -323,6 +328,7 @@ def options(command: str) -> list:
     return [action for action in commands.choices[command]._actions if action.nargs != 0]
 
 
+@pytest.mark.slow
 def test_generate_with_any_option_at_any_nonsense(here, tiny_muse, capsys, monkeypatch):
     """One sentence and exit code 2, or a picture. The seed of this test picks a third of all pairs."""
     monkeypatch.setattr(Muse, "from_pretrained", lambda name, device: pick_device(device) and tiny_muse)
@@ -647,3 +653,15 @@ def test_several_changes_must_fit_together_in_the_end():
 def test_changes_that_are_refused(text, match):
     with pytest.raises(ValueError, match=match):
         changed(NANO, [text])
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_loads(run, here, monkeypatch):
+    monkeypatch.setattr(Muse, "from_pretrained", lambda *a, **k: pytest.fail("the model was loaded"))
+    (here / "folder.png").mkdir()
+    refused(run("generate", A, "--out", "folder.png", "--force"), "folder.png already exists")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    refused(run("generate", A, "--out", "x.png"), "no folder . to write in")
+
+
+def test_what_is_not_utf8_is_no_prompt(run):
+    refused(run("generate", "\udcff"), "give a text in UTF-8")

@@ -90,7 +90,7 @@ STAGE = NANO.stages["base"]
         (STAGE, {"warmup": -1}, r"warmup is -1"),
         (STAGE, {"crop": -1}, r"crop is -1"),
         (STAGE, {"steps": True}, r"steps is True"),
-        (STAGE, {"batch": 10**13}, r"batch is 10000000000000; give a positive whole number, at most 10\*\*12"),
+        (STAGE, {"batch": 10**13}, r"batch is 10000000000000; give a positive whole number, at most 2\*\*17"),
         (STAGE, {"learning_rate": 0}, r"learning_rate is 0; give a number above 0"),
         (STAGE, {"clip": math.nan}, r"clip is nan"),
         (STAGE, {"betas": "x"}, r"betas is 'x'; give a list"),
@@ -396,3 +396,21 @@ def test_as_many_fine_tuned_blocks_as_resolutions():
 def test_fields_with_a_default_may_be_missing():
     """So that an old file loads after a new field was added."""
     assert from_dict(change("base.dropout", None)) == NANO, "a missing field takes its default"
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"base": {"layers": 10**11}}, "layers is 100000000000; give a positive whole number, at most 1000"),
+        ({"base": {"width": 10**12}}, "width is 1000000000000; give a positive whole number"),
+        ({"low_tokenizer": {"blocks": [1, 1, 10**9]}}, r"blocks\[2\] is 1000000000"),
+        ({"stages": {"low_tokenizer": {"crop": 17}}}, "stages.low_tokenizer.crop is 17; give a multiple of 8, or 0"),
+        ({"name": "\udcff"}, r"MuseConfig.name is '\\udcff'; give a text in UTF-8"),
+    ],
+)
+def test_what_no_machine_could_build_is_refused_by_arithmetic(changes, match):
+    def merge(old, new):
+        return old | {k: merge(old[k], v) if isinstance(v, dict) else v for k, v in new.items()}
+
+    with pytest.raises(ValueError, match=match):
+        from_dict(merge(to_dict(preset("nano")), changes))

@@ -535,4 +535,6 @@ def test_cut_and_unknown_captions_are_one_line_each(make, tiny_lm, caplog):
     said = [r.message for r in caplog.records if "texts" in r.message]
     assert len(said) == 2, said
     assert said[0].startswith("2 of 5 texts are cut to 8 tokens: 'red cube red cube"), said
-    assert "of the tokens in 2 of 5 texts, such as '一只红色的猫坐在草地上'; 1 become the same as another" in said[1], said
+    assert "of the tokens in 2 of 5 texts, such as '一只红色的猫坐在草地上'; 1 become the same as another" in said[1], (
+        said
+    )

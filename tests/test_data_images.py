@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minimuse.data_images import area_downsample, from_pil, mask_from, to_float, to_pil, to_uint8
+from minimuse.data_images import area_downsample, to_float, to_pil, to_uint8
 from minimuse.data_sources import SceneDataset
+from minimuse.pictures import from_pil, mask_from
 
 
 def test_uint8_round_trip():
@@ -155,6 +156,12 @@ def test_pitfall_35_ambiguous_masks_are_refused(mask, match):
         mask_from(mask, (4, 1))
 
 
+def test_a_black_and_white_file_with_a_transparent_color_is_no_mask(tmp_path):
+    Image.new("1", (4, 1), 1).save(tmp_path / "mask.png", transparency=1)
+    with pytest.raises(ValueError, match="transparent color"):
+        mask_from(Image.open(tmp_path / "mask.png"), (4, 1))
+
+
 def test_a_picture_with_an_erased_part_is_no_mask():
     erased = Image.new("RGBA", (4, 1), "white")
     erased.putpixel((0, 0), (255, 255, 255, 0))
@@ -162,3 +169,8 @@ def test_a_picture_with_an_erased_part_is_no_mask():
         mask_from(erased, (4, 1))
     alpha = Image.fromarray(np.array([[255, 0, 0, 255]], dtype=np.uint8))
     assert mask_from(alpha, (4, 1)).tolist() == [[True, False, False, True]]
+
+
+def test_a_mask_of_a_training_step_may_need_gradients():
+    mask = torch.eye(4).requires_grad_()
+    assert torch.equal(mask_from(mask, (4, 4)), torch.eye(4) > 0), "gradients do not matter"

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import minimuse
-from minimuse import cfg, config, data_images, eval_metrics, lab, masking, sampler
+from minimuse import cfg, config, data_images, eval_metrics, lab, masking, pictures, sampler
 from minimuse.baseline_dit import ddim, dit_sizes
 from minimuse.lab_samplers import preset_settings
 from minimuse.lab_worlds import ChainWorld, MixtureWorld, PottsWorld
@@ -157,8 +157,8 @@ def calls(muse: Muse) -> list[Call]:
         Call(masking.sample_mask_rate, {}, {"n": (1, 5), "schedule": ("cosine", "sqrt")}),
         Call(masking.random_mask, {}, {"tokens": (tokens(2, N),), "rate": (torch.rand(2),)}),
         Call(config.preset, {}, {"name": ("nano", "toy")}),
-        Call(data_images.from_pil, {"size": 16}, {"image": (square,)}),
-        Call(data_images.mask_from, {"size": (16, 16)}, {"mask": (half,)}),
+        Call(pictures.from_pil, {"size": 16}, {"image": (square,)}),
+        Call(pictures.mask_from, {"size": (16, 16)}, {"mask": (half,)}),
         Call(data_images.to_pil, {}, {"images": (torch.zeros(1, 3, 4, 4),)}),
         Call(data_images.area_downsample, {}, {"images": (torch.zeros(1, 3, 8, 8),), "factor": (1, 2)}),
         Call(
@@ -230,6 +230,7 @@ def attempt(function: Callable[..., Any], arguments: dict[str, Any], names: set[
     return ""
 
 
+@pytest.mark.slow
 def test_calls(small_muse):
     rng = random.Random(0)
     found = {}

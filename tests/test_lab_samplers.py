@@ -86,6 +86,7 @@ def test_wrong_presets_are_refused(wrong, message):
     assert preset_settings("muse", np.int64(16), torch.tensor(8), 4)["steps"] == 4
 
 
+@pytest.mark.filterwarnings("ignore:steps is")
 @given(
     world=st.sampled_from([CHAIN, MixtureWorld.random(3, (2, 2), 3), PottsWorld((2, 2), 3), ChainWorld.sticky(16, 3)]),
     sampler=st.sampled_from([*ORDERS, "critic", *(f"as {name}" for name in SAMPLER_PRESETS)]),

@@ -76,7 +76,7 @@ LEDGER: list[tuple[str, str, str, str]] = [
     (
         "2.3",
         "[MASK] stands where a token is to be predicted",
-        "transformer.TransformerConfig.mask_id",
+        "transformer.Transformer",
         "test_transformer.py::test_mask_id_is_one_past_the_codebook "
         "test_transformer.py::test_pitfall_07_masked_tokens_do_not_leak",
     ),

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -351,6 +352,18 @@ def test_steps_beyond_the_tokens_are_clamped_with_a_word(tiny_muse):
     assert sum(step.stage == "base" for step in seen) == 64
 
 
+def test_superres_continues_a_seed_where_the_base_decode_ends(tiny_muse):
+    """Also where the checkpoint's steps are more than the tokens."""
+    sampling = replace(tiny_muse.config.base_sampling, steps=100)
+    config = replace(tiny_muse.config, base_sampling=sampling)
+    muse = Muse(config, tiny_muse.parts, tiny_muse.encoder)
+    with pytest.warns(UserWarning, match="there are only 64 tokens"):
+        seen = list(muse.steps(A, seed=3))
+    low = [step for step in seen if step.stage == "base"][-1].tokens
+    *_, last = muse.decode_superres(muse.jobs(A, seed=3), low)
+    assert last.tokens.equal(seen[-1].tokens)
+
+
 def test_a_muse_leaves_the_callers_modules_as_they_are(tiny_muse):
     parts = build(tiny_muse.config)
     muse = Muse(tiny_muse.config, parts, tiny_muse.encoder)
@@ -365,10 +378,12 @@ def test_a_baseline_is_not_compiled(tiny_muse):
         Muse(tiny_muse.config, parts, tiny_muse.encoder).compile()
 
 
-def test_integers_are_no_dtype_of_a_muse(folder):
+def test_integers_are_no_dtype_of_a_muse(folder, tiny_muse):
+    with pytest.raises(ValueError, match=r"dtype is 'x'; give torch\.float32"):
+        tiny_muse.to(dtype="x")
     with pytest.raises(ValueError, match=r"dtype is torch\.int64; give torch\.float32"):
         Muse.from_pretrained(folder, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"holds torch\.int64"):
+    with pytest.raises(ValueError, match=r"dtype is torch\.int64"):
         Muse.from_pretrained(folder).save_pretrained(folder.parent / "integers", dtype=torch.int64)
 
 

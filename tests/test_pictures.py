@@ -46,7 +46,10 @@ def test_a_png_holds_its_settings(tiny_muse, tmp_path):
     save_png(image, tmp_path / "x.png")
     told = settings_of(tmp_path / "x.png")
     assert told == json.loads(json.dumps(image.info["minimuse"])), f"{told}"
-    assert told == settings_of(Image.open(tmp_path / "x.png")), "an opened picture tells the same"
+    opened = Image.open(tmp_path / "x.png")
+    assert told == settings_of(opened), "an opened picture tells the same"
+    save_png(opened, tmp_path / "y.png")
+    assert told == settings_of(tmp_path / "y.png"), "and so does one that is saved again"
     assert settings_of(image)["fingerprint"] == tiny_muse.fingerprint, "and so does one that was never saved"
     assert Image.open(tmp_path / "x.png").tobytes() == image.tobytes(), "the pixels are what was drawn"
 

@@ -472,3 +472,9 @@ def test_like_codes_begin_alike():
     tokens, texts, low_tokens = data(2)
     logits = model(tokens, model.memory(pad_contexts([text[0] for text in texts]), low_tokens))
     assert logits.abs().max() < 2, "the first logits are as mild as before"
+
+
+@pytest.mark.parametrize("device", ["nowhere", "meta", "cuda:-1", "0"])
+def test_a_device_that_is_not_here_is_refused(device):
+    with pytest.raises(ValueError, match=f"device '{device}' is not on this machine"):
+        Engine(device=device)

@@ -68,8 +68,8 @@ MUTANTS = [
     Mutant(
         "schedule_falls_through",
         "masking",
-        '    known = ", ".join([*SCHEDULES, "log", "powP (such as pow2.5)"])',
-        '    return SCHEDULES["cosine"]',
+        'name = check("schedule", schedule, ScheduleName)',
+        'name = schedule if schedule in SCHEDULES or str(schedule)[:3] in ("log", "pow") else "cosine"',
         "A misspelt schedule is the cosine: whole comparisons come out equal.",
     ),
     Mutant(

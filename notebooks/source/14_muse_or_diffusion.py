@@ -375,7 +375,9 @@ block = net.layers[0]
 for gate in (0.0, 1.0):
     block.condition.bias.data.view(6, -1)[[2, 5]] = gate  # 0 is where adaLN-Zero begins
     out = block(h, c, words.keys[0], words.values[0], words.attend)
-    print(f"gates at {gate:.0f}: the block moves its input by {(out - h).abs().mean():.3f} on average")
+    print(
+        f"gates at {gate:.0f}: the block moves its input by {(out - h).abs().mean():.3f} on average"
+    )
 
 # %% [markdown]
 r"""

@@ -164,7 +164,7 @@ def _beaten_with(seed):
 
 _beaten = _beaten_with(seed=4_321)
 ### BEGIN HIDDEN TESTS
-_beaten = _beaten_with(seed=HIDDEN_SEED)  # noqa: F821
+_beaten = _beaten_with(seed=HIDDEN_SEED)
 ### END HIDDEN TESTS
 assert "cosine" in _beaten, "the interval of the difference to the cosine does not lie below 0"
 25.0 if len(_beaten) == len(SCHEDULES) else 15.0
