@@ -181,7 +181,9 @@ def _metadata(name: str, content: bytes) -> Iterator[Item]:
             listed = posixpath.join(posixpath.dirname(name), values["file_name"].replace("\\", "/"))
             yield Item(posixpath.normpath(listed), text=values)
         else:
-            yield Item(f"{name}:{number}", problem="with metadata that do not parse")
+            keys = ", ".join(map(json.dumps, values)) if isinstance(values, dict) else ""
+            problem = f'with metadata of {keys[:99]} without "file_name"' if keys else "with metadata that do not parse"
+            yield Item(f"{name}:{number}", problem=problem)
 
 
 class FolderDataset(FileSource):
@@ -205,7 +207,7 @@ class FolderDataset(FileSource):
         rows = _scan(sorted(files), lambda name: files[name].read_bytes())
         if not any(row.text for row in rows if row.name in files):
             kinds = Counter(posixpath.splitext(name)[1] or "without a suffix" for name in sorted(files))
-            kinds.update([LINK] * len(links))
+            kinds.update([LINK] * len(links) + [f"line {row.problem}" for row in rows if "metadata" in row.problem])
             found = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "no file at all"
             example = 'metadata.jsonl with lines {"file_name": "a.png", "text": "a red cube"}, or a.txt next to a.png'
             expected = f"expected images ({', '.join(FORMATS)}) and {example}; shards need a pattern: {folder}/*.tar"

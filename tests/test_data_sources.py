@@ -136,6 +136,12 @@ def line(name, text) -> str:
     return json.dumps({"file_name": name, "text": text}) + "\n"
 
 
+def test_metadata_with_other_keys_are_named(tmp_path):
+    files = {"a.png": picture(), "metadata.jsonl": '{"image": "a.png", "prompt": "a red cube"}\n'}
+    with pytest.raises(ValueError, match='1 line with metadata of "image", "prompt" without "file_name"'):
+        FolderDataset(write(tmp_path, files))
+
+
 def test_metadata(tmp_path):
     rows = [line("b.png", "second"), "\n", line("sub\\c.png", ["one", " two  words\n", "", 7]), line("a.png", "first")]
     files = {"metadata.jsonl": "".join(rows), "d.txt": "beside\n\n again \n", "a.txt": "not asked"}
@@ -151,9 +157,9 @@ BAD_LINES = {
     "with metadata that do not parse (metadata.jsonl:21)": [
         "{'file_name'",
         '["g01.png"]',
-        '{"text": "x"}',
         "[" * 100_000,
     ],
+    'with metadata of "text" without "file_name" (metadata.jsonl:21)': ['{"text": "x"}'],
     "listed without a file (none.png)": [line("none.png", "x")],
     "listed without a file (../x.png)": [line("../x.png", "x"), line("sub/../../x.png", "x")],
     "listed without a file (/x.png)": [line("/x.png", "x")],
@@ -391,7 +397,7 @@ def test_open_source_finds_out_what_it_is_given(tmp_path):
         ({}, "no captioned image but no file at all; expected images .*metadata.jsonl"),
         ({"a.png": picture(), "b.png": picture(), "c.csv": "x"}, "2 .png, 1 .csv; expected"),
         ({"a.avif": "x", "b": "x"}, "1 .avif, 1 without a suffix; expected images .PNG, JPEG"),
-        ({"metadata.jsonl": line("a.png", "x") + "{"}, "but 1 .jsonl; expected"),
+        ({"metadata.jsonl": line("a.png", "x") + "{"}, "but 1 .jsonl, 1 line with metadata that do not parse; expected"),
         ({"in/0.tar": "x", "in/1.tar": "x"}, r"but 2 .tar; .* shards need a pattern: .*\*\.tar"),
     ],
 )
