@@ -54,7 +54,7 @@ def check_settings(given: dict[str, Any], superres: bool = False) -> dict[str, A
     """Settings by name -> those that are not None, with plain numbers; with `superres`, also one of this name."""
     known = SETTINGS | {"superres": dict} if superres else SETTINGS
     if unknown := check("superres", given, dict).keys() - known.keys():
-        raise TypeError(f"unknown setting {', '.join(map(str, unknown))}; known: {', '.join(sorted(known))}")
+        raise TypeError(f"unknown setting {', '.join(sorted(map(str, unknown)))}; known: {', '.join(sorted(known))}")
     settings = {name: value for name, value in given.items() if value is not None}
     for name, value in settings.items():
         if name == "superres":
