@@ -1,4 +1,4 @@
-"""train_log.py: the log, pictures and TensorBoard files of a run; nothing without a folder."""
+"""train_log.py: the log and the pictures of a run; nothing without a folder."""
 
 import itertools
 import json
