@@ -206,8 +206,7 @@ class VQGAN(nn.Module):
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """tokens (B, h*w) -> images (B, 3, H, W) in [-1, 1]; a square, unless `grid` gives (h, w)."""
         ok = tokens.ndim == 2 and tokens.dtype == torch.long and tokens.numel() > 0
-        if ok and tokens.device.type == "cpu":  # elsewhere, looking would wait for the device
-            ok = bool(((tokens >= 0) & (tokens < self.codebook_size)).all())
+        ok = ok and (tokens.device.type != "cpu" or bool(((tokens >= 0) & (tokens < self.codebook_size)).all()))
         require(ok, f"tokens {tuple(tokens.shape)} of {tokens.dtype}; give (B, N) long, 0 to {self.codebook_size - 1}")
         n = tokens.shape[1]
         h, w = grid or (math.isqrt(n), math.isqrt(n))
