@@ -397,7 +397,10 @@ def test_open_source_finds_out_what_it_is_given(tmp_path):
         ({}, "no captioned image but no file at all; expected images .*metadata.jsonl"),
         ({"a.png": picture(), "b.png": picture(), "c.csv": "x"}, "2 .png, 1 .csv; expected"),
         ({"a.avif": "x", "b": "x"}, "1 .avif, 1 without a suffix; expected images .PNG, JPEG"),
-        ({"metadata.jsonl": line("a.png", "x") + "{"}, "but 1 .jsonl, 1 line with metadata that do not parse; expected"),
+        (
+            {"metadata.jsonl": line("a.png", "x") + "{"},
+            "but 1 .jsonl, 1 line with metadata that do not parse; expected",
+        ),
         ({"in/0.tar": "x", "in/1.tar": "x"}, r"but 2 .tar; .* shards need a pattern: .*\*\.tar"),
     ],
 )
