@@ -328,9 +328,13 @@ def test_micro_batches_make_the_same_gradient():
     ends = []
     for accumulate in (1, 4):
         model, engine = dit(), Engine(device="cpu", bf16=False, accumulate=accumulate)
+        draws = torch.Generator().manual_seed(1)
+        with torch.no_grad():  # DiT begins as the identity; Adam would turn the rounding of gradients near 0 into steps
+            for p in model.parameters():
+                p += 0.1 * torch.randn(p.shape, generator=draws)
         deque(train_dit(model, replace(STAGE, steps=3, optimizer="adamw"), z, texts, engine=engine), maxlen=0)
         ends.append(torch.cat([p.flatten() for p in model.parameters()]))
-    assert torch.allclose(*ends, atol=1e-4)
+    assert torch.allclose(*ends, atol=1e-5)
 
 
 def test_a_patch_must_divide_the_grid():
