@@ -28,7 +28,7 @@ from minimuse.sampler import SamplingConfig, Step, check_settings, decode
 from minimuse.text import Context, TextEncoder
 from minimuse.transformer import SuperRes, Transformer
 from minimuse.utils import FloatType, OneSeed, PositiveInt, check, pick_device, pick_dtype, plain, require, to_pil
-from minimuse.vqgan import VQGAN
+from minimuse.vqgan import VQGAN, draft_tokens
 
 
 def build(config: MuseConfig) -> nn.ModuleDict:
@@ -94,7 +94,14 @@ class Muse:
             generators = seeded_generators(jobs)
             steps = min(self.config.base_sampling.steps, self.base.config.tokens)
             uniforms(len(jobs), steps, 2, self.base.config.tokens, generator=generators)
-        return self._stage("superres", jobs, (low_tokens,), tokens, generators, sampling)
+        return self._stage("superres", jobs, self.low_condition(low_tokens), tokens, generators, sampling)
+
+    def low_condition(self, low_tokens: Tensor) -> tuple[Tensor, ...]:
+        """Low tokens -> what `SuperRes.memory` reads besides the text: these, and the draft of a model that has one."""
+        draft = (
+            [draft_tokens(self.low_tokenizer, self.high_tokenizer, low_tokens)] if self.superres.config.draft else []
+        )
+        return low_tokens, *draft
 
     @torch.inference_mode()
     def _stage(self, name: str, jobs: Jobs, condition: tuple, tokens: Any, generators: Any, sampling: dict) -> Steps:

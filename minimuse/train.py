@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,8 +36,11 @@ from minimuse.train_engine import Engine, EvalFn, Progress, Stage, batch_indices
 from minimuse.train_log import TrainLog, codebook_usage
 from minimuse.transformer import Transformer
 from minimuse.utils import seeded_generator, to_float
-from minimuse.vqgan import VQGAN, Quantized
+from minimuse.vqgan import VQGAN, Quantized, draft_tokens
 from minimuse.vqgan_loss import Perceptual, SceneFeatures, VQGANLoss, Weight, adaptive_weight
+
+
+Draft = Callable[[Tensor], Tensor]  # low tokens (B, N_low) -> high tokens (B, N)
 
 
 def random_crop(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -140,15 +144,17 @@ def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: in
 class MaskedLoss(nn.Module):
     """The masked loss (Muse 2.3) as one module, so that DDP, FSDP and torch.compile see the whole forward pass."""
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, draft: Draft | None = None):
         super().__init__()
         self.model = model
+        self.draft = draft
 
     def forward(
         self, x: Tensor, masked: Tensor, context: Context, low: Tensor | None, count: int, label_smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """x, masked (B, N), texts, low-res tokens -> loss and accuracy, (): sums / `count` masked tokens of a batch."""
-        memory = self.model.memory(context, *([] if low is None else [low]))
+        condition = [] if low is None else [low] if self.draft is None else [low, self.draft(low)]
+        memory = self.model.memory(context, *condition)
         logits = self.model(x.masked_fill(masked, self.model.mask_id), memory)
         accuracy = ((logits.detach().argmax(-1) == x) & masked).sum() / count
         return masked_cross_entropy(logits, x, masked, label_smoothing, count), accuracy
@@ -156,11 +162,12 @@ class MaskedLoss(nn.Module):
 
 def train_transformer(
     model: Transformer, config: StageConfig, tokens: Any, texts: Any, *, low_tokens: Any = None,
-    stage: str = "base", engine: Engine | None = None, eval_fn: EvalFn | None = None,
+    draft: Draft | None = None, stage: str = "base", engine: Engine | None = None, eval_fn: EvalFn | None = None,
 ) -> Iterator[Progress]:  # fmt: skip
     """Masked training of the base (Muse 2.3) or, with `low_tokens`, of the super-resolution transformer (2.4).
 
     tokens (n, N), low_tokens (n, N_low): tensors, or objects that return such rows. texts: captions (L, D_lm) of each.
+    draft: low tokens -> the draft that a super-resolution transformer with `config.draft` reads (`vqgan.draft_tokens`).
     """
 
     def losses(job: Stage, step: int, at: Tensor, generators: list[torch.Generator]) -> dict[str, Tensor]:
@@ -175,7 +182,9 @@ def train_transformer(
         loss, accuracy = job.modules["model"](*inputs, low, count, config.label_smoothing)
         return {"loss": loss, "accuracy": accuracy}
 
-    return train_network(MaskedLoss(model), losses, config, len(tokens), stage=stage, engine=engine, eval_fn=eval_fn)
+    return train_network(
+        MaskedLoss(model, draft), losses, config, len(tokens), stage=stage, engine=engine, eval_fn=eval_fn
+    )
 
 
 def train_network(
@@ -309,6 +318,8 @@ class MuseTrainer:
         if name == "superres":
             options["low_tokens"] = tokens
             tokens = data.split(data.tokens["high"])
+            if model.config.draft:
+                options["draft"] = partial(draft_tokens, self.parts["low_tokenizer"].to(self.engine.device), self.high)
         yield from train_transformer(model, self.config.stages[name], tokens, texts, **options)
         self.parts[name] = self.engine.gather_full_model(model, lambda: build(self.config)[name])
 

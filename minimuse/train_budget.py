@@ -130,7 +130,8 @@ def _networks(config: MuseConfig, stage: str) -> tuple[nn.Module, Callable[[int,
     how = config.stages[stage]
     if stage in ("base", "superres"):
         model = getattr(config, stage)
-        networks = MaskedLoss((Transformer if stage == "base" else SuperRes)(model))
+        draft = (lambda low: low.new_zeros(len(low), model.tokens)) if model.draft else None
+        networks = MaskedLoss((Transformer if stage == "base" else SuperRes)(model), draft)
 
         def losses(batch: int, step: int) -> Iterator[Tensor]:
             x = torch.zeros(batch, model.tokens, dtype=torch.long)

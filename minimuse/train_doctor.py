@@ -33,7 +33,7 @@ from minimuse.train_engine import Engine
 from minimuse.train_log import RATES, STRATA, codebook_usage, eval_mode, read_log, set_of, unigram_entropy, validate
 from minimuse.transformer import SuperRes, Transformer
 from minimuse.utils import seeded_generator, to_float
-from minimuse.vqgan import VQGAN
+from minimuse.vqgan import VQGAN, draft_tokens
 
 MOST = 128  # examples that a check reads
 FEW = 16  # with fewer held-out examples, training examples are checked, and overfitting cannot be seen
@@ -249,13 +249,16 @@ def _examine_stage(
         sets = [data.split(Decimated(data.images, factor), held_out) for held_out in (False, True)]
         yield from examine_tokenizer(tokenizer(name), *sets, engine=engine)
         return
-    deque(data.tokenize("low", published_tokenizer(config) or tokenizer("low_tokenizer")), maxlen=0)
+    low = published_tokenizer(config) or tokenizer("low_tokenizer")
+    deque(data.tokenize("low", low), maxlen=0)
     deque(data.embed(), maxlen=0)
-    rows, model = [data.tokens["low"], data.texts], Transformer(config.base)
+    rows, model, draft = [data.tokens["low"], data.texts], Transformer(config.base), None
     if name == "superres":
-        deque(data.tokenize("high", tokenizer("high_tokenizer")), maxlen=0)
+        high = tokenizer("high_tokenizer")
+        deque(data.tokenize("high", high), maxlen=0)
         rows, model = [data.tokens["high"], data.texts, data.tokens["low"]], SuperRes(config.superres)
-    loss = MaskedLoss(model).to(engine.device)
+        draft = partial(draft_tokens, low, high) if config.superres.draft else None
+    loss = MaskedLoss(model, draft).to(engine.device)
     early = train_state.load_weights(folder / name, loss) < EARLY * config.stages[name].steps
     parts = ([data.split(r, held_out) for r in rows] for held_out in (False, True))
     yield from examine_transformer(loss, *parts, codebook_size=model.mask_id, engine=engine, early=early)

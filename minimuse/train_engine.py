@@ -107,6 +107,8 @@ def init_from_codebook(model: Transformer, codebook: Tensor, low_codebook: Tenso
     model.head.weight.copy_(0.02 * random_features(codebook, model.config.width))
     if low_codebook is not None:
         model.low_embed.codes.weight[:-1].copy_(0.5 * random_features(low_codebook, model.config.width))
+        if model.config.draft:
+            model.draft.weight.copy_(model.embed.codes.weight[:-1])
 
 
 def random_features(vectors: Tensor, width: int) -> Tensor:

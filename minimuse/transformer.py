@@ -41,6 +41,7 @@ class TransformerConfig(Checked):
     low_codebook_size: Natural = 0
     dropout: Fraction = 0.0  # Choice: the paper is silent
     text_layers: Depth = 0  # Deviation: trained layers over the text embeddings, see `TextLayer`; Muse has none
+    draft: bool = False  # Deviation: super-resolution also reads `vqgan.draft_tokens` at each position; Muse does not
 
     @property
     def tokens(self) -> int:
@@ -61,6 +62,7 @@ class Memory(NamedTuple):
     keys: tuple[Tensor, ...]  # one per layer, (B, H, M, d)
     values: tuple[Tensor, ...]
     attend: Tensor  # (B, 1, 1, M) bool, False at padding
+    draft: Tensor | None = None  # (B, N, D), added to the embeddings of the image tokens
 
     def cat(self, other: "Memory") -> "Memory":
         """Memories of batches B and C -> one of B + C. The shorter is padded; padding is not attended to."""
@@ -70,7 +72,9 @@ class Memory(NamedTuple):
             return torch.cat([F.pad(x, (0, 0, 0, length - x.shape[2])) for x in pair])
 
         attend = join(self.attend.mT, other.attend.mT).mT
-        return Memory(tuple(map(join, self.keys, other.keys)), tuple(map(join, self.values, other.values)), attend)
+        draft = None if self.draft is None else torch.cat([self.draft, other.draft])
+        keys, values = (tuple(map(join, *pair)) for pair in ((self.keys, other.keys), (self.values, other.values)))
+        return Memory(keys, values, attend, draft)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None = None) -> Tensor:
@@ -252,6 +256,7 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, memory: Memory) -> Tensor:
         """tokens (B, N) -> logits (B, N, V)."""
         x = self.embed(tokens)  # (B, N, D)
+        x = x if memory.draft is None else x + memory.draft
         for layer, k, v in zip(self.layers, memory.keys, memory.values, strict=True):
             x = layer(x, k, v, memory.attend)
         return self.head(self.norm(x))  # (B, N, V)
@@ -269,13 +274,20 @@ class SuperRes(Transformer):
         self.low_norm = nn.LayerNorm(config.width, bias=False)
         self.low_embed.apply(self._initialize)
         self.low_layers.apply(self._initialize)
+        if config.draft:
+            self.draft = nn.Embedding(config.codebook_size, config.width).apply(self._initialize)
 
-    def memory(self, context: Context, low_tokens: Tensor) -> Memory:
-        """context (B, L, D_lm), low_tokens (B, N_low) -> Memory of L + N_low entries."""
+    def memory(self, context: Context, low_tokens: Tensor, draft: Tensor | None = None) -> Memory:
+        """context (B, L, D_lm), low_tokens (B, N_low) -> Memory of L + N_low entries. `draft` (B, N): `vqgan.draft_tokens`."""
+        given = "no draft" if draft is None else "a draft"
+        require(
+            (draft is not None) == self.config.draft, f"memory got {given}, but config.draft is {self.config.draft}"
+        )
         low = self.low_embed(low_tokens)  # (B, N_low, D)
         for layer in self.low_layers:
             low = layer(low)
-        return super().memory(context, self.low_norm(low))
+        memory = super().memory(context, self.low_norm(low))
+        return memory._replace(draft=self.draft(draft)) if self.config.draft else memory
 
 
 # --- deviations: what the paper does not have -------------------------------------------------------------------------

@@ -238,3 +238,14 @@ class VQGAN(nn.Module):
         self.encoder.eval().requires_grad_(False)
         self.quantizer.eval().requires_grad_(False)
         return self
+
+
+@torch.no_grad()
+def draft_tokens(low_tokenizer: VQGAN, high_tokenizer: VQGAN, low_tokens: Tensor) -> Tensor:
+    """low_tokens (B, N_low) -> high tokens (B, N) of the low-res picture, enlarged with bicubic interpolation.
+
+    Deviation: in Muse 2.4 super-resolution reads the low-res tokens only by cross-attention, and has to learn what
+    picture they stand for. The frozen tokenizers know it already (benchmarks/superres.md).
+    """
+    pixels = low_tokenizer.decode(low_tokens).clamp(-1, 1)
+    return high_tokenizer.encode(F.interpolate(pixels, size=(high_tokenizer.config.image_size,) * 2, mode="bicubic"))
