@@ -39,7 +39,6 @@ from minimuse.utils import seeded_generator, to_float
 from minimuse.vqgan import VQGAN, Quantized, draft_tokens
 from minimuse.vqgan_loss import Perceptual, SceneFeatures, VQGANLoss, Weight, adaptive_weight
 
-
 Draft = Callable[[Tensor], Tensor]  # low tokens (B, N_low) -> high tokens (B, N)
 
 

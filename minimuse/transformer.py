@@ -52,6 +52,7 @@ class TransformerConfig(Checked):
         super().__post_init__()
         require_multiple(self, "width", self.heads)
         require_multiple(self, "grid", self.block or 1)
+        require(self.low_layers > 0 or not self.draft, "draft is True, but low_layers is 0; only SuperRes reads a draft")
         if self.block or self.text_layers:  # half of the heads attend in one way, half in another
             require_multiple(self, "heads", 2)
 
@@ -278,11 +279,13 @@ class SuperRes(Transformer):
             self.draft = nn.Embedding(config.codebook_size, config.width).apply(self._initialize)
 
     def memory(self, context: Context, low_tokens: Tensor, draft: Tensor | None = None) -> Memory:
-        """context (B, L, D_lm), low_tokens (B, N_low) -> Memory of L + N_low entries. `draft` (B, N): `vqgan.draft_tokens`."""
-        given = "no draft" if draft is None else "a draft"
-        require(
-            (draft is not None) == self.config.draft, f"memory got {given}, but config.draft is {self.config.draft}"
-        )
+        """context (B, L, D_lm), low_tokens (B, N_low) -> Memory of L + N_low entries.
+
+        draft (B, N): see `vqgan.draft_tokens`; only a model with `config.draft` reads one.
+        """
+        given = draft is not None
+        hint = "give one only if config.draft is True"
+        require(given == self.config.draft, f"memory got {'a' if given else 'no'} draft; {hint}")
         low = self.low_embed(low_tokens)  # (B, N_low, D)
         for layer in self.low_layers:
             low = layer(low)

@@ -364,6 +364,17 @@ def test_super_resolution_learns_what_the_low_tokens_tell():
     )
 
 
+def test_super_resolution_learns_what_the_draft_tells():
+    """The low tokens say nothing; the draft, made from them by a function, says all."""
+    low = torch.arange(32)[:, None].expand(32, 4) % 4
+    tokens = torch.randint(4, (4, 16), generator=torch.Generator().manual_seed(0))[low[:, 0]]
+    table = tokens[:4].clone()
+    model = SuperRes(replace(superres().config, draft=True))
+    how = {"low_tokens": low, "draft": lambda low: table[low[:, 0]], "stage": "superres", "engine": fp32()}
+    trace = list(train_transformer(model, MASKED, tokens, [[torch.zeros(1, D_LM)]] * 32, **how))
+    assert trace[-1].metrics["accuracy"] > 0.9, f"accuracy {trace[-1].metrics['accuracy']:.0%}"
+
+
 class Spy(torch.nn.Module):
     """Keeps what a training step shows a transformer."""
 

@@ -66,6 +66,10 @@ def differ(a, b):
     return (a - b).abs().max().item() > 1e-4
 
 
+def drafted():
+    return SuperRes(replace(SR, draft=True)).eval()
+
+
 # --- shapes, what depends on what -------------------------------------------------------------------------------------
 
 
@@ -498,3 +502,29 @@ def test_positions_begin_alike_at_the_same_place_of_both_grids():
     nearest = (low @ high.T).topk(2, dim=1).indices.sort(1).values
     expected = torch.arange(16).view(8, 2)
     assert nearest.tolist() == expected.tolist(), "a low cell resembles most the two high cells that it covers"
+
+
+# --- the draft --------------------------------------------------------------------------------------------------------
+
+
+def test_a_draft_reaches_its_own_position_and_guidance_keeps_it():
+    model, low, x = drafted(), tokens(high=9), tokens(n=64)
+    draft = tokens(n=64, high=V, seed=1)
+    plain = model(x, model.memory(context(), low, draft))
+    changed = draft.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % V
+    moved = (model(x, model.memory(context(), low, changed)) - plain).abs().amax(-1)
+    assert moved[:, 9].min() > 1e-4, "the draft of a position changes its logits"
+    both = model.memory(context(), low, draft).cat(model.memory(null_text(context()), low, changed))
+    assert_same(model(x.repeat(2, 1), both)[:2], plain, "a joined batch keeps each row's draft")
+    assert both.draft.shape == (4, 64, 32), "one vector for each position"
+
+
+def test_a_draft_is_given_exactly_where_the_model_reads_one():
+    low, draft = tokens(high=9), tokens(n=64, high=V)
+    with pytest.raises(ValueError, match="no draft; give one"):
+        drafted().memory(context(), low)
+    with pytest.raises(ValueError, match="a draft; give one only"):
+        superres().memory(context(), low, draft)
+    with pytest.raises(ValueError, match="low_layers is 0"):
+        replace(BASE, draft=True)

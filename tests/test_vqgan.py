@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minimuse.train_log import codebook_usage
-from minimuse.vqgan import PATIENCE, VQGAN, ResBlock, VectorQuantizer, VQGANConfig
+from minimuse.vqgan import PATIENCE, VQGAN, ResBlock, VectorQuantizer, VQGANConfig, draft_tokens
 
 CFG = VQGANConfig(
     image_size=16,
@@ -335,3 +335,13 @@ def test_pitfall_18_frozen_parts_stay_frozen_whatever_the_mode():
     grown.train()
     fine_tune(grown, steps=2)
     assert all(a.equal(b) for a, b in zip(before, frozen, strict=True)), "train() woke the frozen codebook"
+
+
+def test_a_draft_is_the_enlarged_low_res_picture_in_high_tokens():
+    low, high = tokenizer(), VQGAN(replace(CFG, image_size=32)).eval()
+    tokens = torch.randint(12, (3, 16), generator=torch.Generator().manual_seed(0))
+    draft = draft_tokens(low, high, tokens)
+    assert draft.shape == (3, 64), "one for each position of the high grid"
+    pixels = F.interpolate(low.decode(tokens).clamp(-1, 1), scale_factor=2, mode="bicubic")
+    assert draft.equal(high.encode(pixels)), "decoded, enlarged, encoded"
+    assert not draft.requires_grad
