@@ -204,7 +204,7 @@ def tiny_muse(tiny_lm):
         low_tokenizer=tokenizer(config.low_tokenizer),
         high_tokenizer=high,
         base=replace(config.base, layers=2, **small),
-        superres=replace(config.superres, layers=1, low_layers=1, low_codebook_size=16, **small),
+        superres=replace(config.superres, layers=1, low_layers=1, draft=True, low_codebook_size=16, **small),
         finetuned_width=32,
         finetuned_blocks=high.decoder_blocks,
         scenes=8,

@@ -502,7 +502,7 @@ def test_edit_tells_a_rising_guidance(exact, image):
 
 def test_edit_superres_reads_the_edited_tokens(exact, image, monkeypatch):
     read, memory = [], exact.superres.memory
-    monkeypatch.setattr(exact.superres, "memory", lambda text, low: (read.append(low), memory(text, low))[1])
+    monkeypatch.setattr(exact.superres, "memory", lambda text, low, *d: (read.append(low), memory(text, low, *d))[1])
     base = [s for s in exact.edit_steps(image, A, iterations=2, superres={"steps": 1}) if s.stage == "base"]
     assert torch.equal(read[0], base[-1].tokens), "super-resolution must read what the iterations ended with"
 

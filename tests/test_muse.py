@@ -20,6 +20,7 @@ from minimuse.config import preset
 from minimuse.muse import Muse, build
 from minimuse.text import TextEncoder
 from minimuse.train_budget import parameter_counts
+from minimuse.vqgan import draft_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = [-1, 2**32, 2**63, "7", b"3", 2.0, 1e20, True, math.nan, {}]
@@ -454,11 +455,21 @@ def test_the_trace_of_a_decode(tiny_muse):
 
 def test_superres_reads_the_low_tokens(exact, monkeypatch):
     read, memory = [], exact.superres.memory
-    monkeypatch.setattr(exact.superres, "memory", lambda text, low: (read.append(low), memory(text, low))[1])
+    monkeypatch.setattr(exact.superres, "memory", lambda text, low, *d: (read.append(low), memory(text, low, *d))[1])
     low, _ = final_tokens(exact, [A, B], seed=0, steps=2)
     assert len(read) == 2, f"once with text and once without, not once a step: {len(read)}"
     for tokens in read:
         assert torch.equal(tokens, low), "pitfall 1: super-resolution must read what the base model drew"
+
+
+def test_superres_reads_the_draft_of_the_low_tokens(exact, monkeypatch):
+    read, memory = [], exact.superres.memory
+    monkeypatch.setattr(
+        exact.superres, "memory", lambda text, low, draft: (read.append(draft), memory(text, low, draft))[1]
+    )
+    low, _ = final_tokens(exact, [A, B], seed=0, steps=2)
+    draft = draft_tokens(exact.low_tokenizer, exact.high_tokenizer, low)
+    assert all(tokens.equal(draft) for tokens in read), "with text and without, the draft is of what the base drew"
 
 
 def test_picture_of_a_step(tiny_muse):
