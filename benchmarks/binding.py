@@ -31,7 +31,6 @@ from torch import Tensor
 from minimuse import Muse, transformer
 from minimuse.config import MuseConfig, preset
 from minimuse.data_captions import RELATION_PHRASES, noun_phrase
-from minimuse.data_images import to_float
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES, Thing, relations
 from minimuse.data_sources import SceneDataset
 from minimuse.eval_metrics import Estimate, mean_interval, proportion_interval
@@ -39,7 +38,7 @@ from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import train_transformer
 from minimuse.train_engine import Engine, init_from_codebook
 from minimuse.transformer import Transformer
-from minimuse.utils import atomic_write, precision
+from minimuse.utils import atomic_write, precision, to_float
 
 WAYS = {"projected": 0, "ahead and back": 1, "every way": 1, "told outright": 0}  # -> text_layers
 FRACTIONS = (25, 55, 20)  # of scenes with one, two and three things

@@ -40,7 +40,6 @@ from minimuse.baseline_ar import Autoregressive, CausalTransformer, LowRes, Next
 from minimuse.baseline_dit import Diffusion, latents, train_dit, zero_init_residual
 from minimuse.config import MuseConfig
 from minimuse.data_cache import Decimated, TrainingData
-from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import SceneDataset, open_source
 from minimuse.eval_metrics import Estimate, frechet_interval, mean_interval, paired_difference, proportion_interval
 from minimuse.eval_networks import Detector
@@ -53,7 +52,7 @@ from minimuse.train_budget import count_flops
 from minimuse.train_engine import Engine, init_from_codebook
 from minimuse.train_log import likelihood_bound
 from minimuse.transformer import RESIDUAL_OUTPUTS
-from minimuse.utils import atomic_write, seeded_generator
+from minimuse.utils import area_downsample, atomic_write, seeded_generator, to_float
 
 PARTS = ("race", "likelihood", "identity", "stages", "guidance")
 MAKES = (LowRes, Autoregressive, Diffusion)  # "masked", "ar", "dit"

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from minimuse import Muse
 from minimuse.cfg import null_text
-from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import SceneDataset
 from minimuse.masking import masked_cross_entropy, random_mask
 from minimuse.text import Context
+from minimuse.utils import area_downsample, to_float
 
 RATES = (1.0, 0.9, 0.7, 0.4, 0.15)
 SEED = 9_000_000_000  # scenes that no training reads

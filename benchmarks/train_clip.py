@@ -27,11 +27,11 @@ from train_detector import degrade, scenes
 from minimuse import checkpoint
 from minimuse.config import StageConfig
 from minimuse.data_captions import FLOOR_PHRASE, caption
-from minimuse.data_images import to_float, to_uint8
 from minimuse.data_scenes import render
 from minimuse.eval_networks import FIELDS, SIZE, SceneClip
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train_engine import Engine, Stage
+from minimuse.utils import to_float, to_uint8
 
 TRAINING = StageConfig(steps=1500, batch=64, learning_rate=2e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98))
 SCENES, SEED, FRESH, WRONG = 8_000, 5_000_000_000, 6_000_000_000, 2  # FRESH: seeds of the scenes for the card

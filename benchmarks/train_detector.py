@@ -25,7 +25,6 @@ from torch import Tensor
 
 from minimuse import checkpoint
 from minimuse.config import StageConfig
-from minimuse.data_images import to_float, to_uint8
 from minimuse.data_scenes import MAX_THINGS, SPLITS, Scene, box, render, sample_scene
 from minimuse.eval_networks import (
     FIELDS,
@@ -37,6 +36,7 @@ from minimuse.eval_networks import (
     Detector,
 )
 from minimuse.train_engine import Engine, Stage
+from minimuse.utils import to_float, to_uint8
 
 TRAINING = StageConfig(steps=1200, batch=64, learning_rate=4e-3, warmup=100, weight_decay=0.01, betas=(0.9, 0.98))
 SCENES, SEED = 8_000, 7_000_000_000  # far from the seeds of data sets, which begin at 0

@@ -26,7 +26,6 @@ from torch import nn
 
 from minimuse import Muse
 from minimuse.data_cache import TrainingData
-from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import SceneDataset, open_source
 from minimuse.eval_metrics import Estimate, mean_interval
 from minimuse.lab_models import MuseEvaluator
@@ -38,7 +37,7 @@ from minimuse.train_engine import Engine, init_from_codebook
 from minimuse.train_log import likelihood_bound
 from minimuse.train_state import RUN, data_record, open_run
 from minimuse.transformer import Transformer
-from minimuse.utils import content_hash, seeded_generator
+from minimuse.utils import area_downsample, content_hash, seeded_generator, to_float
 
 DENSITIES: dict[str, Schedule] = {
     "cosine (Muse)": SCHEDULES["cosine"],

@@ -27,7 +27,6 @@ from minimuse.baseline_ar import LowRes
 from minimuse.cfg import guided
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_cache import Decimated
-from minimuse.data_images import to_float
 from minimuse.editing import Jobs, seeded_generators
 from minimuse.masking import Generators, uniforms
 from minimuse.muse import sampling_settings
@@ -36,7 +35,7 @@ from minimuse.text import Context
 from minimuse.train import MuseTrainer, pick_captions, train_network
 from minimuse.train_engine import Progress, Stage
 from minimuse.transformer import RESIDUAL_OUTPUTS, Layer, Memory, Transformer, TransformerConfig
-from minimuse.utils import PositiveInt, check, require
+from minimuse.utils import PositiveInt, check, require, to_float
 from minimuse.vqgan import VQGAN
 
 # --- the network ------------------------------------------------------------------------------------------------------

@@ -33,10 +33,9 @@ from torch import Tensor
 
 from minimuse.config import MuseConfig
 from minimuse.data_captions import EXAMPLE_PROMPTS, Problems, SceneDataset, vocabulary
-from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import Source
 from minimuse.text import TextEncoder
-from minimuse.utils import atomic_write, content_hash, precision, require
+from minimuse.utils import area_downsample, atomic_write, content_hash, precision, require, to_float
 
 CACHE_VERSION = 2  # raise it on purpose when the files of a cache change
 BLOCK = 500  # images that are tokenized at a time

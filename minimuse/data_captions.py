@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from minimuse import data_scenes
-from minimuse.data_images import to_uint8
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES, Scene, Thing, relations
-from minimuse.utils import Checked, Fraction, NonNegative, OneSeed, Rule, check, content_hash, require
+from minimuse.utils import Checked, Fraction, NonNegative, OneSeed, Rule, check, content_hash, require, to_uint8
 
 SCENES_VERSION = 1  # raise it on purpose when the same scenes give other pixels or captions: caches become invalid
 PART = 500  # examples in a part, where a source has no parts of its own

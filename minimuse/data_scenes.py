@@ -6,7 +6,7 @@ floor, one light, one camera. Brown cubes, purple spheres and cyan cylinders are
 x runs left to right, y up, depth away from the camera; a large sphere has radius 1. `B` scenes, `K` things a scene,
 `n` things of a whole batch, `R` rays, `M` rays that meet a thing.
 
-Not here: captions (data_captions.py), uint8 and PIL images (data_images.py), contact sheets (plots.py).
+Not here: captions (data_captions.py), uint8 and PIL images (utils.py), contact sheets (plots.py).
 """
 
 import math

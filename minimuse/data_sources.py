@@ -11,7 +11,7 @@ Files come from strangers: nothing in them is executed, no name or link leads ou
 not used is counted and named (`Problems`), except hidden ones.
 Choice: only Parquet and the hub use the library `datasets` (extra `data`), which skips bad images without a word.
 
-Not here: pixels (data_images.py), decoding (pictures.py), what is stored of a source (data_cache.py).
+Not here: pixels (utils.py), decoding (pictures.py), what is stored of a source (data_cache.py).
 """
 
 import csv

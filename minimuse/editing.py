@@ -18,10 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from minimuse.cfg import Guidance, get_guidance, guided
-from minimuse.data_images import area_downsample
 from minimuse.masking import random_mask
 from minimuse.sampler import LogitsFn, Step, check_settings, decode
-from minimuse.utils import Fraction, Natural, PositiveInt, check, generator_of, require
+from minimuse.utils import Fraction, Natural, PositiveInt, area_downsample, check, generator_of, require
 
 Callback = Callable[[Step], None] | None  # called with every Step of a decode
 Steps = Iterator[Step]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minimuse.data_images import to_uint8
+from minimuse.utils import to_uint8
 
 Features = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B, D)
 Groups = Sequence[Hashable] | Tensor | None  # one label per row; None: every row is its own group

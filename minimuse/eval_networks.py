@@ -29,11 +29,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minimuse import checkpoint
-from minimuse.data_images import to_float, to_pil
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES
 from minimuse.eval_metrics import check_images
 from minimuse.pictures import from_pil
 from minimuse.text import Context, TextEncoder
+from minimuse.utils import to_float, to_pil
 from minimuse.vqgan import Encoder, VQGANConfig
 
 SIZE, GRID = 64, 16  # pixels per side of the network's input; cells per side of its output

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 import minimuse
 from minimuse import checkpoint, train_state
-from minimuse.data_images import area_downsample, to_float, to_pil, to_uint8
 from minimuse.data_scenes import Scene, render
 from minimuse.editing import edit_tokens, inpaint_tokens, tokenize
 from minimuse.eval_metrics import Estimate, diversity, frechet_interval, mean_interval, proportion_interval, psnr
@@ -31,7 +30,7 @@ from minimuse.eval_prompts import PROMPT_SETS, EvalPrompt, matches, parse_prompt
 from minimuse.muse import Muse
 from minimuse.plots import grid, tradeoff
 from minimuse.sampler import ORDERS, Step
-from minimuse.utils import OneSeed, Rule, atomic_write, check
+from minimuse.utils import OneSeed, Rule, area_downsample, atomic_write, check, to_float, to_pil, to_uint8
 from minimuse.vqgan import VQGAN
 
 FIRST = 24  # pictures of a task that are shown

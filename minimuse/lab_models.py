@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from minimuse.data_images import area_downsample
 from minimuse.data_sources import FolderDataset, Problems, SceneDataset
 from minimuse.eval_metrics import Features, frechet_distance, in_batches, inception_features, jackknife
 from minimuse.eval_networks import ClipScorer, Detector
@@ -28,7 +27,7 @@ from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.lab_samplers import GROUPS, Outcome, check_samples, run
 from minimuse.muse import Muse
 from minimuse.sampler import decode
-from minimuse.utils import OneSeed, check, generator_of, pick_device, require
+from minimuse.utils import OneSeed, area_downsample, check, generator_of, pick_device, require
 
 if TYPE_CHECKING:
     from minimuse.amused import Amused

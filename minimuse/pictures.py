@@ -21,9 +21,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from minimuse.data_images import to_float
 from minimuse.sampler import Step
-from minimuse.utils import atomic_write, require
+from minimuse.utils import atomic_write, require, to_float
 
 KEY = "minimuse"  # where the settings are: a dict in an image's `info`, JSON in a PNG's text chunk
 FUNCTION = "a function, which no PNG holds"  # in place of what JSON cannot hold

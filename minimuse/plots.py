@@ -18,9 +18,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from minimuse.data_images import to_pil
 from minimuse.sampler import Step
-from minimuse.utils import require
+from minimuse.utils import require, to_pil
 
 Images = Sequence[Image.Image] | Tensor  # PIL images, or a tensor (B, 3, H, W), uint8 or in [-1, 1]
 INK = (45, 45, 50)

@@ -26,7 +26,6 @@ from minimuse.amused import published_tokenizer
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_cache import Decimated, TrainingData
-from minimuse.data_images import to_float
 from minimuse.data_scenes import COLORS, SHAPES
 from minimuse.data_sources import SceneDataset, Source, open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
@@ -35,7 +34,7 @@ from minimuse.text import Context, TextEncoder, pad_contexts
 from minimuse.train_engine import Engine, EvalFn, Progress, Stage, batch_indices
 from minimuse.train_log import TrainLog, codebook_usage
 from minimuse.transformer import Transformer
-from minimuse.utils import seeded_generator
+from minimuse.utils import seeded_generator, to_float
 from minimuse.vqgan import VQGAN, Quantized
 from minimuse.vqgan_loss import Perceptual, SceneFeatures, VQGANLoss, Weight, adaptive_weight
 

@@ -27,13 +27,12 @@ from minimuse import checkpoint, train_state
 from minimuse.amused import published_tokenizer
 from minimuse.config import STAGES, MuseConfig
 from minimuse.data_cache import HELD_OUT, Decimated, Subset, TrainingData
-from minimuse.data_images import to_float
 from minimuse.text import TextEncoder, pad_contexts
 from minimuse.train import MaskedLoss
 from minimuse.train_engine import Engine
 from minimuse.train_log import RATES, STRATA, codebook_usage, eval_mode, read_log, set_of, unigram_entropy, validate
 from minimuse.transformer import SuperRes, Transformer
-from minimuse.utils import seeded_generator
+from minimuse.utils import seeded_generator, to_float
 from minimuse.vqgan import VQGAN
 
 MOST = 128  # examples that a check reads

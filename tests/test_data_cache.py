@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from minimuse import data_cache
 from minimuse.data_cache import HELD_OUT, Decimated, Rows, Subset, Texts, TrainingData, tokenize_images
 from minimuse.data_captions import EXAMPLE_PROMPTS, Example, vocabulary
-from minimuse.data_images import area_downsample, to_pil
 from minimuse.data_sources import FolderDataset, SceneDataset
 from minimuse.text import TextEncoder
+from minimuse.utils import area_downsample, to_pil
 
 SIDE = 64
 SIZES = (3, 0, 5, 2)  # rows of the parts in the tests of files

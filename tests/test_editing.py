@@ -17,9 +17,9 @@ from scipy import stats
 import minimuse.muse
 from minimuse import checkpoint
 from minimuse.config import PRESETS, preset
-from minimuse.data_images import area_downsample, to_float
 from minimuse.editing import fill_with_nearest, infill, resample, token_mask, tokenize, windows
 from minimuse.muse import Muse
+from minimuse.utils import area_downsample, to_float
 
 V = 6
 MASK = V

@@ -12,12 +12,12 @@ from test_eval_prompts import perfect
 
 from minimuse import checkpoint
 from minimuse.data_captions import caption
-from minimuse.data_images import to_uint8
 from minimuse.data_scenes import render, sample_scene
 from minimuse.eval_metrics import in_batches, mean_interval
 from minimuse.eval_networks import ClipScorer, Detector, SceneClip
 from minimuse.eval_prompts import matches, parse_prompt
 from minimuse.text import Context
+from minimuse.utils import to_uint8
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import train_clip

@@ -9,14 +9,13 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from minimuse import checkpoint
-from minimuse.data_images import to_pil, to_uint8
 from minimuse.data_scenes import SPLITS, Scene, Thing, box, render, sample_scene
 from minimuse.eval_networks import (
     Detection,
     Detections,
     Detector,
 )
-from minimuse.utils import seeded_generator
+from minimuse.utils import seeded_generator, to_pil, to_uint8
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from train_detector import attributes_right, degrade, warp

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg, stats
 
-from minimuse.data_images import to_float
 from minimuse.data_scenes import COLORS, render, sample_scene
 from minimuse.eval_metrics import (
     Estimate,
@@ -25,6 +24,7 @@ from minimuse.eval_metrics import (
     proportion_interval,
     psnr,
 )
+from minimuse.utils import to_float
 
 
 def clustered(seed: int, groups: int = 40, size: int = 10) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,11 +11,11 @@ from PIL import Image
 from test_eval_prompts import perfect
 
 from minimuse import cli
-from minimuse.data_images import area_downsample, to_pil, to_uint8
 from minimuse.data_scenes import MATERIALS, SIZES, Scene, place_things, relations, render
 from minimuse.eval_metrics import Estimate
 from minimuse.eval_prompts import matches, parse_prompt, prompt_set
 from minimuse.eval_run import ITERATIONS, SWEEP, TASKS, EvalModel, Evaluator, evaluate, table
+from minimuse.utils import area_downsample, to_pil, to_uint8
 
 
 def scene_of(prompt: str, seed: int, avoid: str = "") -> Scene:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import minimuse
-from minimuse import cfg, config, data_images, eval_metrics, lab, masking, pictures, sampler
+from minimuse import cfg, config, eval_metrics, lab, masking, pictures, sampler, utils
 from minimuse.baseline_dit import ddim, dit_sizes
 from minimuse.lab_samplers import preset_settings
 from minimuse.lab_worlds import ChainWorld, MixtureWorld, PottsWorld
@@ -159,8 +159,8 @@ def calls(muse: Muse) -> list[Call]:
         Call(config.preset, {}, {"name": ("nano", "toy")}),
         Call(pictures.from_pil, {"size": 16}, {"image": (square,)}),
         Call(pictures.mask_from, {"size": (16, 16)}, {"mask": (half,)}),
-        Call(data_images.to_pil, {}, {"images": (torch.zeros(1, 3, 4, 4),)}),
-        Call(data_images.area_downsample, {}, {"images": (torch.zeros(1, 3, 8, 8),), "factor": (1, 2)}),
+        Call(utils.to_pil, {}, {"images": (torch.zeros(1, 3, 4, 4),)}),
+        Call(utils.area_downsample, {}, {"images": (torch.zeros(1, 3, 8, 8),), "factor": (1, 2)}),
         Call(
             eval_metrics.mean_interval, {}, {"values": (scores[0], torch.rand(64)), "groups": (None, [*range(8)] * 8)}
         ),

@@ -13,11 +13,10 @@ from torch.nn import functional as F
 
 from minimuse import checkpoint
 from minimuse.config import StageConfig
-from minimuse.data_images import to_uint8
 from minimuse.data_scenes import SPLITS, box, render, sample_scene
 from minimuse.eval_networks import GRID, HEADS, SPREAD, Detector
 from minimuse.train_engine import Engine
-from minimuse.utils import seeded_generator
+from minimuse.utils import seeded_generator, to_uint8
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import train_detector

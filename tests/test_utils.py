@@ -1,4 +1,4 @@
-"""utils.py: checks of settings, devices and precision, seeds, files."""
+"""utils.py: checks of settings, devices and precision, seeds, files, pixels."""
 
 import math
 from pathlib import Path
@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minimuse.utils
+from minimuse.data_sources import SceneDataset
+from minimuse.pictures import from_pil
 from minimuse.utils import (
     Decay,
     Fraction,
@@ -20,6 +22,7 @@ from minimuse.utils import (
     OneSeed,
     Positive,
     PositiveInt,
+    area_downsample,
     atomic_write,
     check,
     content_hash,
@@ -31,6 +34,9 @@ from minimuse.utils import (
     precision,
     require_multiple,
     seeded_generator,
+    to_float,
+    to_pil,
+    to_uint8,
 )
 
 
@@ -198,3 +204,35 @@ def test_settings_that_make_sense_become_plain_python():
         require_multiple(SimpleNamespace(x=30), "x", 16)
     with pytest.raises(ValueError, match="such as 16"):
         require_multiple(SimpleNamespace(x=3), "x", 16)
+
+
+def test_uint8_round_trip():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_uint8(to_float(pixels)), pixels), "uint8 -> float -> uint8 must be exact"
+    assert to_float(pixels).aminmax() == (-1, 1), "0 and 255 are the ends of [-1, 1]"
+    assert torch.equal(to_uint8(torch.tensor([-3.0, 3.0])), torch.tensor([0, 255], dtype=torch.uint8)), "clip"
+    with pytest.raises(ValueError, match="uint8"):
+        to_float(torch.zeros(1, 3, 4, 4))
+
+
+def test_pil_round_trip():
+    images = SceneDataset(2, 32).images()
+    back = torch.cat([from_pil(picture, 32) for picture in to_pil(images)])
+    assert torch.equal(to_uint8(back), images), "tensor -> PIL -> tensor must be exact"
+    assert to_pil(to_float(images))[1].tobytes() == to_pil(images)[1].tobytes(), "floats and uint8 give one picture"
+    with pytest.raises(ValueError, match=r"B, 3, H, W"):
+        to_pil(images[0])
+
+
+def test_halve_averages():
+    images = torch.tensor([[0.0, 0.2], [0.4, 0.6]]).view(1, 1, 2, 2)
+    mean = area_downsample(images).item()
+    assert abs(mean - 0.3) <= 1 / 127.5, f"a low-res pixel is the mean of its block, {mean} came"
+    images = SceneDataset(4, 32).images()
+    low = area_downsample(to_float(images), 4)
+    assert low.equal(to_float(area_downsample(images, 4))), "floats and uint8 of one image have the same low-res image"
+    small = area_downsample(SceneDataset(1, 32).images(), 4)
+    assert (small.shape, small.dtype) == ((1, 3, 8, 8), torch.uint8), "uint8 stays uint8"
+    for factor in (0, 3):
+        with pytest.raises(ValueError, match="factor"):
+            area_downsample(torch.zeros(1, 3, 32, 32), factor)

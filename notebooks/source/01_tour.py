@@ -172,8 +172,8 @@ best. That number is the token. Here is a rendered scene, its two grids, and wha
 """
 
 # %%
-from minimuse.data_images import area_downsample, to_pil
 from minimuse.data_scenes import Scene, Thing, render
+from minimuse.utils import area_downsample, to_pil
 
 scene = Scene(
     (Thing("red", "cube", x=-0.8), Thing("blue", "sphere", size="small", x=1.0, depth=-0.4))

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from checks import check_drop_text, check_pool
 
 from minimuse import Muse
-from minimuse.data_images import to_pil
 from minimuse.plots import grid, show, style
+from minimuse.utils import to_pil
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer prompts
 CHECKPOINT = "nano"  # a shipped name or a folder

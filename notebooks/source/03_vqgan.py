@@ -24,9 +24,9 @@ import torch
 from checks import check_nearest, check_straight_through
 
 from minimuse import Muse
-from minimuse.data_images import area_downsample, to_float, to_pil
 from minimuse.data_sources import SceneDataset
 from minimuse.plots import grid, show, style
+from minimuse.utils import area_downsample, to_float, to_pil
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer steps
 CHECKPOINT = "nano"  # a shipped name or a folder

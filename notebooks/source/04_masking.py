@@ -250,9 +250,9 @@ On a real picture. The tokenizer of the checkpoint turns a scene into a grid of 
 """
 
 # %%
-from minimuse.data_images import area_downsample, to_float, to_pil
 from minimuse.data_sources import SceneDataset
 from minimuse.text import Context
+from minimuse.utils import area_downsample, to_float, to_pil
 
 muse = Muse.from_pretrained(CHECKPOINT)
 data = SceneDataset(SCENES, muse.config.high_tokenizer.image_size, split="test", seed=1)

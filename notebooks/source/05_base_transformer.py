@@ -43,9 +43,9 @@ All $N$ answers come out of one pass. Let us look at a trained one first, then i
 """
 
 # %%
-from minimuse.data_images import area_downsample, to_pil
 from minimuse.data_scenes import Scene, Thing, render
 from minimuse.masking import random_mask
+from minimuse.utils import area_downsample, to_pil
 
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
 base, g = muse.base, muse.config.base.grid
@@ -521,9 +521,9 @@ never trained on.
 
 # %%
 from minimuse.config import preset
-from minimuse.data_images import to_float
 from minimuse.data_sources import SceneDataset
 from minimuse.train_log import unigram_entropy, validate
+from minimuse.utils import to_float
 
 
 class Captions(list):

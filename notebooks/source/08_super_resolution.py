@@ -25,10 +25,10 @@ from matplotlib.colors import LogNorm
 from PIL import Image
 
 from minimuse import Muse
-from minimuse.data_images import area_downsample, to_float, to_pil
 from minimuse.data_sources import SceneDataset
 from minimuse.pictures import from_pil
 from minimuse.plots import film, grid, show, style
+from minimuse.utils import area_downsample, to_float, to_pil
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
 CHECKPOINT = "nano"  # a shipped name or a folder

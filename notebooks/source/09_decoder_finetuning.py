@@ -25,9 +25,9 @@ import torch
 from checks import check_grow, check_psnr
 
 from minimuse import Muse
-from minimuse.data_images import to_float, to_pil
 from minimuse.data_sources import SceneDataset
 from minimuse.plots import grid, show, style
+from minimuse.utils import to_float, to_pil
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: too few steps to learn much
 CHECKPOINT = "nano"  # a shipped name or a folder

@@ -21,9 +21,9 @@ import torch
 from checks import check_resample_step, check_token_mask
 
 from minimuse import Muse
-from minimuse.data_images import to_pil
 from minimuse.pictures import from_pil
 from minimuse.plots import animation, film, film_strip, grid, mask_overlay, show, style
+from minimuse.utils import to_pil
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: fewer pictures and iterations
 CHECKPOINT = "nano"  # a shipped name or a folder

@@ -180,9 +180,9 @@ draws; through the tokenizer, since everything that the base model draws goes th
 """
 
 # %%
-from minimuse.data_images import area_downsample, to_uint8
 from minimuse.data_scenes import render
 from minimuse.eval_metrics import proportion_interval
+from minimuse.utils import area_downsample, to_uint8
 
 
 def is_right(images, prompts):

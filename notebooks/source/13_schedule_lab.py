@@ -496,8 +496,8 @@ ask what the measure rewards. Which world is the trained model most like? Its ow
 """
 
 # %%
-from minimuse.data_images import area_downsample, to_float
 from minimuse.data_sources import SceneDataset
+from minimuse.utils import area_downsample, to_float
 
 scenes = SceneDataset(64, model.config.high_tokenizer.image_size, "test")
 factor = model.config.high_tokenizer.image_size // model.config.low_tokenizer.image_size

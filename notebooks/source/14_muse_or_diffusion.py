@@ -67,10 +67,10 @@ are those of the base model; what Muse does after it would be the same for all t
 
 # %%
 from minimuse.data_cache import tokenize_images
-from minimuse.data_images import area_downsample, to_float, to_pil
 from minimuse.data_sources import SceneDataset
 from minimuse.muse import build
 from minimuse.train_engine import Engine
+from minimuse.utils import area_downsample, to_float, to_pil
 
 muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
 side, low_side = muse.config.high_tokenizer.image_size, muse.config.low_tokenizer.image_size
