@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minimuse import Muse
 from minimuse.data_captions import caption
-from minimuse.data_images import to_pil
+from minimuse.utils import to_pil
 from minimuse.data_scenes import COLORS, Scene, render, sample_scene
 from minimuse.eval_metrics import proportion_interval
 from minimuse.eval_networks import Detection, Detections, Detector
