@@ -178,14 +178,15 @@ def open_start(config: MuseConfig | None, start: str | Path | Muse | None) -> tu
 def finetuned(config: MuseConfig, stages: Sequence[str] = ("base", "superres")) -> MuseConfig:
     """The configuration of a checkpoint -> that of a run that starts from it: only these stages have steps.
 
-    Choice: at most 600 steps of at most 16 pictures by AdamW, at a learning rate of at most 1e-3. Muon's products in
-    bf16 are slow on CPUs without instructions for it (benchmarks/finetune.md).
+    Choice: at most 600 steps of the base model and 250 of others, each of at most 16 pictures, by AdamW at a learning
+    rate of at most 1e-3. Muon's products in bf16 are slow on CPUs without instructions for them.
     """
     unknown = [name for name in stages if name not in config.stages]
     require(not unknown, f"unknown stages {', '.join(unknown)}; give some of {', '.join(config.stages)}")
     changes = {}
     for name, stage in config.stages.items():
-        steps = min(stage.steps or 600, 600) if name in stages else 0
+        most = 600 if name == "base" else 250
+        steps = min(stage.steps or most, most) if name in stages else 0
         rate, batch = min(stage.learning_rate, 1e-3), min(stage.batch, 16)
         options = {"optimizer": "adamw", "warmup": min(stage.warmup, 50), "eval_every": 200}
         changes[name] = replace(stage, steps=steps, learning_rate=rate, batch=batch, **options)

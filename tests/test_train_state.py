@@ -446,7 +446,7 @@ def test_where_a_run_may_not_begin(run, tmp_path):
 
 
 def test_messages_are_not_glued_to_the_progress_bar(run, monkeypatch):
-    def stages(config, data, engine):
+    def stages(config, data, engine, start):
         yield Progress("base", 1, 9, {"loss": 1.0}, None)
         logging.getLogger("minimuse").warning("a picture is broken")
         yield Progress("base", 2, 9, {"loss": 1.0}, None)
