@@ -180,6 +180,11 @@ def _making_options(command: Callable) -> None:
     add = command("doctor", "check losses and metrics of a run; exit code 1 if one is wrong", "device")
     add("folder", type=Path, metavar="RUN", help="a run of train, finished or not; it is not changed")
     add("--stage", help="check only this stage, such as base (default: all that have a state)")
+    add = command("reconstruct", "show what tokenizers make of pictures, and say if they are good enough", "device")
+    add("pictures", type=Path, help="a folder of pictures, or one picture; no captions are needed")
+    add("--model", default="toy", help="shipped name, folder or hub id (default: toy)")
+    add("--out", type=Path, help="PNG to write (default: a free name)")
+    add("--force", action="store_true", help="overwrite an existing file")
 
 
 def _measuring_options(command: Callable) -> None:

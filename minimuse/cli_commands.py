@@ -24,7 +24,9 @@ from minimuse.app import serve
 from minimuse.config import PRESETS, from_dict, preset, to_dict
 from minimuse.lab_models import open_amused
 from minimuse.muse import Muse
-from minimuse.pictures import again, difference, open_picture, output_paths, save_png, settings_of, with_settings
+from minimuse.pictures import (
+    again, difference, open_picture, output_paths, read_pictures, save_png, settings_of, with_settings,
+)  # fmt: skip
 from minimuse.plots import film
 from minimuse.utils import pick_device, require
 
@@ -247,6 +249,17 @@ def run_doctor(args: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def run_reconstruct(args: argparse.Namespace) -> None:
+    """Save originals next to their reconstructions, and print what the doctor finds."""
+    from minimuse.train_doctor import MOST, compare_tokenizers
+
+    (out,) = output_paths(args.out, "reconstruct", 1, force=args.force)
+    muse = open_model(args.model, device=args.device).to(dtype=torch.float32)
+    sheet, text = compare_tokenizers(muse, read_pictures(args.pictures, muse.config.high_tokenizer.image_size, MOST))
+    sheet.save(out)
+    print(f"{out}\n{text}")
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -303,5 +316,6 @@ def run_info(args: argparse.Namespace) -> None:
 
 COMMANDS = {
     **dict.fromkeys(("generate", "inpaint", "outpaint", "edit"), run_draw), "app": run_app, "train": run_train,
-    "average": run_average, "doctor": run_doctor, "compare": run_compare, "eval": run_evaluate, "info": run_info,
+    "average": run_average, "doctor": run_doctor, "reconstruct": run_reconstruct, "compare": run_compare,
+    "eval": run_evaluate, "info": run_info,
 }  # fmt: skip

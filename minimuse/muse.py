@@ -53,7 +53,8 @@ class Muse:
     you leave out. With another `order` the ranking noise is 0 unless you set it.
     """
 
-    format = FORMAT  # in config.json; a baseline has its own format, networks and guidance
+    format = FORMAT  # in config.json; a baseline has its own format, model card, networks and guidance
+    model_card = ""  # `checkpoint.MODEL_CARD`
     build = staticmethod(build)
     guided = staticmethod(guided)
 
@@ -188,12 +189,9 @@ class Muse:
         check("dtype", dtype or self.dtype, FloatType)
         weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in parts.state_dict().items()}
         checkpoint.check_weights(expected.state_dict(), weights, self.config.name)
-        return checkpoint.save(folder, self.config, weights, self.about, overwrite=overwrite)
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What config.json holds besides the configuration."""
-        return {"format": self.format, "words": self.words, "examples": self.examples}
+        about = {"format": self.format, "words": self.words, "examples": self.examples}
+        about["load_with"] = f"{type(self).__module__}.{type(self).__name__}.from_pretrained"
+        return checkpoint.save(folder, self.config, weights, about, card=self.model_card, overwrite=overwrite)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -208,14 +206,6 @@ class Muse:
         self.device = pick_device(device or self.device)
         self.parts.to(self.device, self.dtype)
         self.encoder.to(self.device)
-        return self
-
-    def compile(self, **options: Any) -> "Muse":
-        """Apply torch.compile to the networks that draw; returns itself. The first pictures wait for the compiler."""
-        require("superres" in self.parts, f"{self.config.name} is a baseline; only a whole Muse can be compiled")
-        decoders = [t.decoder for t in (self.low_tokenizer, self.high_tokenizer) if isinstance(t, VQGAN)]
-        for part in [self.base, self.superres, *decoders]:
-            part.compile(**{"dynamic": False} | options)
         return self
 
     def jobs(self, prompts: Any, n: int = 1, seed: Seed = None, negative: Any = None) -> Jobs:

@@ -720,3 +720,30 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_loads(run, h
 
 def test_what_is_not_utf8_is_no_prompt(run):
     refused(run("generate", "\udcff"), "give a text in UTF-8")
+
+
+def test_reconstruct(run, here, tiny_muse):
+    size = tiny_muse.config.high_tokenizer.image_size
+    (here / "mine" / "more").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "more/b.JPG", "c.png"):
+        Image.fromarray(rng.integers(0, 256, (size, 2 * size, 3), dtype=np.uint8)).save(here / "mine" / name)
+    (here / "mine" / "a.txt").write_text("a caption")
+    (here / "mine" / "d.png").write_text("damaged")
+    Image.new("RGB", (size // 4, size // 4)).save(here / "mine" / "small.png")
+    code, out, err = run("reconstruct", "mine")
+    assert (code, out[0]) == (0, "reconstruct.png"), f"{out}, {err}"
+    assert err == [
+        "minimuse: d.png is of an unknown format, so it is left out",
+        "minimuse: small.png is too small, so it is left out",
+    ]
+    said = " ".join(" ".join(out).split())
+    assert "wrong low_tokenizer, pictures The PSNR of 3 pictures at" in said, said
+    assert "high_tokenizer, codebook" in said, said
+    assert "Train tokenizers on pictures like these. Good enough is: 30 dB" in out[-1], "random weights are not"
+    assert run("reconstruct", "mine/a.png")[1][0] == "reconstruct-v2.png", "one picture, and a free name"
+    assert run("reconstruct", "mine", "--out", "reconstruct.png")[0] == 2, "nothing is overwritten"
+    code, _, err = run("reconstruct", "nowhere")
+    assert (code, len(err)) == (2, 1), f"{err}"
+    (here / "empty").mkdir()
+    assert "empty holds no picture of at least" in run("reconstruct", "empty")[2][0]
