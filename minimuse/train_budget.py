@@ -162,7 +162,7 @@ def parameter_counts(config: MuseConfig) -> dict[str, int]:
 
 def stage_budget(config: MuseConfig, stage: str, checkpointing: bool = False) -> StageBudget:
     """One stage of `config`. With `checkpointing`, layers and residual blocks run again for the backward pass."""
-    known = [name for name in STAGES if name in config.stages]
+    known = [name for name in STAGES if name in config.stages and config.stages[name].steps]
     require(stage in known, f"no stage {stage!r} in {config.name!r}; known: {', '.join(known)}")
     how = config.stages[stage]
     late = min(how.adversarial_start, how.steps) if how.adversarial_weight else 0  # steps without a discriminator
@@ -206,7 +206,8 @@ def report(
     fits = "" if memory_gb is None else f"fits in {memory_gb:g} GB, with FSDP"
     lines = [f"{config.name}: {accelerators} x {si(rate / accelerators, 'FLOP/s')}, {source}"]
     lines += [row("stage", "trained", "steps", "batch", "a step", "all steps", "fixed", "example", "at best", fits)]
-    budgets = [stage_budget(config, stage, checkpointing) for stage in STAGES if stage in config.stages]
+    trained = [name for name in STAGES if name in config.stages and config.stages[name].steps]
+    budgets = [stage_budget(config, stage, checkpointing) for stage in trained]
     for b in budgets:
         amounts = [si(b.step_flops, "FLOP"), si(b.flops, "FLOP"), si(b.fixed, "B"), si(b.activations, "B")]
         if memory_gb is not None:
