@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,6 @@ def run_app(args: argparse.Namespace) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     """Run all stages with a progress bar each, then save the checkpoint."""
-    from minimuse.baseline_ar import train_baseline
     from minimuse.train import train_muse
     from minimuse.train_engine import Engine, Stopped
     from minimuse.train_log import EVALUATED, add_record
@@ -133,9 +131,10 @@ def run_train(args: argparse.Namespace) -> None:
     config = longer(config, args.more) if args.more else config
     engine.accelerator.wait_for_everyone()
     engine.handle_signals()
-    trainer = partial(train_baseline, baseline(args.model)) if args.model else partial(train_muse, start=start)
+    settings = {"stages": baseline(args.model).stages} if args.model else {"start": start}
+    progress = train_muse(config, data=source, engine=engine, **settings)
     try:
-        for stage, parts in groupby(trainer(config, data=source, engine=engine), lambda p: p.stage):
+        for stage, parts in groupby(progress, lambda p: p.stage):
             with tqdm(desc=stage, disable=not engine.is_main) as bar:
                 for p in parts:
                     bar.total = p.steps
