@@ -385,7 +385,7 @@ class TestMiniLM:
         assert context.embeds.shape[2] == 384
         assert context.mask.sum(1).tolist() == [5, 2, 13, 6]
         for row, mask, prompt in zip(context.embeds, context.mask, PROMPTS, strict=True):
-            assert_close(row[mask], reference(encoder._source, "bert", prompt), atol=1e-5, rtol=1e-4)
+            assert_close(row[mask], reference(encoder.source, "bert", prompt), atol=1e-5, rtol=1e-4)
 
     @pytest.mark.slow
     @packaged
@@ -404,7 +404,7 @@ class TestMiniLM:
             TextEncoder().encode(["a cube"])
 
     def test_without_the_package_the_hub_is_asked(self, no_package):
-        assert TextEncoder(MINILM)._source == f"sentence-transformers/{MINILM}"
+        assert TextEncoder(MINILM).source == f"sentence-transformers/{MINILM}"
 
     def test_hub_cache_is_used_without_the_package(self, no_package, tiny_lms, tmp_path, monkeypatch):
         """A folder laid out as the hub's cache: models--OWNER--NAME / snapshots / COMMIT."""
