@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse import checkpoint
 from minimuse.cfg import Guidance, get_guidance, guide
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_sources import Source
@@ -36,7 +35,7 @@ from minimuse.text import Context
 from minimuse.train import MuseTrainer, pick_captions, train_muse, train_network
 from minimuse.train_engine import Engine, Progress, Stage, init_from_codebook
 from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig, attention
-from minimuse.utils import atomic_write, require
+from minimuse.utils import require
 from minimuse.vqgan import VQGAN
 
 # --- what all baselines share -----------------------------------------------------------------------------------------
@@ -47,6 +46,7 @@ class LowRes(Muse):
 
     model = "masked"  # its name in `minimuse train --model`
     format = "minimuse-masked-1"
+    model_card = "# {name}\n\nA baseline for Muse by minimuse ({format}). It draws at low resolution.\n"
     settings = frozenset({f.name for f in fields(SamplingConfig)} | {"top_k", "remask"})  # of `generate`
 
     @classmethod
@@ -83,18 +83,6 @@ class LowRes(Muse):
         raise TypeError(f"{self.config.name} is a {self.model} baseline: it only generates; edit with a whole Muse")
 
     inpaint = outpaint = edit = edit_steps = decode_superres = refuse
-
-    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
-        """As `Muse.save_pretrained`, with a model card of its own."""
-        folder = super().save_pretrained(folder, **options)
-        card = f"# {self.config.name}\n\nA baseline for Muse by minimuse ({self.model}). It draws at low resolution.\n"
-        atomic_write(folder / checkpoint.CARD, card)
-        return folder
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What config.json holds besides the configuration."""
-        return super().about | {"load_with": f"{type(self).__module__}.{type(self).__name__}.from_pretrained"}
 
 
 def train_baseline(

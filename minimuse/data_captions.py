@@ -80,19 +80,16 @@ def _sentence(groups: list[tuple[str, list[Thing]]], floor: str, rng: Random) ->
         true += [(i, name) for name in RELATION_PHRASES if pairs and all(name in pair for pair in pairs)]
     subject, phrases = "", [phrase for phrase, _ in groups]
     opening = rng.choice(OPENINGS) if rng.random() < 0.3 else ""
+    be = {phrase: "are" if phrase.startswith(_NUMBERS[2:]) else "is" for phrase in phrases}
     if true and rng.random() < 0.75:
         i, name = rng.choice(true)
         first = phrases.pop(i)
-        verb = _be(first) if not opening and rng.random() < 0.25 else ""
+        verb = be[first] if not opening and rng.random() < 0.25 else ""
         subject = f"{first} {verb} {rng.choice(RELATION_PHRASES[name])}"
     if opening == "there":
-        opening = f"there {_be(subject or phrases[0])}"
+        opening = f"there {be[first if subject else phrases[0]]}"
     listed = ", ".join(phrases[:-1]) + " and " * (len(phrases) > 1) + phrases[-1]
     return " ".join(f"{opening} {subject} {listed} {floor}".split())
-
-
-def _be(phrase: str) -> str:
-    return "are" if phrase.startswith(_NUMBERS[2:]) else "is"
 
 
 def vocabulary(synonyms: bool = False) -> list[str]:

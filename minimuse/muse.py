@@ -59,7 +59,8 @@ class Muse:
     you leave out. With another `order` the ranking noise is 0 unless you set it.
     """
 
-    format = FORMAT  # in config.json; a baseline has its own format, networks and guidance
+    format = FORMAT  # in config.json; a baseline has its own format, model card, networks and guidance
+    model_card = ""  # `checkpoint.MODEL_CARD`
     build = staticmethod(build)
     guided = staticmethod(guided)
 
@@ -194,12 +195,9 @@ class Muse:
         check("dtype", dtype or self.dtype, FloatType)
         weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in parts.state_dict().items()}
         checkpoint.check_weights(expected.state_dict(), weights, self.config.name)
-        return checkpoint.save(folder, self.config, weights, self.about, overwrite=overwrite)
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What config.json holds besides the configuration."""
-        return {"format": self.format, "words": self.words, "examples": self.examples}
+        about = {"format": self.format, "words": self.words, "examples": self.examples}
+        about["load_with"] = f"{type(self).__module__}.{type(self).__name__}.from_pretrained"
+        return checkpoint.save(folder, self.config, weights, about, card=self.model_card, overwrite=overwrite)
 
     @cached_property
     def fingerprint(self) -> str:

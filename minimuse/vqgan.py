@@ -164,8 +164,8 @@ class VectorQuantizer(nn.Module):
     ) -> None:
         """Once per optimizer step, dead codes become random encoder outputs. A frozen codebook stays as it is.
 
-        z (B, d, h, w), tokens (B, h*w): of the whole batch, however it is split. idle (V,): steps since a code was last
-        used, counted in place. Choice: a code that was not used for PATIENCE steps is dead.
+        z (B, d, h, w), tokens (B, h*w): of the whole batch. idle (V,): steps since a code was last used, counted in
+        place. Choice: a code that was not used for PATIENCE steps is dead.
         """
         if not self.codebook.requires_grad:
             return

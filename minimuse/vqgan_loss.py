@@ -26,9 +26,10 @@ def _pyramid(width: int) -> list[nn.Module]:
 
 
 class PatchDiscriminator(nn.Module):
-    """images (B, 3, H, W) -> one logit per patch, (B, 1, H/8, W/8), high where it looks real (pix2pix's PatchGAN)."""
+    """images (B, 3, H, W) -> one logit per patch, (B, 1, H/8, W/8), high where it looks real (pix2pix's PatchGAN).
 
-    # Choice: three layers and no normalization; VQGAN's has width 64 and BatchNorm
+    Choice: three layers and no normalization; VQGAN's has width 64 and BatchNorm.
+    """
 
     def __init__(self, width: int = 32):
         super().__init__()

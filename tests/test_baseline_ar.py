@@ -189,7 +189,7 @@ def test_save_and_load(made, model, tmp_path):
     assert type(again) is MODELS[model]
     assert again.config == made[model].config
     assert again.generate(A, seed=1)[0].tobytes() == made[model].generate(A, seed=1)[0].tobytes()
-    assert f"({model})" in (folder / "README.md").read_text(encoding="utf-8"), "the card says what it is"
+    assert f"(minimuse-{model}-1)" in (folder / "README.md").read_text(encoding="utf-8"), "the card says what it is"
     with pytest.raises(
         ValueError, match=rf"another kind of model.*load it with minimuse\.baseline_.*{type(again).__name__}"
     ):
