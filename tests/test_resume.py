@@ -20,9 +20,9 @@ import torch
 from conftest import D_LM, ROOT
 
 from minimuse import cli, train
-from minimuse.eval_metrics import feature_distance
 from minimuse.checkpoint import WEIGHTS
 from minimuse.config import MuseConfig, StageConfig, to_dict
+from minimuse.eval_metrics import feature_distance
 from minimuse.muse import Muse
 from minimuse.sampler import SamplingConfig
 from minimuse.train_engine import Engine, Stage, Stopped

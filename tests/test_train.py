@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from minimuse.eval_metrics import feature_distance
 from minimuse.config import StageConfig, preset
 from minimuse.data_cache import tokenize_images
+from minimuse.eval_metrics import feature_distance
 from minimuse.masking import masked_cross_entropy
 from minimuse.text import pad_contexts
 from minimuse.train import (
