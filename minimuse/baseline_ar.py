@@ -18,7 +18,6 @@ Not here: the diffusion baseline (`baseline_dit.py`), the comparison (`benchmark
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,13 +26,12 @@ from torch import Tensor, nn
 
 from minimuse.cfg import Guidance, get_guidance, guide
 from minimuse.config import MuseConfig, StageConfig
-from minimuse.data_sources import Source
 from minimuse.editing import Jobs
 from minimuse.muse import Muse
 from minimuse.sampler import LogitsFn, SamplingConfig, Step
 from minimuse.text import Context
-from minimuse.train import MuseTrainer, pick_captions, train_muse, train_network
-from minimuse.train_engine import Engine, Progress, Stage, init_from_codebook
+from minimuse.train import MuseTrainer, pick_captions, train_network
+from minimuse.train_engine import Progress, Stage, init_from_codebook
 from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig, attention
 from minimuse.utils import require
 from minimuse.vqgan import VQGAN
@@ -84,25 +82,17 @@ class LowRes(Muse):
 
     inpaint = outpaint = edit = edit_steps = decode_superres = refuse
 
-
-def train_baseline(
-    make: type[LowRes], config: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None
-) -> Iterator[Progress]:
-    """As `train.train_muse`, for a configuration of `make.configure`. The last Progress holds the baseline."""
-    return train_muse(config, data=data, engine=engine, stages=partial(_stages, make))
-
-
-def _stages(make: type[LowRes], trainer: MuseTrainer) -> Iterator[Progress]:
-    """Train the tokenizer, compute tokens and embeddings, train the network."""
-    config, engine = trainer.config, trainer.engine
-    parts = trainer.parts = make.build(config)
-    yield from trainer.before_base()
-    words = trainer.data.words()
-    torch.manual_seed(engine.seed)  # as in a resumed run
-    yield from make(config, parts, trainer.encoder, **words).to(engine.device).fit(trainer)
-    parts["base"] = engine.gather_full_model(parts["base"], lambda: make.network(config))
-    model = make(config, parts.eval(), trainer.encoder, **words).to(engine.device)
-    yield Progress("all", 1, 1, {}, model)
+    @classmethod
+    def stages(cls, trainer: MuseTrainer) -> Iterator[Progress]:
+        """The stages of `train.train_muse`: train the tokenizer, compute tokens and embeddings, train the network."""
+        config, engine = trainer.config, trainer.engine
+        parts = trainer.parts = cls.build(config)
+        yield from trainer.before_base()
+        words = trainer.data.words()
+        torch.manual_seed(engine.seed)  # as in a resumed run
+        yield from cls(config, parts, trainer.encoder, **words).to(engine.device).fit(trainer)
+        parts["base"] = engine.gather_full_model(parts["base"], lambda: cls.network(config))
+        yield Progress("all", 1, 1, {}, cls(config, parts.eval(), trainer.encoder, **words).to(engine.device))
 
 
 # --- autoregression ---------------------------------------------------------------------------------------------------

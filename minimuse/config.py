@@ -33,7 +33,7 @@ EQUAL = (  # fields of MuseConfig that must agree
 class StageConfig(Checked):
     """How one stage trains."""
 
-    steps: PositiveInt
+    steps: Natural  # 0: the stage is left out, as in fine-tuning
     batch: Size
     learning_rate: Positive
     warmup: Natural

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Annotated, Literal, NamedTuple
@@ -218,6 +219,11 @@ class SceneDataset(Checked):
             if len(found) == k:
                 return found
         raise ValueError(f"scene {i} has fewer than {k} different captions: ask for at most {len(found)}")
+
+    def labels(self) -> Tensor:
+        """-> (n, K): 1 for the pairs of color and shape that a scene shows."""
+        seen = [{(thing.color, thing.shape) for thing in self.scene(i).things} for i in range(self.n)]
+        return torch.tensor([[float(pair in pairs) for pair in product(COLORS, SHAPES)] for pairs in seen])
 
     def images(self, indices: Sequence[int] | None = None) -> Tensor:
         """Indices (None: all) -> uint8 images (B, 3, H, W), rendered 256 scenes at a time."""

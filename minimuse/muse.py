@@ -214,14 +214,6 @@ class Muse:
         self.encoder.to(self.config.text_device or self.device)
         return self
 
-    def compile(self, **options: Any) -> "Muse":
-        """Apply torch.compile to the networks that draw; returns itself. The first pictures wait for the compiler."""
-        require("superres" in self.parts, f"{self.config.name} is a baseline; only a whole Muse can be compiled")
-        decoders = [t.decoder for t in (self.low_tokenizer, self.high_tokenizer) if isinstance(t, VQGAN)]
-        for part in [self.base, self.superres, *decoders]:
-            part.compile(**{"dynamic": False} | options)
-        return self
-
     def jobs(self, prompts: Any, n: int = 1, seed: Seed = None, negative: Any = None) -> Jobs:
         """Arguments of `generate` -> one dict for each picture: prompt, negative prompt, seed."""
         prompts = [prompts] if isinstance(prompts, str) else check("prompts", prompts, tuple[str, ...])

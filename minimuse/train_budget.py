@@ -4,7 +4,7 @@ The real networks and losses run once on the meta device, which has shapes but n
 or addition in a matrix product or convolution. Hours are FLOPs / `matmul_ceiling()`: a lower bound, not a forecast.
 Bytes are those of fp32 weights, trained with bf16 autocast and fused attention, with prompts of `text_tokens` tokens.
 
-Not counted: LPIPS, gradients of activations, temporary tensors, gaps; the data's preparation; the language model (`preview`).
+Not counted: LPIPS, gradients of activations, temporary tensors, gaps; the data's preparation. See `preview` too.
 """
 
 from collections.abc import Callable, Iterator
@@ -163,7 +163,7 @@ def parameter_counts(config: MuseConfig) -> dict[str, int]:
 
 def stage_budget(config: MuseConfig, stage: str, checkpointing: bool = False) -> StageBudget:
     """One stage of `config`. With `checkpointing`, layers and residual blocks run again for the backward pass."""
-    known = [name for name in STAGES if name in config.stages]
+    known = [name for name in STAGES if name in config.stages and config.stages[name].steps]
     require(stage in known, f"no stage {stage!r} in {config.name!r}; known: {', '.join(known)}")
     how = config.stages[stage]
     late = min(how.adversarial_start, how.steps) if how.adversarial_weight else 0  # steps without a discriminator
@@ -207,7 +207,8 @@ def report(
     fits = "" if memory_gb is None else f"fits in {memory_gb:g} GB, with FSDP"
     lines = [f"{config.name}: {accelerators} x {si(rate / accelerators, 'FLOP/s')}, {source}"]
     lines += [row("stage", "trained", "steps", "batch", "a step", "all steps", "fixed", "example", "at best", fits)]
-    budgets = [stage_budget(config, stage, checkpointing) for stage in STAGES if stage in config.stages]
+    trained = [name for name in STAGES if name in config.stages and config.stages[name].steps]
+    budgets = [stage_budget(config, stage, checkpointing) for stage in trained]
     for b in budgets:
         amounts = [si(b.step_flops, "FLOP"), si(b.flops, "FLOP"), si(b.fixed, "B"), si(b.activations, "B")]
         if memory_gb is not None:

@@ -63,7 +63,7 @@ pictures of any size pass.
 """
 
 # %%
-from minimuse.vqgan import Decoder, Encoder, ResBlock, UpBlock
+from minimuse.vqgan import Decoder, Encoder, ResBlock, up_block
 
 show(Encoder)
 
@@ -85,7 +85,7 @@ encoder; a residual block, and a level of the decoder:
 """
 
 # %%
-show(ResBlock, UpBlock, Decoder.forward)
+show(ResBlock, up_block, Decoder.forward)
 
 # %%
 f = muse.high_tokenizer.downsampling
