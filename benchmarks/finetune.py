@@ -6,7 +6,7 @@ sphere". No picture shows cyan next to the word teal, and none is of the old dat
 
 A picture of a new prompt is right if the detector finds everything that the prompt names and nothing else, as in
 `minimuse eval`. The detector knows no teal, so the color of each thing is read from its pixels: the mean of the middle
-of its box, and the nearest mean of nine colors in two materials, all of real renders. `--validate` says how often this
+of its box, and the nearest mean of nine colors in two materials, all of real renders. The script prints how often this
 is right for other real renders. Old prompts are judged by the detector alone, before and after, with the same seeds.
 """
 
@@ -19,19 +19,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from minimuse import Muse
 from minimuse.data_captions import caption
-from minimuse.utils import to_pil
 from minimuse.data_scenes import COLORS, Scene, render, sample_scene
 from minimuse.eval_metrics import proportion_interval
 from minimuse.eval_networks import Detection, Detections, Detector
 from minimuse.eval_prompts import EvalPrompt, matches, parse_prompt, prompt_set
 from minimuse.train import train_muse
 from minimuse.train_engine import Engine
+from minimuse.utils import to_pil
 
 TEAL = (0.0, 0.5, 0.5)
 OLD, NEW = "gray", "teal"  # teal things take the place of gray ones
@@ -87,7 +88,7 @@ def middle(image: Image.Image, thing: Detection) -> Tensor:
     x, y, w, h = (left + right) / 2, (top + bottom) / 2, (right - left) / 4, (bottom - top) / 4
     box = [round(edge * image.width) for edge in (x - w, y - h, x + w, y + h)]
     part = image.convert("RGB").crop((box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)))
-    return torch.tensor(list(part.getdata()), dtype=torch.float).mean(0) / 255
+    return torch.from_numpy(np.array(part)).float().mean((0, 1)) / 255
 
 
 class ColorReader:
