@@ -22,10 +22,8 @@ from minimuse import checkpoint, lab
 from minimuse.app import serve
 from minimuse.config import PRESETS, from_dict, preset, to_dict
 from minimuse.lab_models import open_amused
-from minimuse.muse import Muse
-from minimuse.pictures import (
-    again, difference, open_picture, output_paths, read_pictures, save_png, settings_of, with_settings,
-)  # fmt: skip
+from minimuse.muse import Muse, text_encoder
+from minimuse.pictures import again, difference, open_picture, output_paths, save_png, settings_of, with_settings
 from minimuse.plots import film
 from minimuse.utils import pick_device, require
 
@@ -213,12 +211,11 @@ def changed(config: Any, changes: list[str]) -> Any:
 def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
     """Print what a run would need. Nothing is written."""
     from minimuse.data_cache import TrainingData
-    from minimuse.text import TextEncoder
     from minimuse.train_budget import preview, report
 
     require(not args.model, "--dry-run counts a whole Muse, not a baseline; leave out --model")
     device = pick_device(args.device)
-    encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens).to(device)
+    encoder = text_encoder(config, device)
     print(preview(TrainingData(args.out / "cache", source, config, encoder, device=device)))
     ceiling = args.ceiling and args.ceiling * 1e12
     print(report(config, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))
@@ -250,6 +247,7 @@ def run_doctor(args: argparse.Namespace) -> None:
 
 def run_reconstruct(args: argparse.Namespace) -> None:
     """Save originals next to their reconstructions, and print what the doctor finds."""
+    from minimuse.pictures import read_pictures
     from minimuse.train_doctor import MOST, compare_tokenizers
 
     (out,) = output_paths(args.out, "reconstruct", 1, force=args.force)

@@ -31,6 +31,12 @@ from minimuse.utils import FloatType, OneSeed, PositiveInt, check, pick_device, 
 from minimuse.vqgan import VQGAN
 
 
+def text_encoder(config: MuseConfig, device: Any = "cpu") -> TextEncoder:
+    """The language model of a configuration; `device` is that of the networks."""
+    options = {"device": config.text_device or device, "dtype": getattr(torch, config.text_dtype, None)}
+    return TextEncoder(config.text_encoder, max_tokens=config.text_tokens, **options)
+
+
 def build(config: MuseConfig) -> nn.ModuleDict:
     """The four networks with fresh weights. The high tokenizer has the size of its fine-tuned decoder."""
     parts = {
@@ -169,7 +175,7 @@ class Muse:
         checkpoint.check_weights(parts.state_dict(), weights, name)
         parts.load_state_dict(weights, assign=True)
         parts.eval().requires_grad_(False)
-        muse = cls(config, parts, TextEncoder(config.text_encoder, max_tokens=config.text_tokens), **about)
+        muse = cls(config, parts, text_encoder(config), **about)
         _ = muse.fingerprint  # of the stored weights, before a dtype rounds them
         device = pick_device(device)
         return muse.to(device, dtype or pick_dtype(device, sum(p.numel() for p in parts.parameters())))
@@ -205,7 +211,7 @@ class Muse:
         self.dtype = check("dtype", dtype or self.dtype, FloatType)
         self.device = pick_device(device or self.device)
         self.parts.to(self.device, self.dtype)
-        self.encoder.to(self.device)
+        self.encoder.to(self.config.text_device or self.device)
         return self
 
     def jobs(self, prompts: Any, n: int = 1, seed: Seed = None, negative: Any = None) -> Jobs:

@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse import train_engine, vqgan_loss
+from minimuse import eval_metrics, train_engine, vqgan_loss
 from minimuse.amused import published_tokenizer
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_cache import Decimated, TrainingData
 from minimuse.data_sources import SceneDataset, Source, open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
-from minimuse.muse import Muse, build
-from minimuse.text import Context, TextEncoder, pad_contexts
+from minimuse.muse import Muse, build, text_encoder
+from minimuse.text import Context, pad_contexts
 from minimuse.train_engine import Engine, EvalFn, Progress, Stage, batch_indices
 from minimuse.train_log import TrainLog, codebook_usage
 from minimuse.train_state import open_start, starting_parts
@@ -250,7 +250,7 @@ class MuseTrainer:
         self.config, self.engine, self.start = config, engine, start
         self.parts = starting_parts(config, start) if start else build(config)
         self.high = self.parts["high_tokenizer"] if start else VQGAN(config.high_tokenizer)
-        self.encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
+        self.encoder = text_encoder(config, engine.device)
         tokenizing = [s for name, s in config.stages.items() if name not in ("base", "superres")]
         kinds = {s.perceptual for s in tokenizing if s.perceptual_weight and s.steps} - {"none"}
         self.perceptual = {kind: perceptual_loss(kind, config, engine) for kind in sorted(kinds)}  # lpips first
@@ -322,7 +322,7 @@ def perceptual_loss(kind: str, config: MuseConfig, engine: Engine, n: int = 2000
     """LPIPS for "lpips". Choice: for "scenes", features trained on n scenes, which need no download."""
     if kind == "lpips":
         with engine.accelerator.main_process_first():  # it downloads the weights
-            return vqgan_loss.lpips_distance()
+            return eval_metrics.lpips_distance()
     scenes = SceneDataset(n, config.low_tokenizer.image_size, seed=engine.seed)
     features = train_features(scenes.images(), scenes.labels(), seed=engine.seed)
-    return vqgan_loss.feature_distance(features.to(engine.device))
+    return eval_metrics.feature_distance(features.to(engine.device))

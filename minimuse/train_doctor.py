@@ -31,17 +31,17 @@ from minimuse import checkpoint, train_state
 from minimuse.amused import published_tokenizer
 from minimuse.config import STAGES, MuseConfig
 from minimuse.data_cache import HELD_OUT, Decimated, Subset, TrainingData
-from minimuse.eval_metrics import psnr
+from minimuse.eval_metrics import feature_distance, psnr
 from minimuse.eval_networks import Detector, network_input
+from minimuse.muse import text_encoder
 from minimuse.plots import grid
-from minimuse.text import TextEncoder, pad_contexts
+from minimuse.text import pad_contexts
 from minimuse.train import MaskedLoss
 from minimuse.train_engine import Engine
 from minimuse.train_log import RATES, STRATA, codebook_usage, eval_mode, read_log, set_of, unigram_entropy, validate
 from minimuse.transformer import SuperRes, Transformer
 from minimuse.utils import area_downsample, seeded_generator, to_float, to_pil, to_uint8
 from minimuse.vqgan import VQGAN
-from minimuse.vqgan_loss import feature_distance
 
 MOST = 128  # examples that a check reads
 FEW = 16  # with fewer held-out examples, training examples are checked, and overfitting cannot be seen
@@ -288,7 +288,7 @@ def examine(folder: str | Path, stage: str | None = None, *, device: Any = None)
     started = [name for name in stages if train_state.states(folder / name)]
     if not started or stage not in (None, *started):
         raise ValueError(f"{folder} has no state of {stage or 'any stage'} yet; stages with a state: {started}")
-    encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
+    encoder = text_encoder(config, engine.device)
     options = {"device": engine.device, "bf16": engine.bf16, "read_only": True}
     data = TrainingData(folder / "cache", SimpleNamespace(**run["data"]), config, encoder, **options)
     findings: list[Finding] = []
