@@ -52,7 +52,7 @@ class TransformerConfig(Checked):
         super().__post_init__()
         require_multiple(self, "width", self.heads)
         require_multiple(self, "grid", self.block or 1)
-        require(self.low_layers > 0 or not self.draft, "draft is True, but low_layers is 0; only SuperRes reads a draft")
+        require(self.low_layers > 0 or not self.draft, "draft is True and low_layers 0; only SuperRes reads a draft")
         if self.block or self.text_layers:  # half of the heads attend in one way, half in another
             require_multiple(self, "heads", 2)
 

@@ -526,5 +526,5 @@ def test_a_draft_is_given_exactly_where_the_model_reads_one():
         drafted().memory(context(), low)
     with pytest.raises(ValueError, match="a draft; give one only"):
         superres().memory(context(), low, draft)
-    with pytest.raises(ValueError, match="low_layers is 0"):
+    with pytest.raises(ValueError, match="low_layers 0"):
         replace(BASE, draft=True)
