@@ -23,11 +23,21 @@ from minimuse import editing
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import FORMAT, MuseConfig
 from minimuse.editing import Callback, Jobs, Seed, Steps, seeded_generators
-from minimuse.masking import uniforms
 from minimuse.sampler import SamplingConfig, Step, check_settings, decode
 from minimuse.text import Context, TextEncoder
 from minimuse.transformer import SuperRes, Transformer
-from minimuse.utils import FloatType, OneSeed, PositiveInt, check, pick_device, pick_dtype, plain, require, to_pil
+from minimuse.utils import (
+    FloatType,
+    OneSeed,
+    PositiveInt,
+    check,
+    pick_device,
+    pick_dtype,
+    plain,
+    require,
+    to_pil,
+    uniforms,
+)
 from minimuse.vqgan import VQGAN
 
 

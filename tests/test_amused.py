@@ -22,7 +22,7 @@ from minimuse.data_cache import tokenize_images
 from minimuse.eval_networks import ClipScorer
 from minimuse.lab import compare
 from minimuse.lab_models import AmusedEvaluator
-from minimuse.masking import uniforms as draw_uniforms
+from minimuse.utils import uniforms as draw_uniforms
 from minimuse.muse import Muse
 from minimuse.sampler import decode, draw
 from minimuse.train import train_muse, train_transformer

@@ -10,10 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimuse.lab import WorldEvaluator
-from minimuse.lab_samplers import SAMPLER_PRESETS, check_samples, preset_settings, run
+from minimuse.lab_samplers import (
+    SAMPLER_PRESETS,
+    SAMPLERS,
+    check_samples,
+    entropy_bound,
+    exact_score,
+    preset_settings,
+    run,
+)
 from minimuse.lab_worlds import ChainWorld, MixtureWorld, PottsWorld
 from minimuse.masking import SCHEDULES, reveal_counts
-from minimuse.sampler import ORDERS, decode, entropy_bound
+from minimuse.sampler import ORDERS, State, decode
 
 OFF = settings(deadline=None, max_examples=25, derandomize=True)
 CHAIN = ChainWorld(torch.tensor([[0.8, 0.2], [0.3, 0.7]]), 4, torch.tensor([0.7, 0.3]))
@@ -151,7 +159,7 @@ def test_remasking_takes_back_what_does_not_fit():
     trace = list(decode(world, start, mask_id=4, steps=4, order=order, remask=True, generator=seeded()))
     changed = sum(int((~a.masked & b.masked).sum()) for a, b in itertools.pairwise(trace))
     assert changed > 0, "no token was masked again"
-    assert run(iter(trace), remask=True)[1] == 4 * 64
+    assert run(iter(trace))[1] == 4 * 64
 
 
 def test_samples_form_groups():
