@@ -12,10 +12,12 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minimuse.utils import to_uint8
 
+Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, H, W) twice -> ()
 Features = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B, D)
 Groups = Sequence[Hashable] | Tensor | None  # one label per row; None: every row is its own group
 Values = Tensor | Sequence[float]
@@ -212,3 +214,23 @@ def psnr(images: Tensor, reconstructed: Tensor) -> Tensor:
     check_images(reconstructed)
     x, y = (x.double() / 255 if x.dtype == torch.uint8 else (x.double() + 1) / 2 for x in (images, reconstructed))
     return -10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+
+
+def feature_distance(features: Callable[[Tensor], list[Tensor]]) -> Distance:
+    """LPIPS without learned weights: squared distance of channel-normalized features, mean over positions, summed."""
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        pairs = zip(features(x), features(y), strict=True)
+        return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean() for a, b in pairs)
+
+    return distance
+
+
+def lpips_distance() -> Distance:
+    """LPIPS with VGG features, as in VQGAN. The package downloads the weights at first use."""
+    try:
+        import lpips
+    except ImportError as e:
+        raise ImportError('perceptual="lpips" needs pip install "minimuse[lpips]"; "scenes" and "none" do not') from e
+    net = lpips.LPIPS(net="vgg").eval().requires_grad_(False)
+    return lambda x, y: net.to(x.device)(x, y).mean()

@@ -13,17 +13,15 @@ solves its problem exactly), DDPD (2410.06264) and learned policies, which need 
 """
 
 import math
-from bisect import bisect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from scipy.special import betainc
 from torch import Tensor
 
 from minimuse.lab_worlds import World
 from minimuse.masking import SCHEDULES
-from minimuse.sampler import Hook, State, Step, by_rank, confidence, draw, token_entropy
+from minimuse.sampler import Hook, State, Step, confidence, draw, token_entropy
 from minimuse.utils import Fraction, NonNegative, PositiveInt, check, named, require, top_mask
 
 GROUPS = 32  # samples form so many groups; intervals compare the groups
@@ -44,7 +42,7 @@ class Target(NamedTuple):
 def entropy_bound(bound: float) -> Callable[[Tensor, Tensor, float], Tensor]:
     """A rule that reveals the k tokens of lowest entropy, k as large as sum(H) - max(H) <= bound allows, in nats.
 
-    EB-Sampler (arXiv 2505.24857, eq. 6): the bound limits the error of independent draws. Use it with order="entropy".
+    EB-Sampler (arXiv 2505.24857): the bound limits the error of independent draws. Use it with order="entropy".
     """
     bound = check("the entropy bound", bound, NonNegative)
 
@@ -69,44 +67,31 @@ def _or_best(state: State, ready: Tensor, p: Tensor) -> Tensor:
 
 
 def _fast_dllm(to: Target, threshold: float = 0.9) -> dict[str, Any]:
-    """Fast-dLLM (arXiv 2505.22618, algorithm 1): reveal all tokens of p(drawn) >= threshold, at least one.
+    """Fast-dLLM (arXiv 2505.22618), threshold: reveal all tokens of p(drawn) >= threshold, at least one.
 
     Choice: drawn at temperature 1; the paper's argmax has no distribution to compare.
     """
-    threshold = check("the threshold", threshold, Fraction)
+    threshold = check("the threshold", threshold, NonNegative)
     return {"choose": lambda state: _or_best(state, state.confidence >= threshold, state.confidence)}
 
 
-def _fast_dllm_factor(to: Target, factor: float = 1.0) -> dict[str, Any]:
-    """Fast-dLLM, factor: reveal the n surest tokens, the largest n of (n + 1) (1 - p_(n)) < factor.
-
-    As in the paper. The code of NVlabs stops one token later where only the last token fails.
-    """
-    factor = check("the factor", factor, NonNegative)
-
-    def choose(state: State) -> Tensor:
-        p = state.confidence.masked_fill(~state.masked, -1.0)
-        n = torch.arange(1, p.shape[1] + 1, device=p.device)
-        count = ((n + 1) * (1 - p.sort(1, descending=True).values) < factor).sum(1)
-        return top_mask(p, state.noise[:, 1], count.clamp(min=1)) & state.masked
-
-    return {"choose": choose}
-
-
 def _klass(to: Target, threshold: float = 0.9, bound: float = 0.01, passes: float = 2) -> dict[str, Any]:
-    """KLASS (arXiv 2511.05664, eq. 4): reveal where max p > threshold, and KL(p || p of the pass before) < bound.
+    """KLASS (arXiv 2511.05664): reveal where max p > threshold, and KL(p || p of the pass before) < bound.
 
     The KL must be below the bound in each of the last `passes` passes. Where no token is ready, the surest is revealed
-    (the code: n / T tokens).
+    (the public code: n / T tokens).
     """
+    stable = torch.zeros(1)  # for how many passes, (B, N)
 
     def choose(state: State) -> Tensor:
+        nonlocal stable
         log_p = state.logits.log_softmax(-1)
         p = log_p.exp()
-        before = log_p if state.previous is None else state.previous.log_softmax(-1)
-        kl = torch.where(p > 0, p * (log_p - before), 0.0).sum(-1)
-        stable = torch.where(kl < bound, state.notes.get("stable", -1) + 1, 0)  # the first pass has no pass before
-        state.notes["stable"] = stable
+        if state.previous is None:
+            stable = torch.zeros_like(state.drawn)
+        else:
+            kl = torch.where(p > 0, p * (log_p - state.previous.log_softmax(-1)), 0.0).sum(-1)
+            stable = torch.where(kl < bound, stable + 1, 0)
         return _or_best(state, (stable >= passes) & (p.amax(-1) > threshold), p.amax(-1))
 
     return {"choose": choose}
@@ -116,23 +101,22 @@ def _klass(to: Target, threshold: float = 0.9, bound: float = 0.01, passes: floa
 
 
 def _mdlm(to: Target) -> dict[str, Any]:
-    """MDLM, ancestral (arXiv 2406.07524, eq. 7): each token is revealed with probability (b - a) / (1 - a), alpha = u.
+    """MDLM, ancestral (arXiv 2406.07524): each token is revealed with probability (b - a) / (1 - a), alpha = u.
 
-    So the counts are binomial, and a step may reveal none. Its NFE is 0, since the code caches the logits.
+    So the counts are binomial. A step that reveals none has an NFE of 0: the logits of the step before hold.
     """
     return {"choose": lambda state: ~state.masked | (state.noise[:, 1] < 1 / (state.steps - state.index))}
 
 
-def _remdm(sigma: Callable[..., Any], alpha: Callable[[float], float] = lambda u: u) -> dict[str, Any]:
-    """ReMDM (arXiv 2503.00307, eq. 4): mask a token of U again with probability s = sigma(state, s_max, a, b).
+def _remdm(sigma: Callable[[State, float], float | Tensor]) -> dict[str, Any]:
+    """ReMDM (arXiv 2503.00307): mask a token of U again with probability s = sigma(state, s_max).
 
-    A masked token is revealed with probability (b - (1 - s) a) / (1 - a). s_max = min(1, (1 - b) / a), eq. 5.
+    s_max = min(1, (1 - b) / a). A masked token is revealed with probability (b - (1 - s) a) / (1 - a), alpha = u.
     """
 
     def choose(state: State) -> Tensor:
-        a, b = (alpha((state.index + later) / state.steps) for later in (0, 1))
-        s = sigma(state, min(1.0, (1 - b) / a) if a > 0 else 1.0, a, b)
-        s = torch.as_tensor(s).to(state.noise).expand_as(state.drawn)
+        a, b = state.index / state.steps, (state.index + 1) / state.steps
+        s = torch.as_tensor(sigma(state, min(1.0, (1 - b) / a) if a else 1.0)).to(state.noise)
         reveal = (b - (1 - s) * a) / (1 - a)
         return torch.where(state.masked, state.noise[:, 1] < reveal, state.noise[:, 1] >= s)
 
@@ -140,38 +124,25 @@ def _remdm(sigma: Callable[..., Any], alpha: Callable[[float], float] = lambda u
 
 
 def _remdm_cap(to: Target, eta: float = 0.02) -> dict[str, Any]:
-    """ReMDM-cap: s = min(eta, s_max)."""
-    return _remdm(lambda state, most, a, b: min(eta, most))
+    """ReMDM-cap: s = min(eta, s_max). eta = 0 is MDLM."""
+    eta = check("eta", eta, Fraction)
+    return _remdm(lambda state, most: min(eta, most))
 
 
 def _remdm_rescale(to: Target, eta: float = 0.05) -> dict[str, Any]:
-    """ReMDM-rescale: s = eta s_max."""
-    return _remdm(lambda state, most, a, b: eta * most)
+    """ReMDM-rescale: s = eta s_max. eta = 0 is MDLM."""
+    eta = check("eta", eta, Fraction)
+    return _remdm(lambda state, most: eta * most)
 
 
 def _remdm_conf(to: Target) -> dict[str, Any]:
     """ReMDM-conf: s_i = s_max softmax(-p_i) over U, p_i the probability that token i had when it was drawn."""
 
-    def sigma(state: State, most: float, a: float, b: float) -> Tensor:
+    def sigma(state: State, most: float) -> Tensor:
         revealed = state.free & ~state.masked
         return most * (-state.confidence).masked_fill(~revealed, -1e30).softmax(1) * revealed
 
     return _remdm(sigma)
-
-
-def _remdm_loop(to: Target, eta: float = 0.02, on: float = 0.55, off: float = 0.05, held: float = 0.9) -> dict:
-    """ReMDM-loop: alpha rises to `held` at time t = `on`, stays with s = eta until t = `off`, and rises to 1; u = 1 - t.
-
-    Defaults of the code (kuleshov-group/remdm).
-    """
-    points = [(0.0, 0.0), (1 - on, held), (1 - off, held), (1.0, 1.0)]
-    require(0 < off < on < 1 and 0 < held < 1, f"remdm_loop has on {on}, off {off}, held {held}; give 0 < off < on < 1")
-
-    def alpha(u: float) -> float:
-        (x, y), (x2, y2) = points[max(0, min(2, bisect(points, (u, -1.0)) - 1)) :][:2]
-        return y + (y2 - y) * (u - x) / (x2 - x)
-
-    return _remdm(lambda state, most, a, b: min(eta, most) if a == b else 0.0, alpha)
 
 
 def _fit(state: State, world: World | None) -> Tensor:
@@ -182,15 +153,15 @@ def _fit(state: State, world: World | None) -> Tensor:
 
 
 def _p2(to: Target, eta: float = 1.0) -> dict[str, Any]:
-    """P2, self-planning (arXiv 2502.03540, algorithm 1): keep the alpha n best of all tokens by log p; in U, eta log p.
+    """P2, self-planning (arXiv 2502.03540): keep the alpha n best of all tokens by log p; in U, eta log p.
 
     eta = 0 masks nothing again. alpha = (i + 1) / T. Deviation in a world: log p of a known token is given the others.
     """
     eta = check("eta", eta, NonNegative)
 
     def choose(state: State) -> Tensor:
-        score = _fit(state, to.world)
-        score = torch.where(state.masked, score, eta * score).clamp(min=-1e30).masked_fill(~state.free, -math.inf)
+        score = _fit(state, to.world).clamp(min=-1e30)
+        score = torch.where(state.masked, score, eta * score).masked_fill(~state.free, -math.inf)
         n = state.free.sum(1)
         count = n - (n * (1 - (state.index + 1) / state.steps) + 1e-6).long()
         return top_mask(score, state.noise[:, 1], count)
@@ -215,7 +186,7 @@ def _token_critic(to: Target) -> dict[str, Any]:
 
 
 def _informed(to: Target, k: float = 4) -> dict[str, Any]:
-    """Informed corrector (arXiv 2407.21243, section 4): after a step, draw the k least sure tokens of U once more.
+    """Informed corrector (arXiv 2407.21243): after a step, draw the k least sure tokens of U once more.
 
     Sure is log p(x_i) - max over v other than x_i of log p(v), given all other known tokens. All k are drawn at once.
     """
@@ -239,7 +210,7 @@ def _informed(to: Target, k: float = 4) -> dict[str, Any]:
 def _moment(to: Target, alpha: float = 4.5) -> dict[str, Any]:
     """Moment sampler (arXiv 2510.04525): MaskGIT with ranking noise a, as choosing first and drawing afterwards.
 
-    Places by Gumbel-top-k of log sum_v p(v)^(1 + 1/a); there, v is drawn with p(v)^(1 + 1/a): a temperature a / (1 + a).
+    Places by Gumbel-top-k of log sum_v p(v)^(1 + 1/a); there, v is drawn with p(v)^(1 + 1/a): temperature a / (1 + a).
     Both scores are multiplied by a here, so a = 0 is argmax. a = alpha (1 - (i + 1) / T) as in MaskGIT.
     """
 
@@ -260,19 +231,10 @@ def _choose_then_sample(to: Target, noise: float = 4.5) -> dict[str, Any]:
     return {"order": order, "choice_temperature": check("the ranking noise", noise, NonNegative)}
 
 
-def _dilated(to: Target) -> dict[str, Any]:
-    """Dilated unmasking (arXiv 2506.19037): step t = 1..T reveals the tokens i divisible by floor(n^(1 - t/T)).
-
-    With T = log2 n these are the paper's strides n/2, n/4 .. 1. Choice: the whole raster is one block.
-    """
-    strides = [max(1, math.floor(to.n ** (1 - (t + 1) / to.steps) + 1e-9)) for t in range(to.steps)]
-    when = torch.tensor([next(t for t, stride in enumerate(strides) if i % stride == 0) for i in range(to.n)])
-    known = [int((when < t).sum()) for t in range(to.steps + 1)]
-    return {"schedule": lambda u: 1 - known[round(u * to.steps)] / to.n, "order": by_rank(when)}
-
-
 def _beta(to: Target, a: float = 2.0, b: float = 1.0) -> dict[str, Any]:
     """Beta schedule (arXiv 2509.13866): the fraction masked is 1 - BetaCDF(u; a, b), in random order."""
+    from scipy.special import betainc
+
     require(a > 0 and b > 0, f"beta has a {a}, b {b}; give numbers above 0")
     return {"schedule": lambda u: 1 - float(betainc(a, b, u)), "order": "random"}
 
@@ -332,22 +294,11 @@ def _lucidrains(to: Target) -> dict[str, Any]:
     }
 
 
-PAPERS = [
-    _mdlm,
-    _remdm_cap,
-    _remdm_rescale,
-    _remdm_conf,
-    _remdm_loop,
-    _p2,
-    _moment,
-    _choose_then_sample,
-    _eb,
-    _fast_dllm,
-]
-PAPERS += [_fast_dllm_factor, _klass, _dilated, _beta, _token_critic, _informed, _top_p]
+PAPERS = [_mdlm, _remdm_cap, _remdm_rescale, _remdm_conf, _p2, _moment, _choose_then_sample]
+PAPERS += [_eb, _fast_dllm, _klass, _beta, _token_critic, _informed, _top_p]
 CODES = [_muse, _maskgit, _amused, _halton, _lucidrains]
 SAMPLER_PRESETS = {f.__name__[1:]: f for f in CODES}
-SAMPLERS = {f.__name__[1:]: f for f in PAPERS} | SAMPLER_PRESETS
+SAMPLERS = SAMPLER_PRESETS | {f.__name__[1:]: f for f in PAPERS}
 
 
 def preset_settings(name: str, n: int, codebook_size: int, steps: int, world: World | None = None) -> dict[str, Any]:
@@ -357,7 +308,7 @@ def preset_settings(name: str, n: int, codebook_size: int, steps: int, world: Wo
     """
     sizes = {"n": n, "codebook_size": codebook_size, "steps": steps}
     to = Target(*(check(size, value, PositiveInt) for size, value in sizes.items()), world)
-    return {"steps": to.steps} | _muse(to) | named("the sampler", name, SAMPLERS, to)
+    return {"steps": to.steps} | _muse(to) | named("preset", name, SAMPLERS, to)
 
 
 class Outcome(NamedTuple):

@@ -3,10 +3,11 @@
     all [MASK] -> predict every masked token -> keep the most confident ones -> predict the rest -> ... -> no [MASK]
 
 `decode` needs only a LogitsFn (tokens (B, N), u) -> logits (B, N, V). You may replace each setting by a function:
-    how many are revealed   schedule: a curve, or an adaptive rule (logits, masked, u) -> (B,), such as `entropy_bound`
+    how many are revealed   schedule: a curve, or an adaptive rule (logits, masked, u) -> (B,), such as an entropy bound
     which are revealed      order: (logits, drawn, masked, u) -> scores (B, N), the highest are kept
-    what is drawn           sampling_temperature: a number or a function of u; top_k
+    what is drawn           sampling_temperature: a number or a function of u; top_k, top_p
     how noisy the ranking   choice_temperature: a number that falls linearly to 0, or a function of u
+    which stay, and as what choose, corrector: functions of a `State`. `lab_samplers.py` has published ones
 
 Randomness: two uniforms per token and step, drawn before the loop from CPU generators, so equal on every machine.
 Not here: the schedules (`masking.py`), guidance (`cfg.py`).
@@ -24,8 +25,20 @@ import torch
 from torch import Tensor
 
 from minimuse.masking import Schedule, ScheduleName, reveal_counts
-from minimuse.utils import Checked, Generators, Natural, NonNegative, PositiveInt, Rule
-from minimuse.utils import add_bits, check, halton_rank, require, top_mask, uniforms
+from minimuse.utils import (
+    Checked,
+    Generators,
+    Natural,
+    NonNegative,
+    PositiveInt,
+    Rule,
+    add_bits,
+    check,
+    halton_rank,
+    require,
+    top_mask,
+    uniforms,
+)
 
 LogitsFn = Callable[[Tensor, float], Tensor]
 Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N) holds the known tokens too
@@ -62,9 +75,11 @@ def check_settings(given: dict[str, Any], superres: bool = False) -> dict[str, A
     for name, value in settings.items():
         if name == "superres":
             settings[name] = check_settings(value)
-        elif name == "guidance" and not isinstance(value, tuple | list | str | Callable):
+        elif (name in FUNCTIONS and callable(value)) or (name == "guidance" and isinstance(value, str)):
+            continue  # `decode` and `get_guidance` check what they give
+        elif name == "guidance" and not isinstance(value, tuple | list):
             settings[name] = check(name, value, float, "a number, a pair (first, last), a name, or a function of u")
-        elif not (name in FUNCTIONS and (callable(value) or (name == "guidance" and isinstance(value, str)))):
+        else:
             settings[name] = check(name, value, known[name])
     return settings
 
@@ -94,8 +109,7 @@ class State(NamedTuple):
     masked: Tensor  # (B, N) bool, before the step; a corrector sees it after the step
     free: Tensor  # (B, N) bool, True = not given
     confidence: Tensor  # (B, N) probability of the token in the step that drew it
-    noise: Tensor  # (B, 2, N) uniforms: of the draw, and of the ranking; (B, 4, N) with a corrector
-    notes: dict[str, Any]  # what a function wants to remember until the end of this decode
+    noise: Tensor  # (B, 2, N) uniforms: of the draw, and of the ranking; a corrector has two more
 
 
 def confidence(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
@@ -202,13 +216,12 @@ def decode(
     free = masked = tokens == mask_id
     stored = masked.float()
     logits = None
-    notes: dict[str, Any] = {}
     plan = None if choose or is_adaptive(schedule) else _plan(masked, steps, schedule)
     first_nan = torch.full((), math.inf, device=tokens.device)  # its u, read after the loop: no step waits for a GPU
     if not masked.any():
         yield Step(0, 0.0, tokens, masked, masked, masked.float())  # masked is False everywhere
     for i in range(steps):
-        if not (any(plan[i]) if plan else (remask and free.any()) or masked.any()):
+        if not (any(plan[i]) if plan else (free if choose and remask else masked).any()):
             continue
         u = i / (steps - 1) if steps > 1 else 1.0
         temperature = _temperature("sampling_temperature", sampling_temperature, u, 1.0)
@@ -216,7 +229,7 @@ def decode(
         drawn = torch.where(masked, draw(logits, random[:, i, 0], temperature, top_k, top_p), tokens)
         log_prob = confidence(logits, drawn, masked, u)
         stored = torch.where(masked, log_prob.exp(), stored)
-        state = State(i, steps, u, logits, previous, drawn, masked, free, stored, random[:, i], notes)
+        state = State(i, steps, u, logits, previous, drawn, masked, free, stored, random[:, i])
         candidates = free if remask else masked
         score = log_prob if choose or order is confidence else order(logits, drawn, masked, u)
         nan = ((_like(tokens, "order's scores", score).isnan() | log_prob.isnan()) & candidates).any()
@@ -228,8 +241,7 @@ def decode(
             kept = _like(tokens, "tokens that choose keeps", choose(state), torch.bool) | (u == 1)
         masked = candidates & ~kept
         tokens = drawn.masked_fill(masked, mask_id)
-        if corrector is not None:
-            tokens = _corrected(state._replace(drawn=tokens, masked=masked), corrector)
+        tokens = _corrected(state._replace(drawn=tokens, masked=masked), corrector) if corrector else tokens
         yield Step(i, u, tokens, masked, kept & state.masked, stored.masked_fill(~state.masked, 0))
     require(first_nan.isinf().item(), f"NaN at u = {first_nan:.3g}, in the logits or the order's scores; give numbers")
 

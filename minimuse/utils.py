@@ -116,15 +116,15 @@ def named(setting: str, text: Any, table: Mapping[str, Callable[..., Any]], *fir
     """A name of the table, with numbers after colons: "p2:0.5" -> table["p2"](*first, 0.5). ValueError for others."""
     name, *words = text.split(":") if isinstance(text, str) else [""]
     try:
-        numbers = [check(setting, float(word), float) for word in words]
+        numbers = [int(word) if word.isdecimal() else check(setting, float(word), float) for word in words]
         inspect.signature(table[name]).bind(*first, *numbers)
     except (KeyError, TypeError, ValueError) as e:
-        expected = f"one of {', '.join(table)}, perhaps with numbers, such as name:0.5"
-        raise ValueError(f"{setting} is {reprlib.repr(text)}; give {expected}") from e
+        known = f"known: {', '.join(table)}, some with numbers, such as name:0.5"
+        raise ValueError(f"unknown {setting} {reprlib.repr(text)}; {known}") from e
     return table[name](*first, *numbers)
 
 
-# --- random numbers and ranks --------------------------------------------------------------------------------------------
+# --- random numbers and ranks -----------------------------------------------------------------------------------------
 
 
 def uniforms(*shape: int, generator: Generators = None) -> Tensor:

@@ -1,5 +1,6 @@
 """cfg.py: dropping text, guidance and its schedules, negative prompts (Muse 2.7)."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -156,6 +157,19 @@ def test_rising_is_linear_from_start_to_t():
 def test_get_guidance(guidance, at_0, at_half, at_1):
     t = get_guidance(guidance)
     assert [t(0.0), t(0.5), t(1.0)] == [at_0, at_half, at_1], f"{guidance!r} as a function of progress"
+
+
+def test_guidance_by_name():
+    found = {name: [get_guidance(f"{name}:4")(u) for u in (0.0, 0.2, 0.5, 1.0)] for name in GUIDANCES}
+    assert found.pop("power-cosine") == pytest.approx([0, 2 * (1 - math.cos(math.pi / 25)), 4 * 0.14645, 4], abs=1e-4)
+    assert found == {
+        "constant": [4.0] * 4, "rising": pytest.approx([0, 0.8, 2, 4]),
+        "falling": pytest.approx([4, 3.2, 2, 0]), "interval": [0.0, 0.0, 4, 4],
+    }  # fmt: skip
+    assert get_guidance("interval:3:0.1:0.4")(0.2) == 3
+    for wrong in ("rising", "rising:x", "constant:1:2"):
+        with pytest.raises(ValueError, match=r"unknown guidance .* known: constant, rising"):
+            get_guidance(wrong)
 
 
 @pytest.mark.parametrize(
