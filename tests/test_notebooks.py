@@ -78,7 +78,7 @@ def test_form(name):
     assert re.match(rf"# {int(name[:2])}\. \w", header), f"the header begins with {header[:30]!r}, not '# N. Title'"
     for field in HEADER:
         assert f"| **{field}** |" in header, f"the header says nothing of **{field}**"
-    assert 40 <= len(nb.cells) <= 70, f"{len(nb.cells)} cells; 40 to 70 are wanted"
+    assert 40 <= len(nb.cells) <= 80, f"{len(nb.cells)} cells; 40 to 80 are wanted"
     assert 'bool(os.environ.get("MINIMUSE_FAST"))' in nb.cells[2].source, "the knobs are no third cell with FAST"
     assert sum("**Predict, then run.**" in text for text in texts) >= 2, "fewer than two questions"
     assert sum(text.startswith("### Exercise") for text in texts) >= 2, "fewer than two exercises"
