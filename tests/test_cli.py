@@ -325,7 +325,7 @@ REFUSED = [
 ]  # by every option with a number
 
 
-NAMES = ("tasks", "preset", "schedule", "order")
+NAMES = ("tasks", "preset", "schedule", "order", "stages")
 
 
 def options(command: str) -> list:
