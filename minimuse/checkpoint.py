@@ -10,13 +10,14 @@ Not here: training states (`train_state.py`).
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from minimuse.config import FORMAT, MuseConfig, from_dict, to_dict
 from minimuse.utils import atomic_write, check, require
@@ -80,6 +81,37 @@ def load(name: str | Path, format: str = FORMAT) -> tuple[MuseConfig, dict[str, 
     except (safetensors.SafetensorError, OSError) as e:
         raise ValueError(f"{folder / WEIGHTS} is broken or cut short: {e}; copy or download it again") from e
     return config, weights, about
+
+
+def load_networks(
+    name: str | Path, build: Callable[[MuseConfig], nn.ModuleDict], format: str = FORMAT
+) -> tuple[MuseConfig, nn.ModuleDict, dict[str, Any]]:
+    """As `load`, with the frozen networks that `build` makes in place of their weights."""
+    config, weights, about = load(name, format)
+    with torch.device("meta"):
+        parts = build(config)
+    if config.low_tokenizer_from:
+        from minimuse.amused import published_tokenizer
+
+        parts["low_tokenizer"] = published_tokenizer(config)
+        weights |= {f"low_tokenizer.{k}": v for k, v in parts["low_tokenizer"].state_dict().items()}
+    check_weights(parts.state_dict(), weights, name)
+    parts.load_state_dict(weights, assign=True)
+    return config, parts.eval().requires_grad_(False), about
+
+
+def stored_weights(
+    config: MuseConfig, parts: nn.ModuleDict, build: Callable[[MuseConfig], nn.ModuleDict], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The weights that a checkpoint stores; `dtype` None keeps theirs. ValueError if they do not fit the config."""
+    parts = nn.ModuleDict(parts)
+    with torch.device("meta"):
+        expected = build(config)
+    if config.low_tokenizer_from:
+        del parts["low_tokenizer"], expected["low_tokenizer"]
+    weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in parts.state_dict().items()}
+    check_weights(expected.state_dict(), weights, config.name)
+    return weights
 
 
 def read_json(path: Path) -> Any:

@@ -130,7 +130,9 @@ def nano() -> MuseConfig:
         high_tokenizer=replace(low, image_size=64, blocks=(1, 1, 1), decoder_blocks=(1, 1, 1)),
         finetuned_width=32, finetuned_blocks=(2, 2, 1),
         base=base,
-        superres=replace(base, grid=16, layers=3, block=4, low_layers=1, low_grid=8, low_codebook_size=256),
+        superres=replace(
+            base, grid=16, layers=3, block=4, low_layers=1, low_grid=8, low_codebook_size=256, draft=True
+        ),
         base_sampling=sampling,
         superres_sampling=replace(sampling, guidance=(1.0, 3.0), sampling_temperature=0.4, choice_temperature=0.5),
         stages={
@@ -167,7 +169,7 @@ def toy() -> MuseConfig:
         stages={
             "low_tokenizer": tokenizing, "base": replace(masked, steps=10_000, text_lr_scale=0.1),
             "high_tokenizer": replace(tokenizing, steps=2500, batch=8),
-            "superres": replace(masked, steps=3000, batch=8),
+            "superres": replace(masked, steps=1200, batch=8),
             "decoder": replace(tokenizing, steps=500, batch=8, learning_rate=1e-3, **late),
         },
     )  # fmt: skip

@@ -9,13 +9,15 @@ Not here: the networks that make features and scores (`eval_networks.py`), promp
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimuse.utils import to_uint8
+from minimuse.data_captions import SceneDataset
+from minimuse.utils import to_float, to_uint8
+from minimuse.vqgan_loss import SceneFeatures
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, H, W) twice -> ()
 Features = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B, D)
@@ -257,3 +259,25 @@ def lpips_distance() -> Distance:
         raise ImportError('perceptual="lpips" needs pip install "minimuse[lpips]"; "scenes" and "none" do not') from e
     net = lpips.LPIPS(net="vgg").eval().requires_grad_(False)
     return lambda x, y: net.to(x.device)(x, y).mean()
+
+
+def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: int = 0) -> SceneFeatures:
+    """images (n, 3, H, W) uint8, labels (n, K), 1 for the classes that it shows -> a classifier, for its features."""
+    torch.manual_seed(seed)
+    net = SceneFeatures(labels.shape[1])
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        at = torch.randint(len(images), (64,), generator=generator)
+        F.binary_cross_entropy_with_logits(net.classify(to_float(images[at])), labels[at]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return net.eval().requires_grad_(False)
+
+
+def perceptual_distance(kind: str, image_size: int, *, device: Any = "cpu", seed: int = 0, n: int = 2000) -> Distance:
+    """LPIPS for "lpips". Choice: for "scenes", features trained on n scenes, which need no download."""
+    if kind == "lpips":
+        return lpips_distance()
+    scenes = SceneDataset(n, image_size, seed=seed)
+    return feature_distance(train_features(scenes.images(), scenes.labels(), seed=seed).to(device))

@@ -105,10 +105,9 @@ class Muse:
 
     def low_condition(self, low_tokens: Tensor) -> tuple[Tensor, ...]:
         """Low tokens -> what `SuperRes.memory` reads besides the text: these, and the draft of a model that has one."""
-        draft = (
-            [draft_tokens(self.low_tokenizer, self.high_tokenizer, low_tokens)] if self.superres.config.draft else []
-        )
-        return low_tokens, *draft
+        if not self.superres.config.draft:
+            return (low_tokens,)
+        return low_tokens, draft_tokens(self.low_tokenizer, self.high_tokenizer, low_tokens)
 
     @torch.inference_mode()
     def _stage(self, name: str, jobs: Jobs, condition: tuple, tokens: Any, generators: Any, sampling: dict) -> Steps:
@@ -171,17 +170,7 @@ class Muse:
         """
         from minimuse import checkpoint
 
-        config, weights, about = checkpoint.load(name, cls.format)
-        with torch.device("meta"):
-            parts = cls.build(config)
-        if config.low_tokenizer_from:
-            from minimuse.amused import published_tokenizer
-
-            parts["low_tokenizer"] = published_tokenizer(config)
-            weights |= {f"low_tokenizer.{k}": v for k, v in parts["low_tokenizer"].state_dict().items()}
-        checkpoint.check_weights(parts.state_dict(), weights, name)
-        parts.load_state_dict(weights, assign=True)
-        parts.eval().requires_grad_(False)
+        config, parts, about = checkpoint.load_networks(name, cls.build, cls.format)
         muse = cls(config, parts, text_encoder(config), **about)
         _ = muse.fingerprint  # of the stored weights, before a dtype rounds them
         device = pick_device(device)
@@ -194,14 +183,8 @@ class Muse:
         """
         from minimuse import checkpoint
 
-        parts = nn.ModuleDict(self.parts)
-        with torch.device("meta"):
-            expected = self.build(self.config)
-        if self.config.low_tokenizer_from:
-            del parts["low_tokenizer"], expected["low_tokenizer"]
         check("dtype", dtype or self.dtype, FloatType)
-        weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in parts.state_dict().items()}
-        checkpoint.check_weights(expected.state_dict(), weights, self.config.name)
+        weights = checkpoint.stored_weights(self.config, self.parts, self.build, dtype)
         about = {"format": self.format, "words": self.words, "examples": self.examples}
         about["load_with"] = f"{type(self).__module__}.{type(self).__name__}.from_pretrained"
         return checkpoint.save(folder, self.config, weights, about, card=self.model_card, overwrite=overwrite)

@@ -21,22 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse import eval_metrics, train_engine, vqgan_loss
+from minimuse import train_engine, vqgan_loss
 from minimuse.amused import published_tokenizer
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_cache import Decimated, TrainingData
-from minimuse.data_sources import SceneDataset, Source, open_source
+from minimuse.data_sources import Source, open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
 from minimuse.muse import Muse, build, text_encoder
 from minimuse.text import Context, pad_contexts
-from minimuse.train_engine import Engine, EvalFn, Progress, Stage, batch_indices
+from minimuse.train_engine import Engine, EvalFn, Progress, Stage
 from minimuse.train_log import TrainLog, codebook_usage
 from minimuse.train_state import open_start, starting_parts
 from minimuse.transformer import Transformer
 from minimuse.utils import seeded_generator, to_float
 from minimuse.vqgan import VQGAN, Quantized, draft_tokens
-from minimuse.vqgan_loss import Perceptual, SceneFeatures, VQGANLoss, Weight, adaptive_weight
+from minimuse.vqgan_loss import Perceptual, VQGANLoss, Weight, adaptive_weight
 
 Draft = Callable[[Tensor], Tensor]  # low tokens (B, N_low) -> high tokens (B, N)
 
@@ -124,19 +124,6 @@ def _step_weight(job: Stage, vqgan: VQGAN, losses: VQGANLoss, batches: Iterator[
     for x in batches:
         next(tokenizer_losses(vqgan, losses, x, step, weight, job.engine.precision))
     return weight(sum(found) / len(found))
-
-
-def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: int = 0) -> SceneFeatures:
-    """images (n, 3, H, W) uint8, labels (n, K), 1 for the classes that it shows -> a classifier, for its features."""
-    torch.manual_seed(seed)
-    net = SceneFeatures(labels.shape[1])
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    for step in range(steps):
-        at = batch_indices(len(images), 64, step, seed)
-        F.binary_cross_entropy_with_logits(net.classify(to_float(images[at])), labels[at]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return net.eval().requires_grad_(False)
 
 
 class MaskedLoss(nn.Module):
@@ -261,7 +248,10 @@ class MuseTrainer:
         self.encoder = text_encoder(config, engine.device)
         tokenizing = [s for name, s in config.stages.items() if name not in ("base", "superres")]
         kinds = {s.perceptual for s in tokenizing if s.perceptual_weight and s.steps} - {"none"}
-        self.perceptual = {kind: perceptual_loss(kind, config, engine) for kind in sorted(kinds)}  # lpips first
+        with engine.accelerator.main_process_first():  # LPIPS downloads its weights
+            options = {"device": engine.device, "seed": engine.seed}
+            size = config.low_tokenizer.image_size
+            self.perceptual = {kind: perceptual_distance(kind, size, **options) for kind in sorted(kinds)}
         source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
         self.data = TrainingData(
             folder / "cache", source, config, self.encoder, device=engine.device, bf16=engine.bf16,
@@ -327,13 +317,3 @@ class MuseTrainer:
                 options["draft"] = partial(draft_tokens, *tokenizers)
         yield from train_transformer(model, self.config.stages[name], tokens, texts, **options)
         self.parts[name] = self.engine.gather_full_model(model, lambda: build(self.config)[name])
-
-
-def perceptual_loss(kind: str, config: MuseConfig, engine: Engine, n: int = 2000) -> Perceptual:
-    """LPIPS for "lpips". Choice: for "scenes", features trained on n scenes, which need no download."""
-    if kind == "lpips":
-        with engine.accelerator.main_process_first():  # it downloads the weights
-            return eval_metrics.lpips_distance()
-    scenes = SceneDataset(n, config.low_tokenizer.image_size, seed=engine.seed)
-    features = train_features(scenes.images(), scenes.labels(), seed=engine.seed)
-    return eval_metrics.feature_distance(features.to(engine.device))

@@ -232,7 +232,7 @@ def test_while_data_is_prepared_a_signal_stops_the_run(tiny_lm, tmp_path):
 
 def test_a_run_that_diverges_fails(tiny_lm, tmp_path, monkeypatch, capsys):
     """Exit code 2, one sentence with the stage, the step and what to try, and no checkpoint."""
-    monkeypatch.setattr(train, "perceptual_loss", lambda *_: features())
+    monkeypatch.setattr(train, "perceptual_distance", lambda *_, **__: features())
     (tmp_path / "tiny.json").write_text(json.dumps(to_dict(tiny(tiny_lm))))
     words = ["train", str(tmp_path / "tiny.json"), "--out", str(tmp_path / "run"), "--device", "cpu"]
     assert cli.main([*words, "--set", "stages.low_tokenizer.learning_rate=1e30"]) == 2
@@ -255,7 +255,7 @@ def whole_run(config: MuseConfig, folder: Path, keep: int = 2):
     """All five stages, with the perceptual features made in no time."""
     engine = Engine(device="cpu", folder=folder, keep=keep, bf16=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "perceptual_loss", lambda *_: features())
+        patch.setattr(train, "perceptual_distance", lambda *_, **__: features())
         yield from train.train_muse(config, engine=engine)
 
 

@@ -15,15 +15,13 @@ from PIL import Image
 
 from minimuse.config import StageConfig, preset
 from minimuse.data_cache import tokenize_images
-from minimuse.eval_metrics import feature_distance
+from minimuse.eval_metrics import feature_distance, perceptual_distance, train_features
 from minimuse.masking import masked_cross_entropy
 from minimuse.text import pad_contexts
 from minimuse.train import (
     MaskedLoss,
     MuseTrainer,
-    perceptual_loss,
     random_crop,
-    train_features,
     train_muse,
     train_tokenizer,
     train_transformer,
@@ -228,20 +226,22 @@ def test_each_stage_has_its_own_perceptual_loss(tiny_muse, monkeypatch, tmp_path
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ImportError, match=r"minimuse\[lpips\]"):
-        perceptual_loss("lpips", tiny_muse.config, fp32())
-    monkeypatch.setattr("minimuse.train.train_features", lambda images, labels, seed: SceneFeatures(labels.shape[1]))
-    features = perceptual_loss("scenes", tiny_muse.config, fp32(), n=8)
+        perceptual_distance("lpips", 32)
+    monkeypatch.setattr(
+        "minimuse.eval_metrics.train_features", lambda images, labels, seed: SceneFeatures(labels.shape[1])
+    )
+    features = perceptual_distance("scenes", 32, n=8)
     assert features(torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)) > 0
 
 
-def test_features_of_scenes_depend_on_the_seed_only(tiny_muse, monkeypatch):
+def test_features_of_scenes_depend_on_the_seed_only(monkeypatch):
     """A resumed run trains them again, and goes on with the same weights."""
     pair, steps = (torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)), partial(train_features, steps=3)
-    monkeypatch.setattr("minimuse.train.train_features", steps)
+    monkeypatch.setattr("minimuse.eval_metrics.train_features", steps)
     found = []
     for seed in (3, 3, 4):
         torch.rand(seed + len(found))  # whatever the process has drawn before
-        found.append(perceptual_loss("scenes", tiny_muse.config, fp32(seed), n=16)(*pair).item())
+        found.append(perceptual_distance("scenes", 32, seed=seed, n=16)(*pair).item())
     assert found[0] == found[1] != found[2]
 
 

@@ -424,8 +424,7 @@ ours is a small network that learns on the spot to say which kinds of things are
 """
 
 # %%
-from minimuse.eval_metrics import feature_distance, lpips_distance
-from minimuse.train import train_features
+from minimuse.eval_metrics import feature_distance, lpips_distance, train_features
 from minimuse.vqgan_loss import SceneFeatures, pixel_loss
 
 show(SceneFeatures.forward, feature_distance, pixel_loss)
