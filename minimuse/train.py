@@ -27,6 +27,7 @@ from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_cache import Decimated, TrainingData
 from minimuse.data_sources import Source, open_source
+from minimuse.eval_metrics import perceptual_distance
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
 from minimuse.muse import Muse, build, text_encoder
 from minimuse.text import Context, pad_contexts
