@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minimuse
-from minimuse import checkpoint, train_state
+from minimuse import checkpoint, eval_metrics, train_state
 from minimuse.data_scenes import Scene, render
 from minimuse.editing import edit_tokens, inpaint_tokens, tokenize
-from minimuse.eval_metrics import Estimate, diversity, frechet_interval, mean_interval, proportion_interval, psnr
+from minimuse.eval_metrics import Estimate
 from minimuse.eval_networks import FIELDS, Detector, SceneClip
 from minimuse.eval_prompts import PROMPT_SETS, EvalPrompt, matches, parse_prompt, prompt_set
 from minimuse.muse import Muse
@@ -38,6 +38,9 @@ ITERATIONS = (10, 30, 100)  # of a mask-free edit: after these, pictures are mea
 COLUMNS = {"right": "all right", "clear": "clear", "frechet": "Frechet", "score": "CLIP-like", "diversity": "diversity"}
 TASKS = (*(name for name in PROMPT_SETS if name != "mixed"), "superres", "tokenizers", "decoder")
 BASE_TASKS = TASKS[:6]  # those of the base model alone
+RECONSTRUCTED = {"superres": ("true", "true, bicubic", "true, tokenizer")}  # variants that show the real scene itself
+RECONSTRUCTED |= {"tokenizers": ("", "low"), "decoder": ("", "before")}
+PAIRED = [("", "bicubic"), ("", "no text"), ("", "before"), ("true", "true, bicubic")]  # one less the other
 SWEEP: dict[str, dict[str, dict[str, Any]]] = {  # line of the plot -> point -> settings of the base model
     "guidance": {f"{t}": {"guidance": float(t)} for t in (0, 1, 2, 4, 8)},
     "rising guidance": {f"0-{t}": {"guidance": (0.0, float(t))} for t in (1, 2, 4, 8, 16)},
@@ -58,7 +61,7 @@ class Batch(NamedTuple):
     """What is kept of measured pictures."""
 
     values: Values
-    features: Variants  # (B, D)
+    features: Variants  # (B, D); those of outlines as "outlines, " and the variant
     images: Tensor  # the variants of full size, side by side
 
 
@@ -119,13 +122,22 @@ class EvalModel:
         return {"before": before, "": torch.where(region[:, None], made, before)}
 
     def superres(self, asked: Asked, seeds: Seeds) -> Variants:
-        """The base model's pictures upscaled, after super-resolution, and after super-resolution without text."""
+        """The base model's pictures upscaled, after super-resolution, and after super-resolution without text.
+
+        "true": the same from the low tokens of real renders, and what the high tokenizer makes of these, a limit.
+        """
         jobs = _jobs([ask.prompt for ask in asked], seeds)
-        *_, low = self.muse.decode_base(jobs)
-        bicubic = F.interpolate(to_float(self._images([low])), size=(self.side, self.side), mode="bicubic")
-        high = self._images(self.muse.decode_superres(jobs, low.tokens))
-        without_text = self.muse.decode_superres(jobs, low.tokens, guidance=-1.0)  # l_c - (l_c - l_u) = l_u
-        return {"bicubic": to_uint8(bicubic), "": high, "no text": self._images(without_text)}
+        *_, base = self.muse.decode_base(jobs)
+        low, high = tokenize(self.muse, *to_pil(self.real(ask.scene for ask in asked)))
+        without_text = self.muse.decode_superres(jobs, base.tokens, guidance=-1.0)  # l_c - (l_c - l_u) = l_u
+        return {
+            "bicubic": self._enlarged(base.tokens),
+            "": self._images(self.muse.decode_superres(jobs, base.tokens)),
+            "no text": self._images(without_text),
+            "true": self._images(self.muse.decode_superres(jobs, low)),
+            "true, bicubic": self._enlarged(low),
+            "true, tokenizer": _decoded(self.muse.high_tokenizer, high),
+        }
 
     def tokenizers(self, asked: Asked, seeds: Seeds) -> Variants:
         """Real renders through both tokenizers: an upper limit for every model that uses them."""
@@ -136,6 +148,10 @@ class EvalModel:
         """Real renders through the high tokenizer, before and after its fine-tuning."""
         _, tokens = tokenize(self.muse, *to_pil(self.real(ask.scene for ask in asked)))
         return {"before": _decoded(self.before, tokens), "": _decoded(self.muse.high_tokenizer, tokens)}
+
+    def _enlarged(self, low: Tensor) -> Tensor:
+        images = to_float(_decoded(self.muse.low_tokenizer, low))
+        return to_uint8(F.interpolate(images, size=(self.side, self.side), mode="bicubic"))
 
     def _images(self, steps: Iterable[Step]) -> Tensor:
         *_, step = steps
@@ -160,14 +176,18 @@ class Evaluator:
         self.detector = detector or Detector.from_pretrained()
         self.clip = clip or SceneClip.from_pretrained()
 
-    def __call__(self, variants: Variants, asked: Asked, real: Tensor, psnr_to_real: bool = False) -> Batch:
-        """Values and features of all variants and of real renders, perhaps with the PSNR to those."""
+    def __call__(self, variants: Variants, asked: Asked, real: Tensor, task: str = "") -> Batch:
+        """Values and features of all variants and of real renders; in the tasks of RECONSTRUCTED also of outlines."""
         values: Values = {"prompt": [ask.prompt for ask in asked], "group": [ask.group for ask in asked]}
         features: Variants = {}
         for variant, images in {**variants, "real": real}.items():
             found, features[variant] = self.values(images, asked), self.detector.features(images)
-            if psnr_to_real and variant != "real":
-                found["psnr"] = psnr(images, area_downsample(real, real.shape[-1] // images.shape[-1])).tolist()
+            if variant in RECONSTRUCTED.get(task, ()):
+                pair = images, area_downsample(real, real.shape[-1] // images.shape[-1])
+                found |= {"psnr": eval_metrics.psnr(*pair).tolist(), "gmsd": eval_metrics.gmsd(*pair).tolist()}
+                found["perceptual"] = self.detector.distances(*pair)
+            if task in RECONSTRUCTED and images.shape == real.shape:
+                features[f"outlines, {variant}"] = eval_metrics.outline_features(images)
             values |= {f"{name}, {variant}".removesuffix(", "): column for name, column in found.items()}
         return Batch(values, features, torch.cat([x for x in variants.values() if x.shape == variants[""].shape], 3))
 
@@ -189,17 +209,35 @@ class Evaluator:
 
 
 def summarize(values: Values, features: Variants) -> Metrics:
-    """Fractions of True, means of numbers; Frechet distances to the real renders, and diversity within prompts."""
+    """Fractions of True, means of numbers, paired differences; Frechet distances to real renders, diversity of prompts.
+
+    "frechet" is the distance in the detector's features, "outlines" that in outline features at full size.
+    """
     groups, prompts = values["group"], values["prompt"]
     found: Metrics = {}
     for name, column in values.items():
         if not isinstance(column[0], str):
-            found[name] = (proportion_interval if isinstance(column[0], bool) else mean_interval)(column, groups)
+            boolean = isinstance(column[0], bool)
+            interval = eval_metrics.proportion_interval if boolean else eval_metrics.mean_interval
+            found[name] = interval(column, groups)
+    for variant, other in PAIRED:
+        for name in ("right", "psnr", "gmsd", "perceptual"):
+            pair = [values.get(f"{name}, {each}".removesuffix(", ")) for each in (variant, other)]
+            if all(pair):
+                gap = eval_metrics.paired_difference(*map(torch.tensor, pair), groups)
+                found[f"{name}, " + f"{variant} less {other}".lstrip()] = gap
     pairs = len(prompts) // 2 * 2  # each prompt comes twice in a row
     for variant, rows in features.items():
+        name = variant.removesuffix(", ")
+        if name.startswith("outlines"):
+            if name != "outlines, real":
+                real = features["outlines, real"]
+                found[name] = eval_metrics.frechet_interval(real, rows, groups, paired=True)
+            continue
         if variant != "real":
-            found[f"frechet, {variant}".removesuffix(", ")] = frechet_interval(features["real"], rows, groups)
-        found[f"diversity, {variant}".removesuffix(", ")] = diversity(rows[:pairs], prompts[:pairs])
+            distance = eval_metrics.frechet_interval(features["real"], rows, groups)
+            found[f"frechet, {variant}".removesuffix(", ")] = distance
+        found[f"diversity, {variant}".removesuffix(", ")] = eval_metrics.diversity(rows[:pairs], prompts[:pairs])
     return found
 
 
@@ -218,7 +256,7 @@ def evaluate(
     runs, out = _runs(model, tasks, sweep), Path(out)
     versions = {"minimuse": minimuse.__version__, "torch": str(torch.__version__)}
     settings = versions | about | {"n": n, "seed": seed, "sweep": sweep, "base_only": model.base_only}
-    proportion_interval([True, False])  # without scipy: an error now, not after all pictures are drawn
+    eval_metrics.proportion_interval([True, False])  # without scipy: an error now, not after all pictures are drawn
     _claim(out, json.loads(json.dumps(settings)))
     evaluator = evaluator or Evaluator()
     waiting = {name: how for name, how in runs.items() if not (out / "tasks" / f"{name}.json").exists()}
@@ -230,7 +268,7 @@ def evaluate(
                 some, seeds = asked[start : start + batch], range(seed + start, seed + min(n, start + batch))
                 drawn = getattr(model, name, model.prompts)(some, seeds, **sampling)
                 real = model.real(ask.scene for ask in some)
-                parts.append(evaluator(drawn, some, real, psnr_to_real=name in ("tokenizers", "decoder")))
+                parts.append(evaluator(drawn, some, real, name))
                 bar.update(len(some))
             _save_task(out / "tasks" / f"{name}.json", parts)
     return _report(out, settings)
