@@ -116,6 +116,12 @@ def _stages(muse: Muse) -> list[tuple[Any, nn.Module]]:
     return [(muse.config.base_sampling, muse.base), (muse.config.superres_sampling, muse.superres)]
 
 
+def compile_networks(muse: Muse, **options: Any) -> None:
+    """Apply torch.compile to the networks that draw. The first pictures wait for the compiler."""
+    for part in (muse.base, muse.superres, muse.low_tokenizer.decoder, muse.high_tokenizer.decoder):
+        part.compile(**{"dynamic": False} | options)
+
+
 def sampling(
     config: MuseConfig,
     device: torch.device,
@@ -132,7 +138,7 @@ def sampling(
         graphs = compiled and batch == 1 and device.type == "cuda"
         if compiled:
             torch.compiler.reset()
-            muse.compile(**({"mode": "reduce-overhead"} if graphs else {}))
+            compile_networks(muse, **({"mode": "reduce-overhead"} if graphs else {}))
         by_flops, by_bytes = floors(muse, batch, ceiling, speed)
         for i, (name, run) in enumerate(draws(muse, batch).items()):
             for _ in range(3):  # compiles, records graphs, replays them

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minimuse import Muse
-from minimuse.data_scenes import COLORS, SHAPES, Thing, is_novel
+from minimuse.data_scenes import COLORS, HELD_OUT, SHAPES
 from minimuse.eval_metrics import proportion_interval
 from minimuse.eval_networks import Detector
 from minimuse.eval_prompts import matches, parse_prompt
@@ -26,7 +26,7 @@ from minimuse.plots import grid
 
 def prompts(n: int) -> list[tuple[str, str, str]]:
     """(prompt, color, shape): every combination from training in turn, with and without a size and a material."""
-    seen = [(c, s) for s, c in product(SHAPES, COLORS) if not is_novel(Thing(c, s, "large", "rubber", 0, 0, 0))]
+    seen = [(c, s) for s, c in product(SHAPES, COLORS) if (c, s) not in HELD_OUT]
     extras = ["", "large ", "small ", ""]
     materials = ["", "", "metal ", "rubber "]
     return [

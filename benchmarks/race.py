@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from minimuse import Muse
 from minimuse.baseline_ar import Autoregressive, CausalTransformer, LowRes, NextTokenLoss, train_ar
-from minimuse.baseline_dit import Diffusion, latents, train_dit, zero_init_residual
+from minimuse.baseline_dit import Diffusion, latents, train_dit
 from minimuse.config import MuseConfig
 from minimuse.data_cache import Decimated, TrainingData
 from minimuse.data_sources import SceneDataset, open_source
@@ -82,6 +82,14 @@ class Entrant(NamedTuple):
     make: type[LowRes]
     config: MuseConfig
     change: Callable[[nn.Module], Any] = lambda model: model
+
+
+def zero_init_residual(model: nn.Module) -> nn.Module:
+    """Before training: residual blocks start as the identity (DiT), in Muse's transformers too. Returns the model."""
+    for name, weight in model.named_parameters():
+        if name.endswith(RESIDUAL_OUTPUTS):
+            nn.init.zeros_(weight)
+    return model
 
 
 class Point(NamedTuple):

@@ -18,25 +18,22 @@ Not here: the diffusion baseline (`baseline_dit.py`), the comparison (`benchmark
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse import checkpoint
 from minimuse.cfg import Guidance, get_guidance, guide
 from minimuse.config import MuseConfig, StageConfig
-from minimuse.data_sources import Source
 from minimuse.editing import Jobs
 from minimuse.muse import Muse
 from minimuse.sampler import LogitsFn, SamplingConfig, Step
 from minimuse.text import Context
-from minimuse.train import MuseTrainer, pick_captions, train_muse, train_network
-from minimuse.train_engine import Engine, Progress, Stage, init_from_codebook
+from minimuse.train import MuseTrainer, pick_captions, train_network
+from minimuse.train_engine import Progress, Stage, init_from_codebook
 from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig, attention
-from minimuse.utils import atomic_write, require
+from minimuse.utils import require
 from minimuse.vqgan import VQGAN
 
 # --- what all baselines share -----------------------------------------------------------------------------------------
@@ -47,6 +44,7 @@ class LowRes(Muse):
 
     model = "masked"  # its name in `minimuse train --model`
     format = "minimuse-masked-1"
+    model_card = "# {name}\n\nA baseline for Muse by minimuse ({format}). It draws at low resolution.\n"
     settings = frozenset({f.name for f in fields(SamplingConfig)} | {"top_k", "remask"})  # of `generate`
 
     @classmethod
@@ -84,37 +82,17 @@ class LowRes(Muse):
 
     inpaint = outpaint = edit = edit_steps = decode_superres = refuse
 
-    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
-        """As `Muse.save_pretrained`, with a model card of its own."""
-        folder = super().save_pretrained(folder, **options)
-        card = f"# {self.config.name}\n\nA baseline for Muse by minimuse ({self.model}). It draws at low resolution.\n"
-        atomic_write(folder / checkpoint.CARD, card)
-        return folder
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What config.json holds besides the configuration."""
-        return super().about | {"load_with": f"{type(self).__module__}.{type(self).__name__}.from_pretrained"}
-
-
-def train_baseline(
-    make: type[LowRes], config: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None
-) -> Iterator[Progress]:
-    """As `train.train_muse`, for a configuration of `make.configure`. The last Progress holds the baseline."""
-    return train_muse(config, data=data, engine=engine, stages=partial(_stages, make))
-
-
-def _stages(make: type[LowRes], trainer: MuseTrainer) -> Iterator[Progress]:
-    """Train the tokenizer, compute tokens and embeddings, train the network."""
-    config, engine = trainer.config, trainer.engine
-    parts = trainer.parts = make.build(config)
-    yield from trainer.before_base()
-    words = trainer.data.words()
-    torch.manual_seed(engine.seed)  # as in a resumed run
-    yield from make(config, parts, trainer.encoder, **words).to(engine.device).fit(trainer)
-    parts["base"] = engine.gather_full_model(parts["base"], lambda: make.network(config))
-    model = make(config, parts.eval(), trainer.encoder, **words).to(engine.device)
-    yield Progress("all", 1, 1, {}, model)
+    @classmethod
+    def stages(cls, trainer: MuseTrainer) -> Iterator[Progress]:
+        """The stages of `train.train_muse`: train the tokenizer, compute tokens and embeddings, train the network."""
+        config, engine = trainer.config, trainer.engine
+        parts = trainer.parts = cls.build(config)
+        yield from trainer.before_base()
+        words = trainer.data.words()
+        torch.manual_seed(engine.seed)  # as in a resumed run
+        yield from cls(config, parts, trainer.encoder, **words).to(engine.device).fit(trainer)
+        parts["base"] = engine.gather_full_model(parts["base"], lambda: cls.network(config))
+        yield Progress("all", 1, 1, {}, cls(config, parts.eval(), trainer.encoder, **words).to(engine.device))
 
 
 # --- autoregression ---------------------------------------------------------------------------------------------------

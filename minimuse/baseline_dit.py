@@ -34,19 +34,11 @@ from minimuse.sampler import Step
 from minimuse.text import Context
 from minimuse.train import MuseTrainer, pick_captions, train_network
 from minimuse.train_engine import Progress, Stage
-from minimuse.transformer import RESIDUAL_OUTPUTS, Layer, Memory, Transformer, TransformerConfig
+from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig
 from minimuse.utils import PositiveInt, check, require, to_float
 from minimuse.vqgan import VQGAN
 
 # --- the network ------------------------------------------------------------------------------------------------------
-
-
-def zero_init_residual(model: nn.Module) -> nn.Module:
-    """Before training: residual blocks start as the identity (DiT), in Muse's transformers too. Returns the model."""
-    for name, weight in model.named_parameters():
-        if name.endswith(RESIDUAL_OUTPUTS):
-            nn.init.zeros_(weight)
-    return model
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -147,7 +139,6 @@ def noise_levels(steps: int = 1000) -> Tensor:
 
 
 LEVELS = noise_levels()
-Denoised = tuple[float, Tensor, Tensor]  # progress u, less noisy x, estimate of the picture; both (B, d, h, w)
 
 
 def amounts(step: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,8 +201,8 @@ def train_dit(model: DiT, config: StageConfig, z: Tensor, texts: Any, **options:
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def ddim(noise_fn: Callable[..., Tensor], x: Tensor, *, steps: int = 50) -> Iterator[Denoised]:
-    """Noise x ~ N(0, I) (B, d, h, w) -> T steps; the last one's x is the sample (DDIM, arXiv 2010.02502).
+def ddim(noise_fn: Callable[..., Tensor], x: Tensor, *, steps: int = 50) -> Iterator[tuple]:
+    """Noise x ~ N(0, I) (B, d, h, w) -> T steps: u, x, estimate of the picture (DDIM, arXiv 2010.02502).
 
     noise_fn: x, progress u, step s () -> the noise in x.
     x0 = (x - sqrt(1 - a_s) e) / sqrt(a_s), x' = sqrt(a_s') x0 + sqrt(1 - a_s') e: equation 12 with eta = 0.

@@ -146,7 +146,9 @@ def fingerprint(config: MuseConfig, weights: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()[:16]
 
 
-def save(folder: str | Path, config: MuseConfig, weights: dict, about: dict[str, Any], *, overwrite: bool) -> Path:
+def save(
+    folder: str | Path, config: MuseConfig, weights: dict, about: dict[str, Any], *, card: str = "", overwrite: bool
+) -> Path:  # fmt: skip
     """Write a checkpoint. FileExistsError if one is already there, unless `overwrite`."""
     folder = Path(folder)
     if not overwrite:
@@ -157,8 +159,8 @@ def save(folder: str | Path, config: MuseConfig, weights: dict, about: dict[str,
     atomic_write(folder / CONFIG, json.dumps(values, indent=1) + "\n")
     low, high = (f"{t.image_size} px ({t.grid}x{t.grid} tokens)" for t in (config.low_tokenizer, config.high_tokenizer))
     example = (about.get("examples") or ["a red cube"])[0]
-    card = MODEL_CARD.format(name=config.name, low=low, high=high, text=config.text_encoder, example=example)
-    atomic_write(folder / CARD, card)
+    text = {"name": config.name, "low": low, "high": high, "text": config.text_encoder, "example": example}
+    atomic_write(folder / CARD, (card or MODEL_CARD).format(**text, format=values["format"]))
     return folder
 
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from minimuse import checkpoint, lab
 from minimuse.app import serve
 from minimuse.config import PRESETS, from_dict, preset, to_dict
 from minimuse.lab_models import open_amused
-from minimuse.muse import Muse
+from minimuse.muse import Muse, text_encoder
 from minimuse.pictures import again, difference, open_picture, output_paths, save_png, settings_of, with_settings
 from minimuse.plots import film
 from minimuse.utils import pick_device, require
@@ -109,13 +108,13 @@ def run_app(args: argparse.Namespace) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     """Run all stages with a progress bar each, then save the checkpoint."""
-    from minimuse.baseline_ar import train_baseline
     from minimuse.train import train_muse
     from minimuse.train_engine import Engine, Stopped
     from minimuse.train_log import EVALUATED, add_record
-    from minimuse.train_state import data_record, open_run
+    from minimuse.train_state import data_record, longer, open_run
 
-    config, source = _configuration(args)
+    args.resume = args.resume or bool(args.more)
+    config, source, start = _configuration(args)
     if args.dry_run:
         _dry_run(config, source, args)
         return
@@ -123,13 +122,17 @@ def run_train(args: argparse.Namespace) -> None:
     engine = Engine(folder=args.out, **options)
     engine.check_batches(config.stages)
     run = {"config": to_dict(config), "seed": args.seed, "data": data_record(args.data, source)}
+    run |= {"model": args.model} if args.model else {}
+    run |= {"start": args.start, "start_fingerprint": start.fingerprint} if start else {}
     if engine.is_main:
-        open_run(args.out, run | ({"model": args.model} if args.model else {}), resume=args.resume)
+        open_run(args.out, run, resume=args.resume, more=args.more or 0)
+    config = longer(config, args.more) if args.more else config
     engine.accelerator.wait_for_everyone()
     engine.handle_signals()
-    trainer = partial(train_baseline, baseline(args.model)) if args.model else train_muse
+    settings = {"stages": baseline(args.model).stages} if args.model else {"start": start}
+    progress = train_muse(config, data=source, engine=engine, **settings)
     try:
-        for stage, parts in groupby(trainer(config, data=source, engine=engine), lambda p: p.stage):
+        for stage, parts in groupby(progress, lambda p: p.stage):
             with tqdm(desc=stage, disable=not engine.is_main) as bar:
                 for p in parts:
                     bar.total = p.steps
@@ -147,22 +150,33 @@ def run_train(args: argparse.Namespace) -> None:
         print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
 
 
-def _configuration(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The configuration and the data of a preset, a JSON file or the run to resume, with the changes of --set.
+def _configuration(args: argparse.Namespace) -> tuple[Any, Any, Muse | None]:
+    """Configuration and data of a preset, a JSON file, --from or the run to resume, with the changes of --set.
 
     Paths become absolute, so that a run may be resumed from another folder.
     """
     from minimuse.data_sources import open_source
-    from minimuse.train_state import RUN, read_run
+    from minimuse.train_state import RUN, finetuned, open_start, read_run
 
     run = read_run(args.out) if args.resume else {"seed": 0, "data": {"source": "scenes"}}
-    for name, value in (("seed", run["seed"]), ("data", run["data"]["source"]), ("model", run.get("model"))):
+    known = {"seed": run["seed"], "data": run["data"]["source"], "model": run.get("model"), "start": run.get("start")}
+    for name, value in known.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    require(args.preset or args.resume, f"give a preset ({', '.join(PRESETS)}), a JSON file, or --resume")
+    only_start = not (args.preset or args.model) or not args.start
+    require(only_start, "--from and --resume of its run take no preset and no --model; leave them out")
+    require(args.start or not args.stages, "--stages needs --from; --set stages.NAME.steps=0 leaves a stage out")
+    hint = f"give a preset ({', '.join(PRESETS)}), a JSON file, --from, or --resume"
+    require(args.preset or args.resume or args.start, hint)
     file = Path(args.preset or args.out / RUN)
     is_file = args.preset not in PRESETS and file.is_file()
-    config = checkpoint.read_configuration(file) if is_file else preset(args.preset)
+    if args.start and args.start not in checkpoint.shipped() and Path(args.start).is_dir():
+        args.start = str(Path(args.start).absolute())
+    _, start = open_start(None, args.start) if args.start else (None, None)
+    if start and not args.resume:
+        config = finetuned(start.config, args.stages or ("base", "superres"))
+    else:
+        config = checkpoint.read_configuration(file) if is_file else preset(args.preset)
     if args.model and args.preset:
         config = baseline(args.model).configure(config)
     config = changed(config, args.set)
@@ -171,7 +185,7 @@ def _configuration(args: argparse.Namespace) -> tuple[Any, Any]:
         if place and Path(place).is_dir():
             config = replace(config, **{name: str(Path(place).absolute())})
     try:
-        return config, open_source(args.data, config, seed=args.seed)
+        return config, open_source(args.data, config, seed=args.seed), start
     except ValueError as error:
         hint = f". If the data of {args.out} moved, give the new place with --data" if args.resume else ""
         raise ValueError(f"{error}{hint}") from error
@@ -197,12 +211,11 @@ def changed(config: Any, changes: list[str]) -> Any:
 def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
     """Print what a run would need. Nothing is written."""
     from minimuse.data_cache import TrainingData
-    from minimuse.text import TextEncoder
     from minimuse.train_budget import preview, report
 
     require(not args.model, "--dry-run counts a whole Muse, not a baseline; leave out --model")
     device = pick_device(args.device)
-    encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens).to(device)
+    encoder = text_encoder(config, device)
     print(preview(TrainingData(args.out / "cache", source, config, encoder, device=device)))
     ceiling = args.ceiling and args.ceiling * 1e12
     print(report(config, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))
@@ -230,6 +243,18 @@ def run_doctor(args: argparse.Namespace) -> None:
     print(findings_text(findings))
     if any(finding.verdict == "wrong" for finding in findings):
         raise SystemExit(1)
+
+
+def run_reconstruct(args: argparse.Namespace) -> None:
+    """Save originals next to their reconstructions, and print what the doctor finds."""
+    from minimuse.pictures import read_pictures
+    from minimuse.train_doctor import MOST, compare_tokenizers
+
+    (out,) = output_paths(args.out, "reconstruct", 1, force=args.force)
+    muse = open_model(args.model, device=args.device).to(dtype=torch.float32)
+    sheet, text = compare_tokenizers(muse, read_pictures(args.pictures, muse.config.high_tokenizer.image_size, MOST))
+    sheet.save(out)
+    print(f"{out}\n{text}")
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -288,5 +313,6 @@ def run_info(args: argparse.Namespace) -> None:
 
 COMMANDS = {
     **dict.fromkeys(("generate", "inpaint", "outpaint", "edit"), run_draw), "app": run_app, "train": run_train,
-    "average": run_average, "doctor": run_doctor, "compare": run_compare, "eval": run_evaluate, "info": run_info,
+    "average": run_average, "doctor": run_doctor, "reconstruct": run_reconstruct, "compare": run_compare,
+    "eval": run_evaluate, "info": run_info,
 }  # fmt: skip

@@ -33,7 +33,7 @@ EQUAL = (  # fields of MuseConfig that must agree
 class StageConfig(Checked):
     """How one stage trains."""
 
-    steps: PositiveInt
+    steps: Natural  # 0: the stage is left out, as in fine-tuning
     batch: Size
     learning_rate: Positive
     warmup: Natural
@@ -78,6 +78,8 @@ class MuseConfig(Checked):
     stages: dict[Literal[STAGES], StageConfig] = field(default_factory=dict)
     low_tokenizer_from: str = ""  # a trained diffusers VQModel, hub id or folder, in place of our own (`amused.py`)
     pixels_gib: NonNegative = 32.0  # images cached as pixels, enough for the tokenizers; others are read twice
+    text_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the language model; auto is bfloat16 on GPUs
+    text_device: Literal["", "cpu"] = ""  # of the language model; "" is that of the networks
     text_gib: NonNegative = 64.0  # embedded captions cached on disk; beyond it they are encoded at every step
     edit_guidance: float = 4.0  # t of a mask-free edit; the paper's (3.3.2)
 

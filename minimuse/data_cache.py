@@ -266,12 +266,12 @@ class TrainingData:
             texts = list(dict.fromkeys(text for texts in record["captions"] for text in texts))
             values = self.encode(texts)
             record |= {"texts": texts, "lengths": [len(value) for value in values]}
-            finite = all(value.isfinite().all() for value in values)
-            require(finite, "embeddings beyond float16's 65,504, or NaN: this text cannot be stored")
             return iter(values)
 
         stored = self._rows("text", self.encoder.max_tokens, self.encoder.weights)
         yield from self._fill(stored, make)
+        self.encode(self.words()["examples"])  # for the sample grids, which then need no language model
+        self.encoder.release()
         places = {}
         for part, record in enumerate(stored.records()):
             ends = torch.tensor([0, *record["lengths"]]).cumsum(0).tolist()
@@ -287,7 +287,9 @@ class TrainingData:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `embed` says once what holds for all captions
             parts = [self.encoder.encode(list(texts[i : i + batch])) for i in range(0, len(texts), batch)]
-        return [e[m].half().cpu() for part in parts for e, m in zip(part.embeds, part.mask, strict=True)]
+        rows = [e[m].half().cpu() for part in parts for e, m in zip(part.embeds, part.mask, strict=True)]
+        require(all(row.isfinite().all() for row in rows), "embeddings beyond float16's 65,504 cannot be stored")
+        return rows
 
     def captions(self) -> list[tuple[str, ...]]:
         """The captions of all examples read so far, in order."""

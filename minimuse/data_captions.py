@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Annotated, Literal, NamedTuple
@@ -80,19 +81,16 @@ def _sentence(groups: list[tuple[str, list[Thing]]], floor: str, rng: Random) ->
         true += [(i, name) for name in RELATION_PHRASES if pairs and all(name in pair for pair in pairs)]
     subject, phrases = "", [phrase for phrase, _ in groups]
     opening = rng.choice(OPENINGS) if rng.random() < 0.3 else ""
+    be = {phrase: "are" if phrase.startswith(_NUMBERS[2:]) else "is" for phrase in phrases}
     if true and rng.random() < 0.75:
         i, name = rng.choice(true)
         first = phrases.pop(i)
-        verb = _be(first) if not opening and rng.random() < 0.25 else ""
+        verb = be[first] if not opening and rng.random() < 0.25 else ""
         subject = f"{first} {verb} {rng.choice(RELATION_PHRASES[name])}"
     if opening == "there":
-        opening = f"there {_be(subject or phrases[0])}"
+        opening = f"there {be[first if subject else phrases[0]]}"
     listed = ", ".join(phrases[:-1]) + " and " * (len(phrases) > 1) + phrases[-1]
     return " ".join(f"{opening} {subject} {listed} {floor}".split())
-
-
-def _be(phrase: str) -> str:
-    return "are" if phrase.startswith(_NUMBERS[2:]) else "is"
 
 
 def vocabulary(synonyms: bool = False) -> list[str]:
@@ -221,6 +219,11 @@ class SceneDataset(Checked):
             if len(found) == k:
                 return found
         raise ValueError(f"scene {i} has fewer than {k} different captions: ask for at most {len(found)}")
+
+    def labels(self) -> Tensor:
+        """-> (n, K): 1 for the pairs of color and shape that a scene shows."""
+        seen = [{(thing.color, thing.shape) for thing in self.scene(i).things} for i in range(self.n)]
+        return torch.tensor([[float(pair in pairs) for pair in product(COLORS, SHAPES)] for pairs in seen])
 
     def images(self, indices: Sequence[int] | None = None) -> Tensor:
         """Indices (None: all) -> uint8 images (B, 3, H, W), rendered 256 scenes at a time."""

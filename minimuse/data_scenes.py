@@ -10,7 +10,7 @@ Not here: captions (data_captions.py), uint8 and PIL images (utils.py), contact 
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from random import Random
 from typing import Annotated, Literal
@@ -62,11 +62,6 @@ class Scene(Checked):
     def __post_init__(self):
         super().__post_init__()
         require(1 <= len(self.things) <= MAX_THINGS, f"Scene.things holds {len(self.things)}; give 1 to {MAX_THINGS}")
-
-
-def is_novel(thing: Thing) -> bool:
-    """True if its colour-shape pair is held out of "train" and "test"."""
-    return (thing.color, thing.shape) in HELD_OUT
 
 
 def sample_scene(
@@ -145,11 +140,6 @@ def project(x: float, y: float, depth: float) -> tuple[float, float, float]:
     up, away = y - _EYE[1], depth - _EYE[2]
     scale = 0.5 / ((away * _COS - up * _SIN) * _TAN)
     return 0.5 + x * scale, 0.5 - (up * _COS + away * _SIN) * scale, scale
-
-
-def truth(scene: Scene) -> list[dict]:
-    """-> a dict per thing: its fields, and "box": left, top, right and bottom in [0, 1]."""
-    return [asdict(thing) | {"box": [round(edge, 4) for edge in box(thing)]} for thing in scene.things]
 
 
 Vec = tuple[Tensor, Tensor, Tensor]  # x, y, depth: three tensors that broadcast, which is faster than one tensor

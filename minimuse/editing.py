@@ -39,19 +39,11 @@ def token_mask(repaint: Tensor, downsampling: int) -> Tensor:
     return F.max_pool2d(repaint[:, None].float(), downsampling).flatten(1) > 0
 
 
-def infill(logits_fn: LogitsFn, tokens: Tensor, repaint: Tensor, *, mask_id: int, **sampling) -> Steps:
-    """tokens, repaint (B, N) -> Steps of `decode`; tokens outside the region never change (Muse 3.3.1)."""
-    return decode(logits_fn, tokens.masked_fill(repaint, mask_id), mask_id=mask_id, **sampling)
-
-
 def resample(
     logits_fn: LogitsFn, tokens: Tensor, *, mask_id: int, generators: Sequence[torch.Generator],
     iterations: int = 100, fraction: float = 0.08, top_k: int | None = 3,
 ) -> Steps:  # fmt: skip
-    """tokens (B, N) of an image -> one Step per iteration: a random fraction is masked and drawn again (Muse 3.3.2).
-
-    As in Gibbs sampling, every state is a whole picture. u goes from 0 at the first iteration to 1 at the last.
-    """
+    """tokens (B, N) -> one Step per iteration: a random fraction is drawn again (Muse 3.3.2); u goes from 0 to 1."""
     iterations = check("iterations", iterations, PositiveInt)
     fraction = check("fraction", fraction, Fraction)
     ok = fraction > 0 and iterations <= 100_000
@@ -61,7 +53,7 @@ def resample(
         repaint = torch.cat([random_mask(row[None], rate, g) for row, g in zip(tokens, generators, strict=True)])
         u = i / (iterations - 1) if iterations > 1 else 1.0
         settings = {"mask_id": mask_id, "steps": 1, "top_k": top_k, "generator": generators}
-        (step,) = infill(lambda x, _, u=u: logits_fn(x, u), tokens, repaint, **settings)
+        (step,) = decode(lambda x, _, u=u: logits_fn(x, u), tokens.masked_fill(repaint, mask_id), **settings)
         tokens = step.tokens
         yield step._replace(index=i, u=u)
 
@@ -160,12 +152,11 @@ def outpaint(
     """
     from minimuse.pictures import from_pil, to_rgb
 
-    sides = padding if isinstance(padding, tuple | list) else (padding,) * 4
-    sides = check("padding", sides, tuple[Natural, Natural, Natural, Natural])
     side = muse.config.high_tokenizer.image_size
+    sides = padding if isinstance(padding, tuple | list) else (padding,) * 4
+    left, top, right, bottom = sides = check("padding", sides, tuple[Natural, Natural, Natural, Natural])
     most = 16 * side  # Choice: about 4,000 windows
     require(0 < max(sides) <= most, f"padding is {padding}; give 0 to {most} pixels per side, one side above 0")
-    left, top, right, bottom = sides
     from_pil(image, side)  # refuses what is not a picture of the right size
     wide = Image.fromarray(np.pad(np.asarray(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge"))
     images = []

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minimuse.utils import to_uint8
 
+Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, H, W) twice -> ()
 Features = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B, D)
 Groups = Sequence[Hashable] | Tensor | None  # one label per row; None: every row is its own group
 Values = Tensor | Sequence[float]
@@ -153,29 +154,34 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
 
 def frechet_interval(
-    real: Tensor, fake: Tensor, groups: Groups = None, *, extrapolate: bool = False, paired: bool = False
+    real: Tensor, fake: Tensor, groups: Groups = None, *, extrapolate: bool = False, less: Tensor | None = None
 ) -> Estimate:
     """Features (n, D), (m, D) -> their Frechet distance: FID for `inception_features` (Muse 3.2).
 
     Its standard error is the standard deviation over 20 random halves of both (delete-half jackknife). `groups` are
     those of the fakes, and are halved as a whole. The distance is biased by about c / n, so only distances of equal n
     compare. `extrapolate` removes that: 2 S(n) - mean S(n / 2) (after arXiv 1911.07023), perhaps below 0.
-    `paired`: row i of both shows the same scene or prompt, so both are halved alike. What scenes add then cancels.
+    `less`, features (m, D) of other fakes: how much farther `fake` is from `real` than they are. Row i of all three is
+    of the same prompt, and all are halved alike, so what prompts add cancels.
     """
-    rows = _rows(real, groups if paired else None, 2), _rows(fake, groups, 2)
+    others = () if less is None else (less,)
+    rows = [_rows(real, groups if others else None, 2), *(_rows(x, groups, 2) for x in (fake, *others))]
     if (fewest := min(count for *_, count in rows)) < 4:
         raise ValueError(f"{fewest} rows or groups are too few; give at least 4 real and 4 fake ones")
+
+    def distance(real: Tensor, fake: Tensor, *others: Tensor) -> float:
+        return frechet_distance(real, fake) - sum(frechet_distance(real, x) for x in others)
+
     generator = torch.Generator().manual_seed(0)
     halves = []
     for _ in range(20):
         chosen = [torch.randperm(count, generator=generator)[: (count + 1) // 2] for *_, count in rows]
-        chosen = [chosen[1], chosen[1]] if paired else chosen
-        parts = [x[torch.isin(index, half)] for (x, index, _), half in zip(rows, chosen, strict=True)]
-        halves.append(frechet_distance(*parts))
+        chosen = chosen[:1] * len(rows) if others else chosen
+        halves.append(distance(*(x[torch.isin(index, half)] for (x, index, _), half in zip(rows, chosen, strict=True))))
     spread, mean = torch.std_mean(torch.tensor(halves, dtype=torch.double))
-    value, margin = frechet_distance(real, fake), _t_quantile(20) * spread.item()
+    value, margin = distance(real, fake, *others), _t_quantile(20) * spread.item()
     value = 2 * value - mean.item() if extrapolate else value
-    low = value - margin if extrapolate else max(0.0, value - margin)
+    low = value - margin if extrapolate or others else max(0.0, value - margin)
     return Estimate(value, low, value + margin, min(len(real), len(fake)))
 
 
@@ -265,3 +271,23 @@ def _unit(images: Tensor) -> Tensor:
     """Images -> pixels in [0, 1], in double."""
     check_images(images)
     return images.double() / 255 if images.dtype == torch.uint8 else (images.double() + 1) / 2
+
+
+def feature_distance(features: Callable[[Tensor], list[Tensor]]) -> Distance:
+    """LPIPS without learned weights: squared distance of channel-normalized features, mean over positions, summed."""
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        pairs = zip(features(x), features(y), strict=True)
+        return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean() for a, b in pairs)
+
+    return distance
+
+
+def lpips_distance() -> Distance:
+    """LPIPS with VGG features, as in VQGAN. The package downloads the weights at first use."""
+    try:
+        import lpips
+    except ImportError as e:
+        raise ImportError('perceptual="lpips" needs pip install "minimuse[lpips]"; "scenes" and "none" do not') from e
+    net = lpips.LPIPS(net="vgg").eval().requires_grad_(False)
+    return lambda x, y: net.to(x.device)(x, y).mean()

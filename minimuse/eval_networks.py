@@ -30,12 +30,11 @@ from torch import Tensor, nn
 
 from minimuse import checkpoint
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES
-from minimuse.eval_metrics import check_images
+from minimuse.eval_metrics import check_images, feature_distance
 from minimuse.pictures import from_pil
 from minimuse.text import Context, TextEncoder
 from minimuse.utils import to_float, to_pil
 from minimuse.vqgan import Encoder, VQGANConfig
-from minimuse.vqgan_loss import feature_distance
 
 SIZE, GRID = 64, 16  # pixels per side of the network's input; cells per side of its output
 FIELDS = {"color": tuple(COLORS), "shape": SHAPES, "size": SIZES, "material": MATERIALS}
@@ -163,9 +162,12 @@ class Detector(Pretrained):
 
     @torch.inference_mode()
     def distances(self, images: Tensor, real: Tensor) -> list[float]:
-        """Images (B, 3, H, H) twice, uint8 -> B perceptual distances, in the features of `trunk` at full size."""
+        """Square pictures (B, 3, H, H) twice, uint8 -> B perceptual distances, by the features of `trunk` at full size.
+
+        Choice: these features are no part of a loss, so a decoder cannot have learned to please them.
+        """
         device = next(self.parameters()).device
-        distance = feature_distance(lambda x: self.trunk(to_float(x).to(device)))
+        distance = feature_distance(lambda x: self.trunk(to_float(x.to(device))))
         return [distance(*pair).item() for pair in zip(images.split(1), real.split(1), strict=True)]
 
     @torch.inference_mode()

@@ -64,9 +64,8 @@ class Verdict(NamedTuple):
 
 def parse_prompt(prompt: str) -> PromptSpec:
     """A prompt in the words of data_captions.py, with paraphrases -> what it asks for. ValueError for other words."""
-    text = " ".join(check("prompt", prompt, str).lower().rstrip(" .").replace(",", " , ").split()).removesuffix(
-        f" {FLOOR_PHRASE}"
-    )
+    words = check("prompt", prompt, str).lower().rstrip(" .").replace(",", " , ").split()
+    text = " ".join(words).removesuffix(f" {FLOOR_PHRASE}")
     first, *related = _RELATION.split(_OPENING.sub("", text, 1) if _OPENING.match(text) else text)
     one, others = _AND.split(first), _AND.split(related[1]) if related else []
     one_relation = len(related) <= 2 and not (related and len(one) > 1)
@@ -219,12 +218,9 @@ def _change(before: Scene, new: Pair, prompt: str, group: str) -> EvalPrompt:
     old, *others = before.things
     put = replace(old, color=new[0], shape=new[1])
     left, top, right, bottom = zip(box(old), box(put), strict=True)
-    region = (
-        max(0.0, min(left) - 0.03),
-        max(0.0, min(top) - 0.03),
-        min(1.0, max(right) + 0.03),
-        min(1.0, max(bottom) + 0.03),
-    )
+    start = (max(0.0, min(edge) - 0.03) for edge in (left, top))
+    end = (min(1.0, max(edge) + 0.03) for edge in (right, bottom))
+    region = (*start, *end)
     return EvalPrompt(prompt, Scene((put, *others)), group, before=before, region=region)
 
 

@@ -38,9 +38,9 @@ ITERATIONS = (10, 30, 100)  # of a mask-free edit: after these, pictures are mea
 COLUMNS = {"right": "all right", "clear": "clear", "frechet": "Frechet", "score": "CLIP-like", "diversity": "diversity"}
 TASKS = (*(name for name in PROMPT_SETS if name != "mixed"), "superres", "tokenizers", "decoder")
 BASE_TASKS = TASKS[:6]  # those of the base model alone
-RECONSTRUCTED = {"superres": ("true", "true, bicubic", "true, tokenizer")}  # variants that show the real scene itself
-RECONSTRUCTED |= {"tokenizers": ("", "low"), "decoder": ("", "before")}
-PAIRED = [("", "bicubic"), ("", "no text"), ("", "before"), ("true", "true, bicubic")]  # one less the other
+RECONSTRUCTED = {"superres": ("true", "true bicubic", "true tokenizer"), "tokenizers": ("", "low")}
+RECONSTRUCTED |= {"decoder": ("", "before")}  # variants that show the real scene itself, so its pixels tell
+PAIRED = {"superres": [("", "bicubic"), ("true", "true bicubic")], "decoder": [("", "before")]}  # one less the other
 SWEEP: dict[str, dict[str, dict[str, Any]]] = {  # line of the plot -> point -> settings of the base model
     "guidance": {f"{t}": {"guidance": float(t)} for t in (0, 1, 2, 4, 8)},
     "rising guidance": {f"0-{t}": {"guidance": (0.0, float(t))} for t in (1, 2, 4, 8, 16)},
@@ -61,7 +61,7 @@ class Batch(NamedTuple):
     """What is kept of measured pictures."""
 
     values: Values
-    features: Variants  # (B, D); those of outlines as "outlines, " and the variant
+    features: Variants  # (B, D), by metric and variant: "frechet, real"
     images: Tensor  # the variants of full size, side by side
 
 
@@ -135,8 +135,8 @@ class EvalModel:
             "": self._images(self.muse.decode_superres(jobs, base.tokens)),
             "no text": self._images(without_text),
             "true": self._images(self.muse.decode_superres(jobs, low)),
-            "true, bicubic": self._enlarged(low),
-            "true, tokenizer": _decoded(self.muse.high_tokenizer, high),
+            "true bicubic": self._enlarged(low),
+            "true tokenizer": _decoded(self.muse.high_tokenizer, high),
         }
 
     def tokenizers(self, asked: Asked, seeds: Seeds) -> Variants:
@@ -181,14 +181,15 @@ class Evaluator:
         values: Values = {"prompt": [ask.prompt for ask in asked], "group": [ask.group for ask in asked]}
         features: Variants = {}
         for variant, images in {**variants, "real": real}.items():
-            found, features[variant] = self.values(images, asked), self.detector.features(images)
+            found = self.values(images, asked)
             if variant in RECONSTRUCTED.get(task, ()):
                 pair = images, area_downsample(real, real.shape[-1] // images.shape[-1])
                 found |= {"psnr": eval_metrics.psnr(*pair).tolist(), "gmsd": eval_metrics.gmsd(*pair).tolist()}
                 found["perceptual"] = self.detector.distances(*pair)
+            values |= {_key(name, variant): column for name, column in found.items()}
+            features[_key("frechet", variant)] = self.detector.features(images)
             if task in RECONSTRUCTED and images.shape == real.shape:
-                features[f"outlines, {variant}"] = eval_metrics.outline_features(images)
-            values |= {f"{name}, {variant}".removesuffix(", "): column for name, column in found.items()}
+                features[_key("frechet of outlines", variant)] = eval_metrics.outline_features(images)
         return Batch(values, features, torch.cat([x for x in variants.values() if x.shape == variants[""].shape], 3))
 
     def values(self, images: Tensor, asked: Asked) -> Values:
@@ -208,36 +209,37 @@ class Evaluator:
         }
 
 
-def summarize(values: Values, features: Variants) -> Metrics:
-    """Fractions of True, means of numbers, paired differences; Frechet distances to real renders, diversity of prompts.
+def _key(metric: str, variant: str) -> str:
+    return f"{metric}, {variant}".removesuffix(", ")
 
-    "frechet" is the distance in the detector's features, "outlines" that in outline features at full size.
+
+def summarize(values: Values, features: Variants, pairs: Sequence[tuple[str, str]] = ()) -> Metrics:
+    """Fractions of True, means of numbers; Frechet distances to the real renders, and diversity within prompts.
+
+    "psnr, true less true bicubic": the mean difference of a pair of variants, scene by scene, as `pairs` asks.
     """
     groups, prompts = values["group"], values["prompt"]
     found: Metrics = {}
     for name, column in values.items():
         if not isinstance(column[0], str):
-            boolean = isinstance(column[0], bool)
-            interval = eval_metrics.proportion_interval if boolean else eval_metrics.mean_interval
-            found[name] = interval(column, groups)
-    for variant, other in PAIRED:
-        for name in ("right", "psnr", "gmsd", "perceptual"):
-            pair = [values.get(f"{name}, {each}".removesuffix(", ")) for each in (variant, other)]
-            if all(pair):
-                gap = eval_metrics.paired_difference(*map(torch.tensor, pair), groups)
-                found[f"{name}, " + f"{variant} less {other}".lstrip()] = gap
-    pairs = len(prompts) // 2 * 2  # each prompt comes twice in a row
-    for variant, rows in features.items():
-        name = variant.removesuffix(", ")
-        if name.startswith("outlines"):
-            if name != "outlines, real":
-                real = features["outlines, real"]
-                found[name] = eval_metrics.frechet_interval(real, rows, groups, paired=True)
-            continue
-        if variant != "real":
-            distance = eval_metrics.frechet_interval(features["real"], rows, groups)
-            found[f"frechet, {variant}".removesuffix(", ")] = distance
-        found[f"diversity, {variant}".removesuffix(", ")] = eval_metrics.diversity(rows[:pairs], prompts[:pairs])
+            share = isinstance(column[0], bool)
+            found[name] = (eval_metrics.proportion_interval if share else eval_metrics.mean_interval)(column, groups)
+    twice = len(prompts) // 2 * 2  # each prompt comes twice in a row
+    for name, rows in features.items():
+        metric = name.partition(", ")[0]
+        if not name.endswith("real"):
+            found[name] = eval_metrics.frechet_interval(features[f"{metric}, real"], rows, groups)
+        if metric == "frechet":
+            found[name.replace(metric, "diversity")] = eval_metrics.diversity(rows[:twice], prompts[:twice])
+    for metric in ("psnr", "gmsd", "perceptual", "frechet", "frechet of outlines"):
+        for one, other in pairs:
+            first, second = _key(metric, one), _key(metric, other)
+            name = f"{metric}, {f'{one} less {other}'.strip()}"
+            if first in values:
+                found[name] = eval_metrics.paired_difference(values[first], values[second], groups)
+            elif first in features:
+                real, less = features[f"{metric}, real"], features[second]
+                found[name] = eval_metrics.frechet_interval(real, features[first], groups, less=less)
     return found
 
 
@@ -309,7 +311,7 @@ def _save_task(path: Path, parts: list[Batch]) -> None:
     side, width = images.shape[2:]
     sheet = grid(to_pil(images), captions, max(2, 8 * side // width), max(1, 128 // side))
     atomic_write(path.with_suffix(".png"), partial(sheet.save, format="PNG"))
-    content = {"metrics": summarize(values, features), "values": values}
+    content = {"metrics": summarize(values, features, PAIRED.get(path.stem, ())), "values": values}
     atomic_write(path, json.dumps(content, indent=1) + "\n")  # last: now the task is finished
 
 

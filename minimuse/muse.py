@@ -31,6 +31,12 @@ from minimuse.utils import FloatType, OneSeed, PositiveInt, check, pick_device, 
 from minimuse.vqgan import VQGAN
 
 
+def text_encoder(config: MuseConfig, device: Any = "cpu") -> TextEncoder:
+    """The language model of a configuration; `device` is that of the networks."""
+    options = {"device": config.text_device or device, "dtype": getattr(torch, config.text_dtype, None)}
+    return TextEncoder(config.text_encoder, max_tokens=config.text_tokens, **options)
+
+
 def build(config: MuseConfig) -> nn.ModuleDict:
     """The four networks with fresh weights. The high tokenizer has the size of its fine-tuned decoder."""
     parts = {
@@ -53,7 +59,8 @@ class Muse:
     you leave out. With another `order` the ranking noise is 0 unless you set it.
     """
 
-    format = FORMAT  # in config.json; a baseline has its own format, networks and guidance
+    format = FORMAT  # in config.json; a baseline has its own format, model card, networks and guidance
+    model_card = ""  # `checkpoint.MODEL_CARD`
     build = staticmethod(build)
     guided = staticmethod(guided)
 
@@ -168,7 +175,7 @@ class Muse:
         checkpoint.check_weights(parts.state_dict(), weights, name)
         parts.load_state_dict(weights, assign=True)
         parts.eval().requires_grad_(False)
-        muse = cls(config, parts, TextEncoder(config.text_encoder, max_tokens=config.text_tokens), **about)
+        muse = cls(config, parts, text_encoder(config), **about)
         _ = muse.fingerprint  # of the stored weights, before a dtype rounds them
         device = pick_device(device)
         return muse.to(device, dtype or pick_dtype(device, sum(p.numel() for p in parts.parameters())))
@@ -188,12 +195,9 @@ class Muse:
         check("dtype", dtype or self.dtype, FloatType)
         weights = {k: v.to(dtype or v.dtype).cpu().contiguous() for k, v in parts.state_dict().items()}
         checkpoint.check_weights(expected.state_dict(), weights, self.config.name)
-        return checkpoint.save(folder, self.config, weights, self.about, overwrite=overwrite)
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What config.json holds besides the configuration."""
-        return {"format": self.format, "words": self.words, "examples": self.examples}
+        about = {"format": self.format, "words": self.words, "examples": self.examples}
+        about["load_with"] = f"{type(self).__module__}.{type(self).__name__}.from_pretrained"
+        return checkpoint.save(folder, self.config, weights, about, card=self.model_card, overwrite=overwrite)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -207,15 +211,7 @@ class Muse:
         self.dtype = check("dtype", dtype or self.dtype, FloatType)
         self.device = pick_device(device or self.device)
         self.parts.to(self.device, self.dtype)
-        self.encoder.to(self.device)
-        return self
-
-    def compile(self, **options: Any) -> "Muse":
-        """Apply torch.compile to the networks that draw; returns itself. The first pictures wait for the compiler."""
-        require("superres" in self.parts, f"{self.config.name} is a baseline; only a whole Muse can be compiled")
-        decoders = [t.decoder for t in (self.low_tokenizer, self.high_tokenizer) if isinstance(t, VQGAN)]
-        for part in [self.base, self.superres, *decoders]:
-            part.compile(**{"dynamic": False} | options)
+        self.encoder.to(self.config.text_device or self.device)
         return self
 
     def jobs(self, prompts: Any, n: int = 1, seed: Seed = None, negative: Any = None) -> Jobs:

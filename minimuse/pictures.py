@@ -28,6 +28,7 @@ KEY = "minimuse"  # where the settings are: a dict in an image's `info`, JSON in
 FUNCTION = "a function, which no PNG holds"  # in place of what JSON cannot hold
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS: Pillow would run Ghostscript
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")  # and 16-bit gray
+TEXTS = (".txt", ".json", ".jsonl", ".csv")  # captions, which lie next to pictures
 PROBLEMS = dict.fromkeys((Image.DecompressionBombError, Image.DecompressionBombWarning), "too large")
 PROBLEMS[UnidentifiedImageError] = "of an unknown format"
 
@@ -86,6 +87,23 @@ def open_picture(path: str | Path, side: int | None = None) -> Image.Image:
     except Refused as problem:
         expected = f"give a PNG, JPEG or WebP of at most {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise ValueError(f"{Path(path).name} cannot be read, it is {problem}; {expected}") from problem
+
+
+def read_pictures(path: Path, side: int, most: int) -> Tensor:
+    """A picture, or a folder with subfolders -> up to `most`, evenly spread by name, square, (n, 3, side, side) uint8.
+
+    A warning names each file that cannot be read. ValueError if none can.
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    files = [file for file in files if file.suffix not in TEXTS and file.name[0] != "."]
+    squares = []
+    for file in files[:: -(-len(files) // most) or 1]:
+        try:
+            squares.append(torch.from_numpy(np.array(decode_image(file, side, side // 2))).permute(2, 0, 1))
+        except Refused as problem:
+            warnings.warn(f"{file.name} is {problem}, so it is left out", stacklevel=2)
+    require(squares, f"{path} holds no picture of at least {side // 2} pixels a side; give a folder of pictures")
+    return torch.stack(squares)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

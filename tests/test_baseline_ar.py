@@ -14,7 +14,6 @@ from minimuse.baseline_ar import (
     NextTokenLoss,
     cached,
     train_ar,
-    train_baseline,
 )
 from minimuse.baseline_dit import Diffusion
 from minimuse.cfg import guided, null_text
@@ -22,6 +21,7 @@ from minimuse.config import PRESETS, StageConfig, preset
 from minimuse.muse import Muse
 from minimuse.sampler import decode
 from minimuse.text import Context
+from minimuse.train import train_muse
 from minimuse.train_budget import parameter_counts
 from minimuse.train_doctor import examine
 from minimuse.train_engine import Engine
@@ -189,7 +189,7 @@ def test_save_and_load(made, model, tmp_path):
     assert type(again) is MODELS[model]
     assert again.config == made[model].config
     assert again.generate(A, seed=1)[0].tobytes() == made[model].generate(A, seed=1)[0].tobytes()
-    assert f"({model})" in (folder / "README.md").read_text(encoding="utf-8"), "the card says what it is"
+    assert f"(minimuse-{model}-1)" in (folder / "README.md").read_text(encoding="utf-8"), "the card says what it is"
     with pytest.raises(
         ValueError, match=rf"another kind of model.*load it with minimuse\.baseline_.*{type(again).__name__}"
     ):
@@ -251,7 +251,7 @@ def test_a_stopped_run_continues_to_the_same_weights(model, tiny_muse, tmp_path)
     for folder, stop in (("whole", None), ("stopped", 4)):
         for _ in range(1 if stop is None else 2):
             engine = Engine(device="cpu", bf16=False, folder=tmp_path / folder)
-            for p in train_baseline(make, config, engine=engine):
+            for p in train_muse(config, engine=engine, stages=make.stages):
                 if p.stage == "base" and p.step == stop and p.metrics:
                     stop = None
                     break

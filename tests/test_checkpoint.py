@@ -49,7 +49,7 @@ def test_pitfall_21_weights_are_safetensors_and_the_rest_is_text(folder, tiny_mu
     names = set(json.loads(files[WEIGHTS][8 : 8 + header])) - {"__metadata__"}
     assert names == set(tiny_muse.parts.state_dict()), "the four networks, and nothing else: no language model"
     values = json.loads(files[CONFIG])
-    assert list(values) == ["format", "config", "words", "examples"], f"{list(values)}"
+    assert list(values) == ["format", "config", "words", "examples", "load_with"], f"{list(values)}"
     assert values["format"] == checkpoint.FORMAT, "the format is named, so that a later one can be told apart"
     assert values["config"] == json.loads(json.dumps(to_dict(tiny_muse.config))), "the whole configuration"
     assert not [f for f in files.values() if f[:2] in (b"\x80\x04", b"\x80\x02", b"PK")], "a pickle or a zip of pickles"

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import giant_png
 from PIL import Image
+from safetensors.torch import load_file
 
 import minimuse
 import minimuse.config
@@ -26,6 +28,7 @@ from minimuse.cli_commands import COMMANDS, changed
 from minimuse.config import preset, to_dict
 from minimuse.muse import Muse
 from minimuse.pictures import save_png
+from minimuse.train_state import states
 from minimuse.utils import pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -529,6 +532,58 @@ def test_train_writes_a_checkpoint_that_draws(run, here, tiny_muse, monkeypatch)
     assert out[-1].startswith("try: minimuse generate "), f"it says what to do next: {out}"
 
 
+@pytest.fixture
+def pictures(here):
+    """Six captioned pictures, three of each of two captions with a word that tiny never saw."""
+    (here / "pictures").mkdir()
+    for i in range(6):
+        Image.new("RGB", (64, 64), (40 * i, 128, 128)).save(here / f"pictures/{i}.png")
+        (here / f"pictures/{i}.txt").write_text(("a teal cube", "two teal boxes")[i % 2])
+    return "pictures"
+
+
+def weights_of(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def test_fine_tuning_changes_only_its_stages(run, here, folder, pictures):
+    words = ("train", "--from", folder, "--data", pictures, "--device", "cpu", "--set", "stages.base.steps=3")
+    code, _, err = run(*words, "--stages", "base", "--out", "mine", model=False)
+    assert code == 0, err
+    before, after = weights_of(folder), weights_of("mine")
+    changed = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
+    assert changed == {"base"}, f"tokenizers and super-resolution stay as they were: {changed}"
+    tuned, start = (Muse.from_pretrained(name, device="cpu") for name in ("mine", folder))
+    assert set(tuned.words) == {*start.words, "a", "teal", "cube", "two", "boxes"}, "old and new words"
+    assert set(tuned.examples) == {"a teal cube", "two teal boxes"}, "new captions to try"
+    assert tuned.config.name == "tiny-tuned", "another name, so that --like does not draw with the old one"
+    refused(run(*words, "--out", "next", "tiny", model=False), "take no preset")
+    refused(run(*words, "--out", "next", "--stages", "bass", model=False), "unknown stages bass; give some of")
+    refused(run("train", "nano", "--stages", "base", "--out", "next", model=False), "--stages needs --from")
+
+
+def test_a_finished_run_is_continued(run, here, folder, pictures):
+    """More steps in two commands, stopped in between or not, read the start, the data and the place from the run."""
+    words = ("--device", "cpu", "--set", "stages.base.steps=3", "--set", "stages.superres.steps=2")
+    assert run("train", "--from", folder, "--data", pictures, "--out", "mine", *words, model=False)[0] == 0
+    first = weights_of("mine")
+    refused(run("train", "--resume", "--out", "mine", model=False), "finished; continue it with --more 2000")
+    code, _, err = run("train", "--more", 2, "--out", "mine", "--device", "cpu", model=False)
+    assert code == 0, err
+    steps = [json.loads(line) for line in (here / "mine/log.jsonl").read_text().splitlines()]
+    assert {(line["stage"], line["step"]) for line in steps} >= {("base", 5), ("superres", 4)}, f"{steps}"
+    more = weights_of("mine")
+    assert not all(more[name].equal(first[name]) for name in more), "it has gone on"
+    assert Muse.from_pretrained("mine", device="cpu").config.stages["base"].steps == 5, "and says for how long"
+    (here / "mine/README.md").unlink()  # as if the second command had been stopped before its end
+    for stage in ("base", "superres"):
+        shutil.rmtree(states(here / "mine" / stage)[-1])
+    refused(run("train", "--more", 2, "--out", "mine", model=False), "is not finished; continue it with --resume")
+    assert run("train", "--resume", "--out", "mine", "--device", "cpu", model=False)[0] == 0
+    again = weights_of("mine")
+    assert all(again[name].equal(more[name]) for name in more), "bit for bit"
+
+
 def test_train_refuses_before_any_work(run, here, folder, monkeypatch):
     monkeypatch.setattr("minimuse.train.train_muse", lambda *a, **k: pytest.fail("it has begun to train"))
     before = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
@@ -665,3 +720,30 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_loads(run, h
 
 def test_what_is_not_utf8_is_no_prompt(run):
     refused(run("generate", "\udcff"), "give a text in UTF-8")
+
+
+def test_reconstruct(run, here, tiny_muse):
+    size = tiny_muse.config.high_tokenizer.image_size
+    (here / "mine" / "more").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "more/b.JPG", "c.png"):
+        Image.fromarray(rng.integers(0, 256, (size, 2 * size, 3), dtype=np.uint8)).save(here / "mine" / name)
+    (here / "mine" / "a.txt").write_text("a caption")
+    (here / "mine" / "d.png").write_text("damaged")
+    Image.new("RGB", (size // 4, size // 4)).save(here / "mine" / "small.png")
+    code, out, err = run("reconstruct", "mine")
+    assert (code, out[0]) == (0, "reconstruct.png"), f"{out}, {err}"
+    assert err == [
+        "minimuse: d.png is of an unknown format, so it is left out",
+        "minimuse: small.png is too small, so it is left out",
+    ]
+    said = " ".join(" ".join(out).split())
+    assert "wrong low_tokenizer, pictures The PSNR of 3 pictures at" in said, said
+    assert "high_tokenizer, codebook" in said, said
+    assert "Train tokenizers on pictures like these. Good enough is: 30 dB" in out[-1], "random weights are not"
+    assert run("reconstruct", "mine/a.png")[1][0] == "reconstruct-v2.png", "one picture, and a free name"
+    assert run("reconstruct", "mine", "--out", "reconstruct.png")[0] == 2, "nothing is overwritten"
+    code, _, err = run("reconstruct", "nowhere")
+    assert (code, len(err)) == (2, 1), f"{err}"
+    (here / "empty").mkdir()
+    assert "empty holds no picture of at least" in run("reconstruct", "empty")[2][0]

@@ -75,7 +75,7 @@ STAGE = NANO.stages["base"]
         (BASE, {"text_layers": 1}, r"heads is 5; give a multiple of 2"),
         (SR, {"heads": 1}, r"heads is 1; give a multiple of 2, such as 2"),
         # sampling and stages
-        (STAGE, {"steps": 0}, r"StageConfig\.steps is 0"),
+        (STAGE, {"steps": -1}, r"StageConfig\.steps is -1"),
         (STAGE, {"batch": 0}, r"batch is 0"),
         (STAGE, {"optimizer": "sgd"}, r"optimizer is 'sgd'; give one of adamw, adafactor, muon"),
         (STAGE, {"text_lr_scale": 1.5}, r"text_lr_scale is 1\.5; give a fraction"),

@@ -20,7 +20,7 @@ from minimuse import data_cache
 from minimuse.data_cache import HELD_OUT, Decimated, Rows, Subset, Texts, TrainingData, tokenize_images
 from minimuse.data_captions import EXAMPLE_PROMPTS, Example, vocabulary
 from minimuse.data_sources import FolderDataset, SceneDataset
-from minimuse.text import TextEncoder
+from minimuse.text import Context, TextEncoder, pad_contexts
 from minimuse.utils import area_downsample, to_pil
 
 SIDE = 64
@@ -189,7 +189,7 @@ def test_pick_is_uniform():
     assert texts.pick([1], [1.0]) == [CAPTIONS[1][-1]], "u rounded up to 1 is the last one"
 
 
-def test_texts_are_stored_once_per_part_and_must_fit_half_precision(make, tmp_path):
+def test_texts_are_stored_once_per_part_and_must_fit_half_precision(make, tmp_path, monkeypatch):
     data = make()
     work(data)
     (folder,) = (tmp_path / "cache").glob("text-*")
@@ -200,9 +200,21 @@ def test_texts_are_stored_once_per_part_and_must_fit_half_precision(make, tmp_pa
     assert len(load_file(folder / "00000.safetensors")["rows"]) == sum(record["lengths"])
     data = make(Made(fingerprint="3" * 64))
     deque(data.read(), maxlen=0)
-    data.encode = lambda texts: [torch.full((2, 3), float("inf")).half() for _ in texts]
+    huge = pad_contexts([torch.full((2, 3), 1e5)])
+    monkeypatch.setattr(data.encoder, "encode", lambda texts: Context.cat([huge] * len(texts)))
     with pytest.raises(ValueError, match="65,504"):
         deque(data.embed())
+
+
+def test_the_language_model_is_released_once_captions_are_stored(make, tiny_lm):
+    data = make(encoder=TextEncoder(tiny_lm, max_tokens=16))
+    work(data)
+    assert "_lm" not in vars(data.encoder), "19 GB of a T5-XXL"
+    data.encoder.encode(data.words()["examples"])
+    assert "_lm" not in vars(data.encoder), "sample grids of these prompts need none"
+    data = make(encoder=TextEncoder(tiny_lm, max_tokens=16), text_gib=0)
+    work(data)
+    assert "_lm" in vars(data.encoder), "every step encodes"
 
 
 # --- the data of a run ------------------------------------------------------------------------------------------------
@@ -465,13 +477,13 @@ def test_opened_again_nothing_is_computed(make, tmp_path):
 
 
 def test_the_language_model_embeds_nothing_again(make, tiny_lm):
-    """A second opening encodes the captions of about 64 examples, however many there are."""
+    """A second opening encodes the captions of about 64 examples, however many there are, and 3 prompts of samples."""
     work(make(Made(n=100)))
     encoder = TextEncoder(tiny_lm, max_tokens=64)
     asked, encode = [], encoder.encode
     encoder.encode = lambda prompts: asked.extend(prompts) or encode(prompts)
     work(make(Made(n=100), encoder))
-    assert len(asked) <= 2 * 75, f"{len(asked)} of 600 captions were encoded"
+    assert len(asked) <= 2 * 75 + 3, f"{len(asked)} of 600 captions were encoded"
 
 
 @pytest.mark.parametrize("what", ["tokenizer", "data", "lm"])

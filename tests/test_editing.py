@@ -17,8 +17,9 @@ from scipy import stats
 import minimuse.muse
 from minimuse import checkpoint
 from minimuse.config import PRESETS, preset
-from minimuse.editing import fill_with_nearest, infill, resample, token_mask, tokenize, windows
+from minimuse.editing import fill_with_nearest, resample, token_mask, tokenize, windows
 from minimuse.muse import Muse
+from minimuse.sampler import decode
 from minimuse.utils import area_downsample, to_float
 
 V = 6
@@ -72,7 +73,7 @@ def test_pitfall_16_token_masks_by_hand():
 @pytest.mark.parametrize("steps", [1, 4, 12])
 def test_infill_leaves_the_others(steps):
     tokens, repaint = picture(), torch.rand(2, 64) < 0.4
-    for step in infill(toy, tokens, repaint, mask_id=MASK, steps=steps, generator=seeds(1, 2)):
+    for step in decode(toy, tokens.masked_fill(repaint, MASK), mask_id=MASK, steps=steps, generator=seeds(1, 2)):
         assert step.tokens[~repaint].equal(tokens[~repaint]), f"step {step.index} touched a token outside the region"
     assert not step.masked.any(), "the region is not filled"
     assert not step.tokens[repaint].equal(tokens[repaint]), "nothing was drawn anew"
@@ -82,15 +83,15 @@ def test_infill_hides_what_it_replaces():
     """Two pictures that differ inside the region alone are the same to the model."""
     tokens, repaint = picture(), torch.rand(2, 64) < 0.4
     other = torch.where(repaint, (tokens + 1) % V, tokens)
-    *_, a = infill(toy, tokens, repaint, mask_id=MASK, steps=4, generator=seeds(1, 2))
-    *_, b = infill(toy, other, repaint, mask_id=MASK, steps=4, generator=seeds(1, 2))
+    *_, a = decode(toy, tokens.masked_fill(repaint, MASK), mask_id=MASK, steps=4, generator=seeds(1, 2))
+    *_, b = decode(toy, other.masked_fill(repaint, MASK), mask_id=MASK, steps=4, generator=seeds(1, 2))
     assert a.tokens.equal(b.tokens), "what stood in the region leaks into its infill"
 
 
 def test_infill_counts_from_the_region():
     repaint = torch.zeros(2, 64, dtype=torch.bool)
     repaint[0, :16], repaint[1, 40:43] = True, True
-    steps = list(infill(toy, picture(), repaint, mask_id=MASK, steps=4, schedule="linear"))
+    steps = list(decode(toy, picture().masked_fill(repaint, MASK), mask_id=MASK, steps=4, schedule="linear"))
     assert [s.revealed.sum(1).tolist() for s in steps] == [[4, 0], [4, 1], [4, 1], [4, 1]], "counts per image"
 
 

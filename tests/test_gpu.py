@@ -12,8 +12,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu
 from flops import decode_flops, sampling_flops
 
+from minimuse import Muse
 from minimuse.cfg import guided, null_text
 from minimuse.config import preset
+from minimuse.muse import build
 from minimuse.sampler import SamplingConfig, decode
 from minimuse.text import Context
 from minimuse.train_budget import count_flops, stage_budget
@@ -21,6 +23,19 @@ from minimuse.transformer import Transformer
 
 CPU = torch.device("cpu")
 HOW = {"batch": 2, "rounds": 2, "compiled": False, "training_batches": (4,), "size": 64}
+
+
+@pytest.mark.slow
+def test_compiled_it_draws_the_same(tiny_muse, tiny_text):
+    parts = build(tiny_muse.config)
+    parts.load_state_dict(tiny_muse.parts.state_dict())
+    muse = Muse(tiny_muse.config, parts.eval(), tiny_text)
+    gpu.compile_networks(muse, backend="eager")
+    pair = [list(m.steps("a red cube", n=2, seed=0, guidance=(0.0, 2.0))) for m in (tiny_muse, muse)]
+    for plain, compiled in zip(*pair, strict=True):
+        assert plain.tokens.equal(compiled.tokens), f"{plain.stage}, step {plain.index}"
+    assert muse.base._compiled_call_impl is not None, "the switch reaches the networks"
+    assert set(muse.parts.state_dict()) == set(tiny_muse.parts.state_dict()), "and leaves their names"
 
 
 @pytest.mark.slow

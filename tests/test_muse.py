@@ -372,12 +372,6 @@ def test_a_muse_leaves_the_callers_modules_as_they_are(tiny_muse):
     assert all(p.requires_grad for p in parts.parameters()), "still trained"
 
 
-def test_a_baseline_is_not_compiled(tiny_muse):
-    parts = torch.nn.ModuleDict({name: tiny_muse.parts[name] for name in ("low_tokenizer", "base")})
-    with pytest.raises(ValueError, match="tiny is a baseline; only a whole Muse can be compiled"):
-        Muse(tiny_muse.config, parts, tiny_muse.encoder).compile()
-
-
 def test_integers_are_no_dtype_of_a_muse(folder, tiny_muse):
     with pytest.raises(ValueError, match=r"dtype is 'x'; give torch\.float32"):
         tiny_muse.to(dtype="x")
@@ -513,18 +507,6 @@ def test_the_dtype_is_picked_by_size_or_told(tiny_muse, folder, monkeypatch):
     assert asked == [(torch.device("cpu"), size)]
     assert Muse.from_pretrained(folder, device="cpu", dtype=torch.float32).dtype == torch.float32
     assert len(asked) == 1, "what the user says holds"
-
-
-@pytest.mark.slow
-def test_compiled_it_draws_the_same(tiny_muse, folder, tiny_text):
-    muse = Muse.from_pretrained(folder, device="cpu")
-    muse.encoder = tiny_text
-    assert muse.compile(backend="eager") is muse
-    pair = [list(m.steps(A, n=2, seed=0, guidance=(0.0, 2.0))) for m in (tiny_muse, muse)]
-    for plain, compiled in zip(*pair, strict=True):
-        assert plain.tokens.equal(compiled.tokens), f"{plain.stage}, step {plain.index}"
-    assert muse.base._compiled_call_impl is not None, "the switch reaches the networks"
-    assert set(muse.parts.state_dict()) == set(tiny_muse.parts.state_dict()), "and leaves their names"
 
 
 def test_pitfall_18_everything_is_frozen(tiny_muse, folder):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from minimuse.config import StageConfig, preset
 from minimuse.data_cache import tokenize_images
+from minimuse.eval_metrics import feature_distance
 from minimuse.masking import masked_cross_entropy
 from minimuse.text import pad_contexts
 from minimuse.train import (
@@ -30,7 +31,7 @@ from minimuse.train import (
 from minimuse.train_engine import Engine, Stage, batch_indices, learning_rate
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
 from minimuse.vqgan import VQGAN, VQGANConfig
-from minimuse.vqgan_loss import SceneFeatures, VQGANLoss, feature_distance
+from minimuse.vqgan_loss import SceneFeatures, VQGANLoss
 
 OFF = settings(deadline=None, max_examples=40, derandomize=True)
 V, D_LM = 8, 6
@@ -216,7 +217,7 @@ def test_the_discriminator_has_the_width_of_the_stage(monkeypatch):
 
 def test_each_stage_has_its_own_perceptual_loss(tiny_muse, monkeypatch, tmp_path):
     """No network is made that no stage weighs. Without its extra, LPIPS is refused by name."""
-    monkeypatch.setattr("minimuse.vqgan_loss.lpips_distance", lambda: "lpips")
+    monkeypatch.setattr("minimuse.eval_metrics.lpips_distance", lambda: "lpips")
     asked = {"low_tokenizer": ("lpips", 1.0), "high_tokenizer": ("none", 1.0), "decoder": ("scenes", 0.0)}
     stages = {
         name: replace(tiny_muse.config.stages[name], perceptual=kind, perceptual_weight=weight)

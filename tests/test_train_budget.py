@@ -9,6 +9,7 @@ from torch import nn
 from minimuse import train_budget as budget
 from minimuse.config import STAGES, preset
 from minimuse.muse import build
+from minimuse.text import TextEncoder
 from minimuse.train_budget import (
     count_flops,
     duration,
@@ -300,3 +301,13 @@ def test_si(x, expected):
 )
 def test_duration(x, expected):
     assert duration(x) == expected
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "albert", "clip"])
+def test_bytes_of_a_language_model_without_its_weights(tiny_lms, kind):
+    encoder = TextEncoder(tiny_lms[kind])
+    size = budget.language_model_bytes(encoder)
+    assert "_lm" not in vars(encoder), "nothing is loaded"
+    weights = {w.data_ptr(): w.nbytes for name, w in encoder.weights.items() if "position_ids" not in name}
+    assert size == sum(weights.values()), "each once, though T5 has its embedding twice"
+    assert budget.language_model_bytes(TextEncoder(tiny_lms[kind], dtype=torch.bfloat16)) == size / 2

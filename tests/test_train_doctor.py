@@ -16,9 +16,18 @@ from minimuse.config import StageConfig
 from minimuse.data_cache import Subset
 from minimuse.masking import masked_cross_entropy
 from minimuse.train import MaskedLoss, train_tokenizer, train_transformer
-from minimuse.train_doctor import HINTS, Finding, examine, examine_log, examine_tokenizer, examine_transformer
+from minimuse.train_doctor import (
+    HINTS,
+    Finding,
+    examine,
+    examine_discriminator,
+    examine_log,
+    examine_tokenizer,
+    examine_transformer,
+)
 from minimuse.train_engine import Engine
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
+from minimuse.utils import to_float
 from minimuse.vqgan import VQGAN, VQGANConfig
 
 V, D_LM = 8, 6
@@ -206,7 +215,7 @@ def pictures(n, seed):
 def tokenizer():
     torch.manual_seed(0)
     config = StageConfig(
-        steps=80, batch=8, learning_rate=5e-3, warmup=3, weight_decay=1e-4, betas=(0.9, 0.99), adversarial_weight=0.0
+        steps=200, batch=8, learning_rate=5e-3, warmup=3, weight_decay=1e-4, betas=(0.9, 0.99), adversarial_weight=0.0
     )
     *_, last = train_tokenizer(VQGAN(VQ), config, pictures(48, 0), engine=engine())
     return last.model
@@ -265,7 +274,7 @@ def look(model, train=None, held_out=None):
 
 def test_no_false_alarm_on_a_healthy_tokenizer(tokenizer):
     found = look(tokenizer)
-    assert verdicts(found) == dict.fromkeys(["codebook", "pictures", "overfitting"], "fine"), f"{found}"
+    assert verdicts(found) == dict.fromkeys(["codebook", "pictures", "pixel range", "overfitting"], "fine"), f"{found}"
 
 
 def test_pitfall_19_a_collapsed_codebook(tokenizer):
@@ -286,6 +295,30 @@ def test_pictures_that_the_tokenizer_never_saw_the_like_of(tokenizer):
     noise = torch.randint(256, (16, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
     assert look(tokenizer, held_out=noise)["overfitting"].verdict == "wrong", "training images come back far better"
     assert look(tokenizer, held_out=noise[:3])["overfitting"].verdict == "look", "three tell nothing"
+
+
+def test_dark_pictures_and_a_shift_of_the_mean():
+    dark = pictures(16, 1) // 16  # 12 bits, read as 16
+    found = look(Nearly(0.0), held_out=dark)["pixel range"]
+    assert found.verdict == "look", f"{found}"
+    assert "span 12 of 255" in found.message, f"220 // 16 - 30 // 16 is 12, of {found.message}"
+    found = look(Nearly(0.6), held_out=pictures(16, 1))["pixel range"]
+    assert (found.verdict, found.number) == ("wrong", pytest.approx(0.6 * 127.5, abs=0.1)), f"{found}"
+
+
+def test_pictures_are_compared_with_copies_at_a_quarter_of_the_side(tokenizer):
+    """Noise has a PSNR above that of its mean color, but a copy of a quarter of its side is nearer."""
+    found = look(tokenizer)["pictures"]
+    assert found.verdict == "fine", f"{found}"
+    x = to_float(pictures(16, 1))
+    small = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="bilinear")
+    assert f"a quarter of the side have {-10 * math.log10((small - x).square().mean() / 4):.1f} dB" in found.message
+    assert found.number == pytest.approx(-10 * math.log10((decoded(tokenizer, x) - x).square().mean() / 4), abs=1e-3)
+
+
+@torch.no_grad()
+def decoded(model, x):
+    return model.decode(model.encode(x))
 
 
 # --- the log ----------------------------------------------------------------------------------------------------------
@@ -314,6 +347,31 @@ def test_nan_in_the_log(bad):
     assert f.verdict == "wrong", f"{f}"
     assert "held_out_bound" in f.message, "it names the figure"
     assert "200" in f.message, "and the step"
+
+
+def adversarial(images):
+    """The log of a tokenizer with a discriminator."""
+    torch.manual_seed(0)
+    config = StageConfig(
+        steps=60, batch=8, learning_rate=2e-3, warmup=3, weight_decay=1e-4, betas=(0.9, 0.99), perceptual_weight=0.0
+    )
+    return [
+        {"stage": "t", "step": p.step, **p.metrics} for p in train_tokenizer(VQGAN(VQ), config, images, engine=engine())
+    ]
+
+
+def test_a_discriminator_that_has_taken_over():
+    (found,) = examine_discriminator(adversarial(pictures(48, 0)))
+    assert found.verdict == "fine", f"{found}"
+    noise = torch.randint(256, (48, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+    (found,) = examine_discriminator(adversarial(noise))
+    assert found.verdict == "look", f"no decoder makes such noise, so it tells every patch: {found}"
+    worse = [{"discriminator_loss": 0.02, "l1": 0.1 + i / 400} for i in range(40)]
+    (found,) = examine_discriminator(worse)
+    assert (found.verdict, found.number) == ("wrong", pytest.approx(0.02)), f"{found}"
+    assert "l1 changed by +67.4%" in found.message, f"0.18625 / 0.11125 - 1: {found.message}"
+    assert not list(examine_discriminator(lines([1.0] * 40, key="l1"))), "it has none"
+    assert not list(examine_discriminator(worse[:11])), "too few lines"
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -310,7 +310,7 @@ def run(tmp_path, monkeypatch, capsys, tiny_muse):
     Path("tiny.json").write_text(json.dumps(to_dict(tiny_muse.config)))
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
-    def begun(config, data, engine):
+    def begun(config, data, engine, start):
         raise ValueError("it has begun to train")
 
     monkeypatch.setattr("minimuse.train.train_muse", begun)
@@ -428,7 +428,7 @@ def test_a_run_begins_from_the_files_of_another(run, tiny_muse):
 
 
 def test_where_a_run_may_not_begin(run, tmp_path):
-    refused(run(), "give a preset .*nano.*, a JSON file, or --resume")
+    refused(run(), "give a preset .*nano.*, a JSON file, --from, or --resume")
     refused(run("tiny.json", "--data", "no/where"), "no/where")
     assert not Path("run").exists(), "a mistyped --data is no run"
     Path("run").write_text("mine")
@@ -439,14 +439,14 @@ def test_where_a_run_may_not_begin(run, tmp_path):
     begun(run("tiny.json"))
     Path("run", checkpoint.CARD).write_text("# tiny")
     before = contents(tmp_path)
-    refused(run("--resume"), "the run in run is finished; start a new one in another folder")
+    refused(run("--resume"), "the run in run is finished; continue it with --more 2000, or start one in another")
     Path("run", RUN).rename("elsewhere.json")
     refused(run("tiny.json"), r"already holds README\.md")
     assert contents(tmp_path / "run").items() <= {k.removeprefix("run/"): v for k, v in before.items()}.items()
 
 
 def test_messages_are_not_glued_to_the_progress_bar(run, monkeypatch):
-    def stages(config, data, engine):
+    def stages(config, data, engine, start):
         yield Progress("base", 1, 9, {"loss": 1.0}, None)
         logging.getLogger("minimuse").warning("a picture is broken")
         yield Progress("base", 2, 9, {"loss": 1.0}, None)

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minimuse.eval_metrics import feature_distance, lpips_distance
 from minimuse.vqgan_loss import (
     PatchDiscriminator,
     SceneFeatures,
     VQGANLoss,
     adaptive_weight,
-    feature_distance,
     hinge_discriminator,
-    lpips_distance,
     pixel_loss,
 )
 

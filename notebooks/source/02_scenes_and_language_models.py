@@ -48,11 +48,10 @@ from minimuse.data_scenes import (
     HELD_OUT,
     Scene,
     Thing,
-    is_novel,
+    box,
     relations,
     render,
     sample_scene,
-    truth,
 )
 
 show(Thing, Scene)
@@ -66,8 +65,8 @@ scene = Scene(
 )
 pixels = render([scene], 192)
 print("render: (B, 3, H, W) =", tuple(pixels.shape), f"in [{pixels.min():.2f}, {pixels.max():.2f}]")
-for thing in truth(scene):
-    print(thing)
+for thing in scene.things:
+    print(thing, "at", [round(edge, 2) for edge in box(thing)])
 to_pil(pixels)[0]
 
 # %% [markdown]
@@ -82,7 +81,7 @@ from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES
 pairs = [(color, shape) for shape in SHAPES for color in COLORS]
 sheet = render([Scene((Thing(color, shape),)) for color, shape in pairs], SIZE)
 names = [
-    f"{color} {shape}" + (" (held out)" if is_novel(Thing(color, shape)) else "")
+    f"{color} {shape}" + (" (held out)" if (color, shape) in HELD_OUT else "")
     for color, shape in pairs
 ]
 grid(to_pil(sheet), names, columns=len(COLORS), scale=1)

@@ -63,7 +63,7 @@ pictures of any size pass.
 """
 
 # %%
-from minimuse.vqgan import Decoder, Encoder, ResBlock, UpBlock
+from minimuse.vqgan import Decoder, Encoder, ResBlock, up_block
 
 show(Encoder)
 
@@ -85,7 +85,7 @@ encoder; a residual block, and a level of the decoder:
 """
 
 # %%
-show(ResBlock, UpBlock, Decoder.forward)
+show(ResBlock, up_block, Decoder.forward)
 
 # %%
 f = muse.high_tokenizer.downsampling
@@ -424,8 +424,9 @@ ours is a small network that learns on the spot to say which kinds of things are
 """
 
 # %%
+from minimuse.eval_metrics import feature_distance, lpips_distance
 from minimuse.train import train_features
-from minimuse.vqgan_loss import SceneFeatures, feature_distance, lpips_distance, pixel_loss
+from minimuse.vqgan_loss import SceneFeatures, pixel_loss
 
 show(SceneFeatures.forward, feature_distance, pixel_loss)
 

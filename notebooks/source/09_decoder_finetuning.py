@@ -290,9 +290,9 @@ Three more details make it work, each a line in [`vqgan.py`](../minimuse/vqgan.p
 """
 
 # %%
-from minimuse.vqgan import ResBlock, UpBlock
+from minimuse.vqgan import ResBlock, up_block
 
-show(ResBlock, UpBlock)
+show(ResBlock, up_block)
 
 # %% [markdown]
 r"""
