@@ -168,6 +168,8 @@ def frechet_interval(
     rows = [_rows(real, groups if others else None, 2), *(_rows(x, groups, 2) for x in (fake, *others))]
     if (fewest := min(count for *_, count in rows)) < 4:
         raise ValueError(f"{fewest} rows or groups are too few; give at least 4 real and 4 fake ones")
+    if others and len({len(x) for x, *_ in rows}) > 1:
+        raise ValueError(f"got {[len(x) for x, *_ in rows]} rows, expected features of the same prompts three times")
 
     def distance(real: Tensor, fake: Tensor, *others: Tensor) -> float:
         return frechet_distance(real, fake) - sum(frechet_distance(real, x) for x in others)

@@ -131,11 +131,11 @@ class EvalModel:
         low, high = tokenize(self.muse, *to_pil(self.real(ask.scene for ask in asked)))
         without_text = self.muse.decode_superres(jobs, base.tokens, guidance=-1.0)  # l_c - (l_c - l_u) = l_u
         return {
-            "bicubic": self._enlarged(base.tokens),
+            "bicubic": self.enlarged(base.tokens),
             "": self._images(self.muse.decode_superres(jobs, base.tokens)),
             "no text": self._images(without_text),
             "true": self._images(self.muse.decode_superres(jobs, low)),
-            "true bicubic": self._enlarged(low),
+            "true bicubic": self.enlarged(low),
             "true tokenizer": _decoded(self.muse.high_tokenizer, high),
         }
 
@@ -149,7 +149,8 @@ class EvalModel:
         _, tokens = tokenize(self.muse, *to_pil(self.real(ask.scene for ask in asked)))
         return {"before": _decoded(self.before, tokens), "": _decoded(self.muse.high_tokenizer, tokens)}
 
-    def _enlarged(self, low: Tensor) -> Tensor:
+    def enlarged(self, low: Tensor) -> Tensor:
+        """Low tokens -> their picture at full size, by bicubic interpolation."""
         images = to_float(_decoded(self.muse.low_tokenizer, low))
         return to_uint8(F.interpolate(images, size=(self.side, self.side), mode="bicubic"))
 
