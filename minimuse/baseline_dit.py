@@ -28,14 +28,13 @@ from minimuse.cfg import guided
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_cache import Decimated
 from minimuse.editing import Jobs, seeded_generators
-from minimuse.masking import Generators, uniforms
 from minimuse.muse import sampling_settings
 from minimuse.sampler import Step
 from minimuse.text import Context
 from minimuse.train import MuseTrainer, pick_captions, train_network
 from minimuse.train_engine import Progress, Stage
 from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig
-from minimuse.utils import PositiveInt, check, require, to_float
+from minimuse.utils import Generators, PositiveInt, check, require, to_float, uniforms
 from minimuse.vqgan import VQGAN
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -148,7 +147,7 @@ def amounts(step: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gaussians(*shape: int, generator: Generators = None) -> Tensor:
-    """N(0, 1) of a shape (B, ...) from CPU generators: one, or one for each image, as `masking.uniforms`."""
+    """N(0, 1) of a shape (B, ...) from CPU generators: one, or one for each image, as `utils.uniforms`."""
     return torch.special.ndtri(uniforms(*shape, generator=generator).double().clamp(1e-9, 1 - 1e-9)).float()
 
 

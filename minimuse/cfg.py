@@ -7,17 +7,17 @@ Glossary: l_c = cond, l_u = uncond, t = guidance scale (0 is no guidance), u = p
 Not here: the decoding (`sampler.py`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from minimuse.masking import Generators
 from minimuse.text import Context
 from minimuse.transformer import Memory, Transformer
-from minimuse.utils import Fraction, check
+from minimuse.utils import Fraction, Generators, check, named
 
-Guidance = float | tuple[float, float] | Callable[[float], float]
+Guidance = float | tuple[float, float] | str | Callable[[float], float]
 
 
 def null_text(context: Context) -> Context:
@@ -48,19 +48,28 @@ def rising(t: float, start: float = 0.0) -> Callable[[float], float]:
     return lambda u: start + (t - start) * u
 
 
+GUIDANCES: dict[str, Callable[..., Callable[[float], float]]] = {
+    "constant": lambda t: rising(t, t),
+    "rising": rising,
+    "falling": lambda t, end=0.0: rising(end, t),
+    "interval": lambda t, first=0.25, last=1.0: lambda u: t if first <= u <= last else 0.0,  # arXiv 2404.07724
+    "power-cosine": lambda t, power=2.0: lambda u: t * (1 - math.cos(math.pi * u**power)) / 2,  # MDT, arXiv 2303.14389
+}
+
+
 def get_guidance(guidance: Guidance) -> Callable[[float], float]:
-    """A number (constant), a pair (first, last) that is linear in u, or any function of u -> a function of u."""
+    """A number, a pair (first, last) that is linear in u, a name of GUIDANCES, or a function -> a function of u.
+
+    A name has numbers after colons: t, then those of the function, such as "rising:4" or "interval:4:0.2:0.8".
+    """
+    if isinstance(guidance, str) and guidance.partition(":")[0] in GUIDANCES:
+        return named("guidance", guidance, GUIDANCES)
     if callable(guidance):
         return lambda u: check(f"guidance at u = {u:.3g}", guidance(u), float)
     pair = guidance if isinstance(guidance, tuple | list) and len(guidance) == 2 else (guidance, guidance)
-    expected = "a number, a pair (first, last), or a function of u in [0, 1]"
+    expected = f"a number, a pair (first, last), a function of u, or {', '.join(GUIDANCES)} and t, such as rising:4"
     start, t = (float(check("guidance", number, float, expected)) for number in pair)
     return rising(t, start)
-
-
-def from_guidance_scale(s: float) -> float:
-    """The guidance_scale s of diffusers -> t: l_u + s (l_c - l_u) equals (1 + t) l_c - t l_u with t = s - 1."""
-    return check("guidance_scale", s, float) - 1
 
 
 def guided(model: Transformer, cond: Memory, uncond: Memory, guidance: Guidance) -> Callable[[Tensor, float], Tensor]:

@@ -37,11 +37,11 @@ from torch import Tensor
 
 import minimuse
 from minimuse.eval_metrics import Estimate, jackknife, mean_interval, paired_difference
-from minimuse.lab_samplers import GROUPS, Outcome, check_samples, preset_settings, run
+from minimuse.lab_samplers import GROUPS, Outcome, check_samples, entropy_bound, preset_settings, run
 from minimuse.lab_worlds import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World
 from minimuse.masking import get_schedule, reveal_counts
-from minimuse.sampler import Order, by_rank, confidence, decode, entropy_bound, get_order, halton_rank, is_adaptive
-from minimuse.utils import OneSeed, PositiveInt, atomic_write, check, generator_of, require
+from minimuse.sampler import Order, by_rank, confidence, decode, get_order, is_adaptive
+from minimuse.utils import OneSeed, PositiveInt, atomic_write, check, generator_of, halton_rank, require
 
 __all__ = ["WORLDS", "Cell", "ChainWorld", "MixtureWorld", "PottsWorld", "Report", "World", "compare"]
 Named = str | Sequence[str] | Mapping[str, Any]  # names, or a name for each function
@@ -128,12 +128,15 @@ class WorldEvaluator:
         world, get, parts = self.world, sampling.get, []
         for i, start in enumerate(torch.full_like(self.x, world.mask_id).split(world.batch)):
             steps = decode(world, start, mask_id=world.mask_id, generator=self._generator(4 + i), **sampling)
-            parts.append(run(steps, get("remask")))
+            parts.append(run(steps, get("corrector")))
         y = torch.cat([tokens for tokens, _ in parts])
         nfe = sum(n for _, n in parts) / len(y)
         groups = {"excess_nll": self._grouped(self.minus_entropy - world.log_prob(y))}
         groups |= marginal_distances(self.x[:, self.positions], y[:, self.positions], world.v)
-        plain = not get("remask") and get("top_k") is None and get("sampling_temperature", 1) == 1
+        plain = (
+            not any(map(get, ("remask", "choose", "corrector", "top_k", "top_p")))
+            and get("sampling_temperature", 1) == 1
+        )
         if not plain or not ignores_drawn(sampling["order"], world.n, world.v):
             return Outcome(nfe, groups)
         generator = self._generator(2)
@@ -279,7 +282,9 @@ def compare(
     for name, order, t in product(schedules, orders, steps):
         trials[name, order, t] = {"schedule": schedules[name], "order": orders[order], "steps": t}
     for name, t in product(presets, steps):
-        trials[f"as {name}", "", t] = preset_settings(name, math.prod(evaluator.grid), evaluator.codebook_size, t)
+        world = target if isinstance(target, World) else None
+        size = (math.prod(evaluator.grid), evaluator.codebook_size, t)
+        trials[f"as {name}", "", t] = preset_settings(name, *size, world)
     trials = {label: _resolved(settings, evaluator.grid) | sampling for label, settings in trials.items()}
     cells = [Cell(*label, *evaluator(**settings)) for label, settings in trials.items()]
     about = {"minimuse": minimuse.__version__, "torch": str(torch.__version__), "sampling": repr(sampling)}

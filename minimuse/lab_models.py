@@ -107,7 +107,7 @@ class MuseEvaluator(ModelEvaluator):
     def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
         """See `ModelEvaluator`."""
         jobs = [{"prompt": p, "negative_prompt": None, "seed": s} for p, s in zip(prompts, seeds, strict=True)]
-        tokens, nfe = run(self.muse.decode_base(jobs, **sampling), sampling.get("remask"))
+        tokens, nfe = run(self.muse.decode_base(jobs, **sampling), sampling.get("corrector"))
         return self.muse.low_tokenizer.decode(tokens).float(), nfe
 
 
@@ -144,7 +144,7 @@ class AmusedEvaluator(ModelEvaluator):
             sampling.setdefault("choice_temperature", settings(sampling["steps"])["choice_temperature"])
         logits_fn = amused.logits_fn(prompts, guidance=sampling.pop("guidance"))
         start = torch.full((len(prompts), self.grid[0] ** 2), amused.mask_id, device=amused.transformer.device)
-        tokens, nfe = run(decode(logits_fn, start, mask_id=amused.mask_id, **sampling), sampling.get("remask"))
+        tokens, nfe = run(decode(logits_fn, start, mask_id=amused.mask_id, **sampling), sampling.get("corrector"))
         return amused.tokenizer.decode(tokens).float(), nfe
 
 

@@ -1,34 +1,258 @@
-"""Samplers by name: the presets of published code bases, and what a measurement of a sampler returns.
+"""Samplers by name: published papers and code bases, and what a measurement of a sampler returns.
 
     preset_settings("maskgit", n=256, codebook_size=1024, steps=12) -> keyword arguments of `sampler.decode`
+    preset_settings("remdm_cap:0.1", ...)                           -> numbers after a colon replace the defaults
 
-Each preset says where its code differs from `decode`, and its default steps and guidance t. To add one, enter in
-SAMPLER_PRESETS a function (n, codebook_size, steps) -> what differs from `_muse`.
+Each function says which paper or code it follows, and where that differs from `decode`. To add one, enter in SAMPLERS
+a function (Target, its numbers) -> what differs from `_muse`. A hook sees a `sampler.State`.
 
-n tokens, T steps, u = i / (T - 1) progress, NFE forward passes of an image.
-Not here: adaptive rules such as `entropy_bound` (`sampler.py`); guidance, which is part of the LogitsFn (`cfg.py`).
+n tokens, T steps, u = i / (T - 1) progress, a and b the fractions alpha revealed before and after step i,
+U revealed tokens, NFE forward passes of an image.
+Not here: guidance, which is part of the LogitsFn (`cfg.py`). Left out: Jump Your Steps (2410.07761; `lab_optimum.py`
+solves its problem exactly), DDPD (2410.06264) and learned policies, which need networks of their own.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from minimuse.lab_worlds import World
 from minimuse.masking import SCHEDULES
-from minimuse.sampler import Step
-from minimuse.utils import PositiveInt, check, require
+from minimuse.sampler import Hook, State, Step, confidence, draw, token_entropy
+from minimuse.utils import Fraction, NonNegative, PositiveInt, check, named, require, top_mask
 
 GROUPS = 32  # samples form so many groups; intervals compare the groups
 
 
-def _muse(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
+class Target(NamedTuple):
+    """What a sampler is made for."""
+
+    n: int  # tokens
+    codebook_size: int
+    steps: int
+    world: World | None = None  # knows p(x_i | all other tokens), which no network does
+
+
+# --- adaptive rules: how many tokens, or which ------------------------------------------------------------------------
+
+
+def entropy_bound(bound: float) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """A rule that reveals the k tokens of lowest entropy, k as large as sum(H) - max(H) <= bound allows, in nats.
+
+    EB-Sampler (arXiv 2505.24857): the bound limits the error of independent draws. Use it with order="entropy".
+    """
+    bound = check("the entropy bound", bound, NonNegative)
+
+    def rule(logits: Tensor, masked: Tensor, u: float) -> Tensor:
+        h = token_entropy(logits).masked_fill(~masked, math.inf).sort(1).values
+        return (h.cumsum(1) - h <= bound).sum(1)  # not at known tokens: inf - inf is NaN
+
+    return rule
+
+
+def _eb(to: Target, bound: float = 0.1) -> dict[str, Any]:
+    """`entropy_bound`. The paper also ranks by confidence and by margin."""
+    return {"schedule": entropy_bound(bound), "order": "entropy"}
+
+
+def _or_best(state: State, ready: Tensor, p: Tensor) -> Tensor:
+    """(B, N) bool: the masked tokens that are `ready`; where an image has none, its masked token of the highest p."""
+    ready = ready & state.masked
+    one = torch.ones(len(p), dtype=torch.long, device=p.device)
+    best = top_mask(p.masked_fill(~state.masked, -1.0), state.noise[:, 1], one)
+    return torch.where(ready.any(1, keepdim=True), ready, best)
+
+
+def _fast_dllm(to: Target, threshold: float = 0.9) -> dict[str, Any]:
+    """Fast-dLLM (arXiv 2505.22618), threshold: reveal all tokens of p(drawn) >= threshold, at least one.
+
+    Choice: drawn at temperature 1; the paper's argmax has no distribution to compare.
+    """
+    threshold = check("the threshold", threshold, NonNegative)
+    return {"choose": lambda state: _or_best(state, state.confidence >= threshold, state.confidence)}
+
+
+def _klass(to: Target, threshold: float = 0.9, bound: float = 0.01, passes: float = 2) -> dict[str, Any]:
+    """KLASS (arXiv 2511.05664): reveal where max p > threshold, and KL(p || p of the pass before) < bound.
+
+    The KL must be below the bound in each of the last `passes` passes. Where no token is ready, the surest is revealed
+    (the public code: n / T tokens).
+    """
+    stable = torch.zeros(1)  # for how many passes, (B, N)
+
+    def choose(state: State) -> Tensor:
+        nonlocal stable
+        log_p = state.logits.log_softmax(-1)
+        p = log_p.exp()
+        if state.previous is None:
+            stable = torch.zeros_like(state.drawn)
+        else:
+            kl = torch.where(p > 0, p * (log_p - state.previous.log_softmax(-1)), 0.0).sum(-1)
+            stable = torch.where(kl < bound, stable + 1, 0)
+        return _or_best(state, (stable >= passes) & (p.amax(-1) > threshold), p.amax(-1))
+
+    return {"choose": choose}
+
+
+# --- random counts, and tokens that are masked again ------------------------------------------------------------------
+
+
+def _mdlm(to: Target) -> dict[str, Any]:
+    """MDLM, ancestral (arXiv 2406.07524): each token is revealed with probability (b - a) / (1 - a), alpha = u.
+
+    So the counts are binomial. A step that reveals none has an NFE of 0: the logits of the step before hold.
+    """
+    return {"choose": lambda state: ~state.masked | (state.noise[:, 1] < 1 / (state.steps - state.index))}
+
+
+def _remdm(sigma: Callable[[State, float], float | Tensor]) -> dict[str, Any]:
+    """ReMDM (arXiv 2503.00307): mask a token of U again with probability s = sigma(state, s_max).
+
+    s_max = min(1, (1 - b) / a). A masked token is revealed with probability (b - (1 - s) a) / (1 - a), alpha = u.
+    """
+
+    def choose(state: State) -> Tensor:
+        a, b = state.index / state.steps, (state.index + 1) / state.steps
+        s = torch.as_tensor(sigma(state, min(1.0, (1 - b) / a) if a else 1.0)).to(state.noise)
+        reveal = (b - (1 - s) * a) / (1 - a)
+        return torch.where(state.masked, state.noise[:, 1] < reveal, state.noise[:, 1] >= s)
+
+    return {"choose": choose, "remask": True}
+
+
+def _remdm_cap(to: Target, eta: float = 0.02) -> dict[str, Any]:
+    """ReMDM-cap: s = min(eta, s_max). eta = 0 is MDLM."""
+    eta = check("eta", eta, Fraction)
+    return _remdm(lambda state, most: min(eta, most))
+
+
+def _remdm_rescale(to: Target, eta: float = 0.05) -> dict[str, Any]:
+    """ReMDM-rescale: s = eta s_max. eta = 0 is MDLM."""
+    eta = check("eta", eta, Fraction)
+    return _remdm(lambda state, most: eta * most)
+
+
+def _remdm_conf(to: Target) -> dict[str, Any]:
+    """ReMDM-conf: s_i = s_max softmax(-p_i) over U, p_i the probability that token i had when it was drawn."""
+
+    def sigma(state: State, most: float) -> Tensor:
+        revealed = state.free & ~state.masked
+        return most * (-state.confidence).masked_fill(~revealed, -1e30).softmax(1) * revealed
+
+    return _remdm(sigma)
+
+
+def _fit(state: State, world: World | None) -> Tensor:
+    """(B, N) log-probabilities of the drawn tokens: given the other known tokens in a world, else the network's."""
+    tokens = state.drawn if world is None else state.drawn.masked_fill(state.masked, world.mask_id)
+    logits = state.logits if world is None else world.leave_one_out(tokens)
+    return confidence(logits, state.drawn, state.masked, state.u)
+
+
+def _p2(to: Target, eta: float = 1.0) -> dict[str, Any]:
+    """P2, self-planning (arXiv 2502.03540): keep the alpha n best of all tokens by log p; in U, eta log p.
+
+    eta = 0 masks nothing again. alpha = (i + 1) / T. Deviation in a world: log p of a known token is given the others.
+    """
+    eta = check("eta", eta, NonNegative)
+
+    def choose(state: State) -> Tensor:
+        score = _fit(state, to.world).clamp(min=-1e30)
+        score = torch.where(state.masked, score, eta * score).masked_fill(~state.free, -math.inf)
+        n = state.free.sum(1)
+        count = n - (n * (1 - (state.index + 1) / state.steps) + 1e-6).long()
+        return top_mask(score, state.noise[:, 1], count)
+
+    return {"choose": choose, "remask": True}
+
+
+def exact_score(world: World) -> Callable[[Tensor], Tensor]:
+    """-> the score log p(x_i | all other tokens), (B, N): how well each token fits the others."""
+    return lambda tokens: world.leave_one_out(tokens).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def _world(to: Target, name: str) -> World:
+    require(to.world is not None, f"{name} needs p(x_i | all other tokens), which only an exact world knows")
+    return to.world
+
+
+def _token_critic(to: Target) -> dict[str, Any]:
+    """Token-Critic (arXiv 2209.04439) with a perfect critic. For networks, train one (`notebooks/token_critic.py`)."""
+    score = exact_score(_world(to, "token_critic"))
+    return {"order": lambda logits, drawn, masked, u: score(drawn), "remask": True}
+
+
+def _informed(to: Target, k: float = 4) -> dict[str, Any]:
+    """Informed corrector (arXiv 2407.21243): after a step, draw the k least sure tokens of U once more.
+
+    Sure is log p(x_i) - max over v other than x_i of log p(v), given all other known tokens. All k are drawn at once.
+    """
+    world, k = _world(to, "informed"), check("k", k, PositiveInt)
+
+    def corrector(state: State) -> Tensor:
+        log_p = world.leave_one_out(state.drawn)
+        own = state.drawn.clamp(max=world.v - 1)[..., None]
+        sure = log_p.gather(-1, own) - log_p.scatter(-1, own, -math.inf).amax(-1, keepdim=True)
+        revealed = state.free & ~state.masked
+        worst = (-sure.squeeze(-1)).masked_fill(~revealed, -math.inf)
+        again = top_mask(worst, state.noise[:, 3], revealed.sum(1).clamp(max=k))
+        return torch.where(again, draw(log_p, state.noise[:, 2], 1.0), state.drawn)
+
+    return {"order": "random", "corrector": corrector}
+
+
+# --- orders, curves and draws -----------------------------------------------------------------------------------------
+
+
+def _moment(to: Target, alpha: float = 4.5) -> dict[str, Any]:
+    """Moment sampler (arXiv 2510.04525): MaskGIT with ranking noise a, as choosing first and drawing afterwards.
+
+    Places by Gumbel-top-k of log sum_v p(v)^(1 + 1/a); there, v is drawn with p(v)^(1 + 1/a): temperature a / (1 + a).
+    Both scores are multiplied by a here, so a = 0 is argmax. a = alpha (1 - (i + 1) / T) as in MaskGIT.
+    """
+
+    def noise(u: float) -> float:
+        return alpha * (1 - (u * (to.steps - 1) + 1) / to.steps) if to.steps > 1 else 0.0
+
+    def order(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
+        a = max(noise(u), 1e-4)
+        return a * ((1 + 1 / a) * logits.log_softmax(-1)).logsumexp(-1)
+
+    temperature = {"sampling_temperature": lambda u: noise(u) / (1 + noise(u)), "choice_temperature": noise}
+    return {"order": order, **temperature}
+
+
+def _choose_then_sample(to: Target, noise: float = 4.5) -> dict[str, Any]:
+    """Places by the largest log p(v), with MaskGIT's ranking noise; the draw has no influence (arXiv 2510.04525)."""
+    order = lambda logits, drawn, masked, u: logits.log_softmax(-1).amax(-1)  # noqa: E731
+    return {"order": order, "choice_temperature": check("the ranking noise", noise, NonNegative)}
+
+
+def _beta(to: Target, a: float = 2.0, b: float = 1.0) -> dict[str, Any]:
+    """Beta schedule (arXiv 2509.13866): the fraction masked is 1 - BetaCDF(u; a, b), in random order."""
+    from scipy.special import betainc
+
+    require(a > 0 and b > 0, f"beta has a {a}, b {b}; give numbers above 0")
+    return {"schedule": lambda u: 1 - float(betainc(a, b, u)), "order": "random"}
+
+
+def _top_p(to: Target, p: float = 0.9) -> dict[str, Any]:
+    """Nucleus sampling (arXiv 1904.09751)."""
+    return {"top_p": p}
+
+
+# --- code bases -------------------------------------------------------------------------------------------------------
+
+
+def _muse(to: Target) -> dict[str, Any]:
     """Muse 2.8 to the letter, and what the others change: cosine, confidence, no ranking noise; 24 steps."""
     return {"schedule": "cosine", "order": "confidence", "sampling_temperature": 1.0, "choice_temperature": 0.0}
 
 
-def _maskgit(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
+def _maskgit(to: Target) -> dict[str, Any]:
     """google-research/maskgit: ranking noise 4.5, annealed by 1 - (i + 1) / T; 12 steps, t = 0.
 
     With about as many steps as tokens the original stops revealing once its curve leaves one token; ours reveals one.
@@ -36,7 +260,7 @@ def _maskgit(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
     return {"choice_temperature": 4.5}
 
 
-def _amused(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
+def _amused(to: Target) -> dict[str, Any]:
     """huggingface/diffusers AmusedScheduler: ranking noise 2, annealed by 1 - i / (T - 1); 12 steps, t = 9.
 
     Its cosine is float32, so cos(pi / 3) of 256 tokens leaves 127, not 128.
@@ -47,45 +271,44 @@ def _amused(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
     }
 
 
-def _halton(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
+def _halton(to: Target) -> dict[str, Any]:
     """valeoai/Halton-MaskGIT: Halton order, the arccos curve, revealed tokens rounded down; 64 steps, t = 4.
 
     Its softmax temperature multiplies the logits (1 to 1.2 sharpens).
     Not followed: it draws revealed tokens again at every step, and starts each image at another place of the sequence.
     """
-    return {"schedule": lambda u: 1 - math.floor(n * (1 - SCHEDULES["arccos"](u)) + 1e-6) / n, "order": "halton"}
+    return {"schedule": lambda u: 1 - math.floor(to.n * (1 - SCHEDULES["arccos"](u)) + 1e-6) / to.n, "order": "halton"}
 
 
-def _lucidrains(n: int, codebook_size: int, steps: int) -> dict[str, Any]:
+def _lucidrains(to: Target) -> dict[str, Any]:
     """lucidrains/muse-maskgit-pytorch: ranks raw logits, top-k is V / 10, temperature 1 - (i + 1) / T; 18 steps, t = 2.
 
     Its steps see linspace(0, 1, T), so T steps do the work of T - 1. Not followed: it may reveal none in a step.
     """
-    last = max(steps - 1, 1)
+    last = max(to.steps - 1, 1)
     return {
-        "schedule": lambda u: math.cos(math.pi / 2 * min(1.0, u * steps / last)) if u < 1 else 0.0,
+        "schedule": lambda u: math.cos(math.pi / 2 * min(1.0, u * to.steps / last)) if u < 1 else 0.0,
         "order": lambda logits, drawn, masked, u: logits.gather(-1, drawn[..., None]).squeeze(-1),
-        "sampling_temperature": lambda u: (1 - u) * (steps - 1) / steps,
-        "top_k": math.ceil((1 - 0.9) * codebook_size),
+        "sampling_temperature": lambda u: (1 - u) * (to.steps - 1) / to.steps,
+        "top_k": math.ceil((1 - 0.9) * to.codebook_size),
     }
 
 
-SAMPLER_PRESETS = {
-    "muse": _muse,
-    "maskgit": _maskgit,
-    "amused": _amused,
-    "halton": _halton,
-    "lucidrains": _lucidrains,
-}
+PAPERS = [_mdlm, _remdm_cap, _remdm_rescale, _remdm_conf, _p2, _moment, _choose_then_sample]
+PAPERS += [_eb, _fast_dllm, _klass, _beta, _token_critic, _informed, _top_p]
+CODES = [_muse, _maskgit, _amused, _halton, _lucidrains]
+SAMPLER_PRESETS = {f.__name__[1:]: f for f in CODES}
+SAMPLERS = SAMPLER_PRESETS | {f.__name__[1:]: f for f in PAPERS}
 
 
-def preset_settings(name: str, n: int, codebook_size: int, steps: int) -> dict[str, Any]:
-    """-> the arguments of `decode` that sample n tokens as the named code base does."""
-    known = isinstance(name, str) and name in SAMPLER_PRESETS
-    require(known, f"unknown preset {name!r}; known: {', '.join(SAMPLER_PRESETS)}")
+def preset_settings(name: str, n: int, codebook_size: int, steps: int, world: World | None = None) -> dict[str, Any]:
+    """-> the arguments of `decode` that sample n tokens as the named paper or code base does.
+
+    "p2:0.5" is p2 with 0.5 in place of its first number; "klass:0.9:0.01" gives the first two.
+    """
     sizes = {"n": n, "codebook_size": codebook_size, "steps": steps}
-    sizes = {size: check(size, value, PositiveInt) for size, value in sizes.items()}
-    return {"steps": sizes["steps"]} | _muse(**sizes) | SAMPLER_PRESETS[name](**sizes)
+    to = Target(*(check(size, value, PositiveInt) for size, value in sizes.items()), world)
+    return {"steps": to.steps} | _muse(to) | named("preset", name, SAMPLERS, to)
 
 
 class Outcome(NamedTuple):
@@ -96,11 +319,16 @@ class Outcome(NamedTuple):
     bound: bool = False  # "kl" is an upper bound
 
 
-def run(steps: Iterator[Step], remask: bool | None = False) -> tuple[Tensor, int]:
-    """The steps of a decode -> its final tokens (B, N), and the forward passes of all its images together."""
-    nfe = 0
+def run(steps: Iterator[Step], corrector: Hook | None = None) -> tuple[Tensor, int]:
+    """The steps of a decode -> its final tokens (B, N), and the forward passes of all its images together.
+
+    A step that changes an image is a pass, with a corrector two; the logits of an unchanged image are known.
+    """
+    nfe, before = 0, None
     for step in steps:
-        nfe += len(step.tokens) if remask else int(step.revealed.any(1).sum())
+        changed = step.revealed if before is None else step.revealed | (step.tokens != before)
+        nfe += int(changed.any(1).sum()) * (1 if corrector is None else 2)
+        before = step.tokens
     return step.tokens, nfe
 
 

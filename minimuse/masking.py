@@ -9,17 +9,16 @@ Not here: which positions are revealed, and what is drawn there (`sampler.py`).
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimuse.utils import Natural, Positive, PositiveInt, Rule, check, require
+from minimuse.utils import Generators, Natural, Positive, PositiveInt, Rule, check, require, uniforms
 
 Schedule = Callable[[float], float]
-Generators = torch.Generator | Sequence[torch.Generator] | None  # one for the whole batch, or one for each example
 Ratio = Annotated[float, Rule(lambda x: -1e-6 <= x <= 1 + 1e-6, "a ratio within [0, 1]")]  # up to rounding
 
 
@@ -78,24 +77,11 @@ def reveal_counts(n: int, steps: int, schedule: str | Schedule = "cosine") -> li
         ratio = curve(u)
         require(ratio <= before + 1e-6, f"the schedule rises to {ratio:.3g} at u = {u:.3g}; it must fall from 1 to 0")
         before = ratio
-        steps_to_come = steps - 1 - i
-        stay = max(math.floor(n * ratio + 1e-6), steps_to_come)
-        stay = min(stay, left - 1) if steps_to_come else 0
+        later = steps - 1 - i
+        stay = min(max(math.floor(n * ratio + 1e-6), later), left - 1) if later else 0
         counts.append(left - stay)
         left = stay
     return counts
-
-
-def uniforms(*shape: int, generator: Generators = None) -> Tensor:
-    """Random numbers in [0, 1), (B, ...). With one generator per example, no row depends on its neighbours."""
-    each = generator if isinstance(generator, Sequence) else [generator]
-    ok = all(g is None or (isinstance(g, torch.Generator) and g.device.type == "cpu") for g in each)
-    require(ok, f"generator is {generator!r}; give CPU generators, so that a seed means the same everywhere")
-    if not isinstance(generator, Sequence):
-        return torch.rand(shape, generator=generator)
-    n = len(generator)
-    require(n == shape[0], f"{n} generators for a batch of {shape[0]}; give one generator, or one for each image")
-    return torch.stack([torch.rand(shape[1:], generator=g) for g in generator])
 
 
 def sample_mask_rate(n: int, *, schedule: str | Schedule = "cosine", generator: Generators = None) -> Tensor:

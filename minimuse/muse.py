@@ -23,7 +23,6 @@ from minimuse import editing
 from minimuse.cfg import get_guidance, guided, null_text
 from minimuse.config import FORMAT, MuseConfig
 from minimuse.editing import Callback, Jobs, Seed, Steps, seeded_generators
-from minimuse.masking import uniforms
 from minimuse.sampler import SamplingConfig, Step, check_settings, decode
 from minimuse.text import Context, TextEncoder
 from minimuse.transformer import SuperRes, Transformer
@@ -100,7 +99,8 @@ class Muse:
         if generators is None:
             generators = seeded_generators(jobs)
             steps = min(self.config.base_sampling.steps, self.base.config.tokens)
-            uniforms(len(jobs), steps, 2, self.base.config.tokens, generator=generators)
+            for generator in generators:
+                torch.rand(steps, 2, self.base.config.tokens, generator=generator)
         return self._stage("superres", jobs, (low_tokens,), tokens, generators, sampling)
 
     @torch.inference_mode()

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from minimuse.checkpoint import CARD
 from minimuse.config import MuseConfig
 from minimuse.data_cache import HELD_OUT
-from minimuse.masking import Generators, random_mask, uniforms
+from minimuse.masking import random_mask
 from minimuse.muse import Muse
 from minimuse.plots import curves, grid
 from minimuse.text import pad_contexts
 from minimuse.train_engine import Engine, EvalFn, Progress
 from minimuse.train_state import read_run
-from minimuse.utils import atomic_write, seeded_generator, to_float
+from minimuse.utils import Generators, atomic_write, seeded_generator, to_float, uniforms
 
 EVERY = 10  # steps between two lines of the log
 STRATA = 8  # the bound averages over one count of masked tokens from each eighth of 1..N

@@ -1,16 +1,17 @@
 """Small helpers that every file may use: checks of settings, devices and precision, seeds, atomic writes, pixels."""
 
 import hashlib
+import inspect
 import json
 import os
 import re
 import reprlib
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -33,6 +34,9 @@ def require_multiple(config: Any, name: str, of: int) -> None:
     value = getattr(config, name)
     nearest = max(1, round(value / of)) * of
     require(value % of == 0, f"{type(config).__name__}.{name} is {value}; give a multiple of {of}, such as {nearest}")
+
+
+Generators = torch.Generator | Sequence[torch.Generator] | None  # one for the whole batch, or one for each example
 
 
 class Rule(NamedTuple):
@@ -106,6 +110,63 @@ class Checked:
     def __post_init__(self):
         for name, kind in _kinds(type(self)).items():
             object.__setattr__(self, name, check(f"{type(self).__name__}.{name}", getattr(self, name), kind))
+
+
+def named(setting: str, text: Any, table: Mapping[str, Callable[..., Any]], *first: Any) -> Any:
+    """A name of the table, with numbers after colons: "p2:0.5" -> table["p2"](*first, 0.5). ValueError for others."""
+    name, *words = text.split(":") if isinstance(text, str) else [""]
+    try:
+        numbers = [int(word) if word.isdecimal() else check(setting, float(word), float) for word in words]
+        inspect.signature(table[name]).bind(*first, *numbers)
+    except (KeyError, TypeError, ValueError) as e:
+        known = f"known: {', '.join(table)}, some with numbers, such as name:0.5"
+        raise ValueError(f"unknown {setting} {reprlib.repr(text)}; {known}") from e
+    return table[name](*first, *numbers)
+
+
+# --- random numbers and ranks -----------------------------------------------------------------------------------------
+
+
+def uniforms(*shape: int, generator: Generators = None) -> Tensor:
+    """Random numbers in [0, 1), (B, ...). With one generator per example, no row depends on its neighbours."""
+    each = generator if isinstance(generator, Sequence) else [generator]
+    ok = all(g is None or (isinstance(g, torch.Generator) and g.device.type == "cpu") for g in each)
+    require(ok, f"generator is {generator!r}; give CPU generators, so that a seed means the same everywhere")
+    if not isinstance(generator, Sequence):
+        return torch.rand(shape, generator=generator)
+    n = len(generator)
+    require(n == shape[0], f"{n} generators for a batch of {shape[0]}; give one generator, or one for each image")
+    return torch.stack([torch.rand(shape[1:], generator=g) for g in generator])
+
+
+def top_mask(scores: Tensor, ties: Tensor, counts: Tensor) -> Tensor:
+    """scores (B, N), counts (B,) -> (B, N) bool, True at the `counts` highest of each row; `ties` (B, N) break ties."""
+    by_tie = ties.argsort(1, descending=True)
+    order = by_tie.gather(1, scores.gather(1, by_tie).argsort(dim=1, descending=True, stable=True))
+    return order.argsort(1) < counts[:, None]
+
+
+def add_bits(coarse: Tensor, device: torch.device) -> Tensor:
+    """Uniforms (B, ...) in [0, 1) -> (0, 1). torch's have 24 random bits; those of another number follow them."""
+    fine = coarse.double() + 2**-24 * coarse.flatten(1).roll(1, 1).view_as(coarse)
+    fine = fine.to(device, torch.float if device.type == "mps" else torch.double)  # MPS has no float64
+    return fine.clamp(1e-30, 1 - torch.finfo(fine.dtype).eps)
+
+
+@lru_cache(maxsize=16)
+def halton_rank(h: int, w: int) -> Tensor:
+    """(h*w,) long: the rank of each cell in the Halton sequence of bases 2 (rows) and 3 (columns)."""
+
+    def radical_inverse(i: int, base: int) -> float:  # the digits of i, mirrored at the point
+        return (i % base + radical_inverse(i // base, base)) / base if i else 0.0
+
+    rank: dict[int, int] = {}
+    i = 0
+    while len(rank) < h * w:
+        i += 1
+        cell = int(radical_inverse(i, 2) * h) * w + int(radical_inverse(i, 3) * w)
+        rank.setdefault(cell, len(rank))
+    return torch.tensor([rank[cell] for cell in range(h * w)])
 
 
 # --- devices and precision --------------------------------------------------------------------------------------------

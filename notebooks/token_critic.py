@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimuse.lab_worlds import World
-from minimuse.masking import random_mask, sample_mask_rate, uniforms
+from minimuse.masking import random_mask, sample_mask_rate
 from minimuse.sampler import Order, draw
 from minimuse.text import Context
 from minimuse.transformer import Transformer
+from minimuse.utils import uniforms
 
 
 def critic(score: Callable[[Tensor], Tensor]) -> Order:

@@ -22,12 +22,12 @@ from minimuse.data_cache import tokenize_images
 from minimuse.eval_networks import ClipScorer
 from minimuse.lab import compare
 from minimuse.lab_models import AmusedEvaluator
-from minimuse.masking import uniforms as draw_uniforms
 from minimuse.muse import Muse
 from minimuse.sampler import decode, draw
 from minimuse.train import train_muse, train_transformer
 from minimuse.train_engine import Engine
 from minimuse.transformer import Transformer
+from minimuse.utils import uniforms as draw_uniforms
 
 V, GRID, F = 16, 8, 4
 N, MASK = GRID * GRID, V + 1  # a vocabulary of V + 2: [MASK] is its last, and not one past the codebook

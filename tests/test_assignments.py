@@ -304,7 +304,7 @@ WRONG = {
             {"my_schedule": "def my_schedule(u):\n    return math.cos(math.pi / 2 * u)"},
             ["test_my_schedule", "test_it_wins"],
         ),
-        ({"make_rule": "from minimuse.sampler import entropy_bound as make_rule"}, ["test_rule"]),
+        ({"make_rule": "from minimuse.lab_samplers import entropy_bound as make_rule"}, ["test_rule"]),
         (
             {
                 "interval_tests": (

@@ -1,5 +1,6 @@
 """cfg.py: dropping text, guidance and its schedules, negative prompts (Muse 2.7)."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minimuse.cfg import drop_text, from_guidance_scale, get_guidance, guide, guided, null_text, rising
+from minimuse.cfg import GUIDANCES, drop_text, get_guidance, guide, guided, null_text, rising
 from minimuse.text import Context
 from minimuse.transformer import Transformer, TransformerConfig
 
@@ -131,10 +132,7 @@ def test_pitfall_12_zero_guidance_is_the_conditional_and_scales_convert():
     assert guide(c, u, 0.0).equal(c), "t = 0 is the conditional logits exactly"
     for s in (0.0, 1.0, 7.5):
         diffusers = u + s * (c - u)
-        torch.testing.assert_close(
-            guide(c, u, from_guidance_scale(s)), diffusers, msg=lambda m: f"u + s (c - u) with t = s - 1: {m}"
-        )
-    assert from_guidance_scale(1.0) == 0.0, "diffusers' 1 is no guidance"
+        torch.testing.assert_close(guide(c, u, s - 1), diffusers, msg=lambda m: f"u + s (c - u) with t = s - 1: {m}")
 
 
 @given(st.floats(-10, 100, width=32), st.integers(0, 100))
@@ -159,6 +157,19 @@ def test_rising_is_linear_from_start_to_t():
 def test_get_guidance(guidance, at_0, at_half, at_1):
     t = get_guidance(guidance)
     assert [t(0.0), t(0.5), t(1.0)] == [at_0, at_half, at_1], f"{guidance!r} as a function of progress"
+
+
+def test_guidance_by_name():
+    found = {name: [get_guidance(f"{name}:4")(u) for u in (0.0, 0.2, 0.5, 1.0)] for name in GUIDANCES}
+    assert found.pop("power-cosine") == pytest.approx([0, 2 * (1 - math.cos(math.pi / 25)), 4 * 0.14645, 4], abs=1e-4)
+    assert found == {
+        "constant": [4.0] * 4, "rising": pytest.approx([0, 0.8, 2, 4]),
+        "falling": pytest.approx([4, 3.2, 2, 0]), "interval": [0.0, 0.0, 4, 4],
+    }  # fmt: skip
+    assert get_guidance("interval:3:0.1:0.4")(0.2) == 3
+    for wrong in ("rising", "rising:x", "constant:1:2"):
+        with pytest.raises(ValueError, match=r"unknown guidance .* known: constant, rising"):
+            get_guidance(wrong)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from PIL import Image
 import minimuse
 from minimuse import cfg, config, eval_metrics, lab, masking, pictures, sampler, utils
 from minimuse.baseline_dit import ddim, dit_sizes
-from minimuse.lab_samplers import preset_settings
+from minimuse.lab_samplers import entropy_bound, preset_settings
 from minimuse.lab_worlds import ChainWorld, MixtureWorld, PottsWorld
 from minimuse.muse import Muse, build
 
@@ -145,7 +145,7 @@ def calls(muse: Muse) -> list[Call]:
         Call(muse.low_tokenizer.decode, {}, {"tokens": (tokens(1, 4),)}),
         Call(muse.encoder.encode, {}, {"prompts": (["a cube"],)}),
         Call(sampler.decode, {"logits_fn": logits_fn, "mask_id": V}, {"tokens": (torch.full((2, N), V),), **DECODE}),
-        Call(sampler.entropy_bound, {}, {"bound": (0, 0.5)}),
+        Call(entropy_bound, {}, {"bound": (0, 0.5)}),
         Call(sampler.get_order, {}, {"order": ("halton", sampler.raster)}),
         Call(cfg.get_guidance, {}, {"guidance": SETTINGS["guidance"]}),
         Call(masking.get_schedule, {}, {"schedule": ("cosine", "pow3", len)}),

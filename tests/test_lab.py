@@ -27,8 +27,8 @@ from minimuse.lab import (
     marginal_distances,
     path_log_q,
 )
-from minimuse.lab_samplers import GROUPS, Outcome
-from minimuse.sampler import ORDERS, by_rank, decode, entropy_bound
+from minimuse.lab_samplers import GROUPS, Outcome, entropy_bound
+from minimuse.sampler import ORDERS, by_rank, decode
 
 CHAIN = ChainWorld(torch.tensor([[0.8, 0.2], [0.3, 0.7]]), 4, torch.tensor([0.7, 0.3]))  # no ties; a 2x2 grid
 MIXTURE = MixtureWorld.random(3, (2, 2), 3, seed=2)

@@ -277,7 +277,7 @@ def test_another_order_ranks_without_noise(tiny_muse, monkeypatch, order):
 
 
 def test_unknown_settings_list_the_known(tiny_muse):
-    known = "choice_temperature, guidance, order, remask, sampling_temperature, schedule, steps, superres, top_k"
+    known = "choice_temperature, choose, corrector, guidance, order, remask, sampling_temperature, schedule, steps"
     with pytest.raises(TypeError, match=f"unknown setting strength, temperature; known: {known}"):
         tiny_muse.generate(A, temperature=1.0, strength=0.5)
     with pytest.raises(TypeError, match="unknown setting stages"):

@@ -148,8 +148,8 @@ def public(room: str) -> list[str]:
 
 PLUMBING = set("several_processes pick_device pick_dtype compile contexts to_pictures pick sampling_settings".split())
 PLUMBING |= {"fill_with_nearest", "inpaint_tokens", "edit_tokens", "Decimated", "to_dict", "from_dict"}
-PLUMBING |= {"random_order", "get_order", "is_adaptive", "top_mask", "seeded_generators", "check_settings"}
-PLUMBING |= {"pick_captions", "MuseTrainer", "perceptual_loss", "tokenizer_losses"}
+PLUMBING |= {"random_order", "get_order", "is_adaptive", "top_mask", "seeded_generators", "check_settings", "State"}
+PLUMBING |= {"pick_captions", "MuseTrainer", "perceptual_loss", "tokenizer_losses", "up_block", "model_card"}
 
 
 def names_used(source: str) -> set[str]:

@@ -71,8 +71,8 @@ def test_maskgits_table(lib):
 
 
 def test_a_row_of_draws_does_not_know_its_neighbours(lib):
-    both = lib.masking.uniforms(2, 3, generator=[seeded(1), seeded(2)])
-    assert both[1:].equal(lib.masking.uniforms(1, 3, generator=[seeded(2)]))
+    both = lib.utils.uniforms(2, 3, generator=[seeded(1), seeded(2)])
+    assert both[1:].equal(lib.utils.uniforms(1, 3, generator=[seeded(2)]))
 
 
 def test_given_tokens_stay(lib):
@@ -190,7 +190,7 @@ def glance(lib):
         masked,
         masking.masked_cross_entropy(logits, tokens % 8, masked),
         torch.tensor(masking.reveal_counts(16, 4)),
-        masking.uniforms(2, 3, generator=[seeded(), seeded(1)]),
+        lib.utils.uniforms(2, 3, generator=[seeded(), seeded(1)]),
         steps[-1].tokens,
         *cfg.drop_text(texts(2), 0.5, seeded()),
         *cfg.null_text(texts(2)),

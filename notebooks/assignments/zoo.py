@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-ROOMS = ("masking", "sampler", "cfg", "transformer", "vqgan", "editing", "train", "muse")
+ROOMS = ("masking", "sampler", "cfg", "transformer", "vqgan", "editing", "train", "muse", "utils")
 Test = Callable[[types.SimpleNamespace], None]
 
 
@@ -81,7 +81,7 @@ MUTANTS = [
     ),
     Mutant(
         "draws_shared",
-        "masking",
+        "utils",
         "return torch.stack([torch.rand(shape[1:], generator=g) for g in generator])",
         "return torch.stack([torch.rand(shape[1:], generator=generator[0]) for g in generator])",
         "All images draw from the first one's generator: a picture depends on its neighbours in the batch.",
@@ -89,22 +89,22 @@ MUTANTS = [
     Mutant(
         "fixed_tokens_redrawn",
         "sampler",
-        "drawn = torch.where(masked, draw(logits, random[:, i, 0], temperature, top_k), tokens)",
-        "drawn = draw(logits, random[:, i, 0], temperature, top_k)",
+        "drawn = torch.where(masked, draw(logits, random[:, i, 0], temperature, top_k, top_p), tokens)",
+        "drawn = draw(logits, random[:, i, 0], temperature, top_k, top_p)",
         "Every step draws all tokens anew: what was fixed changes, and inpainting repaints the whole picture.",
     ),
     Mutant(
         "noise_on_probabilities",
         "sampler",
-        "score = score + annealed * gumbel",
-        "score = score.exp() + annealed * gumbel",
+        "score = score + noise * gumbel",
+        "score = score.exp() + noise * gumbel",
         "Gumbel noise is added to p, not to log p: the ranking is nearly random, and pictures are patchy.",
     ),
     Mutant(
         "noise_not_annealed",
         "sampler",
-        "choice_temperature * (1 - (i + 1) / steps)",
-        "choice_temperature",
+        "temperature, state.u, 1 - (state.index + 1) / state.steps)",
+        "temperature, state.u, 1.0)",
         "The ranking stays as noisy at the end as it was at the beginning.",
     ),
     Mutant(

@@ -237,7 +237,7 @@ who stands beside it in the batch, which makes a run repeatable on any number of
 """
 
 # %%
-from minimuse.masking import uniforms
+from minimuse.utils import uniforms
 
 seeds = [torch.Generator().manual_seed(s) for s in (10, 11)]
 both = uniforms(2, 5, generator=seeds)

@@ -630,7 +630,7 @@ from minimuse.sampler import draw
 show(draw)
 
 # %%
-from minimuse.masking import uniforms
+from minimuse.utils import uniforms
 
 logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().expand(1, 20_000, 4)
 points = uniforms(1, 20_000, generator=torch.Generator().manual_seed(0))  # one number a token
@@ -699,7 +699,8 @@ is at most the sum of their entropies less the largest one. So: fix the surest t
 """
 
 # %%
-from minimuse.sampler import entropy_bound, token_entropy
+from minimuse.lab_samplers import entropy_bound
+from minimuse.sampler import token_entropy
 
 show(entropy_bound, token_entropy)
 

@@ -815,8 +815,8 @@ def test_maskgits_table(lib):
 
 
 def test_neighbours_do_not_matter(lib):
-    both = lib.masking.uniforms(2, 3, generator=[seeded(1), seeded(2)])
-    assert both[1:].equal(lib.masking.uniforms(1, 3, generator=[seeded(2)]))
+    both = lib.utils.uniforms(2, 3, generator=[seeded(1), seeded(2)])
+    assert both[1:].equal(lib.utils.uniforms(1, 3, generator=[seeded(2)]))
 
 
 def test_given_tokens_stay(lib):
