@@ -161,15 +161,15 @@ def frechet_interval(
     Its standard error is the standard deviation over 20 random halves of both (delete-half jackknife). `groups` are
     those of the fakes, and are halved as a whole. The distance is biased by about c / n, so only distances of equal n
     compare. `extrapolate` removes that: 2 S(n) - mean S(n / 2) (after arXiv 1911.07023), perhaps below 0.
-    `less`, features (m, D) of other fakes: how much farther `fake` is from `real` than they are. Row i of all three is
-    of the same prompt, and all are halved alike, so what prompts add cancels.
+    `less`, features (n, D) of other fakes: how much farther `fake` is from `real` than they are, paired. Row i of all
+    three is of the same prompt, and all are halved alike.
     """
     others = () if less is None else (less,)
+    if others and not len(real) == len(fake) == len(less):
+        raise ValueError(f"got {len(real)}, {len(fake)} and {len(less)} rows, expected features of the same prompts")
     rows = [_rows(real, groups if others else None, 2), *(_rows(x, groups, 2) for x in (fake, *others))]
     if (fewest := min(count for *_, count in rows)) < 4:
         raise ValueError(f"{fewest} rows or groups are too few; give at least 4 real and 4 fake ones")
-    if others and len({len(x) for x, *_ in rows}) > 1:
-        raise ValueError(f"got {[len(x) for x, *_ in rows]} rows, expected features of the same prompts three times")
 
     def distance(real: Tensor, fake: Tensor, *others: Tensor) -> float:
         return frechet_distance(real, fake) - sum(frechet_distance(real, x) for x in others)
@@ -227,52 +227,48 @@ def gmsd(images: Tensor, reconstructed: Tensor) -> Tensor:
     """Gradient magnitude similarity deviation (arXiv 1308.3052): (B, 3, H, W) twice -> (B,), 0 for equal gradients.
 
     s = (2 g g' + c) / (g^2 + g'^2 + c) in each pixel, g the length of the luminance's Prewitt gradient, c = 0.0026;
-    then the standard deviation of s over pixels. Choice: only pixels with all neighbors count.
-    Deviation: the paper first halves the size; here that would average away what super-resolution adds.
+    then the standard deviation of s over pixels that have all neighbors.
+    Deviation: the paper first halves the size. That would average away what super-resolution adds.
     """
     prewitt = torch.tensor([[1.0, 0.0, -1.0]] * 3, dtype=torch.double) / 3
     kernels = torch.stack([prewitt, prewitt.T])[:, None].to(images.device)
-    g, h = (F.conv2d(_luminance(x), kernels).square().sum(1).sqrt() for x in _same_shape(images, reconstructed))
+    g, h = (F.conv2d(_gray(x), kernels).square().sum(1).sqrt() for x in _same_shape(images, reconstructed))
     similarity = (2 * g * h + 0.0026) / (g.square() + h.square() + 0.0026)
     return similarity.flatten(1).std(1, correction=0)
 
 
-def _luminance(pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 1, H, W): 0.299 R + 0.587 G + 0.114 B."""
-    return F.conv2d(pixels, pixels.new_tensor([0.299, 0.587, 0.114])[None, :, None, None])
-
-
 def outline_features(images: Tensor) -> Tensor:
-    """Square images (B, 3, H, H) -> (B, 64) features for a Frechet distance that sees whether outlines are straight.
+    """uint8 images (B, 3, H, H) -> (B, 64) features for a Frechet distance that sees whether outlines are straight.
 
-    Log-Gabor filters (Field 1987) of 16 orientations, for waves of 8 and 16 pixels, so narrow in angle that they are
-    long lines: a straight edge answers to one of them, a ragged or lumpy one to many. Each cell of 8 x 8 pixels has the
-    fraction of each orientation in its answers; the features are mean and deviation over cells. Nothing is learned.
+    Log-Gabor filters (Field 1987) of 16 orientations, for waves of 8 and 16 pixels, are long, narrow lines: a straight
+    edge answers to one of them, a ragged one to many. Each cell of 8 x 8 pixels has the fraction of each orientation in
+    its answers. The features are their means and standard deviations over cells. Nothing is learned.
     """
-    spectrum = torch.fft.fft2(_luminance(_unit(images).float()))  # (B, 1, H, H)
+    spectrum = torch.fft.fft2(_gray(images / 255))  # (B, 1, H, H)
     across = torch.fft.fftfreq(images.shape[-1], device=images.device)
-    down = across[:, None]
-    frequency, angle = torch.hypot(across, down).clamp(min=1e-6), torch.atan2(down, across)
+    frequency, angle = torch.hypot(across, across[:, None]).clamp(min=1e-6), torch.atan2(across[:, None], across)
     narrow = torch.stack([torch.cos(angle - math.pi * i / 16).clamp(min=0) ** 40 for i in range(16)])  # (16, H, H)
     found = []
     for wave in (8, 16):
-        bank = narrow * torch.exp(-((frequency * wave).log2() / 0.55).square() / 2)
-        answers = torch.fft.ifft2(spectrum * bank).abs()
-        cells = F.avg_pool2d(answers[..., 8:-8, 8:-8], 8).flatten(2)  # the filters wrap around, so without the margin
-        found.append(cells / (cells.sum(1, keepdim=True) + 0.005))
-    return torch.cat([each for cells in found for each in (cells.mean(2), cells.std(2))], 1)
+        answers = torch.fft.ifft2(spectrum * narrow * torch.exp(-((frequency * wave).log2() / 0.55).square() / 2)).abs()
+        cells = F.avg_pool2d(answers[..., 8:-8, 8:-8], 8).flatten(2)  # without the margin, where filters wrap around
+        fractions = cells / (cells.sum(1, keepdim=True) + 0.005)
+        found += [fractions.mean(2), fractions.std(2)]
+    return torch.cat(found, 1)
+
+
+def _gray(pixels: Tensor) -> Tensor:
+    """RGB (B, 3, H, W) -> luminance (B, 1, H, W)."""
+    return F.conv2d(pixels, pixels.new_tensor([0.299, 0.587, 0.114])[None, :, None, None])
 
 
 def _same_shape(images: Tensor, reconstructed: Tensor) -> tuple[Tensor, Tensor]:
+    """Images twice -> their pixels in [0, 1], in double."""
+    check_images(images), check_images(reconstructed)
     if images.shape != reconstructed.shape:
         raise ValueError(f"images {tuple(images.shape)} and {tuple(reconstructed.shape)}: expected the same shape")
-    return _unit(images), _unit(reconstructed)
-
-
-def _unit(images: Tensor) -> Tensor:
-    """Images -> pixels in [0, 1], in double."""
-    check_images(images)
-    return images.double() / 255 if images.dtype == torch.uint8 else (images.double() + 1) / 2
+    one, other = (x.double() / 255 if x.dtype == torch.uint8 else (x.double() + 1) / 2 for x in (images, reconstructed))
+    return one, other
 
 
 def feature_distance(features: Callable[[Tensor], list[Tensor]]) -> Distance:

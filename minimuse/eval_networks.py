@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from minimuse import checkpoint
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES
-from minimuse.eval_metrics import check_images, feature_distance
+from minimuse.eval_metrics import check_images
 from minimuse.pictures import from_pil
 from minimuse.text import Context, TextEncoder
 from minimuse.utils import to_float, to_pil
@@ -140,10 +140,7 @@ class Detector(Pretrained):
         nn.init.constant_(self.head.bias[:1], -3.0)  # most cells hold no center
 
     def trunk(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, H) -> fine (B, b, H/4, H/4) and coarse (B, c, H/8, H/8) features; they see edges.
-
-        Choice: pixel positions are an input too.
-        """
+        """Images (B, 3, H, H) -> fine (B, b, H/4, H/4), coarse (B, c, H/8, H/8). Choice: positions are an input too."""
         at = torch.linspace(-1, 1, images.shape[-1], device=images.device)
         places = torch.stack(torch.meshgrid(at, at, indexing="ij")).expand(len(images), -1, -1, -1)
         x = torch.cat([images, places], 1).contiguous(memory_format=torch.channels_last)
@@ -159,16 +156,6 @@ class Detector(Pretrained):
         """Pictures -> (B, D) features for a Frechet distance: fine and coarse features, averaged over all cells."""
         levels = (self.trunk(part) for part in self.batches(images))
         return torch.cat([torch.cat([x.mean((2, 3)) for x in each], 1) for each in levels]).float().cpu()
-
-    @torch.inference_mode()
-    def distances(self, images: Tensor, real: Tensor) -> list[float]:
-        """Square pictures (B, 3, H, H) twice, uint8 -> B perceptual distances, by the features of `trunk` at full size.
-
-        Choice: these features are no part of a loss, so a decoder cannot have learned to please them.
-        """
-        device = next(self.parameters()).device
-        distance = feature_distance(lambda x: self.trunk(to_float(x.to(device))))
-        return [distance(*pair).item() for pair in zip(images.split(1), real.split(1), strict=True)]
 
     @torch.inference_mode()
     def detect(self, images: Images) -> list[Detections]:

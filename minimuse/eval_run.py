@@ -24,7 +24,14 @@ import minimuse
 from minimuse import checkpoint, eval_metrics, train_state
 from minimuse.data_scenes import Scene, render
 from minimuse.editing import edit_tokens, inpaint_tokens, tokenize
-from minimuse.eval_metrics import Estimate
+from minimuse.eval_metrics import (
+    Estimate,
+    diversity,
+    frechet_interval,
+    mean_interval,
+    paired_difference,
+    proportion_interval,
+)
 from minimuse.eval_networks import FIELDS, Detector, SceneClip
 from minimuse.eval_prompts import PROMPT_SETS, EvalPrompt, matches, parse_prompt, prompt_set
 from minimuse.muse import Muse
@@ -38,9 +45,10 @@ ITERATIONS = (10, 30, 100)  # of a mask-free edit: after these, pictures are mea
 COLUMNS = {"right": "all right", "clear": "clear", "frechet": "Frechet", "score": "CLIP-like", "diversity": "diversity"}
 TASKS = (*(name for name in PROMPT_SETS if name != "mixed"), "superres", "tokenizers", "decoder")
 BASE_TASKS = TASKS[:6]  # those of the base model alone
-RECONSTRUCTED = {"superres": ("true", "true bicubic", "true tokenizer"), "tokenizers": ("", "low")}
-RECONSTRUCTED |= {"decoder": ("", "before")}  # variants that show the real scene itself, so its pixels tell
-PAIRED = {"superres": [("", "bicubic"), ("true", "true bicubic")], "decoder": [("", "before")]}  # one less the other
+COPIES = {"superres": ("true", "true bicubic", "true tokenizer"), "tokenizers": ("", "low"), "decoder": ("", "before")}
+PAIRED = {"superres": {"true": "true bicubic", "": "bicubic"}, "decoder": {"": "before"}}  # variant -> less which one
+CLOSE = {"psnr": "PSNR in dB", "gmsd": "gradient deviation (GMSD)", "perceptual": "perceptual distance",
+         "frechet of outlines": "Frechet distance of outlines", "frechet": "Frechet distance of contents"}  # fmt: skip
 SWEEP: dict[str, dict[str, dict[str, Any]]] = {  # line of the plot -> point -> settings of the base model
     "guidance": {f"{t}": {"guidance": float(t)} for t in (0, 1, 2, 4, 8)},
     "rising guidance": {f"0-{t}": {"guidance": (0.0, float(t))} for t in (1, 2, 4, 8, 16)},
@@ -122,9 +130,9 @@ class EvalModel:
         return {"before": before, "": torch.where(region[:, None], made, before)}
 
     def superres(self, asked: Asked, seeds: Seeds) -> Variants:
-        """The base model's pictures upscaled, after super-resolution, and after super-resolution without text.
+        """Super-resolution and bicubic enlargement of the base model's tokens, and of the "true" ones of real renders.
 
-        "true": the same from the low tokens of real renders, and what the high tokenizer makes of these, a limit.
+        "no text": super-resolution that does not see it. "true tokenizer": the renders reconstructed, a limit.
         """
         jobs = _jobs([ask.prompt for ask in asked], seeds)
         *_, base = self.muse.decode_base(jobs)
@@ -178,18 +186,19 @@ class Evaluator:
         self.clip = clip or SceneClip.from_pretrained()
 
     def __call__(self, variants: Variants, asked: Asked, real: Tensor, task: str = "") -> Batch:
-        """Values and features of all variants and of real renders; in the tasks of RECONSTRUCTED also of outlines."""
+        """Values and features of all variants and of real renders. COPIES are also compared with these, by pixels."""
         values: Values = {"prompt": [ask.prompt for ask in asked], "group": [ask.group for ask in asked]}
         features: Variants = {}
+        distance = eval_metrics.feature_distance(self.detector.trunk)  # at full size, where it sees edges
         for variant, images in {**variants, "real": real}.items():
             found = self.values(images, asked)
-            if variant in RECONSTRUCTED.get(task, ()):
-                pair = images, area_downsample(real, real.shape[-1] // images.shape[-1])
-                found |= {"psnr": eval_metrics.psnr(*pair).tolist(), "gmsd": eval_metrics.gmsd(*pair).tolist()}
-                found["perceptual"] = self.detector.distances(*pair)
+            if variant in COPIES.get(task, ()):
+                pair = [to_float(x) for x in (images, area_downsample(real, real.shape[-1] // images.shape[-1]))]
+                found |= {name: getattr(eval_metrics, name)(*pair).tolist() for name in ("psnr", "gmsd")}
+                found["perceptual"] = [distance(x[None], y[None]).item() for x, y in zip(*pair, strict=True)]
             values |= {_key(name, variant): column for name, column in found.items()}
             features[_key("frechet", variant)] = self.detector.features(images)
-            if task in RECONSTRUCTED and images.shape == real.shape:
+            if task in COPIES and images.shape == real.shape:
                 features[_key("frechet of outlines", variant)] = eval_metrics.outline_features(images)
         return Batch(values, features, torch.cat([x for x in variants.values() if x.shape == variants[""].shape], 3))
 
@@ -214,33 +223,33 @@ def _key(metric: str, variant: str) -> str:
     return f"{metric}, {variant}".removesuffix(", ")
 
 
-def summarize(values: Values, features: Variants, pairs: Sequence[tuple[str, str]] = ()) -> Metrics:
+def summarize(values: Values, features: Variants, pairs: dict[str, str] | None = None) -> Metrics:
     """Fractions of True, means of numbers; Frechet distances to the real renders, and diversity within prompts.
 
-    "psnr, true less true bicubic": the mean difference of a pair of variants, scene by scene, as `pairs` asks.
+    `pairs` {"true": "true bicubic"} adds "psnr, true less true bicubic" and so on, the difference paired by picture.
     """
     groups, prompts = values["group"], values["prompt"]
     found: Metrics = {}
     for name, column in values.items():
         if not isinstance(column[0], str):
-            share = isinstance(column[0], bool)
-            found[name] = (eval_metrics.proportion_interval if share else eval_metrics.mean_interval)(column, groups)
+            interval = proportion_interval if isinstance(column[0], bool) else mean_interval
+            found[name] = interval(column, groups)
     twice = len(prompts) // 2 * 2  # each prompt comes twice in a row
     for name, rows in features.items():
-        metric = name.partition(", ")[0]
-        if not name.endswith("real"):
-            found[name] = eval_metrics.frechet_interval(features[f"{metric}, real"], rows, groups)
+        metric, _, variant = name.partition(", ")
+        if variant != "real":
+            found[name] = frechet_interval(features[f"{metric}, real"], rows, groups)
         if metric == "frechet":
-            found[name.replace(metric, "diversity")] = eval_metrics.diversity(rows[:twice], prompts[:twice])
-    for metric in ("psnr", "gmsd", "perceptual", "frechet", "frechet of outlines"):
-        for one, other in pairs:
-            first, second = _key(metric, one), _key(metric, other)
-            name = f"{metric}, {f'{one} less {other}'.strip()}"
-            if first in values:
-                found[name] = eval_metrics.paired_difference(values[first], values[second], groups)
-            elif first in features:
-                real, less = features[f"{metric}, real"], features[second]
-                found[name] = eval_metrics.frechet_interval(real, features[first], groups, less=less)
+            found[_key("diversity", variant)] = diversity(rows[:twice], prompts[:twice])
+    for name in [name for name in found if not name.startswith("diversity")]:
+        metric, _, variant = name.partition(", ")
+        if variant in (pairs or {}):
+            other, less = _key(metric, pairs[variant]), _key(metric, f"{variant} less {pairs[variant]}".strip())
+            if name in values:
+                found[less] = paired_difference(values[name], values[other], groups)
+            else:
+                real = features[f"{metric}, real"]
+                found[less] = frechet_interval(real, features[name], groups, less=features[other])
     return found
 
 
@@ -259,7 +268,7 @@ def evaluate(
     runs, out = _runs(model, tasks, sweep), Path(out)
     versions = {"minimuse": minimuse.__version__, "torch": str(torch.__version__)}
     settings = versions | about | {"n": n, "seed": seed, "sweep": sweep, "base_only": model.base_only}
-    eval_metrics.proportion_interval([True, False])  # without scipy: an error now, not after all pictures are drawn
+    proportion_interval([True, False])  # without scipy: an error now, not after all pictures are drawn
     _claim(out, json.loads(json.dumps(settings)))
     evaluator = evaluator or Evaluator()
     waiting = {name: how for name, how in runs.items() if not (out / "tasks" / f"{name}.json").exists()}
@@ -312,7 +321,7 @@ def _save_task(path: Path, parts: list[Batch]) -> None:
     side, width = images.shape[2:]
     sheet = grid(to_pil(images), captions, max(2, 8 * side // width), max(1, 128 // side))
     atomic_write(path.with_suffix(".png"), partial(sheet.save, format="PNG"))
-    content = {"metrics": summarize(values, features, PAIRED.get(path.stem, ())), "values": values}
+    content = {"metrics": summarize(values, features, PAIRED.get(path.stem)), "values": values}
     atomic_write(path, json.dumps(content, indent=1) + "\n")  # last: now the task is finished
 
 
@@ -324,7 +333,8 @@ def _report(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     report = {"settings": settings, "tasks": found}
     metrics = {name: {key: Estimate(*value) for key, value in each.items()} for name, each in found.items()}
     atomic_write(out / "eval.json", json.dumps(report, indent=1) + "\n")
-    atomic_write(out / "eval.md", table(metrics) + "\n")
+    words = superres_table(metrics["superres"], settings.get("superres steps")) if "superres" in metrics else ""
+    atomic_write(out / "eval.md", table(metrics) + "\n" + words)
     for key, title in (("score", "CLIP-like score"), ("right", "all right")) if settings["sweep"] else ():
         plots: dict[str, dict[str, Any]] = {}  # lines that share a plot
         for line, each in SWEEP.items():
@@ -347,6 +357,29 @@ def table(found: dict[str, Metrics]) -> str:
     return "\n".join(lines)
 
 
+def superres_table(found: Metrics, steps: int | None) -> str:
+    """Markdown: super-resolution against bicubic enlargement of the same low tokens, and in words what is better."""
+    text = (
+        "\nSuper-resolution against bicubic enlargement of the same low tokens, paired by picture, with 95% intervals. "
+    )
+    text += (
+        f"Steps of super-resolution: {steps}. A high PSNR is good, as are low distances and deviations. The tokenizer "
+    )
+    text += (
+        "reconstructs the real pictures, which is a limit.\n\n| low tokens of | metric | super-resolution | bicubic "
+    )
+    text += "| tokenizer | difference | super-resolution is |\n" + "|---" * 7 + "|\n"
+    for variant, origin in (("true", "real pictures"), ("", "the base model")):
+        other = PAIRED["superres"][variant]
+        for metric, title in CLOSE.items():
+            if less := found.get(_key(metric, f"{variant} less {other}".strip())):
+                verdict = "better" if (less.value > 0) == (metric == "psnr") else "worse"
+                verdict = "not told apart" if less.low <= 0 <= less.high else verdict
+                cells = [found[_key(metric, name)].short() for name in (variant, other, "true tokenizer")]
+                text += f"| {' | '.join([origin, title, *cells, less.short(), verdict])} |\n"
+    return text
+
+
 def measure(
     name: str, out: Path, *, training: Path | None = None, device: str | None = None, base_only: bool = False,
     sweep: bool = False, **options,
@@ -361,6 +394,7 @@ def measure(
         if not torch.allclose(before.codebook, muse.high_tokenizer.codebook, rtol=1e-2, atol=1e-3):  # stored in half
             raise ValueError(f"{folder} is not the training run of {name}: the codebooks differ; give another --run")
     about = {"checkpoint": muse.config.name, "fingerprint": muse.fingerprint, "dtype": str(muse.dtype)}
+    about["superres steps"] = muse.config.superres_sampling.steps
     homes = {"checkpoint": checkpoint.find(name), **{part: checkpoint.SHIPPED / part for part in ("detector", "clip")}}
     for part, home in homes.items():
         about[f"weights of {part}"] = hashlib.sha256((home / checkpoint.WEIGHTS).read_bytes()).hexdigest()

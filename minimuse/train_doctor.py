@@ -31,8 +31,8 @@ from minimuse import checkpoint, train_state
 from minimuse.amused import published_tokenizer
 from minimuse.config import STAGES, MuseConfig
 from minimuse.data_cache import HELD_OUT, Decimated, Subset, TrainingData
-from minimuse.eval_metrics import psnr
-from minimuse.eval_networks import Detector
+from minimuse.eval_metrics import feature_distance, psnr
+from minimuse.eval_networks import Detector, network_input
 from minimuse.muse import text_encoder
 from minimuse.plots import grid
 from minimuse.text import pad_contexts
@@ -114,7 +114,7 @@ def reconstruct(model: Any, images: Any, engine: Engine, name: str) -> tuple[Ten
     by PSNR or by perceptual distance: that of the detector's features, which are no part of a loss.
     """
     n, size = min(MOST, len(images)), model.codebook_size
-    detector = Detector.from_pretrained().to(engine.device)
+    perceptual = feature_distance(Detector.from_pretrained().to(engine.device).trunk)
     tokens, made, sums, span = [], [], 0, []
     for at in torch.arange(n).split(16):
         given = images[at].to(engine.device)
@@ -125,7 +125,7 @@ def reconstruct(model: Any, images: Any, engine: Engine, name: str) -> tuple[Ten
         made.append(to_uint8(y).cpu())
         small = F.interpolate(F.avg_pool2d(x, 4, ceil_mode=True), x.shape[2:], mode="bilinear")
         errors = [(z - x).square().mean() for z in (y, small, x.mean((2, 3), keepdim=True))]
-        far = [x.new_tensor(detector.distances(to_uint8(z), given)).mean() for z in (y, small)]
+        far = [perceptual(network_input(given), network_input(to_uint8(z))) for z in (y, small)]
         sums += len(x) / n * torch.stack([*errors, *far, 127.5 * (y - x).mean()])
         span += given.aminmax()
     psnr, coarse, floor = (-10 * (sums[:3].clamp(min=1e-10) / 4).log10()).tolist()
