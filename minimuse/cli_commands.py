@@ -21,7 +21,7 @@ from tqdm import tqdm
 from minimuse import checkpoint, lab
 from minimuse.app import serve
 from minimuse.config import PRESETS, from_dict, preset, to_dict
-from minimuse.lab_models import open_amused
+from minimuse.lab_models import muse_settings, open_amused
 from minimuse.muse import Muse, text_encoder
 from minimuse.pictures import again, difference, open_picture, output_paths, save_png, settings_of, with_settings
 from minimuse.plots import film
@@ -62,7 +62,7 @@ def _drawing(args: argparse.Namespace) -> Callable[..., list]:
     """What a command draws, as a function of a Muse and a callback. --like sets model and prompts in `args`."""
     given = {name: value for name in SETTINGS if (value := getattr(args, name, None)) is not None}
     if getattr(args, "like", None):
-        is_plain = not given and args.n == 1
+        is_plain = not given and args.n == 1 and not args.sampler
         require(is_plain, "--like takes seed and settings from the picture; leave out the other options")
         settings = settings_of(args.like)
         name, args.prompts = settings["model"], [settings["prompt"]]
@@ -74,7 +74,12 @@ def _drawing(args: argparse.Namespace) -> Callable[..., list]:
     if args.command == "outpaint":
         inputs.append(tuple(args.padding) if len(args.padding) > 1 else args.padding[0])
     inputs.append(args.prompts if args.command == "generate" else args.prompts[0])
-    return lambda muse, callback: getattr(muse, args.command)(*inputs, n=args.n, callback=callback, **given)
+
+    def draw(muse: Any, callback: Callable) -> list:
+        settings = muse_settings(muse, args.sampler, args.steps) | given if getattr(args, "sampler", None) else given
+        return getattr(muse, args.command)(*inputs, n=args.n, callback=callback, **settings)
+
+    return draw
 
 
 def baseline(model: str) -> Any:

@@ -24,7 +24,7 @@ from minimuse.data_sources import FolderDataset, Problems, SceneDataset
 from minimuse.eval_metrics import Features, frechet_distance, in_batches, inception_features, jackknife
 from minimuse.eval_networks import ClipScorer, Detector
 from minimuse.eval_prompts import matches, parse_prompt
-from minimuse.lab_samplers import GROUPS, Outcome, check_samples, run
+from minimuse.lab_samplers import GROUPS, Outcome, check_samples, preset_settings, run
 from minimuse.muse import Muse
 from minimuse.sampler import decode
 from minimuse.utils import OneSeed, area_downsample, check, generator_of, pick_device, require
@@ -73,6 +73,13 @@ class ModelEvaluator:
         distances = jackknife(frechet_distance(self.real, fake), torch.tensor(without, dtype=torch.double)).tolist()
         means = torch.cat(scores).view(GROUPS, -1).mean(1).tolist()
         return Outcome(nfe / len(self.prompts), dict(zip(self.titles, (means, distances), strict=True)))
+
+
+def muse_settings(muse: Any, sampler: str, steps: int | None = None) -> dict[str, Any]:
+    """-> the settings of `Muse.generate` that draw low tokens as a sampler of `lab_samplers.py` does."""
+    require("order" in getattr(muse, "settings", ("order",)), f"{muse.config.name} has no orders; give another model")
+    network, defaults = muse.config.base, muse.config.base_sampling
+    return preset_settings(sampler, network.tokens, network.codebook_size, steps or defaults.steps)
 
 
 class MuseEvaluator(ModelEvaluator):

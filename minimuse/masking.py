@@ -115,7 +115,8 @@ def masked_cross_entropy(
 ) -> Tensor:
     """logits (B, N, V), targets (B, N), masked (B, N) -> (): mean cross-entropy in nats over the masked tokens.
 
-    Muse 2.3. `count`: the masked tokens of the whole batch, if the rows are only a part of it.
+    Muse 2.3. A row with more masked tokens weighs more: rate r has the weight r p(r), normalized, in the expected loss.
+    `count`: the masked tokens of the whole batch, if the rows are only a part of it.
     """
     hidden = targets.masked_fill(~masked, -100).flatten()  # cross_entropy ignores -100
     total = F.cross_entropy(logits.flatten(0, 1).float(), hidden, reduction="sum", label_smoothing=label_smoothing)

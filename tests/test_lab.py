@@ -419,13 +419,13 @@ def test_a_world_that_is_not_normalized_has_the_same_kl():
 
 
 def test_the_command(tmp_path, capsys):
-    words = "compare --world potts --schedule cosine,bound2 --order halton --preset muse --steps 2 --samples 64"
-    words = [*words.split(), "--out", str(tmp_path / "out")]
+    words = "compare --world potts --schedule cosine,bound2 --order halton --steps 2 --samples 64"
+    words = [*words.split(), "--sampler", "muse,p2:0.5,klass", "--out", str(tmp_path / "out")]
     assert cli.main(words) == 0
     values, paired = capsys.readouterr().out.split("difference from cosine, halton")
     assert values.count("halton") == 2
     assert paired.count("| halton |") == 1, "bound2 less cosine"
-    assert "as muse" in values
+    assert all(f"as {name}" in values for name in ("muse", "p2:0.5", "klass"))
     assert (tmp_path / "out" / "report.md").is_file()
     assert cli.main(words) == 2
     assert "another folder" in capsys.readouterr().err

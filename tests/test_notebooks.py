@@ -78,7 +78,7 @@ def test_form(name):
     assert re.match(rf"# {int(name[:2])}\. \w", header), f"the header begins with {header[:30]!r}, not '# N. Title'"
     for field in HEADER:
         assert f"| **{field}** |" in header, f"the header says nothing of **{field}**"
-    assert 40 <= len(nb.cells) <= 70, f"{len(nb.cells)} cells; 40 to 70 are wanted"
+    assert 40 <= len(nb.cells) <= 80, f"{len(nb.cells)} cells; 40 to 80 are wanted"
     assert 'bool(os.environ.get("MINIMUSE_FAST"))' in nb.cells[2].source, "the knobs are no third cell with FAST"
     assert sum("**Predict, then run.**" in text for text in texts) >= 2, "fewer than two questions"
     assert sum(text.startswith("### Exercise") for text in texts) >= 2, "fewer than two exercises"
@@ -113,6 +113,34 @@ def test_it_is_what_its_source_makes(name):
         [(c.cell_type, c.source, c.metadata) for c in nb.cells] for nb in (build.notebook(name), stored(name))
     )
     assert found == made, f"{name}.ipynb is not what its source makes; run: python notebooks/build.py {name}"
+
+
+def stale(text: str, root: Path = ROOT) -> list[str]:
+    """An output of `show` -> those of its parts, `# folder/file.py` and source, that this file no longer holds."""
+    body = text.removeprefix("```python\n").removesuffix("\n```")
+    flat = lambda code: "\n".join(line.strip() for line in code.strip().splitlines())  # noqa: E731
+    parts = [part.partition("\n") for part in re.split(r"\n\n\n(?=# \w+/\w+\.py\n)", body)]
+    files = {head: root / head.removeprefix("# ") for head, _, _ in parts}
+    held = {head: flat(path.read_text(encoding="utf-8")) if path.is_file() else "" for head, path in files.items()}
+    return [source[:60] for head, _, source in parts if flat(source) not in held[head]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shown_sources_are_the_packages(name):
+    shown = [str(out.get("data", {}).get("text/markdown", "")) for out in outputs(stored(name))]
+    shown = [text for text in shown if text.startswith("```python\n# minimuse/")]
+    assert shown, "no source is shown"
+    old = [part for text in shown for part in stale(text)]
+    assert not old, f"{name} shows source that has changed: {old}; run: python notebooks/build.py {name}"
+
+
+def test_a_source_that_has_changed_is_found(tmp_path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/a.py").write_text("class A:\n    def f(self):\n        return 1\n\n\ndef g():\n    pass\n")
+    text = "```python\n# p/a.py\ndef f(self):\n    return 1\n\n\n# p/a.py\ndef g():\n    pass\n```"
+    assert stale(text, tmp_path) == []
+    assert stale(text.replace("return 1", "return 2"), tmp_path) == ["def f(self):\n    return 2"]
+    assert stale(text.replace("p/a.py", "p/b.py"), tmp_path) == ["def f(self):\n    return 1", "def g():\n    pass"]
 
 
 @pytest.mark.parametrize("name", NAMES)

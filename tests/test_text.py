@@ -387,7 +387,7 @@ class TestRefusals:
         assert tiny_text.encode(("a", "a cube")).embeds.equal(tiny_text.encode(iter(["a", "a cube"])).embeds)
 
     def test_settings(self):
-        with pytest.raises(ValueError, match="max_tokens is 2; give 3, as"):
+        with pytest.raises(ValueError, match="max_tokens is 2; give at least 3"):
             TextEncoder(max_tokens=2)
         for name, value in (("max_tokens", "x"), ("max_tokens", True), ("batch_size", 0), ("cache_size", -1)):
             with pytest.raises(ValueError, match=f"{name} is "):

@@ -56,7 +56,7 @@ MUTANTS = [
         "masking",
         "[curve(u) for u in uniforms(n, generator=generator).tolist()]",
         "[curve(u) for u in uniforms(n, generator=generator)[:1].tolist() * n]",
-        "One rate for the whole batch: right on average, and a gradient that jumps from step to step.",
+        "One rate for the whole batch: a batch counts the same, however little it hides, and the loss jumps.",
     ),
     Mutant(
         "loss_everywhere",

@@ -2,7 +2,7 @@
 r"""
 # 4. Masking: how much to hide
 
-*One number decides what a masked model learns: the share of tokens that is hidden. Muse draws it anew for each example,
+*One number decides what a masked model learns: the fraction of tokens that is hidden. Muse draws it anew for each example,
 and the density it draws from is worth a notebook.*
 
 |  |  |
@@ -19,6 +19,7 @@ import math
 import os
 
 import matplotlib.pyplot as plt
+import numpy
 import torch
 from checks import check_mask_rate, check_masked_loss, check_random_mask
 
@@ -28,7 +29,7 @@ from minimuse.plots import grid, mask_overlay, show, style
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer samples
 CHECKPOINT = "nano"  # a shipped name or a folder
 SCENES = 16 if FAST else 128  # held-out scenes for the losses
-SAMPLES = 20_000 if FAST else 200_000  # draws of a rate
+SAMPLES = 20_000 if FAST else 200_000  # random rates
 style()
 
 # %% [markdown]
@@ -38,7 +39,7 @@ text, hides 15% of the words, always. That is fine for a model that only ever *r
 begins with a picture that is all holes and ends with one that has a single hole left. It must be good at every
 stage between.
 
-So each training example gets a rate $r$ of its own, the share of its tokens that is hidden. The question is which
+So each training example gets a rate $r$ of its own, the fraction of its tokens that is hidden. The question is which
 rates should be common, and which rare.
 """
 
@@ -88,7 +89,7 @@ plt.show()
 # %% [markdown]
 r"""
 **Predict, then run.** If the rate were uniform, 10% of the examples would have more than 90% of their tokens hidden.
-What share has Muse? A little more than 10%, about 20%, or about 30%?
+What fraction is it with Muse's density? A little more than 10%, about 20%, or about 30%?
 """
 
 # %%
@@ -104,7 +105,7 @@ for name, x in draw.items():
 # %% [markdown]
 r"""
 About 29%, since $P(r > 0.9) = \frac{2}{\pi}\arccos 0.9$. Nearly a third of the training goes into pictures of which hardly anything is
-visible: the place where decoding begins and where the text has to do all the work. (*linear* is $r = 1 - u$, the
+visible: decoding begins with such pictures, and only the text says what they should become. (*linear* is $r = 1 - u$, the
 uniform density.)
 
 ### Two readings of one word
@@ -113,9 +114,15 @@ The paper calls its density a "truncated arccos". Two functions fit these words,
 
 $$r = \cos\!\Big(\frac{\pi}{2}u\Big) \qquad\text{and}\qquad r = \frac{2}{\pi}\arccos(u).$$
 
-Both have the mean $2/\pi$, so that checking the mean finds no difference. Only the formula for $p(r)$ says that the first is
+Both have the mean $2/\pi$, so checking the mean finds no difference. Only the formula for $p(r)$ says that the first is
 meant. The second has a much thinner tail: see the last two columns above.
 """
+
+# %%
+tail = {name: (x > 0.9).double().mean() for name, x in draw.items()}
+assert abs(tail["cosine"] - 2 / math.pi * math.acos(0.9)) < 0.015, "P(r > 0.9) is not the formula's"
+assert abs(draw["cosine"].mean() - draw["arccos"].mean()) < 0.015, "the two means differ"
+assert tail["arccos"] < 0.7 * tail["cosine"], "the second reading has no thinner tail"
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
@@ -135,14 +142,14 @@ plt.show()
 r"""
 ### One curve, read twice
 
-The same curve is used again when drawing a picture: after step $i$ of $T$, a share $\cos\big(\frac{\pi}{2}\frac{i+1}{T}\big)$ of the tokens is still masked.
+The same curve is used again when drawing a picture: after step $i$ of $T$, a fraction $\cos\big(\frac{\pi}{2}\frac{i+1}{T}\big)$ of the tokens is still masked.
 Training with $u$ uniform thus meets each stage of a decode about as often as a decode goes through it. Other curves are
 there to be tried; each is at the same time a density for training.
 
 Does it matter which? At equal compute, nano's base model trained three times with each (`benchmarks/training_densities.py`,
-[its table](../benchmarks/densities.md)): the *second* reading is a little better than the paper's, 0.08 nats a token in section 4's
+[its table](../benchmarks/densities.md)): the *second* reading is a little better than the paper's, 0.08 nats per token in section 4's
 bound and 4 to 5 points in pictures that are right; the uniform density lies between them; BERT's 15% falls far behind.
-That is so in 800 steps of a small model, and says nothing of the paper's.
+This was measured in 800 steps of a small model; it does not tell how the paper's model would do.
 """
 
 # %%
@@ -177,7 +184,7 @@ once (square root, log) do the opposite.
 r"""
 ### Exercise 4.1: Muse's rate
 
-Write it: $n$ rates, one an example, from `torch.rand` with the given generator. The check looks at the mean *and* at
+Write it: $n$ rates, one per example, from `torch.rand` with the given generator. The check looks at the mean *and* at
 the tail.
 """
 
@@ -273,8 +280,8 @@ grid(
 
 # %% [markdown]
 r"""
-With 15% hidden, the neighbours tell nearly everything, and the text is needed for nothing. A model that only sees such
-pictures learns to copy, not to compose. With 97% hidden it has a scrap of floor and the sentence.
+With 15% hidden, the visible neighbours determine most of what is missing, and the text adds little. A model that only sees
+such pictures learns to copy, not to compose. With 97% hidden it has one or two visible tokens and the sentence.
 """
 
 # %% [markdown]
@@ -307,7 +314,7 @@ check_random_mask(my_mask)
 r"""
 ## 3. The loss
 
-With $M$ the hidden places of a batch, the model is paid for nothing else:
+Only the hidden positions $M$ of a batch count in the loss:
 
 $$\mathcal{L} = -\frac{1}{|M|} \sum_{(b,\,i)\, \in M} \log p_\theta\big(x_{b,i} \mid x_{b,\,\text{visible}},\, c_b\big).$$
 
@@ -331,11 +338,12 @@ print("a visible token's target matters:", bool(before != after))
 
 # %% [markdown]
 r"""
-The mean is over all hidden tokens of the batch. A mean of each row's mean would be another loss: in it, the one hidden
-token of a nearly complete picture would count as much as all hidden tokens of an empty one.
+The mean is over all hidden tokens of the batch: tokens, not pictures, are averaged, so a picture with more hidden tokens
+counts more. A mean of each row's mean would be another loss: in it, the one hidden token of a nearly complete picture
+would count as much as all hidden tokens of an empty one.
 
 **Predict, then run.** We take the trained base model and scenes that it never saw, and hide a fixed share of them.
-How does the loss *for one hidden token* change when more is hidden? And where does the text help most? Sketch two
+How does the loss *per hidden token* change when more is hidden? And where does the text help most? Sketch two
 curves over $r$, with text and without, before you go on.
 """
 
@@ -371,16 +379,21 @@ ax.axhline(
 )
 ax.plot(at, without, "s-", color="C1", label="the model, without text")
 ax.plot(at, with_text, "o-", color="C0", label="the model, with text")
-ax.set(xlabel="share r hidden", ylabel="loss, nats a hidden token", ylim=(0, None))
+ax.set(xlabel="fraction r hidden", ylabel="loss, nats per hidden token", ylim=(0, None))
 ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
 r"""
-The more is hidden, the harder is each hidden token: fewer neighbours are left to tell. The gap between the curves is
-what the text is worth. While much is visible it is small, since the visible part shows what the text would say; it
-is largest where nothing is visible. A model trained at 15% alone would hardly learn to read.
+The more is hidden, the harder each hidden token is: fewer neighbours are left to predict it from. The gap between the
+curves is what the text is worth. While much is visible it is small, since the visible part shows what the text would say;
+it is largest where nothing is visible. A model trained only at 15% would hardly learn to read.
 """
+
+# %%
+gap = [b - a for a, b in zip(with_text, without, strict=True)]
+assert with_text[0] < with_text[2] < with_text[4] < with_text[6], "more hidden is not harder"
+assert gap[0] < gap[-1] / 2, "the text does not help most where nothing is visible"
 
 # %% [markdown]
 r"""
@@ -416,7 +429,7 @@ Hiding tokens is a diffusion in disguise: instead of adding noise, *absorb* toke
 until none is left; a model that undoes single steps is a generator. D3PM worked this out. Here is a way to see it
 without any diffusion.
 
-Take an order $\sigma$ of the $N$ places. The chain rule holds for any order:
+Take an order $\sigma$ of the $N$ positions. The chain rule holds for any order:
 $\log p_\sigma(x) = \sum_{j=1}^{N} \log p\big(x_{\sigma_j} \mid x_{\sigma_1}, \dots, x_{\sigma_{j-1}}\big)$. Let the model draw its order at random, too. With Jensen's inequality
 
 $$-\log p(x) \;\le\; -\,\mathbb{E}_\sigma \sum_{j=1}^{N} \log p\big(x_{\sigma_j} \mid \text{those before}\big).$$
@@ -431,8 +444,9 @@ Divide by $N$, and the sum over $j$ becomes a mean over $k$:
 
 $$-\frac{1}{N}\log p(x) \;\le\; \mathbb{E}_{k \sim \text{uniform}\{1..N\}}\; \mathbb{E}_{M:\,|M| = k} \;\frac{1}{k}\sum_{i \in M} -\log p_\theta(x_i \mid x_{\text{visible}}).$$
 
-That is the masked loss with **uniform** rates. It bounds the likelihood, and it is fair to models that were trained
-with any density. Muse's own loss is *not* this bound: its density gives other weights to the same terms.
+That is a masked loss with **uniform** rates, averaged over *pictures*: first each picture's mean over its $k$ hidden tokens, then the
+mean of these. It bounds the likelihood, and it is fair to models that were trained with any density. Muse's own loss is *not*
+this bound, for two reasons: its rates are not uniform, and it averages over the *tokens* of a batch.
 """
 
 # %%
@@ -456,12 +470,12 @@ truth = -world.log_prob(draws).double() / world.n
 bound = likelihood_bound(world, draws, world.mask_id, torch.Generator().manual_seed(1)).double()
 for name, value in (("exact, -log p / N", truth), ("likelihood_bound", bound)):
     print(
-        f"{name:>18}: {value.mean():.4f} +- {1.96 * value.std() / len(value) ** 0.5:.4f} nats a token"
+        f"{name:>18}: {value.mean():.4f} +- {1.96 * value.std() / len(value) ** 0.5:.4f} nats per token"
     )
 
 # %% [markdown]
 r"""
-The terms themselves tell more than their mean: how hard is a hidden token when exactly $k$ of 16 are hidden?
+The terms themselves show more than their mean: how hard is a hidden token when exactly $k$ of 16 are hidden?
 """
 
 # %%
@@ -480,14 +494,14 @@ ax.axhline(
     sum(terms) / world.n, color="C0", label=f"their mean, {sum(terms) / world.n:.3f}: the bound"
 )
 ax.axhline(truth.mean(), color="C1", ls="--", label=f"-log p / N, {truth.mean():.3f}")
-ax.set(xlabel="k, tokens hidden of 16", ylabel="nats a hidden token")
+ax.set(xlabel="k, tokens hidden of 16", ylabel="nats per hidden token")
 ax.legend(loc="upper left", fontsize=9)
 plt.show()
 
 # %% [markdown]
 r"""
-The last bar is a token without any context; the first is a token whose 15 neighbours are known. Their difference is
-what the tokens know of each other.
+The last bar is a token without any context; the first is a token with all 15 others known. Their difference is
+what the tokens say about each other.
 
 **Predict, then run.** Now the trained model, on held-out scenes. Is the mean loss under *Muse's* density above the
 bound, below it, or is it the same?
@@ -504,34 +518,58 @@ with torch.inference_mode():
             for s in repeats
         ]
     )
-    losses = []
+    losses, row_means = [], []
     for s in repeats:
         g = torch.Generator().manual_seed(100 + s)
         m = random_mask(x, sample_mask_rate(SCENES, generator=g), g)
-        losses.append(masked_cross_entropy(model(x.masked_fill(m, muse.base.mask_id)), x, m))
-print(f"bound, rates uniform:      {bounds.mean():.3f} nats a token")
-print(f"training loss, Muse's p(r): {torch.stack(losses).mean():.3f} nats a hidden token")
+        logits = model(x.masked_fill(m, muse.base.mask_id))
+        losses.append(masked_cross_entropy(logits, x, m))
+        row_means += [
+            masked_cross_entropy(*(v[i : i + 1] for v in (logits, x, m))) for i in range(SCENES)
+        ]
+bound, loss, row_mean = (torch.stack(list(v)).mean().item() for v in (bounds, losses, row_means))
+print(f"bound: uniform rates, mean over pictures       {bound:.3f} nats per token")
+print(f"Muse's p(r), mean over pictures                {row_mean:.3f} nats per token")
+print(f"Muse's loss: Muse's p(r), mean over all tokens {loss:.3f} nats per token")
 
 # %% [markdown]
 r"""
-Above: Muse looks more often where much is hidden, and there tokens are harder. The number is no worse for that, it
-answers another question. So compare two *models* by the bound, or by the loss at the same density, and never one
-model's loss at one density with another's at another.
+Above, in two steps. Muse draws high rates more often, by $p(r)$, and there tokens are harder. And since tokens are averaged, a
+picture counts in proportion to its hidden tokens, by another factor $r$: the weight of a rate is $r\,p(r)$, or
+$r\,(1 - r^2)^{-1/2}$ when it is normalized to the area 1. The next cell checks it: it weighs the curve of section 3 in the three ways.
+
+The number is not worse for that, it answers another question. Compare two models by the bound, or by the loss under the *same*
+density. Losses under different densities are not comparable.
 """
 
 # %%
-weights = {"the bound: uniform": torch.ones_like(r), "Muse: p(r)": 2 / math.pi * (1 - r**2) ** -0.5}
+weights = {
+    "the bound: uniform": torch.ones_like(r),
+    "mean over pictures: p(r)": 2 / math.pi * (1 - r**2) ** -0.5,
+    "Muse's loss, mean over tokens: r p(r), normalized": r * (1 - r**2) ** -0.5,
+}
+u = (torch.arange(2000) + 0.5) / 2000
+rate = torch.cos(math.pi / 2 * u)  # as many points where p(r) is high
+curve = lambda rates: torch.tensor(numpy.interp(rates, at, with_text))  # noqa: E731
+expected = [curve(u).mean(), curve(rate).mean(), (rate * curve(rate)).sum() / rate.sum()]
+print("from the curve of section 3:", [f"{value:.3f}" for value in expected])
+assert bound < row_mean < loss, "the three losses are not in this order"
+if not FAST:  # 16 scenes are too few for this
+    for value, found in zip(expected, (bound, row_mean, loss), strict=True):
+        assert abs(value - found) < 0.07, (
+            f"a weighted curve gives {value:.3f}, the loss is {found:.3f}"
+        )
 figure, ax = plt.subplots(figsize=(7, 3))
-for name, color in (("the bound: uniform", "C1"), ("Muse: p(r)", "C0")):
-    ax.plot(r, weights[name], color=color, label=name)
+for (name, weight), color in zip(weights.items(), ("C1", "C2", "C0"), strict=True):
+    ax.plot(r, weight, color=color, label=name)
 ax.plot(
     at,
     torch.tensor(with_text) / with_text[-1],
     "k.--",
     lw=1,
-    label="loss at r, as a share of that at 1",
+    label="loss at r, divided by the loss at 1",
 )
-ax.set(xlabel="share r hidden", ylabel="weight of the examples", ylim=(0, 4))
+ax.set(xlabel="fraction r hidden", ylabel="weight of a rate", ylim=(0, 4))
 ax.legend(fontsize=9)
 plt.show()
 
@@ -539,7 +577,7 @@ plt.show()
 r"""
 ## What failure looks like
 
-Mistakes in masking do not crash. Worse, most make the number that you watch go *down*. Here are four that real
+Mistakes in masking do not crash. Worse, they make the number that you watch go *down*. Here are four that real
 code made, all with the same trained model and the same scenes. Only the first row is Muse's loss.
 """
 
@@ -576,26 +614,40 @@ for i, values in enumerate(results.values()):
     ax.plot(values.mean(), i, "k|", ms=16)
 ax.set_yticks(range(len(results)), results)
 ax.invert_yaxis()
-ax.set(xlabel="loss of a batch, nats a hidden token; the bar is their mean")
+ax.set(xlabel="loss of a batch, nats per hidden token; the bar is their mean")
 plt.show()
 
 # %% [markdown]
 r"""
-The inverted mask and BERT's rate look *better*: their questions are easier. The other reading is hard to tell from
-Muse's at all. One rate for the whole batch is about right on average and scatters far more: each gradient step is pulled
-towards another task. None of them shows in a loss curve unless you know what the number should be. That is why
-`minimuse doctor` compares it with what it can be compared with, and why our tests look at the tail of the rates.
+All four look *better*. The inverted mask and BERT's rate ask easier questions. The other reading is 0.1 to 0.2 nats lower, and
+nobody notices without knowing what the number should be. One rate for the whole batch scatters far more, and on average it
+measures another loss: each batch counts alike, however few tokens it hides, so the factor $r$ of section 4 is gone. None of
+the four shows in a loss curve. That is why `minimuse doctor` compares the loss with known values, and why our tests look at the
+tail of the rates.
 """
+
+# %%
+right, inverted, other_reading, shared, berts = results.values()
+assert max(inverted.mean(), berts.mean()) < right.mean() - 0.1, "easier questions cost as much"
+if not FAST:  # four batches of 16 scenes are too few for this
+    assert 0.05 < right.mean() - other_reading.mean() < 0.3, (
+        "the other reading is not a little lower"
+    )
+    assert abs(shared.mean() - row_mean) < abs(shared.mean() - loss), (
+        "shared rates measure the token mean"
+    )
+    assert shared.std() > 4 * right.std(), "one rate per batch does not scatter more"
 
 # %% [markdown]
 r"""
 ## Summary
 
 - A rate of its own for each example, $r = \cos(\pi u / 2)$: mean 0.64, and 29% of the examples nearly empty.
-- "Truncated arccos" has two readings of the same mean; the formula for $p(r)$ decides, and the tail tells them apart.
+- "Truncated arccos" has two readings of the same mean; the formula for $p(r)$ decides, and the tail shows the difference.
 - A mask hides exactly $\lceil rN \rceil$ tokens; `True` says masked.
 - The loss is the mean over the hidden tokens of the batch. The text is worth most where most is hidden.
-- With uniform rates the masked loss bounds the negative log-likelihood. Muse's density weighs the same terms otherwise.
+- With uniform rates, averaged over pictures, the masked loss bounds the negative log-likelihood. Muse's loss weighs the same terms
+  by $r\,p(r)$.
 """
 
 # %% [markdown]

@@ -702,7 +702,7 @@ for k, rate in enumerate((0.1, 0.5, 0.9)):
     )
 ax.axhline(math.log(V), color="k", lw=1, ls=":", label="ln V: knows nothing")
 ax.axhline(unigram_entropy(tokens, V), color="k", lw=1, ls="--", label="unigram entropy")
-ax.set(xlabel="step", ylabel="nats a hidden token", ylim=(0, None))
+ax.set(xlabel="step", ylabel="nats per hidden token", ylim=(0, None))
 ax.legend(fontsize=8, ncols=2)
 plt.show()
 
@@ -712,50 +712,83 @@ Three things to read here.
 
 - The batches scatter widely, and not because training is rough: each has other rates, and a nearly empty picture is
   harder than a nearly full one. Judge by the held-out lines.
-- First all lines fall together, and past the unigram entropy: *where* a place lies (sky above, floor below) and what
-  the text says help without any visible token. Then they *fan out*.
-- With 10% hidden the neighbours tell nearly all. With 90% hidden the text must. The distance between the lines is what
-  the visible tokens are worth.
+- First all lines fall together, and past the unigram entropy: *where* a position lies (sky above, floor below) and what
+  the text says help without any visible token. Then the line of 90% stays behind.
+- The lines of 10% and 50% nearly coincide: half of the neighbours already predict most of what can be predicted. Some loss
+  remains even there, since many codes look alike. With 90% hidden too few neighbours are left, and the text must help.
 """
+
+# %%
+if not FAST:  # a few steps separate nothing
+    tenth, half, most_hidden = (looks[max(looks)][f"loss@{rate}"] for rate in (0.1, 0.5, 0.9))
+    assert most_hidden < unigram_entropy(tokens, V) - 1, (
+        "90% hidden is not far below the unigram entropy"
+    )
+    assert abs(half - tenth) < 0.5 * (most_hidden - half), (
+        "the lines of 10% and 50% do not nearly coincide"
+    )
+    assert tenth > 1, "with 10% hidden nothing is left to learn"
 
 # %% [markdown]
 r"""
 ## 8. The loss by mask rate
 
-One loss says little; the curve over rates says what a model can do. Here is the shipped checkpoint beside our student,
-and the checkpoint misled: each picture with *another picture's* caption.
+One loss says little; the curve over rates says what a model can do. Here are our student and the shipped checkpoint; then
+the checkpoint without any text, and misled: each picture with *another picture's* caption.
 """
 
 # %%
 from minimuse.train_log import RATES
+
+
+class Textless(MaskedLoss):
+    def forward(self, x, masked, context, *rest):
+        return super().forward(x, masked, null_text(context), *rest)
+
 
 moved = Captions(held_texts[1:] + held_texts[:1])
 how = {"codebook_size": V, "engine": engine, "most": 64, "strata": 0}
 curves = {
     "our student": validate(MaskedLoss(student), held_tokens, held_texts, **how),
     "the checkpoint": validate(MaskedLoss(base), held_tokens, held_texts, **how),
+    "the checkpoint, no text": validate(Textless(base), held_tokens, held_texts, **how),
     "the checkpoint, another's caption": validate(MaskedLoss(base), held_tokens, moved, **how),
 }
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.2))
 for k, (name, found) in enumerate(curves.items()):
     for ax, what in zip(axes, ("loss", "accuracy"), strict=True):
         ax.plot(
-            RATES, [found[f"{what}@{r}"] for r in RATES], "os^"[k] + ["-", "-", "--"][k], label=name
+            RATES, [found[f"{what}@{r}"] for r in RATES], ["o-", "s-", "v:", "^--"][k], label=name
         )
 axes[0].axhline(unigram_entropy(tokens, V), color="k", lw=1, ls="--")
-axes[0].set(xlabel="share hidden", ylabel="nats a hidden token", ylim=(0, None))
-axes[1].set(xlabel="share hidden", ylabel="likeliest code is the true one", ylim=(0, 1))
+axes[0].set(xlabel="fraction hidden", ylabel="nats per hidden token", ylim=(0, None))
+axes[1].set(xlabel="fraction hidden", ylabel="likeliest code is the true one", ylim=(0, 1))
 axes[0].legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
 r"""
-Between the two lines of the checkpoint lies what the right text is worth: little where much is visible, most where
-little is. A *false* text can cost more than none at all: the model believes it. The right picture looks bad for a network that draws
-well: most guesses name another code than the true one. Many codes look alike, so which one it was cannot be known, and
-need not be.
+Look at the two solid lines first: **you have just trained a model that is as good on this loss as the shipped one.**
 
-Where in the picture is the loss? The mean over the held-out scenes, with 70% hidden, place by place:
+Between the lines with text and without lies what the text is worth: little where much is visible, most where little is. A
+*false* text costs more than none at all: the model believes it. The accuracy (right) looks low for a network that draws well:
+most guesses name another code than the true one. Many codes look alike, so which one it was cannot be known, and need
+not be.
+"""
+
+# %%
+ours, theirs, textless, misled = curves.values()
+worth = {r: textless[f"loss@{r}"] - theirs[f"loss@{r}"] for r in RATES}
+assert worth[0.1] < 0.7 * worth[0.9], "the text is not worth most where most is hidden"
+for r in RATES:
+    assert theirs[f"loss@{r}"] < textless[f"loss@{r}"] < misled[f"loss@{r}"], (
+        "a false text is cheaper"
+    )
+    assert FAST or abs(ours[f"loss@{r}"] - theirs[f"loss@{r}"]) < 0.2, "the student is not as good"
+
+# %% [markdown]
+r"""
+Where in the picture is the loss? The mean over the held-out scenes, with 70% hidden, for each position:
 """
 
 # %%

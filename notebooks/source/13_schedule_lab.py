@@ -635,8 +635,8 @@ for name, (report, one, other, measure) in pairs.items():
 r"""
 ### Exercise 13.1: a schedule
 
-Write a curve $r(u)$, the share still masked at progress $u$, that falls from 1 to 0 and that you expect to beat the
-cosine in the mixture in 8 steps. Say why before you run it.
+Write a curve $r(u)$, the fraction still masked at progress $u$, that falls from 1 to 0 and that you expect to beat the
+cosine in the mixture in 8 steps. Say why before you run it. Then look at the interval: is the difference real?
 """
 
 # %%
@@ -651,7 +651,7 @@ check_schedule(my_schedule)
 
 
 def slow_start(u):
-    return 1 - u**2.5  # the mode is decided by the first dozen tokens: spend the steps there
+    return 1 - u**3  # the first dozen tokens decide the mode: reveal few of them per step
 
 
 mine = compare(

@@ -513,8 +513,9 @@ stays there. Its variational bound, which for Gaussian noise becomes a squared e
 $$-\frac{1}{N} \log p(x) \;\le\; \mathbb{E}_{k \sim \text{uniform}\{1..N\}} \;
 \big[\text{mean cross-entropy of } k \text{ masked tokens}\big].$$
 
-That is Muse's loss, with a uniform $k/N$ where Muse has its own density of $r$. So the *training* is a diffusion training, re-weighted.
-The autoregressive model needs no bound: the chain rule gives $\log p(x)$ itself. Now both are nats a token.
+That is a masked loss with a uniform $k/N$, each picture counting alike. Muse draws $r$ from its own density $p(r)$ and averages over the
+hidden *tokens* of a batch, so a rate has the weight $r\,p(r)$ (notebook 4). So the *training* is a diffusion training, re-weighted.
+The autoregressive model needs no bound: the chain rule gives $\log p(x)$ itself. Now both are in nats per token.
 """
 
 # %%
