@@ -16,7 +16,6 @@ Writes toy.json, toy.md and toy_sweep.png into --out; with --docs also into this
 """
 
 import argparse
-import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -24,19 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timing import HERE, machine, markdown, save, write_readme
-from torch import Tensor
 
 from minimuse.data_captions import RELATION_PHRASES
-from minimuse.data_scenes import MATERIALS, SIZES, sample_scene
-from minimuse.editing import tokenize
-from minimuse.eval_metrics import Estimate, frechet_interval, outline_features, paired_difference, proportion_interval
+from minimuse.data_scenes import MATERIALS, SIZES
+from minimuse.eval_metrics import Estimate, paired_difference, proportion_interval
 from minimuse.eval_networks import FIELDS
 from minimuse.eval_prompts import prompt_set
-from minimuse.eval_run import EvalModel, measure, table
-from minimuse.muse import Muse
-from minimuse.utils import to_float, to_pil, to_uint8
+from minimuse.eval_run import measure, table
 
 PARTS = {
     "base": {"base_only": True, "tasks": ["seen", "novel", "counts", "relations", "paraphrases", "negative"]},
@@ -131,37 +125,6 @@ def unchanged(values: dict[str, list[Any]]) -> dict[str, Estimate]:
     return found
 
 
-def outline_ranking(muse: Muse, n: int, seed: int) -> dict[str, Estimate]:
-    """Does the distance of outlines rank pictures as the eye does? n test scenes from `seed` on -> distances.
-
-    Best first: real renders, reconstructions, bicubic of low ones, renders made ragged by 4 px. All are compared with
-    the renders of n other scenes, and each with the next, scene by scene.
-    """
-    model = EvalModel(muse)
-    others, real = (model.real(sample_scene(i, split="test") for i in range(k, k + n)) for k in (seed + n, seed))
-    low, high = tokenize(muse, *to_pil(real))
-    with torch.inference_mode():
-        shown = {"renders": real, "reconstructions": to_uint8(muse.high_tokenizer.decode(high)).cpu()}
-    shown |= {"bicubic": model.enlarged(low), "ragged": ragged(real, 4)}
-    found = {name: outline_features(x) for name, x in shown.items()}
-    far = outline_features(others)
-    ranking = {name: frechet_interval(far, x) for name, x in found.items()}
-    for better, worse in itertools.pairwise(found):
-        ranking[f"{better} less {worse}"] = frechet_interval(far, found[better], less=found[worse])
-    return ranking
-
-
-def ragged(images: Tensor, pixels: float) -> Tensor:
-    """Images (B, 3, H, H) whose pixels come from up to `pixels` away; places 4 px apart move independently."""
-    size = images.shape[-1]
-    moves = torch.rand(len(images), 2, size // 4, size // 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    moves = F.interpolate(moves, size=(size, size), mode="bilinear") * pixels * 2 / size  # the picture is 2 wide
-    at = (torch.arange(size) + 0.5) / size * 2 - 1
-    places = torch.stack(torch.meshgrid(at, at, indexing="xy")) + moves
-    moved = F.grid_sample(to_float(images), places.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
-    return to_uint8(moved)
-
-
 def cell(metric: list[Any]) -> str:
     """A metric of eval.json as the tables show it: "99.3% (98.6 to 99.7)"."""
     return Estimate(*metric).short()
@@ -251,10 +214,6 @@ def page(report: dict[str, Any]) -> str:
         found = {task: {k: Estimate(*v) for k, v in metrics.items()} for task, metrics in tasks.items()}
         text += [f"## {TITLES[name]}\n", f"{how['n']:,} pictures each, seeds from {how['seed']}.\n"]
         text += [table(found) + "\n"]
-    if "outlines" in report:
-        text += ["## Does the distance of outlines rank pictures?\n", outline_ranking.__doc__.split("\n\n")[1].strip()]
-        rows = [[name, cell(found), f"{found[3]}"] for name, found in report["outlines"].items()]
-        text += ["", markdown(["pictures", "Frechet distance of outlines, 95% interval", "n"], rows) + "\n"]
     return "\n".join(text)
 
 
@@ -285,9 +244,6 @@ def main() -> None:
         if name == "cascade":
             how |= {"training": args.run, "tasks": [k for k in how["tasks"] if args.run or k != "decoder"]}
         report["parts"][name] = run(args.checkpoint, args.out / name, how)
-    if "cascade" in names:
-        ranking = outline_ranking(Muse.from_pretrained(args.checkpoint, device="cpu"), min(args.n, 200), seed=5000)
-        report["outlines"] = {name: list(found) for name, found in ranking.items()}
     save(args.out, "toy", report, page(report))
     if "sweep" in names:
         shutil.copy(args.out / "sweep" / "sweep-right.png", args.out / "toy_sweep.png")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimuse.utils import to_uint8
+from minimuse.utils import to_float, to_uint8
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, H, W) twice -> ()
 Features = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B, D)
@@ -165,11 +165,11 @@ def frechet_interval(
     three is of the same prompt, and all are halved alike.
     """
     others = () if less is None else (less,)
-    if others and not len(real) == len(fake) == len(less):
-        raise ValueError(f"got {len(real)}, {len(fake)} and {len(less)} rows, expected features of the same prompts")
     rows = [_rows(real, groups if others else None, 2), *(_rows(x, groups, 2) for x in (fake, *others))]
     if (fewest := min(count for *_, count in rows)) < 4:
         raise ValueError(f"{fewest} rows or groups are too few; give at least 4 real and 4 fake ones")
+    if others and not len(real) == len(fake) == len(less):
+        raise ValueError(f"got {len(real)}, {len(fake)} and {len(less)} rows, expected features of the same prompts")
 
     def distance(real: Tensor, fake: Tensor, *others: Tensor) -> float:
         return frechet_distance(real, fake) - sum(frechet_distance(real, x) for x in others)
@@ -208,6 +208,36 @@ def diversity(features: Tensor, prompts: Sequence[str]) -> Estimate:
     return mean_interval(means)._replace(n=len(rows))
 
 
+def summarize(values: dict[str, list], features: dict[str, Tensor], pairs: dict[str, str]) -> dict[str, Estimate]:
+    """Columns of values and rows of features, "right" or "right, VARIANT" -> metrics of the same names.
+
+    Fractions of True, means of numbers; Frechet distances to the variant "real"; diversity within prompts. `pairs`
+    {"true": "bicubic"} adds the differences "psnr, true less bicubic" and so on, paired by picture.
+    """
+    groups, prompts = values["group"], values["prompt"]
+
+    def interval(name: str, less: str | None = None) -> Estimate:
+        if name in features:
+            real = features[f"{name.partition(', ')[0]}, real"]
+            return frechet_interval(real, features[name], groups, less=features.get(less))
+        if less:
+            return paired_difference(values[name], values[less], groups)
+        return (proportion_interval if isinstance(values[name][0], bool) else mean_interval)(values[name], groups)
+
+    found = {}
+    numbers = [name for name, column in values.items() if not isinstance(column[0], str)]
+    for name in (*numbers, *(name for name in features if not name.endswith("real"))):
+        found[name] = interval(name)
+        metric, _, variant = name.partition(", ")
+        if variant in pairs:
+            less = f"{metric}, {variant} less {pairs[variant]}".replace(",  ", ", ")
+            found[less] = interval(name, f"{metric}, {pairs[variant]}")
+    twice = len(prompts) // 2 * 2  # each prompt comes twice in a row
+    for name in (name for name in features if name.partition(", ")[0] == "frechet"):
+        found[name.replace("frechet", "diversity")] = diversity(features[name][:twice], prompts[:twice])
+    return found
+
+
 def check_images(images: Tensor) -> None:
     """ValueError unless images are (B, C, H, W), uint8 or floats of about [-1, 1]. Decoders go a little beyond."""
     shaped = images.ndim == 4 and images.numel() > 0
@@ -231,8 +261,9 @@ def gmsd(images: Tensor, reconstructed: Tensor) -> Tensor:
     Deviation: the paper first halves the size. That would average away what super-resolution adds.
     """
     prewitt = torch.tensor([[1.0, 0.0, -1.0]] * 3, dtype=torch.double) / 3
-    kernels = torch.stack([prewitt, prewitt.T])[:, None].to(images.device)
-    g, h = (F.conv2d(_gray(x), kernels).square().sum(1).sqrt() for x in _same_shape(images, reconstructed))
+    luminance = prewitt.new_tensor([0.299, 0.587, 0.114])[:, None, None]
+    kernels = torch.stack([prewitt * luminance, prewitt.T * luminance]).to(images.device)  # (2, 3, 3, 3)
+    g, h = (F.conv2d(x, kernels).square().sum(1).sqrt() for x in _same_shape(images, reconstructed))
     similarity = (2 * g * h + 0.0026) / (g.square() + h.square() + 0.0026)
     return similarity.flatten(1).std(1, correction=0)
 
@@ -244,7 +275,7 @@ def outline_features(images: Tensor) -> Tensor:
     edge answers to one of them, a ragged one to many. Each cell of 8 x 8 pixels has the fraction of each orientation in
     its answers. The features are their means and standard deviations over cells. Nothing is learned.
     """
-    spectrum = torch.fft.fft2(_gray(images / 255))  # (B, 1, H, H)
+    spectrum = torch.fft.fft2(to_float(images).mean(1, keepdim=True) / 2)  # (B, 1, H, H)
     across = torch.fft.fftfreq(images.shape[-1], device=images.device)
     frequency, angle = torch.hypot(across, across[:, None]).clamp(min=1e-6), torch.atan2(across[:, None], across)
     narrow = torch.stack([torch.cos(angle - math.pi * i / 16).clamp(min=0) ** 40 for i in range(16)])  # (16, H, H)
@@ -257,14 +288,10 @@ def outline_features(images: Tensor) -> Tensor:
     return torch.cat(found, 1)
 
 
-def _gray(pixels: Tensor) -> Tensor:
-    """RGB (B, 3, H, W) -> luminance (B, 1, H, W)."""
-    return F.conv2d(pixels, pixels.new_tensor([0.299, 0.587, 0.114])[None, :, None, None])
-
-
 def _same_shape(images: Tensor, reconstructed: Tensor) -> tuple[Tensor, Tensor]:
     """Images twice -> their pixels in [0, 1], in double."""
-    check_images(images), check_images(reconstructed)
+    check_images(images)
+    check_images(reconstructed)
     if images.shape != reconstructed.shape:
         raise ValueError(f"images {tuple(images.shape)} and {tuple(reconstructed.shape)}: expected the same shape")
     one, other = (x.double() / 255 if x.dtype == torch.uint8 else (x.double() + 1) / 2 for x in (images, reconstructed))

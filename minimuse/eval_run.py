@@ -24,14 +24,7 @@ import minimuse
 from minimuse import checkpoint, eval_metrics, train_state
 from minimuse.data_scenes import Scene, render
 from minimuse.editing import edit_tokens, inpaint_tokens, tokenize
-from minimuse.eval_metrics import (
-    Estimate,
-    diversity,
-    frechet_interval,
-    mean_interval,
-    paired_difference,
-    proportion_interval,
-)
+from minimuse.eval_metrics import Estimate, proportion_interval, summarize
 from minimuse.eval_networks import FIELDS, Detector, SceneClip
 from minimuse.eval_prompts import PROMPT_SETS, EvalPrompt, matches, parse_prompt, prompt_set
 from minimuse.muse import Muse
@@ -47,8 +40,6 @@ TASKS = (*(name for name in PROMPT_SETS if name != "mixed"), "superres", "tokeni
 BASE_TASKS = TASKS[:6]  # those of the base model alone
 COPIES = {"superres": ("true", "true bicubic", "true tokenizer"), "tokenizers": ("", "low"), "decoder": ("", "before")}
 PAIRED = {"superres": {"true": "true bicubic", "": "bicubic"}, "decoder": {"": "before"}}  # variant -> less which one
-CLOSE = {"psnr": "PSNR in dB", "gmsd": "gradient deviation (GMSD)", "perceptual": "perceptual distance",
-         "frechet of outlines": "Frechet distance of outlines", "frechet": "Frechet distance of contents"}  # fmt: skip
 SWEEP: dict[str, dict[str, dict[str, Any]]] = {  # line of the plot -> point -> settings of the base model
     "guidance": {f"{t}": {"guidance": float(t)} for t in (0, 1, 2, 4, 8)},
     "rising guidance": {f"0-{t}": {"guidance": (0.0, float(t))} for t in (1, 2, 4, 8, 16)},
@@ -130,7 +121,7 @@ class EvalModel:
         return {"before": before, "": torch.where(region[:, None], made, before)}
 
     def superres(self, asked: Asked, seeds: Seeds) -> Variants:
-        """Super-resolution and bicubic enlargement of the base model's tokens, and of the "true" ones of real renders.
+        """Super-resolution and bicubic enlargement, from the base model's tokens and from "true" ones of real renders.
 
         "no text": super-resolution that does not see it. "true tokenizer": the renders reconstructed, a limit.
         """
@@ -139,11 +130,11 @@ class EvalModel:
         low, high = tokenize(self.muse, *to_pil(self.real(ask.scene for ask in asked)))
         without_text = self.muse.decode_superres(jobs, base.tokens, guidance=-1.0)  # l_c - (l_c - l_u) = l_u
         return {
-            "bicubic": self.enlarged(base.tokens),
+            "bicubic": self._bicubic(base.tokens),
             "": self._images(self.muse.decode_superres(jobs, base.tokens)),
             "no text": self._images(without_text),
             "true": self._images(self.muse.decode_superres(jobs, low)),
-            "true bicubic": self.enlarged(low),
+            "true bicubic": self._bicubic(low),
             "true tokenizer": _decoded(self.muse.high_tokenizer, high),
         }
 
@@ -157,8 +148,7 @@ class EvalModel:
         _, tokens = tokenize(self.muse, *to_pil(self.real(ask.scene for ask in asked)))
         return {"before": _decoded(self.before, tokens), "": _decoded(self.muse.high_tokenizer, tokens)}
 
-    def enlarged(self, low: Tensor) -> Tensor:
-        """Low tokens -> their picture at full size, by bicubic interpolation."""
+    def _bicubic(self, low: Tensor) -> Tensor:
         images = to_float(_decoded(self.muse.low_tokenizer, low))
         return to_uint8(F.interpolate(images, size=(self.side, self.side), mode="bicubic"))
 
@@ -196,10 +186,10 @@ class Evaluator:
                 pair = [to_float(x) for x in (images, area_downsample(real, real.shape[-1] // images.shape[-1]))]
                 found |= {name: getattr(eval_metrics, name)(*pair).tolist() for name in ("psnr", "gmsd")}
                 found["perceptual"] = [distance(x[None], y[None]).item() for x, y in zip(*pair, strict=True)]
-            values |= {_key(name, variant): column for name, column in found.items()}
-            features[_key("frechet", variant)] = self.detector.features(images)
+            values |= {f"{name}, {variant}".removesuffix(", "): column for name, column in found.items()}
+            features[f"frechet, {variant}".removesuffix(", ")] = self.detector.features(images)
             if task in COPIES and images.shape == real.shape:
-                features[_key("frechet of outlines", variant)] = eval_metrics.outline_features(images)
+                features[f"frechet of outlines, {variant}".removesuffix(", ")] = eval_metrics.outline_features(images)
         return Batch(values, features, torch.cat([x for x in variants.values() if x.shape == variants[""].shape], 3))
 
     def values(self, images: Tensor, asked: Asked) -> Values:
@@ -217,40 +207,6 @@ class Evaluator:
             "wrong": ["; ".join(verdict.wrong) for verdict in verdicts],
             "score": [round(score, 5) for score in self.clip(images, [ask.prompt for ask in asked]).tolist()],
         }
-
-
-def _key(metric: str, variant: str) -> str:
-    return f"{metric}, {variant}".removesuffix(", ")
-
-
-def summarize(values: Values, features: Variants, pairs: dict[str, str] | None = None) -> Metrics:
-    """Fractions of True, means of numbers; Frechet distances to the real renders, and diversity within prompts.
-
-    `pairs` {"true": "true bicubic"} adds "psnr, true less true bicubic" and so on, the difference paired by picture.
-    """
-    groups, prompts = values["group"], values["prompt"]
-    found: Metrics = {}
-    for name, column in values.items():
-        if not isinstance(column[0], str):
-            interval = proportion_interval if isinstance(column[0], bool) else mean_interval
-            found[name] = interval(column, groups)
-    twice = len(prompts) // 2 * 2  # each prompt comes twice in a row
-    for name, rows in features.items():
-        metric, _, variant = name.partition(", ")
-        if variant != "real":
-            found[name] = frechet_interval(features[f"{metric}, real"], rows, groups)
-        if metric == "frechet":
-            found[_key("diversity", variant)] = diversity(rows[:twice], prompts[:twice])
-    for name in [name for name in found if not name.startswith("diversity")]:
-        metric, _, variant = name.partition(", ")
-        if variant in (pairs or {}):
-            other, less = _key(metric, pairs[variant]), _key(metric, f"{variant} less {pairs[variant]}".strip())
-            if name in values:
-                found[less] = paired_difference(values[name], values[other], groups)
-            else:
-                real = features[f"{metric}, real"]
-                found[less] = frechet_interval(real, features[name], groups, less=features[other])
-    return found
 
 
 def evaluate(
@@ -321,7 +277,7 @@ def _save_task(path: Path, parts: list[Batch]) -> None:
     side, width = images.shape[2:]
     sheet = grid(to_pil(images), captions, max(2, 8 * side // width), max(1, 128 // side))
     atomic_write(path.with_suffix(".png"), partial(sheet.save, format="PNG"))
-    content = {"metrics": summarize(values, features, PAIRED.get(path.stem)), "values": values}
+    content = {"metrics": summarize(values, features, PAIRED.get(path.stem, {})), "values": values}
     atomic_write(path, json.dumps(content, indent=1) + "\n")  # last: now the task is finished
 
 
@@ -333,8 +289,10 @@ def _report(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     report = {"settings": settings, "tasks": found}
     metrics = {name: {key: Estimate(*value) for key, value in each.items()} for name, each in found.items()}
     atomic_write(out / "eval.json", json.dumps(report, indent=1) + "\n")
-    words = superres_table(metrics["superres"], settings.get("superres steps")) if "superres" in metrics else ""
-    atomic_write(out / "eval.md", table(metrics) + "\n" + words)
+    note = (
+        f'\n\nSuper-resolution takes {settings.get("superres steps")} steps. "true": from the tokens of real pictures.'
+    )
+    atomic_write(out / "eval.md", table(metrics) + (note if "superres" in found else "") + "\n")
     for key, title in (("score", "CLIP-like score"), ("right", "all right")) if settings["sweep"] else ():
         plots: dict[str, dict[str, Any]] = {}  # lines that share a plot
         for line, each in SWEEP.items():
@@ -353,31 +311,18 @@ def table(found: dict[str, Metrics]) -> str:
         lines.append(f"| {name} | {metrics['right'].n} | {' | '.join(cells)} |")
     lines += ["", "| task | metric | value and 95% interval | n |", "|---|---|---|---|"]
     for name, metrics in found.items():
-        lines += [f"| {name} | {key} | {m.short()} | {m.n} |" for key, m in metrics.items() if key not in COLUMNS]
+        others = [(key, m) for key, m in metrics.items() if key not in COLUMNS]
+        lines += [f"| {name} | {key} | {m.short()}{_verdict(name, key, m)} | {m.n} |" for key, m in others]
     return "\n".join(lines)
 
 
-def superres_table(found: Metrics, steps: int | None) -> str:
-    """Markdown: super-resolution against bicubic enlargement of the same low tokens, and in words what is better."""
-    text = (
-        "\nSuper-resolution against bicubic enlargement of the same low tokens, paired by picture, with 95% intervals. "
-    )
-    text += (
-        f"Steps of super-resolution: {steps}. A high PSNR is good, as are low distances and deviations. The tokenizer "
-    )
-    text += (
-        "reconstructs the real pictures, which is a limit.\n\n| low tokens of | metric | super-resolution | bicubic "
-    )
-    text += "| tokenizer | difference | super-resolution is |\n" + "|---" * 7 + "|\n"
-    for variant, origin in (("true", "real pictures"), ("", "the base model")):
-        other = PAIRED["superres"][variant]
-        for metric, title in CLOSE.items():
-            if less := found.get(_key(metric, f"{variant} less {other}".strip())):
-                verdict = "better" if (less.value > 0) == (metric == "psnr") else "worse"
-                verdict = "not told apart" if less.low <= 0 <= less.high else verdict
-                cells = [found[_key(metric, name)].short() for name in (variant, other, "true tokenizer")]
-                text += f"| {' | '.join([origin, title, *cells, less.short(), verdict])} |\n"
-    return text
+def _verdict(task: str, key: str, m: Estimate) -> str:
+    """ ": better" and so on, for a difference of PAIRED variants."""
+    metric, _, variants = key.partition(", ")
+    if task not in PAIRED or "less" not in variants.split():
+        return ""
+    better = (m.value > 0) == (metric in ("right", "clear", "score", "psnr"))
+    return ": cannot be told apart" if m.low <= 0 <= m.high else ": better" if better else ": worse"
 
 
 def measure(
