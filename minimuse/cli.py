@@ -89,8 +89,9 @@ def _guidance(text: str) -> float | tuple[float, ...] | str:
 
 
 GUIDANCES = "constant, rising, falling, interval, power-cosine"
-SAMPLERS = """muse, maskgit, amused, halton, lucidrains, mdlm, remdm_cap, remdm_rescale, remdm_conf, p2, moment,
-choose_then_sample, eb, fast_dllm, klass, beta, token_critic, informed, top_p"""
+SAMPLERS = """muse, maskgit, amused, halton, lucidrains, meissonic, muse_pytorch, titok, maskgen, maskbit, llada,
+nanomaskgit, remdm_conf, p2, moment, fast_dllm, klass, beta, token_critic, informed, mdlm, remdm_cap, remdm_rescale,
+choose_then_sample, eb, top_p"""
 COUNT = _number(1, 10_000, int)
 MANY = _number(1, 1_000_000, int)
 COUNT_OR_0 = _number(0, 10_000, int)
@@ -201,14 +202,25 @@ def _making_options(command: Callable) -> None:
 def _measuring_options(command: Callable) -> None:
     """Options of compare, eval and info."""
     add = command("compare", "measure schedules and orders in a world or on a model", "seed", "device")
-    add("--world", default="mixture", help="mixture, chain or potts (default: mixture)")
+    add("--world", default="mixture", help="mixture, chain, potts or labels (default: mixture)")
     add("--muse", metavar="MODEL", help="the base model of this checkpoint instead of a world")
     add("--amused", metavar="MODEL", help="these aMUSEd weights instead of a world; needs --data and --clip")
     add("--data", metavar="FOLDER", help="for --amused: captioned pictures, for prompts and FID")
     add("--clip", metavar="MODEL", help="for --amused: a CLIP of transformers")
-    add("--schedule", type=_each(_name), default=["cosine"], help="such as cosine,pow2,bound2 (adaptive, 2 nats)")
+    add(
+        "--schedule",
+        type=_each(_name),
+        default=["cosine"],
+        help="such as cosine,pow2,optimal,bound2 (adaptive, 2 nats)",
+    )
     add("--order", type=_each(_name), default=["confidence"], help="comma-separated, the orders of generate")
     add("--sampler", "--preset", dest="preset", type=_each(_name), default=[], help=SAMPLERS + ", as in p2:0.5")
+    add(
+        "--guidance",
+        type=_each(_guidance),
+        default=[],
+        help="also the first schedule and order with each; worlds: only labels",
+    )
     add("--steps", type=_each(COUNT), default=[4, 8, 16], help="comma-separated (default: 4,8,16)")
     add("--samples", type=MANY, help="number of samples (default: 4096 of a world, 512 of a model)")
     add("--out", type=Path, help="folder for the report: tables and figures")

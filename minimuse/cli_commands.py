@@ -277,7 +277,9 @@ def run_compare(args: argparse.Namespace) -> None:
         require(args.world in lab.WORLDS, f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
         target = lab.WORLDS[args.world]()
     out = None if args.force else args.out  # compare refuses a folder with another report
-    settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": out}
+    first = {"schedule": args.schedule[0], "order": args.order[0]}
+    presets = {x: x for x in args.preset} | {f"guidance {g}": first | {"guidance": g} for g in args.guidance}
+    settings = {"presets": presets, "samples": args.samples, "seed": args.seed, "out": out}
     report = lab.compare(target, args.schedule, args.order, args.steps, **settings)
     print(report.table())
     if len(args.schedule) * len(args.order) > 1:
