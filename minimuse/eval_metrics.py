@@ -238,26 +238,22 @@ def summarize(values: dict[str, list], features: dict[str, Tensor], pairs: dict[
     {"true": "bicubic"} adds the differences "psnr, true less bicubic" and so on, paired by picture.
     """
     groups, prompts = values["group"], values["prompt"]
-
-    def interval(name: str, less: str | None = None) -> Estimate:
-        if name in features:
-            real = features[f"{name.partition(', ')[0]}, real"]
-            return frechet_interval(real, features[name], groups, less=features.get(less))
-        if less:
-            return paired_difference(values[name], values[less], groups)
-        return (proportion_interval if isinstance(values[name][0], bool) else mean_interval)(values[name], groups)
-
-    found = {}
-    numbers = [name for name, column in values.items() if not isinstance(column[0], str)]
-    for name in (*numbers, *(name for name in features if not name.endswith("real"))):
-        found[name] = interval(name)
-        metric, _, variant = name.partition(", ")
-        if variant in pairs:
-            less = f"{metric}, {variant} less {pairs[variant]}".replace(",  ", ", ")
-            found[less] = interval(name, f"{metric}, {pairs[variant]}")
     twice = len(prompts) // 2 * 2  # each prompt comes twice in a row
-    for name in (name for name in features if name.partition(", ")[0] == "frechet"):
-        found[name.replace("frechet", "diversity")] = diversity(features[name][:twice], prompts[:twice])
+    columns = {name: column for name, column in {**values, **features}.items() if not isinstance(column[0], str)}
+    found = {}
+    for name, column in columns.items():
+        metric, _, variant = name.partition(", ")
+        less = columns[f"{metric}, {pairs[variant]}"] if variant in pairs else None
+        gap = f"{metric}, {variant} less {pairs.get(variant)}".replace(",  ", ", ")
+        if name in values:
+            found[name] = (proportion_interval if isinstance(column[0], bool) else mean_interval)(column, groups)
+            found |= {gap: paired_difference(column, less, groups)} if less else {}
+        elif variant != "real":
+            real = features[f"{metric}, real"]
+            found[name] = frechet_interval(real, column, groups)
+            found |= {gap: frechet_interval(real, column, groups, less=less)} if less is not None else {}
+        if metric == "frechet":
+            found[name.replace("frechet", "diversity")] = diversity(column[:twice], prompts[:twice])
     return found
 
 
