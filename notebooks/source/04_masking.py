@@ -149,7 +149,7 @@ there to be tried; each is at the same time a density for training.
 Does it matter which? At equal compute, nano's base model trained three times with each (`benchmarks/training_densities.py`,
 [its table](../benchmarks/densities.md)): the *second* reading is a little better than the paper's, 0.08 nats per token in section 4's
 bound and 4 to 5 points in pictures that are right; the uniform density lies between them; BERT's 15% falls far behind.
-This was measured in 800 steps of a small model; it does not tell how the paper's model would do.
+This was measured in 800 steps of a small model; it does not show how the paper's model would do.
 """
 
 # %%

@@ -83,7 +83,7 @@ def best_guess(tokens, memory):
 # %% [markdown]
 r"""
 **Predict, then run.** We hide 70% of this scene, and lie about it: the text says "a green cylinder". Will the model
-draw what it *sees*, what it is *told*, or something between? And what does it do with the same lie if nothing is
+draw what it *sees*, what the *text* says, or something between? And what does it do with the same lie if nothing is
 visible?
 """
 
@@ -114,9 +114,9 @@ grid(
 
 # %% [markdown]
 r"""
-Something between. The visible tokens settle where a thing stands and how large it is, and no sentence talks the model
-out of that; but the text repaints what is hidden. Both are evidence, and the model weighs them place by place. Where
-nothing is seen, the text alone decides. (The two pictures on the right are no good pictures, for a reason that notebook
+Something between. The visible tokens settle where a thing stands and how large it is, and no sentence changes
+that; but the text repaints what is hidden. Both are evidence, and the model weighs them place by place. Where
+nothing is seen, only the text decides. (The two pictures on the right are bad, for a reason that notebook
 7 is about: the likeliest code of each place *by itself* does not make one.)
 """
 
@@ -189,7 +189,7 @@ and takes a weighted mean of the values:
 
 $$a_{ij} = \operatorname{softmax}_j\!\left(\frac{q_i \cdot k_j}{\sqrt d}\right), \qquad y_i = \sum_j a_{ij}\, v_j .$$
 
-$d$ is the length of $q$ and $k$; without $\sqrt d$ the softmax would harden as vectors get longer. It happens in several
+$d$ is the length of $q$ and $k$; without $\sqrt d$ the softmax would saturate for long vectors. It happens in several
 *heads* side by side, each with $d = D / \text{heads}$ channels of its own.
 """
 
@@ -303,8 +303,8 @@ check_attention(my_attention)
 r"""
 ## 4. The whole network
 
-A **layer** is three small steps, each *added* to what is there: look at the other tokens, read the text, think it over
-(an MLP: two linear maps with a bend between, each token by itself). Before each step the vectors are normalized. Layers
+A **layer** is three small steps, each *added* to what is there: look at the other tokens, read the text, process the result
+(an MLP: two linear layers with a nonlinearity between, applied to each token separately). Before each step the vectors are normalized. Layers
 are stacked; a last linear map,
 the *head*, turns each vector into $V$ logits.
 """
@@ -411,7 +411,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-The number is the piece's share of all attention. It is no map of "where is the cube": the vector of each piece comes
+The number is the piece's share of all attention. It is not a map of "where is the cube": the vector of each piece comes
 from a language model that has read the whole sentence, so that *sphere* knows that it is small and blue, and even the
 marks at the beginning and the end carry something of all of it. A bright word is read much; it may not be the only
 one that says so.
@@ -447,7 +447,7 @@ plt.show()
 # %% [markdown]
 r"""
 White places are visible; the number is the mean over the hidden ones. Colours move predictions where their thing is
-(top row) or may be (bottom row), and leave other places alone. And a column that stays dark in both rows? Either the
+(top row) or may be (bottom row), and do not change other positions. And a column that stays dark in both rows? Either the
 word shows only in how tokens fit *together*, as a shape does, while each prediction is about one token by itself,
 averaged over all places where the thing may stand. Or the model has not learned to read it: small ones have trouble
 with *left* and *right*. From outside, the two look the same.
@@ -476,7 +476,7 @@ plt.show()
 # %% [markdown]
 r"""
 Each picture has a scale of its own. The heads differ: some look close by, some far off, some spread over much of the
-picture. Nobody told them to share the work; it is what training made of them.
+picture. No rule assigns them this work; training did.
 """
 
 # %% [markdown]
@@ -877,8 +877,8 @@ grid(
 
 # %% [markdown]
 r"""
-Given some time, the *better* loss is the broken one. It learns to copy, and `[MASK]`, which it never sees, tells it
-nothing. The curve is the symptom: a masked loss that falls through the floor within minutes is no success. `minimuse doctor` has a
+Given some time, the *better* loss is the broken one. It learns to copy, and `[MASK]`, which it never sees, means nothing to
+it. The curve is the symptom: a masked loss that falls to nearly 0 within minutes is not a success. `minimuse doctor` has a
 test that needs no second training: hide one token, let its *true* value be each code in turn, and add up the
 probabilities that the model gives to what is true. They are one distribution, so the sum is 1, unless the model peeks.
 """

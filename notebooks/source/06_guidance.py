@@ -100,7 +100,7 @@ r"""
 
 Let us stop a decode when about half of the tokens are fixed, and ask the model for its logits twice: once with the
 prompt, $\ell_c$ (*conditional*), and once with the text removed, $\ell_u$ (*unconditional*). What "removed" means,
-we shall see in section 3.
+section 3 explains.
 """
 
 # %%
@@ -221,7 +221,7 @@ And what is the ratio? $p_c(x)$ is $p(x \mid \text{text})$, $p_u(x)$ is $p(x)$, 
 
 $$\frac{p(x \mid \text{text})}{p(x)} = \frac{p(\text{text} \mid x)}{p(\text{text})}.$$
 
-That is a *classifier*: how well a picture with $x$ in it tells that this was its caption. Guidance multiplies the
+That is a *classifier*: how strongly a picture with $x$ in it suggests that this was its caption. Guidance multiplies the
 model with the $t$-th power of it, and nobody had to train it: it is a quotient of two predictions of one network.
 Let us check the first equation with the logits above.
 """

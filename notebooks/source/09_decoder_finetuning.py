@@ -2,7 +2,7 @@
 r"""
 # 9. Fine-tuning the decoder
 
-*A better reader for the same words: why the decoder may grow after everything else is trained, and why nothing else may.*
+*A better decoder for the same tokens: why the decoder may grow after everything else is trained, and why nothing else may.*
 
 |  |  |
 |---|---|
@@ -41,7 +41,7 @@ style()
 r"""
 Super-resolution has filled the fine grid, and the tokenizer's **decoder** turns it into pixels. Small faces and thin lines
 come out mushy. Retraining everything with more tokens would cost weeks. Muse does something cheaper: it makes the
-*decoder* bigger and trains **it alone**, with all the rest frozen.
+*decoder* bigger and trains **only it**, with all the rest frozen.
 
 Why is that allowed for the decoder, and for nothing else? That is the question of this notebook.
 """
@@ -104,8 +104,8 @@ grid(
 
 # %% [markdown]
 r"""
-As a tokenizer the twin is perfect, and with our transformers it is useless. A token's number means something by agreement
-alone. Train encoder or codebook any further and the agreement shifts: the transformers go on speaking the old language.
+As a tokenizer the twin is perfect, and with our transformers it is useless. A token's number means something only by
+agreement. Train encoder or codebook any further and the agreement shifts: the transformers go on speaking the old language.
 
 The **decoder** is not part of the agreement. It only listens. Any function from tokens to pixels may take its place, and the
 better one wins.
@@ -271,7 +271,7 @@ outputs $y'$:
 
 $$\begin{pmatrix} y \\ y' \end{pmatrix} = \begin{pmatrix} W & 0 \\ A & B \end{pmatrix}\begin{pmatrix} x \\ x' \end{pmatrix}$$
 
-Old outputs listen to old inputs alone. New outputs listen to everyone, by random $A$ and $B$, and nobody listens to them yet. A
+Old outputs read only old inputs. New outputs read all inputs through random $A$ and $B$; no later layer reads them yet. A
 convolution is such a matrix at each place of its kernel.
 """
 
@@ -436,8 +436,8 @@ plt.show()
 # %% [markdown]
 r"""
 The zeros learn, and the random weights do not. For a weight, the gradient is *(what comes in) times (how much the loss cares about
-what goes out)*. New inputs are not zero, and the loss cares about old outputs, so that the block of zeros moves at once. About new
-outputs nobody cares yet, so $A$ and $B$ stand still; one step later the zeros are zeros no more, and all of it learns.
+what goes out)*. New inputs are not zero, and the loss cares about old outputs, so that the block of zeros moves at once. No
+loss depends on the new outputs yet, so $A$ and $B$ stand still; one step later the zeros are zeros no more, and all of it learns.
 """
 
 # %% [markdown]
@@ -479,7 +479,7 @@ print("encoder and codebook:", frozen_before, "  decoder:", learning_before)
 r"""
 ## 5. Fine-tune while you watch
 
-Is a gain due to the *size*, or just to more *steps*? Only a fair race tells. Three runners begin at the same function: the small
+Is a gain due to the *size*, or just to more *steps*? Only a fair race shows it. Three runners begin at the same function: the small
 decoder trained on, the grown one, and a still wider one. Same pictures, same order, same steps.
 """
 
@@ -773,8 +773,8 @@ grid(pictures, ["small decoder"] * 3 + ["grown, without the zeros"] * 3, columns
 
 # %% [markdown]
 r"""
-It trains, and after a while it may be as good. But what the small decoder had learned is lost at the start, and nobody sees it from the
-final number alone. The cheap test is the one that we did above: **before the first step, nothing may change**.
+It trains, and after a while it may be as good. But what the small decoder had learned is lost at the start, and the
+final number does not reveal it. The cheap test is the one that we did above: **before the first step, nothing may change**.
 """
 
 # %% [markdown]

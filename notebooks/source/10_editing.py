@@ -437,8 +437,8 @@ print(
 r"""
 After a hundred iterations next to *nothing* is left that was not redrawn, about nine times over. So what keeps the picture? **Nothing but its
 neighbours.** A token is redrawn in sight of all others; floor amid floor comes back as floor, maybe as another code that looks the same. What all
-agree on stays, and what the prompt contradicts is outvoted, little by little. It is a vote, not a lock: an edit holds no promise to
-keep anything.
+agree on stays, and what the prompt contradicts is outvoted, little by little. It is a vote, not a lock: an edit
+guarantees nothing.
 """
 
 # %% [markdown]

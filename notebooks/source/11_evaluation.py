@@ -305,8 +305,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-Wilson's zigzags around the promise, since $k$ is a whole number; the schoolbook's falls off a cliff near 1. Of a model that is
-right in 98% of its pictures it most often says that it cannot be.
+Wilson's zigzags around the promise, since $k$ is a whole number; the schoolbook's falls off a cliff near 1. For a model with a
+true rate of 98%, the textbook interval usually excludes 98%.
 """
 
 # %% [markdown]
@@ -366,7 +366,7 @@ r"""
 
 Now forget prompts. Here is a heap of real pictures, there a heap of drawn ones; are they heaps of the same kind? A network
 turns each picture into a vector of features, and we compare the two clouds of vectors. The comparison that everybody uses takes
-from each cloud its mean and its covariance alone, as if both were Gaussian.
+from each cloud only its mean and its covariance, as if both were Gaussian.
 
 In one dimension, with means $m_1, m_2$ and standard deviations $s_1, s_2$, the **Frechet distance** is
 
@@ -572,7 +572,7 @@ line through the origin: the bias is about $c / n$. Three rules follow:
 
 - Only figures of equal $n$ compare, against the same real pictures. A paper with 30,000 pictures "beats" one with 5,000 for free.
 - The bias is known in form, so it can be estimated: $2 d^2(n) - d^2(n / 2)$ is free of any $c / n$. `frechet_interval(..., extrapolate=True)` does that.
-- Copies of a row would make it worse, so that the usual bootstrap lies here. Our intervals come from random *halves*.
+- Resampling with duplicates increases the bias, so the usual bootstrap is misleading here. Our intervals come from random *halves*.
 
 Below, *drawn* and *real* are heaps of different $n$, so that only the extrapolated figures compare.
 """
@@ -878,7 +878,7 @@ grid(
 # %% [markdown]
 r"""
 No figure catches all of them. Shuffled captions have the model's own Frechet distance, and more diversity than it; fit finds them out. One idea
-is about as right as the model is and hardly farther from real pictures; diversity alone drops, to 0. The untrained model is far from everything and still
+is about as right as the model is and hardly farther from real pictures; only diversity drops, to 0. The untrained model is far from everything and still
 diverse. So whoever shows one number has chosen which mistakes you will not see.
 
 There is a fifth that passes them all: a model that has learned its training pictures by heart. Held-out combinations, the set `novel`, are the
@@ -990,7 +990,7 @@ r"""
 - Frechet distance compares means and covariances of features. It sees no prompts, depends on its network, and is larger for fewer pictures.
 - CLIP score sees fit, and hardly sees who is left of whom. It has no zero.
 - Guidance trades fit against realness and variety; models are compared by whole fronts.
-- Each figure alone can be fooled. Bad models on purpose show by what; fresh seeds, counted once, keep you honest with yourself.
+- Each measure by itself can be fooled. Bad models on purpose show by what; fresh seeds, counted once, keep you honest with yourself.
 """
 
 # %% [markdown]

@@ -139,7 +139,7 @@ for name, config in configs.items():
 
 # %% [markdown]
 r"""
-**Predict, then run.** The formula counts layers alone. Embeddings of the codes, the projection of the text, and the output head
+**Predict, then run.** The formula counts only the layers. Embeddings of the codes, the projection of the text, and the output head
 come on top. Nano has a few hundred codes, the 3B model 8,192. In which of them are these extras the larger *share* of all parameters?
 """
 
@@ -173,7 +173,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-In nano, although it has few codes. Layers grow with $D^2$ and with their number, embeddings with $D$ alone: the larger the model, the less they weigh.
+In nano, although it has few codes. Layers grow with $D^2$ and with their number, embeddings only with $D$: the larger the model, the less they weigh.
 Rules of thumb about "the parameters" are rules about layers, so they hold for large models and mislead for tiny ones.
 """
 
@@ -261,7 +261,7 @@ for name, b in base.items():
 
 # %% [markdown]
 r"""
-The rule is good to about fifteen percent: attention adds to it, in `toy` also the layer that reads the text, and the embedding of codes and the keys and values of a short text take away.
+The rule is good to about fifteen percent: attention adds to it, in `toy` also the layer that reads the text, and the embedding of codes (a lookup) and the keys and values of a short text cost less than $6P$ suggests.
 
 **Predict, then run.** Super-resolution has 4,096 tokens in the paper, 16 times the base model's 256. In a layer of width 1,024, which costs more:
 all matrices together, or the $N^2$ products of full attention?
@@ -380,7 +380,7 @@ plt.show()
 # %% [markdown]
 r"""
 **Predict, then run.** The paper's batch is 512 pictures. With Adafactor, how many fit at once on an accelerator of this size: hundreds, dozens, or a handful?
-And with **activation checkpointing**, where each layer saves its input alone, and runs again when the backward pass needs the rest?
+And with **activation checkpointing**, where each layer saves only its input, and runs again when the backward pass needs the rest?
 """
 
 # %%
@@ -739,7 +739,7 @@ since it has 16 times the tokens. And the decoder, which has the fewest paramete
 r"""
 ## What failure looks like
 
-**The envelope that forgets activations.** "AdamW, 16 bytes a parameter, 80 GB: a model of 5 billion fits." It does, with a batch of nothing.
+**The envelope that forgets activations.** "AdamW, 16 bytes a parameter, 80 GB: a model of 5 billion fits." It fits, but leaves no room for any batch.
 For 3 billion, the same envelope promises room to spare; here is what happens as the batch grows.
 """
 

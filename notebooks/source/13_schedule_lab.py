@@ -36,7 +36,7 @@ style()
 
 # %% [markdown]
 r"""
-## 1. Two errors, and how to see one alone
+## 1. Two errors, and how to see only one
 
 A parallel decode reveals a set $S_1$ of tokens, then $S_2$ given those, and so on for $T$ steps. Within a step each
 token is drawn by itself, as if the others of the step did not exist. So even a perfect network samples not from the
@@ -50,7 +50,7 @@ $S_{<t}$ all tokens revealed before step $t$ and $H$ the entropy in nats:
 $$\mathrm{KL}(p \,\|\, q) = \sum_{t=1}^{T} \Big[ \sum_{i \in S_t} H(x_i \mid x_{S_{<t}}) - H(x_{S_t} \mid x_{S_{<t}}) \Big].$$
 
 It is zero where the tokens of a step are independent given the earlier ones. A trained network adds an error of its
-own; to see the schedule's alone we need a $p$ whose conditionals are exact.
+own; to see only the schedule's we need a $p$ whose conditionals are exact.
 """
 
 # %% [markdown]
@@ -83,9 +83,9 @@ r"""
 
 A **world** is a distribution over a grid of $N$ tokens with $V$ codes, small enough to sum over all pictures at once:
 
-- `MixtureWorld`: first one of $K$ pictures is chosen, then each token by itself. Every token tells of all others, as
-  the colour of one patch of a cube tells of the cube.
-- `ChainWorld`: a Markov chain along the rows. A token tells of its neighbours and little of what is far.
+- `MixtureWorld`: first one of $K$ pictures is chosen, then each token by itself. Every token carries information about all others, as
+  the colour of one patch of a cube does about the cube.
+- `ChainWorld`: a Markov chain along the rows. A token carries information about its neighbours and little about what is far.
 - `PottsWorld`: spins on a strip that like their neighbours' state, in two dimensions.
 """
 
@@ -131,7 +131,7 @@ r"""
 How do worlds differ for a decoder? Reveal the true tokens of samples one after another in random order, and watch the
 mean entropy of those still hidden.
 
-**Predict, then run.** In one world the first ten tokens tell all that there is to be told of the others; in the two
+**Predict, then run.** In one world the first ten tokens determine all that can be known about the others; in the two
 others the uncertainty falls slowly, to the very end. Which is which?
 """
 
@@ -200,7 +200,7 @@ plt.show()
 # %% [markdown]
 r"""
 In one step nearly all probability is gone: every token is right *for some* picture, none for all. Four steps still
-leave a tail to the left, pictures that began in two minds. Sixteen look like the truth, but looks are no measure.
+leave a tail to the left, pictures that began in two minds. Sixteen look like the truth, but looks are not a measure.
 """
 
 # %% [markdown]
@@ -215,7 +215,7 @@ r"""
 | `excess_nll` | $E_q[-\log p(y)] - H(p)$: above 0 impossible pictures, below 0 *mode seeking* | all |
 | `singles`, `pairs` | squared distance of the distributions of one token, and of two | all |
 
-For `kl` the decoder walks along its own path but is shown the truth wherever it reveals, and so tells $q(x)$:
+For `kl` the decoder walks along its own path but is shown the truth wherever it reveals, which gives $q(x)$:
 """
 
 # %%
@@ -370,7 +370,7 @@ entropy order costs most. In the chain the surest places are those right beside 
 so that long runs are drawn blindly at once. In the mixture places are alike, and spreading buys nothing: Halton and
 random are hard to tell apart. **Halton wins where near means dependent.**
 
-Confidence, Muse's order, has no `kl` here: it looks at what was drawn, so its $q$ is no product along a path.
+Confidence, Muse's order, has no `kl` here: it looks at what was drawn, so its $q$ is not a product along a path.
 
 **Predict, then run.** Confidence keeps the draws that were most probable, and throws the others back. Will its
 pictures be *less* likely than the truth's (impossible mixtures), or *more* likely (the same few typical pictures)?
@@ -401,7 +401,7 @@ print(known.table(metrics=("excess_nll", "singles", "pairs")))
 # %% [markdown]
 r"""
 `singles` and `pairs` are distances to the truth's own statistics. The noise costs nothing and mends most of the
-distance; Halton order hardly has any. None is best in all columns: that is why there is more than one.
+distance; Halton order hardly has any. No order is best in every column.
 """
 
 # %% [markdown]
@@ -433,7 +433,7 @@ r"""
 ## 8. A trained model
 
 Now the network errs too, and nobody knows its truth. What can be asked: are its pictures *right*, and are they *like
-real ones*? `compare` takes a `Muse` in the world's place. It draws with the base model alone (its low-resolution
+real ones*? `compare` takes a `Muse` in the world's place. It draws with only the base model (its low-resolution
 pictures, decoded by the low tokenizer), on captions of held-out scenes with one or two things:
 
 - **accuracy**: share of pictures in which everything the prompt names is right, by the detector;
@@ -591,10 +591,10 @@ r"""
 
 **A grid of progress that ends too early.** With `linspace(0, 1, T)` the first step sees $u = 0$ and leaves everything
 masked, so that $T$ steps do the work of $T - 1$ (mistake 9 of the zoo; our decoder reveals one token even then). A
-decode that does so still ends with no token masked, and nothing looks amiss; the counts and the lab tell.
+decode that does so still ends with no token masked, and nothing looks amiss; the counts and the lab show it.
 
 **Comparing without pairing.** The intervals of two figures, added up as if they had nothing in common, against the
-interval of their paired difference. What is hard for one sampler is mostly hard for the other, and drops out.
+interval of their paired difference. Prompts that are hard for one sampler are usually hard for the other, so their difficulty cancels.
 """
 
 # %%

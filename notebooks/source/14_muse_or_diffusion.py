@@ -202,8 +202,8 @@ The square roots keep the variance at 1. The network sees $x_s$, $s$ and the tex
 
 How does it say it? Where all is noise, $\varepsilon$ is what the network sees, and to repeat it is easy; but the picture that follows from
 it, $(x_s - \sqrt{1 - a_s}\,\varepsilon) / \sqrt{a_s}$, divides by nearly nothing, so that the smallest error is
-fatal just where a picture begins. So our head says the *velocity* $v = \sqrt{a_s}\,\varepsilon - \sqrt{1 - a_s}\,x$: mostly noise where the
-picture is clear, mostly picture where all is noise. The noise follows by one line, and divided by $a_s$ its squared error is
+fatal just where a picture begins. So our head says the *velocity* $v = \sqrt{a_s}\,\varepsilon - \sqrt{1 - a_s}\,x$: close to $\varepsilon$ at
+low noise, close to $-x$ at high noise. The noise follows by one line, and divided by $a_s$ its squared error is
 that of $v$, the same size at every level:
 """
 
@@ -361,9 +361,9 @@ Gray is where the logits move; on the dotted line is each token's own position. 
 the logits of *later* positions, and not those of its own: position $i$ is predicted from the tokens before it. In
 `CausalTransformer.forward` that is one line, which moves all tokens on by one position and puts [MASK] before the first.
 
-### adaLN-Zero: how the DiT is told the time, and how it begins
+### adaLN-Zero: how the DiT reads the time, and how it begins
 
-Muse's network needs no clock: the number of [MASK]s tells how far the picture is. Noise does not count itself, so the DiT is told
+Muse's network needs no clock: the number of [MASK]s says how far the picture is. Noise cannot be counted, so the DiT also reads
 $s$. Each block turns it into a shift, a scale and a gate:
 
 $$x \leftarrow x + g(s) \cdot \text{attention}\big(\text{norm}(x)\,(1 + \gamma(s)) + \beta(s)\big),$$
@@ -828,7 +828,7 @@ plt.show()
 r"""
 **An autoregressive model that sees its own answer.** Forget to move the tokens on by one place, and the loss falls to nearly
 nothing within a minute, while what is drawn is garbage: at each place the model copies the token that it is asked for. You need not train
-to find out. Look at who sees whom, as in section 4. The diagonal tells: no token may move the logits of its own place. (In the right picture the
+to find out. Look at who sees whom, as in section 4. The diagonal shows it: no token may move the logits of its own place. (In the right picture the
 first token is seen by nobody; that comes from how we move them back.)
 """
 
@@ -845,7 +845,7 @@ r"""
 ## Summary
 
 Muse, DiT and an autoregressive transformer learn to mend spoiled pictures; they spoil by masks, by noise, by hiding
-what comes later. DiT works on continuous latents, must be told the time, and revises the whole picture at each step. Muse works on
+what comes later. DiT works on continuous latents, must read the time, and revises the whole picture at each step. Muse works on
 tokens, reads the time off its masks, and keeps what it is sure of, which is why few steps suffice. Its training is that of
 absorbing diffusion with another weight, and bounds the likelihood; its sampler is not. Guidance, the text's way in and the tokenizer are the same
 for all.
