@@ -123,9 +123,7 @@ def verdict(image, prompt):
 
 
 verdicts = [verdict(i, p) for i, p in zip(drawn, prompts, strict=True)]
-grid(
-    drawn, [f"{p}: {v}" for p, v in zip(prompts, verdicts, strict=True)], columns=len(prompts)
-)
+grid(drawn, [f"{p}: {v}" for p, v in zip(prompts, verdicts, strict=True)], columns=len(prompts))
 
 # %% [markdown]
 r"""
@@ -270,7 +268,7 @@ r"""
 If the model can fill any holes, it can fill a grid that is all holes. But not all at once.
 
 **Predict, then run.** Below are coarse pictures of one prompt, drawn in 1 step, in 2, in 4 and in as many as the
-checkpoint likes. In one step every token is drawn at the same moment, so that none knows what the others became.
+checkpoint likes. In one step every token is drawn at the same moment, so none knows what the others became.
 What will be in the first row: two cubes that are out of focus, two cubes in wrong colours, or something else?
 """
 
@@ -376,7 +374,7 @@ assert middle > fixed[[0, -1]].mean() + 2, "the middle is not fixed late"
 r"""
 ### Guidance: how much the text counts (Muse 2.7, notebook 6)
 
-In training the text is removed from 10% of the examples, so that the model also knows pictures *without* a text. When
+In training the text is removed from 10% of the examples, so the model also knows pictures *without* a text. When
 drawing, both predictions are made, and the difference that the text makes is exaggerated by a scale $t$:
 
 $$\ell_g = (1 + t)\,\ell_c - t\,\ell_u$$
@@ -399,7 +397,9 @@ grid(rows, captions, columns=PICTURES, scale=1 + 64 // first.width)
 
 # %% [markdown]
 r"""
-GUIDANCE_TEXT
+The pictures of a column share their seed. A little guidance changes some of them towards the prompt. With a very large scale the model
+picks tokens it has hardly seen together, and stray fragments appear. Muse lets $t$ rise during the decode: variety first,
+faithfulness later. Notebook 6 counts what it does.
 """
 
 # %% [markdown]
@@ -458,7 +458,9 @@ grid(pictures, outside, columns=3)
 
 # %% [markdown]
 r"""
-OUTSIDE_TEXT
+No dogs, no chess: objects on a floor. *Crimson*, *ball*, *tiny*, *shiny* and *block* were in no training caption either.
+But the language model has read them elsewhere and puts them near *red*, *sphere*, *small*, *metal* and *cube*, so
+these pictures may be partly right. How far that carries is measured in notebook 2.
 """
 
 # %% [markdown]

@@ -2,8 +2,7 @@
 r"""
 # 2. Scenes, captions, and what a language model knows
 
-*Two things that Muse does not learn: the world that it draws, which we make ourselves, and the language, which others
-have taught a network before us.*
+*Muse does not learn two things: the data, which we generate, and the language, for which it uses a pre-trained model.*
 
 |  |  |
 |---|---|
@@ -40,7 +39,7 @@ r"""
 
 Photographs and their captions come by the hundred million (Muse was trained on 460 million pairs, which nobody
 outside of its lab has). Ours come from a program. That has one great advantage besides its size: for each picture we
-know what is in it, so that "is this picture right?" has an answer.
+know what is in it, so "is this picture right?" has an answer.
 """
 
 # %%
@@ -106,7 +105,7 @@ grid(
 # %% [markdown]
 r"""
 *test* has the same pairs as *train* in other scenes; *novel* has a held-out pair in every scene. All else is random,
-within limits: things stand apart, within the frame, and hide little of each other.
+within limits: objects stand apart, within the frame, and hide little of each other.
 
 ### Left of, behind
 
@@ -220,7 +219,7 @@ r"""
 ### Exercise 2.1: one vector for a prompt
 
 To compare prompts we want one vector each: the mean over the real tokens. Write it. The stub takes the mean over
-all $L$ places.
+all $L$ positions.
 """
 
 
@@ -404,7 +403,7 @@ for i, (name, (seen, new, _)) in enumerate(found.items()):
 chance = [1 / len(values) for values in FIELDS.values()]
 ax.hlines(chance, at - 0.42, at + 0.42, color="k", ls=":", label="chance")
 ax.set_xticks(at, FIELDS)
-ax.set(ylabel="share read right", ylim=(0, 1.5), yticks=[0, 0.5, 1])
+ax.set(ylabel="fraction read right", ylim=(0, 1.5), yticks=[0, 0.5, 1])
 ax.legend(fontsize=9, ncols=2, loc="upper center")
 plt.show()
 

@@ -59,7 +59,7 @@ r"""
 ## 1. The encoder: a picture shrinks
 
 $f$ is the downsampling: one token for each $f \times f$ pixels. Residual blocks work at each resolution, and a convolution of
-stride 2 halves the sides in between. There is no attention in it: Muse removes the one that VQGAN had, so that
+stride 2 halves the sides in between. There is no attention in it: Muse removes the one that VQGAN had, so
 pictures of any size pass.
 """
 
@@ -179,7 +179,7 @@ to_pil(sheet[None])[0].resize((columns * 28, sheet.shape[1] * 28 // f), 0)
 
 # %% [markdown]
 r"""
-Sky, floor, shadows, and the colours of things in light and shade; many that look nearly the same, and some that no
+Sky, floor, shadows, and the colours of objects in light and shade; many that look nearly the same, and some that no
 picture would use by itself. A code has no fixed look: the decoder reads a token together with its neighbours.
 
 **Predict, then run.** We change a single token in the middle of a picture and decode again. Which pixels change: the
@@ -325,7 +325,7 @@ r"""
 Stars are codes, gray dots the vectors. On the left a few codes were nearest at first, took everything, and the rest
 never moved. On the right all of them found work.
 
-**Perplexity** says how many codes are in use, if rare ones count less: $\exp\big(-\sum_k p_k \log p_k\big)$ with $p_k$ the share of tokens that are
+**Perplexity** says how many codes are in use, if rare ones count less: $\exp\big(-\sum_k p_k \log p_k\big)$ with $p_k$ the fraction of tokens that are
 $k$. It is $V$ where all are used alike and 1 where one takes all. Watch it in training: a collapsed codebook shows in
 no loss curve.
 """
@@ -353,7 +353,7 @@ for name, (tokenizer, tokens) in codes.items():
         share.sort(descending=True).values,
         label=f"{name}: {used:.0%} used, perplexity {perplexity:.0f}",
     )
-ax.set(xlabel="codes, the most common first", ylabel="share of all tokens", yscale="log")
+ax.set(xlabel="codes, the most common first", ylabel="fraction of all tokens", yscale="log")
 ax.legend()
 plt.show()
 
@@ -362,7 +362,7 @@ r"""
 ## 4. What comes back
 
 **Predict, then run.** A picture goes through each tokenizer and back. What suffers most in the coarse one: the colours
-of large things, the sky, or the shape of small things?
+of large objects, the sky, or the shape of small objects?
 """
 
 # %%
@@ -382,7 +382,7 @@ grid(rows, [name for name in names for _ in range(count)], columns=count, scale=
 
 # %% [markdown]
 r"""
-Small things: they are few tokens, so few that a sphere and a cylinder may get the same ones. What a tokenizer loses no
+Small objects: they are few tokens, so few that a sphere and a cylinder may get the same ones. What a tokenizer loses no
 transformer brings back. It is the ceiling of all that follows, so measure it first.
 
 PSNR is $10 \log_{10}(1 / \text{mean squared error})$ in decibels: three more is half the error. It is easy to compute and easy to please, as we see now.
@@ -424,7 +424,7 @@ plt.show()
 r"""
 Two remedies. A **perceptual** loss compares not pixels but features: what a network that has learned to see makes of
 them. What matters to that network weighs much, what does not weighs little. The usual one, VGG, has to be downloaded;
-ours is a small network that learns on the spot to say which kinds of things are in a scene.
+ours is a small network that learns on the spot to say which kinds of objects are in a scene.
 """
 
 # %%
@@ -449,7 +449,7 @@ print("for those who can download LPIPS and its VGG, the same socket:", lpips_di
 
 # %% [markdown]
 r"""
-**Predict, then run.** A scene; the same scene a little paler; the same scene with its thing in the other material; and
+**Predict, then run.** A scene; the same scene a little paler; the same scene with its object in the other material; and
 in another colour. Order the three changes by size: once as the pixel loss will do it, and once as the features will.
 """
 
@@ -518,7 +518,7 @@ print(
 r"""
 ## 6. Train three, watch them
 
-Training is a generator: it yields a `Progress` at each step, with the figures and the model as it stands, so that a
+Training is a generator: it yields a `Progress` at each step, with the figures and the model as it stands, so a
 notebook can look at any moment. In training both halves run in one pass: pictures in, pictures and `Quantized` out, with the two
 losses of section 3. Large pictures may be cut to a random square first, the same for a whole batch: it costs less, and networks that are
 convolutions throughout take any size.

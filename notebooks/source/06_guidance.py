@@ -34,7 +34,7 @@ style()
 # %% [markdown]
 r"""
 A text-to-image model predicts what pictures *with this caption* look like. Much of that has nothing to do with the
-caption: floors are gray, things cast shadows. A model that does well on all this, and not so well on the colour
+caption: floors are gray, objects cast shadows. A model that does well on all this, and not so well on the colour
 that you asked for, still has a low loss. **Guidance** compares the prediction with the text to one without it, and
 exaggerates the difference.
 
@@ -281,7 +281,7 @@ for s in (0.0, 1.0, 4.0, 7.5):
 r"""
 ### Exercise 6.1: the other convention
 
-You have code that was written for $s$, and want to call it with it. Write guidance with the scale $s$, so that 1 is
+You have code that was written for $s$, and want to call it with it. Write guidance with the scale $s$, so 1 is
 the plain conditional model. (The check asks in Muse's $t$, so `in_muses_t` translates.) The stub confuses the two.
 """
 

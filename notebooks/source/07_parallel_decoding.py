@@ -211,7 +211,7 @@ animation(
 r"""
 ## 3. How many
 
-A schedule is a curve $\gamma$ from 1 down to 0: after step $i = 0 \dots T-1$ of $T$, a share $\gamma\big(\tfrac{i+1}{T}\big)$ of the $N$ tokens is
+A schedule is a curve $\gamma$ from 1 down to 0: after step $i = 0 \dots T-1$ of $T$, a fraction $\gamma\big(\tfrac{i+1}{T}\big)$ of the $N$ tokens is
 still masked,
 
 $$\text{masked after step } i \;=\; \Big\lfloor N\,\gamma\Big(\frac{i+1}{T}\Big) \Big\rfloor, \qquad \gamma(u) = \cos\frac{\pi u}{2} \text{ for Muse},$$
@@ -231,7 +231,7 @@ u = torch.linspace(0, 1, 101).tolist()
 for name, dash in zip(names, dashes, strict=True):
     axes[0].plot(u, [get_schedule(name)(v) for v in u], dash, label=name)
     axes[1].plot(range(1, T + 1), reveal_counts(N, T, name), dash, marker=".", label=name)
-axes[0].set(xlabel="progress u", ylabel="share still masked", title="the curve")
+axes[0].set(xlabel="progress u", ylabel="fraction still masked", title="the curve")
 axes[1].set(xlabel=f"step of {T}", ylabel="tokens fixed in it", title=f"{N} tokens", yscale="log")
 axes[0].legend(fontsize=9)
 plt.show()
@@ -302,7 +302,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-SCHEDULE_TEXT
+A dot left of the dotted line is a schedule that is right less often than the cosine. Where the whole line lies left of it, that is more
+than luck.
 """
 
 # %% [markdown]
@@ -382,7 +383,9 @@ for t, next_t in pairwise(ladder):
 
 # %% [markdown]
 r"""
-STEPS_TEXT
+It rises steeply within the first few steps, and then it is over: the last differences printed below the figure contain zero. More steps can
+only repair what comes from drawing together. The errors that are left are the model's own, and no number of steps repairs
+those. That is why Muse is fast: most passes of a one-by-one decoder are spent on tokens that were already certain.
 """
 
 # %% [markdown]
@@ -401,7 +404,7 @@ show(confidence, margin, entropy, raster, by_rank)
 # %% [markdown]
 r"""
 *Raster* goes row by row, like an autoregressive model, and does not look at the logits at all. Neither do *random* and
-*Halton*: a sequence of places made so that any few that follow each other lie far apart. Far positions carry little
+*Halton*: a sequence of positions made so that any few that follow each other lie far apart. Far positions carry little
 information about each other, so drawing them together costs little.
 """
 
@@ -417,7 +420,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-When does each order fix which place? The mean step over several decodes of the same prompt, dark is early.
+When does each order fix which position? The mean step over several decodes of the same prompt, dark is early.
 """
 
 # %%
@@ -439,7 +442,7 @@ plt.show()
 r"""
 The three that look at the model begin far from the object, with sky and floor, and leave the object for the end. By then
 its surroundings are settled, but its identity is still undecided. Random and Halton place a few tokens
-of the thing early, and the rest gathers round them.
+of the object early, and the rest gathers round them.
 
 The same seeds in each order, with few steps; the last row is raster with one token a step, an autoregressive decode
 by the same network.
@@ -473,7 +476,7 @@ for name, gain in gains.items():
 
 # %% [markdown]
 r"""
-ORDER_TEXT Right, an exact world again: a
+Left, the paired differences from confidence: a line that crosses zero says that this many prompts cannot separate the two orders. Right, an exact world again: a
 chain in which a token mostly repeats the one before it. There the sampler's error can be computed (KL divergence from
 the world, in nats per token). **Raster** fixes *neighbours* together, and they need each other most: its error is by far
 the largest. Halton's positions lie far apart, so its error is the least. With one token per step, every order is exact. Which order is
@@ -485,7 +488,7 @@ r"""
 ### Exercise 7.2: margin
 
 Confidence looks only at the drawn code. Write **margin**: the probability of the likeliest code less that of the
-second, whatever was drawn. Then a place where two codes look alike counts as unsure. The stub ranks by the likeliest
+second, whatever was drawn. Then a position where two codes look alike counts as unsure. The stub ranks by the likeliest
 code's probability.
 """
 
@@ -510,14 +513,14 @@ check_margin(my_margin)
 r"""
 ## 6. How noisy
 
-A strict ranking is much the same in every decode of a prompt: the surest places are the empty ones. So MaskGIT adds
+A strict ranking is much the same in every decode of a prompt: the surest positions are the empty ones. So MaskGIT adds
 noise to the scores,
 
 $$\text{score}_i = \log p(\text{drawn}_i) + \tau\, g_i, \qquad g_i = -\log(-\log \text{uniform}_i),$$
 
 with a *choice temperature* $\tau$ that falls to 0 through the decode. Why this odd $g$? It is **Gumbel** noise, and it has a
-property that no other has: at $\tau = 1$ the place with the highest score is place $i$ with a probability proportional
-to $p_i$; in general, to $p_i^{1/\tau}$. So the ranking is a *draw without replacement*. We try it on three places.
+property that no other has: at $\tau = 1$ the position with the highest score is position $i$ with a probability proportional
+to $p_i$; in general, to $p_i^{1/\tau}$. So the ranking is a *draw without replacement*. We try it on three positions.
 """
 
 # %%
@@ -530,7 +533,7 @@ for ax, tau in zip(axes, (0.1, 0.5, 1.0, 4.5), strict=True):
     ax.plot(range(3), p ** (1 / tau) / (p ** (1 / tau)).sum(), "kx", label=r"$\propto p^{1/\tau}$")
     ax.set(title=rf"$\tau$ = {tau}", xticks=range(3), xticklabels=["0.6", "0.3", "0.1"])
     ax.set_xlabel("place, of probability")
-axes[0].set_ylabel("share of first places")
+axes[0].set_ylabel("fraction of first places")
 axes[0].legend(fontsize=9)
 plt.show()
 
@@ -576,8 +579,8 @@ print("this checkpoint's own:", muse.config.base_sampling.choice_temperature)
 
 # %% [markdown]
 r"""
-Look at the rows first. Without noise, different seeds make much the same picture: the surest places are always the same
-ones, and among the codes that were drawn there, the likely ones win. Noise gives the others a chance, so that things
+Look at the rows first. Without noise, different seeds make much the same picture: the surest positions are always the same
+ones, and among the codes that were drawn there, the likely ones win. Noise gives the others a chance, so objects
 come to stand elsewhere. At $\tau = 50$ hardly anything but chance is left of the ranking: that is the order *random*.
 
 So noise is a dial for variety, and what it costs in right pictures is for your intervals to say. But note what "without
@@ -603,7 +606,7 @@ for order, mark in (("random", "o-"), ("halton", "s--"), ("confidence", "^:")):
     axes[0].plot(ladder, [(o > 6).double().mean() for o in off], mark, label=order)
     axes[1].plot(ladder, [o[o <= 6].mean() for o in off], mark, label=order)
 axes[1].axhline(truth.mean(), color="k", lw=1, label="the world")
-axes[0].set(ylabel="share of torn pictures", ylim=(-0.03, 1.03))
+axes[0].set(ylabel="fraction of torn pictures", ylim=(-0.03, 1.03))
 axes[1].set(ylabel="tokens off, if not torn", ylim=(0, None))
 for ax in axes:
     ax.set(xlabel="steps for 64 tokens", xscale="log", xticks=ladder, xticklabels=ladder)
@@ -626,7 +629,7 @@ For anything that counts on the probabilities, it is an error that no number of 
 r"""
 ## 8. What
 
-The last question is the code itself. `draw` turns one uniform number a token into a code by the inverse of the
+The last question is the code itself. `draw` turns one uniform number per token into a code by the inverse of the
 cumulative distribution; a *sampling temperature* below 1 sharpens the distribution before, `top_k` leaves the k
 likeliest. They act on the *codes* of one token, the choice temperature on the *ranking* of all tokens: two dials that
 are often taken for one.
@@ -641,7 +644,7 @@ show(draw)
 from minimuse.utils import uniforms
 
 logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().expand(1, 20_000, 4)
-points = uniforms(1, 20_000, generator=torch.Generator().manual_seed(0))  # one number a token
+points = uniforms(1, 20_000, generator=torch.Generator().manual_seed(0))  # one number per token
 figure, ax = plt.subplots(figsize=(7, 2.8))
 for k, (label, how) in enumerate(
     {"temperature 1": (1.0,), "0.5": (0.5,), "2": (2.0,), "1, top_k = 2": (1.0, 2)}.items()
@@ -655,7 +658,7 @@ for k, (label, how) in enumerate(
         hatch=["", "//", "..", "xx"][k],
         ec="w",
     )
-ax.set(xlabel="code", ylabel="share of draws", xticks=range(4))
+ax.set(xlabel="code", ylabel="fraction of draws", xticks=range(4))
 ax.legend(fontsize=9)
 plt.show()
 
@@ -790,7 +793,7 @@ r"""
 arbitrary, and they take the place of what was fixed. (When inpainting, they paint over the picture that was given.)
 *Noise on p* does not show at all: it is nearly a random
 order, since probabilities lie between 0 and 1, and noise does not. Pictures reveal the first and hide the second. What
-finds both is a check of the property that is broken. For the second: two places, one sure (90%), one with 100 codes
+finds both is a check of the property that is broken. For the second: two positions, one sure (90%), one with 100 codes
 alike (1% each). How often is the *unsure* one fixed first?
 """
 
@@ -813,7 +816,7 @@ r"""
 - Tokens that are drawn in the same step are drawn as if independent. That is the whole price of parallel decoding.
 - So fix few in the dark and many in the light: the cosine. Most of the gain comes within a few steps.
 - Which tokens: those that the model is surest of, with Gumbel noise that makes the ranking a draw without replacement.
-- Neighbours need each other most, so raster order in blocks is bad, and Halton's far-apart places are good.
+- Neighbours need each other most, so raster order in blocks is bad, and Halton's far-apart positions are good.
 - Confidence prefers typical draws. Even with a perfect model and one token a step it does not sample the model's
   distribution.
 - What is fixed stays fixed, and what is given is never touched: test that, pictures do not show it.
@@ -824,7 +827,7 @@ r"""
 ## Further reading
 
 - Chang et al. 2022, *MaskGIT*, [arXiv 2202.04200](https://arxiv.org/abs/2202.04200): the algorithm, and its schedules compared.
-- Besnier et al. 2025, *Halton scheduler*, [arXiv 2503.17076](https://arxiv.org/abs/2503.17076): far-apart places.
+- Besnier et al. 2025, *Halton scheduler*, [arXiv 2503.17076](https://arxiv.org/abs/2503.17076): far-apart positions.
 - Lezama et al. 2022, *Token-Critic*, [arXiv 2209.04439](https://arxiv.org/abs/2209.04439): a second network that ranks, and takes fixed tokens back.
 - Kool et al. 2019, *Stochastic beams and where to find them*, [arXiv 1903.06059](https://arxiv.org/abs/1903.06059): Gumbel noise and draws without replacement.
 - Next: [8. Super-resolution](08_super_resolution.ipynb), the same loop on a finer grid; [13. The schedule lab](13_schedule_lab.ipynb).
