@@ -80,11 +80,17 @@ def _each(parse: Callable[[str], Any]) -> Callable[[str], list]:
     return lambda text: [parse(part.strip()) for part in text.split(",")]
 
 
-def _guidance(text: str) -> float | tuple[float, ...]:
+def _guidance(text: str) -> float | tuple[float, ...] | str:
+    name, *numbers = text.split(":")
+    if name in GUIDANCES.split(", "):
+        return ":".join([name, *(str(_number(-1000, 1000)(number)) for number in numbers)])
     first, *last = [_number(-1000, 1000)(part) for part in text.split(":", 1)]
     return (first, *last) if last else first
 
 
+GUIDANCES = "constant, rising, falling, interval, power-cosine"
+SAMPLERS = """muse, maskgit, amused, halton, lucidrains, mdlm, remdm_cap, remdm_rescale, remdm_conf, p2, moment,
+choose_then_sample, eb, fast_dllm, klass, beta, token_critic, informed, top_p"""
 COUNT = _number(1, 10_000, int)
 MANY = _number(1, 1_000_000, int)
 COUNT_OR_0 = _number(0, 10_000, int)
@@ -125,7 +131,11 @@ def _option_groups() -> dict[str, argparse.ArgumentParser]:
     add("--n", type=COUNT, default=1, help="number of pictures for each prompt")
     add("--seed", type=SEED, help="picture i uses seed + i (default: a random seed, which is printed)")
     add("--negative-prompt", type=str, help="what the pictures should not show")
-    add("--guidance", type=_guidance, help="scale t of the base model, or FIRST:LAST for a scale that rises by steps")
+    add(
+        "--guidance",
+        type=_guidance,
+        help=f"scale t of the base model, FIRST:LAST, or NAME:t, such as rising:4, of {GUIDANCES}",
+    )
     add("--out", type=Path, help="PNG to write; picture i > 0 gets -i at the end of its name (default: a free name)")
     add("--film", action="store_true", help="also write a film strip of the decoding, as ...-film.png")
     add("--force", action="store_true", help="overwrite existing files")
@@ -150,7 +160,8 @@ def _option_groups() -> dict[str, argparse.ArgumentParser]:
 
 def _making_options(command: Callable) -> None:
     """Options of the commands that make pictures and models."""
-    command("generate", "draw pictures from prompts", "prompts", "drawing", "sampling", "device")
+    add = command("generate", "draw pictures from prompts", "prompts", "drawing", "sampling", "device")
+    add("--sampler", help=f"published sampler of the base model, as in p2:0.5: {SAMPLERS}")
     command("inpaint", "repaint the white part of a mask", "image", "mask", "prompt", "drawing", "sampling", "device")
     add = command("outpaint", "extend a picture beyond its edges", "image", "prompt", "drawing", "sampling", "device")
     add("--padding", type=COUNT_OR_0, nargs="+", default=[16], help="pixels: one number, or left top right bottom")
@@ -196,14 +207,25 @@ def _making_options(command: Callable) -> None:
 def _measuring_options(command: Callable) -> None:
     """Options of compare, eval and info."""
     add = command("compare", "measure schedules and orders in a world or on a model", "seed", "device")
-    add("--world", default="mixture", help="mixture, chain or potts (default: mixture)")
+    add("--world", default="mixture", help="mixture, chain, potts or labels (default: mixture)")
     add("--muse", metavar="MODEL", help="the base model of this checkpoint instead of a world")
     add("--amused", metavar="MODEL", help="these aMUSEd weights instead of a world; needs --data and --clip")
     add("--data", metavar="FOLDER", help="for --amused: captioned pictures, for prompts and FID")
     add("--clip", metavar="MODEL", help="for --amused: a CLIP of transformers")
-    add("--schedule", type=_each(_name), default=["cosine"], help="such as cosine,pow2,bound2 (adaptive, 2 nats)")
+    add(
+        "--schedule",
+        type=_each(_name),
+        default=["cosine"],
+        help="such as cosine,pow2,optimal,bound2 (adaptive, 2 nats)",
+    )
     add("--order", type=_each(_name), default=["confidence"], help="comma-separated, the orders of generate")
-    add("--preset", type=_each(_name), default=[], help="published samplers: muse, maskgit, amused, halton, lucidrains")
+    add("--sampler", "--preset", dest="preset", type=_each(_name), default=[], help=SAMPLERS + ", as in p2:0.5")
+    add(
+        "--guidance",
+        type=_each(_guidance),
+        default=[],
+        help="also the first schedule and order with each; worlds: only labels",
+    )
     add("--steps", type=_each(COUNT), default=[4, 8, 16], help="comma-separated (default: 4,8,16)")
     add("--samples", type=MANY, help="number of samples (default: 4096 of a world, 512 of a model)")
     add("--out", type=Path, help="folder for the report: tables and figures")

@@ -22,7 +22,7 @@ from minimuse import checkpoint, lab
 from minimuse.app import serve
 from minimuse.config import PRESETS, from_dict, preset, to_dict
 from minimuse.data_captions import Reading
-from minimuse.lab_models import open_amused
+from minimuse.lab_models import muse_settings, open_amused
 from minimuse.muse import Muse, text_encoder
 from minimuse.pictures import again, difference, open_picture, output_paths, save_png, settings_of, with_settings
 from minimuse.plots import film
@@ -64,7 +64,7 @@ def _drawing(args: argparse.Namespace) -> Callable[..., list]:
     """What a command draws, as a function of a Muse and a callback. --like sets model and prompts in `args`."""
     given = {name: value for name in SETTINGS if (value := getattr(args, name, None)) is not None}
     if getattr(args, "like", None):
-        is_plain = not given and args.n == 1
+        is_plain = not given and args.n == 1 and not args.sampler
         require(is_plain, "--like takes seed and settings from the picture; leave out the other options")
         settings = settings_of(args.like)
         name, args.prompts = settings["model"], [settings["prompt"]]
@@ -76,7 +76,12 @@ def _drawing(args: argparse.Namespace) -> Callable[..., list]:
     if args.command == "outpaint":
         inputs.append(tuple(args.padding) if len(args.padding) > 1 else args.padding[0])
     inputs.append(args.prompts if args.command == "generate" else args.prompts[0])
-    return lambda muse, callback: getattr(muse, args.command)(*inputs, n=args.n, callback=callback, **given)
+
+    def draw(muse: Any, callback: Callable) -> list:
+        settings = muse_settings(muse, args.sampler, args.steps) | given if getattr(args, "sampler", None) else given
+        return getattr(muse, args.command)(*inputs, n=args.n, callback=callback, **settings)
+
+    return draw
 
 
 def baseline(model: str) -> Any:
@@ -281,7 +286,9 @@ def run_compare(args: argparse.Namespace) -> None:
         require(args.world in lab.WORLDS, f"unknown world {args.world!r}; known: {', '.join(lab.WORLDS)}")
         target = lab.WORLDS[args.world]()
     out = None if args.force else args.out  # compare refuses a folder with another report
-    settings = {"presets": args.preset, "samples": args.samples, "seed": args.seed, "out": out}
+    first = {"schedule": args.schedule[0], "order": args.order[0]}
+    presets = {x: x for x in args.preset} | {f"guidance {g}": first | {"guidance": g} for g in args.guidance}
+    settings = {"presets": presets, "samples": args.samples, "seed": args.seed, "out": out}
     report = lab.compare(target, args.schedule, args.order, args.steps, **settings)
     print(report.table())
     if len(args.schedule) * len(args.order) > 1:

@@ -102,6 +102,29 @@ def jackknife(whole: Tensor | float, without: Tensor) -> Tensor:
     return len(without) * whole - (len(without) - 1) * without
 
 
+def marginal_distances(x: Tensor, y: Tensor, v: int, groups: int) -> dict[str, list[float]]:
+    """x, y (n, P): examples of two distributions -> "singles" and "pairs", jackknife pseudo-values of so many groups.
+
+    The squared distance of two means has an unbiased estimate: no example is compared with itself. The means of one-hot
+    vectors (P V) give "singles"; the means of their outer products (P V, P V) hold each pair twice, and the singles.
+    """
+    n, p = x.shape
+    hot = [F.one_hot(each, v).flatten(1).float().unflatten(0, (groups, -1)) for each in (x, y)]  # (G, n / G, P V)
+
+    def distance(a: Tensor, b: Tensor, n: int, itself: int) -> Tensor:
+        within = (a.square().sum() - n * itself + b.square().sum() - n * itself) / (n * (n - 1))
+        return within - 2 * (a * b).sum() / n**2
+
+    def pseudo_values(sums: list[Tensor], itself: int) -> Tensor:
+        a, b = (each.sum(0).double() for each in sums)
+        without = [distance(a - one, b - other, n - n // groups, itself) for one, other in zip(*sums, strict=True)]
+        return jackknife(distance(a, b, n, itself), torch.stack(without))
+
+    singles = pseudo_values([h.sum(1) for h in hot], p)
+    pairs = pseudo_values([h.mT @ h for h in hot], p * p) - singles
+    return {"singles": (singles / p).tolist(), "pairs": (pairs / max(p * (p - 1), 1)).tolist()}
+
+
 def _t_quantile(count: float) -> float:
     """The 97.5% quantile of Student's t for this many groups; of the normal distribution for infinitely many."""
     try:

@@ -4,6 +4,8 @@ p is the world, q the distribution of the sampler. A world makes no error, so al
 
     kl          KL(p || q), nats a token, at temperature 1 and for orders that ignore the drawn tokens. It is an upper
                 bound where the path is random: order "random", ties, ranking noise
+    gap         KL less that of the best fixed counts for as many steps (`lab_optimum.py`), in random order
+    tilted      KL(p_t || q) to the tilted target of a `ConditionalMixture`, where guidance is set
     excess_nll  E_q[-log p(y)] - H(p), nats a token: above 0 impossible examples, below 0 mode seeking
     singles     sum over v of (p_i(v) - q_i(v))^2, mean over tokens i; unbiased, so it may fall below 0
     pairs       the same for the joint distributions of two tokens, mean over all pairs
@@ -27,24 +29,28 @@ import json
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import product
+from operator import neg
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import minimuse
-from minimuse.eval_metrics import Estimate, jackknife, mean_interval, paired_difference
+from minimuse.eval_metrics import Estimate, jackknife, marginal_distances, mean_interval, paired_difference
+from minimuse.lab_optimum import expected_kl, information_curve, optimal_counts, schedule_of, world_curves
 from minimuse.lab_samplers import GROUPS, Outcome, check_samples, entropy_bound, preset_settings, run
-from minimuse.lab_worlds import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World
+from minimuse.lab_worlds import WORLDS, ChainWorld, ConditionalMixture, MixtureWorld, PottsWorld, World
 from minimuse.masking import get_schedule, reveal_counts
 from minimuse.sampler import Order, by_rank, confidence, decode, get_order, is_adaptive
 from minimuse.utils import OneSeed, PositiveInt, atomic_write, check, generator_of, halton_rank, require
 
-__all__ = ["WORLDS", "Cell", "ChainWorld", "MixtureWorld", "PottsWorld", "Report", "World", "compare"]
+__all__ = ["WORLDS", "Cell", "ChainWorld", "ConditionalMixture", "MixtureWorld", "PottsWorld", "Report", "World"]
+__all__ += ["compare"]
 Named = str | Sequence[str] | Mapping[str, Any]  # names, or a name for each function
+RANK = {"accuracy": neg, "clip": neg, "excess_nll": abs}  # a table shows the lowest first; of these values
 
 
 @torch.no_grad()
@@ -78,34 +84,13 @@ def ignores_drawn(order: str | Order, n: int, v: int) -> bool:
     return all(score(logits, one, masked, u).equal(score(logits, other, masked, u)) for u in (0.0, 0.5, 1.0))
 
 
-def marginal_distances(x: Tensor, y: Tensor, v: int) -> dict[str, list[float]]:
-    """x, y (n, P): examples of two distributions -> "singles" and "pairs", jackknife pseudo-values of GROUPS groups.
-
-    The squared distance of two means has an unbiased estimate: no example is compared with itself. The means of one-hot
-    vectors (P V) give "singles"; the means of their outer products (P V, P V) hold each pair twice, and the singles.
-    """
-    n, p = x.shape
-    hot = [F.one_hot(each, v).flatten(1).float().unflatten(0, (GROUPS, -1)) for each in (x, y)]  # (G, n / G, P V)
-
-    def distance(a: Tensor, b: Tensor, n: int, itself: int) -> Tensor:
-        within = (a.square().sum() - n * itself + b.square().sum() - n * itself) / (n * (n - 1))
-        return within - 2 * (a * b).sum() / n**2
-
-    def pseudo_values(sums: list[Tensor], itself: int) -> Tensor:
-        a, b = (each.sum(0).double() for each in sums)
-        without = [distance(a - one, b - other, n - n // GROUPS, itself) for one, other in zip(*sums, strict=True)]
-        return jackknife(distance(a, b, n, itself), torch.stack(without))
-
-    singles = pseudo_values([h.sum(1) for h in hot], p)
-    pairs = pseudo_values([h.mT @ h for h in hot], p * p) - singles
-    return {"singles": (singles / p).tolist(), "pairs": (pairs / max(p * (p - 1), 1)).tolist()}
-
-
 class WorldEvaluator:
     """Measures samplers of an exact world. All of them see the same truth and the same seeds."""
 
     titles: ClassVar = {
         "kl": "KL(p || q), nats a token",
+        "tilted": "KL to the tilted target, nats a token",
+        "gap": "gap to the optimum, nats a token",
         "excess_nll": "excess NLL, nats a token",
         "singles": "squared distance of single tokens",
         "pairs": "squared distance of token pairs",
@@ -123,27 +108,50 @@ class WorldEvaluator:
         positions = torch.randperm(world.n, generator=self._generator(1))[: max(2, 1024 // world.v)]
         self.positions = positions.sort().values  # where marginals are compared; limits the memory
 
-    def __call__(self, **sampling: Any) -> Outcome:
+    @cached_property
+    def curves(self) -> Tensor:
+        """(GROUPS, N): the information curve of each group of examples."""
+        curves = world_curves(self.world, seed=self.seed)
+        return curves.expand(max(GROUPS, len(curves)), -1).unflatten(0, (GROUPS, -1)).mean(1)
+
+    def __call__(self, *, guidance: Any = None, **sampling: Any) -> Outcome:
         """Arguments of `decode` -> the metrics; "kl" only where q is a product along a path."""
         world, get, parts = self.world, sampling.get, []
+        ready = guidance is None or isinstance(world, ConditionalMixture)
+        require(ready, f"guidance is {guidance}; it needs a world with labels, such as ConditionalMixture.random()")
+        sampler = world if guidance is None else world.guided(guidance)
         for i, start in enumerate(torch.full_like(self.x, world.mask_id).split(world.batch)):
-            steps = decode(world, start, mask_id=world.mask_id, generator=self._generator(4 + i), **sampling)
+            steps = decode(sampler, start, mask_id=world.mask_id, generator=self._generator(4 + i), **sampling)
             parts.append(run(steps, get("corrector")))
         y = torch.cat([tokens for tokens, _ in parts])
         nfe = sum(n for _, n in parts) / len(y)
         groups = {"excess_nll": self._grouped(self.minus_entropy - world.log_prob(y))}
-        groups |= marginal_distances(self.x[:, self.positions], y[:, self.positions], world.v)
-        plain = (
-            not any(map(get, ("remask", "choose", "corrector", "top_k", "top_p")))
-            and get("sampling_temperature", 1) == 1
-        )
-        if not plain or not ignores_drawn(sampling["order"], world.n, world.v):
+        groups |= marginal_distances(self.x[:, self.positions], y[:, self.positions], world.v, GROUPS)
+        changed = any(map(get, ("remask", "choose", "corrector", "top_k", "top_p")))
+        if changed or get("sampling_temperature", 1) != 1 or not ignores_drawn(sampling["order"], world.n, world.v):
             return Outcome(nfe, groups)
+
         generator = self._generator(2)
-        paths = [path_log_q(world, x, generator=generator, **sampling) for x in self.x.split(world.batch)]
+        paths = [path_log_q(sampler, x, generator=generator, **sampling) for x in self.x.split(world.batch)]
         log_q, when = (torch.cat(parts) for parts in zip(*paths, strict=True))
-        _, other_seed = path_log_q(world, self.x[:64], generator=self._generator(3), **sampling)
-        return Outcome(nfe, {"kl": self._grouped(self.log_p - log_q), **groups}, not other_seed.equal(when[:64]))
+        _, other_seed = path_log_q(sampler, self.x[:64], generator=self._generator(3), **sampling)
+        groups["kl"] = self._grouped(self.log_p - log_q)
+        if guidance is not None:
+            groups["tilted"] = self._tilted(log_q)
+        elif sampling["order"] == "random" and not is_adaptive(sampling["schedule"]):
+            counts = reveal_counts(world.n, sampling["steps"], sampling["schedule"])
+            best = optimal_counts(information_curve(self.curves), len(counts))
+            groups["gap"] = [expected_kl(h, counts) - expected_kl(h, best) for h in self.curves]
+        return Outcome(nfe, groups, not other_seed.equal(when[:64]))
+
+    def _tilted(self, log_q: Tensor) -> list[float]:
+        """KL(p_t || q) from examples of p(x | y) of weight w = p(y | x)^t: E[w (log p + log w - log q)] / Z - log Z."""
+        tilt = self.world.t * self.world.log_posterior(self.x)
+        w, value = tilt.exp(), self.log_p + tilt - log_q
+        sums = torch.stack([w, w * value, torch.ones_like(w)]).view(3, GROUPS, -1).sum(2)
+        without = sums.sum(1, keepdim=True) - sums
+        whole, rest = (b / a - (a / n).log() for a, b, n in (sums.sum(1), without))
+        return (jackknife(whole, rest) / self.world.n).tolist()
 
     def _grouped(self, nats: Tensor) -> list[float]:
         return (nats / self.world.n).view(GROUPS, -1).mean(1).tolist()
@@ -183,17 +191,22 @@ class Report:
             raise KeyError(f"no cell {key}; there are {list(cells)}")
         return cells[key]
 
-    def table(self, against: tuple[str, str] | None = None) -> str:
-        """A Markdown table with 95% intervals; "<=" marks a KL that is an upper bound.
+    def table(self, against: tuple[str, str] | None = None, metrics: Sequence[str] = ()) -> str:
+        """Markdown: metrics, or the first three, with 95% intervals, the best first; "<=" marks an upper bound of KL.
 
         against a (schedule, order): paired differences to its cell with as many steps, bold where they exclude 0.
         """
-        lines = [["schedule", "order", "steps", "NFE", *self.titles]]
-        for c in self.cells:
+        metrics = metrics or [m for m in self.titles if any(m in c.groups for c in self.cells)][:3]
+        lines = [["schedule", "order", "steps", *metrics, "NFE"]]
+
+        def rank(c: Cell) -> tuple[int, list[float]]:
+            return c.steps, [RANK.get(m, float)(c[m].value) if m in c.groups else math.inf for m in metrics]
+
+        for c in sorted(self.cells, key=rank):
             base = against and self[(*against, c.steps)]
             if c is not base:
-                shown = [_shown(c, metric, base) for metric in self.titles]
-                lines.append([c.schedule, c.order, str(c.steps), f"{c.nfe:.1f}", *shown])
+                shown = [_shown(c, metric, base) for metric in metrics]
+                lines.append([c.schedule, c.order, str(c.steps), *shown, f"{c.nfe:.1f}"])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * w for w in widths])
         return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
@@ -256,8 +269,9 @@ def compare(
     """Measure every schedule x order x steps, and every preset x steps, in a World or in a Muse.
 
     Schedules and orders are names, or a mapping of names to functions. An adaptive rule is a schedule; "bound0.5" is
-    `entropy_bound(0.5)`. `samples`: 4096 in a world, 512 images of a Muse. `sampling` goes to `decode`. `out` is a
-    folder for the report. The target may be an evaluator of your own, with the methods and attributes of the others.
+    `entropy_bound(0.5)`, "optimal" the best counts in random order. A preset may be a mapping of names to settings of
+    `decode` and `guidance`; `sampling` is for all. `samples`: 4096 in a world, 512 images of a Muse. `out` is a folder
+    for the report. The target may be an evaluator of your own, with the methods and attributes of the others.
     """
     if out is not None and (Path(out) / "report.json").exists():
         raise FileExistsError(f"{out} holds another report; give another folder, or overwrite it")
@@ -282,10 +296,11 @@ def compare(
     for name, order, t in product(schedules, orders, steps):
         trials[name, order, t] = {"schedule": schedules[name], "order": orders[order], "steps": t}
     for name, t in product(presets, steps):
-        world = target if isinstance(target, World) else None
-        size = (math.prod(evaluator.grid), evaluator.codebook_size, t)
-        trials[f"as {name}", "", t] = preset_settings(name, *size, world)
-    trials = {label: _resolved(settings, evaluator.grid) | sampling for label, settings in trials.items()}
+        given = presets[name] if isinstance(presets[name], dict) else {}
+        size = (math.prod(evaluator.grid), evaluator.codebook_size, t, target if isinstance(target, World) else None)
+        settings = preset_settings("muse" if given else name, *size) | given
+        trials[name if given else f"as {name}", "", t] = settings
+    trials = {label: _resolved(settings, evaluator) | sampling for label, settings in trials.items()}
     cells = [Cell(*label, *evaluator(**settings)) for label, settings in trials.items()]
     about = {"minimuse": minimuse.__version__, "torch": str(torch.__version__), "sampling": repr(sampling)}
     report = Report(cells, dict(evaluator.titles), evaluator.about | about)
@@ -302,13 +317,16 @@ def _named(setting: str, x: Named) -> Mapping[str, Any]:
     return x if isinstance(x, Mapping) else {name: name for name in names}
 
 
-def _resolved(settings: dict[str, Any], grid: tuple[int, int]) -> dict[str, Any]:
-    """Check a schedule and an order, and replace names that depend on the grid by functions."""
-    schedule, order = settings["schedule"], settings["order"]
+def _resolved(settings: dict[str, Any], evaluator: Any) -> dict[str, Any]:
+    """Check a schedule and an order, and replace names that depend on the target by functions."""
+    schedule, order, grid = settings["schedule"], settings["order"], evaluator.grid
     if isinstance(schedule, str) and schedule.startswith("bound"):
         nats = schedule.removeprefix("bound")
         require(nats.replace(".", "", 1).isdecimal(), f"schedule {schedule!r}; give a bound in nats, such as bound0.5")
         schedule = entropy_bound(float(nats))
+    elif schedule == "optimal":
+        require(hasattr(evaluator, "curves"), "schedule 'optimal' needs an evaluator with `curves`, (GROUPS, N)")
+        schedule = schedule_of(optimal_counts(information_curve(evaluator.curves), settings["steps"]))
     elif not is_adaptive(schedule):
         schedule = get_schedule(schedule, math.prod(grid))
         reveal_counts(math.prod(grid), settings["steps"], schedule)  # checks the curve

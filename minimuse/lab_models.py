@@ -13,6 +13,7 @@ Not here: the whole cascade (`eval_run.py`), the comparison of many samplers (`l
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,10 +25,11 @@ from minimuse.data_sources import FolderDataset, Problems, SceneDataset
 from minimuse.eval_metrics import Features, frechet_distance, in_batches, inception_features, jackknife
 from minimuse.eval_networks import ClipScorer, Detector
 from minimuse.eval_prompts import matches, parse_prompt
-from minimuse.lab_samplers import GROUPS, Outcome, check_samples, run
+from minimuse.lab_optimum import sampled_curves
+from minimuse.lab_samplers import GROUPS, Outcome, check_samples, preset_settings, run
 from minimuse.muse import Muse
 from minimuse.sampler import decode
-from minimuse.utils import OneSeed, area_downsample, check, generator_of, pick_device, require
+from minimuse.utils import OneSeed, area_downsample, check, generator_of, pick_device, require, to_float
 
 if TYPE_CHECKING:
     from minimuse.amused import Amused
@@ -75,6 +77,13 @@ class ModelEvaluator:
         return Outcome(nfe / len(self.prompts), dict(zip(self.titles, (means, distances), strict=True)))
 
 
+def muse_settings(muse: Any, sampler: str, steps: int | None = None) -> dict[str, Any]:
+    """-> the settings of `Muse.generate` that draw low tokens as a sampler of `lab_samplers.py` does."""
+    require("order" in getattr(muse, "settings", ("order",)), f"{muse.config.name} has no orders; give another model")
+    network, defaults = muse.config.base, muse.config.base_sampling
+    return preset_settings(sampler, network.tokens, network.codebook_size, steps or defaults.steps)
+
+
 class MuseEvaluator(ModelEvaluator):
     """The base model of a Muse, on captions of scenes of the split "test" with one or two objects.
 
@@ -101,8 +110,21 @@ class MuseEvaluator(ModelEvaluator):
 
         real = area_downsample(scenes.images(), config.high_tokenizer.image_size // config.low_tokenizer.image_size)
         super().__init__(f"{config.name}, base model", prompts, real, accuracy, detector.features, seed)
-        self.muse, self.codebook_size = muse, config.base.codebook_size
+        self.muse, self.images, self.codebook_size = muse, real, config.base.codebook_size
         self.grid = (config.base.grid, config.base.grid)
+
+    @cached_property
+    @torch.inference_mode()
+    def curves(self) -> Tensor:
+        """(GROUPS, N): the information curve that each group of scenes estimates, without guidance."""
+        network, curves = self.muse.base, []
+        for start in range(0, len(self.prompts), self.batch):
+            part = slice(start, start + self.batch)
+            tokens = self.muse.low_tokenizer.encode(to_float(self.images[part]).to(self.muse.device, self.muse.dtype))
+            text = self.muse.encoder.encode(self.prompts[part]).to(self.muse.device, self.muse.dtype)
+            logits_fn = self.muse.guided(network, network.memory(text), network.memory(text), 0.0)
+            curves.append(sampled_curves(logits_fn, tokens, network.mask_id, self.seed + start, points=17))
+        return torch.cat(curves).unflatten(0, (GROUPS, -1)).mean(1)
 
     def draw(self, prompts: list[str], seeds: list[int], sampling: dict[str, Any]) -> tuple[Tensor, int]:
         """See `ModelEvaluator`."""

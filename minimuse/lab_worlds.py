@@ -1,6 +1,7 @@
 """Exact worlds: distributions over token grids. As a LogitsFn, a world returns p(x_i | all known tokens) exactly.
 
     MixtureWorld  K modes, independent tokens within a mode: every token carries information about all others
+    ConditionalMixture  a mixture with labels: p(x | y), and p(x) for guidance
     ChainWorld    a Markov chain along the raster: a token depends on its neighbours
     PottsWorld    a strip of interacting spins: neighbours in two dimensions
 
@@ -11,14 +12,15 @@ B batch, N tokens, V codebook size, K modes, S states, h w grid; token (r, c) ha
 Not here: the metrics and the comparison, and how to add a world (`lab.py`).
 """
 
+import copy
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from minimuse.utils import Fraction, PositiveInt, check, generator_of, require
+from minimuse.utils import Fraction, Natural, NonNegative, PositiveInt, check, generator_of, require
 
 Grid = tuple[int, int]  # (h, w)
 
@@ -123,6 +125,45 @@ class MixtureWorld(World):
         return torch.cat([_draw(self.tables[part], generator) for part in mode.split(self.batch)])
 
 
+class ConditionalMixture(MixtureWorld):
+    """p(x | y) = sum_k w_yk p_k(x) of one label y. Labels share their modes; p(x) is the mean over all labels.
+
+    Guidance t aims at the tilted target p_t(x), proportional to p(x) p(y | x)^(1 + t), that is to p(x | y) p(y | x)^t.
+    """
+
+    def __init__(self, tables: Tensor, weights: Tensor, label: int = 0, t: float = 1.0, grid: Grid | None = None):
+        """tables (K, N, V), weights (Y, K): p(mode | label) > 0; t of the tilted target."""
+        weights = _normalized(weights, "weights", 2)
+        label, self.labels = check("label", label, Natural), len(weights)
+        require(label < self.labels, f"label is {label}; give one of 0..{self.labels - 1}")
+        super().__init__(tables, weights[label], grid)
+        self.marginal, self.guidance = MixtureWorld(tables, weights.mean(0), grid), lambda u: 0.0
+        self.t = check("t", t, NonNegative)
+
+    @classmethod
+    def random(cls, modes: int = 16, *mixture: Any, labels: int = 4, t: float = 1.0, **named: Any) -> Self:
+        """The modes of `MixtureWorld.random`; each label's weights are a softmax of Gaussians."""
+        world = MixtureWorld.random(modes, *mixture, **named)
+        weights = torch.randn(check("labels", labels, PositiveInt), modes, generator=generator_of(0)).mul(2).softmax(-1)
+        return cls(world.tables, weights, 0, t, world.grid)
+
+    def guided(self, guidance: Any) -> Self:
+        """The same world, which as a LogitsFn is guided: Muse 2.7, l_g = (1 + t) l_c - t l_u for each token."""
+        from minimuse.cfg import get_guidance  # loads networks
+
+        world = copy.copy(self)
+        world.guidance = get_guidance(guidance)
+        return world
+
+    def __call__(self, tokens: Tensor, u: float = 0.0) -> Tensor:
+        cond, t = super().__call__(tokens, u), self.guidance(u)
+        return cond if t == 0 else torch.where(cond.isinf(), cond, cond + t * (cond - self.marginal(tokens)))
+
+    def log_posterior(self, x: Tensor) -> Tensor:
+        """x (B, N) -> (B,) log p(y | x)."""
+        return self.log_prob(x) - self.marginal.log_prob(x) - math.log(self.labels)
+
+
 class MarkovWorld(World):
     """A Markov chain over columns of tokens: p(s_1 .. s_w) proportional to start(s_1) prod_i transfer(s_i, s_(i+1)).
 
@@ -217,6 +258,7 @@ class PottsWorld(MarkovWorld):
 
 
 WORLDS = {"mixture": MixtureWorld.random, "chain": ChainWorld.sticky, "potts": PottsWorld}  # names of the command line
+WORLDS["labels"] = ConditionalMixture.random
 
 
 def check_grid(grid: Grid, codebook_size: int) -> tuple[Grid, int]:

@@ -23,9 +23,12 @@ from safetensors.torch import load_file
 import minimuse
 import minimuse.config
 from minimuse import cli
+from minimuse.cfg import GUIDANCES
 from minimuse.checkpoint import shipped
 from minimuse.cli_commands import COMMANDS, changed
 from minimuse.config import preset, to_dict
+from minimuse.lab_models import muse_settings
+from minimuse.lab_samplers import SAMPLERS
 from minimuse.muse import Muse
 from minimuse.pictures import save_png
 from minimuse.train_doctor import examine
@@ -330,6 +333,24 @@ def options(command: str) -> list:
     """The options of a command that take a value, and its positional arguments."""
     (commands,) = (action for action in cli.parser()._actions if action.dest == "command")
     return [action for action in commands.choices[command]._actions if action.nargs != 0]
+
+
+def test_samplers_and_guidance_by_name(run, here, tiny_muse):
+    """A published sampler draws what its settings draw; options of the user replace its own."""
+    words = ["--seed", 3, "--steps", 4, "--guidance", "falling:2", "--out", "a.png"]
+    assert run("generate", A, *words, "--sampler", "p2:0.5")[::2] == (0, [])
+    settings = muse_settings(tiny_muse, "p2:0.5", 4) | {"steps": 4, "guidance": "falling:2.0"}
+    (expected,) = tiny_muse.generate(A, seed=3, **settings)
+    assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(expected))
+    assert told(here / "a.png")["guidance"] == "falling:2.0"
+    assert run("generate", A, "--seed", 3, "--sampler", "eb:0", "--steps", 3, "--force", "--out", "a.png")[0] == 0
+    refused(run("generate", A, "--sampler", "dalle"), "unknown preset 'dalle'; known: muse, maskgit")
+    refused(run("generate", A, "--sampler", "informed"), "which only an exact world knows")
+    refused(run("generate", "--like", "a.png", "--sampler", "eb"), "leave out the other options")
+    refused(run("generate", "--like", "a.png"), "only Python can draw it again")
+    refused(run("generate", A, "--guidance", "interval:1:2:3:4"), "unknown guidance")
+    assert cli.SAMPLERS.replace("\n", " ").split(", ") == list(SAMPLERS), "its help names them all"
+    assert cli.GUIDANCES.split(", ") == list(GUIDANCES)
 
 
 @pytest.mark.slow

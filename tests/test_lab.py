@@ -13,21 +13,24 @@ import pytest
 import torch
 
 from minimuse import cli, lab
-from minimuse.eval_metrics import mean_interval, paired_difference
+from minimuse.cfg import get_guidance
+from minimuse.eval_metrics import marginal_distances, mean_interval, paired_difference
 from minimuse.lab import (
     WORLDS,
     Cell,
     ChainWorld,
+    ConditionalMixture,
     MixtureWorld,
     PottsWorld,
     Report,
     WorldEvaluator,
     compare,
     ignores_drawn,
-    marginal_distances,
     path_log_q,
 )
+from minimuse.lab_optimum import expected_kl, information_curve, optimal_counts
 from minimuse.lab_samplers import GROUPS, Outcome, entropy_bound
+from minimuse.masking import reveal_counts
 from minimuse.sampler import ORDERS, by_rank, decode
 
 CHAIN = ChainWorld(torch.tensor([[0.8, 0.2], [0.3, 0.7]]), 4, torch.tensor([0.7, 0.3]))  # no ties; a 2x2 grid
@@ -193,7 +196,7 @@ def test_an_exact_sampler_has_no_error():
 def test_marginal_distances_are_the_u_statistic():
     x, y = (torch.randint(3, (2 * GROUPS, 5), generator=seeded(s)) for s in (0, 1))
     y[:, 1] = y[:, 0]
-    found = marginal_distances(x, y, 3)
+    found = marginal_distances(x, y, 3, GROUPS)
 
     def u_statistic(x, y, kernel):
         n = len(x)
@@ -225,6 +228,52 @@ def test_which_orders_ignore_the_drawn_tokens():
     assert not ignores_drawn(lambda logits, drawn, masked, u: drawn.float(), 4, 2)
 
 
+# --- guidance ---------------------------------------------------------------------------------------------------------
+
+LABELS = ConditionalMixture.random(3, (2, 2), 2, labels=3, t=1.5)
+
+
+@pytest.mark.parametrize("guidance", ["constant:1.5", "rising:3", "falling:3", "interval:2:0.4", "power-cosine:3", 0.0])
+def test_guided_kl_against_enumeration(guidance):
+    """KL to p(x | y) and to p(x) p(y | x)^(1 + t) of q, a product over two steps of three and one of raster order."""
+    x, scale = all_examples(LABELS), get_guidance(guidance)
+    marginal = LABELS.marginal
+    q, tokens = torch.ones(len(x), dtype=torch.double), torch.full_like(x, LABELS.mask_id)
+    for step, group in enumerate([[0], [1], [2, 3]]):
+        t = scale(step / 2)
+        p = (LABELS.leave_one_out(tokens) * (1 + t) - marginal.leave_one_out(tokens) * t).softmax(-1)
+        for i in group:
+            q = q * p[:, i].gather(1, x[:, i : i + 1])[:, 0]
+        tokens[:, group] = x[:, group]
+    assert q.sum().item() == pytest.approx(1)
+    p, p_x = truth(LABELS), marginal.log_prob(x).exp()
+    tilted = p_x * (p / (3 * p_x)) ** 2.5
+    tilted = tilted / tilted.sum()
+    presets = {
+        "mine": {"schedule": lambda u: 1 - round(3 * u) / 4 if u < 1 else 0.0, "order": "raster", "guidance": guidance}
+    }
+    (cell,) = compare(LABELS, [], presets=presets, steps=[3], samples=8192).cells
+    assert_near(cell.groups["kl"], kl(p, q) / 4)
+    assert_near(cell.groups["tilted"], kl(tilted, q) / 4)
+    assert "gap" not in cell.groups
+    assert abs(cell["kl"].value - cell["tilted"].value) > cell["kl"].margin, "this case has the power to tell"
+
+
+def test_one_token_a_step_is_not_the_tilted_joint():
+    """Guidance of each token differs from the tilted target even where no two tokens are drawn together."""
+    world = ConditionalMixture.random(4, (2, 2), 3, labels=3, t=1.5, sharpness=1.0)
+    presets = {g: {"order": "raster", "guidance": g} for g in ("constant:0", "constant:1.5")}
+    plain, guided = compare(world, [], presets=presets, steps=[4]).cells
+    assert abs(plain["kl"].value) < 1e-9
+    assert guided["tilted"].value > 2 * guided["tilted"].margin
+    assert guided["tilted"].value < plain["tilted"].value - plain["tilted"].margin, "but it is nearer"
+
+
+def test_guidance_needs_labels():
+    with pytest.raises(ValueError, match="needs a world with labels"):
+        compare(MIXTURE, ["cosine"], ["halton"], [2], samples=64, guidance=1.0)
+
+
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +300,32 @@ def test_the_grid_is_complete(report):
     assert again.cells == [cell], "a cell does not depend on the others"
 
 
+@worlds
+def test_the_optimal_schedule_and_the_gap_to_it(world):
+    """In random order KL is the optimum's plus the gap; other cells have none."""
+    h, schedules = information_curve(world), ["optimal", "linear", "square", "bound0.2"]
+    report = compare(world, schedules, ["random", "halton"], [2, 3], samples=4096)
+    for steps, schedule in itertools.product((2, 3), schedules[:3]):
+        cell, best = report[schedule, "random", steps], optimal_counts(h, steps)
+        counts = best if schedule == "optimal" else reveal_counts(4, steps, schedule)
+        assert cell["gap"].value == pytest.approx(expected_kl(h, counts) - expected_kl(h, best), abs=1e-9)
+        assert_near(cell.groups["kl"], expected_kl(h, best) + cell["gap"].value)
+        assert cell["gap"].value >= -1e-9, "nothing is below the optimum"
+    assert all("gap" not in c.groups for c in report.cells if c.order == "halton" or c.schedule == "bound0.2")
+    assert report["square", "random", 2]["gap"].value > 0, "this case has the power to tell"
+
+
+def test_the_optimum_needs_a_curve():
+    class Own:
+        grid, codebook_size, titles, about = (4, 4), 4, {}, {}
+
+        def __call__(self, **sampling):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match="needs an evaluator with `curves`"):
+        compare(Own(), ["optimal"], ["random"], [4])
+
+
 def test_paired_difference_of_two_cells():
     a, b = compare(CHAIN, ["linear"], ["raster", "halton"], [2], samples=2048).cells
     p = truth(CHAIN)
@@ -266,6 +341,13 @@ def test_table(report):
     assert len(lines) == 2 + len(report.cells)
     assert "<=" in next(line for line in lines if "random" in line), "a bound is marked"
     assert "<=" not in next(line for line in lines if "halton" in line)
+    assert lines[0].replace(" ", "") == "|schedule|order|steps|kl|gap|excess_nll|NFE|"
+    cells = [report[a, b, int(t)] for a, b, t in ([w.strip() for w in line.split("|")[1:4]] for line in lines[2:])]
+    found = [c["kl"].value for c in cells if c.steps == 2 and "kl" in c.groups]
+    assert found == sorted(found), "the best first"
+    assert [c.steps for c in cells] == [2] * 10 + [4] * 10
+    assert ["kl" in c.groups for c in cells[:10]].index(False) == len(found), "what was not measured comes last"
+    assert "| pairs " in report.table(metrics=["pairs"])
     paired = report.table(("cosine", "halton"))
     assert len(paired.splitlines()) == len(lines) - 2
     assert "**" in paired
@@ -279,7 +361,7 @@ def test_plot(report):
     assert {"as maskgit", "halton, entropy bounds"} <= set(labels)
     labels = [text.get_text() for text in report.plot().get_legend().get_texts()]
     assert {"random, cosine (upper bound)", "halton, cosine"} <= set(labels)
-    with pytest.raises(ValueError, match="known: kl, excess_nll"):
+    with pytest.raises(ValueError, match="known: kl, tilted, gap, excess_nll"):
         report.plot(metric="fid")
     fractions = [Cell("cosine", "random", t, t, {"accuracy": [0.3 + t / 20] * GROUPS}, False) for t in (2, 8)]
     ax = Report(fractions, {"accuracy": "fraction"}, {"target": "fake"}).plot()
@@ -289,7 +371,7 @@ def test_plot(report):
 
 def test_save_does_not_overwrite(tmp_path, monkeypatch):
     report = compare(MIXTURE, ["cosine"], ["halton", "confidence"], [2], samples=64, out=tmp_path / "out")
-    for metric in report.titles:
+    for metric in report["cosine", "halton", 2].groups:
         assert (tmp_path / "out" / f"{metric}.png").stat().st_size > 5000
     values = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert {"minimuse", "torch", "seed", "samples", "target"} <= set(values["about"])
@@ -418,14 +500,23 @@ def test_a_world_that_is_not_normalized_has_the_same_kl():
     assert ends[1] == pytest.approx(ends[0], abs=1e-6)
 
 
+def test_the_command_with_guidance(capsys):
+    words = "compare --world labels --schedule optimal,linear --order random --steps 2 --samples 64 --guidance"
+    assert cli.main([*words.split(), "rising:4,1"]) == 0
+    values, _ = capsys.readouterr().out.split("difference from optimal, random")
+    assert all(name in values for name in ("guidance rising:4.0", "guidance 1.0", "tilted", "gap"))
+    assert cli.main("compare --world potts --samples 64 --steps 2 --guidance 1".split()) == 2
+    assert "it needs a world with labels" in capsys.readouterr().err
+
+
 def test_the_command(tmp_path, capsys):
-    words = "compare --world potts --schedule cosine,bound2 --order halton --preset muse --steps 2 --samples 64"
-    words = [*words.split(), "--out", str(tmp_path / "out")]
+    words = "compare --world potts --schedule cosine,bound2 --order halton --steps 2 --samples 64"
+    words = [*words.split(), "--sampler", "muse,p2:0.5,klass", "--out", str(tmp_path / "out")]
     assert cli.main(words) == 0
     values, paired = capsys.readouterr().out.split("difference from cosine, halton")
     assert values.count("halton") == 2
     assert paired.count("| halton |") == 1, "bound2 less cosine"
-    assert "as muse" in values
+    assert all(f"as {name}" in values for name in ("muse", "p2:0.5", "klass"))
     assert (tmp_path / "out" / "report.md").is_file()
     assert cli.main(words) == 2
     assert "another folder" in capsys.readouterr().err

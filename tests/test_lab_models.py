@@ -9,6 +9,9 @@ from minimuse.data_sources import SceneDataset
 from minimuse.eval_metrics import frechet_distance, mean_interval, paired_difference
 from minimuse.lab import compare
 from minimuse.lab_models import ModelEvaluator, MuseEvaluator
+from minimuse.lab_optimum import information_curve, optimal_counts, schedule_of
+from minimuse.lab_samplers import GROUPS
+from minimuse.utils import area_downsample, to_float
 
 
 def seeded(seed=0):
@@ -127,6 +130,24 @@ def test_settings_and_seeds_of_each_sampler(evaluator, tiny_muse, monkeypatch):
     assert noise == [defaults.choice_temperature, 0.0, 0.0, 4.5], "the noise of its own order; a preset sets its own"
     assert [s["sampling_temperature"] for s in seen] == [defaults.sampling_temperature] * 2 + [1.0] * 2
     assert {s["generator"][1].initial_seed() for s in seen} == {1}
+
+
+def test_the_curve_and_the_optimum_of_a_muse(evaluator, tiny_muse):
+    """h_0 is the cross-entropy where all is masked, by hand; the optimal schedule is that of the curve."""
+    size, low = tiny_muse.config.high_tokenizer.image_size, tiny_muse.config.low_tokenizer.image_size
+    scenes = SceneDataset(64, size, "test", 0, fractions=(1, 1, 0), k=1)
+    images = to_float(area_downsample(scenes.images(), size // low))
+    n, v = tiny_muse.base.config.tokens, tiny_muse.base.config.codebook_size
+    with torch.inference_mode():
+        tokens = tiny_muse.low_tokenizer.encode(images)
+        text, _ = tiny_muse.contexts([{"prompt": p, "negative_prompt": None} for p in evaluator.prompts])
+        logits = tiny_muse.base(torch.full_like(tokens, tiny_muse.base.mask_id), tiny_muse.base.memory(text))
+    expected = torch.nn.functional.cross_entropy(logits.reshape(-1, v), tokens.flatten()).item()
+    assert evaluator.curves.shape == (GROUPS, n)
+    assert evaluator.curves.mean(0)[0].item() == pytest.approx(expected, abs=1e-4)
+    wanted = schedule_of(optimal_counts(information_curve(evaluator.curves), 3))
+    a, b = compare(evaluator, {"optimal": "optimal", "mine": wanted}, ["random"], [3]).cells
+    assert a.groups == b.groups
 
 
 @pytest.mark.slow

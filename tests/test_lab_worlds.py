@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from minimuse.lab_worlds import WORLDS, ChainWorld, MixtureWorld, PottsWorld, World
+from minimuse.lab_worlds import WORLDS, ChainWorld, ConditionalMixture, MixtureWorld, PottsWorld, World
 
 OFF = settings(deadline=None, max_examples=25, derandomize=True)
 
@@ -32,6 +32,7 @@ class Copies(World):
 TINY = {
     "mixture": MixtureWorld.random(3, (2, 3), 3),
     "weighted mixture": MixtureWorld(torch.rand(2, 4, 2, generator=seeded()) + 0.1, torch.tensor([0.9, 0.1])),
+    "labels": ConditionalMixture.random(3, (2, 3), 2, labels=2),
     "chain": ChainWorld(torch.rand(3, 3, generator=seeded(1)) + 0.05, 6, torch.tensor([0.7, 0.2, 0.1])),
     "potts": PottsWorld((2, 3), 3, 0.7),
     "potts of one row": PottsWorld((1, 5), 3, -0.8),

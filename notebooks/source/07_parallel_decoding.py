@@ -748,9 +748,9 @@ def broken(old, new):
     return module.decode
 
 
-true_line = "torch.where(masked, draw(logits, random[:, i, 0], temperature, top_k), tokens)"
-redrawn = broken(true_line, "draw(logits, random[:, i, 0], temperature, top_k)")
-on_p = broken("score + annealed", "score.exp() + annealed")
+true_line = "torch.where(masked, draw(logits, random[:, i, 0], temperature, top_k, top_p), tokens)"
+redrawn = broken(true_line, "draw(logits, random[:, i, 0], temperature, top_k, top_p)")
+on_p = broken("score + noise * gumbel", "score.exp() + noise * gumbel")
 
 
 def drawn_by(decode, n=7, seed=60):

@@ -68,9 +68,9 @@ the very thing that training asked for. A left-to-right model could not: it has 
 """
 
 # %%
-from minimuse.editing import infill, inpaint
+from minimuse.editing import inpaint, inpaint_tokens
 
-show(infill, inpaint)
+show(inpaint_tokens, inpaint)
 
 # %%
 at = torch.arange(size)

@@ -762,7 +762,7 @@ r"""
 ## 3. Tests that find mistakes (20 points)
 
 Code of this kind is wrong in silence: it runs, shapes are right, pictures come out, a little worse. The **bug zoo** holds
-mistakes that real code bases made, each a copy of our package with one line changed. Some of them are in `masking` and `sampler`.
+mistakes that real code bases made, each a copy of our package with one line changed. Some of them are in `masking`, `sampler` and `utils`.
 Your tests are to find them. (`zoo.py` lies
 beside this notebook. Write your tests first; what you find yourself is what you will find again.)
 
@@ -848,7 +848,7 @@ TESTS += [
 ### END SOLUTION
 
 # %% test=test_zoo points=20
-_mutants = [m for m in zoo.MUTANTS if m.room in ("masking", "sampler")]
+_mutants = [m for m in zoo.MUTANTS if m.room in ("masking", "sampler", "utils")]
 _score = zoo.score(TESTS, _mutants)
 print(
     f"{len(_score.killed)} of {len(_mutants)} mistakes found; false alarms: {_score.false_alarms or 'none'}"
