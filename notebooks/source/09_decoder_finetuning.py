@@ -729,11 +729,15 @@ difference between plastic and skin. PSNR does not measure that; Frechet distanc
 
 # %%
 if not FAST:
-    assert abs(sum(critic[-100:]) / 100 - 1) < 0.1, "the critic has learned to tell the pictures apart"
+    assert abs(sum(critic[-100:]) / 100 - 1) < 0.1, (
+        "the critic has learned to tell the pictures apart"
+    )
     with torch.inference_mode():
         by_pixels, by_critic = grown.decode(tokens), sharp.decode(tokens)
     assert sharpness(by_pixels) > 1, "the measure of sharpness does not count noise"
-    assert psnr(held_out, by_critic).mean() < psnr(held_out, by_pixels).mean(), "it costs no decibels"
+    assert psnr(held_out, by_critic).mean() < psnr(held_out, by_pixels).mean(), (
+        "it costs no decibels"
+    )
 
 # %% [markdown]
 r"""
