@@ -16,6 +16,7 @@ r"""
 # %% knobs
 import os
 
+import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_guide, check_schedule
@@ -24,7 +25,7 @@ from minimuse import Muse
 from minimuse.plots import animation, film, grid, mask_overlay, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
-CHECKPOINT = "nano"  # a shipped name or a folder
+CHECKPOINT = "toy"  # a shipped name or a folder
 PICTURES = 2 if FAST else 6  # a row of pictures
 style()
 
@@ -38,20 +39,30 @@ Muse makes pictures out of **tokens**, as a language model makes texts out of wo
 4. a second tokenizer turns the fine grid into pixels.
 
 A fifth network was trained by others on text alone, and stays as it is: a **language model**, which turns your
-sentence into vectors. Section 3 walks along this flow and looks at what comes out of each part.
+sentence into vectors. Section 3 walks along this flow and looks at what comes out of each part. Here is all of it on one page, with
+the sizes of the checkpoint that this notebook uses:
+"""
+
+# %%
+muse = Muse.from_pretrained(CHECKPOINT)
+diagrams.cascade(muse.config)
+
+# %% [markdown]
+r"""
+Read the two upper rows from left to right: that is how a picture is made. The dashed row below is needed only for training. $L$ is
+the number of pieces of the sentence; the other letters and words stand in the [glossary](glossary.md).
 """
 
 # %% [markdown]
 r"""
 ## 1. The first picture
 
-`from_pretrained` loads a checkpoint that comes with the package. Its world is small on purpose: one to three
+`from_pretrained` has loaded a checkpoint that comes with the package. Its world is small on purpose: one to three
 spheres, cubes and cylinders on a gray floor. Whether a picture is right can then be *counted*, which nobody can do
 for photographs of everything.
 """
 
 # %%
-muse = Muse.from_pretrained(CHECKPOINT)
 first = muse.generate("a large red cube", seed=0)[0]
 grid([first], ["a large red cube"], scale=256 // first.width)
 

@@ -19,6 +19,7 @@ import math
 import os
 from dataclasses import replace
 
+import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_nearest, check_straight_through
@@ -223,8 +224,11 @@ The **straight-through** trick: forwards take the code $q$; backwards pretend th
 
 $$\text{codes} = z + \operatorname{sg}(q - z), \qquad \operatorname{sg} \text{ a constant for the gradient (stop-gradient).}$$
 
-The value is $q$, since $z$ cancels; the derivative by $z$ is 1.
+The value is $q$, since $z$ cancels; the derivative by $z$ is 1. In the diagram, follow the values from left to right, then the gradients back.
 """
+
+# %%
+diagrams.quantizer(muse.config)
 
 # %%
 from minimuse.vqgan import Quantized

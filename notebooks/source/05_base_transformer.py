@@ -16,6 +16,7 @@ r"""
 # %% knobs
 import os
 
+import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_attention, check_unigram
@@ -307,6 +308,9 @@ A **layer** is three small steps, each *added* to what is there: look at the oth
 are stacked; a last linear map,
 the *head*, turns each vector into $V$ logits.
 """
+
+# %%
+diagrams.layer(muse.config)
 
 # %%
 from minimuse.transformer import Layer

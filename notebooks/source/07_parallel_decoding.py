@@ -16,6 +16,7 @@ r"""
 # %% knobs
 import os
 
+import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_decode, check_margin, check_reveal_counts
@@ -146,6 +147,11 @@ this is one generator: it knows nothing of networks, and yields a `Step` at a ti
 """
 
 # %%
+muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
+N, T = muse.config.base.tokens, muse.config.base_sampling.steps
+diagrams.decode_loop(muse.config)
+
+# %%
 show(Step, decode)
 
 # %% [markdown]
@@ -163,8 +169,6 @@ The next sections take them one by one. First, a whole decode of the trained bas
 """
 
 # %%
-muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
-N, T = muse.config.base.tokens, muse.config.base_sampling.steps
 SIDE = (
     96 // muse.config.low_tokenizer.image_size
 )  # pictures of sheets are drawn about 96 pixels wide

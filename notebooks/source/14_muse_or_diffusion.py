@@ -20,6 +20,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_add_noise, check_ddim_step
@@ -38,8 +39,8 @@ style()
 
 # %% [markdown]
 r"""
-The notes that this project grew from end in a table, DiT beside Muse. Here it is. This notebook walks through it row by row, and section
-9 has it once more, with the line of code that shows each row.
+This table compares DiT and Muse. By the end you can point to the line of code behind each row: section 9 has the table once more,
+with these lines.
 
 |  | DiT | Muse |
 |---|---|---|
@@ -304,8 +305,16 @@ check_add_noise(my_noise)
 r"""
 ## 4. The transformers
 
+All three side by side, with the sizes of this notebook:
+"""
+
+# %%
+diagrams.three_models(muse.config)
+
+# %% [markdown]
+r"""
 The autoregressive one is a subclass of Muse's; its layers hide what comes later. Let us *see* who sees
-whom: change token $i$, and mark the places whose logits move.
+whom: change token $i$, and mark the positions whose logits move.
 """
 
 # %%
@@ -348,9 +357,9 @@ draw_influence({"masked": influence(Transformer), "ar": influence(CausalTransfor
 
 # %% [markdown]
 r"""
-Gray is where the logits move; on the dotted line is each token's own place. Left, everything sees everything. Right, a token moves the logits of *later* places alone, and not those of its own:
-place $i$ is predicted from the tokens before it. In `CausalTransformer.forward` that is one line, which moves all tokens on by one
-place and puts [MASK] before the first.
+Gray is where the logits move; on the dotted line is each token's own position. Left, everything sees everything. Right, a token moves only
+the logits of *later* positions, and not those of its own: position $i$ is predicted from the tokens before it. In
+`CausalTransformer.forward` that is one line, which moves all tokens on by one position and puts [MASK] before the first.
 
 ### adaLN-Zero: how the DiT is told the time, and how it begins
 
