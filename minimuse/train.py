@@ -276,7 +276,7 @@ class MuseTrainer:
         yield from self.tokenizer("decoder", parts["high_tokenizer"])
         parts.eval().requires_grad_(False)
         muse = Muse(config, parts, self.encoder, **data.words()).to(self.engine.device, torch.float32)
-        muse.words = sorted({*muse.words, *(self.start.words if self.start else [])})
+        muse.words = sorted({*muse.words, *(self.start.words if self.start and config.text_encoder else [])})
         yield Progress("all", 1, 1, {}, muse)
 
     def before_base(self) -> Iterator[Progress]:

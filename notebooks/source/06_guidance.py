@@ -34,7 +34,7 @@ style()
 # %% [markdown]
 r"""
 A text-to-image model predicts what pictures *with this caption* look like. Much of that has nothing to do with the
-caption: floors are gray, things cast shadows. A model that does well on all this, and not so well on the colour
+caption: floors are gray, objects cast shadows. A model that does well on all this, and not so well on the colour
 that you asked for, still has a low loss. **Guidance** compares the prediction with the text to one without it, and
 exaggerates the difference.
 
@@ -100,7 +100,7 @@ r"""
 
 Let us stop a decode when about half of the tokens are fixed, and ask the model for its logits twice: once with the
 prompt, $\ell_c$ (*conditional*), and once with the text removed, $\ell_u$ (*unconditional*). What "removed" means,
-we shall see in section 3.
+section 3 explains.
 """
 
 # %%
@@ -221,7 +221,7 @@ And what is the ratio? $p_c(x)$ is $p(x \mid \text{text})$, $p_u(x)$ is $p(x)$, 
 
 $$\frac{p(x \mid \text{text})}{p(x)} = \frac{p(\text{text} \mid x)}{p(\text{text})}.$$
 
-That is a *classifier*: how well a picture with $x$ in it tells that this was its caption. Guidance multiplies the
+That is a *classifier*: how strongly a picture with $x$ in it suggests that this was its caption. Guidance multiplies the
 model with the $t$-th power of it, and nobody had to train it: it is a quotient of two predictions of one network.
 Let us check the first equation with the logits above.
 """
@@ -281,7 +281,7 @@ for s in (0.0, 1.0, 4.0, 7.5):
 r"""
 ### Exercise 6.1: the other convention
 
-You have code that was written for $s$, and want to call it with it. Write guidance with the scale $s$, so that 1 is
+You have code that was written for $s$, and want to call it with it. Write guidance with the scale $s$, so 1 is
 the plain conditional model. (The check asks in Muse's $t$, so `in_muses_t` translates.) The stub confuses the two.
 """
 
