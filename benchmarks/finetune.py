@@ -2,7 +2,10 @@
 
 The pictures are scenes in which gray things are teal, each with three captions, such as "a teal cube behind a red
 sphere". No picture shows cyan next to the word teal, and none is of the old data set. The settings are the defaults of
-`train_muse(start="toy")`. One thread takes about 20 minutes.
+`train_muse(start="toy")`; --set changes them. One thread takes about 20 minutes.
+
+--rehearse N adds N pictures that `toy` itself draws of captions of the old kind, so that less is forgotten. They need
+no old data.
 
 A picture of a new prompt is right if the detector finds everything that the prompt names and nothing else, as in
 `minimuse eval`. The detector knows no teal, so the color of each thing is read from its pixels: the mean of the middle
@@ -25,13 +28,15 @@ from PIL import Image
 from torch import Tensor
 
 from minimuse import Muse
-from minimuse.data_captions import caption
+from minimuse.cli_commands import changed
+from minimuse.data_captions import SceneDataset, caption
 from minimuse.data_scenes import COLORS, Scene, render, sample_scene
 from minimuse.eval_metrics import proportion_interval
 from minimuse.eval_networks import Detection, Detections, Detector
 from minimuse.eval_prompts import EvalPrompt, matches, parse_prompt, prompt_set
 from minimuse.train import train_muse
 from minimuse.train_engine import Engine
+from minimuse.train_state import finetuned
 from minimuse.utils import to_pil
 
 TEAL = (0.0, 0.5, 0.5)
@@ -80,6 +85,17 @@ def write_folder(folder: Path, n: int) -> None:
         texts = [text for text in texts if NEW in text][:3] or texts[:1]
         lines.append(json.dumps({"file_name": f"{i:04d}.png", "text": texts}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def rehearse(folder: Path, muse: Muse, n: int) -> None:
+    """Add n pictures that a Muse draws of old captions to a folder with metadata.jsonl."""
+    options = {"fractions": muse.config.fractions, "synonyms": muse.config.synonyms}
+    scenes = SceneDataset(n, 128, seed=9999, k=1, **options)
+    captions = [scenes.captions(i)[0] for i in range(n)]
+    with (folder / "metadata.jsonl").open("a", encoding="utf-8") as file:
+        for i, image in enumerate(muse.generate(captions, seed=list(range(n)))):
+            image.save(folder / f"old{i:04d}.png")
+            file.write(json.dumps({"file_name": f"old{i:04d}.png", "text": captions[i]}) + "\n")
 
 
 def middle(image: Image.Image, thing: Detection) -> Tensor:
@@ -179,17 +195,22 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--pictures", type=int, default=300)
+    p.add_argument("--rehearse", type=int, default=0, help="pictures that toy draws of old captions, to add")
+    p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="such as stages.base.steps=1000")
     p.add_argument("--n", type=int, default=100, help="prompts of each kind")
     args = p.parse_args()
-    data, run = args.out / "pictures", args.out / "run"
+    data, run, start = args.out / "pictures", args.out / "run", Muse.from_pretrained("toy", device="cpu")
     if not data.exists():
         write_folder(data, args.pictures)
+        if args.rehearse:
+            rehearse(data, start, args.rehearse)
     reader = ColorReader(Detector.from_pretrained())
     print("colors of real renders read right:", validate(reader, 40), flush=True)
-    report = {"before": evaluate(Muse.from_pretrained("toy", device="cpu"), reader, args.n)}
+    report = {"before": evaluate(start, reader, args.n)}
     print({k: sum(v) for k, v in report["before"].items()}, flush=True)
     started = time.monotonic()
-    for p in train_muse(start="toy", data=data, engine=Engine(device="cpu", folder=run)):
+    config = changed(finetuned(start.config), args.set)
+    for p in train_muse(config, start="toy", data=data, engine=Engine(device="cpu", folder=run)):
         if p.step % 100 == 0 and p.metrics:
             print(f"{time.monotonic() - started:.0f} s {p.stage} {p.step}", p.metrics, flush=True)
     print(f"{p.metrics['minutes']:.1f} minutes")

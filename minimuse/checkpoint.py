@@ -34,7 +34,7 @@ license: apache-2.0
 ---
 # {name}
 
-A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {low} to {high}. Text: {text}, frozen.
+A [Muse](https://arxiv.org/abs/2301.00704) made by minimuse: {low} to {high}. Frozen language model: {text}.
 Load it with `Muse.from_pretrained("path/to/this/folder")`. Settings: `config.json`. A prompt to try: "{example}".
 """
 
@@ -191,7 +191,7 @@ def save(
     atomic_write(folder / CONFIG, json.dumps(values, indent=1) + "\n")
     low, high = (f"{t.image_size} px ({t.grid}x{t.grid} tokens)" for t in (config.low_tokenizer, config.high_tokenizer))
     example = (about.get("examples") or ["a red cube"])[0]
-    text = {"name": config.name, "low": low, "high": high, "text": config.text_encoder, "example": example}
+    text = {"name": config.name, "low": low, "high": high, "text": config.text_encoder or "none", "example": example}
     atomic_write(folder / CARD, (card or MODEL_CARD).format(**text, format=values["format"]))
     return folder
 

@@ -89,8 +89,9 @@ def _guidance(text: str) -> float | tuple[float, ...] | str:
 
 
 GUIDANCES = "constant, rising, falling, interval, power-cosine"
-SAMPLERS = """muse, maskgit, amused, halton, lucidrains, mdlm, remdm_cap, remdm_rescale, remdm_conf, p2, moment,
-choose_then_sample, eb, fast_dllm, klass, beta, token_critic, informed, top_p"""
+SAMPLERS = """muse, maskgit, amused, halton, lucidrains, meissonic, muse_pytorch, titok, maskgen, maskbit, llada,
+nanomaskgit, remdm_conf, p2, moment, fast_dllm, klass, beta, token_critic, informed, mdlm, remdm_cap, remdm_rescale,
+choose_then_sample, eb, top_p"""
 COUNT = _number(1, 10_000, int)
 MANY = _number(1, 1_000_000, int)
 COUNT_OR_0 = _number(0, 10_000, int)
@@ -121,11 +122,11 @@ def _option_groups() -> dict[str, argparse.ArgumentParser]:
     """Options that several commands share."""
     groups = defaultdict(lambda: argparse.ArgumentParser(add_help=False))
     add = groups["prompts"].add_mutually_exclusive_group(required=True).add_argument
-    add("prompts", nargs="*", default=[], metavar="PROMPT")
+    add("prompts", nargs="*", default=[], type=str, metavar="PROMPT")
     add("--like", type=Path, metavar="PNG", help="draw this picture again: its prompt, seed and settings")
     groups["image"].add_argument("image", type=Path)
     groups["mask"].add_argument("mask", type=Path)
-    groups["prompt"].add_argument("prompts", nargs=1, metavar="PROMPT")
+    groups["prompt"].add_argument("prompts", nargs=1, type=str, metavar="PROMPT")
     add = groups["drawing"].add_argument
     add("--model", help="shipped name, folder or hub id (default: toy; with --like, the picture's own)")
     add("--n", type=COUNT, default=1, help="number of pictures for each prompt")
@@ -145,6 +146,13 @@ def _option_groups() -> dict[str, argparse.ArgumentParser]:
     add("--order", help="confidence, random, raster, halton, entropy or margin")
     add("--sampling-temperature", type=AMOUNT, help="temperature of the softmax that tokens are drawn from")
     add("--choice-temperature", type=AMOUNT, help="scale of the noise in the choice of tokens to reveal")
+    add = groups["data"].add_argument
+    add("--data", help="folder, tar shards, Parquet or hub id of captioned images (default: scenes)")
+    add("--image-column", metavar="NAME", help="column of images, or metadata key of their files (default: usual ones)")
+    add("--caption-column", dest="caption_columns", type=_each(_name), metavar="NAMES", help="such as text,alt_text")
+    add("--split", help="of a hub data set or a folder with a folder for each split (default: train; a folder: all)")
+    add("--count", type=MANY, help="read only so many images, the first ones (default: all)")
+    add("--captions", choices=["none"], help='no text: the model draws, inpaints and outpaints with the prompt ""')
     groups["seed"].add_argument("--seed", type=SEED, default=0, help="seed of all random numbers (default: 0)")
     groups["half"].add_argument("--half", action="store_true", help="save weights in float16, as shipped ones are")
     groups["device"].add_argument("--device", help="cpu, cuda or mps (default: the fastest one)")
@@ -165,11 +173,10 @@ def _making_options(command: Callable) -> None:
     add("--checkpoint", "--model", default="toy", help="shipped name, folder or hub id (default: toy)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=_number(1, 65535, int), help="port to listen on (default: the first free one from 7860)")
-    add = command("train", "train a Muse from scratch, fine-tune one, or resume a run", "half", "device")
+    add = command("train", "train a Muse from scratch, fine-tune one, or resume a run", "data", "half", "device")
     add("preset", nargs="?", help="nano, toy, ..., or a JSON file: config.json, run.json")
     add("--out", type=Path, required=True, help="folder of the run: states, log, pictures, checkpoint")
     add("--model", choices=("masked", "ar", "dit"), help="train this low-resolution baseline instead of Muse")
-    add("--data", help="folder, tar shards, Parquet or hub id of captioned images (default: scenes)")
     add("--seed", type=SEED, help="seed of all random numbers (default: 0)")
     add("--set", action="append", default=[], metavar="PATH=VALUE", help="change a setting: stages.base.steps=500")
     add("--from", dest="start", metavar="MODEL", help="fine-tune this shipped name, folder or hub id, not a preset")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from minimuse import checkpoint, lab
 from minimuse.app import serve
 from minimuse.config import PRESETS, from_dict, preset, to_dict
+from minimuse.data_captions import Reading
 from minimuse.lab_models import muse_settings, open_amused
 from minimuse.muse import Muse, text_encoder
 from minimuse.pictures import again, difference, open_picture, output_paths, save_png, settings_of, with_settings
@@ -29,6 +30,7 @@ from minimuse.utils import pick_device, require
 
 SETTINGS = "guidance steps schedule order sampling_temperature choice_temperature".split()  # of a drawing
 SETTINGS += "iterations fraction seed negative_prompt".split()
+NO_TEXT = "text_encoder= base_sampling.guidance=[0,0] superres_sampling.guidance=[0,0] edit_guidance=0".split()
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
@@ -93,8 +95,8 @@ def baseline(model: str) -> Any:
 def model_class(name: str | Path) -> Any:
     """A shipped name, a folder or a hub id -> Muse, or the class of a baseline."""
     path = checkpoint.find(name) / checkpoint.CONFIG
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = re.search('"minimuse-(masked|ar|dit)-1"', text)
+    require(path.is_file(), f"{path.absolute().parent} holds no {path.name}; give a checkpoint's folder or its name")
+    found = re.search('"minimuse-(masked|ar|dit)-1"', path.read_text(encoding="utf-8"))
     return baseline(found[1]) if found else Muse
 
 
@@ -153,6 +155,8 @@ def run_train(args: argparse.Namespace) -> None:
         add_record(folder, int(p.metrics["pictures"]), int(p.metrics["captions"]))
         print(f"trained in {p.metrics['minutes']:.1f} minutes: {folder}")
         print(f'try: minimuse generate "{p.model.examples[0]}" --model {folder}')
+        if not config.text_encoder:
+            print('it has no captions: generate, inpaint and outpaint with the prompt ""; other prompts change nothing')
 
 
 def _configuration(args: argparse.Namespace) -> tuple[Any, Any, Muse | None]:
@@ -165,6 +169,7 @@ def _configuration(args: argparse.Namespace) -> tuple[Any, Any, Muse | None]:
 
     run = read_run(args.out) if args.resume else {"seed": 0, "data": {"source": "scenes"}}
     known = {"seed": run["seed"], "data": run["data"]["source"], "model": run.get("model"), "start": run.get("start")}
+    known |= {name: run["data"].get(name) for name in Reading._fields[:4]}
     for name, value in known.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -184,13 +189,15 @@ def _configuration(args: argparse.Namespace) -> tuple[Any, Any, Muse | None]:
         config = checkpoint.read_configuration(file) if is_file else preset(args.preset)
     if args.model and args.preset:
         config = baseline(args.model).configure(config)
-    config = changed(config, args.set)
+    removed = [f"name={config.name}-unconditional", *NO_TEXT] if args.captions and not args.resume else []
+    config = changed(config, removed + args.set)
     for name in ("text_encoder", "low_tokenizer_from"):
         place = getattr(config, name)
         if place and Path(place).is_dir():
             config = replace(config, **{name: str(Path(place).absolute())})
+    reading = Reading(**{name: value for name in Reading._fields[:4] if (value := getattr(args, name))})
     try:
-        return config, open_source(args.data, config, seed=args.seed), start
+        return config, open_source(args.data, config, seed=args.seed, reading=reading), start
     except ValueError as error:
         hint = f". If the data of {args.out} moved, give the new place with --data" if args.resume else ""
         raise ValueError(f"{error}{hint}") from error
@@ -232,7 +239,9 @@ def run_average(args: argparse.Namespace) -> None:
 
     checkpoint.refuse_existing(args.out)
     muse = open_model(args.folder, device="cpu")
-    for name in [name for name in ("base", "superres") if name in muse.parts]:
+    trained = [name for name in ("base", "superres") if name in muse.parts and muse.config.stages[name].steps]
+    require(trained, f"{args.folder} trained no transformer; there is nothing to average")
+    for name in trained:  # others are frozen in fine-tuning, and stay
         states = train_state.states(args.folder / name)
         require(states, f"{args.folder / name} holds no states; `minimuse train` writes them there")
         muse.parts[name].load_state_dict(train_state.average(states, args.decay))
@@ -300,12 +309,12 @@ def run_evaluate(args: argparse.Namespace) -> None:
 def run_info(args: argparse.Namespace) -> None:
     """Print sizes and sampling defaults of presets and checkpoints."""
     for name in args.names or PRESETS:
-        is_preset = name in PRESETS
-        config = preset(name) if is_preset else checkpoint.read_configuration(checkpoint.find(name) / checkpoint.CONFIG)
+        make, path = (Muse, None) if name in PRESETS else (model_class(name), checkpoint.find(name) / checkpoint.CONFIG)
+        config = checkpoint.read_configuration(path) if path else preset(name)
         with torch.device("meta"):
-            parts = (Muse if is_preset else model_class(name)).build(config)
+            parts = make.build(config)
         counts = {part: sum(p.numel() for p in module.parameters()) / 1e6 for part, module in parts.items()}
-        print(f"{name}: {sum(counts.values()):,.1f}M parameters, text from {config.text_encoder}")
+        print(f"{name}: {sum(counts.values()):,.1f}M parameters, text from {config.text_encoder or 'nothing'}")
         for part, module in parts.items():
             c = module.config
             if sampling := getattr(config, f"{part}_sampling", None):

@@ -3,8 +3,7 @@
 Not here: the configuration of one component, which stands in its file, above the class that reads it.
 """
 
-import dataclasses
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -61,7 +60,7 @@ class MuseConfig(Checked):
     """A whole Muse: two tokenizers, two transformers, a language model, and how each stage trains and decodes."""
 
     name: str
-    text_encoder: str  # hub id, folder, or "all-MiniLM-L6-v2"
+    text_encoder: str  # hub id, folder, "all-MiniLM-L6-v2", or "": every text is removed, in training and sampling
     text_tokens: TextTokens  # longest prompt, in tokens of the language model
     low_tokenizer: VQGANConfig
     high_tokenizer: VQGANConfig
@@ -233,7 +232,7 @@ def preset(name: str) -> MuseConfig:
     return PRESETS[name]()
 
 
-to_dict = dataclasses.asdict  # a configuration as plain JSON values
+to_dict = asdict  # a configuration as plain JSON values
 
 
 def from_dict(values: dict[str, Any], cls: type = MuseConfig) -> Any:

@@ -201,7 +201,8 @@ class TrainingData:
 
     def __post_init__(self):
         self.side = self.config.high_tokenizer.image_size
-        self.pixels_limit = int(min(sys.maxsize, max(1, self.config.pixels_gib / (3 * self.side**2) * 2**30)))
+        self.count = getattr(self.source, "count", 0) or sys.maxsize  # images to use
+        self.pixels_limit = int(min(self.count, max(1, self.config.pixels_gib / (3 * self.side**2) * 2**30)))
         self.images = self._first = self._rows("pixels", limit=self.pixels_limit)  # later rows must match the first
         self.tokens: dict[str, Rows] = {}
         self._logged = 0  # parts whose problems are in the log
@@ -238,7 +239,7 @@ class TrainingData:
         due = first["names"][::-1] if first else []  # the next one last
         problems = Problems()
         record |= {"names": [], "captions": [], "problems": vars(problems)}
-        for example in self.source.read(part, self.side, problems):
+        for example in islice(self.source.read(part, self.side, problems), None if first else self.count):
             name = example.check(self.side).name or content_hash(example.image, example.captions)
             if first and due[-1:] != [name]:
                 continue
@@ -305,6 +306,8 @@ class TrainingData:
 
     def words(self, most: int = 20_000) -> dict[str, list[str]]:
         """What a checkpoint says about its data: the most common words of the captions, and prompts to try."""
+        if not self.config.text_encoder:
+            return {"words": [], "examples": [""] * 3}
         if isinstance(self.source, SceneDataset):
             return {"words": vocabulary(bool(self.source.synonyms)), "examples": EXAMPLE_PROMPTS}
         captions = [text for texts in self.captions() for text in texts]
@@ -314,7 +317,7 @@ class TrainingData:
 
     def _rows(self, kind: str, *content: Any, limit: int = sys.maxsize) -> Rows:
         key = content_hash(CACHE_VERSION, self.source.fingerprint, self.side, *content)
-        return Rows(Path(self.folder) / f"{kind}-{key[:16]}", self.source.parts, limit)
+        return Rows(Path(self.folder) / f"{kind}-{key[:16]}", self.source.parts, min(limit, self.count))
 
     def _fill(self, rows: Rows, make: Make) -> Iterator[tuple[int, int]]:
         """Compute what is missing, check that each part has the rows of the first cache, and log what was left out."""

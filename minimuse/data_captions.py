@@ -1,4 +1,4 @@
-"""Captions of scenes, such as "two blue spheres left of a small red metal cube", and `SceneDataset`.
+"""Captions of scenes, such as "two blue spheres left of a small red cube", `SceneDataset`, and `Source`.
 
 SYNONYMS are for training, if a data set asks for them. PARAPHRASES are in no training caption: what a model makes of
 them comes from its language model. Both stand in words.json.
@@ -7,6 +7,7 @@ Not here: the scenes and their pictures (data_scenes.py), data from files (data_
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,13 +15,14 @@ from functools import cached_property
 from itertools import product
 from pathlib import Path
 from random import Random
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from minimuse import data_scenes
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES, Scene, Thing, relations
+from minimuse.pictures import Refused
 from minimuse.utils import Checked, Fraction, NonNegative, OneSeed, Rule, check, content_hash, require, to_uint8
 
 SCENES_VERSION = 1  # raise it on purpose when the same scenes give other pixels or captions: caches become invalid
@@ -124,9 +126,6 @@ class Example(NamedTuple):
 OTHER, CROPPED = "neither image nor caption", "cropped by more than half"  # these are no reason to leave an image out
 
 
-OTHER, CROPPED = "neither image nor caption", "cropped by more than half"  # these are no reason to leave an image out
-
-
 @dataclass
 class Problems:
     """What a reader left out or cut away.
@@ -162,6 +161,50 @@ class Problems:
         if self.cut and self.cut >= 0.005 * (self.seen - left_out):
             notes.append(f"the crop to squares cut {self.cut / (self.seen - left_out):.0%} of the pixels")
         return "; ".join(notes)
+
+
+class Source(Protocol):
+    """Captioned images from anywhere. Several processes read different parts."""
+
+    fingerprint: str  # hex; changes whenever an image, a caption or a rule of reading may have changed
+    parts: int  # units of work
+
+    def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
+        """Part 0 to parts - 1 -> its examples at size x size pixels, always in the same order.
+
+        Add 1 to `problems.seen` for every image. Call `problems.add(kind, name)` for one that cannot be used.
+        """
+        ...
+
+
+class Reading(NamedTuple):
+    """What is read of captioned images: the options of `minimuse train`."""
+
+    image_column: str = ""  # or the key in metadata of the file's name; "" takes a usual one
+    caption_columns: Sequence[str] = ()  # or keys: all of them are captions of one image; () takes a usual one
+    split: str = ""  # of a saved data set or one of the hub ("" is train), or a folder in a folder ("" is all)
+    count: int = 0  # of the first usable images; 0 is all. `TrainingData` stops there
+    captioned: bool = True  # False: images need no caption, and get ""
+
+
+def captions_of(value: Any, names: Sequence[str] = ()) -> tuple[str, ...]:
+    """A text, lists of texts, or an object that has them under `names` -> the captions that are not blank.
+
+    Without names, an object has them as "text" or, if there is none, as "caption". `Refused` if a name is not there.
+    """
+    if isinstance(value, dict):
+        known = names or ("text", "caption")
+        lacking = [json.dumps(name) for name in known if name not in value]
+        others = [json.dumps(str(key)[:40]) for key in value if key not in ("file_name", *known)]
+        if lacking and (names or (others and len(lacking) == len(known))):
+            raise Refused(f"without {' or '.join(lacking)}, but with {', '.join(others[:3]) or 'no other key'}")
+        value = [value[name] for name in names] if names else value.get("text") or value.get("caption")
+    parts = value if isinstance(value, list) else [value]
+    parts = [text for part in parts for text in (part if isinstance(part, list) else [part])]
+    texts = [" ".join(text.split()) for text in parts if isinstance(text, str)]
+    if any(re.search("[\ud800-\udfff]", text) for text in texts):  # a byte that is no UTF-8, or half a character
+        raise Refused("with a caption not in UTF-8")
+    return tuple(text for text in texts if text)
 
 
 @dataclass(frozen=True)

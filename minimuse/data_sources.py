@@ -1,15 +1,16 @@
 """Sources of captioned images: the embedded scenes, folders, tar shards, Parquet files, data sets of the hub.
 
     scenes                      the embedded data set (`SceneDataset`)
+    saved/                      what the library `datasets` saved: a data set, or several splits
     pictures/                   metadata.jsonl or metadata.csv ("file_name", "text"), or a.txt next to a.png
     shards/{000..009}.tar       the same layout in tar files, or a.jpg with a.json ("text" or "caption"): WebDataset
     tables/*.parquet            a column of images and a column of captions
-    user/name, user/name@rev    a data set of the Hugging Face hub: split "train", streamed
+    user/name, user/name@rev    a data set of the Hugging Face hub, streamed
 
 Training reads a source part by part. To add one, write a class with the three members of `Source`.
 Files come from strangers: nothing in them is executed, no name or link leads out of a folder, and every file that is
 not used is counted and named (`Problems`), except hidden ones.
-Choice: only Parquet and the hub use the library `datasets` (extra `data`), which skips bad images without a word.
+Choice: only tables use the library `datasets` (extra `data`), which skips bad images without a word.
 
 Not here: pixels (utils.py), decoding (pictures.py), what is stored of a source (data_cache.py).
 """
@@ -27,13 +28,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from minimuse.config import MuseConfig
-from minimuse.data_captions import CROPPED, OTHER, PART, Example, Problems, SceneDataset
+from minimuse.data_captions import CROPPED, OTHER, PART, Example, Problems, Reading, SceneDataset, Source, captions_of
 from minimuse.pictures import FORMATS, Refused, decode_image
 from minimuse.utils import content_hash, file_hash, require
 
@@ -47,20 +48,6 @@ IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")  # names of columns
 TEXTS = ("text", "caption", "captions", "txt", "json")
 MISSING, TWICE = "listed without a file", "listed twice"
 DAMAGED, LINK = "lost in a damaged file", "a link to no file in the folder"
-
-
-class Source(Protocol):
-    """Captioned images from anywhere. Several processes read different parts."""
-
-    fingerprint: str  # hex; changes whenever an image, a caption or a rule of reading may have changed
-    parts: int  # units of work
-
-    def read(self, part: int, size: int, problems: Problems) -> Iterator[Example]:
-        """Part 0 to parts - 1 -> its examples at size x size pixels, always in the same order.
-
-        Add 1 to `problems.seen` for every image. Call `problems.add(kind, name)` for one that cannot be used.
-        """
-        ...
 
 
 class Item(NamedTuple):
@@ -79,8 +66,9 @@ class FileSource:
     Choice: the shorter side has at least size // 2 pixels. Images enlarged more than twofold teach blur.
     """
 
-    def __init__(self, parts: int, paths: Sequence[Path], *facts: Any, root: Path | None = None):
-        self.parts = parts
+    def __init__(self, parts: int, paths: Sequence[Path], reading: Reading, *facts: Any, root: Path | None = None):
+        self.parts, self.reading, self.count = parts, reading, reading.count
+        facts += (reading,) * (reading != Reading())
         folder = root or (os.path.commonpath([path.absolute().parent for path in paths]) if paths else "")
         names = [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
         with ThreadPoolExecutor() as pool:  # of contents: a file that was copied or touched is the same file
@@ -94,9 +82,11 @@ class FileSource:
         for item in self.items(part):
             problems.seen += item.problem != OTHER
             try:
-                captions = () if item.problem else captions_of(item.text)
+                if item.problem:
+                    raise Refused(item.problem)
+                captions = captions_of(item.text, self.reading.caption_columns) if self.reading.captioned else ("",)
                 if not captions:
-                    raise Refused(item.problem or "without a caption")
+                    raise Refused("without a caption")
                 file = io.BytesIO(item.image) if isinstance(item.image, bytes) else item.image
                 square = decode_image(file, size, size // 2)
             except (Refused, FileNotFoundError) as error:
@@ -109,21 +99,7 @@ class FileSource:
                 yield Example(image, captions, item.name)
 
 
-def captions_of(value: Any) -> tuple[str, ...]:
-    """A text, a list of texts, or an object with either as "text" or "caption" -> the captions that are not blank."""
-    if isinstance(value, dict):
-        others = [json.dumps(str(key)[:40]) for key in value if key not in ("file_name", "text", "caption")]
-        if others and not value.keys() & {"text", "caption"}:
-            raise Refused(f'without "text" or "caption", but with {", ".join(others[:3])}')
-        value = value.get("text") or value.get("caption")
-    texts = value if isinstance(value, list) else [value]
-    texts = [" ".join(text.split()) for text in texts if isinstance(text, str)]
-    if any(re.search("[\ud800-\udfff]", text) for text in texts):  # a byte that is no UTF-8, or half a character
-        raise Refused("with a caption not in UTF-8")
-    return tuple(text for text in texts if text)
-
-
-def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
+def _scan(names: Sequence[str], read: Callable[[str], bytes], reading: Reading) -> list[Item]:
     """Files of a folder or tar, in order -> an item for each, except captions of others and metadata.
 
     An image is what metadata list, what has one of SUFFIXES, and a file with a caption that no such image shares.
@@ -135,7 +111,7 @@ def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
     captions: dict[str, list[str]] = defaultdict(list)  # name without suffix -> files
     for name in names:
         if posixpath.basename(name).lower() in METADATA:
-            for item in _metadata(name, read(name)):
+            for item in _metadata(name, read(name), reading.image_column or "file_name"):
                 if item.name in place and item.name not in rows:
                     rows[item.name] = item
                 else:
@@ -145,7 +121,8 @@ def _scan(names: Sequence[str], read: Callable[[str], bytes]) -> list[Item]:
     sure = {name for name in names if name in rows or name.lower().endswith(tuple(SUFFIXES.split()))}
     illustrated = {stem[name] for name in sure}
     for name in names:
-        beside = sorted(captions[stem[name]] + captions[name], key=lambda caption: caption.lower().endswith(".json"))
+        last = ".txt" if reading.caption_columns else ".json"
+        beside = sorted(captions[stem[name]] + captions[name], key=lambda caption: caption.lower().endswith(last))
         if name in rows or name in captions[stem[name]] or posixpath.basename(name).lower() in METADATA:
             continue
         if name in sure or (beside and stem[name] not in illustrated):
@@ -167,7 +144,7 @@ def _text(content: bytes, name: str) -> Any:
         return json.loads(content)
 
 
-def _metadata(name: str, content: bytes) -> Iterator[Item]:
+def _metadata(name: str, content: bytes, key: str) -> Iterator[Item]:
     """metadata.jsonl or metadata.csv -> an item per line, with the name of the image, or else of the line."""
     lines: Iterable[tuple[int, Any]] = enumerate(content.split(b"\n"), 1)
     if name.lower().endswith(".csv"):
@@ -177,12 +154,12 @@ def _metadata(name: str, content: bytes) -> Iterator[Item]:
         if isinstance(line, bytes) and not line.strip():
             continue
         values = line if isinstance(line, dict) else _text(line, name)
-        if isinstance(values, dict) and isinstance(values.get("file_name"), str):
-            listed = posixpath.join(posixpath.dirname(name), values["file_name"].replace("\\", "/"))
+        if isinstance(values, dict) and isinstance(values.get(key), str):
+            listed = posixpath.join(posixpath.dirname(name), values[key].replace("\\", "/"))
             yield Item(posixpath.normpath(listed), text=values)
         else:
             keys = ", ".join(map(json.dumps, values)) if isinstance(values, dict) else ""
-            problem = f'with metadata of {keys[:99]} without "file_name"' if keys else "with metadata that do not parse"
+            problem = f'with metadata of {keys[:99]} without "{key}"' if keys else "with metadata that do not parse"
             yield Item(f"{name}:{number}", problem=problem)
 
 
@@ -192,7 +169,7 @@ class FolderDataset(FileSource):
     Metadata name files from their own folder on, and win over files next to the image. Captions are read here.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, reading: Reading = Reading()):
         self.folder = Path(folder)
         require(self.folder.is_dir(), f"{folder} is not a folder")
         files: dict[str, Path] = {}
@@ -204,8 +181,8 @@ class FolderDataset(FileSource):
                 links.append(Item(name, problem=LINK))
             elif path.is_file() and not HIDDEN.search(name):
                 files[name] = path
-        rows = _scan(sorted(files), lambda name: files[name].read_bytes())
-        if not any(row.text for row in rows if row.name in files):
+        rows = _scan(sorted(files), lambda name: files[name].read_bytes(), reading)
+        if not any((row.text or not reading.captioned) and not row.problem for row in rows if row.name in files):
             kinds = Counter(posixpath.splitext(name)[1] or "without a suffix" for name in sorted(files))
             kinds.update([LINK] * len(links) + [f"line {row.problem}" for row in rows if "metadata" in row.problem])
             found = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "no file at all"
@@ -215,7 +192,7 @@ class FolderDataset(FileSource):
         self.rows = [*(row for row in rows if row.problem != OTHER), *sorted(links)]
         self.others = [row for row in rows if row.problem == OTHER]
         paths = [files[row.name] for row in self.rows if row.name in files]
-        super().__init__(-(-len(self.rows) // PART), paths, self.rows, root=self.folder)
+        super().__init__(-(-len(self.rows) // PART), paths, reading, self.rows, root=self.folder)
         texts = {row.name: row.text for row in self.rows}
         self.hashes = {name: content_hash(value, texts[name]) for name, value in self.hashes.items()}
 
@@ -231,11 +208,11 @@ class FolderDataset(FileSource):
 class TarDataset(FileSource):
     """Tar shards, each with the same layout as a folder; a part is a shard. ValueError if none is a tar file."""
 
-    def __init__(self, shards: Sequence[str | Path]):
+    def __init__(self, shards: Sequence[str | Path], reading: Reading = Reading()):
         self.shards = [Path(shard) for shard in shards]
         expected = "expected a folder, tar files, or files that end in .parquet"
         require(any(map(tarfile.is_tarfile, self.shards)), f"{self.shards[0]}: {expected}")
-        super().__init__(len(self.shards), self.shards)
+        super().__init__(len(self.shards), self.shards, reading)
 
     def items(self, part: int) -> Iterator[Item]:
         """Part -> the items of a shard in its order: captions are read first, images in a second pass."""
@@ -250,8 +227,7 @@ class TarDataset(FileSource):
         except Exception:  # tarfile and decompressors raise many kinds
             yield Item(shard.name, problem=DAMAGED)
 
-    @staticmethod
-    def _items(archive: tarfile.TarFile, prefix: str) -> Iterator[Item]:
+    def _items(self, archive: tarfile.TarFile, prefix: str) -> Iterator[Item]:
         members: dict[str, tarfile.TarInfo] = {}
         texts: dict[str, bytes] = {}
         with suppress(Exception):  # damage: what stands before it is used, and the caller counts it
@@ -266,43 +242,43 @@ class TarDataset(FileSource):
                 if name.lower().endswith((*CAPTIONS, *METADATA)):
                     texts[name] = archive.extractfile(member).read()
                 members[name] = member
-        for item in _scan(list(members), texts.__getitem__):
+        for item in _scan(list(members), texts.__getitem__, self.reading):
             image = None if item.problem else archive.extractfile(members[item.name]).read()
             yield item._replace(name=prefix + item.name, image=image)
 
 
 class TableDataset(FileSource):
-    """Parquet files, or a data set of the hub, read by the library `datasets`; a part is one file.
+    """Parquet or Arrow files, or a data set of the hub, read by the library `datasets`; a part is one file.
 
     Images are bytes in the rows. No path in a row is opened, so a hub data set of image files needs its Parquet
     version: user/name@refs/convert/parquet. The columns are those of the first file.
     """
 
-    def __init__(self, files: Sequence[str | Path] = (), hub: str = ""):
-        self.files = [Path(file) for file in files]
+    def __init__(self, files: Sequence[str | Path] = (), reading: Reading = Reading(), hub: str = ""):
+        self.files, self.reading = [Path(file) for file in files], reading
         self.hub, _, self.revision = hub.partition("@")
         if hub:
             from huggingface_hub import HfApi
 
             self.revision = HfApi().dataset_info(self.hub, revision=self.revision or None).sha
         table = self._open()
-        super().__init__(len(files) or table.num_shards, self.files, self.hub, self.revision)
+        super().__init__(len(files) or table.num_shards, self.files, reading, self.hub, self.revision)
         columns = {name: type(feature).__name__ for name, feature in (table.features or {}).items()}
-        self.image = next((name for name in columns if name in IMAGES or columns[name] == "Image"), "")
-        self.text = next((name for name in TEXTS if name in columns), "")
-        expected = f"expected an image column ({', '.join(IMAGES)}) and a caption column ({', '.join(TEXTS)})"
-        found = f"found {', '.join(columns) or 'none'}"
-        require(bool(self.image and self.text), f"{hub or self.files[0]}: {expected}, {found}")
+        image, texts, *_, captioned = reading
+        self.image = image or next((name for name in columns if name in IMAGES or columns[name] == "Image"), "")
+        self.texts = texts or tuple(name for name in TEXTS if name in columns)[:1]
+        expected = f"an image column ({image or ', '.join(IMAGES)}) and a caption column ({', '.join(texts or TEXTS)})"
+        whole = {self.image, *self.texts} <= columns.keys() and (self.texts or not captioned)
+        require(bool(whole), f"{hub or self.files[0]}: expected {expected}, found {', '.join(columns) or 'none'}")
 
     def _open(self, part: int | None = None) -> Any:
         try:
             from datasets import load_dataset
         except ImportError as error:
             raise ImportError('this data needs the library datasets: pip install "minimuse[data]"') from error
-        options = {"split": "train", "streaming": True}
-        if self.files:
-            return load_dataset("parquet", data_files=str(self.files[part or 0]), **options)
-        table = load_dataset(self.hub, revision=self.revision, **options)
+        if self.files and (file := self.files[part or 0]):
+            return load_dataset(file.suffix[1:], data_files=str(file), split="train", streaming=True)
+        table = load_dataset(self.hub, revision=self.revision, split=self.reading.split or "train", streaming=True)
         return table if part is None else table.shard(self.parts, part)
 
     def items(self, part: int) -> Iterator[Item]:
@@ -313,25 +289,37 @@ class TableDataset(FileSource):
         try:
             for i, row in enumerate(self._open(part).cast_column(self.image, Image(decode=False))):
                 content = (row[self.image] or {}).get("bytes")
-                yield Item(f"{name}:{i}", content, row[self.text], problem="" if content else MISSING)
+                yield Item(f"{name}:{i}", content, [row[key] for key in self.texts], problem="" if content else MISSING)
         except Exception:  # pyarrow raises many kinds
             if self.hub:  # the network failed, not one file
                 raise
             yield Item(name, problem=DAMAGED)
 
 
-def open_source(spec: str | Path, config: MuseConfig, *, seed: int = 0) -> Source:
-    """What to train on -> a source: "scenes" (a folder of that name is ./scenes), a folder, shards, or a hub id."""
+def open_source(spec: str | Path, config: MuseConfig, *, seed: int = 0, reading: Reading = Reading()) -> Source:
+    """What to train on -> a source: "scenes" (a folder of that name is ./scenes), a folder, shards, or a hub id.
+
+    Without a language model in `config`, images need no captions.
+    """
     require(isinstance(spec, str | Path), f"data is {spec!r}; give a text or a path")
+    reading, split = reading._replace(captioned=bool(config.text_encoder)), reading.split
     if spec == "scenes":
+        require(reading[:4] == Reading()[:4], "scenes have no columns and no splits; their number is --set scenes=N")
         options = {"fractions": config.fractions, "k": config.captions, "synonyms": config.synonyms}
         return SceneDataset(config.scenes, config.high_tokenizer.image_size, seed=seed, **options)
     if os.path.isdir(spec):
-        return FolderDataset(spec)
+        folder = Path(spec)
+        if split := split or "train" * (folder / "dataset_dict.json").is_file():
+            splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
+            require(split in splits, f"{spec} has no split {split!r}; it has {', '.join(splits) or 'none'}")
+            folder /= split
+        saved = sorted(folder.glob("*.arrow")) if (folder / "state.json").is_file() else []
+        return TableDataset(saved, reading) if saved else FolderDataset(folder, reading)
     if files := _expand(str(spec)):
-        return (TableDataset if all(file.endswith(".parquet") for file in files) else TarDataset)(files)
+        require(not split, f"{spec} has no splits; name the files of one split instead")
+        return (TableDataset if all(file.endswith(".parquet") for file in files) else TarDataset)(files, reading)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(spec)):
-        return TableDataset(hub=str(spec))
+        return TableDataset(reading=reading, hub=str(spec))
     raise ValueError(f"there is no file {spec}; expected scenes, a folder, shards, or user/name of a hub data set")
 
 

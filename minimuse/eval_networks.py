@@ -7,9 +7,11 @@
         prompt --frozen language model, attention--> one vector per text token (B, L, d) ------+
     ClipScorer   any CLIP of `transformers`
 
+Last come the features of the perceptual loss of tokenizers (A.2), trained anew in each run.
+
 Each peak of the heat map is the center of a detected thing (CenterNet, arXiv 1904.07850). The score of SceneClip is the
 largest cosine of each text token with a cell, averaged over tokens (FILIP, arXiv 2111.07783).
-Both are shipped. They only measure and are never part of a loss. They share no weights and no data seed with each other
+Both are shipped. Detector and SceneClip only measure and are never part of a loss. They share no weights and no data seed with each other
 and with the perceptual network, and were trained without scenes of split "train" and without generated pictures.
 
 Glossary: B pictures, T texts, L text tokens, K things found in a picture, G = 16 cells per side, d = 48.
@@ -29,12 +31,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minimuse import checkpoint
+from minimuse.data_captions import SceneDataset
 from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES
-from minimuse.eval_metrics import check_images
+from minimuse.eval_metrics import Distance, check_images, feature_distance, lpips_distance
 from minimuse.pictures import from_pil
 from minimuse.text import Context, TextEncoder
 from minimuse.utils import to_float, to_pil
 from minimuse.vqgan import Encoder, VQGANConfig
+from minimuse.vqgan_loss import SceneFeatures
 
 SIZE, GRID = 64, 16  # pixels per side of the network's input; cells per side of its output
 FIELDS = {"color": tuple(COLORS), "shape": SHAPES, "size": SIZES, "material": MATERIALS}
@@ -140,8 +144,8 @@ class Detector(Pretrained):
         nn.init.constant_(self.head.bias[:1], -3.0)  # most cells hold no center
 
     def trunk(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> fine (B, b, 16, 16) and coarse (B, c, 8, 8) features. Choice: pixel positions are an input too."""
-        at = torch.linspace(-1, 1, SIZE, device=images.device)
+        """Images (B, 3, H, H) -> fine (B, b, H/4, H/4), coarse (B, c, H/8, H/8). Choice: positions are an input too."""
+        at = torch.linspace(-1, 1, images.shape[-1], device=images.device)
         places = torch.stack(torch.meshgrid(at, at, indexing="ij")).expand(len(images), -1, -1, -1)
         x = torch.cat([images, places], 1).contiguous(memory_format=torch.channels_last)
         fine = self.fine(self.stem(x))
@@ -256,3 +260,30 @@ class ClipScorer:
         inputs = self.processor(**both, return_tensors="pt", padding=True, truncation=True)
         out = self.model(**inputs.to(self.model.device))
         return F.cosine_similarity(out.image_embeds, out.text_embeds)
+
+
+# --- the network of the perceptual loss -------------------------------------------------------------------------------
+
+
+def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: int = 0) -> SceneFeatures:
+    """images (n, 3, H, W) uint8, labels (n, K), 1 for the classes that it shows -> a classifier, for its features."""
+    torch.manual_seed(seed)
+    net = SceneFeatures(labels.shape[1])
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        at = torch.randint(len(images), (64,), generator=generator)
+        F.binary_cross_entropy_with_logits(net.classify(to_float(images[at])), labels[at]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return net.eval().requires_grad_(False)
+
+
+def perceptual_distance(
+    kind: str, image_size: int, *, device: torch.device | str = "cpu", seed: int = 0, n: int = 2000
+) -> Distance:
+    """LPIPS for "lpips". Choice: for "scenes", features trained on n scenes, which need no download."""
+    if kind == "lpips":
+        return lpips_distance()
+    scenes = SceneDataset(n, image_size, seed=seed)
+    return feature_distance(train_features(scenes.images(), scenes.labels(), seed=seed).to(device))

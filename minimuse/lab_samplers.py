@@ -3,8 +3,8 @@
     preset_settings("maskgit", n=256, codebook_size=1024, steps=12) -> keyword arguments of `sampler.decode`
     preset_settings("remdm_cap:0.1", ...)                           -> numbers after a colon replace the defaults
 
-Each function says which paper or code it follows, and where that differs from `decode`. To add one, enter in SAMPLERS
-a function (Target, its numbers) -> what differs from `_muse`. A hook sees a `sampler.State`.
+Each says which paper or code it follows, and where that differs from `decode`. To add one, enter in SAMPLERS
+a function (Target, its numbers) -> what differs from MUSE. A hook sees a `sampler.State`.
 
 n tokens, T steps, u = i / (T - 1) progress, a and b the fractions alpha revealed before and after step i,
 U revealed tokens, NFE forward passes of an image.
@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minimuse.lab_optimum import schedule_of
 from minimuse.lab_worlds import World
-from minimuse.masking import SCHEDULES
+from minimuse.masking import SCHEDULES, Schedule
 from minimuse.sampler import Hook, State, Step, confidence, draw, token_entropy
 from minimuse.utils import Fraction, NonNegative, PositiveInt, check, named, require, top_mask
 
@@ -34,6 +35,10 @@ class Target(NamedTuple):
     codebook_size: int
     steps: int
     world: World | None = None  # knows p(x_i | all other tokens), which no network does
+
+    def annealing(self, u: float) -> float:
+        """1 - (i + 1) / T."""
+        return (1 - u) * (self.steps - 1) / self.steps
 
 
 # --- adaptive rules: how many tokens, or which ------------------------------------------------------------------------
@@ -53,16 +58,10 @@ def entropy_bound(bound: float) -> Callable[[Tensor, Tensor, float], Tensor]:
     return rule
 
 
-def _eb(to: Target, bound: float = 0.1) -> dict[str, Any]:
-    """`entropy_bound`. The paper also ranks by confidence and by margin."""
-    return {"schedule": entropy_bound(bound), "order": "entropy"}
-
-
 def _or_best(state: State, ready: Tensor, p: Tensor) -> Tensor:
     """(B, N) bool: the masked tokens that are `ready`; where an image has none, its masked token of the highest p."""
     ready = ready & state.masked
-    one = torch.ones(len(p), dtype=torch.long, device=p.device)
-    best = top_mask(p.masked_fill(~state.masked, -1.0), state.noise[:, 1], one)
+    best = top_mask(p.masked_fill(~state.masked, -1.0), state.noise[:, 1], state.masked.any(1).long())
     return torch.where(ready.any(1, keepdim=True), ready, best)
 
 
@@ -100,14 +99,6 @@ def _klass(to: Target, threshold: float = 0.9, bound: float = 0.01, passes: floa
 # --- random counts, and tokens that are masked again ------------------------------------------------------------------
 
 
-def _mdlm(to: Target) -> dict[str, Any]:
-    """MDLM, ancestral (arXiv 2406.07524): each token is revealed with probability (b - a) / (1 - a), alpha = u.
-
-    So the counts are binomial. A step that reveals none has an NFE of 0: the logits of the step before hold.
-    """
-    return {"choose": lambda state: ~state.masked | (state.noise[:, 1] < 1 / (state.steps - state.index))}
-
-
 def _remdm(sigma: Callable[[State, float], float | Tensor]) -> dict[str, Any]:
     """ReMDM (arXiv 2503.00307): mask a token of U again with probability s = sigma(state, s_max).
 
@@ -121,18 +112,6 @@ def _remdm(sigma: Callable[[State, float], float | Tensor]) -> dict[str, Any]:
         return torch.where(state.masked, state.noise[:, 1] < reveal, state.noise[:, 1] >= s)
 
     return {"choose": choose, "remask": True}
-
-
-def _remdm_cap(to: Target, eta: float = 0.02) -> dict[str, Any]:
-    """ReMDM-cap: s = min(eta, s_max). eta = 0 is MDLM."""
-    eta = check("eta", eta, Fraction)
-    return _remdm(lambda state, most: min(eta, most))
-
-
-def _remdm_rescale(to: Target, eta: float = 0.05) -> dict[str, Any]:
-    """ReMDM-rescale: s = eta s_max. eta = 0 is MDLM."""
-    eta = check("eta", eta, Fraction)
-    return _remdm(lambda state, most: eta * most)
 
 
 def _remdm_conf(to: Target) -> dict[str, Any]:
@@ -167,6 +146,10 @@ def _p2(to: Target, eta: float = 1.0) -> dict[str, Any]:
         return top_mask(score, state.noise[:, 1], count)
 
     return {"choose": choose, "remask": True}
+
+
+def _largest(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
+    return logits.log_softmax(-1).amax(-1)
 
 
 def exact_score(world: World) -> Callable[[Tensor], Tensor]:
@@ -213,9 +196,7 @@ def _moment(to: Target, alpha: float = 4.5) -> dict[str, Any]:
     Places by Gumbel-top-k of log sum_v p(v)^(1 + 1/a); there, v is drawn with p(v)^(1 + 1/a): temperature a / (1 + a).
     Both scores are multiplied by a here, so a = 0 is argmax. a = alpha (1 - (i + 1) / T) as in MaskGIT.
     """
-
-    def noise(u: float) -> float:
-        return alpha * (1 - (u * (to.steps - 1) + 1) / to.steps) if to.steps > 1 else 0.0
+    noise = lambda u: alpha * to.annealing(u)  # noqa: E731
 
     def order(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
         a = max(noise(u), 1e-4)
@@ -223,12 +204,6 @@ def _moment(to: Target, alpha: float = 4.5) -> dict[str, Any]:
 
     temperature = {"sampling_temperature": lambda u: noise(u) / (1 + noise(u)), "choice_temperature": noise}
     return {"order": order, **temperature}
-
-
-def _choose_then_sample(to: Target, noise: float = 4.5) -> dict[str, Any]:
-    """Places by the largest log p(v), with MaskGIT's ranking noise; the draw has no influence (arXiv 2510.04525)."""
-    order = lambda logits, drawn, masked, u: logits.log_softmax(-1).amax(-1)  # noqa: E731
-    return {"order": order, "choice_temperature": check("the ranking noise", noise, NonNegative)}
 
 
 def _beta(to: Target, a: float = 2.0, b: float = 1.0) -> dict[str, Any]:
@@ -239,66 +214,94 @@ def _beta(to: Target, a: float = 2.0, b: float = 1.0) -> dict[str, Any]:
     return {"schedule": lambda u: 1 - float(betainc(a, b, u)), "order": "random"}
 
 
-def _top_p(to: Target, p: float = 0.9) -> dict[str, Any]:
-    """Nucleus sampling (arXiv 1904.09751)."""
-    return {"top_p": p}
-
-
 # --- code bases -------------------------------------------------------------------------------------------------------
 
 
-def _muse(to: Target) -> dict[str, Any]:
-    """Muse 2.8 to the letter, and what the others change: cosine, confidence, no ranking noise; 24 steps."""
-    return {"schedule": "cosine", "order": "confidence", "sampling_temperature": 1.0, "choice_temperature": 0.0}
+def _raw_logit(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
+    return logits.gather(-1, drawn[..., None]).squeeze(-1)
 
 
-def _maskgit(to: Target) -> dict[str, Any]:
-    """google-research/maskgit: ranking noise 4.5, annealed by 1 - (i + 1) / T; 12 steps, t = 0.
-
-    With about as many steps as tokens the original stops revealing once its curve leaves one token; ours reveals one.
-    """
-    return {"choice_temperature": 4.5}
-
-
-def _amused(to: Target) -> dict[str, Any]:
-    """huggingface/diffusers AmusedScheduler: ranking noise 2, annealed by 1 - i / (T - 1); 12 steps, t = 9.
-
-    Its cosine is float32, so cos(pi / 3) of 256 tokens leaves 127, not 128.
-    """
+def _muse_pytorch(to: Target, noise: float, softmax: Callable[[float], float] = lambda a: 1.0) -> dict[str, Any]:
+    """One temperature noise * a, a = 1 - (i + 1) / T, for the draw and for the ranking of raw logits / softmax(a)."""
     return {
+        "order": lambda logits, drawn, masked, u: _raw_logit(logits, drawn, masked, u) / softmax(to.annealing(u)),
+        "sampling_temperature": lambda u: noise * to.annealing(u) * softmax(to.annealing(u)),
+        "choice_temperature": check("the ranking noise", noise, NonNegative),
+    }
+
+
+def _titok(to: Target, noise: float) -> dict[str, Any]:
+    return {"schedule": "arccos"} | _muse_pytorch(to, noise, lambda a: 0.5 + 0.8 * a)
+
+
+def _equal_counts(to: Target, last: bool) -> Schedule:
+    """Equal counts. What is left over goes to the last step, or one each to the first ones."""
+    each, rest = divmod(to.n, to.steps)
+    many = [each] * (to.steps - 1) + [each + rest] if last else [each + 1] * rest + [each] * (to.steps - rest)
+    return schedule_of(many)
+
+
+MUSE = {"schedule": "cosine", "order": "confidence", "sampling_temperature": 1.0, "choice_temperature": 0.0}
+SAMPLER_PRESETS: dict[str, Callable[..., dict[str, Any]]] = {
+    # Muse 2.8 to the letter, and what the others change; 24 steps.
+    "muse": lambda to: MUSE,
+    # google-research/maskgit: noise 4.5 (1 - (i + 1) / T); 12 steps, t = 0. With about as many steps as tokens the
+    # original stops revealing once its curve leaves one token; ours reveals one.
+    "maskgit": lambda to: {"choice_temperature": 4.5},
+    # huggingface/diffusers AmusedScheduler: noise 2 (1 - i / (T - 1)); 12 steps, t = 9. Its cosine is float32, so
+    # cos(pi / 3) of 256 tokens leaves 127, not 128.
+    "amused": lambda to: {
         "schedule": lambda u: (torch.tensor(u) * math.pi / 2).cos().item(),
         "choice_temperature": lambda u: 2 * (1 - u),
-    }
-
-
-def _halton(to: Target) -> dict[str, Any]:
-    """valeoai/Halton-MaskGIT: Halton order, the arccos curve, revealed tokens rounded down; 64 steps, t = 4.
-
-    Its softmax temperature multiplies the logits (1 to 1.2 sharpens).
-    Not followed: it draws revealed tokens again at every step, and starts each image at another place of the sequence.
-    """
-    return {"schedule": lambda u: 1 - math.floor(to.n * (1 - SCHEDULES["arccos"](u)) + 1e-6) / to.n, "order": "halton"}
-
-
-def _lucidrains(to: Target) -> dict[str, Any]:
-    """lucidrains/muse-maskgit-pytorch: ranks raw logits, top-k is V / 10, temperature 1 - (i + 1) / T; 18 steps, t = 2.
-
-    Its steps see linspace(0, 1, T), so T steps do the work of T - 1. Not followed: it may reveal none in a step.
-    """
-    last = max(to.steps - 1, 1)
-    return {
-        "schedule": lambda u: math.cos(math.pi / 2 * min(1.0, u * to.steps / last)) if u < 1 else 0.0,
-        "order": lambda logits, drawn, masked, u: logits.gather(-1, drawn[..., None]).squeeze(-1),
-        "sampling_temperature": lambda u: (1 - u) * (to.steps - 1) / to.steps,
+    },
+    # valeoai/Halton-MaskGIT: arccos, revealed tokens rounded down; 64 steps, t = 4. Its softmax temperature multiplies
+    # the logits (1 to 1.2 sharpens). Not followed: it draws revealed tokens again, and each image has its own sequence.
+    "halton": lambda to: {
+        "schedule": lambda u: 1 - math.floor(to.n * (1 - SCHEDULES["arccos"](u)) + 1e-6) / to.n,
+        "order": "halton",
+    },
+    # lucidrains/muse-maskgit-pytorch: ranks raw logits, top-k is V / 10; 18 steps, t = 2. Its steps see
+    # linspace(0, 1, T), so T steps do the work of T - 1. Not followed: it may reveal none in a step.
+    "lucidrains": lambda to: {
+        "schedule": lambda u: math.cos(math.pi / 2 * min(1.0, u * to.steps / max(to.steps - 1, 1))) if u < 1 else 0.0,
+        "order": _raw_logit,
+        "sampling_temperature": to.annealing,
         "top_k": math.ceil((1 - 0.9) * to.codebook_size),
-    }
-
-
-PAPERS = [_mdlm, _remdm_cap, _remdm_rescale, _remdm_conf, _p2, _moment, _choose_then_sample]
-PAPERS += [_eb, _fast_dllm, _klass, _beta, _token_critic, _informed, _top_p]
-CODES = [_muse, _maskgit, _amused, _halton, _lucidrains]
-SAMPLER_PRESETS = {f.__name__[1:]: f for f in CODES}
+    },
+    # viiika/Meissonic: the scheduler of aMUSEd; 64 steps (later 48), t = 8.
+    "meissonic": lambda to: SAMPLER_PRESETS["amused"](to),
+    # baaivision/MUSE-Pytorch: t rises from 0.
+    "muse_pytorch": lambda to, noise=4.5: _muse_pytorch(to, noise),
+    # bytedance/1d-tokenizer, TiTok-L-32: 8 steps, t rises from 0 to 4.5. MaskGen: 16 steps, t is a power-cosine of
+    # power 1 from 1 to 12.
+    "titok": lambda to, noise=9.5: _titok(to, noise),
+    "maskgen": lambda to, noise=1.5: _titok(to, noise),
+    # markweberdev/maskbit, 14 bits: 64 steps, t = "power-cosine:7.1:3". Not followed: halves of a token masked apart.
+    "maskbit": lambda to: {"schedule": "arccos", "choice_temperature": 7.8},
+    # ML-GSAI/LLaDA, low confidence, in one block: the surest argmax.
+    "llada": lambda to: {"schedule": _equal_counts(to, last=False), "sampling_temperature": 0.0},
+    # nanoMaskGIT (EPFL CS-503): places by their largest raw logit, drawn afterwards.
+    "nanomaskgit": lambda to: {
+        "schedule": _equal_counts(to, last=True),
+        "order": lambda logits, drawn, masked, u: logits.amax(-1),
+    },
+}
+PAPERS = [_remdm_conf, _p2, _moment, _fast_dllm, _klass, _beta, _token_critic, _informed]
 SAMPLERS = SAMPLER_PRESETS | {f.__name__[1:]: f for f in PAPERS}
+SAMPLERS |= {
+    # MDLM, ancestral (arXiv 2406.07524): each token is revealed with probability (b - a) / (1 - a), alpha = u, so the
+    # counts are binomial. A step that reveals none has an NFE of 0: the logits of the step before hold.
+    "mdlm": lambda to: {"choose": lambda s: ~s.masked | (s.noise[:, 1] < 1 / (s.steps - s.index))},
+    # ReMDM-cap: s = min(eta, s_max). ReMDM-rescale: s = eta s_max. eta = 0 is MDLM.
+    "remdm_cap": lambda to, eta=0.02: _remdm(lambda state, most: min(check("eta", eta, Fraction), most)),
+    "remdm_rescale": lambda to, eta=0.05: _remdm(lambda state, most: check("eta", eta, Fraction) * most),
+    # Places by the largest log p(v), with MaskGIT's ranking noise; the draw has no influence (arXiv 2510.04525).
+    "choose_then_sample": lambda to, noise=4.5: {"order": _largest, "choice_temperature": noise},
+    # EB-Sampler: `entropy_bound`. The paper also ranks by confidence and by margin.
+    "eb": lambda to, bound=0.1: {"schedule": entropy_bound(bound), "order": "entropy"},
+    # Nucleus sampling (arXiv 1904.09751).
+    "top_p": lambda to, p=0.9: {"top_p": p},
+}
 
 
 def preset_settings(name: str, n: int, codebook_size: int, steps: int, world: World | None = None) -> dict[str, Any]:
@@ -307,8 +310,9 @@ def preset_settings(name: str, n: int, codebook_size: int, steps: int, world: Wo
     "p2:0.5" is p2 with 0.5 in place of its first number; "klass:0.9:0.01" gives the first two.
     """
     sizes = {"n": n, "codebook_size": codebook_size, "steps": steps}
-    to = Target(*(check(size, value, PositiveInt) for size, value in sizes.items()), world)
-    return {"steps": to.steps} | _muse(to) | named("preset", name, SAMPLERS, to)
+    n, codebook_size, steps = (check(size, value, PositiveInt) for size, value in sizes.items())
+    to = Target(n, codebook_size, min(n, steps), world)
+    return {"steps": steps} | MUSE | named("preset", name, SAMPLERS, to)
 
 
 class Outcome(NamedTuple):

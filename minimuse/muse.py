@@ -31,9 +31,9 @@ from minimuse.vqgan import VQGAN, draft_tokens
 
 
 def text_encoder(config: MuseConfig, device: Any = "cpu") -> TextEncoder:
-    """The language model of a configuration; `device` is that of the networks."""
+    """The language model of a configuration, none if its name is empty; `device` is that of the networks."""
     options = {"device": config.text_device or device, "dtype": getattr(torch, config.text_dtype, None)}
-    return TextEncoder(config.text_encoder, max_tokens=config.text_tokens, **options)
+    return TextEncoder(config.text_encoder, max_tokens=config.text_tokens, width=config.base.text_width, **options)
 
 
 def build(config: MuseConfig) -> nn.ModuleDict:
@@ -227,6 +227,8 @@ class Muse:
 
     def unfamiliar(self, prompt: str) -> str:
         """A hint if most words of the prompt are in no training caption, else ""."""
+        if prompt and not self.config.text_encoder:
+            return f'{self.config.name} has no captions: prompts change nothing. Generate, inpaint or outpaint with ""'
         words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))
         unknown = [word for word in words if word not in self.words]
         if not self.words or 2 * len(unknown) <= len(words):

@@ -46,7 +46,8 @@ class Context(NamedTuple):
 def pad_contexts(rows: Sequence[Tensor]) -> Context:
     """B tensors (L_i, D_lm) -> Context of (B, max L_i), zeros on the right where a row is shorter."""
     require(len(rows) > 0, "got no prompts; give at least one")
-    embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, L, D_lm)
+    least = rows[0].new_zeros(1, *rows[0].shape[1:])  # so that L is at least 1 if every text is removed
+    embeds = torch.nn.utils.rnn.pad_sequence([*rows, least], batch_first=True)[:-1]  # (B, L, D_lm)
     lengths = torch.tensor([len(row) for row in rows], device=embeds.device)
     return Context(embeds, torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None])
 
@@ -55,6 +56,7 @@ class TextEncoder:
     """A frozen LM, prompts -> Context. The LM loads at the first `encode`, so making one needs no network.
 
     name        "all-MiniLM-L6-v2", a folder, or a hub id of a T5, CLIP, BERT or any other encoder of `transformers`
+    width       D_lm, needed if the name is "": then there is no LM, and every text counts as removed
     max_tokens  longer prompts are cut, with a warning; a lower limit of the LM itself holds too
     dtype       of the LM and of the embeddings: by default bfloat16 on GPUs that are fast in it, else float32
     cache_size  bytes of the embeddings that are kept, so that each text is encoded once; a text may take megabytes
@@ -64,10 +66,11 @@ class TextEncoder:
     """
 
     def __init__(
-        self, name: str | Path = MINILM, *, max_tokens=256, device=None, dtype=None, batch_size=32, cache_size=2**28
-    ):
+        self, name: str | Path = MINILM, *, max_tokens=256, width=0, device=None, dtype=None, batch_size=32,
+        cache_size=2**28,
+    ):  # fmt: skip
         self.max_tokens = check("max_tokens", max_tokens, TextTokens)
-        self.name = str(name)
+        self.name, self.width = str(name), width
         self.device = torch.device(device or "cpu")
         self._dtype = dtype
         self.batch_size = check("batch_size", batch_size, PositiveInt)
@@ -82,7 +85,7 @@ class TextEncoder:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The weights of the LM, to tell one LM from another."""
-        return self._lm.state_dict()
+        return self._lm.state_dict() if self.name else {}
 
     def to(self, device: torch.device | str) -> "TextEncoder":
         """Contexts are made on this device from now on, where the LM loads again at the next new text."""
@@ -102,12 +105,11 @@ class TextEncoder:
         if isinstance(prompts, Iterable) and getattr(prompts, "ndim", 1):
             prompts = list(prompts)
         prompts = check("prompts", prompts, tuple[str, ...])
-        rows = self._cache
-        new = [text for text in dict.fromkeys(prompts) if text not in rows]
+        new = [text for text in dict.fromkeys(prompts) if text not in self._cache]
         for remark in self.remarks(new):
             warnings.warn(remark, stacklevel=2)
         with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, which autograd accepts as constants
-            rows = rows | self._embed(new)
+            rows = self._cache | self._embed(new)
             sizes = accumulate(row.nbytes for row in reversed(rows.values()))
             kept = sum(size <= self.cache_size for size in sizes)
             self._cache = dict(list(rows.items())[len(rows) - kept :])  # the newest
@@ -115,7 +117,7 @@ class TextEncoder:
 
     def remarks(self, texts: list[str]) -> list[str]:
         """What is lost: a sentence about texts that are cut, one about tokens that the LM does not know."""
-        if not texts:
+        if not (texts and self.name):
             return []
         limit = self.limit  # first, so that an unknown LM is told as such
         ids = self._tokenizer(texts, verbose=False)["input_ids"]
@@ -134,8 +136,10 @@ class TextEncoder:
 
     def _embed(self, texts: list[str]) -> dict[str, Tensor]:
         """Different texts -> {text: (L, D_lm)}, through the LM in batches of similar length."""
+        if not (texts and self.name):
+            return {text: torch.zeros(0, self.width) for text in texts}
         rows: dict[str, Tensor] = {}
-        found = self._tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"] if texts else []
+        found = self._tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
         tokens = sorted(zip(texts, found, strict=True), key=lambda item: len(item[1]))
         for start in range(0, len(tokens), self.batch_size):
             batch = tokens[start : start + self.batch_size]
@@ -189,12 +193,11 @@ class TextEncoder:
     @cached_property
     def _lm(self) -> torch.nn.Module:
         import transformers
-        from transformers.utils import logging
 
         lm_class = getattr(transformers, ENCODERS.get(self._config.model_type.removesuffix("_text_model"), "AutoModel"))
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # no warnings about decoders and heads, which we do not need
-        logging.disable_progress_bar()
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # no warnings about decoders and heads, which we do not need
+        transformers.logging.disable_progress_bar()
         try:
             options = {"use_safetensors": True, "output_loading_info": True}  # never a pickle, which may run code
             lm, info = lm_class.from_pretrained(self.source, dtype=self.dtype, **options)
@@ -202,8 +205,8 @@ class TextEncoder:
             convert = f"{lm_class.__name__}.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(FOLDER)"
             raise OSError(f"{self.name!r} has no model.safetensors; if you trust it, convert it: {convert}") from error
         finally:
-            logging.set_verbosity(verbosity)
-            logging.enable_progress_bar()
+            transformers.logging.set_verbosity(verbosity)
+            transformers.logging.enable_progress_bar()
         if missing := sorted(key for key in info["missing_keys"] if "pooler" not in key):
             raise ValueError(f"{self.name!r} lacks {len(missing)} weights, such as {missing[0]!r}; download it again")
         return lm.eval().requires_grad_(False).to(self.device)

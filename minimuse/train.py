@@ -27,7 +27,7 @@ from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
 from minimuse.data_cache import Decimated, TrainingData
 from minimuse.data_sources import Source, open_source
-from minimuse.eval_metrics import perceptual_distance
+from minimuse.eval_networks import perceptual_distance
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
 from minimuse.muse import Muse, build, text_encoder
 from minimuse.text import Context, pad_contexts
@@ -275,7 +275,7 @@ class MuseTrainer:
         yield from self.tokenizer("decoder", parts["high_tokenizer"])
         parts.eval().requires_grad_(False)
         muse = Muse(config, parts, self.encoder, **data.words()).to(self.engine.device, torch.float32)
-        muse.words = sorted({*muse.words, *(self.start.words if self.start else [])})
+        muse.words = sorted({*muse.words, *(self.start.words if self.start and config.text_encoder else [])})
         yield Progress("all", 1, 1, {}, muse)
 
     def before_base(self) -> Iterator[Progress]:

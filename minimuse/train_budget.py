@@ -230,7 +230,7 @@ def preview(data: TrainingData, most: int = 16) -> str:
     read = partial(source.read, 0, data.side, Problems())
     if not (examples := list(islice(read(), most))):
         return "the first part of the data holds no usable image"
-    n = len(source) if hasattr(source, "__len__") else source.parts * sum(1 for _ in read())
+    n = min(data.count, len(source) if hasattr(source, "__len__") else source.parts * sum(1 for _ in read()))
     letters = sum(len(text) for e in examples for text in e.captions) / len(examples)
     sizes = {"pixels": 3 * data.side**2 * min(data.pixels_limit, n)}
     for name, part in (("low", config.low_tokenizer), ("high", config.high_tokenizer)):
@@ -240,8 +240,9 @@ def preview(data: TrainingData, most: int = 16) -> str:
     if sizes["text"] > config.text_gib * 2**30:
         lines[-1] += "; above text_gib: encoded at every step instead"
     stays = "for the whole run" if sizes["text"] > config.text_gib * 2**30 else "until the captions are embedded"
-    size, dtype = si(language_model_bytes(data.encoder), "B"), str(data.encoder.dtype).removeprefix("torch.")
-    lines.append(f"language model: {size} on {data.encoder.device} in {dtype}, {stays}")
+    if config.text_encoder:
+        size, dtype = si(language_model_bytes(data.encoder), "B"), str(data.encoder.dtype).removeprefix("torch.")
+        lines.append(f"language model: {size} on {data.encoder.device} in {dtype}, {stays}")
     return "\n".join(lines)
 
 

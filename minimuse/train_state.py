@@ -195,7 +195,7 @@ def finetuned(config: MuseConfig, stages: Sequence[str] = ("base", "superres")) 
 
 def starting_parts(config: MuseConfig, start: Muse) -> nn.ModuleDict:
     """A copy of the networks of `start`, ready to train. ValueError if the configuration has other networks."""
-    names = (*start.parts, "finetuned_tokenizer", "text_encoder", "text_tokens")
+    names = [*start.parts, "finetuned_tokenizer", *["text_encoder", "text_tokens"] * bool(config.text_encoder)]
     same = all(getattr(config, name) == getattr(start.config, name) for name in names)
     require(same, f"{config.name} has other networks than {start.config.name}; change only its stages")
     return copy.deepcopy(start.parts).float().requires_grad_(True)
@@ -216,7 +216,8 @@ def data_record(spec: str | Path, source: Any) -> dict[str, Any]:
     """What run.json holds about a source that `open_source(spec)` opened: its absolute place, its content by file."""
     place = str(spec) if spec == "scenes" or getattr(source, "hub", "") else os.path.abspath(spec)
     files = getattr(source, "hashes", {})
-    return {"source": place, "fingerprint": source.fingerprint, "parts": source.parts, "files": files}
+    record = {"source": place, "fingerprint": source.fingerprint, "parts": source.parts, "files": files}
+    return record | (source.reading._asdict() if hasattr(source, "reading") else {})
 
 
 def open_run(folder: Path, values: dict[str, Any], *, resume: bool, more: int = 0) -> None:

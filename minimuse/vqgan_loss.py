@@ -60,7 +60,7 @@ def adaptive_weight(gradients: Tensor) -> Tensor:
 
 
 class SceneFeatures(nn.Module):
-    """images (B, 3, H, W) -> features at 1/2, 1/4 and 1/8 of the size; `eval_metrics.train_features` trains it."""
+    """images (B, 3, H, W) -> features at 1/2, 1/4 and 1/8 of the size; `eval_networks.train_features` trains it."""
 
     def __init__(self, classes: int, width: int = 32):
         super().__init__()

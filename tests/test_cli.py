@@ -31,6 +31,7 @@ from minimuse.lab_models import muse_settings
 from minimuse.lab_samplers import SAMPLERS
 from minimuse.muse import Muse
 from minimuse.pictures import save_png
+from minimuse.train_doctor import examine
 from minimuse.train_state import states
 from minimuse.utils import pick_device
 
@@ -325,7 +326,7 @@ REFUSED = [
 ]  # by every option with a number
 
 
-NAMES = ("tasks", "preset", "schedule", "order", "stages")
+NAMES = ("tasks", "preset", "schedule", "order", "stages", "caption_columns")
 
 
 def options(command: str) -> list:
@@ -578,9 +579,47 @@ def test_fine_tuning_changes_only_its_stages(run, here, folder, pictures):
     assert set(tuned.words) == {*start.words, "a", "teal", "cube", "two", "boxes"}, "old and new words"
     assert set(tuned.examples) == {"a teal cube", "two teal boxes"}, "new captions to try"
     assert tuned.config.name == "tiny-tuned", "another name, so that --like does not draw with the old one"
+    findings = examine("mine", device="cpu")
+    assert {"context", "leakage", "text"} <= {finding.check for finding in findings}, (
+        "frozen tokenizers are the start's"
+    )
+    assert "files" not in {finding.check for finding in findings}, findings
+    code, out, err = run("average", "mine", "--out", "averaged", model=False)
+    assert (code, len(out)) == (0, 2), f"only the base model has states: {out} {err}"
+    averaged = weights_of("averaged")
+    same = {name.split(".")[0] for name in after if averaged[name].equal(after[name])}
+    assert same == {name.split(".")[0] for name in after}, "one state is its own average; the frozen parts stay"
     refused(run(*words, "--out", "next", "tiny", model=False), "take no preset")
     refused(run(*words, "--out", "next", "--stages", "bass", model=False), "unknown stages bass; give some of")
     refused(run("train", "nano", "--stages", "base", "--out", "next", model=False), "--stages needs --from")
+
+
+def test_a_model_without_captions(run, here, folder, pictures, image, capsys):
+    """Pictures without any caption train a model that draws, inpaints and outpaints without a prompt."""
+    for path in Path(pictures).glob("*.txt"):
+        path.unlink()
+    steps = ("--set", "stages.base.steps=2", "--set", "stages.superres.steps=2", "--device", "cpu")
+    words = ("train", "--from", folder, "--data", pictures, *steps, "--out", "mine")
+    refused(run(*words, model=False), "holds no captioned image")
+    code, out, err = run(*words, "--captions", "none", "--count", 4, model=False)
+    assert code == 0, err
+    assert out[-2:] == [f'try: minimuse generate "" --model {Path("mine")}', out[-1]], "it says what works"
+    assert 'generate, inpaint and outpaint with the prompt ""; other prompts change nothing' in out[-1]
+    assert "4 pictures" in Path("mine/README.md").read_text(), "--count takes so many"
+    muse = Muse.from_pretrained("mine", device="cpu")
+    assert (muse.config.text_encoder, muse.words, muse.unfamiliar("")) == ("", [], "")
+    capsys.readouterr()
+    a, b = (muse.generate(prompt, seed=1)[0].tobytes() for prompt in ("", "a red cube"))
+    assert a == b, "a prompt changes nothing"
+    assert "tiny-tuned-unconditional has no captions: prompts change nothing" in capsys.readouterr().err
+    assert "_lm" not in vars(muse.encoder), "and no language model is loaded"
+    model = ("--model", "mine", "--device", "cpu")
+    assert run("generate", "", *model, "--out", "a.png", model=False)[0] == 0
+    assert run("inpaint", "picture.png", "mask.png", "", *model, "--out", "b.png", model=False)[0] == 0
+    assert run("outpaint", "picture.png", "", *model, "--out", "c.png", model=False)[0] == 0
+    assert run("train", "--more", 1, "--out", "mine", "--device", "cpu", model=False)[0] == 0
+    findings = examine("mine", "base", device="cpu")
+    assert "text" not in [finding.check for finding in findings], "the doctor asks for no text"
 
 
 def test_a_finished_run_is_continued(run, here, folder, pictures):
@@ -641,6 +680,7 @@ def test_info_of_one_preset_or_checkpoint(run, folder, tiny_muse):
     assert out[0].startswith("toy: "), f"{out}"
     assert any(line.startswith(f"{folder}: ") and tiny_muse.config.text_encoder in line for line in out), f"{out}"
     refused(run("info", "nowhere", model=False), "no checkpoint 'nowhere'")
+    refused(run("info", ".", model=False), f"{Path().absolute()} holds no config.json; give a checkpoint's folder")
 
 
 def test_ctrl_c_is_130(capsys, here, monkeypatch):

@@ -9,6 +9,8 @@ import sys
 import tarfile
 import tempfile
 import zlib
+from collections import deque
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,8 @@ from PIL import Image
 
 from minimuse import data_sources
 from minimuse.config import preset
-from minimuse.data_captions import CROPPED, OTHER
+from minimuse.data_cache import TrainingData
+from minimuse.data_captions import CROPPED, OTHER, Reading
 from minimuse.data_sources import (
     FolderDataset,
     Problems,
@@ -583,6 +586,62 @@ def test_bytes_and_datasets_own_parquet(tmp_path):
         assert problems.summary() == ""
 
 
+def same_rows(folder: Path) -> dict[str, Path]:
+    """The same three rows in all kinds: two columns with captions, one of them with lists, and images of any size."""
+    datasets = pytest.importorskip("datasets")
+    names, whats, others = ["a.png", "b.png", "c.png"], ["one", "two", ""], [["uno", "ein"], [], ["tres"]]
+    images = [picture(i, (36, 33 + i)) for i in range(3)]
+    files = dict(zip(names, images, strict=True))
+    lines = [{"photo": name, "what": w, "other": o} for name, w, o in zip(names, whats, others, strict=True)]
+    write(folder / "lines", files | {"metadata.jsonl": "\n".join(map(json.dumps, lines))})
+    first = "photo,what,other,third\na.png,one,uno,ein\nb.png,two,,\nc.png,,tres,\n"  # CSV has no lists, but columns
+    write(folder / "csv", files | {"metadata.csv": first})
+    for i, row in enumerate(lines):
+        pair = {names[i]: images[i], f"{names[i][0]}.json": json.dumps(row), f"{names[i][0]}.txt": "another"}
+        tar(folder / f"{i}.tar", pair)
+    kinds = {
+        "photo": datasets.Image(),
+        "what": datasets.Value("string"),
+        "other": datasets.List(datasets.Value("string")),
+    }
+    rows = {"photo": [{"bytes": image, "path": None} for image in images], "what": whats, "other": others}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+    table.to_parquet(folder / "rows.parquet")
+    table.save_to_disk(folder / "saved", num_shards=2)
+    datasets.DatasetDict({"train": table.select([0]), "test": table}).save_to_disk(folder / "splits")
+    return {name: folder / name for name in ("lines", "csv", "*.tar", "rows.parquet", "saved", "splits")}
+
+
+def test_the_same_rows_in_all_kinds_of_files(tmp_path, tiny_muse):
+    pixels, tokens = [], []
+    for kind, place in same_rows(tmp_path).items():
+        columns = ["what", "other"] + ["third"] * (kind == "csv")
+        reading = Reading("photo", columns, "test" if kind == "splits" else "")
+        examples, problems = read_all(opened(place, reading=reading))
+        assert [e.captions for e in examples] == [("one", "uno", "ein"), ("two",), ("tres",)], kind
+        assert [e.image[0, 5, 5].item() for e in examples] == [0, 10, 20], f"{kind}: each with its own image"
+        assert problems.names == {}, f"{kind}: {problems.summary()}"
+        pixels.append(torch.stack([e.image for e in examples]))
+        assert pixels[-1].equal(pixels[0]), f"{kind}: the same pixels"
+        source = open_source(str(place), tiny_muse.config, reading=reading._replace(count=2))
+        data = TrainingData(tmp_path / "cache", source, tiny_muse.config, tiny_muse.encoder)
+        deque((*data.read(), *data.tokenize("low", tiny_muse.parts["low_tokenizer"])), maxlen=0)
+        tokens.append(data.tokens["low"][:])
+        assert tokens[-1].equal(tokens[0]), f"{kind}: the same tokens"
+        assert (len(tokens[-1]), data.captions()) == (2, [("one", "uno", "ein"), ("two",)]), f"{kind}: the first two"
+        wrong = reading._replace(caption_columns=["what", "title"])
+        tables = kind in ("saved", "splits", "rows.parquet")
+        with pytest.raises(ValueError, match="title") if tables else nullcontext():
+            assert 'without "title", but with' in read_all(opened(place, reading=wrong))[1].summary()
+    with pytest.raises(ValueError, match=r"has no split 'tset'; it has test, train"):
+        opened(tmp_path / "splits", reading=Reading(split="tset"))
+    assert len(read_all(opened(tmp_path / "splits", reading=Reading("photo", ["what"])))[0]) == 1, "train"
+    with pytest.raises(ValueError, match=r"has no splits; name the files of one split"):
+        opened(tmp_path / "rows.parquet", reading=Reading(split="test"))
+    with pytest.raises(ValueError, match=r"scenes have no columns and no splits"):
+        opened("scenes", reading=Reading(caption_columns=["what"]))
+
+
 def test_what_is_wrong_in_a_table_is_counted(tmp_path, monkeypatch):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     good_file = table(tmp_path / "0.parquet").read_bytes()
@@ -639,7 +698,7 @@ def test_a_hub_data_set(hub, tmp_path, monkeypatch):
     assert source.fingerprint != old.fingerprint
     examples, problems = read_all(source)
     assert (source.parts, said(examples), problems.summary()) == (2, [f"number {i}" for i in range(6)], "")
-    monkeypatch.setattr(data_sources, "captions_of", lambda text: 1 / 0)
+    monkeypatch.setattr(data_sources, "captions_of", lambda text, names: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # as if the network broke: no image is left out for that
         read_all(source)
 

@@ -30,6 +30,13 @@ GOLDEN = {  # how many of 256 tokens each of 12 steps reveals
     "amused": [3, 6, 11, 15, 18, 22, 26, 28, 30, 31, 33, 33],
     "halton": [13, 14, 14, 14, 15, 15, 16, 17, 20, 22, 28, 68],
     "lucidrains": [3, 8, 13, 17, 22, 26, 29, 32, 34, 36, 35, 1],
+    "meissonic": [3, 6, 11, 15, 18, 22, 26, 28, 30, 31, 33, 33],
+    "muse_pytorch": [3, 6, 11, 15, 18, 22, 26, 27, 31, 31, 33, 33],
+    "titok": [14, 14, 14, 14, 15, 15, 16, 17, 20, 22, 28, 67],
+    "maskgen": [14, 14, 14, 14, 15, 15, 16, 17, 20, 22, 28, 67],
+    "maskbit": [14, 14, 14, 14, 15, 15, 16, 17, 20, 22, 28, 67],
+    "llada": [22, 22, 22, 22, 21, 21, 21, 21, 21, 21, 21, 21],
+    "nanomaskgit": [21, 21, 21, 21, 21, 21, 21, 21, 21, 21, 21, 25],
 }
 
 
@@ -54,8 +61,69 @@ def test_counts_against_the_arithmetic_of_each_code(n, steps):
     lucidrains = [a - b for a, b in itertools.pairwise(masked)]
     shown = [0, *(max(i + 1, int(n * (1 - math.acos(u) / (math.pi / 2)) + 1e-9)) for i, u in enumerate(f))]
     halton = [b - a for a, b in itertools.pairwise(shown)]
-    for name, counts in (("lucidrains", lucidrains), ("halton", halton)):
+    left = [n]
+    for u in f:
+        left.append(max(1, min(left[-1] - 1, math.floor(n * np.arccos(u) / (math.pi * 0.5)))))
+    arccos = [a - b for a, b in itertools.pairwise([*left[:-1], 0])]
+    llada = torch.full((steps,), n // steps)
+    llada[: n % steps] += 1
+    nano = [n // steps] * steps
+    nano[-1] += n % steps
+    found = {"lucidrains": lucidrains, "halton": halton, "llada": llada.tolist(), "nanomaskgit": nano}
+    for name, counts in (found | dict.fromkeys(("titok", "maskgen", "maskbit"), arccos)).items():
         assert reveal_counts(n, steps, preset_settings(name, n, 64, steps)["schedule"]) == counts, name
+
+
+def test_one_temperature_of_muse_pytorch_and_titok_by_hand():
+    """Step 1 of 4 (u = 1/3): a = 4.5 / 2, and for TiTok 9.5 / 2 and s = 0.5 + 0.8 / 2 = 0.9; the draw has s a."""
+    logits, drawn = torch.tensor([[[1.0, -2.0], [3.0, 4.0]]]), torch.tensor([[1, 0]])
+    for name, noise, s in (("muse_pytorch", 4.5, 1.0), ("titok", 9.5, 0.9), ("maskgen", 1.5, 0.9), ("titok:2", 2, 0.9)):
+        ours = preset_settings(name, 8, 4, 4)
+        assert ours["order"](logits, drawn, None, 1 / 3)[0].tolist() == pytest.approx([-2 / s, 3 / s])
+        assert ours["sampling_temperature"](1 / 3) == pytest.approx(s * noise / 2)
+        assert ours["sampling_temperature"](1.0) == 0, "argmax at the end"
+        assert ours["choice_temperature"] == noise
+
+
+def test_maskbit_llada_and_nanomaskgit_by_hand():
+    logits = torch.tensor([[[1.0, -2.0], [3.0, 4.0], [3.5, 3.6]]])
+    nano = preset_settings("nanomaskgit", 3, 2, 3)
+    assert nano["order"](logits, None, None, 0.0).tolist() == [[1.0, 4.0, pytest.approx(3.6)]], "raw logits, not log p"
+    assert nano["sampling_temperature"] == 1.0
+    assert preset_settings("maskbit", 8, 4, 4)["choice_temperature"] == 7.8
+    llada = preset_settings("llada", 3, 2, 2)
+    trace = list(decode(lambda t, u: logits, torch.full((1, 3), 2), mask_id=2, generator=seeded(), **llada))
+    assert trace[0].tokens.tolist() == [[0, 1, 2]], (
+        "two of three, of the largest p: 0.95, 0.73, 0.52; the likelier codes"
+    )
+    assert trace[1].tokens.tolist() == [[0, 1, 1]]
+
+
+@pytest.mark.parametrize("name", ["llada", "nanomaskgit", "titok"])
+@pytest.mark.filterwarnings("ignore:steps is")
+def test_presets_with_more_steps_than_tokens(name):
+    assert reveal_counts(4, 9, preset_settings(name, 4, 8, 9)["schedule"]) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_passes_of_every_sampler(name):
+    """One pass for each step that changes an image, two with a corrector, and never more than T, or 2 T."""
+    steps, images = 5, 64
+    sampling = preset_settings(name, FIELD.n, FIELD.v, steps, FIELD)
+    calls = []
+
+    def logits_fn(tokens, u):
+        calls.append(len(tokens))
+        return FIELD(tokens, u)
+
+    start = torch.full((images, FIELD.n), FIELD.mask_id)
+    trace = list(decode(logits_fn, start, mask_id=FIELD.mask_id, generator=seeded(), **sampling))
+    nfe, each = run(iter(trace), sampling.get("corrector"))[1], 2 if "corrector" in sampling else 1
+    assert nfe <= each * sum(calls) <= each * steps * images
+    changed = [(a.tokens != b.tokens).any(1).sum().item() for a, b in itertools.pairwise(trace)]
+    assert nfe >= each * (images + sum(changed) - images * (trace[0].masked.all(1).any().item()))
+    if "choose" not in sampling and not is_adaptive(sampling["schedule"]):
+        assert nfe == each * steps * images
 
 
 @pytest.mark.parametrize(("n", "steps"), [(256, 12), (64, 7), (100, 3)])

@@ -15,7 +15,8 @@ from PIL import Image
 
 from minimuse.config import StageConfig, preset
 from minimuse.data_cache import tokenize_images
-from minimuse.eval_metrics import feature_distance, perceptual_distance, train_features
+from minimuse.eval_metrics import feature_distance
+from minimuse.eval_networks import perceptual_distance, train_features
 from minimuse.masking import masked_cross_entropy
 from minimuse.text import pad_contexts
 from minimuse.train import (
@@ -215,7 +216,7 @@ def test_the_discriminator_has_the_width_of_the_stage(monkeypatch):
 
 def test_each_stage_has_its_own_perceptual_loss(tiny_muse, monkeypatch, tmp_path):
     """No network is made that no stage weighs. Without its extra, LPIPS is refused by name."""
-    monkeypatch.setattr("minimuse.eval_metrics.lpips_distance", lambda: "lpips")
+    monkeypatch.setattr("minimuse.eval_networks.lpips_distance", lambda: "lpips")
     asked = {"low_tokenizer": ("lpips", 1.0), "high_tokenizer": ("none", 1.0), "decoder": ("scenes", 0.0)}
     stages = {
         name: replace(tiny_muse.config.stages[name], perceptual=kind, perceptual_weight=weight)
@@ -228,7 +229,7 @@ def test_each_stage_has_its_own_perceptual_loss(tiny_muse, monkeypatch, tmp_path
     with pytest.raises(ImportError, match=r"minimuse\[lpips\]"):
         perceptual_distance("lpips", 32)
     monkeypatch.setattr(
-        "minimuse.eval_metrics.train_features", lambda images, labels, seed: SceneFeatures(labels.shape[1])
+        "minimuse.eval_networks.train_features", lambda images, labels, seed: SceneFeatures(labels.shape[1])
     )
     features = perceptual_distance("scenes", 32, n=8)
     assert features(torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)) > 0
@@ -237,7 +238,7 @@ def test_each_stage_has_its_own_perceptual_loss(tiny_muse, monkeypatch, tmp_path
 def test_features_of_scenes_depend_on_the_seed_only(monkeypatch):
     """A resumed run trains them again, and goes on with the same weights."""
     pair, steps = (torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)), partial(train_features, steps=3)
-    monkeypatch.setattr("minimuse.eval_metrics.train_features", steps)
+    monkeypatch.setattr("minimuse.eval_networks.train_features", steps)
     found = []
     for seed in (3, 3, 4):
         torch.rand(seed + len(found))  # whatever the process has drawn before

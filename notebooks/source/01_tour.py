@@ -16,6 +16,7 @@ r"""
 # %% knobs
 import os
 
+import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_guide, check_schedule
@@ -24,7 +25,7 @@ from minimuse import Muse
 from minimuse.plots import animation, film, grid, mask_overlay, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
-CHECKPOINT = "nano"  # a shipped name or a folder
+CHECKPOINT = "toy"  # a shipped name or a folder
 PICTURES = 2 if FAST else 6  # a row of pictures
 style()
 
@@ -38,20 +39,30 @@ Muse makes pictures out of **tokens**, as a language model makes texts out of wo
 4. a second tokenizer turns the fine grid into pixels.
 
 A fifth network was trained by others on text alone, and stays as it is: a **language model**, which turns your
-sentence into vectors. Section 3 walks along this flow and looks at what comes out of each part.
+sentence into vectors. Section 3 walks along this flow and looks at what comes out of each part. Here is all of it on one page, with
+the sizes of the checkpoint that this notebook uses:
+"""
+
+# %%
+muse = Muse.from_pretrained(CHECKPOINT)
+diagrams.cascade(muse.config)
+
+# %% [markdown]
+r"""
+Read the two upper rows from left to right: that is how a picture is made. The dashed row below is needed only for training. $L$ is
+the number of pieces of the sentence; the other letters and words stand in the [glossary](glossary.md).
 """
 
 # %% [markdown]
 r"""
 ## 1. The first picture
 
-`from_pretrained` loads a checkpoint that comes with the package. Its world is small on purpose: one to three
+`from_pretrained` has loaded a checkpoint that comes with the package. Its world is small on purpose: one to three
 spheres, cubes and cylinders on a gray floor. Whether a picture is right can then be *counted*, which nobody can do
 for photographs of everything.
 """
 
 # %%
-muse = Muse.from_pretrained(CHECKPOINT)
 first = muse.generate("a large red cube", seed=0)[0]
 grid([first], ["a large red cube"], scale=256 // first.width)
 
@@ -87,7 +98,7 @@ r"""
 
 Below, each prompt is drawn once with seed 0, and nothing is picked. A small network that we call the **detector** was
 trained on rendered scenes to say what is in a picture. `matches` compares its reading with what the prompt asks for.
-Expect errors: they become more with the number of things and of words.
+Expect errors, and more of them as a prompt names more objects.
 """
 
 # %%
@@ -111,18 +122,15 @@ def verdict(image, prompt):
     return "right" if found.right else "wrong: " + "; ".join(found.wrong)
 
 
-grid(
-    drawn,
-    [f"{p}: {verdict(i, p)}" for i, p in zip(drawn, prompts, strict=True)],
-    columns=len(prompts),
-)
+verdicts = [verdict(i, p) for i, p in zip(drawn, prompts, strict=True)]
+grid(drawn, [f"{p}: {v}" for p, v in zip(prompts, verdicts, strict=True)], columns=len(prompts))
 
 # %% [markdown]
 r"""
 ## 3. The whole flow on one screen
 
-This is the method that everything above went through. Read it from top to bottom; each line is one of the notebooks
-to come. The next sections walk along the same lines.
+This is the method that everything above went through. Each line is the subject of a later notebook, and the next sections walk along
+the same lines. You may skip the source on a first reading: the diagram above shows the same.
 """
 
 # %%
@@ -133,7 +141,7 @@ r"""
 ### A sentence becomes vectors (Muse 2.1, notebook 2)
 
 The language model gives one vector for each piece of the sentence. Prompts of different lengths are padded, and a
-mask says which places hold text. $B$ prompts, at most $L$ pieces, vectors of $D_{LM}$ numbers.
+mask says which positions hold text. $B$ prompts, at most $L$ pieces, vectors of $D_{LM}$ numbers.
 """
 
 # %%
@@ -168,7 +176,7 @@ r"""
 ### A picture becomes tokens (Muse 2.2, notebook 3)
 
 A tokenizer cuts a picture into a grid and says for each cell which of $V$ learned patterns, the **codebook**, fits
-best. That number is the token. Here is a rendered scene, its two grids, and what comes back from them.
+best. The index of that pattern is the token. Here is a rendered scene, its two grids, and what comes back from them.
 """
 
 # %%
@@ -208,7 +216,7 @@ plt.show()
 # %% [markdown]
 r"""
 A colour in the token pictures stands for a code; codes have no order, so like colours mean nothing. But you can see
-the things: the floor takes few codes again and again, and edges take rare ones. Compare the two pictures that come
+the objects: the floor takes few codes again and again, and edges take rare ones. Compare the two pictures that come
 back: the coarse grid keeps what is where, the fine grid adds edges and shading.
 """
 
@@ -216,8 +224,8 @@ back: the coarse grid keeps what is where, the fine grid adds edges and shading.
 r"""
 ### Hidden tokens are predicted (Muse 2.3 and 2.6, notebooks 4 and 5)
 
-Training hides a random part of the grid behind a special token `[MASK]` and asks for what was there. The share that is
-hidden varies from a little to nearly all. With $x$ the tokens, $M$ the hidden places, $c$ the text:
+Training hides a random part of the grid behind a special token `[MASK]` and asks for what was there. The fraction that is
+hidden varies from a little to nearly all. With $x$ the tokens, $M$ the hidden positions, $c$ the text:
 
 $$\mathcal{L} = -\,\mathbb{E}\;\frac{1}{|M|}\sum_{i \in M} \log p_\theta(x_i \mid x_{\text{visible}}, c)$$
 
@@ -250,7 +258,7 @@ grid(
 # %% [markdown]
 r"""
 Many guesses name another code than the true one and still look right: several codes of a codebook look alike. So the
-share of exact hits says little; the picture says more, and the likelihood (notebook 4) says most.
+fraction of exact hits says little; the picture says more, and the likelihood (notebook 4) says most.
 """
 
 # %% [markdown]
@@ -260,14 +268,14 @@ r"""
 If the model can fill any holes, it can fill a grid that is all holes. But not all at once.
 
 **Predict, then run.** Below are coarse pictures of one prompt, drawn in 1 step, in 2, in 4 and in as many as the
-checkpoint likes. In one step every token is drawn at the same moment, so that none knows what the others became.
+checkpoint likes. In one step every token is drawn at the same moment, so none knows what the others became.
 What will be in the first row: two cubes that are out of focus, two cubes in wrong colours, or something else?
 """
 
 
 # %%
 def coarse(prompt, n, **how):
-    """n pictures of the base model alone, the first with seed 0."""
+    """n pictures of the base model only, the first with seed 0."""
     for step in muse.steps(prompt, n=n, seed=0, **how):
         if step.stage != "base":
             break
@@ -276,17 +284,25 @@ def coarse(prompt, n, **how):
 
 
 counts = [1, 2, 4, muse.config.base_sampling.steps]
-rows = [picture for t in counts for picture in coarse("two small blue cubes", PICTURES, steps=t)]
+WANTED = "two small blue cubes"
+by_steps = {t: coarse(WANTED, PICTURES, steps=t) for t in counts}
+rows = [picture for pictures in by_steps.values() for picture in pictures]
 captions = [f"{t} step{'s' * (t > 1)}" for t in counts for _ in range(PICTURES)]
 grid(rows, captions, columns=PICTURES, scale=96 // rows[0].width)
 
 # %% [markdown]
 r"""
-Lumps and scraps. Each token alone is a fair draw: a cube is likely here, and there, and there as well. Nobody in the
-first row knows that two small cubes leave all other places empty. Tokens drawn in the *same* step cannot agree; tokens
-of *later* steps see the earlier ones and fall in with them. So Muse fixes a few tokens, looks again, and fixes some
-more. (That more steps do not mend everything is the model's fault, not the method's.)
+Lumps and fragments. Each token by itself is a fair draw: a cube is likely here, and there, and there as well. No token in the
+first row knows that two small cubes leave all other positions empty. Tokens drawn in the *same* step cannot agree; tokens
+of *later* steps see the earlier ones and fit in with them. So Muse fixes a few tokens, looks again, and fixes some
+more. In the last row there are two cubes. (Errors that remain there are the model's; more steps do not remove them.)
 """
+
+# %%
+right = {t: sum(verdict(i, WANTED) == "right" for i in row) for t, row in by_steps.items()}
+print(f"right, of {PICTURES}:", right)
+assert right[1] == 0, "one step draws two cubes"
+assert right[counts[-1]] >= PICTURES - 2, "many steps do not draw two cubes"
 
 # %%
 steps = list(muse.steps("a large blue cube", seed=5))
@@ -297,7 +313,7 @@ film(muse, steps, most=8)
 r"""
 Gray is still `[MASK]`. The first half is the base model on the coarse grid; the second half is super-resolution, which
 starts from nothing again on the fine grid, but knows the coarse tokens. Odd colours beside gray squares mean nothing:
-the decoder has to be given some code there. The same as an animation (where your reader shows none, the strip is all):
+the decoder has to be given some code there. The same as an animation (where your viewer shows none, the strip shows all of it):
 """
 
 # %%
@@ -307,7 +323,7 @@ animation(frames, ms=300)
 
 # %% [markdown]
 r"""
-How many tokens are fixed in each step? The share still hidden follows a cosine: after step $i$ of $T$,
+How many tokens are fixed in each step? The fraction still hidden follows a cosine: after step $i$ of $T$,
 
 $$\Big\lfloor N \cos\!\Big(\frac{\pi}{2}\,\frac{i+1}{T}\Big) \Big\rfloor \text{ of } N \text{ tokens stay masked.}$$
 
@@ -325,9 +341,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-**Predict, then run.** In each step the model fixes the tokens that it is surest of (usually with a little noise, so
-that not all pictures begin alike; here without). Where will those of the first steps lie: around the cube, or on it?
-The next cell draws with several seeds and notes when each place is fixed.
+**Predict, then run.** In each step the model fixes the tokens that it is most certain of (usually with a little noise, so
+not all pictures begin alike; here without). Where will those of the first steps lie: around the cube, or on it?
+The next cell draws with several seeds and notes when each position is fixed.
 """
 
 # %%
@@ -335,7 +351,7 @@ when, runs = torch.zeros(muse.config.base.tokens), 4 if FAST else 16
 for step in muse.steps("a large blue cube", n=runs, seed=0, choice_temperature=0.0):
     if step.stage != "base":
         break
-    when += (step.revealed * step.index).sum(0) / runs
+    when += (step.revealed * (step.index + 1)).sum(0) / runs
 figure, ax = plt.subplots(figsize=(4.2, 3.2))
 shown = ax.imshow(when.view(g_low, g_low), cmap="magma")
 figure.colorbar(shown, label="mean step in which it is fixed")
@@ -345,15 +361,20 @@ plt.show()
 
 # %% [markdown]
 r"""
-Around it. What lies far from any thing is predictable and comes early: empty floor is empty floor. The middle, where
-the cube stands a little more to the left or to the right, waits until its neighbours have made up their minds.
+Around it. What lies far from any object is predictable and comes early: empty floor is empty floor. The middle, where
+the cube stands a little more to the left or to the right, comes late, when its neighbours are fixed.
 """
+
+# %%
+fixed = when.view(g_low, g_low)
+middle = fixed[g_low // 4 : -g_low // 4, g_low // 4 : -g_low // 4].mean()
+assert middle > fixed[[0, -1]].mean() + 2, "the middle is not fixed late"
 
 # %% [markdown]
 r"""
 ### Guidance: how much the text counts (Muse 2.7, notebook 6)
 
-In training the text is removed from 10% of the examples, so that the model also knows pictures *without* a text. When
+In training the text is removed from 10% of the examples, so the model also knows pictures *without* a text. When
 drawing, both predictions are made, and the difference that the text makes is exaggerated by a scale $t$:
 
 $$\ell_g = (1 + t)\,\ell_c - t\,\ell_u$$
@@ -376,9 +397,9 @@ grid(rows, captions, columns=PICTURES, scale=1 + 64 // first.width)
 
 # %% [markdown]
 r"""
-The pictures of a column share their seed. With little guidance a picture may show something else than the prompt;
-with more, the prompt wins and pictures become alike. A very large scale leaves the region where the model knows its
-way, and scraps appear. Muse lets $t$ rise during the decode: variety first, faithfulness later.
+The pictures of a column share their seed. A little guidance changes some of them towards the prompt. With a very large scale the model
+picks tokens it has hardly seen together, and stray fragments appear. Muse lets $t$ rise during the decode: variety first,
+faithfulness later. Notebook 6 counts what it does.
 """
 
 # %% [markdown]
@@ -425,8 +446,8 @@ try other seeds.
 r"""
 ## What failure looks like
 
-Two things to recognize from afar. **Too few steps** you have seen: lumps and scraps. The other is **a prompt from
-another world**. The model was trained on captions of a few dozen words, and tells you where most words of a prompt
+Two failures that are easy to recognize. **Too few steps** you have seen: lumps and fragments. The other is **a prompt from
+another world**. The model was trained on captions of a few dozen words, and prints a warning if most words of a prompt
 are not among them. Then it draws all the same: nothing in the method can say "I do not know".
 """
 
@@ -437,8 +458,8 @@ grid(pictures, outside, columns=3)
 
 # %% [markdown]
 r"""
-No dogs, no chess: things on a floor. *Crimson*, *ball*, *tiny*, *shiny* and *block* were in no training caption either.
-But the language model has read them elsewhere and puts them near *red*, *sphere*, *small*, *metal* and *cube*, so that
+No dogs, no chess: objects on a floor. *Crimson*, *ball*, *tiny*, *shiny* and *block* were in no training caption either.
+But the language model has read them elsewhere and puts them near *red*, *sphere*, *small*, *metal* and *cube*, so
 these pictures may be partly right. How far that carries is measured in notebook 2.
 """
 
@@ -448,14 +469,14 @@ r"""
 
 Each exercise is a function to write. The last line of its cell checks it at once, and says which property fails, with
 a small counter-example. The folded cell below each holds an answer.
-It is no exam: run it on a first attempt, read what it says, and go on from there.
+It is not an exam: run it on a first attempt, read what it says, and go on from there.
 """
 
 # %% [markdown]
 r"""
 ### Exercise 1.1: a schedule of your own
 
-A schedule is a function from progress $u \in [0, 1]$ to the share of tokens that is still masked. It begins at 1, ends
+A schedule is a function from progress $u \in [0, 1]$ to the fraction of tokens that is still masked. It begins at 1, ends
 at 0, and never rises. Write one that is not the cosine, such as one that reveals most tokens at the beginning.
 """
 
@@ -477,8 +498,8 @@ check_schedule(my_schedule)
 
 # %% [markdown]
 r"""
-Every method that draws takes it in place of a name. Does it draw better than the cosine, or worse? One picture says
-little; notebook 13 shows how to know.
+Every method that draws pictures takes it in place of a name. Does it draw better than the cosine, or worse? One picture says
+little; notebook 13 shows how to find out.
 """
 
 # %%
@@ -515,10 +536,10 @@ check_guide(my_guide)
 r"""
 ## Summary
 
-A frozen language model turns the prompt into vectors. A transformer fills a coarse grid of picture tokens in a
-number of steps, the surest first, and sees in each step what it has fixed before. A second one does the same on a fine
-grid. A tokenizer's decoder makes pixels of it. Guidance exaggerates what the text changes. What fills holes can also
-edit.
+A frozen language model turns the prompt into vectors. A transformer fills a coarse grid of picture tokens in several
+steps, the most certain tokens first, and sees in each step what it has fixed before. A second one does the same on a fine
+grid. A tokenizer's decoder turns the tokens into pixels. Guidance exaggerates what the text changes. A model that fills holes can
+also edit.
 
 Everything that you saw is a few lines of `minimuse` that you can open with `show`.
 """

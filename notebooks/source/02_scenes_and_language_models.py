@@ -2,8 +2,7 @@
 r"""
 # 2. Scenes, captions, and what a language model knows
 
-*Two things that Muse does not learn: the world that it draws, which we make ourselves, and the language, which others
-have taught a network before us.*
+*Muse does not learn two things: the data, which we generate, and the language, for which it uses a pre-trained model.*
 
 |  |  |
 |---|---|
@@ -40,7 +39,7 @@ r"""
 
 Photographs and their captions come by the hundred million (Muse was trained on 460 million pairs, which nobody
 outside of its lab has). Ours come from a program. That has one great advantage besides its size: for each picture we
-know what is in it, so that "is this picture right?" has an answer.
+know what is in it, so "is this picture right?" has an answer.
 """
 
 # %%
@@ -88,8 +87,8 @@ grid(to_pil(sheet), names, columns=len(COLORS), scale=1)
 
 # %% [markdown]
 r"""
-Three of the 24 pairs are **held out**: no training scene shows them. Whoever draws a brown cube has put together what
-was learned of brown and of cubes. Scenes come from a seed, in three *splits*:
+Three of the 24 pairs are **held out**: no training scene shows them. A model that draws a brown cube has combined what
+it learned about brown with what it learned about cubes. Scenes come from a seed, in three *splits*:
 """
 
 # %%
@@ -106,7 +105,7 @@ grid(
 # %% [markdown]
 r"""
 *test* has the same pairs as *train* in other scenes; *novel* has a held-out pair in every scene. All else is random,
-within limits: things stand apart, within the frame, and hide little of each other.
+within limits: objects stand apart, within the frame, and hide little of each other.
 
 ### Left of, behind
 
@@ -204,10 +203,10 @@ print(
 
 # %% [markdown]
 r"""
-The mask is `True` at a real token. Padding is zero *and* masked: zero vectors are no absence, attention would give them
-weight. (At the end of this notebook you see what happens otherwise.)
+The mask is `True` at a real token. Padding vectors are zero *and* masked. Zero alone is not enough: attention would
+still give them weight. (At the end of this notebook you see what happens otherwise.)
 
-The language model is no part of a checkpoint, which keeps its name alone. Nothing of it can be trained by accident:
+A checkpoint does not contain the language model, only its name. Nothing of it can be trained by accident:
 """
 
 # %%
@@ -220,7 +219,7 @@ r"""
 ### Exercise 2.1: one vector for a prompt
 
 To compare prompts we want one vector each: the mean over the real tokens. Write it. The stub takes the mean over
-all $L$ places.
+all $L$ positions.
 """
 
 
@@ -266,12 +265,12 @@ plt.show()
 
 # %% [markdown]
 r"""
-Nearest to *a red box* is *a red cube*, and to *a large ball*, *a huge sphere*: nobody told it here. But look at the row
+Nearest to *a red box* is *a red cube*, and to *a large ball*, *a huge sphere*: it was never trained for that here. But look at the row
 of *a red cube*: is *a crimson cube* nearer to it than *a blue cube* is? Let us count such cases.
 
 ## 4. Which words come along?
 
-A test that needs no picture. From the vector of a prompt, a linear classifier shall read the colour, the shape, the
+A test that needs no picture. From the vector of a prompt, a linear classifier (a *probe*) predicts the colour, the shape, the
 size and the material. It is trained on prompts in training words. Then it reads prompts in which *one word was
 replaced by one that no caption contains*.
 """
@@ -404,7 +403,7 @@ for i, (name, (seen, new, _)) in enumerate(found.items()):
 chance = [1 / len(values) for values in FIELDS.values()]
 ax.hlines(chance, at - 0.42, at + 0.42, color="k", ls=":", label="chance")
 ax.set_xticks(at, FIELDS)
-ax.set(ylabel="share read right", ylim=(0, 1.5), yticks=[0, 0.5, 1])
+ax.set(ylabel="fraction read right", ylim=(0, 1.5), yticks=[0, 0.5, 1])
 ax.legend(fontsize=9, ncols=2, loc="upper center")
 plt.show()
 
@@ -443,8 +442,8 @@ for field, values in FIELDS.items():
 
 # %% [markdown]
 r"""
-Of the colours about half. So something is there. But a reader that was trained on eight colour words looks along the
-few directions that tell those eight apart, and a new word need not lie along them. That holds for a linear classifier
+Of the colours about half. So something is there. But a probe that was trained on eight colour words uses only the few directions
+that separate those eight; a new colour word may differ along other directions. That holds for a linear classifier
 *and* for the transformers that draw. *Crimson* and *azure* stand in texts where any colour word may stand: that
 they are colours is easy to learn from text, which ones is not. A model of 4.6 billion parameters may have read
 more about it; with ours this is a limit that we inherit, and it will show in the pictures.
@@ -498,11 +497,11 @@ counts hundreds, with intervals. Compare them with the bars above.
 r"""
 ### Who stands left?
 
-A prompt also says which thing stands where. Does the vector of *red* in "a red cube left of a blue sphere" say that the
-red thing stands left? The language model reads the whole sentence, so it might. Take many such sentences; a linear
-reader shall tell from the vector of a *colour word* on which side its thing stands.
+A prompt also says which object stands where. Does the vector of *red* in "a red cube left of a blue sphere" say that the
+red object stands left? The language model reads the whole sentence, so it might. We take many such sentences and train a linear
+probe that predicts, from the vector of a *colour word*, on which side its object stands.
 
-**Predict, then run.** How many examples does the reader need: a hundred, a thousand?
+**Predict, then run.** How many examples does the probe need: a hundred, a thousand?
 """
 
 # %%
@@ -720,7 +719,7 @@ r"""
 - Captions have about forty words. Synonyms are in none of them.
 - A frozen language model turns prompts into vectors. It brings along what it read: many words for shapes and sizes,
   hardly any for colours. A word table from scratch brings nothing.
-- Which thing stands where, a word's vector hardly says; the words before and after it do.
+- Which object stands where is hard to read from a word's own vector, and easy from the words before and after it.
 - Any encoder fits: T5, ALBERT, BERT, CLIP. Padding is masked, and removed text has no token in its mask.
 """
 

@@ -2,7 +2,7 @@
 r"""
 # 3. VQGAN: pictures into tokens and back
 
-*A transformer predicts one of finitely many things. This notebook makes pictures into such things: what a codebook is,
+*A transformer predicts one of finitely many classes. This notebook turns pictures into such classes: what a codebook is,
 how a gradient gets past it, and what each term of the loss is for.*
 
 |  |  |
@@ -19,6 +19,7 @@ import math
 import os
 from dataclasses import replace
 
+import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_nearest, check_straight_through
@@ -36,8 +37,8 @@ style()
 
 # %% [markdown]
 r"""
-A picture is a great many numbers, most of them told by their neighbours. A transformer's attention looks at all pairs
-of things, so that it matters how many there are, and its last layer gives a probability to each of finitely many
+A picture is a great many numbers, most of them predictable from their neighbours. A transformer's attention looks at all pairs
+of inputs, so their number matters, and its last layer gives a probability to each of finitely many
 choices. A **tokenizer** serves both: an encoder makes a small grid of vectors out of the picture, each vector is
 replaced by the nearest of $V$ learned ones, and the number of that one is the **token**.
 """
@@ -58,7 +59,7 @@ r"""
 ## 1. The encoder: a picture shrinks
 
 $f$ is the downsampling: one token for each $f \times f$ pixels. Residual blocks work at each resolution, and a convolution of
-stride 2 halves the sides in between. There is no attention in it: Muse takes out the one that VQGAN had, so that
+stride 2 halves the sides in between. There is no attention in it: Muse removes the one that VQGAN had, so
 pictures of any size pass.
 """
 
@@ -162,7 +163,7 @@ check_nearest(my_nearest)
 r"""
 ### What do the codes of a trained tokenizer look like?
 
-The decoder turns codes into pixels, so let us ask it: a small grid filled with one code alone, and of the picture its
+The decoder turns codes into pixels, so let us ask it: a small grid filled with only one code, and of the picture its
 middle. Sorted by brightness, this is the alphabet that the base model writes with.
 """
 
@@ -178,8 +179,8 @@ to_pil(sheet[None])[0].resize((columns * 28, sheet.shape[1] * 28 // f), 0)
 
 # %% [markdown]
 r"""
-Sky, floor, shadows, and the colours of things in light and shade; many that look nearly the same, and some that no
-picture would use alone. A code has no fixed look: the decoder reads a token together with its neighbours.
+Sky, floor, shadows, and the colours of objects in light and shade; many that look nearly the same, and some that no
+picture would use by itself. A code has no fixed look: the decoder reads a token together with its neighbours.
 
 **Predict, then run.** We change a single token in the middle of a picture and decode again. Which pixels change: the
 $f \times f$ of that token, a neighbourhood, or all of them?
@@ -223,8 +224,11 @@ The **straight-through** trick: forwards take the code $q$; backwards pretend th
 
 $$\text{codes} = z + \operatorname{sg}(q - z), \qquad \operatorname{sg} \text{ a constant for the gradient (stop-gradient).}$$
 
-The value is $q$, since $z$ cancels; the derivative by $z$ is 1.
+The value is $q$, since $z$ cancels; the derivative by $z$ is 1. In the diagram, follow the values from left to right, then the gradients back.
 """
+
+# %%
+diagrams.quantizer(muse.config)
 
 # %%
 from minimuse.vqgan import Quantized
@@ -321,7 +325,7 @@ r"""
 Stars are codes, gray dots the vectors. On the left a few codes were nearest at first, took everything, and the rest
 never moved. On the right all of them found work.
 
-**Perplexity** says how many codes are in use, if rare ones count less: $\exp\big(-\sum_k p_k \log p_k\big)$ with $p_k$ the share of tokens that are
+**Perplexity** says how many codes are in use, if rare ones count less: $\exp\big(-\sum_k p_k \log p_k\big)$ with $p_k$ the fraction of tokens that are
 $k$. It is $V$ where all are used alike and 1 where one takes all. Watch it in training: a collapsed codebook shows in
 no loss curve.
 """
@@ -349,7 +353,7 @@ for name, (tokenizer, tokens) in codes.items():
         share.sort(descending=True).values,
         label=f"{name}: {used:.0%} used, perplexity {perplexity:.0f}",
     )
-ax.set(xlabel="codes, the most common first", ylabel="share of all tokens", yscale="log")
+ax.set(xlabel="codes, the most common first", ylabel="fraction of all tokens", yscale="log")
 ax.legend()
 plt.show()
 
@@ -358,7 +362,7 @@ r"""
 ## 4. What comes back
 
 **Predict, then run.** A picture goes through each tokenizer and back. What suffers most in the coarse one: the colours
-of large things, the sky, or the shape of small things?
+of large objects, the sky, or the shape of small objects?
 """
 
 # %%
@@ -378,7 +382,7 @@ grid(rows, [name for name in names for _ in range(count)], columns=count, scale=
 
 # %% [markdown]
 r"""
-Small things: they are few tokens, so few that a sphere and a cylinder may get the same ones. What a tokenizer loses no
+Small objects: they are few tokens, so few that a sphere and a cylinder may get the same ones. What a tokenizer loses no
 transformer brings back. It is the ceiling of all that follows, so measure it first.
 
 PSNR is $10 \log_{10}(1 / \text{mean squared error})$ in decibels: three more is half the error. It is easy to compute and easy to please, as we see now.
@@ -393,7 +397,7 @@ A tokenizer is trained to give back what it got. But how is the difference of tw
 $$\lVert x - \hat x \rVert_1 + 4\, \lVert x - \hat x \rVert_2^2 \quad\text{(means; the second term is our choice)}$$
 
 has a weakness. Suppose an edge lies one pixel to the left or to the right, and the code cannot say which. The best
-answer *in the squared sense* is the average: a blur, which is no edge at all.
+answer *in the squared sense* is the average: a blur, which is not an edge at all.
 """
 
 # %%
@@ -420,11 +424,12 @@ plt.show()
 r"""
 Two remedies. A **perceptual** loss compares not pixels but features: what a network that has learned to see makes of
 them. What matters to that network weighs much, what does not weighs little. The usual one, VGG, has to be downloaded;
-ours is a small network that learns on the spot to say which kinds of things are in a scene.
+ours is a small network that learns on the spot to say which kinds of objects are in a scene.
 """
 
 # %%
-from minimuse.eval_metrics import feature_distance, lpips_distance, train_features
+from minimuse.eval_metrics import feature_distance, lpips_distance
+from minimuse.eval_networks import train_features
 from minimuse.vqgan_loss import SceneFeatures, pixel_loss
 
 show(SceneFeatures.forward, feature_distance, pixel_loss)
@@ -444,7 +449,7 @@ print("for those who can download LPIPS and its VGG, the same socket:", lpips_di
 
 # %% [markdown]
 r"""
-**Predict, then run.** A scene; the same scene a little paler; the same scene with its thing in the other material; and
+**Predict, then run.** A scene; the same scene a little paler; the same scene with its object in the other material; and
 in another colour. Order the three changes by size: once as the pixel loss will do it, and once as the features will.
 """
 
@@ -481,13 +486,13 @@ grid([to_pil(p[:1])[0] for p in (clear, *others.values())], ["a scene", *others]
 r"""
 To the pixel loss paleness is worse than a wrong material: every pixel changes a little. To the features it is next to
 nothing, since how pale a picture is says nothing of what is in it; a wrong colour is worst. A perceptual loss minds what
-its network was trained to tell, and is blind to the rest. Choose the network accordingly.
+its network was trained to distinguish, and does not see the rest. Choose the network accordingly.
 """
 
 # %% [markdown]
 r"""
 The second remedy is an opponent. A **discriminator** looks at patches and learns to tell real ones from decoded ones;
-the decoder is paid for fooling it. A blur is easy to tell, so blurs go away. With $D$ its logit, high for real,
+the decoder is rewarded for fooling it. A blur is easy to recognize, so blurs go away. With $D$ its logit, high for real,
 
 $$\mathcal{L}_D = \tfrac12\, \mathbb{E}\big[\max(0, 1 - D(x)) + \max(0, 1 + D(\hat x))\big], \qquad \mathcal{L}_G = -\lambda\, \mathbb{E}\, D(\hat x).$$
 
@@ -513,7 +518,7 @@ print(
 r"""
 ## 6. Train three, watch them
 
-Training is a generator: it yields a `Progress` at each step, with the figures and the model as it stands, so that a
+Training is a generator: it yields a `Progress` at each step, with the figures and the model as it stands, so a
 notebook can look at any moment. In training both halves run in one pass: pictures in, pictures and `Quantized` out, with the two
 losses of section 3. Large pictures may be cut to a random square first, the same for a whole batch: it costs less, and networks that are
 convolutions throughout take any size.
@@ -539,10 +544,10 @@ grid(cuts, ["a random square"] * 5 + ["and back"] * 5, columns=5, scale=max(1, 9
 
 # %% [markdown]
 r"""
-Any size, but not any picture: a tokenizer that saw whole pictures in training has learned that sky is at the upper edge, which convolutions know by
-the zeros around a picture, and may see some where there is none.
+Any size, but not any picture: a tokenizer trained on whole pictures has learned that the top is sky. It recognizes the border by its zero padding, so it may
+paint sky at the top of a crop.
 
-Now three tokenizers of the `nano` size for 32 pixels, which differ in their loss alone, from the same start, on the same pictures.
+Now three tokenizers of the `nano` size for 32 pixels, which differ only in their loss, from the same start, on the same pictures.
 """
 
 # %%
@@ -592,7 +597,7 @@ r"""
 Read the numbers against each other: does each term buy what it asks for, and what does it cost in PSNR? With a
 minute of training, little can be expected of the adversarial one: it needs the longest training of all (Muse: a million
 steps), and joins late, when there is something worth telling from real. For the perceptual term we took weight 1, since
-our features give smaller numbers than VGG's. The `nano` preset trains on pixels alone; `toy` takes all three.
+our features give smaller numbers than VGG's. The `nano` preset trains only on pixels; `toy` takes all three.
 """
 
 # %% [markdown]
@@ -620,7 +625,7 @@ print(f"{kept:.0%} after freeze_tokens(), where the decoder alone learns")
 
 # %% [markdown]
 r"""
-To a transformer that was trained before, all the others are noise. So encoder and codebook are frozen from then on,
+A transformer trained on the old tokens cannot use the new ones. So encoder and codebook are frozen from then on,
 and only the decoder may still improve: that is the subject of notebook 9.
 """
 
@@ -631,7 +636,7 @@ r"""
 - A tokenizer makes a picture into a short grid of whole numbers; what it loses is lost for all that follows.
 - The token is the number of the nearest code. Gradients pass straight through; codes move by a loss of their own.
 - Codes that nobody uses never learn, unless they are restarted. Usage and perplexity show it, losses do not.
-- Pixel losses blur what is uncertain. A perceptual loss minds what its network was trained to tell; an adversarial one,
+- Pixel losses blur what is uncertain. A perceptual loss measures what its network was trained to distinguish; an adversarial one,
   what gives a decoded picture away.
 - Once transformers train on its tokens, encoder and codebook must not change.
 """

@@ -132,7 +132,7 @@ for name, color in (("cosine", "C0"), ("arccos", "C1")):
     tails = [(draw[name] > x).float().mean() for x in r]
     axes[1].plot(r, tails, color=color, label=name)
 axes[0].set(xlabel="u, uniform", ylabel="rate r", title="two curves of the same area ...")
-axes[1].set(xlabel="r", ylabel="share of examples above r", title="... and their tails")
+axes[1].set(xlabel="r", ylabel="fraction of examples above r", title="... and their tails")
 axes[1].set(xlim=(0.6, 1), ylim=(0, 0.6))
 for ax in axes:
     ax.legend()
@@ -149,7 +149,7 @@ there to be tried; each is at the same time a density for training.
 Does it matter which? At equal compute, nano's base model trained three times with each (`benchmarks/training_densities.py`,
 [its table](../benchmarks/densities.md)): the *second* reading is a little better than the paper's, 0.08 nats per token in section 4's
 bound and 4 to 5 points in pictures that are right; the uniform density lies between them; BERT's 15% falls far behind.
-This was measured in 800 steps of a small model; it does not tell how the paper's model would do.
+This was measured in 800 steps of a small model; it does not show how the paper's model would do.
 """
 
 # %%
@@ -169,7 +169,7 @@ for name, curve in curves.items():
     sampled = sample_mask_rate(SAMPLES, schedule=curve)
     height, edges = torch.histogram(sampled, 25, range=(0.0, 1.0), density=True)
     axes[1].plot((edges[1:] + edges[:-1]) / 2, height, color=line.get_color())
-axes[0].set(xlabel="progress u", ylabel="share still masked", title="a schedule for drawing")
+axes[0].set(xlabel="progress u", ylabel="fraction still masked", title="a schedule for drawing")
 axes[1].set(xlabel="rate r", ylabel="density", title="... is a density for training", ylim=(0, 5))
 axes[0].legend(fontsize=9)
 plt.show()
@@ -288,7 +288,7 @@ such pictures learns to copy, not to compose. With 97% hidden it has one or two 
 r"""
 ### Exercise 4.2: a mask
 
-Write `random_mask`: for each row exactly $\lceil r N \rceil$ `True`s at random places. A hint: the rank of a random number among the
+Write `random_mask`: for each row exactly $\lceil r N \rceil$ `True`s at random positions. A hint: the rank of a random number among the
 others of its row is a random permutation; `x.argsort(1).argsort(1)` gives ranks. The stub tosses coins.
 """
 
@@ -342,7 +342,7 @@ The mean is over all hidden tokens of the batch: tokens, not pictures, are avera
 counts more. A mean of each row's mean would be another loss: in it, the one hidden token of a nearly complete picture
 would count as much as all hidden tokens of an empty one.
 
-**Predict, then run.** We take the trained base model and scenes that it never saw, and hide a fixed share of them.
+**Predict, then run.** We take the trained base model and scenes that it never saw, and hide a fixed fraction of them.
 How does the loss *per hidden token* change when more is hidden? And where does the text help most? Sketch two
 curves over $r$, with text and without, before you go on.
 """

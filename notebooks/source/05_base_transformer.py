@@ -7,7 +7,7 @@ r"""
 |  |  |
 |---|---|
 | **Paper** | [Muse](https://arxiv.org/abs/2301.00704) 2.3, A.1 |
-| **You will learn** | how tokens, places and text come together · why nothing is causal here · what attention sees, and what that proves · how to read a masked loss, by the share that is hidden · how a leak looks |
+| **You will learn** | how tokens, positions and text come together · why nothing is causal here · what attention sees, and what that proves · how to read a masked loss, by the fraction that is hidden · how a leak looks |
 | **Before this** | [3. VQGAN](03_vqgan.ipynb) and [4. Masking](04_masking.ipynb); matrix products, softmax, gradient descent |
 | **Takes** | @takes@ |
 | **Files** | [`transformer.py`](../minimuse/transformer.py), [`train.py`](../minimuse/train.py), [`train_log.py`](../minimuse/train_log.py) |
@@ -16,6 +16,7 @@ r"""
 # %% knobs
 import os
 
+import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_attention, check_unigram
@@ -35,7 +36,7 @@ style()
 r"""
 Notebook 4 hid a random part of a token grid, and asked for what was there. Somebody has to answer. The **base
 transformer** gets the grid, with `[MASK]` where it is hidden, and the text; it answers with a distribution over the
-codebook for each place:
+codebook for each position:
 
 $$p_\theta(x_i \mid x_{\text{visible}}, \text{text}), \qquad i = 1 \dots N .$$
 
@@ -82,7 +83,7 @@ def best_guess(tokens, memory):
 # %% [markdown]
 r"""
 **Predict, then run.** We hide 70% of this scene, and lie about it: the text says "a green cylinder". Will the model
-draw what it *sees*, what it is *told*, or something between? And what does it do with the same lie if nothing is
+draw what it *sees*, what the *text* says, or something between? And what does it do with the same lie if nothing is
 visible?
 """
 
@@ -113,17 +114,17 @@ grid(
 
 # %% [markdown]
 r"""
-Something between. The visible tokens settle where a thing stands and how large it is, and no sentence talks the model
-out of that; but the text repaints what is hidden. Both are evidence, and the model weighs them place by place. Where
-nothing is seen, the text alone decides. (The two pictures on the right are no good pictures, for a reason that notebook
-7 is about: the likeliest code of each place *by itself* does not make one.)
+Something between. The visible tokens settle where an object stands and how large it is, and no sentence changes
+that; but the text repaints what is hidden. Both are evidence, and the model weighs them position by position. Where
+nothing is seen, only the text decides. (The two pictures on the right are bad, for a reason that notebook
+7 is about: the likeliest code of each position *by itself* does not make one.)
 """
 
 # %% [markdown]
 r"""
-## 1. Tokens get places
+## 1. Tokens get positions
 
-A transformer treats its input as a *set*. So each token brings its place along: the vector of code $x_i$, plus one
+A transformer treats its input as a *set*. So each token brings its position along: the vector of code $x_i$, plus one
 for the row, plus one for the column of the grid,
 
 $$e_i = E[x_i] + R[\text{row}(i)] + C[\text{column}(i)] \in \mathbb{R}^D .$$
@@ -151,8 +152,8 @@ print(
 
 # %% [markdown]
 r"""
-Places begin as waves of rising frequency (`sinusoids`), and are trained like any other weight. Do trained places still
-know who is near whom? We take one place, and compare its vector with those of all places.
+Positions begin as waves of rising frequency (`sinusoids`), and are trained like any other weight. Do trained positions still
+know who is near whom? We take one position, and compare its vector with those of all positions.
 """
 
 # %%
@@ -175,7 +176,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-Blue is alike. The comparison makes a cross, since a place shares its row vector with its row and its column vector
+Blue is alike. The comparison makes a cross, since a position shares its row vector with its row and its column vector
 with its column; it is most like itself and its neighbours. Training keeps that, and moves it to where it helps.
 """
 
@@ -188,7 +189,7 @@ and takes a weighted mean of the values:
 
 $$a_{ij} = \operatorname{softmax}_j\!\left(\frac{q_i \cdot k_j}{\sqrt d}\right), \qquad y_i = \sum_j a_{ij}\, v_j .$$
 
-$d$ is the length of $q$ and $k$; without $\sqrt d$ the softmax would harden as vectors get longer. It happens in several
+$d$ is the length of $q$ and $k$; without $\sqrt d$ the softmax would saturate for long vectors. It happens in several
 *heads* side by side, each with $d = D / \text{heads}$ channels of its own.
 """
 
@@ -200,7 +201,7 @@ show(SelfAttention)
 # %% [markdown]
 r"""
 **Predict, then run.** In a language model a word sees only the words before it. We change *one* visible token in the
-bottom right corner of the grid, the last one that a raster scan would reach. For how many of the hidden places does
+bottom right corner of the grid, the last one that a raster scan would reach. For how many of the hidden positions does
 the prediction change at all?
 """
 
@@ -229,7 +230,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-Far from none: nothing here is causal. There is no order of tokens, so every hidden place may use every visible one, on
+Far from none: nothing here is causal. There is no order of tokens, so every hidden position may use every visible one, on
 all sides; those far from the cross just make less of it. That is what an autoregressive model gives up, and why this
 one can repaint a hole in the middle.
 """
@@ -239,7 +240,7 @@ r"""
 ## 3. Tokens read the text
 
 **Cross-attention** is the same formula, but keys and values come from the *memory*: the vectors of the text, projected
-to the width $D$. The question is "I am this place; what does the text say that concerns me?" Padding is not attended
+to the width $D$. The question is "I am this position; what does the text say that concerns me?" Padding is not attended
 to, and the text is never masked.
 """
 
@@ -259,7 +260,7 @@ print(
     "pieces",
 )
 print(
-    "memory   keys, one a layer (B, heads, M, d):",
+    "memory   keys, one per layer (B, heads, M, d):",
     len(memory.keys),
     "x",
     tuple(memory.keys[0].shape),
@@ -302,11 +303,14 @@ check_attention(my_attention)
 r"""
 ## 4. The whole network
 
-A **layer** is three small steps, each *added* to what is there: look at the other tokens, read the text, think it over
-(an MLP: two linear maps with a bend between, each token by itself). Before each step the vectors are normalized. Layers
+A **layer** is three small steps, each *added* to what is there: look at the other tokens, read the text, process the result
+(an MLP: two linear layers with a nonlinearity between, applied to each token separately). Before each step the vectors are normalized. Layers
 are stacked; a last linear map,
 the *head*, turns each vector into $V$ logits.
 """
+
+# %%
+diagrams.layer(muse.config)
 
 # %%
 from minimuse.transformer import Layer
@@ -407,8 +411,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-The number is the piece's share of all attention. It is no map of "where is the cube": the vector of each piece comes
-from a language model that has read the whole sentence, so that *sphere* knows that it is small and blue, and even the
+The number is the piece's fraction of all attention. It is not a map of "where is the cube": the vector of each piece comes
+from a language model that has read the whole sentence, so *sphere* knows that it is small and blue, and even the
 marks at the beginning and the end carry something of all of it. A bright word is read much; it may not be the only
 one that says so.
 
@@ -442,13 +446,13 @@ plt.show()
 
 # %% [markdown]
 r"""
-White places are visible; the number is the mean over the hidden ones. Colours move predictions where their thing is
-(top row) or may be (bottom row), and leave other places alone. And a column that stays dark in both rows? Either the
+White positions are visible; the number is the mean over the hidden ones. Colours move predictions where their object is
+(top row) or may be (bottom row), and do not change other positions. And a column that stays dark in both rows? Either the
 word shows only in how tokens fit *together*, as a shape does, while each prediction is about one token by itself,
-averaged over all places where the thing may stand. Or the model has not learned to read it: small ones have trouble
+averaged over all positions where the object may stand. Or the model has not learned to read it: small ones have trouble
 with *left* and *right*. From outside, the two look the same.
 
-Now the tokens among themselves: one place on the right side of the cube (the cross), and where each head of each layer
+Now the tokens among themselves: one position on the right side of the cube (the cross), and where each head of each layer
 looks from there.
 """
 
@@ -472,7 +476,7 @@ plt.show()
 # %% [markdown]
 r"""
 Each picture has a scale of its own. The heads differ: some look close by, some far off, some spread over much of the
-picture. Nobody told them to share the work; it is what training made of them.
+picture. No rule assigns them this work; training did.
 """
 
 # %% [markdown]
@@ -565,7 +569,7 @@ grid(images[:8], [train_set.captions(i)[0] for i in range(8)], columns=8, scale=
 r"""
 The student begins with one piece of knowledge. Many codes of a codebook look alike, and codes that look alike have
 near vectors in it. `init_from_codebook` makes the embeddings of like codes alike before the first step (random features of
-their vectors), so that what is learned of one code holds for its relatives. The paper is silent about this; for a short
+their vectors), so what is learned of one code holds for its relatives. The paper is silent about this; for a short
 training it helps a lot. Each dot below is a pair of codes.
 """
 
@@ -825,7 +829,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-The picture's rim is cheap: sky above, floor below. The price is paid in the middle, where things stand, and there the
+The picture's rim is cheap: sky above, floor below. The price is paid in the middle, where objects stand, and there the
 text earns most of its keep.
 """
 
@@ -859,7 +863,7 @@ for p in broken.train_transformer(leaky, recipe, tokens, texts, engine=engine):
 figure, ax = plt.subplots(figsize=(7, 2.8))
 ax.plot(range(1, LEAK + 1), losses[:LEAK], label="as it should be")
 ax.plot(range(1, LEAK + 1), leaky_losses, "--", label="the answers are shown")
-ax.set(xlabel="step", ylabel="nats a hidden token", ylim=(0, None))
+ax.set(xlabel="step", ylabel="nats per hidden token", ylim=(0, None))
 ax.legend()
 plt.show()
 
@@ -873,8 +877,8 @@ grid(
 
 # %% [markdown]
 r"""
-Given some time, the *better* loss is the broken one. It learns to copy, and `[MASK]`, which it never sees, tells it
-nothing. The curve is the symptom: a masked loss that falls through the floor within minutes is no success. `minimuse doctor` has a
+Given some time, the *better* loss is the broken one. It learns to copy, and `[MASK]`, which it never sees, means nothing to
+it. The curve is the symptom: a masked loss that falls to nearly 0 within minutes is not a success. `minimuse doctor` has a
 test that needs no second training: hide one token, let its *true* value be each code in turn, and add up the
 probabilities that the model gives to what is true. They are one distribution, so the sum is 1, unless the model peeks.
 """
@@ -893,8 +897,8 @@ for name, loss in (("right", MaskedLoss(student)), ("leaky", broken.MaskedLoss(l
 r"""
 ## Summary
 
-- The base transformer turns tokens, some of them `[MASK]`, and a text into logits for every place, in one pass.
-- A token is its code plus its row plus its column. Self-attention lets all places see all; cross-attention reads the
+- The base transformer turns tokens, some of them `[MASK]`, and a text into logits for every position, in one pass.
+- A token is its code plus its row plus its column. Self-attention lets all positions see all; cross-attention reads the
   text. Nothing is causal.
 - The text's keys and values are computed once for a whole decode.
 - Attention weights show where a model looks. Swapping a word shows what it does with it.

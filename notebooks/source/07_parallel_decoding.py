@@ -15,7 +15,9 @@ r"""
 
 # %% knobs
 import os
+from itertools import pairwise
 
+import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_decode, check_margin, check_reveal_counts
@@ -24,8 +26,8 @@ from minimuse import Muse
 from minimuse.plots import animation, film, grid, mask_overlay, show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
-CHECKPOINT = "nano"  # a shipped name or a folder
-PICTURES = 2 if FAST else 6  # of each prompt, wherever something is counted
+CHECKPOINT = "toy"  # a shipped name or a folder
+COUNTED = 4 if FAST else 64  # prompts, one picture of each, wherever something is counted
 DRAWS = 200 if FAST else 2000  # from the exact world of section 1
 style()
 
@@ -43,7 +45,7 @@ So the question of this notebook is: how can that work, and when does it not?
 r"""
 ## 1. Why not all at once?
 
-Take a world with two tokens and two pictures, AA and BB, each half of the time. Each token *alone* is A or B with
+Take a world with two tokens and two pictures, AA and BB, each half of the time. Each token *by itself* is A or B with
 probability 1/2, and a perfect model says just that. Draw both at once from these answers:
 
 | | AA | AB | BA | BB |
@@ -126,7 +128,7 @@ tiles([from_world(steps) for steps in few], [f"{steps} step{'s' * (steps > 1)}" 
 
 # %% [markdown]
 r"""
-Neither: scraps of all four, on top of each other. With nothing known, each token alone is black as often as it is over
+Neither: fragments of all four, on top of each other. With nothing known, each token by itself is black as often as it is over
 *all* icons, and that is what is drawn. With two steps, what was drawn first is often torn between icons itself. From
 eight on, the first few tokens settle which icon it is, and all others follow.
 """
@@ -146,6 +148,11 @@ this is one generator: it knows nothing of networks, and yields a `Step` at a ti
 """
 
 # %%
+muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
+N, T = muse.config.base.tokens, muse.config.base_sampling.steps
+diagrams.decode_loop(muse.config)
+
+# %%
 show(Step, decode)
 
 # %% [markdown]
@@ -163,8 +170,6 @@ The next sections take them one by one. First, a whole decode of the trained bas
 """
 
 # %%
-muse = Muse.from_pretrained(CHECKPOINT, device="cpu")
-N, T = muse.config.base.tokens, muse.config.base_sampling.steps
 SIDE = (
     96 // muse.config.low_tokenizer.image_size
 )  # pictures of sheets are drawn about 96 pixels wide
@@ -194,7 +199,7 @@ for s in steps:
 # %% [markdown]
 r"""
 `u` is the progress that guidance sees, `revealed` is what was fixed in this step, `confidence` the probability of the
-codes that were drawn. The same as an animation (where your reader shows none, the strip above says it all):
+codes that were drawn. The same as an animation (where your viewer shows none, the strip above shows the same):
 """
 
 # %%
@@ -206,7 +211,7 @@ animation(
 r"""
 ## 3. How many
 
-A schedule is a curve $\gamma$ from 1 down to 0: after step $i = 0 \dots T-1$ of $T$, a share $\gamma\big(\tfrac{i+1}{T}\big)$ of the $N$ tokens is
+A schedule is a curve $\gamma$ from 1 down to 0: after step $i = 0 \dots T-1$ of $T$, a fraction $\gamma\big(\tfrac{i+1}{T}\big)$ of the $N$ tokens is
 still masked,
 
 $$\text{masked after step } i \;=\; \Big\lfloor N\,\gamma\Big(\frac{i+1}{T}\Big) \Big\rfloor, \qquad \gamma(u) = \cos\frac{\pi u}{2} \text{ for Muse},$$
@@ -226,7 +231,7 @@ u = torch.linspace(0, 1, 101).tolist()
 for name, dash in zip(names, dashes, strict=True):
     axes[0].plot(u, [get_schedule(name)(v) for v in u], dash, label=name)
     axes[1].plot(range(1, T + 1), reveal_counts(N, T, name), dash, marker=".", label=name)
-axes[0].set(xlabel="progress u", ylabel="share still masked", title="the curve")
+axes[0].set(xlabel="progress u", ylabel="fraction still masked", title="the curve")
 axes[1].set(xlabel=f"step of {T}", ylabel="tokens fixed in it", title=f"{N} tokens", yscale="log")
 axes[0].legend(fontsize=9)
 plt.show()
@@ -246,62 +251,60 @@ for name in names:
 r"""
 The first step works blind: what it fixes together is drawn independently, and the fewer there are, the less can
 clash. In the last, most of the picture stands, hardly anything is left to decide, and many tokens at once do little harm.
-`sqrt` does the opposite: half of all is decided in the first step. We count what that costs. The detector of notebook 1
-says which pictures show what was asked for; bars are 95% intervals.
+`sqrt` does the opposite: most of the picture is decided in the first steps. We count what that costs. The detector of notebook 1
+says which pictures show what was asked for. All schedules draw the same prompts with the same seeds, so we compare *pairs*: what is hard
+for every schedule cancels. Bars are 95% intervals of the difference from the cosine.
 """
 
 # %%
-from minimuse.eval_metrics import proportion_interval
+from minimuse.eval_metrics import paired_difference, proportion_interval
 from minimuse.eval_networks import Detector
-from minimuse.eval_prompts import matches, parse_prompt
+from minimuse.eval_prompts import matches, parse_prompt, prompt_set
 
 detector = Detector.from_pretrained()
-PROMPTS = [
-    "a large red cube",
-    "two gray spheres",
-    "a small yellow cylinder",
-    "a yellow cube left of a blue sphere",
-    "a blue sphere",
-    "two red cubes",
-    "a small cyan cube",
-    "a gray sphere and a red cylinder",
-    "a small red metal cube",
-    "two green cylinders",
-    "a large brown metal cylinder",
-    "a small blue rubber sphere",
-]
-PROMPTS = PROMPTS[:3] if FAST else PROMPTS
-asked = [p for p in PROMPTS for _ in range(PICTURES)]
+# one object, two in a relation, two or three alike, in turn; each prompt once
+PROMPTS = [ask.prompt for ask in prompt_set("mixed", 2 * COUNTED)[::2]]
 
 
 def coarse(prompts, n=1, seed=0, **how):
-    """Prompts -> n pictures of each by the base model alone."""
+    """Prompts -> n pictures of each by the base model only."""
     with torch.inference_mode():
         *_, last = muse.decode_base(muse.jobs(prompts, n, seed), **how)
         return muse.picture(last)
 
 
-def right_share(**how):
-    """How the base model decodes -> the share of pictures that show what their prompt asks for."""
-    read = detector.detect(coarse(PROMPTS, n=PICTURES, seed=100, **how))
-    return proportion_interval(
-        [matches(r, parse_prompt(p)).right for r, p in zip(read, asked, strict=True)], groups=asked
-    )
+def rightness(**how):
+    """How the base model decodes -> (n,) bool: does the picture of each prompt show what it asks for?"""
+    read = detector.detect(coarse(PROMPTS, seed=100, **how))
+    right = [matches(r, parse_prompt(p)).right for r, p in zip(read, PROMPTS, strict=True)]
+    return torch.tensor(right)
 
 
-def bars(ax, found, **look):
-    """Measured shares -> points with their intervals, one a place on the x axis."""
-    reach = [[m.value - m.low for m in found], [m.high - m.value for m in found]]
-    ax.errorbar(range(len(found)), [m.value for m in found], yerr=reach, capsize=3, **look)
-    ax.set(ylabel="share right", ylim=(0, 1.03))
+def forest(ax, found, baseline):
+    """{name: rightness} -> each one's paired difference from the one called `baseline`, with its interval."""
+    gains = {n: paired_difference(r, found[baseline]) for n, r in found.items() if n != baseline}
+    for row, gain in enumerate(gains.values()):
+        ax.plot([gain.low, gain.high], [row, row], color="C0")
+        ax.plot(gain.value, row, "o", color="C0")
+    ax.axvline(0, color="k", lw=1, ls=":")
+    ax.set_yticks(range(len(gains)), list(gains))
+    ax.set(xlabel=f"fraction right, less that of {baseline}", ylim=(len(gains) - 0.5, -0.5))
+    return gains
 
 
-by_schedule = [right_share(schedule=name, steps=6) for name in names]
-figure, ax = plt.subplots(figsize=(5, 3))
-bars(ax, by_schedule, fmt="o")
-ax.set_xticks(range(len(names)), names)
-ax.set(xlabel="schedule, 6 steps", xlim=(-0.5, len(names) - 0.5))
+STEPS = 6  # few, so that the choice of a schedule or order matters
+by_schedule = {name: rightness(schedule=name, steps=STEPS) for name in names}
+for name, right in by_schedule.items():
+    print(f"{name:>7}: right {proportion_interval(right)}")
+figure, ax = plt.subplots(figsize=(6, 2.3))
+gains = forest(ax, by_schedule, "cosine")
 plt.show()
+
+# %% [markdown]
+r"""
+A dot left of the dotted line is a schedule that is right less often than the cosine. Where the whole line lies left of it, that is more
+than luck.
+"""
 
 # %% [markdown]
 r"""
@@ -361,24 +364,28 @@ Read it in fours: each group of four pictures is one decode, after a quarter, ha
 steps (a decode in one step has but one picture to show). One step makes a lump: every token knows the prompt, and none
 knows the others.
 
-**Predict, then run.** We count over all prompts, from 1 step up to one token a step. Will "right" go on rising to the
+**Predict, then run.** We count over all prompts, from 1 step up to one token per step. Will "right" go on rising to the
 end, since each token then sees all of the others?
 """
 
 # %%
-ladder = [1, 4, N] if FAST else [1, 2, 4, 8, 16, 24, N]
-by_steps = [right_share(steps=t) for t in ladder]
+ladder = [1, 4, N] if FAST else [1, 2, 4, 8, 16, N]
+by_steps = {t: rightness(steps=t) for t in ladder}
+found = [proportion_interval(right) for right in by_steps.values()]
+reach = [[m.value - m.low for m in found], [m.high - m.value for m in found]]
 figure, ax = plt.subplots(figsize=(6, 3))
-bars(ax, by_steps, fmt="o-")
+ax.errorbar(range(len(found)), [m.value for m in found], yerr=reach, fmt="o-", capsize=3)
 ax.set_xticks(range(len(ladder)), ladder)
-ax.set(xlabel=f"steps for {N} tokens")
+ax.set(xlabel=f"steps for {N} tokens", ylabel="fraction right", ylim=(0, 1.03))
 plt.show()
+for t, next_t in pairwise(ladder):
+    print(f"{next_t:>3} steps less {t:>2}: {paired_difference(by_steps[next_t], by_steps[t])}")
 
 # %% [markdown]
 r"""
-It rises steeply within the first few steps, and then it is over: the rest lies within the intervals. More steps can
-only mend what comes from drawing together. The errors that are left are the model's own, and no number of steps mends
-those. That is why Muse is fast: most passes of a one-by-one decoder are spent on tokens that nobody doubted.
+It rises steeply within the first few steps, and then it is over: the last differences printed below the figure contain zero. More steps can
+only repair what comes from drawing together. The errors that are left are the model's own, and no number of steps repairs
+those. That is why Muse is fast: most passes of a one-by-one decoder are spent on tokens that were already certain.
 """
 
 # %% [markdown]
@@ -397,8 +404,8 @@ show(confidence, margin, entropy, raster, by_rank)
 # %% [markdown]
 r"""
 *Raster* goes row by row, like an autoregressive model, and does not look at the logits at all. Neither do *random* and
-*Halton*: a sequence of places made so that any few that follow each other lie far apart. Far places tell little of
-each other, so drawing them together costs little.
+*Halton*: a sequence of positions made so that any few that follow each other lie far apart. Far positions carry little
+information about each other, so drawing them together costs little.
 """
 
 # %%
@@ -413,7 +420,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-When does each order fix which place? The mean step over several decodes of the same prompt, dark is early.
+When does each order fix which position? The mean step over several decodes of the same prompt, dark is early.
 """
 
 # %%
@@ -433,9 +440,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-The three that look at the model begin far from the thing, with sky and floor, and leave the thing for the end. By then
-its surroundings are settled, but nothing has been said yet about *what* it is. Random and Halton place a few tokens
-of the thing early, and the rest gathers round them.
+The three that look at the model begin far from the object, with sky and floor, and leave the object for the end. By then
+its surroundings are settled, but its identity is still undecided. Random and Halton place a few tokens
+of the object early, and the rest gathers round them.
 
 The same seeds in each order, with few steps; the last row is raster with one token a step, an autoregressive decode
 by the same network.
@@ -452,12 +459,11 @@ grid(sheet, titles, columns=7, scale=max(1, SIDE * 3 // 4))
 from minimuse.lab import compare
 from minimuse.lab_worlds import ChainWorld
 
-found = {order: right_share(order=order, steps=6) for order in ORDERS}
-found["raster,\none a step"] = right_share(order="raster", steps=N)
-figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[1.4, 1])
-bars(axes[0], list(found.values()), fmt="o")
-axes[0].set_xticks(range(len(found)), list(found), fontsize=8)
-axes[0].set(title="the trained model, 6 steps", xlim=(-0.5, len(found) - 0.5))
+by_order = {order: rightness(order=order, steps=STEPS) for order in ORDERS}
+by_order["raster, one per step"] = rightness(order="raster", steps=N)
+figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[1.2, 1])
+gains = forest(axes[0], by_order, "confidence")
+axes[0].set_title(f"the trained model, {STEPS} steps", fontsize=11)
 chain = ChainWorld.sticky(n=64, codebook_size=4, stay=0.8)
 cost = compare(
     chain, orders=["raster", "random", "halton"], steps=[4, 8, 16, 32], samples=64 if FAST else 1024
@@ -465,22 +471,24 @@ cost = compare(
 cost.plot(ax=axes[1])
 axes[1].set_title("an exact world of like neighbours", fontsize=11)
 plt.show()
+for name, gain in gains.items():
+    print(f"{name.replace(chr(10), ' '):>21}: {gain}")
 
 # %% [markdown]
 r"""
-Left, the intervals overlap: this many pictures tell good from bad, but not good from better. Right, an exact world again: a
+Left, the paired differences from confidence: a line that crosses zero says that this many prompts cannot separate the two orders. Right, an exact world again: a
 chain in which a token mostly repeats the one before it. There the sampler's error can be computed (KL divergence from
-the world, nats a token). **Raster** fixes *neighbours* together, and they need each other most: its error is by far
-the largest. Halton's places lie far apart, so its is the least. One token a step, every order is exact. Which order is
-best depends on who depends on whom; notebook 13 shows more worlds.
+the world, in nats per token). **Raster** fixes *neighbours* together, and they need each other most: its error is by far
+the largest. Halton's positions lie far apart, so its error is the least. With one token per step, every order is exact. Which order is
+best depends on which tokens depend on which; notebook 13 shows more worlds.
 """
 
 # %% [markdown]
 r"""
 ### Exercise 7.2: margin
 
-Confidence looks at the drawn code alone. Write **margin**: the probability of the likeliest code less that of the
-second, whatever was drawn. Then a place where two codes look alike counts as unsure. The stub ranks by the likeliest
+Confidence looks only at the drawn code. Write **margin**: the probability of the likeliest code less that of the
+second, whatever was drawn. Then a position where two codes look alike counts as unsure. The stub ranks by the likeliest
 code's probability.
 """
 
@@ -505,14 +513,14 @@ check_margin(my_margin)
 r"""
 ## 6. How noisy
 
-A strict ranking is much the same in every decode of a prompt: the surest places are the empty ones. So MaskGIT adds
+A strict ranking is much the same in every decode of a prompt: the surest positions are the empty ones. So MaskGIT adds
 noise to the scores,
 
 $$\text{score}_i = \log p(\text{drawn}_i) + \tau\, g_i, \qquad g_i = -\log(-\log \text{uniform}_i),$$
 
 with a *choice temperature* $\tau$ that falls to 0 through the decode. Why this odd $g$? It is **Gumbel** noise, and it has a
-property that no other has: at $\tau = 1$ the place with the highest score is place $i$ with a probability proportional
-to $p_i$; in general, to $p_i^{1/\tau}$. So the ranking is a *draw without replacement*. We try it on three places.
+property that no other has: at $\tau = 1$ the position with the highest score is position $i$ with a probability proportional
+to $p_i$; in general, to $p_i^{1/\tau}$. So the ranking is a *draw without replacement*. We try it on three positions.
 """
 
 # %%
@@ -525,7 +533,7 @@ for ax, tau in zip(axes, (0.1, 0.5, 1.0, 4.5), strict=True):
     ax.plot(range(3), p ** (1 / tau) / (p ** (1 / tau)).sum(), "kx", label=r"$\propto p^{1/\tau}$")
     ax.set(title=rf"$\tau$ = {tau}", xticks=range(3), xticklabels=["0.6", "0.3", "0.1"])
     ax.set_xlabel("place, of probability")
-axes[0].set_ylabel("share of first places")
+axes[0].set_ylabel("fraction of first places")
 axes[0].legend(fontsize=9)
 plt.show()
 
@@ -545,31 +553,34 @@ grid(sheet, [f"tau = {tau:g}" for tau in TAUS for _ in range(7)], columns=7, sca
 # %%
 from minimuse.eval_metrics import diversity
 
-by_noise, varied = [], []
-for tau in TAUS:
-    images = coarse(PROMPTS, n=PICTURES, seed=100, choice_temperature=tau)
-    verdicts = [
-        matches(r, parse_prompt(p)).right
-        for r, p in zip(detector.detect(images), asked, strict=True)
-    ]
-    by_noise.append(proportion_interval(verdicts, groups=asked))
-    varied.append(diversity(detector.features(images), asked))
+by_noise = {tau: rightness(choice_temperature=tau) for tau in TAUS}
+few = PROMPTS[:2] if FAST else PROMPTS[:12]
+four = [p for p in few for _ in range(4)]
+varied = [
+    diversity(detector.features(coarse(few, n=4, seed=100, choice_temperature=tau)), four)
+    for tau in TAUS
+]
 figure, axes = plt.subplots(1, 2, figsize=(10, 3))
-bars(axes[0], by_noise, fmt="o-")
-bars(axes[1], varied, fmt="s--", color="C1")
+named = {f"tau = {tau:g}": right for tau, right in by_noise.items()}
+gains = forest(axes[0], named, "tau = 0")
+reach = [[m.value - m.low for m in varied], [m.high - m.value for m in varied]]
+axes[1].errorbar(
+    range(len(TAUS)), [m.value for m in varied], yerr=reach, fmt="s--", color="C1", capsize=3
+)
 axes[1].set(
     ylabel="difference of two pictures\nof one prompt", ylim=(0, 1.5 * max(m.value for m in varied))
 )
-for ax in axes:
-    ax.set_xticks(range(len(TAUS)), [f"{tau:g}" for tau in TAUS])
-    ax.set_xlabel(r"ranking noise $\tau$ at the start")
+axes[1].set_xticks(range(len(TAUS)), [f"{tau:g}" for tau in TAUS])
+axes[1].set_xlabel(r"ranking noise $\tau$ at the start")
 plt.show()
+for name, gain in gains.items():
+    print(f"{name:>8} less tau = 0: right {gain}")
 print("this checkpoint's own:", muse.config.base_sampling.choice_temperature)
 
 # %% [markdown]
 r"""
-Look at the rows first. Without noise, different seeds make much the same picture: the surest places are always the same
-ones, and among the codes that were drawn there, the likely ones win. Noise gives the others a chance, so that things
+Look at the rows first. Without noise, different seeds make much the same picture: the surest positions are always the same
+ones, and among the codes that were drawn there, the likely ones win. Noise gives the others a chance, so objects
 come to stand elsewhere. At $\tau = 50$ hardly anything but chance is left of the ranking: that is the order *random*.
 
 So noise is a dial for variety, and what it costs in right pictures is for your intervals to say. But note what "without
@@ -582,7 +593,7 @@ r"""
 
 Back to the icons, where the model makes no error at all. A picture is **torn** if more than 6 of its 64 tokens
 disagree with every icon; true pictures hardly ever are. And of those that are not torn, how many tokens are off? In
-the world it is 3% of 64, about 1.9. Both errors are the sampler's alone.
+the world it is 3% of 64, about 1.9. Both errors come only from the sampler.
 """
 
 # %%
@@ -595,7 +606,7 @@ for order, mark in (("random", "o-"), ("halton", "s--"), ("confidence", "^:")):
     axes[0].plot(ladder, [(o > 6).double().mean() for o in off], mark, label=order)
     axes[1].plot(ladder, [o[o <= 6].mean() for o in off], mark, label=order)
 axes[1].axhline(truth.mean(), color="k", lw=1, label="the world")
-axes[0].set(ylabel="share of torn pictures", ylim=(-0.03, 1.03))
+axes[0].set(ylabel="fraction of torn pictures", ylim=(-0.03, 1.03))
 axes[1].set(ylabel="tokens off, if not torn", ylim=(0, None))
 for ax in axes:
     ax.set(xlabel="steps for 64 tokens", xscale="log", xticks=ladder, xticklabels=ladder)
@@ -608,7 +619,7 @@ r"""
 Left: with enough steps nothing is torn, whatever the order. Right, the excess NLL: one token at a time, random and
 Halton are exact, but **confidence is not**. It is cleaner than the truth. A code that was drawn against the odds
 has a low confidence, is not fixed, and is *drawn again* next time: unlikely draws are rejected until likely ones come.
-That is no sampling of the model, it is a search for typical pictures. For pictures to look at, that may be welcome.
+That does not sample from the model; it searches for typical pictures. For pictures to look at, that may be welcome.
 For anything that counts on the probabilities, it is an error that no number of steps removes.
 
 [Notebook 13](13_schedule_lab.ipynb) measures all this, with intervals, in larger worlds.
@@ -618,7 +629,7 @@ For anything that counts on the probabilities, it is an error that no number of 
 r"""
 ## 8. What
 
-The last question is the code itself. `draw` turns one uniform number a token into a code by the inverse of the
+The last question is the code itself. `draw` turns one uniform number per token into a code by the inverse of the
 cumulative distribution; a *sampling temperature* below 1 sharpens the distribution before, `top_k` leaves the k
 likeliest. They act on the *codes* of one token, the choice temperature on the *ranking* of all tokens: two dials that
 are often taken for one.
@@ -633,7 +644,7 @@ show(draw)
 from minimuse.utils import uniforms
 
 logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().expand(1, 20_000, 4)
-points = uniforms(1, 20_000, generator=torch.Generator().manual_seed(0))  # one number a token
+points = uniforms(1, 20_000, generator=torch.Generator().manual_seed(0))  # one number per token
 figure, ax = plt.subplots(figsize=(7, 2.8))
 for k, (label, how) in enumerate(
     {"temperature 1": (1.0,), "0.5": (0.5,), "2": (2.0,), "1, top_k = 2": (1.0, 2)}.items()
@@ -647,7 +658,7 @@ for k, (label, how) in enumerate(
         hatch=["", "//", "..", "xx"][k],
         ec="w",
     )
-ax.set(xlabel="code", ylabel="share of draws", xticks=range(4))
+ax.set(xlabel="code", ylabel="fraction of draws", xticks=range(4))
 ax.legend(fontsize=9)
 plt.show()
 
@@ -781,8 +792,8 @@ r"""
 *Redrawn* asks the model about tokens that it can see. The loss never counted those (notebook 4), so the answers are
 arbitrary, and they take the place of what was fixed. (When inpainting, they paint over the picture that was given.)
 *Noise on p* does not show at all: it is nearly a random
-order, since probabilities lie between 0 and 1, and noise does not. Pictures tell the first and hide the second. What
-finds both is a check of the property that is broken. For the second: two places, one sure (90%), one with 100 codes
+order, since probabilities lie between 0 and 1, and noise does not. Pictures reveal the first and hide the second. What
+finds both is a check of the property that is broken. For the second: two positions, one sure (90%), one with 100 codes
 alike (1% each). How often is the *unsure* one fixed first?
 """
 
@@ -805,10 +816,10 @@ r"""
 - Tokens that are drawn in the same step are drawn as if independent. That is the whole price of parallel decoding.
 - So fix few in the dark and many in the light: the cosine. Most of the gain comes within a few steps.
 - Which tokens: those that the model is surest of, with Gumbel noise that makes the ranking a draw without replacement.
-- Neighbours need each other most, so raster order in blocks is bad, and Halton's far-apart places are good.
+- Neighbours need each other most, so raster order in blocks is bad, and Halton's far-apart positions are good.
 - Confidence prefers typical draws. Even with a perfect model and one token a step it does not sample the model's
   distribution.
-- What is fixed stays fixed, and what is given is never touched: test that, pictures do not tell.
+- What is fixed stays fixed, and what is given is never touched: test that, pictures do not show it.
 """
 
 # %% [markdown]
@@ -816,7 +827,7 @@ r"""
 ## Further reading
 
 - Chang et al. 2022, *MaskGIT*, [arXiv 2202.04200](https://arxiv.org/abs/2202.04200): the algorithm, and its schedules compared.
-- Besnier et al. 2025, *Halton scheduler*, [arXiv 2503.17076](https://arxiv.org/abs/2503.17076): far-apart places.
+- Besnier et al. 2025, *Halton scheduler*, [arXiv 2503.17076](https://arxiv.org/abs/2503.17076): far-apart positions.
 - Lezama et al. 2022, *Token-Critic*, [arXiv 2209.04439](https://arxiv.org/abs/2209.04439): a second network that ranks, and takes fixed tokens back.
 - Kool et al. 2019, *Stochastic beams and where to find them*, [arXiv 1903.06059](https://arxiv.org/abs/1903.06059): Gumbel noise and draws without replacement.
 - Next: [8. Super-resolution](08_super_resolution.ipynb), the same loop on a finer grid; [13. The schedule lab](13_schedule_lab.ipynb).

@@ -34,7 +34,7 @@ style()
 
 # %% [markdown]
 r"""
-Muse learned one thing: to fill hidden tokens, given the others and a text. Generating a picture is the case in which *all* of them
+Muse learned one object: to fill hidden tokens, given the others and a text. Generating a picture is the case in which *all* of them
 are hidden. So nothing new has to be trained for **editing**; it is a matter of what we hide, and when:
 
 1. **inpainting**: hide a region, fill it once;
@@ -64,7 +64,7 @@ Let $M$ be the region to repaint, $x_{\bar M}$ all other tokens and $c$ the prom
 
 $$p(x_M \mid x_{\bar M}, c),$$
 
-the very thing that training asked for. A left-to-right model could not: it has never seen what comes *after* the hole.
+the very object that training asked for. A left-to-right model could not: it has never seen what comes *after* the hole.
 """
 
 # %%
@@ -159,7 +159,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-One token of each grid; but the patch is larger than either. The decoder is made of convolutions, so that a changed token reaches the
+One token of each grid; but the patch is larger than either. The decoder is made of convolutions, so a changed token reaches the
 pixels around it too. (If all seeds choose the old token again, nothing changes at all. Then the neighbours had no doubt.)
 """
 
@@ -291,11 +291,11 @@ grid(
 
 # %% [markdown]
 r"""
-The first prompt mostly gets floor, at best a lump. Captions in training described *whole pictures*: "a large red cube" meant a picture with one thing in it.
-One thing is already there, so the rest must be floor, whatever the prompt says. Told of both, the model tries; how well depends on how well it draws two things at
+The first prompt mostly gets floor, at best a lump. Captions in training described *whole pictures*: "a large red cube" meant a picture with one object in it.
+One object is already there, so the rest must be floor, whatever the prompt says. Told of both, the model tries; how well depends on how well it draws two objects at
 all (nano: badly).
 
-Two habits follow. **Describe the whole picture**, not the hole. And **be generous with the mask**: cover the old thing, its shadow and
+Two habits follow. **Describe the whole picture**, not the hole. And **be generous with the mask**: cover the old object, its shadow and
 some floor, for whatever is left of it is evidence that the model believes.
 """
 
@@ -357,8 +357,8 @@ grid(
 # %% [markdown]
 r"""
 Your picture stands unchanged in the middle, and a little more floor at its side is no problem. Much more is: each window is drawn as *a whole picture of its
-own*, with the same prompt, so that a window in which the sphere is hardly visible has every reason to draw another one. Its horizon need not fit either.
-Outpainting is best with prompts that are true of every window ("a field of flowers"), and with a model that has seen things cut off by the border.
+own*, with the same prompt, so a window in which the sphere is hardly visible has every reason to draw another one. Its horizon need not fit either.
+Outpainting is best with prompts that are true of every window ("a field of flowers"), and with a model that has seen objects cut off by the border.
 """
 
 # %% [markdown]
@@ -366,7 +366,7 @@ r"""
 ## 3. Editing without a mask
 
 Now the finest trick of the paper. No region is given; only a new prompt. Muse hides a **random 8%** of the coarse tokens and fills them under the
-new prompt, and repeats that 100 times. With $M_k$ the random places of iteration $k$:
+new prompt, and repeats that 100 times. With $M_k$ the random positions of iteration $k$:
 
 $$x_{M_k} \sim p\big(x_{M_k} \mid x_{\bar M_k},\, c_{\text{new}}\big), \qquad k = 1, \dots, 100.$$
 
@@ -404,8 +404,8 @@ animation([muse.picture(s)[0] for s in states[::every]], ms=160)
 
 # %% [markdown]
 r"""
-**Predict, then run.** 8% of the tokens, 100 times. At the end, what share of the tokens has *never* been hidden and redrawn? 92%? Half? And what
-share is still equal to the source?
+**Predict, then run.** 8% of the tokens, 100 times. At the end, what fraction of the tokens has *never* been hidden and redrawn? 92%? Half? And what
+fraction is still equal to the source?
 """
 
 # %%
@@ -426,7 +426,7 @@ figure, ax = plt.subplots(figsize=(7.5, 3.2))
 ax.plot(equal, label="equal to the source")
 ax.plot(untouched, "--", label="never redrawn")
 ax.plot(theory, ":", color="black", lw=1.5, label=f"$(1 - {redrawn}/{n})^k$")
-ax.set(xlabel="iteration $k$", ylabel="share of the coarse tokens", ylim=(0, 1.02))
+ax.set(xlabel="iteration $k$", ylabel="fraction of the coarse tokens", ylim=(0, 1.02))
 ax.legend()
 plt.show()
 print(
@@ -437,15 +437,15 @@ print(
 r"""
 After a hundred iterations next to *nothing* is left that was not redrawn, about nine times over. So what keeps the picture? **Nothing but its
 neighbours.** A token is redrawn in sight of all others; floor amid floor comes back as floor, maybe as another code that looks the same. What all
-agree on stays, and what the prompt contradicts is outvoted, little by little. It is a vote, not a lock: an edit holds no promise to
-keep anything.
+agree on stays, and what the prompt contradicts is outvoted, little by little. It is a vote, not a lock: an edit
+guarantees nothing.
 """
 
 # %% [markdown]
 r"""
 ### How much at a time?
 
-The share decides how many neighbours a token can rely on. We keep the number of redrawn tokens the same, as 8% a hundred times, and
+The fraction decides how many neighbours a token can rely on. We keep the number of redrawn tokens the same, as 8% a hundred times, and
 change how many go together.
 """
 
@@ -534,8 +534,8 @@ with `guidance=0.0`.
 r"""
 ## 4. Where it fails
 
-One picture proves nothing. Let us change **one** word of the caption at a time, colour, shape or size, or ask for a second thing, and count: does
-the detector find what the new prompt says? And does the thing still stand where it stood?
+One picture proves nothing. Let us change **one** word of the caption at a time, colour, shape or size, or ask for a second object, and count: does
+the detector find what the new prompt says? And does the object still stand where it stood?
 """
 
 # %%
@@ -581,7 +581,7 @@ for k, (label, colour) in enumerate((("as the new prompt asks", "C0"), ("where i
         label=label,
     )
 ax.set_xticks(range(len(kinds)), list(kinds))
-ax.set(xlabel="what the new prompt changes", ylabel="share of the edits", ylim=(0, 1.05))
+ax.set(xlabel="what the new prompt changes", ylabel="fraction of the edits", ylim=(0, 1.05))
 ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
 plt.show()
 
@@ -591,11 +591,11 @@ grid(gallery, marks, columns=len(sources) * 2, scale=scale)
 # %% [markdown]
 r"""
 Colour and shape mostly come out as asked; look at the bars of size for yourself. (The detector names what is *nearest*: a lump counts, if it is nearest to the right
-thing.) That the thing *stays where it stood* is less sure: nobody asked it to, and only its neighbours hold it. Strong guidance makes it wander more; try
+object.) That the object *stays where it stood* is less sure: nobody asked it to, and only its neighbours hold it. Strong guidance makes it wander more; try
 `guidance=0.0`, which is slower to persuade.
 
-*One more* asks for something else. A new thing has to begin on plain floor, where its first token stands alone among neighbours that say "floor", and is outvoted at
-its next turn. It is easier to grow the old thing, often to a lump. Small random holes change what is there. To put something where nothing is, hide a region
+*One more* asks for something else. A new object has to begin on plain floor, where its first token stands alone among neighbours that say "floor", and is outvoted at
+its next turn. It is easier to grow the old object, often to a lump. Small random holes change what is there. To put something where nothing is, hide a region
 (section 1).
 """
 

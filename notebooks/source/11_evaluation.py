@@ -66,7 +66,7 @@ r"""
 ## 1. What "right" can mean
 
 A prompt set is a list of fixed prompts, each with a scene that has all it asks for. What a prompt asks for is worked out
-by a small grammar, so that "a tiny crimson ball" and "a small red sphere" are the same wish. Which words can be *judged* is one
+by a small grammar, so "a tiny crimson ball" and "a small red sphere" are the same wish. Which words can be *judged* is one
 question, and which the model has *read* in training another; `unfamiliar` answers the second.
 """
 
@@ -87,11 +87,11 @@ show(matches)
 # %% [markdown]
 r"""
 So a picture is *right* if everything named is there, and nothing more. `Detections` are what somebody saw in it; who that is, comes
-in section 2. All or nothing is a strict rule: a share of correct words would let a model be "80% right" that never draws the
+in section 2. All or nothing is a strict rule: a fraction of correct words would let a model be "80% right" that never draws the
 right colour.
 
 **Predict, then run.** Six renders for the prompt "a red cube left of a blue sphere". From left to right: a scene that was made
-for it; the same with a small metal cube; a green sphere; sides swapped; a third thing; a sphere far behind the cube and
+for it; the same with a small metal cube; a green sphere; sides swapped; a third object; a sphere far behind the cube and
 hardly to its right. Which are right?
 """
 
@@ -123,7 +123,7 @@ grid(pictures, captions, columns=6, scale=SIDE + 1)
 
 # %% [markdown]
 r"""
-The first two. What a prompt does not name may be anything, so material and size are free. A thing too many is wrong although all
+The first two. What a prompt does not name may be anything, so material and size are free. An object too many is wrong although all
 that was asked for is there. And "left of" needs a clear step to the side: where people would argue, the rule says no. Somebody has to
 draw such lines, and a figure is worth as much as the lines are known: they stand in [`eval_prompts.py`](../minimuse/eval_prompts.py).
 """
@@ -132,7 +132,7 @@ draw such lines, and a figure is worth as much as the lines are known: they stan
 r"""
 ## 2. Who reads, and how often the detector errs
 
-The **detector** is a small network, trained on renders to find things and name them. It never took part in any training of a
+The **detector** is a small network, trained on renders to find objects and name them. It never took part in any training of a
 generator: a model that is trained to please its examiner learns the examiner. What it sees in the first pictures of the
 model, drawn with seeds from 1000, nothing picked:
 """
@@ -140,7 +140,7 @@ model, drawn with seeds from 1000, nothing picked:
 # %%
 import textwrap
 
-from minimuse.eval_run import summarize
+from minimuse.eval_metrics import summarize
 
 SEEDS = list(range(1000, 1000 + PICTURES))
 scenes, prompts = [ask.scene for ask in ASKS], [ask.prompt for ask in ASKS]
@@ -207,7 +207,7 @@ for y, (name, m) in enumerate(ceiling.items()):
     )
     print(f"{name:>28}: {m}")
 ax.set_yticks([0, -1, -2, -3], list(ceiling))
-ax.set(xlabel="share right, and its 95% interval", xlim=(0, 1.02))
+ax.set(xlabel="fraction right, and its 95% interval", xlim=(0, 1.02))
 plt.show()
 
 # %% [markdown]
@@ -219,7 +219,7 @@ figure without its ceiling says little.
 ### A lump is nearest to something
 
 The detector must name *one* of three shapes. Shown a lump, it does not say "lump". But it can be unsure, and
-`matches(..., min_confidence=0.5)` asks it to be at least half sure of each thing. The pictures below are counted as right, and they are the ones
+`matches(..., min_confidence=0.5)` asks it to be at least half sure of each object. The pictures below are counted as right, and they are the ones
 of which the detector was least sure.
 """
 
@@ -243,7 +243,7 @@ with a network has a ceiling and a habit of guessing, and had better say which.
 
 # %% [markdown]
 r"""
-## 3. How sure is a share?
+## 3. How sure is a fraction?
 
 $k$ of $n$ pictures are right, $\hat p = k / n$. Other seeds would give another $\hat p$. Every schoolbook has
 
@@ -305,8 +305,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-Wilson's zigzags around the promise, since $k$ is a whole number; the schoolbook's falls off a cliff near 1. Of a model that is
-right in 98% of its pictures it most often says that it cannot be.
+Wilson's zigzags around the promise, since $k$ is a whole number; the schoolbook's falls off a cliff near 1. For a model with a
+true rate of 98%, the textbook interval usually excludes 98%.
 """
 
 # %% [markdown]
@@ -366,7 +366,7 @@ r"""
 
 Now forget prompts. Here is a heap of real pictures, there a heap of drawn ones; are they heaps of the same kind? A network
 turns each picture into a vector of features, and we compare the two clouds of vectors. The comparison that everybody uses takes
-from each cloud its mean and its covariance alone, as if both were Gaussian.
+from each cloud only its mean and its covariance, as if both were Gaussian.
 
 In one dimension, with means $m_1, m_2$ and standard deviations $s_1, s_2$, the **Frechet distance** is
 
@@ -474,7 +474,7 @@ r"""
 ### What it notices
 
 FID proper takes the features of Inception, a network for photographs (`eval_metrics.inception_features`). For scenes the detector's features fit
-better: they know colours and shapes of things. Let us damage real pictures in known ways and see what the distance to *other* real
+better: they know colours and shapes of objects. Let us damage real pictures in known ways and see what the distance to *other* real
 pictures says. "Untouched" is the floor: two heaps of the same kind.
 """
 
@@ -514,7 +514,7 @@ grid(torch.stack([images[4] for images in damages.values()]), list(damages), col
 # %% [markdown]
 r"""
 The distance is in the eye of its network. This one hardly notices noise, and finds *mirrored* pictures nearly as bad as one picture
-over and over: in our world the light comes from one side, so that now all shadows fall to the wrong one; a network that is told where each
+over and over: in our world the light comes from one side, so now all shadows fall to the wrong one; a network that is told where each
 pixel is cannot miss that, and many people do. Inception has its own blind spots. So a distance compares models under one network,
 and never one network's figure with another's.
 
@@ -524,13 +524,13 @@ much does the Frechet distance rise?
 
 # %%
 shuffled = torch.randperm(PICTURES, generator=torch.Generator().manual_seed(0))
-drawn_features, real_features = own.features[""], own.features["real"]
+drawn_features, real_features = own.features["frechet"], own.features["frechet, real"]
 print(f"as drawn: {frechet_distance(real_features, drawn_features):.4f}")
 print(f"shuffled: {frechet_distance(real_features, drawn_features[shuffled]):.4f}")
 before, after = (
     proportion_interval(is_right(own.images[at], prompts)) for at in (range(PICTURES), shuffled)
 )
-print(f"share right, before: {before}\nshare right, after:  {after}")
+print(f"fraction right, before: {before}\nshare right, after:  {after}")
 
 # %% [markdown]
 r"""
@@ -572,9 +572,9 @@ line through the origin: the bias is about $c / n$. Three rules follow:
 
 - Only figures of equal $n$ compare, against the same real pictures. A paper with 30,000 pictures "beats" one with 5,000 for free.
 - The bias is known in form, so it can be estimated: $2 d^2(n) - d^2(n / 2)$ is free of any $c / n$. `frechet_interval(..., extrapolate=True)` does that.
-- Copies of a row would make it worse, so that the usual bootstrap lies here. Our intervals come from random *halves*.
+- Resampling with duplicates increases the bias, so the usual bootstrap is misleading here. Our intervals come from random *halves*.
 
-Below, *drawn* and *real* are heaps of different $n$, so that only the extrapolated figures compare.
+Below, *drawn* and *real* are heaps of different $n$, so only the extrapolated figures compare.
 """
 
 # %%
@@ -595,8 +595,8 @@ r"""
 
 CLIP is two networks, one for pictures and one for texts, trained so that a picture's vector points where its caption's does. The
 **CLIP score** is the cosine between both: no detector, no grammar, any text. `eval_networks.ClipScorer` takes every published CLIP; for scenes a
-small one of our own comes along, `SceneClip`. It gives each place of the picture and each word a vector $w_j$, $z_i$, and lets each word look for
-its place:
+small one of our own comes along, `SceneClip`. It gives each position of the picture and each word a vector $w_j$, $z_i$, and lets each word look for
+its position:
 
 $$\text{score} = \frac{1}{L} \sum_{j=1}^{L} \max_i \, \cos(w_j, z_i).$$
 """
@@ -647,7 +647,7 @@ Bright on the diagonal: each text scores highest with its own picture. And it is
 0.6, is that good? A score has no zero and no 100%: it means something beside the score of *real* pictures of the same prompts, and
 nothing beside that of another CLIP.
 
-**What does it look at?** We tell SceneClip a truth and a lie about real renders, where the lie changes one thing, and count how often the truth
+**What does it look at?** We tell SceneClip a truth and a lie about real renders, where the lie changes one object, and count how often the truth
 scores higher. A coin would get a half.
 """
 
@@ -706,13 +706,13 @@ for y, m in enumerate(told.values()):
     )
 ax.axvline(0.5, color="k", ls=":", lw=1)
 ax.set_yticks([-y for y in range(len(told))], list(told))
-ax.set(xlabel="share in which the truth beats the lie (dotted: a coin)", xlim=(0, 1.02))
+ax.set(xlabel="fraction in which the truth beats the lie (dotted: a coin)", xlim=(0, 1.02))
 plt.show()
 
 # %% [markdown]
 r"""
 It knows a wrong colour, a wrong shape, a wrong number. Who is left of whom, and which colour is whose, it knows less well or hardly: each word
-looks for its place by itself, and truth and lie have the same words. Published CLIPs have the same weakness. A model may
+looks for its position by itself, and truth and lie have the same words. Published CLIPs have the same weakness. A model may
 mix up all that, and keep most of its score; the exact count finds it out.
 
 ## 6. The trade-off: figure 8
@@ -736,7 +736,7 @@ sweep = {"constant": {f"{t}": measured(ASKS, **SWEEP["guidance"][t]) for t in FE
 if not FAST:
     sweep["rising"] = {t: measured(ASKS, **how) for t, how in SWEEP["rising guidance"].items()}
 points = {
-    name: {t: summarize(b.values, b.features) for t, b in line.items()}
+    name: {t: summarize(b.values, b.features, {}) for t, b in line.items()}
     for name, line in sweep.items()
 }
 series = {
@@ -756,7 +756,7 @@ The four figures one by one, dotted where real renders of the same prompts lie:
 
 # %%
 names = {
-    "right": "share right",
+    "right": "fraction right",
     "score": "CLIP-like score",
     "frechet": "Frechet distance",
     "diversity": "diversity",
@@ -791,8 +791,8 @@ grid(torch.stack(sheet), captions, columns=5, scale=SIDE)
 r"""
 ### Diversity
 
-Each prompt of our sets comes twice in a row, so that two pictures of *one* prompt can be compared. The figure is the mean distance of
-their features. Pictures of *different* prompts should differ, so that their distance would say nothing.
+Each prompt of our sets comes twice in a row, so two pictures of *one* prompt can be compared. The figure is the mean distance of
+their features. Pictures of *different* prompts should differ, so their distance would say nothing.
 """
 
 # %%
@@ -802,14 +802,14 @@ pairs = PICTURES - PICTURES % 2
 print("mean distance of two pictures of one prompt")
 for t in FEW:
     features_of = sweep["constant"][t].features
-    print(f"   t = {t}: {diversity(features_of[''][:pairs], prompts[:pairs])}")
-print(f"    real: {diversity(features_of['real'][:pairs], prompts[:pairs])}")
+    print(f"   t = {t}: {diversity(features_of['frechet'][:pairs], prompts[:pairs])}")
+print(f"    real: {diversity(features_of['frechet, real'][:pairs], prompts[:pairs])}")
 show(diversity)
 
 # %% [markdown]
 r"""
-Did you expect guidance to take variety away? It does: notebook 6 counted the places in which a thing may stand. But features see everything, and
-scraps differ more than good pictures do, so that a model that draws rubbish may be the most "diverse" of all, more than reality.
+Did you expect guidance to take variety away? In large models it does (Muse's figure 8). But features see everything, and
+fragments differ more than good pictures do, so a model that draws rubbish may be the most "diverse" of all, more than reality.
 Diversity is good only together with fit.
 """
 
@@ -822,7 +822,7 @@ r"""
 A metric that never met a bad model is untested. We make four, each bad in one way:
 
 - **shuffled captions**: good pictures, each of somebody else's prompt, as from a model that was trained on captions in the wrong order;
-- **one idea**: for each thing it knows one picture, and shows it whenever asked;
+- **one idea**: for each object it knows one picture, and shows it whenever asked;
 - **one picture**: it shows the same picture for every prompt;
 - **untrained**: fresh weights, drawn through the same sampler and decoder.
 
@@ -878,7 +878,7 @@ grid(
 # %% [markdown]
 r"""
 No figure catches all of them. Shuffled captions have the model's own Frechet distance, and more diversity than it; fit finds them out. One idea
-is about as right as the model is and hardly farther from real pictures; diversity alone drops, to 0. The untrained model is far from everything and still
+is about as right as the model is and hardly farther from real pictures; only diversity drops, to 0. The untrained model is far from everything and still
 diverse. So whoever shows one number has chosen which mistakes you will not see.
 
 There is a fifth that passes them all: a model that has learned its training pictures by heart. Held-out combinations, the set `novel`, are the
@@ -889,7 +889,7 @@ test for that.
 r"""
 ### Cherry-picking
 
-Draw many, show the best. With $k$ tries for each picture that is shown, the share of prompts with at least one right picture is
+Draw many, show the best. With $k$ tries for each picture that is shown, the fraction of prompts with at least one right picture is
 $1 - (1 - p)^k$ if tries are independent. Here is a prompt that the model often gets wrong: its first six seeds, and the six of all that fit best, by
 SceneClip.
 """
@@ -910,7 +910,7 @@ for chance in (0.2, 0.5, 0.8):
 ax.plot(ks, [1 - (1 - p) ** k for k in ks], "k:", label=f"this prompt, {p:.0%}")
 ax.set(
     xlabel="pictures drawn for each that is shown",
-    ylabel="share of shown that can be right",
+    ylabel="fraction of shown that can be right",
     ylim=(0, 1.03),
 )
 ax.legend(fontsize=9, loc="lower right")
@@ -942,7 +942,7 @@ bins = torch.arange(0.59, 1.02, 0.02)
 ax.hist(winner, bins, alpha=0.6, label="the best of fourteen, as reported", density=True)
 ax.hist(again, bins, alpha=0.6, label="the same setting on fresh seeds", density=True)
 ax.axvline(0.8, color="k", ls=":", lw=1)
-ax.set(xlabel="share right of 50 pictures (dotted: the truth)", ylabel="density")
+ax.set(xlabel="fraction right of 50 pictures (dotted: the truth)", ylabel="density")
 ax.legend(fontsize=9, loc="upper left")
 plt.show()
 print(f"reported on average: {winner.mean():.1%}; on fresh seeds: {again.mean():.1%}")
@@ -986,11 +986,11 @@ r"""
 ## Summary
 
 - "Right" needs rules, a detector, and the detector's own ceiling. Where the truth is known, all three can be stated.
-- A share has an interval (Wilson's), and pictures of one prompt count together.
+- A fraction has an interval (Wilson's), and pictures of one prompt count together.
 - Frechet distance compares means and covariances of features. It sees no prompts, depends on its network, and is larger for fewer pictures.
 - CLIP score sees fit, and hardly sees who is left of whom. It has no zero.
 - Guidance trades fit against realness and variety; models are compared by whole fronts.
-- Each figure alone can be fooled. Bad models on purpose show by what; fresh seeds, counted once, keep you honest with yourself.
+- Each measure by itself can be fooled. Bad models on purpose show by what; fresh seeds, counted once, keep you honest with yourself.
 """
 
 # %% [markdown]

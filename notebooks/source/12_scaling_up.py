@@ -7,7 +7,7 @@ r"""
 |  |  |
 |---|---|
 | **Paper** | [Muse](https://arxiv.org/abs/2301.00704), A.1 to A.3 and table 3 |
-| **You will learn** | where parameters sit · why training costs 6 FLOPs a parameter and token · what fills the memory of a GPU, and what sharding takes away · why few parallel steps are fast although they compute more |
+| **You will learn** | where parameters sit · why training costs 6 FLOPs per parameter and token · what fills the memory of a GPU, and what sharding takes away · why few parallel steps are fast although they compute more |
 | **Before this** | [5. The base transformer](05_base_transformer.ipynb), [8. Super-resolution](08_super_resolution.ipynb); matrix products; powers of ten |
 | **Takes** | @takes@ |
 | **Files** | [`train_budget.py`](../minimuse/train_budget.py), [`config.py`](../minimuse/config.py), [`launch/`](../minimuse/launch) |
@@ -27,7 +27,7 @@ FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: two presets 
 PRESETS = ["nano", "paper_3b"] if FAST else ["nano", "toy", "paper_632m", "paper_3b"]
 # An accelerator of your choice, from its data sheet; these are round numbers of a large one.
 PEAK = 400e12  # FLOP/s of bf16 matrix products
-BANDWIDTH = 2e12  # bytes a second between its memory and its cores
+BANDWIDTH = 2e12  # bytes per second between its memory and its cores
 MEMORY = 80e9  # bytes
 USED = 0.4  # the share of PEAK that a good training run reaches
 PRICE = 2.0  # money for an hour of it, in the coin of your choice
@@ -139,7 +139,7 @@ for name, config in configs.items():
 
 # %% [markdown]
 r"""
-**Predict, then run.** The formula counts layers alone. Embeddings of the codes, the projection of the text, and the output head
+**Predict, then run.** The formula counts only the layers. Embeddings of the codes, the projection of the text, and the output head
 come on top. Nano has a few hundred codes, the 3B model 8,192. In which of them are these extras the larger *share* of all parameters?
 """
 
@@ -166,14 +166,14 @@ for kind in next(iter(shares.values())):
     ax.barh(list(shares), part, left=left, label=kind)
     left = [a + b for a, b in zip(left, part, strict=True)]
 ax.invert_yaxis()
-ax.set(xlabel="share of the base model's parameters", xlim=(0, 1))
+ax.set(xlabel="fraction of the base model's parameters", xlim=(0, 1))
 ax.grid(False)
 ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9)
 plt.show()
 
 # %% [markdown]
 r"""
-In nano, although it has few codes. Layers grow with $D^2$ and with their number, embeddings with $D$ alone: the larger the model, the less they weigh.
+In nano, although it has few codes. Layers grow with $D^2$ and with their number, embeddings only with $D$: the larger the model, the less they weigh.
 Rules of thumb about "the parameters" are rules about layers, so they hold for large models and mislead for tiny ones.
 """
 
@@ -223,7 +223,7 @@ r"""
 A **FLOP** is one multiplication or one addition. A matrix of $P$ numbers, applied to one token, multiplies each number once and adds
 once: $2P$. Going backwards, two such products are made, one for the gradient of the input and one for the gradient of the weights: $4P$. Together
 
-$$\text{training} \approx 6\,P \text{ FLOPs a token,} \qquad \text{using it} \approx 2\,P.$$
+$$\text{training} \approx 6\,P \text{ FLOPs per token,} \qquad \text{using it} \approx 2\,P.$$
 
 What this leaves out: products of tokens with tokens, inside attention. Those hold no parameters, and grow with $N^2$.
 """
@@ -261,7 +261,7 @@ for name, b in base.items():
 
 # %% [markdown]
 r"""
-The rule is good to about fifteen percent: attention adds to it, in `toy` also the layer that reads the text, and the embedding of codes and the keys and values of a short text take away.
+The rule is good to about fifteen percent: attention adds to it, in `toy` also the layer that reads the text, and the embedding of codes (a lookup) and the keys and values of a short text cost less than $6P$ suggests.
 
 **Predict, then run.** Super-resolution has 4,096 tokens in the paper, 16 times the base model's 256. In a layer of width 1,024, which costs more:
 all matrices together, or the $N^2$ products of full attention?
@@ -284,7 +284,7 @@ for n, model, height in [(256, "base", 0.45), (4096, "super-resolution", 0.3)]:
     ax.axvline(n, color="0.7", lw=1, zorder=0)
     at = {"xycoords": ("data", "axes fraction"), "rotation": 90, "va": "bottom", "ha": "right"}
     ax.annotate(model, (n, height), fontsize=9, color="0.4", **at)
-ax.set(xlabel="tokens of a picture", ylabel="FLOPs a token, forward")
+ax.set(xlabel="tokens of a picture", ylabel="FLOPs per token, forward")
 ax.legend(fontsize=9)
 plt.show()
 
@@ -300,7 +300,7 @@ r"""
 ### Exercise 12.2: the rule of six
 
 Write the FLOPs of training a model of `parameters` weights on `tokens` tokens, without attention's products. (Muse's base model sees 256
-tokens a picture.)
+tokens per picture.)
 """
 
 
@@ -343,7 +343,9 @@ with torch.device("meta"):
 states = {o: optimizer_bytes(largest, o) for o in ("adamw", "muon", "adafactor")}
 print(f"optimizer's state of the 3B base model, of {weights(largest):,} parameters:")
 for optimizer, size in states.items():
-    print(f"  {optimizer:10} {si(size, 'B'):>8}  {size / weights(largest):6.3f} bytes a parameter")
+    print(
+        f"  {optimizer:10} {si(size, 'B'):>8}  {size / weights(largest):6.3f} bytes per parameter"
+    )
 
 # %% [markdown]
 r"""
@@ -380,7 +382,7 @@ plt.show()
 # %% [markdown]
 r"""
 **Predict, then run.** The paper's batch is 512 pictures. With Adafactor, how many fit at once on an accelerator of this size: hundreds, dozens, or a handful?
-And with **activation checkpointing**, where each layer saves its input alone, and runs again when the backward pass needs the rest?
+And with **activation checkpointing**, where each layer saves only its input, and runs again when the backward pass needs the rest?
 """
 
 # %%
@@ -405,7 +407,7 @@ If a batch does not fit, **accumulate**: run part after part, add up the gradien
 r"""
 ## 5. Many accelerators
 
-**DDP** (distributed data parallel): each of $n$ accelerators holds *everything*, and works on its share of the batch; gradients are averaged after each step.
+**DDP** (distributed data parallel): each of $n$ accelerators holds *everything*, and works on its part of the batch; gradients are averaged after each step.
 
 **FSDP** (fully sharded): weights, gradients and optimizer are cut into $n$ pieces, and each holds one. When a layer's turn comes, its weights are
 gathered from all, used, and thrown away again. So what is fixed is divided by $n$; activations are not, since each has its own examples.
@@ -485,7 +487,7 @@ check_sharded_bytes(my_bytes)
 r"""
 ## 6. Hours and money
 
-All FLOPs of a stage are known now: steps, times batch, times FLOPs a picture. Divided by what an accelerator computes in a second they become
+All FLOPs of a stage are known now: steps, times batch, times FLOPs per picture. Divided by what an accelerator computes in a second they become
 hours; by its price, money. No run reaches the peak of the data sheet. 40% is good; `USED` says what you expect.
 """
 
@@ -583,7 +585,7 @@ r"""
 ### This machine
 
 What does *your* machine compute in a second? `matmul_ceiling` multiplies large matrices. Then one real step of nano's base model: what
-share of the ceiling does it reach?
+fraction of the ceiling does it reach?
 """
 
 # %%
@@ -681,7 +683,7 @@ axes[0].invert_yaxis()
 axes[0].set(xlabel="seconds for one picture, at least", title="one at a time")
 axes[0].tick_params(axis="y", labelsize=9)
 axes[1].set(
-    xlabel="pictures at a time", ylabel="seconds a picture, at least", title="many at a time"
+    xlabel="pictures at a time", ylabel="seconds per picture, at least", title="many at a time"
 )
 axes[1].legend(fontsize=9)
 plt.show()
@@ -689,7 +691,7 @@ plt.show()
 # %% [markdown]
 r"""
 Left: for one picture the fewer steps win by far. Right: with more pictures at a time the autoregressive model reads its weights once for
-all of them, so that each becomes cheaper; Muse's cores were busy already, so its price stays. The lines cross: a server with many requests
+all of them, so each becomes cheaper; Muse's cores were busy already, so its price stays. The lines cross: a server with many requests
 at once may well prefer the autoregressive model. (It also has to read keys and values, which grow with the batch; we left that out.)
 
 So parallel decoding buys *latency* with arithmetic. And guidance, which doubles the arithmetic, is not for nothing.
@@ -720,7 +722,7 @@ def image_flops(config):
 
 
 image = {name: image_flops(config) for name, config in configs.items()}
-print(f"{'FLOPs an image':16}" + "".join(f"{part:>16}" for part in image["nano"]))
+print(f"{'FLOPs per image':16}" + "".join(f"{part:>16}" for part in image["nano"]))
 for name, part in image.items():
     print(f"{name:16}" + "".join(f"{si(x, 'FLOP'):>16}" for x in part.values()))
 at_best = sum(image["paper_3b"].values()) / PEAK
@@ -739,14 +741,14 @@ since it has 16 times the tokens. And the decoder, which has the fewest paramete
 r"""
 ## What failure looks like
 
-**The envelope that forgets activations.** "AdamW, 16 bytes a parameter, 80 GB: a model of 5 billion fits." It does, with a batch of nothing.
+**The envelope that forgets activations.** "AdamW, 16 bytes per parameter, 80 GB: a model of 5 billion fits." It fits, but leaves no room for any batch.
 For 3 billion, the same envelope promises room to spare; here is what happens as the batch grows.
 """
 
 # %%
 examples = list(range(0, 33, 2))
 figure, ax = plt.subplots(figsize=(7, 3.2))
-ax.axhline(16 * b.parameters / 1e9, color="C3", ls=":", label="16 bytes a parameter")
+ax.axhline(16 * b.parameters / 1e9, color="C3", ls=":", label="16 bytes per parameter")
 for budget, label, color in [(b, "as it is", "C1"), (lean, "checkpointed", "C0")]:
     fixed = budget.fixed - budget.optimizer + states["adamw"]
     ax.plot(
@@ -798,8 +800,8 @@ many, and a test says so.
 r"""
 ## Summary
 
-A layer holds $16 D^2$ numbers. Training costs $6P$ FLOPs a token, using the model $2P$; attention's own products matter from about $N = 8D$ tokens on.
-Memory is 18 bytes a parameter with AdamW, 10 with Adafactor, and activations, which checkpointing exchanges for up to a third more arithmetic. FSDP divides what is fixed, never the activations. One token at a time waits for memory, not for arithmetic, so few parallel
+A layer holds $16 D^2$ numbers. Training costs $6P$ FLOPs per token, using the model $2P$; attention's own products matter from about $N = 8D$ tokens on.
+Memory is 18 bytes per parameter with AdamW, 10 with Adafactor, and activations, which checkpointing exchanges for up to a third more arithmetic. FSDP divides what is fixed, never the activations. One token at a time waits for memory, not for arithmetic, so few parallel
 steps are fast although they compute more. An envelope may be wrong by a factor of a few; that is good enough to find most mistakes before they cost
 money.
 """

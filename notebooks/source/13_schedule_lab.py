@@ -2,12 +2,12 @@
 r"""
 # 13. The schedule lab: what parallel decoding costs
 
-*In worlds whose every conditional is known, the network makes no error, so that all that is left is the schedule's.*
+*In worlds whose every conditional is known, the network makes no error, so all that is left is the schedule's.*
 
 |  |  |
 |---|---|
 | **Paper** | Muse 2.8; MaskGIT (arXiv 2202.04200); Halton order (arXiv 2503.17076); Token-Critic (arXiv 2209.04439) |
-| **You will learn** | why many tokens a step cost accuracy, in nats · where the cosine wins and where it does not · what an order changes · how to compare two samplers so that the difference is not luck |
+| **You will learn** | why many tokens per step cost accuracy, in nats · where the cosine wins and where it does not · what an order changes · how to compare two samplers so that the difference is not luck |
 | **Before this** | [7. Parallel decoding](07_parallel_decoding.ipynb); entropy and KL divergence; conditional probability |
 | **Takes** | @takes@ |
 | **Files** | [`lab_worlds.py`](../minimuse/lab_worlds.py), [`lab.py`](../minimuse/lab.py), [`lab_models.py`](../minimuse/lab_models.py), [`lab_samplers.py`](../minimuse/lab_samplers.py) |
@@ -36,7 +36,7 @@ style()
 
 # %% [markdown]
 r"""
-## 1. Two errors, and how to see one alone
+## 1. Two errors, and how to see only one
 
 A parallel decode reveals a set $S_1$ of tokens, then $S_2$ given those, and so on for $T$ steps. Within a step each
 token is drawn by itself, as if the others of the step did not exist. So even a perfect network samples not from the
@@ -50,7 +50,7 @@ $S_{<t}$ all tokens revealed before step $t$ and $H$ the entropy in nats:
 $$\mathrm{KL}(p \,\|\, q) = \sum_{t=1}^{T} \Big[ \sum_{i \in S_t} H(x_i \mid x_{S_{<t}}) - H(x_{S_t} \mid x_{S_{<t}}) \Big].$$
 
 It is zero where the tokens of a step are independent given the earlier ones. A trained network adds an error of its
-own; to see the schedule's alone we need a $p$ whose conditionals are exact.
+own; to see only the schedule's we need a $p$ whose conditionals are exact.
 """
 
 # %% [markdown]
@@ -66,7 +66,7 @@ agree = torch.tensor([[0.9, 0.1], [0.1, 0.9]], dtype=torch.double)
 coins = ChainWorld(agree, 2)  # x_2 given x_1, by the rows of `agree`
 p = 0.5 * agree
 lost = (p * (p / 0.25).log()).sum().item() / 2
-print(f"mutual information: {lost:.4f} nats a token, worked out by hand")
+print(f"mutual information: {lost:.4f} nats per token, worked out by hand")
 both = compare(coins, ["linear"], ["raster"], steps=(1, 2), samples=SAMPLES)
 print(both.table())
 
@@ -83,9 +83,9 @@ r"""
 
 A **world** is a distribution over a grid of $N$ tokens with $V$ codes, small enough to sum over all pictures at once:
 
-- `MixtureWorld`: first one of $K$ pictures is chosen, then each token by itself. Every token tells of all others, as
-  the colour of one patch of a cube tells of the cube.
-- `ChainWorld`: a Markov chain along the rows. A token tells of its neighbours and little of what is far.
+- `MixtureWorld`: first one of $K$ pictures is chosen, then each token by itself. Every token carries information about all others, as
+  the colour of one patch of a cube does about the cube.
+- `ChainWorld`: a Markov chain along the rows. A token carries information about its neighbours and little about what is far.
 - `PottsWorld`: spins on a strip that like their neighbours' state, in two dimensions.
 """
 
@@ -131,7 +131,7 @@ r"""
 How do worlds differ for a decoder? Reveal the true tokens of samples one after another in random order, and watch the
 mean entropy of those still hidden.
 
-**Predict, then run.** In one world the first ten tokens tell all that there is to be told of the others; in the two
+**Predict, then run.** In one world the first ten tokens determine all that can be known about the others; in the two
 others the uncertainty falls slowly, to the very end. Which is which?
 """
 
@@ -192,7 +192,7 @@ for steps in (1, 4, 16):
     )
     log_p = mixture.log_prob(last.tokens) / mixture.n
     plt.hist(log_p.numpy(), bins, histtype="step", lw=1.6, label=f"{steps} step{'s' * (steps > 1)}")
-plt.xlabel("log p of the whole picture, nats a token")
+plt.xlabel("log p of the whole picture, nats per token")
 plt.ylabel("pictures")
 plt.legend()
 plt.show()
@@ -200,7 +200,7 @@ plt.show()
 # %% [markdown]
 r"""
 In one step nearly all probability is gone: every token is right *for some* picture, none for all. Four steps still
-leave a tail to the left, pictures that began in two minds. Sixteen look like the truth, but looks are no measure.
+leave a tail to the left, pictures that began in two minds. Sixteen look like the truth, but looks are not a measure.
 """
 
 # %% [markdown]
@@ -211,11 +211,11 @@ r"""
 
 | | what it is | for which samplers |
 |---|---|---|
-| `kl` | $\mathrm{KL}(p \,\Vert\, q)$, nats a token, from $x \sim p$: the mean of $\log p(x) - \log q(x)$ | orders that do not look at what was drawn, at temperature 1 |
+| `kl` | $\mathrm{KL}(p \,\Vert\, q)$, nats per token, from $x \sim p$: the mean of $\log p(x) - \log q(x)$ | orders that do not look at what was drawn, at temperature 1 |
 | `excess_nll` | $E_q[-\log p(y)] - H(p)$: above 0 impossible pictures, below 0 *mode seeking* | all |
 | `singles`, `pairs` | squared distance of the distributions of one token, and of two | all |
 
-For `kl` the decoder walks along its own path but is shown the truth wherever it reveals, and so tells $q(x)$:
+For `kl` the decoder walks along its own path but is shown the truth wherever it reveals, which gives $q(x)$:
 """
 
 # %%
@@ -256,7 +256,7 @@ print(f"enumerated {exact:.4f}, estimated {found.value:.4f} ± {found.margin:.4f
 
 # %% [markdown]
 r"""
-**Predict, then run.** In random order each decode takes another partition of the four places into two pairs. One
+**Predict, then run.** In random order each decode takes another partition of the four positions into two pairs. One
 number is the mean of the six KLs, one for each partition. The other is the KL of the sampler as a whole, which mixes
 the six $q$'s. Which one is larger?
 """
@@ -284,7 +284,7 @@ r"""
 ## 5. How many: schedules
 
 `compare` decodes a grid of schedules, orders and steps, all with the same truth and the same seeds. A schedule is a
-name or any function of progress $u$. We fix the order to Halton's, which does not look at the draws, so that the KL is
+name or any function of progress $u$. We fix the order to Halton's, which does not look at the draws, so the KL is
 exact and not a bound.
 """
 
@@ -333,7 +333,7 @@ claim of yours should name its schedule before it looks, or measure it again wit
 r"""
 ## 6. Which: orders
 
-An order scores the places; the highest are kept. Halton order spreads the tokens of a step over the grid, so that
+An order scores the positions; the highest are kept. Halton order spreads the tokens of a step over the grid, so
 neighbours are seldom drawn together. Entropy order takes the places that the network is surest of.
 """
 
@@ -366,11 +366,11 @@ plt.show()
 # %% [markdown]
 r"""
 Where tokens depend on neighbours (chain, strip), Halton order costs a fraction of what random order is bounded by, and
-entropy order costs most. In the chain the surest places are those right beside what is known, which all lie together,
-so that long runs are drawn blindly at once. In the mixture places are alike, and spreading buys nothing: Halton and
+entropy order costs most. In the chain the surest positions are those right beside what is known, which all lie together,
+so long runs are drawn blindly at once. In the mixture positions are alike, and spreading buys nothing: Halton and
 random are hard to tell apart. **Halton wins where near means dependent.**
 
-Confidence, Muse's order, has no `kl` here: it looks at what was drawn, so its $q$ is no product along a path.
+Confidence, Muse's order, has no `kl` here: it looks at what was drawn, so its $q$ is not a product along a path.
 
 **Predict, then run.** Confidence keeps the draws that were most probable, and throws the others back. Will its
 pictures be *less* likely than the truth's (impossible mixtures), or *more* likely (the same few typical pictures)?
@@ -401,7 +401,7 @@ print(known.table(metrics=("excess_nll", "singles", "pairs")))
 # %% [markdown]
 r"""
 `singles` and `pairs` are distances to the truth's own statistics. The noise costs nothing and mends most of the
-distance; Halton order hardly has any. None is best in all columns: that is why there is more than one.
+distance; Halton order hardly has any. No order is best in every column.
 """
 
 # %% [markdown]
@@ -424,7 +424,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-The horizontal axis is the *mean* NFE, the number of forward passes a picture. Compare the adaptive line with the cosine **in the same
+The horizontal axis is the *mean* NFE, the number of forward passes per picture. Compare the adaptive line with the cosine **in the same
 order** first, and only then with Halton: a rule has to beat the best fixed sampler of its cost, not the nearest one.
 """
 
@@ -433,10 +433,10 @@ r"""
 ## 8. A trained model
 
 Now the network errs too, and nobody knows its truth. What can be asked: are its pictures *right*, and are they *like
-real ones*? `compare` takes a `Muse` in the world's place. It draws with the base model alone (its low-resolution
-pictures, decoded by the low tokenizer), on captions of held-out scenes with one or two things:
+real ones*? `compare` takes a `Muse` in the world's place. It draws with only the base model (its low-resolution
+pictures, decoded by the low tokenizer), on captions of held-out scenes with one or two objects:
 
-- **accuracy**: share of pictures in which everything the prompt names is right, by the detector;
+- **accuracy**: fraction of pictures in which everything the prompt names is right, by the detector;
 - **frechet**: Frechet distance of the detector's features to renders of the very scenes.
 
 Picture $i$ has the same prompt and the same random numbers in every cell.
@@ -526,9 +526,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-For nano, something of both: steep at first, as in the mixture (where does the thing stand?), then a slow decline, as
+For nano, something of both: steep at first, as in the mixture (where does the object stand?), then a slow decline, as
 in the chain (what do the neighbours say?). And much is left to the end, far more than in any of the worlds: many codes
-of the codebook look alike, so that which of them is drawn hardly matters to the eye. That is one reason why few steps
+of the codebook look alike, so which of them is drawn hardly matters to the eye. That is one reason why few steps
 do, and why differences between samplers are small beside those in the worlds.
 """
 
@@ -581,7 +581,7 @@ for measure in evaluator.titles:
 r"""
 Two things to see. In the mixture even the perfect ranker seeks modes, as confidence does: the token that fits the rest
 best is the most typical one. Taking tokens back changes little there. And for the trained model each decoding step
-now costs a pass of a second network, so that a fair test would give the other orders twice the steps. A ranker trained
+now costs a pass of a second network, so a fair test would give the other orders twice the steps. A ranker trained
 for minutes need not earn that; look at the intervals before you believe that it does.
 """
 
@@ -590,11 +590,11 @@ r"""
 ## What failure looks like
 
 **A grid of progress that ends too early.** With `linspace(0, 1, T)` the first step sees $u = 0$ and leaves everything
-masked, so that $T$ steps do the work of $T - 1$ (mistake 9 of the zoo; our decoder reveals one token even then). A
-decode that does so still ends with no token masked, and nothing looks amiss; the counts and the lab tell.
+masked, so $T$ steps do the work of $T - 1$ (mistake 9 of the zoo; our decoder reveals one token even then). A
+decode that does so still ends with no token masked, and nothing looks amiss; the counts and the lab show it.
 
 **Comparing without pairing.** The intervals of two figures, added up as if they had nothing in common, against the
-interval of their paired difference. What is hard for one sampler is mostly hard for the other, and drops out.
+interval of their paired difference. Prompts that are hard for one sampler are usually hard for the other, so their difficulty cancels.
 """
 
 # %%
@@ -750,7 +750,7 @@ r"""
 ## Further reading
 
 - MaskGIT (arXiv 2202.04200): the schedules compared by FID, and confidence with noise.
-- Halton scheduler (arXiv 2503.17076): why places far apart should go together.
+- Halton scheduler (arXiv 2503.17076): why positions far apart should go together.
 - Token-Critic (arXiv 2209.04439): a ranker that is trained, and tokens taken back.
 - D3PM (arXiv 2107.03006): masking as a diffusion, whose bound notebook 4 measures.
 - The larger tables: [what the schedule lab finds](../benchmarks/lab_findings.md), with adaptive rules and presets.

@@ -20,6 +20,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_add_noise, check_ddim_step
@@ -38,14 +39,14 @@ style()
 
 # %% [markdown]
 r"""
-The notes that this project grew from end in a table, DiT beside Muse. Here it is. This notebook walks through it row by row, and section
-9 has it once more, with the line of code that shows each row.
+This table compares DiT and Muse. By the end you can point to the line of code behind each row: section 9 has the table once more,
+with these lines.
 
 |  | DiT | Muse |
 |---|---|---|
 | what it is | diffusion | not diffusion, "but it looks like just a discrete diffusion model" |
 | latent space | continuous | discrete |
-| image tokens | patches of the latents | places of the token grid |
+| image tokens | patches of the latents | positions of the token grid |
 | architecture | one transformer of DiT blocks | two transformers |
 | transformer | not autoregressive | not autoregressive |
 | it predicts | noise | masked tokens |
@@ -60,7 +61,7 @@ A third column is missing, and the paper's own tables have it: Parti, which is a
 r"""
 ## 0. What all three share
 
-Scenes of one thing, their captions read by the frozen language model, and the low-resolution tokenizer of the
+Scenes of one object, their captions read by the frozen language model, and the low-resolution tokenizer of the
 checkpoint, which nobody trains any further. All that differs comes below. (The networks
 are those of the base model; what Muse does after it would be the same for all three.)
 """
@@ -85,7 +86,7 @@ grid(images[:8], captions[:8], columns=8, scale=128 // low_side)
 r"""
 ## 1. Latent space: continuous or discrete
 
-The tokenizer's encoder gives $d$ numbers for each place of the grid. Muse rounds them to the nearest of $V$ codes and
+The tokenizer's encoder gives $d$ numbers for each position of the grid. Muse rounds them to the nearest of $V$ codes and
 keeps the code's *number*. A diffusion model keeps the $d$ numbers themselves, since it wants something to which a little
 noise can be added.
 """
@@ -150,10 +151,10 @@ grid(
 
 # %% [markdown]
 r"""
-## 2. Image tokens: patches or places
+## 2. Image tokens: patches or positions
 
-A transformer wants a sequence. Muse's sequence is the token grid, one token a place. DiT cuts the latents into patches of
-$p \times p$ places and makes a token of each; larger patches are cheaper and coarser. Our grid is small, so $p = 1$, and both have the
+A transformer wants a sequence. Muse's sequence is the token grid, one token per position. DiT cuts the latents into patches of
+$p \times p$ positions and makes a token of each; larger patches are cheaper and coarser. Our grid is small, so $p = 1$, and both have the
 same number of tokens. With $p = 2$ the DiT would have a quarter of them:
 """
 
@@ -172,7 +173,7 @@ show(DiT.forward)
 r"""
 Read `forward` from top to bottom: the time becomes a vector `c`; `pixel_unshuffle` cuts the patches; the blocks; the
 head; `pixel_shuffle` puts patches back; the last two lines are section 3's. Where Muse's transformer ends in $V$ logits a token,
-this one ends in $d\,p^2$ numbers a token: no softmax, no codebook.
+this one ends in $d\,p^2$ numbers per token: no softmax, no codebook.
 
 How are the sizes made equal? adaLN, explained below, costs parameters, so the DiT is narrower:
 """
@@ -200,9 +201,9 @@ a_s = \prod_{r \le s} (1 - b_r).$$
 The square roots keep the variance at 1. The network sees $x_s$, $s$ and the text, and says what $\varepsilon$ was.
 
 How does it say it? Where all is noise, $\varepsilon$ is what the network sees, and to repeat it is easy; but the picture that follows from
-it, $(x_s - \sqrt{1 - a_s}\,\varepsilon) / \sqrt{a_s}$, divides by nearly nothing, so that the smallest error is
-fatal just where a picture begins. So our head says the *velocity* $v = \sqrt{a_s}\,\varepsilon - \sqrt{1 - a_s}\,x$: mostly noise where the
-picture is clear, mostly picture where all is noise. The noise follows by one line, and divided by $a_s$ its squared error is
+it, $(x_s - \sqrt{1 - a_s}\,\varepsilon) / \sqrt{a_s}$, divides by nearly nothing, so the smallest error is
+fatal just where a picture begins. So our head says the *velocity* $v = \sqrt{a_s}\,\varepsilon - \sqrt{1 - a_s}\,x$: close to $\varepsilon$ at
+low noise, close to $-x$ at high noise. The noise follows by one line, and divided by $a_s$ its squared error is
 that of $v$, the same size at every level:
 """
 
@@ -213,7 +214,7 @@ show(noise_levels, amounts, add_noise, NoiseLoss.forward)
 
 # %% [markdown]
 r"""
-**Masking** replaces tokens by [MASK], a share $r$ of them, and asks for those. **Autoregression** hides all that comes
+**Masking** replaces tokens by [MASK], a fraction $r$ of them, and asks for those. **Autoregression** hides all that comes
 later in reading order, and asks for every token at once, each from those before it. In code they
 differ in what the model is shown:
 """
@@ -229,8 +230,8 @@ show(MaskedLoss.forward, NextTokenLoss.forward)
 # %% [markdown]
 r"""
 **Predict, then run.** Below, the same scene is spoiled more and more: by noise at $s = 0, 150, \ldots, 900$, by masks
-of a share $s / 1000$, and by as many hidden from the end of the reading order. After which step can you no longer tell the colour? Is it
-about the same place for noise and for masks?
+of a fraction $s / 1000$, and by as many hidden from the end of the reading order. After which step can you no longer tell the colour? Is it
+about the same position for noise and for masks?
 """
 
 # %%
@@ -258,7 +259,7 @@ with torch.inference_mode():
 figure, ax = plt.subplots(figsize=(7, 3))
 ax.plot(LEVELS, label=r"$a_s$: share of the variance that is picture")
 ax.plot(
-    1 - torch.arange(1000) / 1000, "--", label="share of tokens that is visible at r = s / 1000"
+    1 - torch.arange(1000) / 1000, "--", label="fraction of tokens that is visible at r = s / 1000"
 )
 ax.set(xlabel="step s", ylabel="what is left of the picture")
 ax.legend(fontsize=9)
@@ -270,8 +271,8 @@ film_strip(
 
 # %% [markdown]
 r"""
-A colour outlives masks as long as one token of the thing is visible; noise drowns it in the last quarter. Noise
-spoils everything a little, everywhere; a mask spoils some places wholly and leaves the others as they are. The
+A colour outlives masks as long as one token of the object is visible; noise drowns it in the last quarter. Noise
+spoils everything a little, everywhere; a mask spoils some positions wholly and leaves the others as they are. The
 diffusion model sees all of a bad picture, Muse a part of a good one. That is the root of nearly every other difference: Muse
 can be *sure* of a part and keep it, while a diffusion model revises the whole at each step.
 """
@@ -304,8 +305,16 @@ check_add_noise(my_noise)
 r"""
 ## 4. The transformers
 
+All three side by side, with the sizes of this notebook:
+"""
+
+# %%
+diagrams.three_models(muse.config)
+
+# %% [markdown]
+r"""
 The autoregressive one is a subclass of Muse's; its layers hide what comes later. Let us *see* who sees
-whom: change token $i$, and mark the places whose logits move.
+whom: change token $i$, and mark the positions whose logits move.
 """
 
 # %%
@@ -348,13 +357,13 @@ draw_influence({"masked": influence(Transformer), "ar": influence(CausalTransfor
 
 # %% [markdown]
 r"""
-Gray is where the logits move; on the dotted line is each token's own place. Left, everything sees everything. Right, a token moves the logits of *later* places alone, and not those of its own:
-place $i$ is predicted from the tokens before it. In `CausalTransformer.forward` that is one line, which moves all tokens on by one
-place and puts [MASK] before the first.
+Gray is where the logits move; on the dotted line is each token's own position. Left, everything sees everything. Right, a token moves only
+the logits of *later* positions, and not those of its own: position $i$ is predicted from the tokens before it. In
+`CausalTransformer.forward` that is one line, which moves all tokens on by one position and puts [MASK] before the first.
 
-### adaLN-Zero: how the DiT is told the time, and how it begins
+### adaLN-Zero: how the DiT reads the time, and how it begins
 
-Muse's network needs no clock: the number of [MASK]s tells how far the picture is. Noise does not count itself, so the DiT is told
+Muse's network needs no clock: the number of [MASK]s says how far the picture is. Noise cannot be counted, so the DiT also reads
 $s$. Each block turns it into a shift, a scale and a gate:
 
 $$x \leftarrow x + g(s) \cdot \text{attention}\big(\text{norm}(x)\,(1 + \gamma(s)) + \beta(s)\big),$$
@@ -428,14 +437,14 @@ for ax, names in zip(axes, (("masked", "ar"), ("dit",)), strict=True):
         )
     ax.set(xlabel="step", ylim=(0, None))
     ax.legend()
-axes[0].set(ylabel="nats a token asked for")
+axes[0].set(ylabel="nats per token asked for")
 axes[1].set(ylabel="squared error of the velocity")
 plt.show()
 
 # %% [markdown]
 r"""
 The two plots do not compare: nats are not squared errors. Nor do the two curves on the left, though they have one unit:
-the autoregressive model is asked for every token and sees on average half of the others; the masked one is asked for a share that varies, and sees
+the autoregressive model is asked for every token and sees on average half of the others; the masked one is asked for a fraction that varies, and sees
 the rest. And all of it is measured on scenes that come by again and again. Section 6 makes the two comparable, on scenes that
 neither has seen.
 """
@@ -444,8 +453,8 @@ neither has seen.
 r"""
 ### How each draws
 
-**Muse** begins with [MASK]s and keeps the surest. **Autoregression** writes row by row; what a place has
-computed is kept (a *cache*), so that each step costs one place and not all of them. **Diffusion** begins with noise and takes DDIM steps:
+**Muse** begins with [MASK]s and keeps the surest. **Autoregression** writes row by row; what a position has
+computed is kept (a *cache*), so each step costs one position and not all of them. **Diffusion** begins with noise and takes DDIM steps:
 from the noise that the network sees it works out the picture $\hat x_0$, then goes to the next lower level with the same two:
 
 $$\hat x_0 = \frac{x - \sqrt{1 - a}\,\varepsilon}{\sqrt a}, \qquad x' = \sqrt{a'}\,\hat x_0 + \sqrt{1 - a'}\,\varepsilon .$$
@@ -564,7 +573,7 @@ for i, (name, curve) in enumerate(curves.items()):
     )
     ax.axhline(curve[:, 1].mean(), color=f"C{i}", ls=":")
 ax.axhline(nll, color="C2", ls="--", label=f"ar, trained here: exactly {nll:.3f}")
-ax.set(xlabel="share masked, k / N", ylabel="nats a masked token", ylim=(0, None))
+ax.set(xlabel="fraction masked, k / N", ylabel="nats per masked token", ylim=(0, None))
 ax.legend(fontsize=9)
 plt.show()
 memory = muse.base.memory(said)
@@ -573,11 +582,13 @@ with torch.inference_mode():
     shipped = lambda x: muse.base(x, memory)  # noqa: E731
     bounds = [likelihood_bound(shipped, seen, muse.base.mask_id, seed) for seed in seeds]
     bound = torch.stack(bounds).mean()
-print(f"likelihood_bound of {CHECKPOINT}'s base, {DRAWS} draws a picture: {bound:.3f} nats a token")
+print(
+    f"likelihood_bound of {CHECKPOINT}'s base, {DRAWS} draws a picture: {bound:.3f} nats per token"
+)
 few = slice(0, len(seen))
 trained_on = exact(models["ar"].base, tokens[few], muse.encoder.encode(captions[few]))
 print(
-    f"ar: {nll:.3f} nats a token of held-out scenes, {trained_on:.3f} of scenes it was trained on"
+    f"ar: {nll:.3f} nats per token of held-out scenes, {trained_on:.3f} of scenes it was trained on"
 )
 
 # %% [markdown]
@@ -593,7 +604,7 @@ gone.
 
 # %% [markdown]
 r"""
-**Predict, then run.** The *sampler* of absorbing diffusion reveals tokens at random places, each drawn from its probabilities as
+**Predict, then run.** The *sampler* of absorbing diffusion reveals tokens at random positions, each drawn from its probabilities as
 they are. Muse reveals the surest first, at a lower temperature, and is guided. Let both do it in 16 steps with the shipped base model. Does the
 sampler make a difference at all, when the network is the same?
 """
@@ -643,7 +654,7 @@ a discrete space allows: to be *sure* of a token, to keep it, and to rank by it.
 r"""
 ## 7. The race
 
-Prompts for one thing, models that had a minute or so of training. Points are labelled with their sampling steps, bars are 95% intervals. In the
+Prompts for one object, models that had a minute or so of training. Points are labelled with their sampling steps, bars are 95% intervals. In the
 fast setting nothing has learned to draw, and only the seconds mean something.
 """
 
@@ -668,21 +679,21 @@ for name, t in [(name, t) for name, counts in points.items() for t in counts]:
         mean_interval(seconds),
         frechet_interval(truth, detector.features(drawn)),
     )
-display(tradeoff(by_right, "seconds a picture", "everything right", log_x=True))
-tradeoff(by_distance, "seconds a picture", "Frechet distance", lower=(True, True), log_x=True)
+display(tradeoff(by_right, "seconds per picture", "everything right", log_x=True))
+tradeoff(by_distance, "seconds per picture", "Frechet distance", lower=(True, True), log_x=True)
 
 # %% [markdown]
 r"""
-What you can count on, whatever the machine: Muse's and the DiT's time goes with their steps, each of which computes all places; the
-autoregressive model computes each place once, but in $N$ steps, one after the other. With so few tokens, on a CPU, that need be no disadvantage. On an
-accelerator it is one: there a step of one place costs hardly less than one of all places (notebook 12, section 7), and $N$ grows
+What you can count on, whatever the machine: Muse's and the DiT's time goes with their steps, each of which computes all positions; the
+autoregressive model computes each position once, but in $N$ steps, one after the other. With so few tokens, on a CPU, that need be no disadvantage. On an
+accelerator it is one: there a step of one position costs hardly less than one of all positions (notebook 12, section 7), and $N$ grows
 with the picture, while Muse's steps do not.
 """
 
 # %% [markdown]
 r"""
 **Predict, then run.** The autoregressive model draws $N$ tokens in $N$ steps, with a cache. What happens to its time if the
-cache is left out: each step computes all places again?
+cache is left out: each step computes all positions again?
 """
 
 # %%
@@ -708,7 +719,7 @@ print("the same tokens:", drawn["with"].equal(drawn["without"]))
 
 # %% [markdown]
 r"""
-The same tokens for a fraction of the products. Muse cannot keep what it computed for the picture: when a token is revealed, all other places look at
+The same tokens for a fraction of the products. Muse cannot keep what it computed for the picture: when a token is revealed, all other positions look at
 it, and change. Its way to save is to take fewer steps. (What comes from the text is computed once, in all three.)
 
 ## 8. What the full race found
@@ -755,7 +766,7 @@ for name in ("masked", "dit"):
 r"""
 ## 9. The table again, in code
 
-For each row the line that shows it. The cell looks the lines up, so that they are what the package does now; it would fail if one
+For each row the line that shows it. The cell looks the lines up, so they are what the package does now; it would fail if one
 were gone.
 """
 
@@ -811,15 +822,15 @@ figure, ax = plt.subplots(figsize=(7, 3))
 scales = {"standardized": 1.0, "raw latents": float(z.std()), "ten times too large": 10.0}
 for (name, scale), dash in zip(scales.items(), ("-", "--", ":"), strict=True):
     ax.plot(LEVELS * scale**2 / (LEVELS * scale**2 + 1 - LEVELS), dash, label=name)
-ax.set(xlabel="step s", ylabel="share of the variance\nthat is picture")
+ax.set(xlabel="step s", ylabel="fraction of the variance\nthat is picture")
 ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
 r"""
-**An autoregressive model that sees its own answer.** Forget to move the tokens on by one place, and the loss falls to nearly
-nothing within a minute, while what is drawn is garbage: at each place the model copies the token that it is asked for. You need not train
-to find out. Look at who sees whom, as in section 4. The diagonal tells: no token may move the logits of its own place. (In the right picture the
+**An autoregressive model that sees its own answer.** Forget to move the tokens on by one position, and the loss falls to nearly
+nothing within a minute, while what is drawn is garbage: at each position the model copies the token that it is asked for. You need not train
+to find out. Look at who sees whom, as in section 4. The diagonal shows it: no token may move the logits of its own position. (In the right picture the
 first token is seen by nobody; that comes from how we move them back.)
 """
 
@@ -836,7 +847,7 @@ r"""
 ## Summary
 
 Muse, DiT and an autoregressive transformer learn to mend spoiled pictures; they spoil by masks, by noise, by hiding
-what comes later. DiT works on continuous latents, must be told the time, and revises the whole picture at each step. Muse works on
+what comes later. DiT works on continuous latents, must read the time, and revises the whole picture at each step. Muse works on
 tokens, reads the time off its masks, and keeps what it is sure of, which is why few steps suffice. Its training is that of
 absorbing diffusion with another weight, and bounds the likelihood; its sampler is not. Guidance, the text's way in and the tokenizer are the same
 for all.
