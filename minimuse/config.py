@@ -133,7 +133,8 @@ def nano() -> MuseConfig:
             base, grid=16, layers=3, block=4, low_layers=1, low_grid=8, low_codebook_size=256, draft=True
         ),
         base_sampling=sampling,
-        superres_sampling=replace(sampling, guidance=(1.0, 3.0), sampling_temperature=0.4, choice_temperature=0.5),
+        # Deviation: no guidance, because the low tokens already say what is in the picture (benchmarks/choices.md)
+        superres_sampling=SamplingConfig(steps=8, guidance=(0.0, 0.0), sampling_temperature=0.0),
         stages={
             "low_tokenizer": tokenizing, "base": masked,
             "high_tokenizer": replace(tokenizing, steps=1100, batch=8), "superres": replace(masked, batch=8),
@@ -162,8 +163,6 @@ def toy() -> MuseConfig:
         base=replace(small.base, codebook_size=512, layers=6, text_layers=1, width=192, mlp_width=768),
         superres=replace(small.superres, codebook_size=512, grid=32, layers=4, block=8, low_codebook_size=512),
         base_sampling=SamplingConfig(steps=16, guidance=(1.0, 3.0), sampling_temperature=0.3, choice_temperature=2.0),
-        # Deviation: no guidance, because the low tokens already say what is in the picture (benchmarks/choices.md)
-        superres_sampling=SamplingConfig(steps=8, guidance=(0.0, 0.0), sampling_temperature=0.4),
         edit_guidance=1.0,  # Deviation: with the paper's 4, a hundred iterations change shape and size too
         stages={
             "low_tokenizer": tokenizing, "base": replace(masked, steps=10_000, text_lr_scale=0.1),

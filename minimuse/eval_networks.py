@@ -11,7 +11,7 @@ Last come the features of the perceptual loss of tokenizers (A.2), trained anew 
 
 Each peak of the heat map is the center of a detected thing (CenterNet, arXiv 1904.07850). The score of SceneClip is the
 largest cosine of each text token with a cell, averaged over tokens (FILIP, arXiv 2111.07783).
-Both are shipped. Detector and SceneClip only measure and are never part of a loss. They share no weights and no data seed with each other
+Both are shipped. They only measure and are never part of a loss. They share no weights and no data seed with each other
 and with the perceptual network, and were trained without scenes of split "train" and without generated pictures.
 
 Glossary: B pictures, T texts, L text tokens, K things found in a picture, G = 16 cells per side, d = 48.
