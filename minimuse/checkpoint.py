@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from minimuse.config import FORMAT, MuseConfig, from_dict, to_dict
 from minimuse.utils import atomic_write, check, require
 
+Build = Callable[[MuseConfig], nn.ModuleDict]
 SHIPPED = Path(__file__).parent / "checkpoints"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # fields of a configuration that do not change what `generate` draws
@@ -83,9 +84,7 @@ def load(name: str | Path, format: str = FORMAT) -> tuple[MuseConfig, dict[str, 
     return config, weights, about
 
 
-def load_networks(
-    name: str | Path, build: Callable[[MuseConfig], nn.ModuleDict], format: str = FORMAT
-) -> tuple[MuseConfig, nn.ModuleDict, dict[str, Any]]:
+def load_networks(name: str | Path, build: Build, format: str = FORMAT) -> tuple[MuseConfig, nn.ModuleDict, dict]:
     """As `load`, with the frozen networks that `build` makes in place of their weights."""
     config, weights, about = load(name, format)
     with torch.device("meta"):
@@ -100,9 +99,7 @@ def load_networks(
     return config, parts.eval().requires_grad_(False), about
 
 
-def stored_weights(
-    config: MuseConfig, parts: nn.ModuleDict, build: Callable[[MuseConfig], nn.ModuleDict], dtype: torch.dtype | None
-) -> dict[str, Tensor]:
+def stored_weights(config: MuseConfig, parts: nn.ModuleDict, build: Build, dtype: torch.dtype | None) -> dict:
     """The weights that a checkpoint stores; `dtype` None keeps theirs. ValueError if they do not fit the config."""
     parts = nn.ModuleDict(parts)
     with torch.device("meta"):

@@ -129,9 +129,7 @@ def nano() -> MuseConfig:
         high_tokenizer=replace(low, image_size=64, blocks=(1, 1, 1), decoder_blocks=(1, 1, 1)),
         finetuned_width=32, finetuned_blocks=(2, 2, 1),
         base=base,
-        superres=replace(
-            base, grid=16, layers=3, block=4, low_layers=1, low_grid=8, low_codebook_size=256, draft=True
-        ),
+        superres=replace(base, grid=16, layers=3, block=4, low_layers=1, low_grid=8, low_codebook_size=256, draft=True),
         base_sampling=sampling,
         # Deviation: no guidance, because the low tokens already say what is in the picture (benchmarks/choices.md)
         superres_sampling=SamplingConfig(steps=8, guidance=(0.0, 0.0), sampling_temperature=0.0),

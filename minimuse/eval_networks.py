@@ -280,7 +280,7 @@ def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: in
 
 
 def perceptual_distance(
-    kind: str, image_size: int, *, device: torch.device | str = "cpu", seed: int = 0, n: int = 2000
+    kind: str, image_size: int, device: torch.device | str = "cpu", seed: int = 0, n: int = 2000
 ) -> Distance:
     """LPIPS for "lpips". Choice: for "scenes", features trained on n scenes, which need no download."""
     if kind == "lpips":

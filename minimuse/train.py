@@ -168,9 +168,8 @@ def train_transformer(
         loss, accuracy = job.modules["model"](*inputs, low, count, config.label_smoothing)
         return {"loss": loss, "accuracy": accuracy}
 
-    return train_network(
-        MaskedLoss(model, draft), losses, config, len(tokens), stage=stage, engine=engine, eval_fn=eval_fn
-    )
+    loss, options = MaskedLoss(model, draft), {"stage": stage, "engine": engine, "eval_fn": eval_fn}
+    return train_network(loss, losses, config, len(tokens), **options)
 
 
 def train_network(
@@ -229,11 +228,8 @@ def train_muse(
         for progress in (stages or MuseTrainer.five_stages)(trainer):
             yield progress._replace(metrics=trainer.log(progress))
         captions = trainer.data.captions()
-    done = {
-        "pictures": len(captions),
-        "captions": sum(map(len, captions)),
-        "minutes": (time.monotonic() - started) / 60,
-    }
+    minutes = (time.monotonic() - started) / 60
+    done = {"pictures": len(captions), "captions": sum(map(len, captions)), "minutes": minutes}
     yield Progress("done", 1, 1, done, progress.model)
 
 
@@ -250,9 +246,8 @@ class MuseTrainer:
         tokenizing = [s for name, s in config.stages.items() if name not in ("base", "superres")]
         kinds = {s.perceptual for s in tokenizing if s.perceptual_weight and s.steps} - {"none"}
         with engine.accelerator.main_process_first():  # LPIPS downloads its weights
-            options = {"device": engine.device, "seed": engine.seed}
-            size = config.low_tokenizer.image_size
-            self.perceptual = {kind: perceptual_distance(kind, size, **options) for kind in sorted(kinds)}
+            how = (config.low_tokenizer.image_size, engine.device, engine.seed)
+            self.perceptual = {kind: perceptual_distance(kind, *how) for kind in sorted(kinds)}
         source = open_source(data, config, seed=engine.seed) if isinstance(data, str | Path) else data
         self.data = TrainingData(
             folder / "cache", source, config, self.encoder, device=engine.device, bf16=engine.bf16,

@@ -74,7 +74,7 @@ class Memory(NamedTuple):
 
         attend = join(self.attend.mT, other.attend.mT).mT
         draft = None if self.draft is None else torch.cat([self.draft, other.draft])
-        keys, values = (tuple(map(join, *pair)) for pair in ((self.keys, other.keys), (self.values, other.values)))
+        keys, values = (tuple(map(join, *pair)) for pair in zip(self[:2], other[:2], strict=True))
         return Memory(keys, values, attend, draft)
 
 
@@ -283,9 +283,7 @@ class SuperRes(Transformer):
 
         draft (B, N): see `vqgan.draft_tokens`; only a model with `config.draft` reads one.
         """
-        given = draft is not None
-        hint = "give one only if config.draft is True"
-        require(given == self.config.draft, f"memory got {'a' if given else 'no'} draft; {hint}")
+        require((draft is not None) == self.config.draft, "give a draft if config.draft is True, and only then")
         low = self.low_embed(low_tokens)  # (B, N_low, D)
         for layer in self.low_layers:
             low = layer(low)
