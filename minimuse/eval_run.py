@@ -290,7 +290,8 @@ def _report(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     metrics = {name: {key: Estimate(*value) for key, value in each.items()} for name, each in found.items()}
     atomic_write(out / "eval.json", json.dumps(report, indent=1) + "\n")
     note = (
-        f'\n\nSuper-resolution takes {settings.get("superres steps")} steps. "true": from the tokens of real pictures.'
+        f"\n\nSuper-resolution takes {settings.get('superres steps')} steps, from low tokens of the base model or from "
+        '"true" ones of real pictures. "bicubic" enlarges the picture of the same tokens; "less": paired difference.'
     )
     atomic_write(out / "eval.md", table(metrics) + (note if "superres" in found else "") + "\n")
     for key, title in (("score", "CLIP-like score"), ("right", "all right")) if settings["sweep"] else ():
