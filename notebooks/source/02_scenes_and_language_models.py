@@ -329,7 +329,7 @@ class WordTable:
 
 
 def train_probe(encode, weights=()):
-    """-> a linear reader of each field, trained on prompts in known words."""
+    """-> a linear probe of each field, trained on prompts in known words."""
     torch.manual_seed(0)
     width = pool(encode(known[:1])).shape[1]
     probe = torch.nn.ModuleDict(
@@ -347,7 +347,7 @@ def train_probe(encode, weights=()):
 
 
 def standardized(encode):
-    """Vectors of mean 0 and variance 1 on the known prompts, which a linear reader likes."""
+    """Vectors of mean 0 and variance 1 on the known prompts, which a linear probe likes."""
     x = pool(encode(known))
     mean, std = x.mean(0), x.std(0) + 1e-6
     return lambda prompts: Context(
@@ -358,7 +358,7 @@ def standardized(encode):
 # %%
 table = WordTable([*known, *(prompt for *_, prompt in unseen)])
 lm = standardized(encoder.encode)
-readers = {
+probes = {
     "word table, from scratch": (table.encode, train_probe(table.encode, table.table.parameters())),
     "frozen language model": (lm, train_probe(lm)),
 }
@@ -385,7 +385,7 @@ def right(encode, probe):
     return seen, new, by_word
 
 
-found = {name: right(*reader) for name, reader in readers.items()}
+found = {name: right(*probe) for name, probe in probes.items()}
 
 # %%
 figure, ax = plt.subplots(figsize=(8, 3.4))
@@ -528,7 +528,7 @@ vectors = {
 
 
 def reads_sides(x, examples):
-    """The share of 1,000 other words whose side a linear reader of so many examples tells right (ridge regression)."""
+    """The fraction of 1,000 other words whose side a linear probe of so many examples predicts right (ridge regression)."""
     x, sign = (x - x.mean(0)) / (x.std(0) + 1e-6), 2.0 * sides - 1
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     a, b = order[:examples], order[1000:]
@@ -551,8 +551,8 @@ plt.show()
 # %% [markdown]
 r"""
 It is in there, and well hidden: MiniLM was made to compare whole sentences, and these two kinds of sentence are nearly
-the same to it. But *where the word left stands*, before or after, gives it away, and whoever looks at the words ahead
-and back sees it at once. The shipped `nano` projects the vectors linearly, as Muse does, and mixes up two things. `toy`
+the same to it. But *where the word left stands*, before or after, gives it away, and a model that looks at the words before and after
+sees it at once. The shipped `nano` projects the vectors linearly, as Muse does, and mixes up two things. `toy`
 has `text_layers=1`, a deviation from the paper: it reads the text by a layer of its own first, whose heads see the
 words ahead, or those before; `benchmarks/binding.py` counts what that is worth. Whether T5-XXL, 200 times as large,
 needs it, we could not measure.

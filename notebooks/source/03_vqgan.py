@@ -491,7 +491,7 @@ its network was trained to distinguish, and does not see the rest. Choose the ne
 
 # %% [markdown]
 r"""
-The second remedy is an opponent. A **discriminator** looks at patches and learns to tell real ones from decoded ones;
+The second remedy is an opponent. A **discriminator** looks at patches and learns to distinguish real ones from decoded ones;
 the decoder is rewarded for fooling it. A blur is easy to recognize, so blurs go away. With $D$ its logit, high for real,
 
 $$\mathcal{L}_D = \tfrac12\, \mathbb{E}\big[\max(0, 1 - D(x)) + \max(0, 1 + D(\hat x))\big], \qquad \mathcal{L}_G = -\lambda\, \mathbb{E}\, D(\hat x).$$

@@ -38,7 +38,7 @@ caption: floors are gray, objects cast shadows. A model that does well on all th
 that you asked for, still has a low loss. **Guidance** compares the prediction with the text to one without it, and
 exaggerates the difference.
 
-First some tools. All of this notebook happens in the base model, so we draw with it alone, at low resolution. The
+First some tools. All of this notebook happens in the base model, so we draw only with it, at low resolution. The
 detector of notebook 1 says whether a picture shows what its prompt asks for.
 """
 
@@ -463,9 +463,9 @@ plt.show()
 # %% [markdown]
 r"""
 Left, a hill: a little guidance helps a lot, and too much undoes it. Guidance has a price, too: it raises what is typical for the text and
-cuts off the rest, so in large models pictures of one prompt become alike (Muse's figure 8). Is that so here? Right, the intervals are
-all about zero: *where* the object stands does not lose variety that we could measure with this many pictures. Be careful with measures of
-variety at large scales: damage is varied, too, so a distance in pixels or features may well *rise* there.
+cuts off the rest, so pictures of one prompt become alike (Muse's figure 8). Right, we see it: all dots lie below zero, so *where* the object
+stands varies less with guidance, although the prompt says nothing about it. Eight prompts are few: most of these intervals still contain
+zero. Be careful with measures of variety at large scales: damage is varied, too, so a distance in pixels or features may well *rise* there.
 """
 
 # %%
@@ -473,6 +473,8 @@ if not FAST:  # four prompts are too few
     gain = {t: against(constant[t], constant[0.0])[0] for t in SCALES[1:]}
     assert gain[1.0].low > 0, "a little guidance does not help"
     assert gain[20.0].value < gain[1.0].value - 0.2, "too much does not undo it"
+    price = [against(constant[t], constant[0.0])[1] for t in SCALES[1:]]
+    assert all(p.value < 0 for p in price), "the object varies no less with guidance"
 
 # %% [markdown]
 r"""
@@ -809,7 +811,7 @@ r"""
 - Guidance adds the difference of the logits $t$ more times. In probabilities: it multiplies by the $t$-th power of
   an implied classifier, so codes win that are specific to the text, not those that are likely anyway. That holds for one token given
   the visible ones; the whole decode does not sample from $p(x)\,p(\text{text} \mid x)^t$.
-- A little of it makes pictures more faithful. A ramp that begins at 0 leaves the first steps alone, which decide the layout.
+- A little of it makes pictures more faithful, and less varied. A ramp that begins at 0 leaves the first steps alone, which decide the layout.
 - A negative prompt replaces "no text", and leads to what is farthest from it. A prompt against itself cancels.
 - Far too much of it gives pictures that the model itself finds unlikely.
 - There are two conventions, $s = 1 + t$.

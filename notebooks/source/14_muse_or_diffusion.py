@@ -172,7 +172,7 @@ show(DiT.forward)
 # %% [markdown]
 r"""
 Read `forward` from top to bottom: the time becomes a vector `c`; `pixel_unshuffle` cuts the patches; the blocks; the
-head; `pixel_shuffle` puts patches back; the last two lines are section 3's. Where Muse's transformer ends in $V$ logits a token,
+head; `pixel_shuffle` puts patches back; the last two lines are section 3's. Where Muse's transformer ends in $V$ logits per token,
 this one ends in $d\,p^2$ numbers per token: no softmax, no codebook.
 
 How are the sizes made equal? adaLN, explained below, costs parameters, so the DiT is narrower:
@@ -230,7 +230,7 @@ show(MaskedLoss.forward, NextTokenLoss.forward)
 # %% [markdown]
 r"""
 **Predict, then run.** Below, the same scene is spoiled more and more: by noise at $s = 0, 150, \ldots, 900$, by masks
-of a fraction $s / 1000$, and by as many hidden from the end of the reading order. After which step can you no longer tell the colour? Is it
+of a fraction $s / 1000$, and by as many hidden from the end of the reading order. After which step can you no longer see the colour? Is it
 about the same position for noise and for masks?
 """
 
@@ -453,7 +453,7 @@ neither has seen.
 r"""
 ### How each draws
 
-**Muse** begins with [MASK]s and keeps the surest. **Autoregression** writes row by row; what a position has
+**Muse** begins with [MASK]s and keeps the most certain tokens. **Autoregression** writes row by row; what a position has
 computed is kept (a *cache*), so each step costs one position and not all of them. **Diffusion** begins with noise and takes DDIM steps:
 from the noise that the network sees it works out the picture $\hat x_0$, then goes to the next lower level with the same two:
 
@@ -605,7 +605,7 @@ gone.
 # %% [markdown]
 r"""
 **Predict, then run.** The *sampler* of absorbing diffusion reveals tokens at random positions, each drawn from its probabilities as
-they are. Muse reveals the surest first, at a lower temperature, and is guided. Let both do it in 16 steps with the shipped base model. Does the
+they are. Muse reveals the most certain tokens first, at a lower temperature, and is guided. Let both do it in 16 steps with the shipped base model. Does the
 sampler make a difference at all, when the network is the same?
 """
 
@@ -645,7 +645,7 @@ for name, how in settings.items():
 
 # %% [markdown]
 r"""
-It does: the same network, asked in another way. (Mind the intervals: few pictures tell little.) So the answer to the
+It does: the same network, asked in another way. (Mind the intervals: few pictures show little.) So the answer to the
 table's "looks like just a discrete diffusion model" is: in training yes, up to a weight; in sampling no. What Muse adds there is what
 a discrete space allows: to be *sure* of a token, to keep it, and to rank by it.
 """
@@ -743,7 +743,7 @@ else:
 r"""
 At this scale Muse does not win. All three draw what is asked; the DiT is a little ahead in as many steps, and so many tokens as 64 are few
 for an autoregressive model with a cache. (It needed more scenes than the others: 5,000 it learned by heart.) Look at what does hold: the masked
-model goes from 26% to 91% between 1 step and 4, the parallel decoding of the paper; one token a step, 64 steps, is no better than 16.
+model goes from 26% to 91% between 1 step and 4, the parallel decoding of the paper; one token per step, 64 steps, is no better than 16.
 Of the nice ideas two stages help clearly, identity blocks and rising guidance do not here. What a larger world would say, nobody
 knows from this.
 """
