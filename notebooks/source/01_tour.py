@@ -428,7 +428,9 @@ training is needed. White in the mask is what to repaint; here it is the right h
 side = first.width
 mask = [[x > side // 2 for x in range(side)] for y in range(side)]
 source = muse.generate("a small green sphere", seed=2)[0]
-WHOLE = "a small green sphere left of a large purple cube"  # the whole picture, not only the new half
+WHOLE = (
+    "a small green sphere left of a large purple cube"  # the whole picture, not only the new half
+)
 inpainted = muse.inpaint(source, mask, WHOLE, seed=1)[0]
 edited = muse.edit(source, "a small red sphere", seed=1, iterations=20 if FAST else 100)[0]
 grid(
@@ -445,7 +447,9 @@ try other seeds.
 """
 
 # %%
-print(f"{WHOLE}: {verdict(inpainted, WHOLE)}; a small red sphere: {verdict(edited, 'a small red sphere')}")
+print(
+    f"{WHOLE}: {verdict(inpainted, WHOLE)}; a small red sphere: {verdict(edited, 'a small red sphere')}"
+)
 assert FAST or verdict(inpainted, WHOLE) == verdict(edited, "a small red sphere") == "right"
 
 # %% [markdown]

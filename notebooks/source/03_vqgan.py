@@ -239,7 +239,8 @@ show(VectorQuantizer.forward, Quantized)
 z = torch.randn(1, 2, 1, 1, requires_grad=True)
 quantized = flat.eval()(z)
 quantized.codes.sum().backward()
-print("z", z.detach().flatten().tolist(), "-> code", quantized.codes.detach().flatten().tolist())
+rounded = lambda x: [round(v, 2) for v in x.detach().flatten().tolist()]  # noqa: E731
+print("z", rounded(z), "-> code", rounded(quantized.codes))
 print("gradient at z:", z.grad.flatten().tolist())
 plain = flat.embed_code(flat.nearest(z), (1, 1))
 print(
@@ -485,7 +486,7 @@ grid([to_pil(p[:1])[0] for p in (clear, *others.values())], ["a scene", *others]
 # %% [markdown]
 r"""
 To the pixel loss paleness is worse than a wrong material: every pixel changes a little. To the features it is next to
-nothing, since how pale a picture is says nothing of what is in it; a wrong colour is worst. A perceptual loss minds what
+nothing, since how pale a picture is says nothing of what is in it; a wrong colour is worst. A perceptual loss measures what
 its network was trained to distinguish, and does not see the rest. Choose the network accordingly.
 """
 
@@ -594,9 +595,9 @@ grid(rows, [name for name in ("scene", *again) for _ in range(5)], columns=5, sc
 
 # %% [markdown]
 r"""
-Read the numbers against each other: does each term buy what it asks for, and what does it cost in PSNR? With a
-minute of training, little can be expected of the adversarial one: it needs the longest training of all (Muse: a million
-steps), and joins late, when there is something worth telling from real. For the perceptual term we took weight 1, since
+Read the numbers against each other: does each term buy what it asks for, and what does it cost in PSNR? The eye sees hardly any difference
+between the three rows: after a minute of training all are blurred alike. Little can be expected of the adversarial term: it needs the longest training of all (Muse: a million
+steps), and joins late, when decoded pictures are nearly real. For the perceptual term we took weight 1, since
 our features give smaller numbers than VGG's. The `nano` preset trains only on pixels; `toy` takes all three.
 """
 
@@ -605,8 +606,8 @@ r"""
 ## What failure looks like
 
 **A dead codebook**, as in section 3: PSNR stops early at a low level, and everything after it is trained on a handful of
-tokens. **A tokenizer that goes on learning** while the transformers train: the words change their meaning under the
-reader. The next cell lets one learn on for a few steps and counts how many tokens of the same pictures are still the
+tokens. **A tokenizer that goes on learning** while the transformers train: the tokens change their meaning for the
+transformer. The next cell lets one learn on for a few steps and counts how many tokens of the same pictures are still the
 same.
 """
 

@@ -901,7 +901,8 @@ ok = is_right(many, [HARD] * MANY)
 best = evaluator.clip(many, [HARD] * MANY).argsort(descending=True)[:6]
 mark = lambda i: f"seed {i}{'' if ok[i] else ' (wrong)'}"  # noqa: E731
 print(
-    f"right: {proportion_interval(ok)}; of the six that score highest: {int(ok[best].sum())} of 6"
+    f"right: {proportion_interval(ok)}; of the six that score highest: {int(ok[best].sum())} of 6, "
+    f"where six at random would give {6 * sum(ok) / len(ok):.1f}"
 )
 ks, p = range(1, 17), ok.double().mean().item()
 figure, ax = plt.subplots(figsize=(7, 2.8))

@@ -699,6 +699,24 @@ check_order(checkerboard)
 
 # %% [markdown]
 r"""
+In which world does it do well? In the chain, where neighbours depend on each other, and with *two* steps: no two tokens of one colour are
+neighbours, so each step draws tokens that hardly depend on each other. With eight steps it loses to Halton: within a colour it picks at random, and tokens
+two cells apart fall into the same step more often than in Halton's order. In the mixture, where all positions are alike, it cannot help.
+"""
+
+# %%
+cost = {
+    (name, steps): board["linear", name, steps]["kl"]
+    for name in ("halton", "board")
+    for steps in (2, 8)
+}
+assert FAST or cost["board", 2].high < cost["halton", 2].low, (
+    "in two steps it is no better than Halton"
+)
+assert FAST or cost["board", 8].value > cost["halton", 8].value, "in eight steps it does not lose"
+
+# %% [markdown]
+r"""
 ### Exercise 13.3: a world
 
 Write a world: a class with one function, `log_evidence(e (B, N, V)) -> (B,)`. Let it be 4 tokens of 2 codes on a

@@ -475,8 +475,9 @@ grid(strips, [f"{name}: {PROMPT}" for name in BASELINES], columns=1, scale=1)
 
 # %% [markdown]
 r"""
-Gray is [MASK]. In the DiT's strip each frame is $\hat x_0$, the picture that it believes in *now*, rounded to codes: at first a mixture of much
-that is possible, then clearer. It may change its mind everywhere until the end; Muse may not.
+Gray is [MASK]. In the DiT's strip each frame is $\hat x_0$, its prediction of the finished picture at this noise level, rounded to codes ("0 left": it has no
+masks). For so simple a prompt even the first frame may look finished. But it may still change everywhere until the end; Muse's fixed tokens
+may not.
 """
 
 # %% [markdown]
@@ -684,8 +685,9 @@ tradeoff(by_distance, "seconds per picture", "Frechet distance", lower=(True, Tr
 
 # %% [markdown]
 r"""
-What you can count on, whatever the machine: Muse's and the DiT's time goes with their steps, each of which computes all positions; the
-autoregressive model computes each position once, but in $N$ steps, one after the other. With so few tokens, on a CPU, that need be no disadvantage. On an
+In this race the autoregressive model does best on both plots: with so few tokens it is quick, and what a minute of training teaches suffices. What you
+can count on, whatever the machine: Muse's and the DiT's time goes with their steps, each of which computes all positions; the
+autoregressive model computes each position once, but in $N$ steps, one after the other. With so few tokens, on a CPU, that need not be a disadvantage. On an
 accelerator it is one: there a step of one position costs hardly less than one of all positions (notebook 12, section 7), and $N$ grows
 with the picture, while Muse's steps do not.
 """
@@ -825,9 +827,13 @@ for (name, scale), dash in zip(scales.items(), ("-", "--", ":"), strict=True):
 ax.set(xlabel="step s", ylabel="fraction of the variance\nthat is picture")
 ax.legend(fontsize=9)
 plt.show()
+print(f"standard deviation of the raw latents: {z.std():.2f}")
 
 # %% [markdown]
 r"""
+The raw latents of *this* tokenizer happen to have a standard deviation near 1, so their line lies on the standardized one, and the mistake would go
+unnoticed. With another tokenizer it would not: the dotted line.
+
 **An autoregressive model that sees its own answer.** Forget to move the tokens on by one position, and the loss falls to nearly
 nothing within a minute, while what is drawn is garbage: at each position the model copies the token that it is asked for. You need not train
 to find out. Look at who sees whom, as in section 4. The diagonal shows it: no token may move the logits of its own position. (In the right picture the
@@ -838,7 +844,7 @@ first token is seen by nobody; that comes from how we move them back.)
 draw_influence(
     {
         "as it should be": influence(CausalTransformer),
-        "not moved on by one place": influence(CausalTransformer, -1),
+        "not moved on by one position": influence(CausalTransformer, -1),
     }
 )
 
