@@ -486,6 +486,8 @@ It is not an exam: run it on a first attempt, read what it says, and go on from 
 r"""
 ### Exercise 1.1: a schedule of your own
 
+*Difficulty 1 of 3, about 10 minutes.*
+
 A schedule is a function from progress $u \in [0, 1]$ to the fraction of tokens that is still masked. It begins at 1, ends
 at 0, and never rises. Write one that is not the cosine, such as one that reveals most tokens at the beginning.
 """
@@ -522,6 +524,8 @@ grid(tried, [f"{name}, 6 steps" for name in names], columns=3)
 # %% [markdown]
 r"""
 ### Exercise 1.2: guidance in one line
+
+*Difficulty 1 of 3, about 10 minutes.*
 
 Write $\ell_g = (1 + t)\,\ell_c - t\,\ell_u$. Then try a wrong sign, and see what the check says.
 """

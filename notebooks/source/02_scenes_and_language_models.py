@@ -218,6 +218,8 @@ print("its weights want a gradient:", any(w.requires_grad for w in encoder.weigh
 r"""
 ### Exercise 2.1: one vector for a prompt
 
+*Difficulty 2 of 3, about 20 minutes.*
+
 To compare prompts we want one vector each: the mean over the real tokens. Write it. The stub takes the mean over
 all $L$ positions.
 """
@@ -673,6 +675,8 @@ show(drop_text, null_text)
 # %% [markdown]
 r"""
 ### Exercise 2.2: remove texts
+
+*Difficulty 2 of 3, about 15 minutes.*
 
 Write `drop_text`. Each example loses its text with probability $p$, by itself; what is left has the same
 shape, but no text token. The stub has a mistake that real code has made.

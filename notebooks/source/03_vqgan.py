@@ -137,6 +137,8 @@ plt.show()
 r"""
 ### Exercise 3.1: the nearest code
 
+*Difficulty 2 of 3, about 20 minutes.*
+
 Write it for $z$ of shape $(B, d, h, w)$ and a codebook $(V, d)$: tokens $(B, hw)$, row by row. Mind where $d$ stands in $z$. The stub
 takes the largest product; the check shows where that goes wrong.
 """
@@ -251,6 +253,8 @@ print(
 # %% [markdown]
 r"""
 ### Exercise 3.2: straight through
+
+*Difficulty 1 of 3, about 10 minutes.*
 
 Write it for any $z$ and $q$: the value of $q$, the gradient of $z$, and none to $q$.
 """

@@ -316,6 +316,8 @@ if not FAST:  # four prompts are too few
 r"""
 ### Exercise 7.1: reveal counts
 
+*Difficulty 3 of 3, about 30 minutes.*
+
 Write `reveal_counts` for the cosine: a list of how many of `n` tokens each of `steps` steps fixes. They must add up
 to `n`, and no step may be idle; with more steps than tokens there are only `n` steps. The stub shares them out evenly.
 """
@@ -492,6 +494,8 @@ best depends on which tokens depend on which; notebook 13 shows more worlds.
 # %% [markdown]
 r"""
 ### Exercise 7.2: margin
+
+*Difficulty 1 of 3, about 10 minutes.*
 
 Confidence looks only at the drawn code. Write **margin**: the probability of the likeliest code less that of the
 second, whatever was drawn. Then a position where two codes look alike counts as unsure. The stub ranks by the likeliest
@@ -671,6 +675,8 @@ plt.show()
 # %% [markdown]
 r"""
 ### Exercise 7.3: the whole loop
+
+*Difficulty 2 of 3, about 20 minutes.*
 
 Now write `decode`: a generator that yields the tokens after each step. All rows have the same number of masked
 tokens. The stub is complete but for one line: it fixes the *first* masked tokens, not the most certain ones.

@@ -132,6 +132,8 @@ show(psnr)
 r"""
 ### Exercise 9.1: PSNR
 
+*Difficulty 1 of 3, about 10 minutes.*
+
 Write it for images $(B, 3, H, W)$ in $[-1, 1]$, one figure for each image. The range is a trap that published numbers have
 fallen into.
 """
@@ -356,6 +358,8 @@ plt.show()
 # %% [markdown]
 r"""
 ### Exercise 9.2: grow a matrix
+
+*Difficulty 2 of 3, about 20 minutes.*
 
 Write it for one matrix of shape (outputs, inputs). Mind the new outputs: they may be anything, but not all zero. (Zero outputs
 that are heard through zero weights get no gradient, ever: each waits for the other.)

@@ -167,6 +167,8 @@ pixels around it too. (If all seeds choose the old token again, nothing changes 
 r"""
 ### Exercise 10.1: which tokens does a region touch?
 
+*Difficulty 1 of 3, about 10 minutes.*
+
 Write `token_mask`: from `repaint` of shape $(B, H, W)$ and the downsampling $f$ to a mask $(B, h\,w)$, row by row. The stub hides the tokens
 that are covered *by half or more*, as a public code base did. Run it, and read what the check finds.
 """
@@ -602,6 +604,8 @@ its next turn. It is easier to grow the old object, often to a lump. Small rando
 # %% [markdown]
 r"""
 ### Exercise 10.2: one step of it
+
+*Difficulty 2 of 3, about 20 minutes.*
 
 Write one iteration: hide `ceil(fraction * N)` random tokens, show the model the rest, draw the hidden ones. `random_mask(tokens, rate, generator)` and
 `draw(logits, uniforms, temperature)` are in the package. The stub redraws tokens that the model could *see*; what does the check say?

@@ -313,6 +313,8 @@ true rate of 98%, the textbook interval usually excludes 98%.
 r"""
 ### Exercise 11.1: Wilson's interval
 
+*Difficulty 2 of 3, about 25 minutes.*
+
 Write both ends from `right` of `n`. The stub is the schoolbook's.
 """
 
@@ -446,6 +448,8 @@ however different they look.
 # %% [markdown]
 r"""
 ### Exercise 11.2: Frechet distance
+
+*Difficulty 3 of 3, about 30 minutes.*
 
 Means $m$ and covariances $C$ are given; `torch.linalg.eigvals` gives eigenvalues as complex numbers, of which `.real` is what you need. The
 stub takes the root of each entry, which is right for one feature.

@@ -635,6 +635,8 @@ for name, (report, one, other, measure) in pairs.items():
 r"""
 ### Exercise 13.1: a schedule
 
+*Difficulty 2 of 3, about 20 minutes.*
+
 Write a curve $r(u)$, the fraction still masked at progress $u$, that falls from 1 to 0 and that you expect to beat the
 cosine in the mixture in 8 steps. Say why before you run it. Then look at the interval: is the difference real?
 """
@@ -663,6 +665,8 @@ check_schedule(slow_start)
 # %% [markdown]
 r"""
 ### Exercise 13.2: an order
+
+*Difficulty 2 of 3, about 20 minutes.*
 
 Write an order `(logits (B, N, V), drawn (B, N), masked (B, N), u) -> scores (B, N)` that reveals a checkerboard: all
 "black" fields of the 8 x 8 grid before any "white" one, at random within a colour. In which world should it do well?
@@ -718,6 +722,8 @@ assert FAST or cost["board", 8].value > cost["halton", 8].value, "in eight steps
 # %% [markdown]
 r"""
 ### Exercise 13.3: a world
+
+*Difficulty 3 of 3, about 40 minutes.*
 
 Write a world: a class with one function, `log_evidence(e (B, N, V)) -> (B,)`. Let it be 4 tokens of 2 codes on a
 2 x 2 grid, of which the first and the last are always equal with probability 0.9, and the others are fair coins.

@@ -281,6 +281,8 @@ can be *sure* of a part and keep it, while a diffusion model revises the whole a
 r"""
 ### Exercise 14.1: add noise
 
+*Difficulty 1 of 3, about 10 minutes.*
+
 Write it for a level $a$ given as a number: `my_noise(x, noise, a)`. The stub mixes with $a$ and $1 - a$, which seems
 natural and is wrong: what happens to the variance half-way?
 """
@@ -483,6 +485,8 @@ may not.
 # %% [markdown]
 r"""
 ### Exercise 14.2: one DDIM step
+
+*Difficulty 2 of 3, about 25 minutes.*
 
 `my_step(x, noise, now, then)` with levels $a$ = `now` and $a'$ = `then`. The stub forgets to put any noise back.
 """
