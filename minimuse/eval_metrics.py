@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimuse.utils import to_uint8
+from minimuse.utils import to_float, to_uint8
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, H, W) twice -> ()
 Features = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B, D)
@@ -176,26 +176,37 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     return max(0.0, distance.item())
 
 
-def frechet_interval(real: Tensor, fake: Tensor, groups: Groups = None, *, extrapolate: bool = False) -> Estimate:
+def frechet_interval(
+    real: Tensor, fake: Tensor, groups: Groups = None, *, extrapolate: bool = False, less: Tensor | None = None
+) -> Estimate:
     """Features (n, D), (m, D) -> their Frechet distance: FID for `inception_features` (Muse 3.2).
 
     Its standard error is the standard deviation over 20 random halves of both (delete-half jackknife). `groups` are
     those of the fakes, and are halved as a whole. The distance is biased by about c / n, so only distances of equal n
     compare. `extrapolate` removes that: 2 S(n) - mean S(n / 2) (after arXiv 1911.07023), perhaps below 0.
+    `less`, features (n, D) of other fakes: how much farther `fake` is from `real` than they are, paired. Row i of all
+    three is of the same prompt, and all are halved alike.
     """
-    rows = _rows(real, None, 2), _rows(fake, groups, 2)
+    others = () if less is None else (less,)
+    rows = [_rows(real, groups if others else None, 2), *(_rows(x, groups, 2) for x in (fake, *others))]
     if (fewest := min(count for *_, count in rows)) < 4:
         raise ValueError(f"{fewest} rows or groups are too few; give at least 4 real and 4 fake ones")
+    if others and not len(real) == len(fake) == len(less):
+        raise ValueError(f"got {len(real)}, {len(fake)} and {len(less)} rows, expected features of the same prompts")
+
+    def distance(real: Tensor, fake: Tensor, *others: Tensor) -> float:
+        return frechet_distance(real, fake) - sum(frechet_distance(real, x) for x in others)
+
     generator = torch.Generator().manual_seed(0)
     halves = []
     for _ in range(20):
         chosen = [torch.randperm(count, generator=generator)[: (count + 1) // 2] for *_, count in rows]
-        parts = [x[torch.isin(index, half)] for (x, index, _), half in zip(rows, chosen, strict=True)]
-        halves.append(frechet_distance(*parts))
+        chosen = chosen[:1] * len(rows) if others else chosen
+        halves.append(distance(*(x[torch.isin(index, half)] for (x, index, _), half in zip(rows, chosen, strict=True))))
     spread, mean = torch.std_mean(torch.tensor(halves, dtype=torch.double))
-    value, margin = frechet_distance(real, fake), _t_quantile(20) * spread.item()
+    value, margin = distance(real, fake, *others), _t_quantile(20) * spread.item()
     value = 2 * value - mean.item() if extrapolate else value
-    low = value - margin if extrapolate else max(0.0, value - margin)
+    low = value - margin if extrapolate or others else max(0.0, value - margin)
     return Estimate(value, low, value + margin, min(len(real), len(fake)))
 
 
@@ -220,6 +231,32 @@ def diversity(features: Tensor, prompts: Sequence[str]) -> Estimate:
     return mean_interval(means)._replace(n=len(rows))
 
 
+def summarize(values: dict[str, list], features: dict[str, Tensor], pairs: dict[str, str]) -> dict[str, Estimate]:
+    """Columns of values and rows of features, "right" or "right, VARIANT" -> metrics of the same names.
+
+    Fractions of True, means of numbers; Frechet distances to the variant "real"; diversity within prompts. `pairs`
+    {"true": "bicubic"} adds the differences "psnr, true less bicubic" and so on, paired by picture.
+    """
+    groups, prompts = values["group"], values["prompt"]
+    twice = len(prompts) // 2 * 2  # each prompt comes twice in a row
+    columns = {name: column for name, column in {**values, **features}.items() if not isinstance(column[0], str)}
+    found = {}
+    for name, column in columns.items():
+        metric, _, variant = name.partition(", ")
+        less = columns[f"{metric}, {pairs[variant]}"] if variant in pairs else None
+        gap = f"{metric}, {variant} less {pairs.get(variant)}".replace(",  ", ", ")
+        if name in values:
+            found[name] = (proportion_interval if isinstance(column[0], bool) else mean_interval)(column, groups)
+            found |= {gap: paired_difference(column, less, groups)} if less else {}
+        elif variant != "real":
+            real = features[f"{metric}, real"]
+            found[name] = frechet_interval(real, column, groups)
+            found |= {gap: frechet_interval(real, column, groups, less=less)} if less is not None else {}
+        if metric == "frechet":
+            found[name.replace("frechet", "diversity")] = diversity(column[:twice], prompts[:twice])
+    return found
+
+
 def check_images(images: Tensor) -> None:
     """ValueError unless images are (B, C, H, W), uint8 or floats of about [-1, 1]. Decoders go a little beyond."""
     shaped = images.ndim == 4 and images.numel() > 0
@@ -231,12 +268,53 @@ def check_images(images: Tensor) -> None:
 
 def psnr(images: Tensor, reconstructed: Tensor) -> Tensor:
     """(B, C, H, W) twice -> (B,) dB, 10 log10(1 / MSE) of pixels in [0, 1]. Choice: at most 100, so equal ones too."""
-    if images.shape != reconstructed.shape:
-        raise ValueError(f"images {tuple(images.shape)} and {tuple(reconstructed.shape)}: expected the same shape")
+    x, y = _same_shape(images, reconstructed)
+    return -10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+
+
+def gmsd(images: Tensor, reconstructed: Tensor) -> Tensor:
+    """Gradient magnitude similarity deviation (arXiv 1308.3052): (B, 3, H, W) twice -> (B,), 0 for equal gradients.
+
+    s = (2 g g' + c) / (g^2 + g'^2 + c) in each pixel, g the length of the luminance's Prewitt gradient, c = 0.0026;
+    then the standard deviation of s over pixels that have all neighbors.
+    Deviation: the paper first halves the size. That would average away what super-resolution adds.
+    """
+    prewitt = torch.tensor([[1.0, 0.0, -1.0]] * 3, dtype=torch.double) / 3
+    luminance = prewitt.new_tensor([0.299, 0.587, 0.114])[:, None, None]
+    kernels = torch.stack([prewitt * luminance, prewitt.T * luminance]).to(images.device)  # (2, 3, 3, 3)
+    g, h = (F.conv2d(x, kernels).square().sum(1).sqrt() for x in _same_shape(images, reconstructed))
+    similarity = (2 * g * h + 0.0026) / (g.square() + h.square() + 0.0026)
+    return similarity.flatten(1).std(1, correction=0)
+
+
+def outline_features(images: Tensor) -> Tensor:
+    """uint8 images (B, 3, H, H) -> (B, 64) features for a Frechet distance that sees whether outlines are straight.
+
+    Log-Gabor filters (Field 1987) of 16 orientations, for waves of 8 and 16 pixels, are long, narrow lines: a straight
+    edge answers to one of them, a ragged one to many. Each cell of 8 x 8 pixels has the fraction of each orientation in
+    its answers. The features are their means and standard deviations over cells. Nothing is learned.
+    """
+    spectrum = torch.fft.fft2(to_float(images).mean(1, keepdim=True) / 2)  # (B, 1, H, H)
+    across = torch.fft.fftfreq(images.shape[-1], device=images.device)
+    frequency, angle = torch.hypot(across, across[:, None]).clamp(min=1e-6), torch.atan2(across[:, None], across)
+    narrow = torch.stack([torch.cos(angle - math.pi * i / 16).clamp(min=0) ** 40 for i in range(16)])  # (16, H, H)
+    found = []
+    for wave in (8, 16):
+        answers = torch.fft.ifft2(spectrum * narrow * torch.exp(-((frequency * wave).log2() / 0.55).square() / 2)).abs()
+        cells = F.avg_pool2d(answers[..., 8:-8, 8:-8], 8).flatten(2)  # without the margin, where filters wrap around
+        fractions = cells / (cells.sum(1, keepdim=True) + 0.005)
+        found += [fractions.mean(2), fractions.std(2)]
+    return torch.cat(found, 1)
+
+
+def _same_shape(images: Tensor, reconstructed: Tensor) -> tuple[Tensor, Tensor]:
+    """Images twice -> their pixels in [0, 1], in double."""
     check_images(images)
     check_images(reconstructed)
-    x, y = (x.double() / 255 if x.dtype == torch.uint8 else (x.double() + 1) / 2 for x in (images, reconstructed))
-    return -10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+    if images.shape != reconstructed.shape:
+        raise ValueError(f"images {tuple(images.shape)} and {tuple(reconstructed.shape)}: expected the same shape")
+    one, other = (x.double() / 255 if x.dtype == torch.uint8 else (x.double() + 1) / 2 for x in (images, reconstructed))
+    return one, other
 
 
 def feature_distance(features: Callable[[Tensor], list[Tensor]]) -> Distance:

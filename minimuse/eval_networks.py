@@ -140,8 +140,8 @@ class Detector(Pretrained):
         nn.init.constant_(self.head.bias[:1], -3.0)  # most cells hold no center
 
     def trunk(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> fine (B, b, 16, 16) and coarse (B, c, 8, 8) features. Choice: pixel positions are an input too."""
-        at = torch.linspace(-1, 1, SIZE, device=images.device)
+        """Images (B, 3, H, H) -> fine (B, b, H/4, H/4), coarse (B, c, H/8, H/8). Choice: positions are an input too."""
+        at = torch.linspace(-1, 1, images.shape[-1], device=images.device)
         places = torch.stack(torch.meshgrid(at, at, indexing="ij")).expand(len(images), -1, -1, -1)
         x = torch.cat([images, places], 1).contiguous(memory_format=torch.channels_last)
         fine = self.fine(self.stem(x))

@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minimuse
-from minimuse import checkpoint, train_state
+from minimuse import checkpoint, eval_metrics, train_state
 from minimuse.data_scenes import Scene, render
 from minimuse.editing import edit_tokens, inpaint_tokens, tokenize
-from minimuse.eval_metrics import Estimate, diversity, frechet_interval, mean_interval, proportion_interval, psnr
+from minimuse.eval_metrics import Estimate, proportion_interval, summarize
 from minimuse.eval_networks import FIELDS, Detector, SceneClip
 from minimuse.eval_prompts import PROMPT_SETS, EvalPrompt, matches, parse_prompt, prompt_set
 from minimuse.muse import Muse
@@ -38,6 +38,8 @@ ITERATIONS = (10, 30, 100)  # of a mask-free edit: after these, pictures are mea
 COLUMNS = {"right": "all right", "clear": "clear", "frechet": "Frechet", "score": "CLIP-like", "diversity": "diversity"}
 TASKS = (*(name for name in PROMPT_SETS if name != "mixed"), "superres", "tokenizers", "decoder")
 BASE_TASKS = TASKS[:6]  # those of the base model alone
+COPIES = {"superres": ("true", "true bicubic", "true tokenizer"), "tokenizers": ("", "low"), "decoder": ("", "before")}
+PAIRED = {"superres": {"true": "true bicubic", "": "bicubic"}, "decoder": {"": "before"}}  # variant -> less which one
 SWEEP: dict[str, dict[str, dict[str, Any]]] = {  # line of the plot -> point -> settings of the base model
     "guidance": {f"{t}": {"guidance": float(t)} for t in (0, 1, 2, 4, 8)},
     "rising guidance": {f"0-{t}": {"guidance": (0.0, float(t))} for t in (1, 2, 4, 8, 16)},
@@ -58,7 +60,7 @@ class Batch(NamedTuple):
     """What is kept of measured pictures."""
 
     values: Values
-    features: Variants  # (B, D)
+    features: Variants  # (B, D), by metric and variant: "frechet, real"
     images: Tensor  # the variants of full size, side by side
 
 
@@ -119,13 +121,22 @@ class EvalModel:
         return {"before": before, "": torch.where(region[:, None], made, before)}
 
     def superres(self, asked: Asked, seeds: Seeds) -> Variants:
-        """The base model's pictures upscaled, after super-resolution, and after super-resolution without text."""
+        """Super-resolution and bicubic enlargement, from the base model's tokens and from "true" ones of real renders.
+
+        "no text": super-resolution that does not see it. "true tokenizer": the renders reconstructed, a limit.
+        """
         jobs = _jobs([ask.prompt for ask in asked], seeds)
-        *_, low = self.muse.decode_base(jobs)
-        bicubic = F.interpolate(to_float(self._images([low])), size=(self.side, self.side), mode="bicubic")
-        high = self._images(self.muse.decode_superres(jobs, low.tokens))
-        without_text = self.muse.decode_superres(jobs, low.tokens, guidance=-1.0)  # l_c - (l_c - l_u) = l_u
-        return {"bicubic": to_uint8(bicubic), "": high, "no text": self._images(without_text)}
+        *_, base = self.muse.decode_base(jobs)
+        low, high = tokenize(self.muse, *to_pil(self.real(ask.scene for ask in asked)))
+        without_text = self.muse.decode_superres(jobs, base.tokens, guidance=-1.0)  # l_c - (l_c - l_u) = l_u
+        return {
+            "bicubic": self._bicubic(base.tokens),
+            "": self._images(self.muse.decode_superres(jobs, base.tokens)),
+            "no text": self._images(without_text),
+            "true": self._images(self.muse.decode_superres(jobs, low)),
+            "true bicubic": self._bicubic(low),
+            "true tokenizer": _decoded(self.muse.high_tokenizer, high),
+        }
 
     def tokenizers(self, asked: Asked, seeds: Seeds) -> Variants:
         """Real renders through both tokenizers: an upper limit for every model that uses them."""
@@ -136,6 +147,10 @@ class EvalModel:
         """Real renders through the high tokenizer, before and after its fine-tuning."""
         _, tokens = tokenize(self.muse, *to_pil(self.real(ask.scene for ask in asked)))
         return {"before": _decoded(self.before, tokens), "": _decoded(self.muse.high_tokenizer, tokens)}
+
+    def _bicubic(self, low: Tensor) -> Tensor:
+        images = to_float(_decoded(self.muse.low_tokenizer, low))
+        return to_uint8(F.interpolate(images, size=(self.side, self.side), mode="bicubic"))
 
     def _images(self, steps: Iterable[Step]) -> Tensor:
         *_, step = steps
@@ -160,15 +175,21 @@ class Evaluator:
         self.detector = detector or Detector.from_pretrained()
         self.clip = clip or SceneClip.from_pretrained()
 
-    def __call__(self, variants: Variants, asked: Asked, real: Tensor, psnr_to_real: bool = False) -> Batch:
-        """Values and features of all variants and of real renders, perhaps with the PSNR to those."""
+    def __call__(self, variants: Variants, asked: Asked, real: Tensor, task: str = "") -> Batch:
+        """Values and features of all variants and of real renders. COPIES are also compared with these, by pixels."""
         values: Values = {"prompt": [ask.prompt for ask in asked], "group": [ask.group for ask in asked]}
         features: Variants = {}
+        distance = eval_metrics.feature_distance(self.detector.trunk)  # at full size, where it sees edges
         for variant, images in {**variants, "real": real}.items():
-            found, features[variant] = self.values(images, asked), self.detector.features(images)
-            if psnr_to_real and variant != "real":
-                found["psnr"] = psnr(images, area_downsample(real, real.shape[-1] // images.shape[-1])).tolist()
+            found = self.values(images, asked)
+            if variant in COPIES.get(task, ()):
+                pair = [to_float(x) for x in (images, area_downsample(real, real.shape[-1] // images.shape[-1]))]
+                found |= {name: getattr(eval_metrics, name)(*pair).tolist() for name in ("psnr", "gmsd")}
+                found["perceptual"] = [distance(x[None], y[None]).item() for x, y in zip(*pair, strict=True)]
             values |= {f"{name}, {variant}".removesuffix(", "): column for name, column in found.items()}
+            features[f"frechet, {variant}".removesuffix(", ")] = self.detector.features(images)
+            if task in COPIES and images.shape == real.shape:
+                features[f"frechet of outlines, {variant}".removesuffix(", ")] = eval_metrics.outline_features(images)
         return Batch(values, features, torch.cat([x for x in variants.values() if x.shape == variants[""].shape], 3))
 
     def values(self, images: Tensor, asked: Asked) -> Values:
@@ -186,21 +207,6 @@ class Evaluator:
             "wrong": ["; ".join(verdict.wrong) for verdict in verdicts],
             "score": [round(score, 5) for score in self.clip(images, [ask.prompt for ask in asked]).tolist()],
         }
-
-
-def summarize(values: Values, features: Variants) -> Metrics:
-    """Fractions of True, means of numbers; Frechet distances to the real renders, and diversity within prompts."""
-    groups, prompts = values["group"], values["prompt"]
-    found: Metrics = {}
-    for name, column in values.items():
-        if not isinstance(column[0], str):
-            found[name] = (proportion_interval if isinstance(column[0], bool) else mean_interval)(column, groups)
-    pairs = len(prompts) // 2 * 2  # each prompt comes twice in a row
-    for variant, rows in features.items():
-        if variant != "real":
-            found[f"frechet, {variant}".removesuffix(", ")] = frechet_interval(features["real"], rows, groups)
-        found[f"diversity, {variant}".removesuffix(", ")] = diversity(rows[:pairs], prompts[:pairs])
-    return found
 
 
 def evaluate(
@@ -230,7 +236,7 @@ def evaluate(
                 some, seeds = asked[start : start + batch], range(seed + start, seed + min(n, start + batch))
                 drawn = getattr(model, name, model.prompts)(some, seeds, **sampling)
                 real = model.real(ask.scene for ask in some)
-                parts.append(evaluator(drawn, some, real, psnr_to_real=name in ("tokenizers", "decoder")))
+                parts.append(evaluator(drawn, some, real, name))
                 bar.update(len(some))
             _save_task(out / "tasks" / f"{name}.json", parts)
     return _report(out, settings)
@@ -271,7 +277,7 @@ def _save_task(path: Path, parts: list[Batch]) -> None:
     side, width = images.shape[2:]
     sheet = grid(to_pil(images), captions, max(2, 8 * side // width), max(1, 128 // side))
     atomic_write(path.with_suffix(".png"), partial(sheet.save, format="PNG"))
-    content = {"metrics": summarize(values, features), "values": values}
+    content = {"metrics": summarize(values, features, PAIRED.get(path.stem, {})), "values": values}
     atomic_write(path, json.dumps(content, indent=1) + "\n")  # last: now the task is finished
 
 
@@ -283,7 +289,11 @@ def _report(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     report = {"settings": settings, "tasks": found}
     metrics = {name: {key: Estimate(*value) for key, value in each.items()} for name, each in found.items()}
     atomic_write(out / "eval.json", json.dumps(report, indent=1) + "\n")
-    atomic_write(out / "eval.md", table(metrics) + "\n")
+    note = (
+        f"\n\nSuper-resolution takes {settings.get('superres steps')} steps, from low tokens of the base model or from "
+        '"true" ones of real pictures. "bicubic" enlarges the picture of the same tokens; "less": paired difference.'
+    )
+    atomic_write(out / "eval.md", table(metrics) + (note if "superres" in found else "") + "\n")
     for key, title in (("score", "CLIP-like score"), ("right", "all right")) if settings["sweep"] else ():
         plots: dict[str, dict[str, Any]] = {}  # lines that share a plot
         for line, each in SWEEP.items():
@@ -302,8 +312,18 @@ def table(found: dict[str, Metrics]) -> str:
         lines.append(f"| {name} | {metrics['right'].n} | {' | '.join(cells)} |")
     lines += ["", "| task | metric | value and 95% interval | n |", "|---|---|---|---|"]
     for name, metrics in found.items():
-        lines += [f"| {name} | {key} | {m.short()} | {m.n} |" for key, m in metrics.items() if key not in COLUMNS]
+        others = [(key, m) for key, m in metrics.items() if key not in COLUMNS]
+        lines += [f"| {name} | {key} | {m.short()}{_verdict(name, key, m)} | {m.n} |" for key, m in others]
     return "\n".join(lines)
+
+
+def _verdict(task: str, key: str, m: Estimate) -> str:
+    """ ": better" and so on, for a difference of PAIRED variants."""
+    metric, _, variants = key.partition(", ")
+    if task not in PAIRED or "less" not in variants.split():
+        return ""
+    better = (m.value > 0) == (metric in ("right", "clear", "score", "psnr"))
+    return ": cannot be told apart" if m.low <= 0 <= m.high else ": better" if better else ": worse"
 
 
 def measure(
@@ -320,6 +340,7 @@ def measure(
         if not torch.allclose(before.codebook, muse.high_tokenizer.codebook, rtol=1e-2, atol=1e-3):  # stored in half
             raise ValueError(f"{folder} is not the training run of {name}: the codebooks differ; give another --run")
     about = {"checkpoint": muse.config.name, "fingerprint": muse.fingerprint, "dtype": str(muse.dtype)}
+    about["superres steps"] = muse.config.superres_sampling.steps
     homes = {"checkpoint": checkpoint.find(name), **{part: checkpoint.SHIPPED / part for part in ("detector", "clip")}}
     for part, home in homes.items():
         about[f"weights of {part}"] = hashlib.sha256((home / checkpoint.WEIGHTS).read_bytes()).hexdigest()

@@ -257,7 +257,7 @@ WRONG = {
         ({"choose": "choose = surest"}, ["test_choose"]),
         ({"mask_rate": BYPASS.format(name="mask_rate", of="sample_mask_rate")}, ["test_mask_rate"]),
         ({"zoo_tests": IDENTITY}, ["test_zoo"]),
-        ({"zoo_tests": ZOO}, {"test_zoo": 4.0}),
+        ({"zoo_tests": ZOO}, {"test_zoo": 2.3}),
         ({"zoo_tests": "TESTS = []"}, ["test_zoo"]),
         ({"zoo_tests": "def test_always(lib):\n    assert False\n\n\nTESTS = [test_always]"}, ["test_zoo"]),
     ],

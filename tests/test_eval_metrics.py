@@ -1,5 +1,6 @@
 """eval_metrics.py: against scipy and closed forms, and by how often simulated intervals hold the truth."""
 
+import itertools
 import math
 import sys
 import types
@@ -16,6 +17,7 @@ from minimuse.eval_metrics import (
     diversity,
     frechet_distance,
     frechet_interval,
+    gmsd,
     in_batches,
     inception_features,
     jackknife,
@@ -304,6 +306,48 @@ def test_psnr_by_hand():
     y[0] += 51  # a fifth of the range: MSE 1/25
     assert psnr(x, y).tolist() == pytest.approx([10 * math.log10(25), 100])
     assert psnr(to_float(x), to_float(y)).tolist() == pytest.approx([10 * math.log10(25), 100], abs=1e-4)
+
+
+# ---------------------------------------------------------------- gradient similarity
+
+
+def gray(*columns: float) -> torch.Tensor:
+    """A gray picture of 3 equal rows; pixels from 0 (black) to 1."""
+    return 2 * torch.tensor(columns, dtype=torch.float).expand(1, 3, 3, -1) - 1
+
+
+@pytest.mark.parametrize(("other", "product", "squares"), [((0, 0, 0, 0), 0, 1), ((0, 0, 0, 0.5), 0.5, 1.25)])
+def test_gmsd_by_hand(other, product, squares):
+    """Two pixels have all neighbors. At the first all is flat, s = 1; at the second the gradients are 1 and `other`."""
+    similarity = (2 * product + 0.0026) / (squares + 0.0026)
+    x, y = gray(0, 0, 0, 1), gray(*other)
+    assert gmsd(x, y).tolist() == pytest.approx([(1 - similarity) / 2])
+    assert gmsd(x.mT, y.mT).tolist() == pytest.approx([(1 - similarity) / 2]), "edges that lie"
+
+
+def test_gmsd_is_symmetric_and_grows_with_jitter(scenes):
+    x = render(scenes[:4], 32)
+    jittered = [
+        torch.where(torch.rand(x.shape[2:], generator=torch.Generator().manual_seed(0)) < share, x.roll(2, 3), x)
+        for share in (0.05, 0.2, 0.5)
+    ]
+    found = [gmsd(x, y) for y in (x, *jittered)]
+    assert found[0].tolist() == [0] * 4
+    assert all((less < more).all() for less, more in itertools.pairwise(found))
+    assert gmsd(jittered[0], x).tolist() == pytest.approx(found[1].tolist())
+
+
+def test_pairs_of_frechet_distances():
+    """Noise that is the same in all three cancels; what one of them adds is seen."""
+    real = draws(60, 4, 0)
+    fake = real + 0.1 * draws(60, 4, 1)
+    same, worse = (frechet_interval(real, x, less=fake) for x in (fake.clone(), fake + 0.2))
+    assert same[:3] == (0, 0, 0)
+    assert 0 < worse.low < worse.value < worse.high
+    assert worse.value == pytest.approx(frechet_distance(real, fake + 0.2) - frechet_distance(real, fake))
+    assert frechet_interval(real, fake, less=fake + 0.2).value == pytest.approx(-worse.value)
+    with pytest.raises(ValueError, match="features of the same"):
+        frechet_interval(real, fake[:50], less=fake)
 
 
 # ---------------------------------------------------------------- pictures against renders, captions shuffled

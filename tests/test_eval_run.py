@@ -1,21 +1,26 @@
 """eval_run.py: the truth scores near 100%, chance like chance; an EvalModel draws what Muse draws; reports continue."""
 
+import itertools
 import json
 import math
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from test_eval_prompts import perfect
 
 from minimuse import cli
 from minimuse.data_scenes import MATERIALS, SIZES, Scene, place_things, relations, render
-from minimuse.eval_metrics import Estimate
+from minimuse.editing import tokenize
+from minimuse.eval_metrics import Estimate, frechet_interval, outline_features
 from minimuse.eval_prompts import matches, parse_prompt, prompt_set
 from minimuse.eval_run import ITERATIONS, SWEEP, TASKS, EvalModel, Evaluator, evaluate, table
-from minimuse.utils import area_downsample, to_pil, to_uint8
+from minimuse.muse import Muse
+from minimuse.utils import area_downsample, to_float, to_pil, to_uint8
 
 
 def scene_of(prompt: str, seed: int, avoid: str = "") -> Scene:
@@ -106,7 +111,9 @@ def test_the_truth_scores_near_100_percent_in_every_task(tmp_path, evaluator):
     assert found["edit"]["right, 10"].value >= 0.9
     assert found["superres"]["right, no text"].value == found["superres"]["right"].value
     assert found["tokenizers"]["psnr"].value == 100
+    assert found["tokenizers"]["gmsd, low"].value == found["tokenizers"]["perceptual"].value == 0
     assert found["decoder"]["psnr, before"].high < 50, "half as bright before"
+    assert found["decoder"]["psnr, less before"].low > 50
     assert found["decoder"]["frechet"].value < 1e-6 < found["decoder"]["frechet, before"].value
     assert found["seen"]["frechet"].value < 2 < found["decoder"]["frechet, before"].value
 
@@ -155,13 +162,19 @@ def test_super_resolution_is_that_of_generate_with_and_without_text(tiny_muse):
     asked, seeds = prompt_set("mixed", 2), [0, 1]
     made = EvalModel(tiny_muse).superres(asked, seeds)
     assert {name: images.shape for name, images in made.items()} == dict.fromkeys(
-        ("bicubic", "", "no text"), (2, 3, 64, 64)
+        ("bicubic", "", "no text", "true", "true bicubic", "true tokenizer"), (2, 3, 64, 64)
     )
     same(made[""], tiny_muse.generate([ask.prompt for ask in asked], seed=seeds))
     low = EvalModel(tiny_muse, base_only=True).prompts(asked, seeds)[""]
     assert low.shape[-1] == 32
     assert (area_downsample(made["bicubic"]).float() - low).abs().mean() < 16
     assert not made["no text"].equal(made[""])
+    reconstructed = EvalModel(tiny_muse).tokenizers(asked, seeds)
+    assert made["true tokenizer"].equal(reconstructed[""])
+    assert (area_downsample(made["true bicubic"]).float() - reconstructed["low"]).abs().mean() < 16
+    low, _ = tokenize(tiny_muse, *to_pil(EvalModel(tiny_muse).real(ask.scene for ask in asked)))
+    *_, step = tiny_muse.decode_superres(tiny_muse.jobs([ask.prompt for ask in asked], seed=seeds), low)
+    same(made["true"], tiny_muse.picture(step))
 
 
 def test_super_resolution_without_text_does_not_read_it(tiny_muse, monkeypatch):
@@ -215,6 +228,64 @@ def test_reconstructions_are_the_tokenizers_own(tiny_muse):
     assert made[""].shape == images.shape
     for decoded in model.decoder(asked, [0, 1]).values():
         assert decoded.equal(made[""]), "the same tokenizer here"
+
+
+# --- what sees outlines -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """The shipped model, and real pictures of 12 scenes with their tokens and their bicubic enlargement."""
+    muse = Muse.from_pretrained("toy", device="cpu", dtype=torch.float32)
+    real = EvalModel(muse).real(ask.scene for ask in prompt_set("mixed", 12))
+    low, high = tokenize(muse, *to_pil(real))
+    with torch.no_grad():
+        small, reconstructed = (
+            to_uint8(net.decode(x)) for net, x in ((muse.low_tokenizer, low), (muse.high_tokenizer, high))
+        )
+    bicubic = to_uint8(F.interpolate(to_float(small), size=real.shape[2:], mode="bicubic"))
+    return SimpleNamespace(
+        muse=muse, low=low, high=high, shown={"real": real, "tokens": reconstructed, "bicubic": bicubic}
+    )
+
+
+def ragged(images, pixels):
+    """Each pixel comes from up to `pixels` away; places 4 px apart move independently."""
+    size = images.shape[-1]
+    moves = torch.rand(len(images), 2, size // 4, size // 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    moves = F.interpolate(moves, size=(size, size), mode="bilinear") * pixels * 2 / size  # a picture is 2 wide
+    at = (torch.arange(size) + 0.5) / size * 2 - 1
+    places = (torch.stack(torch.meshgrid(at, at, indexing="xy")) + moves).permute(0, 2, 3, 1)
+    return to_uint8(F.grid_sample(to_float(images), places, padding_mode="border", align_corners=False))
+
+
+def test_outlines_rank_renders_reconstructions_bicubic_and_ragged_pictures(toy):
+    """Straight but blurred outlines are nearer to the real ones than sharp outlines that are ragged by 1 px."""
+    shown = toy.shown | {"ragged": ragged(toy.shown["real"], 1)}
+    found = {name: outline_features(images) for name, images in shown.items()}
+    for better, worse in itertools.pairwise(found):
+        gap = frechet_interval(found["real"], found[worse], less=found[better])
+        assert gap.low > 0, f"{better} should be nearer to real pictures than {worse}: {gap}"
+
+
+@pytest.mark.parametrize(("wrong", "verdict"), [pytest.param(0.0, "better", marks=pytest.mark.slow), (0.2, "worse")])
+def test_a_bad_super_resolution_is_told_apart(tmp_path, evaluator, toy, monkeypatch, wrong, verdict):
+    """It knows the true tokens, but a fraction of them is random."""
+    random = torch.Generator().manual_seed(0)
+    others = torch.randint(toy.muse.config.high_tokenizer.codebook_size, toy.high.shape, generator=random)
+    high = torch.where(torch.rand(toy.high.shape, generator=random) < wrong, others, toy.high)
+    monkeypatch.setattr(toy.muse, "decode_base", lambda jobs: [SimpleNamespace(stage="base", tokens=toy.low)])
+    made = [SimpleNamespace(stage="superres", tokens=high)]
+    monkeypatch.setattr(toy.muse, "decode_superres", lambda jobs, low, **sampling: made)
+    found = run(EvalModel(toy.muse), tmp_path, evaluator, ["superres"], n=12, batch=12)["superres"]
+    lines = (tmp_path / "eval.md").read_text().splitlines()
+    for metric in ("psnr", "gmsd", "perceptual", "frechet of outlines"):
+        name = f"{metric}, true less true bicubic"
+        (line,) = (line for line in lines if name in line)
+        assert f"): {verdict} | 12 |" in line
+        values = [found[f"{metric}, {variant}"].value for variant in ("true", "true bicubic")]
+        assert found[name].value == pytest.approx(values[0] - values[1])
+    assert found["frechet of outlines, less bicubic"] == found["frechet of outlines, true less true bicubic"]
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------

@@ -168,6 +168,43 @@ def test_a_negative_prompt_is_what_is_guided_away_from(lib):
     assert null.embeds.flatten().tolist() == [2.0]
 
 
+def test_progress_goes_from_0_to_1(lib):
+    seen, start = [], torch.full((1, 8), 8)
+
+    def logits_fn(tokens, u):
+        seen.append(u)
+        return torch.zeros(1, 8, 8)
+
+    list(lib.sampler.decode(logits_fn, start, mask_id=8, steps=5, generator=seeded()))
+    assert seen == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_rare_codes_are_drawn(lib):
+    """The last code has p = 1e-9, and the uniform 1 - 5e-10 belongs to it."""
+    logits = torch.tensor([[[1.0, 1e-9]]]).log()
+    assert lib.sampler.draw(logits, torch.tensor([[1 - 5e-10]], dtype=torch.double), 1.0).item() == 1
+
+
+def test_each_image_has_counts_of_its_own(lib):
+    start = torch.tensor([[8, 8, 1, 2, 3, 4], [8] * 6])
+    *_, last = lib.sampler.decode(lambda t, u: torch.zeros(2, 6, 8), start, mask_id=8, steps=2, generator=seeded())
+    assert (last.tokens < 8).all()
+
+
+def test_mask_is_no_code(lib):
+    assert lib.transformer.Transformer(TINY).mask_id not in range(TINY.codebook_size)
+
+
+def test_p2_takes_back_the_least_likely_token(lib):
+    """Of three tokens, two known, two stay; the last known one has p = 0.1, the others 0.5 and 0.8."""
+    sampler, lab = lib.sampler, lib.lab_samplers
+    masked, ones = torch.tensor([[True, False, False]]), torch.ones(1, 3)
+    logits = torch.tensor([[[0.5, 0.5], [0.8, 0.2], [0.1, 0.9]]]).log()
+    random = torch.full((1, 2, 3), 0.5, dtype=torch.double)
+    state = sampler.State(1, 3, 0.5, logits, None, torch.zeros(1, 3).long(), masked, ones.bool(), ones, random)
+    assert lab.preset_settings("p2:1", 3, 2, 3)["choose"](state).tolist() == [[True, True, False]]
+
+
 REFERENCE = [f for name, f in sorted(globals().items()) if name.startswith("test_")]
 for _f in REFERENCE:  # they are the zoo's, not pytest's
     del globals()[_f.__name__]
@@ -184,8 +221,10 @@ def glance(lib):
     steps = list(
         sampler.decode(lambda t, u: logits, tokens, mask_id=8, steps=2, choice_temperature=1.0, generator=seeded())
     )
+    p2 = lib.lab_samplers.preset_settings("p2", 4, 8, 2)
     model, low = superres(lib), torch.zeros(2, 4, dtype=torch.long)
     made = [
+        list(sampler.decode(lambda t, u: logits, tokens, mask_id=8, generator=seeded(), **p2))[-1].tokens,
         masking.sample_mask_rate(3, generator=seeded()),
         masked,
         masking.masked_cross_entropy(logits, tokens % 8, masked),
@@ -210,6 +249,7 @@ def glance(lib):
 def test_the_zoo_is_large_enough_and_told():
     assert len(set(NAMES)) == len(zoo.MUTANTS) >= 12
     assert all(len(mutant.story) > 40 for mutant in zoo.MUTANTS)
+    assert sum(mutant.source.startswith("https://") for mutant in zoo.MUTANTS) >= 7
 
 
 @pytest.mark.parametrize("mutant", zoo.MUTANTS, ids=NAMES)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-ROOMS = ("masking", "sampler", "cfg", "transformer", "vqgan", "editing", "train", "muse", "utils")
+ROOMS = ("masking", "sampler", "cfg", "transformer", "vqgan", "editing", "train", "muse", "utils", "lab_samplers")
 Test = Callable[[types.SimpleNamespace], None]
 
 
@@ -34,6 +34,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     story: str  # what was done, and what one sees of it
+    source: str = ""  # where it was found, of those that were published
 
 
 MUTANTS = [
@@ -176,6 +177,62 @@ MUTANTS = [
         "null = Context.cat(Context(*(x[i : i + 1] for x in row)) for i, row in enumerate(rows))",
         "Context.cat(Context(*(x[i : i + 1] for x in row)) for i, row in enumerate(rows))",
         "The negative prompt is encoded, and thrown away: it changes nothing.",
+    ),
+    Mutant(
+        "p2_never_masks_again",
+        "lab_samplers",
+        "score = torch.where(state.masked, score, eta * score).masked_fill(",
+        "score = torch.where(state.masked, score, math.inf).masked_fill(",
+        "Known tokens have an infinite score, so none is ever taken back: P2 is the plain sampler.",
+        "https://github.com/pengzhangzhi/Open-dLLM/issues/7",
+    ),
+    Mutant(
+        "rare_codes_truncated",
+        "sampler",
+        "cdf = p.cumsum(-1, dtype=uniforms.dtype)",
+        "cdf, uniforms = p.cumsum(-1), uniforms.float()",
+        "32-bit uniforms have no place next to 1: the rarest codes are never drawn, as if the temperature were lower.",
+        "https://arxiv.org/abs/2409.02908",
+    ),
+    Mutant(
+        "guidance_off_by_one",
+        "sampler",
+        "u = i / (steps - 1) if steps > 1 else 1.0",
+        "u = i / steps",
+        "Progress ends one step before 1: guidance never reaches its full scale.",
+        "https://github.com/valeoai/Halton-MaskGIT/issues/2",
+    ),
+    Mutant(
+        "time_reversed",
+        "sampler",
+        "logits_fn(tokens, u).float()",
+        "logits_fn(tokens, 1 - u).float()",
+        "The network is told that it is at the end when it begins: guidance falls where it should rise.",
+        "https://github.com/nathan-barry/tiny-diffusion/issues/2",
+    ),
+    Mutant(
+        "one_count_for_the_batch",
+        "sampler",
+        "else torch.tensor(plan[i])",
+        "else torch.tensor(plan[i])[:1]",
+        "All images of a batch reveal as many tokens as the first one: fine until one of them has another region.",
+        "https://github.com/baaivision/MUSE-Pytorch/blob/main/libs/muse.py",
+    ),
+    Mutant(
+        "mask_id_in_the_codebook",
+        "transformer",
+        "self.mask_id = config.codebook_size  #",
+        "self.mask_id = config.codebook_size - 1  #",
+        "[MASK] is a code of the tokenizer: tokens that are known and have it look unknown.",
+        "https://github.com/dome272/MaskGIT-pytorch/issues/9",
+    ),
+    Mutant(
+        "text_mask_inverted",
+        "transformer",
+        "attend = F.pad(context.mask, (0,",
+        "attend = F.pad(~context.mask, (0,",
+        "Attention goes to the padding of the text, and to none of its words.",
+        "https://github.com/lucidrains/muse-maskgit-pytorch/issues/38",
     ),
 ]
 

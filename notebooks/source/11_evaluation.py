@@ -140,7 +140,7 @@ model, drawn with seeds from 1000, nothing picked:
 # %%
 import textwrap
 
-from minimuse.eval_run import summarize
+from minimuse.eval_metrics import summarize
 
 SEEDS = list(range(1000, 1000 + PICTURES))
 scenes, prompts = [ask.scene for ask in ASKS], [ask.prompt for ask in ASKS]
@@ -528,7 +528,7 @@ much does the Frechet distance rise?
 
 # %%
 shuffled = torch.randperm(PICTURES, generator=torch.Generator().manual_seed(0))
-drawn_features, real_features = own.features[""], own.features["real"]
+drawn_features, real_features = own.features["frechet"], own.features["frechet, real"]
 print(f"as drawn: {frechet_distance(real_features, drawn_features):.4f}")
 print(f"shuffled: {frechet_distance(real_features, drawn_features[shuffled]):.4f}")
 before, after = (
@@ -740,7 +740,7 @@ sweep = {"constant": {f"{t}": measured(ASKS, **SWEEP["guidance"][t]) for t in FE
 if not FAST:
     sweep["rising"] = {t: measured(ASKS, **how) for t, how in SWEEP["rising guidance"].items()}
 points = {
-    name: {t: summarize(b.values, b.features) for t, b in line.items()}
+    name: {t: summarize(b.values, b.features, {}) for t, b in line.items()}
     for name, line in sweep.items()
 }
 series = {
@@ -806,8 +806,8 @@ pairs = PICTURES - PICTURES % 2
 print("mean distance of two pictures of one prompt")
 for t in FEW:
     features_of = sweep["constant"][t].features
-    print(f"   t = {t}: {diversity(features_of[''][:pairs], prompts[:pairs])}")
-print(f"    real: {diversity(features_of['real'][:pairs], prompts[:pairs])}")
+    print(f"   t = {t}: {diversity(features_of['frechet'][:pairs], prompts[:pairs])}")
+print(f"    real: {diversity(features_of['frechet, real'][:pairs], prompts[:pairs])}")
 show(diversity)
 
 # %% [markdown]

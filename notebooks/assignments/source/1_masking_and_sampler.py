@@ -835,6 +835,28 @@ def test_ranking_noise(lib):
     assert abs(first.revealed[:, 0].float().mean() - 0.8) < 0.03
 
 
+def test_progress(lib):
+    seen = []
+
+    def logits_fn(tokens, u):
+        seen.append(u)
+        return torch.zeros(1, 8, 8)
+
+    list(lib.sampler.decode(logits_fn, torch.full((1, 8), 8), mask_id=8, steps=5))
+    assert seen == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_rare_codes(lib):
+    logits, x = torch.tensor([[[1.0, 1e-9]]]).log(), torch.tensor([[1 - 5e-10]], dtype=torch.double)
+    assert lib.sampler.draw(logits, x, 1.0).item() == 1
+
+
+def test_regions_of_two_sizes(lib):
+    start = torch.tensor([[8, 8, 1, 2, 3, 4], [8] * 6])
+    *_, last = lib.sampler.decode(lambda t, u: torch.zeros(2, 6, 8), start, mask_id=8, steps=2)
+    assert (last.tokens < 8).all()
+
+
 TESTS += [
     test_rates,
     test_rates_differ,
@@ -844,6 +866,9 @@ TESTS += [
     test_neighbours_do_not_matter,
     test_given_tokens_stay,
     test_ranking_noise,
+    test_progress,
+    test_rare_codes,
+    test_regions_of_two_sizes,
 ]
 ### END SOLUTION
 

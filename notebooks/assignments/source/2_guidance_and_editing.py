@@ -793,6 +793,10 @@ def test_padding_changes_nothing(lib):
     assert not told_apart(lib, (texts(), [1, 2, 3, 4]), (texts(padding=2), [1, 2, 3, 4]))
 
 
+def test_mask_is_no_code(lib):
+    assert tiny_superres(lib).mask_id not in range(8)
+
+
 def test_low_tokens_count(lib):
     assert told_apart(lib, (texts(), [1, 2, 3, 4]), (texts(), [5, 5, 5, 5]))
 
@@ -826,6 +830,7 @@ TESTS += [
     test_no_guidance_is_the_conditional,
     test_removed_text_is_attended,
     test_padding_changes_nothing,
+    test_mask_is_no_code,
     test_low_tokens_count,
     test_low_tokens_have_places,
     test_one_pixel_is_enough,
