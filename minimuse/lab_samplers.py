@@ -65,13 +65,10 @@ def _or_best(state: State, ready: Tensor, p: Tensor) -> Tensor:
     return torch.where(ready.any(1, keepdim=True), ready, best)
 
 
-def _fast_dllm(to: Target, threshold: float = 0.9) -> dict[str, Any]:
-    """Fast-dLLM (arXiv 2505.22618), threshold: reveal all tokens of p(drawn) >= threshold, at least one.
-
-    Choice: drawn at temperature 1; the paper's argmax has no distribution to compare.
-    """
-    threshold = check("the threshold", threshold, NonNegative)
-    return {"choose": lambda state: _or_best(state, state.confidence >= threshold, state.confidence)}
+def _factor(state: State) -> Tensor:
+    """(n + 1) (1 - p), (B, N), where p is the n-th largest probability of a masked token: it rises with n."""
+    p = state.confidence.masked_fill(~state.masked, -1.0)
+    return (p.argsort(1, descending=True).argsort(1) + 2) * (1 - p)
 
 
 def _klass(to: Target, threshold: float = 0.9, bound: float = 0.01, passes: float = 2) -> dict[str, Any]:
@@ -286,7 +283,7 @@ SAMPLER_PRESETS: dict[str, Callable[..., dict[str, Any]]] = {
         "order": lambda logits, drawn, masked, u: logits.amax(-1),
     },
 }
-PAPERS = [_remdm_conf, _p2, _moment, _fast_dllm, _klass, _beta, _token_critic, _informed]
+PAPERS = [_remdm_conf, _p2, _moment, _klass, _beta, _token_critic, _informed]
 SAMPLERS = SAMPLER_PRESETS | {f.__name__[1:]: f for f in PAPERS}
 SAMPLERS |= {
     # MDLM, ancestral (arXiv 2406.07524): each token is revealed with probability (b - a) / (1 - a), alpha = u, so the
@@ -299,6 +296,10 @@ SAMPLERS |= {
     "choose_then_sample": lambda to, noise=4.5: {"order": _largest, "choice_temperature": noise},
     # EB-Sampler: `entropy_bound`. The paper also ranks by confidence and by margin.
     "eb": lambda to, bound=0.1: {"schedule": entropy_bound(bound), "order": "entropy"},
+    # Fast-dLLM (arXiv 2505.22618): reveal all of p(drawn) >= threshold, or the n likeliest with (n + 1) (1 - p_n) < f;
+    # at least one. Choice: drawn at temperature 1; the paper's argmax has no distribution to compare.
+    "fast_dllm": lambda to, threshold=0.9: {"choose": lambda s: _or_best(s, s.confidence >= threshold, s.confidence)},
+    "fast_dllm_factor": lambda to, f=1.0: {"choose": lambda s: _or_best(s, _factor(s) < f, s.confidence)},
     # Nucleus sampling (arXiv 1904.09751).
     "top_p": lambda to, p=0.9: {"top_p": p},
 }

@@ -318,6 +318,15 @@ def test_fast_dllm_by_hand():
     assert found == ["KK.", "K..", "K.."], "the last has no token above 0.8, and takes the best"
 
 
+def test_fast_dllm_factor_by_hand():
+    """(n + 1) (1 - p_n) of 0.9, 0.8, 0.5 is 2 x 0.1 = 0.2, 3 x 0.2 = 0.6, 4 x 0.5 = 2."""
+    seen = see("MMM", confidence=(0.8, 0.5, 0.9))
+    found = [word(trio(f"fast_dllm_factor:{f}")["choose"](seen)) for f in (0.1, 0.21, 0.59, 0.61, 1.9, 2.1)]
+    assert found == ["..K", "..K", "..K", "K.K", "K.K", "KKK"], "the first has none, and takes the best"
+    known = see("MM-", confidence=(0.8, 0.5, 0.9))
+    assert word(trio("fast_dllm_factor:0.5")["choose"](known)) == "K..", "of masked tokens 0.8 is the first: 0.4"
+
+
 def test_klass_by_hand():
     """Token 2 has p = 0.9 and does not change; it must not change in two passes. Token 1 has p = 0.8."""
     moved = [[0.5, 0.5], [0.7, 0.3], [0.1, 0.9]]  # KL of token 1 from P3: 0.8 log(8/7) + 0.2 log(2/3) = 0.0257

@@ -123,6 +123,7 @@ def verdict(image, prompt):
 
 
 verdicts = [verdict(i, p) for i, p in zip(drawn, prompts, strict=True)]
+assert verdicts.count("right") >= len(prompts) - 1, "more than one of the pictures is wrong"
 grid(drawn, [f"{p}: {v}" for p, v in zip(prompts, verdicts, strict=True)], columns=len(prompts))
 
 # %% [markdown]
@@ -427,20 +428,29 @@ training is needed. White in the mask is what to repaint; here it is the right h
 side = first.width
 mask = [[x > side // 2 for x in range(side)] for y in range(side)]
 source = muse.generate("a small green sphere", seed=2)[0]
-inpainted = muse.inpaint(source, mask, "a large purple cube", seed=1)[0]
+WHOLE = (
+    "a small green sphere left of a large purple cube"  # the whole picture, not only the new half
+)
+inpainted = muse.inpaint(source, mask, WHOLE, seed=1)[0]
 edited = muse.edit(source, "a small red sphere", seed=1, iterations=20 if FAST else 100)[0]
 grid(
     [source, inpainted, edited],
-    ["a small green sphere", "right half: a large purple cube", "edited: a small red sphere"],
+    ["a small green sphere", "right half repainted", "edited: a small red sphere"],
     columns=3,
 )
 
 # %% [markdown]
 r"""
-The third picture had no mask at all: again and again a random 8% of the tokens is hidden and drawn anew under the new
+The prompt of the second picture describes the *whole* picture, as captions do. The third picture had no mask at all: again and again a random 8% of the tokens is hidden and drawn anew under the new
 prompt, until the picture has drifted there. Such small models do this well with some pictures and badly with others;
 try other seeds.
 """
+
+# %%
+print(
+    f"{WHOLE}: {verdict(inpainted, WHOLE)}; a small red sphere: {verdict(edited, 'a small red sphere')}"
+)
+assert FAST or verdict(inpainted, WHOLE) == verdict(edited, "a small red sphere") == "right"
 
 # %% [markdown]
 r"""
@@ -475,6 +485,8 @@ It is not an exam: run it on a first attempt, read what it says, and go on from 
 # %% [markdown]
 r"""
 ### Exercise 1.1: a schedule of your own
+
+*Difficulty 1 of 3, about 10 minutes.*
 
 A schedule is a function from progress $u \in [0, 1]$ to the fraction of tokens that is still masked. It begins at 1, ends
 at 0, and never rises. Write one that is not the cosine, such as one that reveals most tokens at the beginning.
@@ -512,6 +524,8 @@ grid(tried, [f"{name}, 6 steps" for name in names], columns=3)
 # %% [markdown]
 r"""
 ### Exercise 1.2: guidance in one line
+
+*Difficulty 1 of 3, about 10 minutes.*
 
 Write $\ell_g = (1 + t)\,\ell_c - t\,\ell_u$. Then try a wrong sign, and see what the check says.
 """

@@ -218,6 +218,8 @@ print("its weights want a gradient:", any(w.requires_grad for w in encoder.weigh
 r"""
 ### Exercise 2.1: one vector for a prompt
 
+*Difficulty 2 of 3, about 20 minutes.*
+
 To compare prompts we want one vector each: the mean over the real tokens. Write it. The stub takes the mean over
 all $L$ positions.
 """
@@ -306,7 +308,7 @@ For comparison we need somebody who learned language *from scratch*: a table wit
 along with the classifier, as many small text-to-image models do it. A word that was never seen keeps the vector that it
 was born with.
 
-**Predict, then run.** The table will read known words perfectly and new ones by chance. What will the frozen language
+**Predict, then run.** The table will read known words perfectly and cannot know new ones: what it says of them is arbitrary. What will the frozen language
 model do with the new ones: colours (8 to choose from), shapes (3), sizes (2)? Which of these is easiest to know from
 text alone?
 """
@@ -329,7 +331,7 @@ class WordTable:
 
 
 def train_probe(encode, weights=()):
-    """-> a linear reader of each field, trained on prompts in known words."""
+    """-> a linear probe of each field, trained on prompts in known words."""
     torch.manual_seed(0)
     width = pool(encode(known[:1])).shape[1]
     probe = torch.nn.ModuleDict(
@@ -347,7 +349,7 @@ def train_probe(encode, weights=()):
 
 
 def standardized(encode):
-    """Vectors of mean 0 and variance 1 on the known prompts, which a linear reader likes."""
+    """Vectors of mean 0 and variance 1 on the known prompts, which a linear probe likes."""
     x = pool(encode(known))
     mean, std = x.mean(0), x.std(0) + 1e-6
     return lambda prompts: Context(
@@ -358,7 +360,7 @@ def standardized(encode):
 # %%
 table = WordTable([*known, *(prompt for *_, prompt in unseen)])
 lm = standardized(encoder.encode)
-readers = {
+probes = {
     "word table, from scratch": (table.encode, train_probe(table.encode, table.table.parameters())),
     "frozen language model": (lm, train_probe(lm)),
 }
@@ -385,7 +387,7 @@ def right(encode, probe):
     return seen, new, by_word
 
 
-found = {name: right(*reader) for name, reader in readers.items()}
+found = {name: right(*probe) for name, probe in probes.items()}
 
 # %%
 figure, ax = plt.subplots(figsize=(8, 3.4))
@@ -416,7 +418,7 @@ for field in FIELDS:
 
 # %% [markdown]
 r"""
-The language model knows that a *ball* is a sphere and that *huge* is large, from text alone; the word table has no
+The language model knows that a *ball* is a sphere and that *huge* is large, only from text; the word table has no
 idea. **But colours hardly come along.** Is the knowledge missing, or only hard to read? Another test: which *known*
 word makes the nearest prompt?
 """
@@ -528,7 +530,7 @@ vectors = {
 
 
 def reads_sides(x, examples):
-    """The share of 1,000 other words whose side a linear reader of so many examples tells right (ridge regression)."""
+    """The fraction of 1,000 other words whose side a linear probe of so many examples predicts right (ridge regression)."""
     x, sign = (x - x.mean(0)) / (x.std(0) + 1e-6), 2.0 * sides - 1
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     a, b = order[:examples], order[1000:]
@@ -550,13 +552,20 @@ plt.show()
 
 # %% [markdown]
 r"""
-It is in there, and well hidden: MiniLM was made to compare whole sentences, and these two kinds of sentence are nearly
-the same to it. But *where the word left stands*, before or after, gives it away, and whoever looks at the words ahead
-and back sees it at once. The shipped `nano` projects the vectors linearly, as Muse does, and mixes up two things. `toy`
-has `text_layers=1`, a deviation from the paper: it reads the text by a layer of its own first, whose heads see the
-words ahead, or those before; `benchmarks/binding.py` counts what that is worth. Whether T5-XXL, 200 times as large,
-needs it, we could not measure.
+Three conclusions:
+
+- The side is in the vector of the colour word, but hard to read: MiniLM was made to compare whole sentences, and these two
+  kinds of sentence are nearly the same to it.
+- A mean over the words before and after makes it easy, since *where the word left stands* decides.
+- The shipped `nano` projects the vectors linearly, as Muse does, and mixes up which object is which. `toy` reads the text by a layer of its own
+  first (`text_layers=1`, a deviation from the paper), whose heads see the words after, or those before. `benchmarks/binding.py`
+  counts what that is worth. Whether T5-XXL, 200 times as large, needs it, we could not measure.
 """
+
+# %%
+found_sides = {name: [reads_sides(x, n) for n in (100, 1000)] for name, x in vectors.items()}
+own, means = found_sides.values()
+assert own[0] < means[0] - 0.1, "the word's own vector is as easy to read"
 
 # %%
 from minimuse.transformer import TextLayer
@@ -619,9 +628,11 @@ for kind, other in others.items():
     print(f"{kind:>6}: embeds {tuple(context.embeds.shape)}, width {context.embeds.shape[-1]}")
 
 # %%
+untrained = {}
 for kind, other in others.items():
     encode = standardized(other.encode)
     seen, new, _ = right(encode, train_probe(encode))
+    untrained[kind] = new
     print(
         f"untrained {kind:>6}: known words {sum(seen.values()) / 4:.0%}; new words "
         + ", ".join(f"{f} {s:.0%}" for f, s in new.items())
@@ -630,9 +641,18 @@ print("chance:", ", ".join(f"{field} {1 / len(values):.0%}" for field, values in
 
 # %% [markdown]
 r"""
-The socket is the same and so are the architectures, but new words are read about by chance: what carried over above was
-the *training* of the language model, not its being a transformer.
+Both fit the same interface, but neither knows new words: new colours and shapes are read no better than by chance. (Sizes and materials
+have two values and three or four new words, so one random network may be right by luck.) What carried over above was the *training* of the
+language model, not its being a transformer.
 """
+
+# %%
+trained_on_text = found["frozen language model"][1]
+for new in untrained.values():
+    for field in ("color", "shape"):
+        assert new[field] < 1 / len(FIELDS[field]) + 0.1 < trained_on_text[field], (
+            "it knows new words"
+        )
 
 # %% [markdown]
 r"""
@@ -655,6 +675,8 @@ show(drop_text, null_text)
 # %% [markdown]
 r"""
 ### Exercise 2.2: remove texts
+
+*Difficulty 2 of 3, about 15 minutes.*
 
 Write `drop_text`. Each example loses its text with probability $p$, by itself; what is left has the same
 shape, but no text token. The stub has a mistake that real code has made.

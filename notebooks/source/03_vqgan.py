@@ -137,6 +137,8 @@ plt.show()
 r"""
 ### Exercise 3.1: the nearest code
 
+*Difficulty 2 of 3, about 20 minutes.*
+
 Write it for $z$ of shape $(B, d, h, w)$ and a codebook $(V, d)$: tokens $(B, hw)$, row by row. Mind where $d$ stands in $z$. The stub
 takes the largest product; the check shows where that goes wrong.
 """
@@ -239,7 +241,8 @@ show(VectorQuantizer.forward, Quantized)
 z = torch.randn(1, 2, 1, 1, requires_grad=True)
 quantized = flat.eval()(z)
 quantized.codes.sum().backward()
-print("z", z.detach().flatten().tolist(), "-> code", quantized.codes.detach().flatten().tolist())
+rounded = lambda x: [round(v, 2) for v in x.detach().flatten().tolist()]  # noqa: E731
+print("z", rounded(z), "-> code", rounded(quantized.codes))
 print("gradient at z:", z.grad.flatten().tolist())
 plain = flat.embed_code(flat.nearest(z), (1, 1))
 print(
@@ -250,6 +253,8 @@ print(
 # %% [markdown]
 r"""
 ### Exercise 3.2: straight through
+
+*Difficulty 1 of 3, about 10 minutes.*
 
 Write it for any $z$ and $q$: the value of $q$, the gradient of $z$, and none to $q$.
 """
@@ -485,13 +490,13 @@ grid([to_pil(p[:1])[0] for p in (clear, *others.values())], ["a scene", *others]
 # %% [markdown]
 r"""
 To the pixel loss paleness is worse than a wrong material: every pixel changes a little. To the features it is next to
-nothing, since how pale a picture is says nothing of what is in it; a wrong colour is worst. A perceptual loss minds what
+nothing, since how pale a picture is says nothing of what is in it; a wrong colour is worst. A perceptual loss measures what
 its network was trained to distinguish, and does not see the rest. Choose the network accordingly.
 """
 
 # %% [markdown]
 r"""
-The second remedy is an opponent. A **discriminator** looks at patches and learns to tell real ones from decoded ones;
+The second remedy is an opponent. A **discriminator** looks at patches and learns to distinguish real ones from decoded ones;
 the decoder is rewarded for fooling it. A blur is easy to recognize, so blurs go away. With $D$ its logit, high for real,
 
 $$\mathcal{L}_D = \tfrac12\, \mathbb{E}\big[\max(0, 1 - D(x)) + \max(0, 1 + D(\hat x))\big], \qquad \mathcal{L}_G = -\lambda\, \mathbb{E}\, D(\hat x).$$
@@ -594,9 +599,9 @@ grid(rows, [name for name in ("scene", *again) for _ in range(5)], columns=5, sc
 
 # %% [markdown]
 r"""
-Read the numbers against each other: does each term buy what it asks for, and what does it cost in PSNR? With a
-minute of training, little can be expected of the adversarial one: it needs the longest training of all (Muse: a million
-steps), and joins late, when there is something worth telling from real. For the perceptual term we took weight 1, since
+Read the numbers against each other: does each term buy what it asks for, and what does it cost in PSNR? The eye sees hardly any difference
+between the three rows: after a minute of training all are blurred alike. Little can be expected of the adversarial term: it needs the longest training of all (Muse: a million
+steps), and joins late, when decoded pictures are nearly real. For the perceptual term we took weight 1, since
 our features give smaller numbers than VGG's. The `nano` preset trains only on pixels; `toy` takes all three.
 """
 
@@ -605,8 +610,8 @@ r"""
 ## What failure looks like
 
 **A dead codebook**, as in section 3: PSNR stops early at a low level, and everything after it is trained on a handful of
-tokens. **A tokenizer that goes on learning** while the transformers train: the words change their meaning under the
-reader. The next cell lets one learn on for a few steps and counts how many tokens of the same pictures are still the
+tokens. **A tokenizer that goes on learning** while the transformers train: the tokens change their meaning for the
+transformer. The next cell lets one learn on for a few steps and counts how many tokens of the same pictures are still the
 same.
 """
 

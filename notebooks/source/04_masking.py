@@ -184,6 +184,8 @@ once (square root, log) do the opposite.
 r"""
 ### Exercise 4.1: Muse's rate
 
+*Difficulty 1 of 3, about 10 minutes.*
+
 Write it: $n$ rates, one per example, from `torch.rand` with the given generator. The check looks at the mean *and* at
 the tail.
 """
@@ -287,6 +289,8 @@ such pictures learns to copy, not to compose. With 97% hidden it has one or two 
 # %% [markdown]
 r"""
 ### Exercise 4.2: a mask
+
+*Difficulty 2 of 3, about 20 minutes.*
 
 Write `random_mask`: for each row exactly $\lceil r N \rceil$ `True`s at random positions. A hint: the rank of a random number among the
 others of its row is a random permutation; `x.argsort(1).argsort(1)` gives ranks. The stub tosses coins.
@@ -398,6 +402,8 @@ assert gap[0] < gap[-1] / 2, "the text does not help most where nothing is visib
 # %% [markdown]
 r"""
 ### Exercise 4.3: the masked loss
+
+*Difficulty 2 of 3, about 20 minutes.*
 
 Write it with `torch.logsumexp` and `gather`, or with `F.cross_entropy`. Where nothing is masked the loss is 0, not
 0 / 0. The stub takes the mean over all tokens, as some code bases do.

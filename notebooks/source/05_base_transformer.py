@@ -276,6 +276,8 @@ r"""
 r"""
 ### Exercise 5.1: attention
 
+*Difficulty 2 of 3, about 25 minutes.*
+
 Write it for several heads, with padding: `attend` is `True` where the memory may be looked at. The stub has the
 softmax, and forgets two things.
 """
@@ -495,6 +497,8 @@ $$H = -\sum_{v} p(v) \ln p(v) .$$
 # %% [markdown]
 r"""
 ### Exercise 5.2: unigram entropy
+
+*Difficulty 1 of 3, about 15 minutes.*
 
 Write it, in nats, for tokens $(n, N)$ of $n$ pictures. Codes that never occur must do no harm. The stub answers with
 the entropy that *equally common* codes would have.

@@ -139,7 +139,7 @@ r"""
 
 1. Begin with `[MASK]` everywhere (or with the part of a picture that is known).
 2. **Predict** all masked tokens in one pass, and **draw** one code for each.
-3. **Rank** them: how sure is the model of the code that it drew?
+3. **Rank** them: how probable is the code that was drawn?
 4. **Fix** the best ones, as many as the schedule says. Hide the rest again.
 5. From 2, until nothing is masked.
 
@@ -162,7 +162,7 @@ Four questions are answered in it, each by an argument that you can replace:
 | Question | Argument | Muse's answer |
 |---|---|---|
 | *how many* are fixed | `schedule` | a cosine |
-| *which* | `order` | those that the model is surest of |
+| *which* | `order` | those with the highest probability |
 | *how noisy* is the ranking | `choice_temperature` | none in the paper; our checkpoints take MaskGIT's, which falls to 0 |
 | *what* is drawn | `sampling_temperature`, `top_k` | a fair draw |
 
@@ -302,13 +302,21 @@ plt.show()
 
 # %% [markdown]
 r"""
-A dot left of the dotted line is a schedule that is right less often than the cosine. Where the whole line lies left of it, that is more
-than luck.
+A dot left of the dotted line is a schedule that is right less often than the cosine. For `sqrt` and `linear` the whole line lies left of
+it: they cost tens of points, and that is not luck. The cubic curve begins even more slowly than the cosine, and these prompts cannot separate the two.
 """
+
+# %%
+if not FAST:  # four prompts are too few
+    assert gains["sqrt"].high < 0, "sqrt is not worse than the cosine"
+    assert gains["linear"].high < 0, "linear is not worse than the cosine"
+    assert gains["cubic"].low < 0 < gains["cubic"].high, "cubic and cosine can be separated"
 
 # %% [markdown]
 r"""
 ### Exercise 7.1: reveal counts
+
+*Difficulty 3 of 3, about 30 minutes.*
 
 Write `reveal_counts` for the cosine: a list of how many of `n` tokens each of `steps` steps fixes. They must add up
 to `n`, and no step may be idle; with more steps than tokens there are only `n` steps. The stub shares them out evenly.
@@ -487,6 +495,8 @@ best depends on which tokens depend on which; notebook 13 shows more worlds.
 r"""
 ### Exercise 7.2: margin
 
+*Difficulty 1 of 3, about 10 minutes.*
+
 Confidence looks only at the drawn code. Write **margin**: the probability of the likeliest code less that of the
 second, whatever was drawn. Then a position where two codes look alike counts as unsure. The stub ranks by the likeliest
 code's probability.
@@ -513,7 +523,7 @@ check_margin(my_margin)
 r"""
 ## 6. How noisy
 
-A strict ranking is much the same in every decode of a prompt: the surest positions are the empty ones. So MaskGIT adds
+A strict ranking is much the same in every decode of a prompt: the most certain positions are the empty ones. So MaskGIT adds
 noise to the scores,
 
 $$\text{score}_i = \log p(\text{drawn}_i) + \tau\, g_i, \qquad g_i = -\log(-\log \text{uniform}_i),$$
@@ -579,7 +589,7 @@ print("this checkpoint's own:", muse.config.base_sampling.choice_temperature)
 
 # %% [markdown]
 r"""
-Look at the rows first. Without noise, different seeds make much the same picture: the surest positions are always the same
+Look at the rows first. Without noise, different seeds make much the same picture: the most certain positions are always the same
 ones, and among the codes that were drawn there, the likely ones win. Noise gives the others a chance, so objects
 come to stand elsewhere. At $\tau = 50$ hardly anything but chance is left of the ranking: that is the order *random*.
 
@@ -666,8 +676,10 @@ plt.show()
 r"""
 ### Exercise 7.3: the whole loop
 
+*Difficulty 2 of 3, about 20 minutes.*
+
 Now write `decode`: a generator that yields the tokens after each step. All rows have the same number of masked
-tokens. The stub is complete but for one line: it fixes the *first* masked tokens, not the surest.
+tokens. The stub is complete but for one line: it fixes the *first* masked tokens, not the most certain ones.
 """
 
 
@@ -705,8 +717,8 @@ r"""
 ## 9. A rule that decides by itself
 
 Why should each picture take the same steps? Tokens drawn together are drawn as if independent, and the error of that
-is at most the sum of their entropies less the largest one. So: fix the surest tokens as long as that stays within a
-*bound* (EB-Sampler, arXiv 2505.24857). Where the model is sure, that is many at once; where it is not, one.
+is at most the sum of their entropies less the largest one. So: fix the most certain tokens as long as that stays within a
+*bound* (EB-Sampler, arXiv 2505.24857). Where the model is certain, that is many at once; where it is not, one.
 """
 
 # %%
@@ -793,21 +805,24 @@ r"""
 arbitrary, and they take the place of what was fixed. (When inpainting, they paint over the picture that was given.)
 *Noise on p* does not show at all: it is nearly a random
 order, since probabilities lie between 0 and 1, and noise does not. Pictures reveal the first and hide the second. What
-finds both is a check of the property that is broken. For the second: two positions, one sure (90%), one with 100 codes
-alike (1% each). How often is the *unsure* one fixed first?
+finds both is a check of the property that is broken. For the second: two positions, one certain (90%), one with 100 codes
+alike (1% each). How often is the *unsure* one fixed first? By section 6 in $p_i^{1/\tau} / \sum_j p_j^{1/\tau}$ of the decodes. In the first of two steps the
+noise has already fallen to $\tau = 0.5$, so that is $0.01^2 / (0.01^2 + 0.9^2)$, about one in 8,000.
 """
 
 # %%
 print(check_decode(redrawn), "\n")
 unsure = torch.zeros(4000, 2, 100)
 unsure[:, 0] = torch.cat([torch.tensor([0.9]), torch.full((99,), 0.1 / 99)]).log()
+first = {}
 for name, fn in (("as it is", decode), ("noise on p", on_p)):
     blank, g0 = torch.full((4000, 2), 100), torch.Generator().manual_seed(0)
     how = {"mask_id": 100, "steps": 2, "choice_temperature": 1.0, "sampling_temperature": 0.0}
     begun = next(fn(lambda tokens, u: unsure, blank, generator=g0, **how))
-    print(
-        f"{name:>11}: the unsure place is first in {begun.revealed[:, 1].double().mean():.1%} of 4000 decodes"
-    )
+    first[name] = begun.revealed[:, 1].double().mean().item()
+    print(f"{name:>11}: the unsure position is first in {first[name]:.1%} of 4000 decodes")
+assert first["as it is"] < 0.002, "the formula of section 6 does not hold"
+assert first["noise on p"] > 0.1, "noise on p ranks as well"
 
 # %% [markdown]
 r"""
@@ -815,7 +830,7 @@ r"""
 
 - Tokens that are drawn in the same step are drawn as if independent. That is the whole price of parallel decoding.
 - So fix few in the dark and many in the light: the cosine. Most of the gain comes within a few steps.
-- Which tokens: those that the model is surest of, with Gumbel noise that makes the ranking a draw without replacement.
+- Which tokens: those with the highest probability, with Gumbel noise that makes the ranking a draw without replacement.
 - Neighbours need each other most, so raster order in blocks is bad, and Halton's far-apart positions are good.
 - Confidence prefers typical draws. Even with a perfect model and one token a step it does not sample the model's
   distribution.

@@ -132,6 +132,8 @@ show(psnr)
 r"""
 ### Exercise 9.1: PSNR
 
+*Difficulty 1 of 3, about 10 minutes.*
+
 Write it for images $(B, 3, H, W)$ in $[-1, 1]$, one figure for each image. The range is a trap that published numbers have
 fallen into.
 """
@@ -357,6 +359,8 @@ plt.show()
 r"""
 ### Exercise 9.2: grow a matrix
 
+*Difficulty 2 of 3, about 20 minutes.*
+
 Write it for one matrix of shape (outputs, inputs). Mind the new outputs: they may be anything, but not all zero. (Zero outputs
 that are heard through zero weights get no gradient, ever: each waits for the other.)
 """
@@ -553,7 +557,7 @@ with torch.inference_mode():
 # %% [markdown]
 r"""
 Not one bit of the encoder and the codebook has changed. Most of the gain is due to more *steps*: the small decoder has it, too. *Size* adds
-a few hundredths of a decibel in so short a race: the interval says that this is no luck, and the eye says that nobody sees it. The
+a few hundredths of a decibel in so short a race: the interval says that this is not luck, but no eye sees it. The
 tokens are the limit. Where is the gain? Below: the scene, the small decoder, the grown one after fine-tuning, and where its error is
 smaller (green) or larger (purple); the colours are stretched to the largest differences.
 """
@@ -646,7 +650,7 @@ them. (In such a short race the widest may even be behind: it has most to learn.
 r"""
 ## 7. What the adversarial loss does
 
-Section 2 left a wish: a decoder that prefers a sharp answer to the mean. A **discriminator** $D$ looks at patches and learns to tell real ones
+Section 2 left a wish: a decoder that prefers a sharp answer to the mean. A **discriminator** $D$ looks at patches and learns to distinguish real ones
 from decoded ones; the decoder is rewarded for fooling it. A ramp where there should be an edge is easily found out. With $\hat x$ the decoded
 picture,
 
@@ -721,7 +725,7 @@ grid(
 # %% [markdown]
 r"""
 Theory says: sharper, and *fewer* decibels, as decoder B above. Do not read that into these numbers. The critic's loss stays at 1 for the
-whole run: it has *not* learned to tell decoded pictures from real ones, so what it rewards is close to arbitrary, and the decibels that it
+whole run: it has *not* learned to distinguish decoded pictures from real ones, so what it rewards is close to arbitrary, and the decibels that it
 costs bought nothing. The sharpness misleads, too: it counts noise as edges, and the decoder that saw only pixels is "sharper" than the real
 pictures already. A critic needs far more steps than a notebook has. Large models train with it for days, since for photographs it makes the
 difference between plastic and skin. PSNR does not measure that; Frechet distances do ([notebook 11](11_evaluation.ipynb)).

@@ -26,7 +26,7 @@ from minimuse.plots import animation, film, film_strip, grid, mask_overlay, show
 from minimuse.utils import to_pil
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: fewer pictures and iterations
-CHECKPOINT = "nano"  # a shipped name or a folder
+CHECKPOINT = "toy"  # a shipped name or a folder
 PICTURES = 2 if FAST else 4  # a row of pictures
 ITERATIONS = 8 if FAST else 100  # of a mask-free edit; the paper's 100
 COUNTED, SOURCES = (2, 2) if FAST else (6, 3)  # edits of each source, and sources, when we count
@@ -34,7 +34,7 @@ style()
 
 # %% [markdown]
 r"""
-Muse learned one object: to fill hidden tokens, given the others and a text. Generating a picture is the case in which *all* of them
+Muse learned one task: to fill hidden tokens, given the others and a text. Generating a picture is the case in which *all* of them
 are hidden. So nothing new has to be trained for **editing**; it is a matter of what we hide, and when:
 
 1. **inpainting**: hide a region, fill it once;
@@ -64,7 +64,7 @@ Let $M$ be the region to repaint, $x_{\bar M}$ all other tokens and $c$ the prom
 
 $$p(x_M \mid x_{\bar M}, c),$$
 
-the very object that training asked for. A left-to-right model could not: it has never seen what comes *after* the hole.
+exactly what training asked for. A left-to-right model could not: it has never seen what comes *after* the hole.
 """
 
 # %%
@@ -166,6 +166,8 @@ pixels around it too. (If all seeds choose the old token again, nothing changes 
 # %% [markdown]
 r"""
 ### Exercise 10.1: which tokens does a region touch?
+
+*Difficulty 1 of 3, about 10 minutes.*
 
 Write `token_mask`: from `repaint` of shape $(B, H, W)$ and the downsampling $f$ to a mask $(B, h\,w)$, row by row. The stub hides the tokens
 that are covered *by half or more*, as a public code base did. Run it, and read what the check finds.
@@ -292,7 +294,7 @@ grid(
 # %% [markdown]
 r"""
 The first prompt mostly gets floor, at best a lump. Captions in training described *whole pictures*: "a large red cube" meant a picture with one object in it.
-One object is already there, so the rest must be floor, whatever the prompt says. Told of both, the model tries; how well depends on how well it draws two objects at
+One object is already there, so the rest must be floor, whatever the prompt says. With a prompt that names both, the model tries; how well depends on how well it draws two objects at
 all (nano: badly).
 
 Two habits follow. **Describe the whole picture**, not the hole. And **be generous with the mask**: cover the old object, its shadow and
@@ -356,7 +358,7 @@ grid(
 
 # %% [markdown]
 r"""
-Your picture stands unchanged in the middle, and a little more floor at its side is no problem. Much more is: each window is drawn as *a whole picture of its
+Your picture stands unchanged in the middle, and a little more floor at its side is not a problem. Much more is: each window is drawn as *a whole picture of its
 own*, with the same prompt, so a window in which the sphere is hardly visible has every reason to draw another one. Its horizon need not fit either.
 Outpainting is best with prompts that are true of every window ("a field of flowers"), and with a model that has seen objects cut off by the border.
 """
@@ -602,6 +604,8 @@ its next turn. It is easier to grow the old object, often to a lump. Small rando
 # %% [markdown]
 r"""
 ### Exercise 10.2: one step of it
+
+*Difficulty 2 of 3, about 20 minutes.*
 
 Write one iteration: hide `ceil(fraction * N)` random tokens, show the model the rest, draw the hidden ones. `random_mask(tokens, rate, generator)` and
 `draw(logits, uniforms, temperature)` are in the package. The stub redraws tokens that the model could *see*; what does the check say?

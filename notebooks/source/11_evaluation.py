@@ -237,7 +237,7 @@ grid(
 
 # %% [markdown]
 r"""
-So we report both: *right*, and *clear*. The truth that you would find with your own eyes lies between or near them. Whoever measures
+So we report both: *right*, and *clear*. The truth that you would find with your own eyes lies between or near them. Anyone who measures
 with a network has a ceiling and a habit of guessing, and had better say which.
 """
 
@@ -269,7 +269,7 @@ show(proportion_interval)
 
 # %% [markdown]
 r"""
-At 84%. Twenty perfect pictures do not tell a perfect model from one that errs every sixth time. That is why the tables of
+At 84%. Twenty perfect pictures do not distinguish a perfect model from one that errs every sixth time. That is why the tables of
 `minimuse eval` ask for a thousand.
 
 Does an interval keep its promise? It should hold the truth in 95% of all repetitions, whatever the truth is. For $n$
@@ -313,6 +313,8 @@ true rate of 98%, the textbook interval usually excludes 98%.
 r"""
 ### Exercise 11.1: Wilson's interval
 
+*Difficulty 2 of 3, about 25 minutes.*
+
 Write both ends from `right` of `n`. The stub is the schoolbook's.
 """
 
@@ -341,7 +343,7 @@ check_wilson(my_interval)
 r"""
 ### Pictures of one prompt resemble each other
 
-"Two red cubes" is hard for a model, or it is not. Ten pictures of that prompt are no ten independent facts, and an interval that
+"Two red cubes" is hard for a model, or it is not. Ten pictures of that prompt are not ten independent facts, and an interval that
 takes them for ten is too narrow. `groups` names what belongs together; then prompts are counted, not pictures.
 
 We can try it where the truth is known. Twenty prompts get a chance each, drawn evenly between 0 and 1, and each is drawn ten
@@ -446,6 +448,8 @@ however different they look.
 # %% [markdown]
 r"""
 ### Exercise 11.2: Frechet distance
+
+*Difficulty 3 of 3, about 30 minutes.*
 
 Means $m$ and covariances $C$ are given; `torch.linalg.eigvals` gives eigenvalues as complex numbers, of which `.real` is what you need. The
 stub takes the root of each entry, which is right for one feature.
@@ -643,11 +647,11 @@ show(SceneClip.scores)
 
 # %% [markdown]
 r"""
-Bright on the diagonal: each text scores highest with its own picture. And it is no yes or no, half a match is a half-high score. But
+Bright on the diagonal: each text scores highest with its own picture. And it is not a yes or no: half a match is a half-high score. But
 0.6, is that good? A score has no zero and no 100%: it means something beside the score of *real* pictures of the same prompts, and
 nothing beside that of another CLIP.
 
-**What does it look at?** We tell SceneClip a truth and a lie about real renders, where the lie changes one object, and count how often the truth
+**What does it look at?** We give SceneClip a true and a false text about real renders, where the lie changes one object, and count how often the truth
 scores higher. A coin would get a half.
 """
 
@@ -747,9 +751,9 @@ tradeoff(series, "CLIP-like score", "Frechet distance", lower=(False, True))
 # %% [markdown]
 r"""
 It turns. At first the text counts more: better fit, and farther from real. That is the paper's trade-off, the gray front, on which no point beats
-another. Then fit gains nothing any more, and at the largest scales both get worse; the sheet below shows it as scraps and frayed
+another. Then fit gains nothing any more, and at the largest scales both get worse; the sheet below shows it as fragments and frayed
 edges. Where the turn is depends on the model: one that was trained longer stands more. Down and to the right
-is better, and whoever compares two models, compares such fronts, at equal $n$, and looks at the bars first.
+is better. To compare two models, compare such fronts, at equal $n$, and look at the bars first.
 
 The four figures one by one, dotted where real renders of the same prompts lie:
 """
@@ -879,7 +883,7 @@ grid(
 r"""
 No figure catches all of them. Shuffled captions have the model's own Frechet distance, and more diversity than it; fit finds them out. One idea
 is about as right as the model is and hardly farther from real pictures; only diversity drops, to 0. The untrained model is far from everything and still
-diverse. So whoever shows one number has chosen which mistakes you will not see.
+diverse. So anyone who shows one number has chosen which mistakes you will not see.
 
 There is a fifth that passes them all: a model that has learned its training pictures by heart. Held-out combinations, the set `novel`, are the
 test for that.
@@ -901,7 +905,8 @@ ok = is_right(many, [HARD] * MANY)
 best = evaluator.clip(many, [HARD] * MANY).argsort(descending=True)[:6]
 mark = lambda i: f"seed {i}{'' if ok[i] else ' (wrong)'}"  # noqa: E731
 print(
-    f"right: {proportion_interval(ok)}; of the six that score highest: {int(ok[best].sum())} of 6"
+    f"right: {proportion_interval(ok)}; of the six that score highest: {int(ok[best].sum())} of 6, "
+    f"where six at random would give {6 * sum(ok) / len(ok):.1f}"
 )
 ks, p = range(1, 17), ok.double().mean().item()
 figure, ax = plt.subplots(figsize=(7, 2.8))
@@ -924,7 +929,7 @@ grid(
 
 # %% [markdown]
 r"""
-With sixteen tries even a model that is right once in five can fill a poster with right pictures. To pick is no crime, if it is *said*:
+With sixteen tries even a model that is right once in five can fill a poster with right pictures. Picking is allowed, if it is *said*:
 "best of 16 by CLIP score" is a method, and its price is 16 pictures. Our own sheets show the first seeds, and the wrong ones too.
 
 ### The winner's curse

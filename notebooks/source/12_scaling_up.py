@@ -181,6 +181,8 @@ Rules of thumb about "the parameters" are rules about layers, so they hold for l
 r"""
 ### Exercise 12.1: count a layer
 
+*Difficulty 1 of 3, about 15 minutes.*
+
 Write how many numbers the matrices of one layer hold: self-attention, cross-attention, MLP. The check compares with the real class.
 """
 
@@ -298,6 +300,8 @@ really saves at 4,096 tokens is a third of the arithmetic, and the memory of $N 
 # %% [markdown]
 r"""
 ### Exercise 12.2: the rule of six
+
+*Difficulty 2 of 3, about 20 minutes.*
 
 Write the FLOPs of training a model of `parameters` weights on `tokens` tokens, without attention's products. (Muse's base model sees 256
 tokens per picture.)
@@ -462,6 +466,8 @@ print(f"they hide each other if a link carries {si(traffic / compute, 'B/s')} or
 # %% [markdown]
 r"""
 ### Exercise 12.3: what is left on each
+
+*Difficulty 2 of 3, about 20 minutes.*
 
 Write the bytes on each of `processes` accelerators before any example, for AdamW in fp32 with bf16 copies: under DDP, and under FSDP (`sharded=True`).
 """

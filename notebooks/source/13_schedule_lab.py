@@ -302,7 +302,7 @@ plt.show()
 r"""
 Bars are 95% intervals, and the vertical axis goes in powers of ten. Everywhere the cost falls steeply with the steps.
 The square root, which reveals most tokens in the first steps, is worst in every world. The others change places. Since
-all cells share their samples, differences are surer than two figures side by side. The table holds
+all cells share their samples, differences are more certain than two measurements side by side. The table holds
 each cell **less the cosine's in as many steps**, in bold where the interval leaves 0 out; below 0 beats the cosine.
 """
 
@@ -366,9 +366,9 @@ plt.show()
 # %% [markdown]
 r"""
 Where tokens depend on neighbours (chain, strip), Halton order costs a fraction of what random order is bounded by, and
-entropy order costs most. In the chain the surest positions are those right beside what is known, which all lie together,
+entropy order costs most. In the chain the most certain positions are those right beside what is known, which all lie together,
 so long runs are drawn blindly at once. In the mixture positions are alike, and spreading buys nothing: Halton and
-random are hard to tell apart. **Halton wins where near means dependent.**
+random are hard to separate. **Halton wins where near means dependent.**
 
 Confidence, Muse's order, has no `kl` here: it looks at what was drawn, so its $q$ is not a product along a path.
 
@@ -408,7 +408,7 @@ distance; Halton order hardly has any. No order is best in every column.
 r"""
 ## 7. How many, decided as you go
 
-Why fix the counts in advance? An adaptive rule looks at the logits: reveal the surest tokens as long as the sum of their
+Why fix the counts in advance? An adaptive rule looks at the logits: reveal the most certain tokens as long as the sum of their
 entropies less the largest one stays within a bound, which bounds the cost of the step (EB-Sampler, arXiv 2505.24857). It
 takes few passes where little is at stake.
 """
@@ -492,7 +492,7 @@ r"""
 In the worlds, at temperature 1 and without noise, confidence is far from the truth's statistics. In the trained model
 it draws at a temperature below 1, with ranking noise and guidance, where typical pictures are *wanted*: accuracy asks
 for what the prompt says, not for every rare way to say it. So a ranking need not carry over, and where it does not,
-ask what the measure rewards. Which world is the trained model most like? Its own hidden entropy tells:
+ask what the measure rewards. Which world is the trained model most like? Its own hidden entropy shows it:
 """
 
 # %%
@@ -536,7 +536,7 @@ do, and why differences between samplers are small beside those in the worlds.
 r"""
 ## 9. A ranker that was trained
 
-Token-Critic trains a second network to tell drawn tokens from real ones, and keeps those that look most real. It may
+Token-Critic trains a second network to distinguish drawn tokens from real ones, and keeps those that look most real. It may
 take back what was revealed (`remask`), which Muse never does. In a world the perfect ranker is known,
 $p(x_i \mid \text{all others})$. For the trained model a few lines train one (below), beginning as a copy of the base
 model, on scenes that the evaluator does not use.
@@ -635,6 +635,8 @@ for name, (report, one, other, measure) in pairs.items():
 r"""
 ### Exercise 13.1: a schedule
 
+*Difficulty 2 of 3, about 20 minutes.*
+
 Write a curve $r(u)$, the fraction still masked at progress $u$, that falls from 1 to 0 and that you expect to beat the
 cosine in the mixture in 8 steps. Say why before you run it. Then look at the interval: is the difference real?
 """
@@ -663,6 +665,8 @@ check_schedule(slow_start)
 # %% [markdown]
 r"""
 ### Exercise 13.2: an order
+
+*Difficulty 2 of 3, about 20 minutes.*
 
 Write an order `(logits (B, N, V), drawn (B, N), masked (B, N), u) -> scores (B, N)` that reveals a checkerboard: all
 "black" fields of the 8 x 8 grid before any "white" one, at random within a colour. In which world should it do well?
@@ -699,7 +703,27 @@ check_order(checkerboard)
 
 # %% [markdown]
 r"""
+In which world does it do well? In the chain, where neighbours depend on each other, and with *two* steps: no two tokens of one colour are
+neighbours, so each step draws tokens that hardly depend on each other. With eight steps it loses to Halton: within a colour it picks at random, and tokens
+two cells apart fall into the same step more often than in Halton's order. In the mixture, where all positions are alike, it cannot help.
+"""
+
+# %%
+cost = {
+    (name, steps): board["linear", name, steps]["kl"]
+    for name in ("halton", "board")
+    for steps in (2, 8)
+}
+assert FAST or cost["board", 2].high < cost["halton", 2].low, (
+    "in two steps it is no better than Halton"
+)
+assert FAST or cost["board", 8].value > cost["halton", 8].value, "in eight steps it does not lose"
+
+# %% [markdown]
+r"""
 ### Exercise 13.3: a world
+
+*Difficulty 3 of 3, about 40 minutes.*
 
 Write a world: a class with one function, `log_evidence(e (B, N, V)) -> (B,)`. Let it be 4 tokens of 2 codes on a
 2 x 2 grid, of which the first and the last are always equal with probability 0.9, and the others are fair coins.

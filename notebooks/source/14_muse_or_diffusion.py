@@ -172,7 +172,7 @@ show(DiT.forward)
 # %% [markdown]
 r"""
 Read `forward` from top to bottom: the time becomes a vector `c`; `pixel_unshuffle` cuts the patches; the blocks; the
-head; `pixel_shuffle` puts patches back; the last two lines are section 3's. Where Muse's transformer ends in $V$ logits a token,
+head; `pixel_shuffle` puts patches back; the last two lines are section 3's. Where Muse's transformer ends in $V$ logits per token,
 this one ends in $d\,p^2$ numbers per token: no softmax, no codebook.
 
 How are the sizes made equal? adaLN, explained below, costs parameters, so the DiT is narrower:
@@ -230,7 +230,7 @@ show(MaskedLoss.forward, NextTokenLoss.forward)
 # %% [markdown]
 r"""
 **Predict, then run.** Below, the same scene is spoiled more and more: by noise at $s = 0, 150, \ldots, 900$, by masks
-of a fraction $s / 1000$, and by as many hidden from the end of the reading order. After which step can you no longer tell the colour? Is it
+of a fraction $s / 1000$, and by as many hidden from the end of the reading order. After which step can you no longer see the colour? Is it
 about the same position for noise and for masks?
 """
 
@@ -280,6 +280,8 @@ can be *sure* of a part and keep it, while a diffusion model revises the whole a
 # %% [markdown]
 r"""
 ### Exercise 14.1: add noise
+
+*Difficulty 1 of 3, about 10 minutes.*
 
 Write it for a level $a$ given as a number: `my_noise(x, noise, a)`. The stub mixes with $a$ and $1 - a$, which seems
 natural and is wrong: what happens to the variance half-way?
@@ -453,7 +455,7 @@ neither has seen.
 r"""
 ### How each draws
 
-**Muse** begins with [MASK]s and keeps the surest. **Autoregression** writes row by row; what a position has
+**Muse** begins with [MASK]s and keeps the most certain tokens. **Autoregression** writes row by row; what a position has
 computed is kept (a *cache*), so each step costs one position and not all of them. **Diffusion** begins with noise and takes DDIM steps:
 from the noise that the network sees it works out the picture $\hat x_0$, then goes to the next lower level with the same two:
 
@@ -475,13 +477,16 @@ grid(strips, [f"{name}: {PROMPT}" for name in BASELINES], columns=1, scale=1)
 
 # %% [markdown]
 r"""
-Gray is [MASK]. In the DiT's strip each frame is $\hat x_0$, the picture that it believes in *now*, rounded to codes: at first a mixture of much
-that is possible, then clearer. It may change its mind everywhere until the end; Muse may not.
+Gray is [MASK]. In the DiT's strip each frame is $\hat x_0$, its prediction of the finished picture at this noise level, rounded to codes ("0 left": it has no
+masks). For so simple a prompt even the first frame may look finished. But it may still change everywhere until the end; Muse's fixed tokens
+may not.
 """
 
 # %% [markdown]
 r"""
 ### Exercise 14.2: one DDIM step
+
+*Difficulty 2 of 3, about 25 minutes.*
 
 `my_step(x, noise, now, then)` with levels $a$ = `now` and $a'$ = `then`. The stub forgets to put any noise back.
 """
@@ -605,7 +610,7 @@ gone.
 # %% [markdown]
 r"""
 **Predict, then run.** The *sampler* of absorbing diffusion reveals tokens at random positions, each drawn from its probabilities as
-they are. Muse reveals the surest first, at a lower temperature, and is guided. Let both do it in 16 steps with the shipped base model. Does the
+they are. Muse reveals the most certain tokens first, at a lower temperature, and is guided. Let both do it in 16 steps with the shipped base model. Does the
 sampler make a difference at all, when the network is the same?
 """
 
@@ -645,7 +650,7 @@ for name, how in settings.items():
 
 # %% [markdown]
 r"""
-It does: the same network, asked in another way. (Mind the intervals: few pictures tell little.) So the answer to the
+It does: the same network, asked in another way. (Mind the intervals: few pictures show little.) So the answer to the
 table's "looks like just a discrete diffusion model" is: in training yes, up to a weight; in sampling no. What Muse adds there is what
 a discrete space allows: to be *sure* of a token, to keep it, and to rank by it.
 """
@@ -684,8 +689,9 @@ tradeoff(by_distance, "seconds per picture", "Frechet distance", lower=(True, Tr
 
 # %% [markdown]
 r"""
-What you can count on, whatever the machine: Muse's and the DiT's time goes with their steps, each of which computes all positions; the
-autoregressive model computes each position once, but in $N$ steps, one after the other. With so few tokens, on a CPU, that need be no disadvantage. On an
+In this race the autoregressive model does best on both plots: with so few tokens it is quick, and what a minute of training teaches suffices. What you
+can count on, whatever the machine: Muse's and the DiT's time goes with their steps, each of which computes all positions; the
+autoregressive model computes each position once, but in $N$ steps, one after the other. With so few tokens, on a CPU, that need not be a disadvantage. On an
 accelerator it is one: there a step of one position costs hardly less than one of all positions (notebook 12, section 7), and $N$ grows
 with the picture, while Muse's steps do not.
 """
@@ -743,7 +749,7 @@ else:
 r"""
 At this scale Muse does not win. All three draw what is asked; the DiT is a little ahead in as many steps, and so many tokens as 64 are few
 for an autoregressive model with a cache. (It needed more scenes than the others: 5,000 it learned by heart.) Look at what does hold: the masked
-model goes from 26% to 91% between 1 step and 4, the parallel decoding of the paper; one token a step, 64 steps, is no better than 16.
+model goes from 26% to 91% between 1 step and 4, the parallel decoding of the paper; one token per step, 64 steps, is no better than 16.
 Of the nice ideas two stages help clearly, identity blocks and rising guidance do not here. What a larger world would say, nobody
 knows from this.
 """
@@ -825,9 +831,13 @@ for (name, scale), dash in zip(scales.items(), ("-", "--", ":"), strict=True):
 ax.set(xlabel="step s", ylabel="fraction of the variance\nthat is picture")
 ax.legend(fontsize=9)
 plt.show()
+print(f"standard deviation of the raw latents: {z.std():.2f}")
 
 # %% [markdown]
 r"""
+The raw latents of *this* tokenizer happen to have a standard deviation near 1, so their line lies on the standardized one, and the mistake would go
+unnoticed. With another tokenizer it would not: the dotted line.
+
 **An autoregressive model that sees its own answer.** Forget to move the tokens on by one position, and the loss falls to nearly
 nothing within a minute, while what is drawn is garbage: at each position the model copies the token that it is asked for. You need not train
 to find out. Look at who sees whom, as in section 4. The diagonal shows it: no token may move the logits of its own position. (In the right picture the
@@ -838,7 +848,7 @@ first token is seen by nobody; that comes from how we move them back.)
 draw_influence(
     {
         "as it should be": influence(CausalTransformer),
-        "not moved on by one place": influence(CausalTransformer, -1),
+        "not moved on by one position": influence(CausalTransformer, -1),
     }
 )
 
