@@ -22,6 +22,7 @@ def decode_flops(model: Transformer, how: SamplingConfig, text_tokens: int) -> t
     tokens = torch.zeros(1, model.config.tokens, dtype=torch.long)
     text = Context(torch.zeros(1, text_tokens, model.config.text_width), torch.ones(1, text_tokens, dtype=torch.bool))
     low = [tokens.new_zeros(1, model.config.low_grid**2)] if model.config.low_layers else []
+    low += [tokens] if model.config.draft else []  # the two tokenizers that make a draft are left out
     memories: list[Any] = []
     once = count_flops(lambda: memories.extend(model.memory(c, *low) for c in (text, null_text(text))))
     logits_fn, t = guided(model, *memories, how.guidance), get_guidance(how.guidance)

@@ -719,6 +719,7 @@ def image_flops(config):
         tokens = torch.zeros(1, c.tokens, dtype=torch.long, device="meta")
         texts = torch.zeros(1, config.text_tokens, c.text_width, device="meta")
         low = [tokens.new_zeros(1, c.low_grid**2)] if c.low_layers else []
+        low += [tokens] if c.draft else []  # notebook 8
         memory = parts[name].memory(Context(texts, texts[:, :, 0] == 0), *low)
         branch = count_flops(lambda name=name, x=tokens, m=memory: parts[name](x, m))
         branches = sum(1 + (scale(i / (how.steps - 1)) != 0) for i in range(how.steps))
