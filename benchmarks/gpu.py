@@ -38,6 +38,7 @@ from minimuse.train import train_transformer
 from minimuse.train_budget import duration, matmul_ceiling, si, stage_budget
 from minimuse.train_engine import Engine
 from minimuse.utils import pick_device
+from minimuse.vqgan import draft_tokens
 
 PARTS, BATCHES = ("sampling", "training"), (64, 32, 16, 8)
 
@@ -188,14 +189,16 @@ def _steps(
     """Seconds of training steps, after three that compile and warm up. What they hold is free again afterwards."""
     torch.compiler.reset()
     with torch.device(device):
-        model = build(config)[stage]
+        parts = build(config)
+    model, draft = parts[stage], partial(draft_tokens, parts["low_tokenizer"], parts["high_tokenizer"])
     sizes, n = getattr(config, stage), 4 * batch
     tokens = torch.randint(sizes.codebook_size, (n, sizes.tokens))
     low = torch.randint(sizes.low_codebook_size, (n, sizes.low_grid**2)) if sizes.low_layers else None
     texts = [[torch.randn(config.text_tokens, sizes.text_width)]] * n
     how = replace(config.stages[stage], steps=10**6, batch=batch, eval_every=10**9)
     engine = Engine(device=device if device.type == "cpu" else None, bf16=True, compile=compiled)
-    steps = train_transformer(model, how, tokens, texts, low_tokens=low, stage=stage, engine=engine)
+    options = {"low_tokens": low, "draft": draft if sizes.draft else None, "stage": stage, "engine": engine}
+    steps = train_transformer(model, how, tokens, texts, **options)
     for _ in range(3):
         next(steps)
     return [timed(partial(next, steps), device) for _ in range(rounds)]
