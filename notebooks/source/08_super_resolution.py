@@ -18,6 +18,7 @@ import math
 import os
 import time
 
+import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_join_memory, check_multi_axis
@@ -31,7 +32,7 @@ from minimuse.plots import film, grid, show, style
 from minimuse.utils import area_downsample, to_float, to_pil
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
-CHECKPOINT = "nano"  # a shipped name or a folder
+CHECKPOINT = "toy"  # a shipped name or a folder
 PICTURES = 3 if FAST else 6  # a row of pictures
 SCENES = 12 if FAST else 96  # held-out scenes to measure losses on
 LARGEST = 32 if FAST else 64  # tokens a side of the largest grid that we time
@@ -206,6 +207,9 @@ $W$ projects the language model's vectors to the transformer's width, LN is laye
 transformer of its own (16 layers in the paper): the **low-res encoder**. "Concatenated along the sequence" means
 just this: one list after the other.
 """
+
+# %%
+diagrams.memory(muse.config)
 
 # %%
 from minimuse.transformer import SuperRes, Transformer
@@ -405,7 +409,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-Each token reads around its own place. Nobody told it where that is: coarse and fine grids have position embeddings of
+Each token reads mostly around its own place. Nobody told it where that is: coarse and fine grids have position embeddings of
 their own, and both are learned. Ours begin as waves of the place in the picture, the same for both grids, which makes
 the match easy to learn.
 """
@@ -759,17 +763,19 @@ grid(
 
 # %% [markdown]
 r"""
-Search for differences; there are some, at the edges. The lower a token's uncertainty, the less is lost by drawing many at once,
+Search for differences: you will find few, at the edges. The lower a token's uncertainty, the less is lost by drawing many at once,
 just as section 1 foretold. So the paper affords a third of the base model's steps for 16 times the tokens.
 
-And where does a picture's identity lie? Above, we let the coarse tokens stand and draw the fine ones with other seeds;
-below, we draw everything with other seeds.
+And where does a picture's identity lie? In the upper row, we keep the coarse tokens and draw the fine ones with other
+seeds. We draw them at temperature 1: by default, super-resolution takes the most likely tokens, and all seeds give the same
+picture. In the lower row, we draw everything with other seeds.
 """
 
 # %%
-again = refine("a large red cube", coarse.repeat(PICTURES, 1), seed=10)
+again = refine("a large red cube", coarse.repeat(PICTURES, 1), seed=10, sampling_temperature=1.0)
 anew = muse.generate("a large red cube", n=PICTURES, seed=10)
 spread = [torch.cat([from_pil(i, fine) for i in row]).std(0).mean() for row in (again, anew)]
+assert spread[0] < spread[1] / 2, "fine tokens decide more than details"
 print(
     f"mean standard deviation of a pixel: same coarse tokens {spread[0]:.3f}, other ones {spread[1]:.3f}"
 )
@@ -825,7 +831,7 @@ grid(
 r"""
 The coarse tokens win, in shape and in colour, and strong guidance changes little. The model does not *need* the text:
 in training all that a caption says was in the coarse grid as well, and there it was easier to find. What the text adds is what a coarse
-grid cannot show. (The detector's guess is also less sure here than usual; see how ragged the things are.)
+grid cannot show.
 """
 
 # %%
