@@ -147,6 +147,7 @@ class WorldEvaluator:
     def _tilted(self, log_q: Tensor) -> list[float]:
         """KL(p_t || q) from examples of p(x | y) of weight w = p(y | x)^t: E[w (log p + log w - log q)] / Z - log Z."""
         tilt = self.world.t * self.world.log_posterior(self.x)
+        tilt = tilt - tilt.max()  # a constant, which log Z takes back
         w, value = tilt.exp(), self.log_p + tilt - log_q
         sums = torch.stack([w, w * value, torch.ones_like(w)]).view(3, GROUPS, -1).sum(2)
         without = sums.sum(1, keepdim=True) - sums
