@@ -165,7 +165,7 @@ def toy() -> MuseConfig:
         stages={
             "low_tokenizer": tokenizing, "base": replace(masked, steps=10_000, text_lr_scale=0.1),
             "high_tokenizer": replace(tokenizing, steps=2500, batch=8),
-            "superres": replace(masked, steps=1900, batch=8),
+            "superres": replace(masked, steps=1200, batch=8),
             "decoder": replace(tokenizing, steps=500, batch=8, learning_rate=1e-3, **late),
         },
     )  # fmt: skip
