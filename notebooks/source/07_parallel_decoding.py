@@ -396,6 +396,13 @@ only repair what comes from drawing together. The errors that are left are the m
 those. That is why Muse is fast: most passes of a one-by-one decoder are spent on tokens that were already certain.
 """
 
+# %%
+if not FAST:
+    assert paired_difference(by_steps[4], by_steps[1]).low > 0.2, "the first steps bring little"
+    assert abs(paired_difference(by_steps[N], by_steps[16]).value) < 0.1, (
+        "the last steps count, too"
+    )
+
 # %% [markdown]
 r"""
 ## 5. Which
