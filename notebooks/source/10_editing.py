@@ -546,11 +546,18 @@ plt.show()
 r"""
 The hare and the tortoise: compare the lines after the first iterations, and then at the end (and read the intervals before the lines). The old
 caption pushes only where the captions differ. But an edit has no end at which the pushing stops. Once the picture has turned, "not
-green" goes on driving it, past red, towards pictures that no caption describes. Without guidance nothing drives it any further.
+green" goes on driving it, past red, towards pictures that no caption describes. Without guidance nothing drives it any further: the slowest way
+at first is the best one in the end.
 
 So use a negative prompt for few iterations, or a small $t$. A remedy to try: five iterations against the old caption, and `muse.edit` once more on the result,
 with `guidance=0.0`.
 """
+
+# %%
+if not FAST:
+    slow, *guided_ways = edited_right.values()
+    assert slow[3] <= min(way[3] for way in guided_ways), "no guidance is not the slowest at first"
+    assert slow[50] > max(way[50] for way in guided_ways), "no guidance is not the best in the end"
 
 # %% [markdown]
 r"""
