@@ -139,8 +139,8 @@ MUTANTS = [
     Mutant(
         "condition_lost",
         "transformer",
-        "return super().memory(context, self.low_norm(low))",
-        "return super().memory(context)",
+        "memory = super().memory(context, self.low_norm(low))",
+        "memory = super().memory(context)",
         "The low-res tokens are encoded and never passed on: super-resolution paints from the text alone.",
     ),
     Mutant(
