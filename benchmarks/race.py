@@ -304,7 +304,8 @@ def superres_flops(config: MuseConfig, text_tokens: int = 16) -> int:
             torch.zeros(1, text_tokens, config.base.text_width), torch.ones(1, text_tokens, dtype=torch.bool)
         )
         x, low = (torch.zeros(1, c.tokens, dtype=torch.long) for c in (config.superres, config.base))
-        return count_flops(lambda: MaskedLoss(model)(x, x == 0, context, low, x.numel())[0].backward())
+        loss = MaskedLoss(model, (lambda low: x) if config.superres.draft else None)
+        return count_flops(lambda: loss(x, x == 0, context, low, x.numel())[0].backward())
 
 
 def watched(run: Any, name: str) -> None:

@@ -21,7 +21,7 @@ _spec.loader.exec_module(zoo)
 NAMES = [mutant.name for mutant in zoo.MUTANTS]
 
 TINY = replace(preset("nano").superres, codebook_size=8, low_codebook_size=8, text_width=4, width=16, mlp_width=16)
-TINY = replace(TINY, grid=4, low_grid=2, block=0, layers=1, low_layers=1)
+TINY = replace(TINY, grid=4, low_grid=2, block=0, layers=1, low_layers=1, draft=False)
 
 
 def seeded(seed=0):

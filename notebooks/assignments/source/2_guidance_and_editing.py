@@ -743,7 +743,7 @@ def tiny_superres(lib):
         "mlp_width": 16,
         "grid": 4,
     }
-    small |= {"low_grid": 2, "block": 0, "layers": 1, "low_layers": 1}
+    small |= {"low_grid": 2, "block": 0, "layers": 1, "low_layers": 1, "draft": False}
     torch.manual_seed(0)
     return lib.transformer.SuperRes(replace(preset("nano").superres, **small)).eval()
 
