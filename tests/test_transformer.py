@@ -522,7 +522,7 @@ def test_a_draft_reaches_its_own_position_and_guidance_keeps_it():
 
 def test_a_draft_is_given_exactly_where_the_model_reads_one():
     low, draft = tokens(high=9), tokens(n=64, high=V)
-    with pytest.raises(ValueError, match="give a draft if config.draft is True"):
+    with pytest.raises(ValueError, match=r"give a draft if config\.draft is True"):
         drafted().memory(context(), low)
     with pytest.raises(ValueError, match="and only then"):
         superres().memory(context(), low, draft)

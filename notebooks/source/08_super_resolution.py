@@ -117,9 +117,9 @@ with torch.inference_mode():
     blank_low = torch.full_like(low, muse.base.mask_id)
     blank_high = torch.full_like(high, muse.superres.mask_id)
     of_base = token_entropy(muse.base(blank_low, muse.base.memory(text)))
-    of_superres = token_entropy(muse.superres(
-            blank_high, muse.superres.memory(text, *muse.low_condition(low))
-        ))
+    of_superres = token_entropy(
+        muse.superres(blank_high, muse.superres.memory(text, *muse.low_condition(low)))
+    )
 
 figure, ax = plt.subplots(figsize=(7, 3))
 edges = torch.linspace(0, math.log(muse.config.base.codebook_size), 30).tolist()
@@ -471,7 +471,9 @@ with torch.inference_mode():
     memory_of_all = model.memory(text, *muse.low_condition(low))
     first = model(blank_high, memory_of_all).argmax(-1)  # the best guess, nothing revealed
     shown = [muse.high_tokenizer.decode(t[:3]) for t in (draft, first, high)]
-right = {name: (t == high).float().mean().item() for name, t in (("draft", draft), ("model", first))}
+right = {
+    name: (t == high).float().mean().item() for name, t in (("draft", draft), ("model", first))
+}
 for name, share in right.items():
     print(f"{name}: {share:.0%} of the fine tokens are right")
 assert right["draft"] < right["model"]
