@@ -16,6 +16,7 @@ Writes toy.json, toy.md and toy_sweep.png into --out; with --docs also into this
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from timing import HERE, machine, markdown, save, write_readme
 
+from minimuse import checkpoint
 from minimuse.data_captions import RELATION_PHRASES
 from minimuse.data_scenes import MATERIALS, SIZES
 from minimuse.eval_metrics import Estimate, paired_difference, proportion_interval
@@ -56,6 +59,7 @@ PROMPTS = (  # what the table says of a task, which metric it shows, and the bar
 def run(name: str, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Measure one part -> its report, with the derived metrics."""
     report = measure(name, out, **options)
+    report["settings"]["weights of base"] = base_weights(checkpoint.find(name))
     paths = {task: out / "tasks" / f"{task}.json" for task in report["tasks"]}
     values = {task: json.loads(path.read_text(encoding="utf-8"))["values"] for task, path in paths.items()}
     for task, columns in values.items():
@@ -64,6 +68,15 @@ def run(name: str, out: Path, options: dict[str, Any]) -> dict[str, Any]:
             found[f"right, less {RISING[task]}"] = paired(columns["right"], values[RISING[task]]["right"], columns)
         report["tasks"][task] |= json.loads(json.dumps(found))
     return report
+
+
+def base_weights(folder: Path) -> str:
+    """SHA-256 of the networks that draw base pictures. Another super-resolution changes no metric of `base` or `sweep`."""
+    sha = hashlib.sha256()
+    for key, tensor in sorted(load_file(folder / checkpoint.WEIGHTS).items()):
+        if key.startswith(("base.", "low_tokenizer.")):
+            sha.update(key.encode() + tensor.numpy().tobytes())
+    return sha.hexdigest()
 
 
 def proportion(successes: Sequence[bool], values: dict[str, list[Any]], rows: Sequence[int]) -> Estimate:
@@ -173,6 +186,18 @@ def cascade_table(tasks: dict[str, dict[str, Any]]) -> str:
             f"the text gains {cell(superres['right, gain over no text'])} points".replace("%", ""),
         ],
     ]
+    if "gmsd, true less true bicubic" in superres:
+        psnr, gmsd, perceptual = (
+            superres[f"{name}, true less true bicubic"] for name in ("psnr", "gmsd", "perceptual")
+        )
+        rows.append(
+            [
+                "super-resolution of real low tokens, less bicubic",
+                f"{cell([*psnr[:4], '+.2f'])} dB",
+                f"GMSD {cell([*gmsd[:4], '+.4f'])}, perceptual distance {cell([*perceptual[:4], '+.4f'])}; "
+                "of both, lower is better",
+            ]
+        )
     if "decoder" in tasks:
         found = tasks["decoder"]
         psnr = Estimate(*found["psnr, gain"][:4], ".2f")

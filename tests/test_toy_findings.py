@@ -150,13 +150,16 @@ def test_the_tables_show_what_was_measured(stored):
 
 def test_the_shipped_weights_were_measured(stored):
     """Other weights need other metrics."""
-    weights = {"checkpoint": "toy", "detector": "detector", "clip": "clip"}
+    base = toy_findings.base_weights(checkpoint.find("toy"))
     for name, part in stored["parts"].items():
+        assert part["settings"]["weights of base"] == base, f"{name}: another base model"
+        weights = {"detector": "detector", "clip": "clip"} | ({"checkpoint": "toy"} if name == "cascade" else {})
         for label, folder in weights.items():
             content = (checkpoint.SHIPPED / folder / checkpoint.WEIGHTS).read_bytes()
             found = hashlib.sha256(content).hexdigest()
             assert part["settings"][f"weights of {label}"] == found, f"{name}: other weights of the {label}"
-        assert (part["settings"]["n"], part["settings"]["seed"]) == (300 if name == "sweep" else 1000, 1000)
+        n = {"base": 1000, "cascade": 200, "sweep": 300}[name]
+        assert (part["settings"]["n"], part["settings"]["seed"]) == (n, 1000)
 
 
 def test_no_rising_guidance_differs_from_constant_guidance(stored):
