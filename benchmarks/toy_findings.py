@@ -71,7 +71,7 @@ def run(name: str, out: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def base_weights(folder: Path) -> str:
-    """SHA-256 of the networks that draw base pictures. Another super-resolution changes no metric of `base` or `sweep`."""
+    """SHA-256 of the networks of base pictures. Another super-resolution changes no metric of `base` or `sweep`."""
     sha = hashlib.sha256()
     for key, tensor in sorted(load_file(folder / checkpoint.WEIGHTS).items()):
         if key.startswith(("base.", "low_tokenizer.")):
