@@ -237,6 +237,8 @@ print("attend (B, 1, 1, L + K):", tuple(memory.attend.shape))
 r"""
 ### Exercise 8.1: join the two
 
+*Difficulty 1 of 3, about 5 minutes.*
+
 Write the heart of it yourself. Text entries come with a mask, `True` at real text and `False` at padding; coarse
 entries have no padding. Return the joined entries and the joined mask.
 """
@@ -409,7 +411,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-Each token reads mostly around its own place. Nobody told it where that is: coarse and fine grids have position embeddings of
+Most tokens read near their own place, but not only there. (The draft, below, already says what stands at each position,
+so this model needs the map less than the paper's would.) Nobody told a token where its place is: coarse and fine grids have position embeddings of
 their own, and both are learned. Ours begin as waves of the place in the picture, the same for both grids, which makes
 the match easy to learn.
 """
@@ -690,6 +693,8 @@ For nano's grid either would do. At the paper's size the difference decides whet
 r"""
 ### Exercise 8.2: the same by masks
 
+*Difficulty 2 of 3, about 15 minutes.*
+
 Write multi-axis attention without any reshape: as full attention under two masks, one for the first half of the heads
 and one for the second. It saves nothing, and it must give the same numbers. (`F.scaled_dot_product_attention` takes
 `attn_mask`, `True` where a token may look.) Such a slow twin is how one tests a fast function.
@@ -841,13 +846,13 @@ red = coarse_of("a large red cube", 1)
 draws = torch.Generator().manual_seed(0)
 shuffled = red[:, torch.randperm(red.shape[1], generator=draws)]
 noise = torch.randint(muse.config.base.codebook_size, red.shape, generator=draws)
-half = red.shape[1] // 2
+half = 3 * muse.config.base.grid  # the first three rows
 collage = torch.cat([red[:, :half], blue[:1, half:]], dim=1)
 wrong = {
     "as drawn": red,
     "shuffled places": shuffled,
     "random codes": noise,
-    "upper half red, lower blue": collage,
+    "above red, below blue": collage,
 }
 with torch.inference_mode():
     coarse_pictures = [
