@@ -522,9 +522,9 @@ for t in MEANS:
     pairs[f"falling, {2 * t:g} to 0"] = against(measure(guidance=rising(0.0, 2 * t)), constant[t])
 figure, axes = plt.subplots(1, 2, figsize=(10, 2.6), sharey=True)
 for k, (ax, name) in enumerate(zip(axes, ("fraction right", "variety of position"), strict=True)):
-    for row, gain in enumerate(gains[k] for gains in pairs.values()):
-        ax.plot([gain.low, gain.high], [row, row], color=f"C{k}")
-        ax.plot(gain.value, row, "o", color=f"C{k}")
+    for row, less in enumerate(both[k] for both in pairs.values()):
+        ax.plot([less.low, less.high], [row, row], color=f"C{k}")
+        ax.plot(less.value, row, "o", color=f"C{k}")
     ax.axvline(0, color="k", lw=1, ls=":")
     ax.set(xlabel=f"{name}, less constant {MEANS[0]:g}")
 axes[0].set_yticks(range(len(pairs)), list(pairs))
