@@ -846,13 +846,13 @@ red = coarse_of("a large red cube", 1)
 draws = torch.Generator().manual_seed(0)
 shuffled = red[:, torch.randperm(red.shape[1], generator=draws)]
 noise = torch.randint(muse.config.base.codebook_size, red.shape, generator=draws)
-half = 3 * muse.config.base.grid  # the first three rows
+half = red.shape[1] // 2
 collage = torch.cat([red[:, :half], blue[:1, half:]], dim=1)
 wrong = {
     "as drawn": red,
     "shuffled places": shuffled,
     "random codes": noise,
-    "above red, below blue": collage,
+    "upper half red, lower blue": collage,
 }
 with torch.inference_mode():
     coarse_pictures = [
