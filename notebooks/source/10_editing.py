@@ -147,9 +147,7 @@ def pixels(image):
 
 with torch.inference_mode():
     plain = muse.high_tokenizer.decode(muse.high_tokenizer.encode(pixels(source)[None]))[0]
-varied = {"sampling_temperature": 1.0}  # the defaults would draw the same tokens again
-drawn = muse.inpaint(source, dot, prompt, n=8, seed=0, keep=False, superres=varied, **varied)
-dotted = [pixels(i) for i in drawn]
+dotted = [pixels(i) for i in muse.inpaint(source, dot, prompt, n=8, seed=0, keep=False)]
 change = torch.stack([(x - plain).abs().amax(0) for x in dotted]).amax(0)  # (H, W)
 changed = int((change > 2 / 255).sum())
 print(f"pixels that changed by more than one of 255 levels: {changed}")
