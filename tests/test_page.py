@@ -256,7 +256,7 @@ def test_a_page_that_asks_elsewhere_is_caught(browser, server):
 def test_a_prompt_streams_and_gives_its_picture(page, muse, folder, tmp_path, monkeypatch, capsys):
     page.get_by_label("Prompt").fill(B)
     page.get_by_label("Seed").fill("7")
-    assert press(page, "Draw").startswith("Done in 32 steps, seed 7"), page.evaluate("window.told")
+    assert press(page, "Draw").startswith("Done in 24 steps, seed 7"), page.evaluate("window.told")
     made = picture(page)
     assert same(made, muse.generate(B, seed=7)[0]), "the page draws what the library draws"
     states, told = page.evaluate("window.states"), page.evaluate("window.told")
@@ -308,7 +308,7 @@ def test_the_slider_goes_back_through_the_steps(page):
     page.keyboard.press("Enter")
     page.get_by_text("Base model, step 2").wait_for()
     assert not same(picture(page), end), "a state on the way is shown"
-    page.get_by_label("number input for Back through the steps").fill("33")
+    page.get_by_label("number input for Back through the steps").fill("25")
     page.keyboard.press("Enter")
     page.get_by_text("Done in").wait_for()
     assert same(picture(page), end), "behind the last step stands the picture"
@@ -346,7 +346,7 @@ def test_extend_and_change(page, tmp_path):
     assert np.array_equal(np.asarray(new.convert("RGB"))[:, :64], pixels), "mine come back bit for bit"
     page.get_by_role("tab", name="Change all").click()
     page.get_by_label("number input for Iterations").fill("3")
-    assert press(page, "Change").startswith("Done in 19 steps"), page.evaluate("window.told")
+    assert press(page, "Change").startswith("Done in 11 steps"), page.evaluate("window.told")
     settings = settings_of(picture(page))
     assert {"task": "edit", "iterations": 3, "guidance": 4, "fraction": 0.08}.items() <= settings.items(), f"{settings}"
     page.get_by_label("number input for Back through the steps").fill("1")
