@@ -336,7 +336,8 @@ class Stage:
         for optimizer in (o for optimizers in self.optimizers.values() for o in optimizers):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, step) * group.get("lr_scale", 1.0)
-            optimizer.step()
+            with nullcontext() if utils.fast_bf16(self.engine.device) else utils.NoBfloat16():
+                optimizer.step()
         if self.averages:
             get_ema_multi_avg_fn(self.config.ema)(self.averages, [p.detach() for p in self.trained["model"]], None)
 

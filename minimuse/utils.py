@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 # --- checks of settings -----------------------------------------------------------------------------------------------
 
@@ -208,6 +209,13 @@ def precision(device: torch.device, bf16: bool | None = None) -> AbstractContext
     """A context: matrix products in bf16 where that is fast (None), always or never; weights and losses stay fp32."""
     fast = fast_bf16(device) if bf16 is None else bf16
     return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
+
+
+class NoBfloat16(TorchFunctionMode):
+    """Inside, `x.bfloat16()` is a float32 copy: for torch's Muon, on a CPU that multiplies bf16 slowly."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].float().clone() if func is Tensor.bfloat16 else func(*args, **kwargs or {})
 
 
 # --- seeds ------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from minimuse.train_engine import (
     random_features,
 )
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
+from minimuse.utils import NoBfloat16
 from minimuse.vqgan import VQGAN
 
 V, D_LM, N = 8, 6, 16
@@ -478,3 +479,21 @@ def test_like_codes_begin_alike():
 def test_a_device_that_is_not_here_is_refused(device):
     with pytest.raises(ValueError, match=f"device '{device}' is not on this machine"):
         Engine(device=device)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_muon_multiplies_in_float32_where_bf16_is_slow(fast, monkeypatch):
+    """An emulated bf16 product takes many times as long, and Muon makes dozens in a step."""
+    monkeypatch.setattr("minimuse.utils.fast_bf16", lambda device: fast)
+    seen, real = set(), torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda x, *args, **rest: (seen.add(x.dtype), real(x, *args, **rest))[1])
+    run(transformer(), replace(CFG, optimizer="muon"), steps=1)
+    assert seen == {torch.bfloat16 if fast else torch.float32}
+
+
+def test_inside_no_bfloat16_the_original_stays():
+    x = torch.ones(2)
+    with NoBfloat16():
+        y = x.bfloat16().mul_(2)
+    assert y.dtype == torch.float32
+    assert x.equal(torch.ones(2))
