@@ -124,7 +124,7 @@ def test_from_pictures_to_tables(tiny_muse, tmp_path, monkeypatch, capsys):
         asked = [k for k in toy_findings.PARTS[part]["tasks"] if k != "decoder"]
         assert {*report["parts"][part]["tasks"]} == {*asked}
         assert "right, left" in report["parts"][part]["tasks"]["relations"]
-    assert toy_findings.cascade_table(report["parts"]["cascade"]["tasks"]).count("\n") == 2 + 8, (
+    assert toy_findings.cascade_table(report["parts"]["cascade"]["tasks"]).count("\n") == 2 + 9, (
         "no decoder without a run"
     )
     assert f"## {toy_findings.TITLES['cascade']}" in (tmp_path / "out" / "toy.md").read_text(encoding="utf-8")
