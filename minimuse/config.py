@@ -142,7 +142,7 @@ def nano() -> MuseConfig:
 
 
 def toy() -> MuseConfig:
-    """64 px (8x8 tokens) -> 128 px (32x32 tokens), the paper's 16-fold ratio: 90 minutes of training on 2 CPU cores."""
+    """64 px (8x8 tokens) -> 128 px (32x32 tokens), the paper's 16-fold ratio: trains on 2 CPU cores in hours."""
     small = nano()
     low = replace(
         small.low_tokenizer, image_size=64, codebook_size=512, code_dim=16,
