@@ -1,16 +1,11 @@
-"""Pictures to look at, as PIL images: grids, films, token masks, curves, trade-offs; and source code.
+"""Pictures to look at, as PIL images: grids, films, token masks, curves, trade-offs.
 
 B pictures, h w token grid, N = h w. Not here: saving, which is the image's own `.save(path)`.
 """
 
-import base64
-import inspect
 import io
 import math
-import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,14 +61,6 @@ def _wrapped(words: list[str], width: int, font: Any) -> list[str]:
     return lines
 
 
-def film_strip(frames: Sequence[Images], titles: Sequence[str] | None = None, scale: int | None = None) -> Image.Image:
-    """Steps, each a PIL image, several, or (B, 3, H, W) -> a strip: steps are columns, rows the batch, titles below."""
-    frames = [_enlarged([frame] if isinstance(frame, Image.Image) else frame, scale) for frame in frames]
-    pictures = [picture for row in zip(*frames, strict=True) for picture in row]
-    titles = titles and [""] * (len(pictures) - len(frames)) + list(titles)
-    return grid(pictures, titles, len(frames), scale=1)
-
-
 def mask_overlay(image: Image.Image | Tensor, masked: Tensor) -> Image.Image:
     """A picture (3, H, W) or PIL, masked (N,) or (h, w) bool -> the picture with masked tokens as gray squares."""
     picture = to_pil(image[None])[0] if isinstance(image, Tensor) else image.convert("RGB")
@@ -111,33 +98,9 @@ def film(muse: Any, steps: Sequence[Step], row: int = 0, most: int = 12) -> Imag
     steps = [steps[i] for i in shown]
     frames = [mask_overlay(muse.picture(step)[row], step.masked[row]) for step in steps]
     titles = [f"{step.stage} {step.index + 1}: {int(step.masked[row].sum())} left" for step in steps]
-    return film_strip([frame.resize((side, side), Image.Resampling.NEAREST) for frame in frames], titles, scale=1)
-
-
-def animation(frames: Sequence[Image.Image], ms: int = 250) -> Any:
-    """Frames of one size -> a looping GIF that Jupyter plays: `ms` milliseconds each, 1.5 seconds the last."""
-    from IPython.display import HTML
-
-    first, *rest = [frame.convert("RGB").quantize(128, dither=0) for frame in frames]
-    file = io.BytesIO()
-    first.save(file, "GIF", save_all=True, append_images=rest, loop=0, duration=[ms] * len(rest) + [1500])
-    source = f"data:image/gif;base64,{base64.b64encode(file.getvalue()).decode()}"
-    width = first.width * max(1, round(240 / first.width))
-    return HTML(f'<img alt="animation" width="{width}" style="image-rendering: pixelated" src="{source}">')
-
-
-def style() -> None:
-    """Set matplotlib's defaults: small enough for a notebook, with colours that the colour-blind can tell apart."""
-    import matplotlib
-
-    warnings.filterwarnings("ignore", "Creating legend with loc")  # appears on a busy machine
-    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
-    matplotlib.rcParams |= {
-        "axes.prop_cycle": matplotlib.cycler(color=colors),
-        "figure.dpi": 80, "savefig.dpi": 80, "figure.figsize": (8, 3.2), "figure.constrained_layout.use": True,
-        "font.size": 11, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
-        "legend.frameon": False, "lines.linewidth": 2, "image.cmap": "viridis", "image.interpolation": "nearest",
-    }  # fmt: skip
+    return grid(
+        [frame.resize((side, side), Image.Resampling.NEAREST) for frame in frames], titles, len(frames), scale=1
+    )
 
 
 def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool] = (True, False)) -> list[int]:
@@ -200,16 +163,5 @@ def _drawn(figure: Any) -> Image.Image:
         axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     file = io.BytesIO()
-    figure.savefig(file, dpi=figure.dpi)  # else `style` sets it
+    figure.savefig(file, dpi=figure.dpi)  # else matplotlib's settings decide
     return Image.open(file).convert("RGB")
-
-
-def show(*things: Any) -> Any:
-    """Functions, classes or methods -> their source code for Jupyter, each below the name of its file."""
-    from IPython.display import Markdown
-
-    parts = []
-    for thing in things:
-        path = Path(inspect.getsourcefile(inspect.unwrap(thing)))
-        parts.append(f"# {path.parent.name}/{path.name}\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}")
-    return Markdown("```python\n" + "\n\n\n".join(parts) + "\n```")
