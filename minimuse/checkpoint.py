@@ -140,8 +140,7 @@ def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], n
             wrong.append(f"{key} holds {found[key].dtype}")
         elif not found[key].float().isfinite().all():  # float8 has no isfinite
             wrong.append(f"{key} holds NaN or infinity")
-    first = "; ".join(sorted(wrong)[:3])
-    require(not wrong, f"the weights of {str(name)!r} do not fit its config.json: {first}")
+    require(not wrong, f"the weights of {str(name)!r} do not fit its config.json: {'; '.join(sorted(wrong)[:3])}")
 
 
 def check_size(config: MuseConfig, folder: Path, whole: bool) -> None:

@@ -23,19 +23,14 @@ GAP = 8  # pixels between pictures
 LINE = 17  # pixels from one line of text to the next
 
 
-def _enlarged(images: Images, scale: int | None) -> list[Image.Image]:
-    """-> RGB pictures with pixels of scale x scale; None makes them about 160 wide."""
-    images = to_pil(images) if isinstance(images, Tensor) else list(images)
-    require(images, "no picture came: expected at least one")
-    scale = scale or max(1, round(160 / images[0].width))
-    return [i.convert("RGB").resize((i.width * scale, i.height * scale), Image.Resampling.NEAREST) for i in images]
-
-
 def grid(
     images: Images, captions: Sequence[str] | None = None, columns: int | None = None, scale: int | None = None
 ) -> Image.Image:
-    """Pictures and their captions -> one image, row by row. `columns` None: about as many as rows."""
-    cells = _enlarged(images, scale)
+    """Pictures and captions -> one image, row by row; by default about square, each picture about 160 pixels wide."""
+    images = to_pil(images) if isinstance(images, Tensor) else list(images)
+    require(images, "no picture came: expected at least one")
+    scale = scale or max(1, round(160 / images[0].width))
+    cells = [i.convert("RGB").resize((i.width * scale, i.height * scale), Image.Resampling.NEAREST) for i in images]
     captions = [""] * len(cells) if captions is None else captions
     require(len(captions) == len(cells), f"{len(captions)} captions for {len(cells)} pictures: give one each, or None")
     columns = min(columns or math.ceil(math.sqrt(len(cells))), len(cells))
@@ -86,10 +81,7 @@ def token_map(step: Step, row: int = 0, side: int = 384) -> Image.Image:
 
 
 def film(muse: Any, steps: Sequence[Step], row: int = 0, most: int = 12) -> Image.Image:
-    """The Steps of a decode -> a film strip of at most `most` of them, evenly spread, with the last of each stage.
-
-    Both stages have the width of the finished picture, at least 128 pixels. `row` picks the picture of the batch.
-    """
+    """The Steps of a decode -> a strip of up to `most`, evenly spread, for one `row` of the batch, 128 px or more."""
     require(steps, "no step came: collect them from muse.steps(...), or with callback=list.append")
     side = max(128, muse.config.high_tokenizer.image_size)
     shown = np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int)
@@ -114,10 +106,7 @@ def tradeoff(
     series: Mapping[str, Mapping[str, tuple[Any, Any]]], x: str, y: str, lower: tuple[bool, bool] = (True, False), *,
     log_x: bool = False,
 ) -> Image.Image:  # fmt: skip
-    """{series: {label: (x, y)}} of `Estimate`s -> a plot with intervals like Muse's figure 8, 900 x 600 pixels.
-
-    `x` and `y` name the axes, `lower` is as in `pareto_front`, which is drawn in gray.
-    """
+    """{series: {label: (x, y)}} of `Estimate`s -> a plot like Muse's figure 8, with the `pareto_front` in gray."""
     points = [(a.value, b.value) for pairs in series.values() for a, b in pairs.values()]
     require(points, "no point came: expected {series: {label: (x, y)}} with at least one")
     from matplotlib.figure import Figure
