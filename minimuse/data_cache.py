@@ -47,7 +47,7 @@ Make = Callable[[int, Record], Iterator[Tensor]]  # part -> its rows in pieces; 
 
 
 class Rows:
-    """A row per image, at most `limit`, on disk in parts: `rows[indices (B,)]` -> a copy (B, ...). Tokens become long."""
+    """At most `limit` rows, one an image, on disk in parts: `rows[indices (B,)]` -> a copy (B, ...), tokens as long."""
 
     def __init__(self, folder: Path, parts: int, limit: int = sys.maxsize):
         self.folder, self.limit = folder, limit
