@@ -90,8 +90,8 @@ def _guidance(text: str) -> float | tuple[float, ...] | str:
 
 GUIDANCES = "constant, rising, falling, interval, power-cosine"
 SAMPLERS = """muse, maskgit, amused, halton, lucidrains, meissonic, muse_pytorch, titok, maskgen, maskbit, llada,
-nanomaskgit, remdm_conf, p2, moment, klass, beta, token_critic, informed, mdlm, remdm_cap, remdm_rescale,
-choose_then_sample, eb, fast_dllm, fast_dllm_factor, top_p"""
+nanomaskgit, remdm_conf, remdm_loop, p2, moment, klass, beta, dilated, token_critic, informed, mdlm, remdm_cap,
+remdm_rescale, choose_then_sample, eb, entropy_sum, fast_dllm, fast_dllm_factor, top_p"""
 COUNT = _number(1, 10_000, int)
 MANY = _number(1, 1_000_000, int)
 COUNT_OR_0 = _number(0, 10_000, int)
