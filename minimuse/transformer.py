@@ -219,6 +219,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         self.mask_id = config.codebook_size  # the [MASK] token, one past the codebook
         self.apply(self._initialize)
+        nn.init.normal_(self.head.weight, std=0.02)
 
     def _initialize(self, module: nn.Module) -> None:
         """Choice: std 1/sqrt(fan in), less where layers write; queries and keys of cross-attention start equal."""
@@ -232,8 +233,6 @@ class Transformer(nn.Module):
             for name, weight in module.named_parameters():
                 if name.endswith(RESIDUAL_OUTPUTS):
                     weight.data.mul_((2 * self.config.layers) ** -0.5)
-        elif isinstance(module, Transformer):
-            nn.init.normal_(module.head.weight, std=0.02)
 
     def memory(self, context: Context, *extra: Tensor) -> Memory:
         """context (B, L, D_lm), extra entries (B, K, D) -> Memory of M = L + K entries.
