@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from typing import Any, Literal
 
-from minimuse import utils
 from minimuse.masking import ScheduleName
 from minimuse.sampler import SamplingConfig
 from minimuse.text import TextTokens
 from minimuse.transformer import TransformerConfig
-from minimuse.utils import Checked, Decay, Fraction, Natural, NonNegative, Positive, PositiveInt, Size, require
+from minimuse.utils import Checked, Decay, Fraction, Natural, NonNegative, Positive, PositiveInt, Size, check, require
 from minimuse.vqgan import GROUP, VQGANConfig
 
 FORMAT = "minimuse-1"  # of a checkpoint
@@ -176,7 +175,6 @@ def paper_3b() -> MuseConfig:
 
     Choice: the paper is silent on code_dim, text_tokens, heads (64 channels each), block, crop, adversarial_start (a
     quarter of the steps), discriminator_width (VQGAN's), the ranking noise (MaskGIT's 4.5) and both guidance scales.
-    States are saved every 5,000 steps, as the paper's averages need (A.1).
     """
     low = VQGANConfig(
         image_size=256, codebook_size=8192, code_dim=256, width=128, multipliers=(1, 1, 2, 2, 4), blocks=(2,) * 5,
@@ -188,7 +186,7 @@ def paper_3b() -> MuseConfig:
     tokenizing = StageConfig(
         steps=1_000_000, batch=256, learning_rate=1e-4, warmup=10_000, weight_decay=1e-4, betas=(0.9, 0.99),
         perceptual="lpips", discriminator_width=64, crop=256, adversarial_start=250_000,
-        save_every=5000, eval_every=5000,
+        save_every=5000, eval_every=5000,  # as the paper's averages need (A.1)
     )  # fmt: skip
     masked = StageConfig(
         steps=1_500_000, batch=512, learning_rate=1e-4, warmup=5_000, weight_decay=0.045, optimizer="adafactor",
@@ -234,4 +232,4 @@ to_dict = asdict  # a configuration as plain JSON values
 
 def from_dict(values: dict[str, Any]) -> MuseConfig:
     """The values of `to_dict` -> a configuration."""
-    return utils.check("MuseConfig", values, MuseConfig)
+    return check("MuseConfig", values, MuseConfig)
