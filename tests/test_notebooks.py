@@ -7,6 +7,8 @@ import importlib.util
 import inspect
 import io
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -67,7 +69,8 @@ def code(nb) -> str:
 
 def test_the_course_has_no_other_notebooks():
     assert set(NAMES) <= set(COURSE)
-    assert {path.stem for path in FOLDER.glob("*.ipynb")} <= set(NAMES), "a notebook without a source"
+    made = {path.stem.removesuffix("_yours") for path in FOLDER.glob("*.ipynb")}
+    assert made <= set(NAMES), "a notebook without a source"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,7 +85,9 @@ def test_form(name):
     assert 'bool(os.environ.get("MINIMUSE_FAST"))' in nb.cells[2].source, "the knobs are no third cell with FAST"
     assert sum("**Predict, then run.**" in text for text in texts) >= 2, "fewer than two questions"
     assert sum(text.startswith("### Exercise") for text in texts) >= 2, "fewer than two exercises"
-    assert sum("solution" in cell.metadata.get("tags", []) for cell in nb.cells) >= 2, "exercises without solutions"
+    blanks = (build.SOURCES / f"{name}.py").read_text(encoding="utf-8").count("### BEGIN SOLUTION")
+    folded = sum("solution" in cell.metadata.get("tags", []) for cell in nb.cells)
+    assert blanks + folded >= 2, "exercises without solutions"
     assert "show(" in code(nb), "it shows none of the package's source"
     for heading in ("## What failure looks like", "## Summary", "## Further reading"):
         assert any(text.startswith(heading) for text in texts), f"no {heading!r}"
@@ -229,6 +234,45 @@ def test_a_notebook_of_one_source(tmp_path, monkeypatch):
     assert x.source == "x = 1"
     assert solution.metadata["jupyter"]["source_hidden"] is True
     assert build.notebook("01_x") == build.notebook("01_x"), "cell ids are the same each time"
+
+
+# --- pictures and texts that are stored -------------------------------------------------------------------------------
+
+
+def test_a_repository_with_an_address_gives_a_badge_and_an_archive(tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/01_x.py").write_text('# %% [markdown]\nr"""\n# 1. X\n"""\n# %%\nx = 1\n', encoding="utf-8")
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "source")
+    monkeypatch.setattr(build, "CITATION", tmp_path / "CITATION.cff")
+    (tmp_path / "CITATION.cff").write_text("title: x\n", encoding="utf-8")
+    header, setup, _ = build.notebook("01_x").cells
+    assert "colab" not in header.source
+    assert '"MINIMUSE_ARCHIVE", "")' in setup.source
+    (tmp_path / "CITATION.cff").write_text('repository-code: "https://github.com/me/muse"\n', encoding="utf-8")
+    header, setup, _ = build.notebook("01_x").cells
+    assert "(https://colab.research.google.com/github/me/muse/blob/HEAD/notebooks/01_x.ipynb)" in header.source
+    assert '"https://github.com/me/muse/archive/HEAD.zip"' in setup.source
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_setup_installs_from_an_archive_outside_a_clone(installed, tmp_path, monkeypatch):
+    (tmp_path / "repository-main/notebooks").mkdir(parents=True)
+    archive = shutil.make_archive(str(tmp_path / "minimuse"), "zip", tmp_path, "repository-main")
+    (tmp_path / "empty/inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty/inner")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
+    setup = build.SETUP.replace("@archive@", "")
+    if not installed:
+        with pytest.raises(AssertionError, match="set MINIMUSE_ARCHIVE to the address"):
+            exec(setup, {})
+        monkeypatch.setenv("MINIMUSE_ARCHIVE", Path(archive).as_uri())
+    exec(setup, {})
+    folder = ".." if installed else "minimuse-course/repository-main"
+    assert [command[-1] for command in ran] == [] if installed else [f"{folder}[offline,eval]"]
+    assert Path(sys.path[-1]) == Path(folder) / "notebooks"
 
 
 def test_large_pictures_are_stored_as_jpeg_where_that_spares_much():
