@@ -4,6 +4,7 @@
 
 The sources are what people edit and review; Jupyter, VS Code and PyCharm open them as notebooks too. A notebook is
 written only when all of its cells ran. What each takes comes from measured.json, which `measure.py` writes.
+Where a source has ### BEGIN SOLUTION ... ### END SOLUTION, a second notebook NN_name_yours.ipynb has blanks there.
 Conventions for authors: README.md beside this file.
 """
 
@@ -82,9 +83,15 @@ def cells(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def notebook(name: str) -> nbformat.NotebookNode:
-    """A source by name -> its notebook, not yet executed: the header, the setup, then what the author wrote."""
-    header, *rest = cells((SOURCES / f"{name}.py").read_text(encoding="utf-8"))
+def notebook(name: str, blanks: bool = False) -> nbformat.NotebookNode:
+    """A source by name -> its notebook, not yet executed: the header, the setup, then what the author wrote.
+
+    With `blanks`, what stands between BEGIN and END SOLUTION is left for students to write.
+    """
+    text = (SOURCES / f"{name}.py").read_text(encoding="utf-8")
+    if blanks:
+        text = re.sub(r"### BEGIN SOLUTION.*?### END SOLUTION", "...  # your code", text, flags=re.DOTALL)
+    header, *rest = cells(re.sub(r" *### (BEGIN|END) SOLUTION\n", "", text))
     header = (header[0], header[1].replace(TAKES, takes(name)))
     nb = new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
     for i, (kind, text) in enumerate([header, ("code", SETUP), *rest]):
@@ -150,6 +157,8 @@ def store(name: str, nb: nbformat.NotebookNode) -> Path:
     new = path.with_suffix(".new")
     nbformat.write(nb, new)
     new.replace(path)
+    if (yours := notebook(name, blanks=True)) != notebook(name):
+        nbformat.write(yours, path.with_stem(f"{name}_yours"))
     return path
 
 
