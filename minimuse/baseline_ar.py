@@ -36,8 +36,6 @@ from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig, 
 from minimuse.utils import require
 from minimuse.vqgan import VQGAN
 
-# --- what all baselines share -----------------------------------------------------------------------------------------
-
 
 class LowRes(Muse):
     """Muse's base model by itself. Each baseline is a subclass. config: from `configure`; parts: from `build`."""
@@ -93,9 +91,6 @@ class LowRes(Muse):
         yield from cls(config, parts, trainer.encoder, **words).to(engine.device).fit(trainer)
         parts["base"] = engine.gather_full_model(parts["base"], lambda: cls.network(config))
         yield Progress("all", 1, 1, {}, cls(config, parts.eval(), trainer.encoder, **words).to(engine.device))
-
-
-# --- autoregression ---------------------------------------------------------------------------------------------------
 
 
 class CausalLayer(Layer):

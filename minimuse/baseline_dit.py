@@ -37,8 +37,6 @@ from minimuse.transformer import Layer, Memory, Transformer, TransformerConfig
 from minimuse.utils import Generators, PositiveInt, check, require, to_float, uniforms
 from minimuse.vqgan import VQGAN
 
-# --- the network ------------------------------------------------------------------------------------------------------
-
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (B, N, D), shift and scale (B, 1, D) -> (B, N, D). They replace the weights of the norm before it."""
@@ -125,9 +123,6 @@ class DiT(Transformer):
         return z * self.std + self.mean if back else (z - self.mean) / self.std
 
 
-# --- noise and training -----------------------------------------------------------------------------------------------
-
-
 def noise_levels(steps: int = 1000) -> Tensor:
     """a_s = product over r <= s of (1 - b_r), (S,) double, close to cos^2(pi / 2 (s + 1) / S) (arXiv 2102.09672, 3.2).
 
@@ -197,9 +192,6 @@ def train_dit(model: DiT, config: StageConfig, z: Tensor, texts: Any, **options:
     return train_network(NoiseLoss(model), losses, config, len(z), **options)
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------------
-
-
 def ddim(noise_fn: Callable[..., Tensor], x: Tensor, *, steps: int = 50) -> Iterator[tuple]:
     """Noise x ~ N(0, I) (B, d, h, w) -> T steps: u, x, estimate of the picture (DDIM, arXiv 2010.02502).
 
@@ -244,8 +236,7 @@ class Diffusion(LowRes):
         factor = self.config.high_tokenizer.image_size // self.config.low_tokenizer.image_size
         z = latents(self.low_tokenizer, Decimated(data.split(data.images), factor))
         eval_fn = trainer.log.samples("base", self.parts, self.examples, partial(self.generate, self.examples, seed=0))
-        options = {"engine": trainer.engine, "eval_fn": eval_fn}
-        return train_dit(self.base, stage, z, data.split(data.texts), **options)
+        return train_dit(self.base, stage, z, data.split(data.texts), engine=trainer.engine, eval_fn=eval_fn)
 
     @torch.inference_mode()
     def decode_base(self, jobs: Jobs, **sampling: Any) -> Iterator[Step]:

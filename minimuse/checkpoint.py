@@ -130,18 +130,15 @@ def read_configuration(path: Path) -> MuseConfig:
 
 def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str | Path) -> None:
     """ValueError if names or shapes of weights are not those of the configuration, or numbers are not finite."""
-    old, new = ({key: tuple(tensor.shape) for key, tensor in weights.items()} for weights in (expected, found))
-    wrong = [f"lacks {key}" for key in old.keys() - new.keys()]
-    wrong += [f"has {key}" for key in new.keys() - old.keys()]
-    for key in old.keys() & new.keys():
-        if old[key] != new[key]:
-            wrong.append(f"{key} is {new[key]}, not {old[key]}")
-        elif found[key].dtype.is_floating_point != expected[key].dtype.is_floating_point:
-            wrong.append(f"{key} holds {found[key].dtype}")
-        elif not found[key].float().isfinite().all():  # float8 has no isfinite
-            wrong.append(f"{key} holds NaN or infinity")
-    first = "; ".join(sorted(wrong)[:3])
-    require(not wrong, f"the weights of {str(name)!r} do not fit its config.json: {first}")
+
+    def kinds(weights: Mapping[str, Tensor]) -> dict[str, str]:
+        return {k: f"{'floats' if x.is_floating_point() else x.dtype} {tuple(x.shape)}" for k, x in weights.items()}
+
+    old, new = kinds(expected), kinds(found)
+    changed = [k for k in old | new if old.get(k) != new.get(k)]
+    wrong = [f"{k} is {new.get(k, 'missing')}, not {old.get(k, 'expected')}" for k in changed]
+    wrong += [f"{k} holds NaN or infinity" for k, x in found.items() if not x.float().isfinite().all()]
+    require(not wrong, f"the weights of {str(name)!r} do not fit its config.json: {'; '.join(sorted(wrong)[:3])}")
 
 
 def check_size(config: MuseConfig, folder: Path, whole: bool) -> None:

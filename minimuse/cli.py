@@ -90,8 +90,8 @@ def _guidance(text: str) -> float | tuple[float, ...] | str:
 
 GUIDANCES = "constant, rising, falling, interval, power-cosine"
 SAMPLERS = """muse, maskgit, amused, halton, lucidrains, meissonic, muse_pytorch, titok, maskgen, maskbit, llada,
-nanomaskgit, remdm_conf, p2, moment, klass, beta, token_critic, informed, mdlm, remdm_cap, remdm_rescale,
-choose_then_sample, eb, fast_dllm, fast_dllm_factor, top_p"""
+nanomaskgit, remdm_conf, remdm_loop, p2, moment, klass, beta, dilated, token_critic, informed, mdlm, remdm_cap,
+remdm_rescale, choose_then_sample, eb, entropy_sum, fast_dllm, fast_dllm_factor, top_p"""
 COUNT = _number(1, 10_000, int)
 MANY = _number(1, 1_000_000, int)
 COUNT_OR_0 = _number(0, 10_000, int)
@@ -133,9 +133,7 @@ def _option_groups() -> dict[str, argparse.ArgumentParser]:
     add("--seed", type=SEED, help="picture i uses seed + i (default: a random seed, which is printed)")
     add("--negative-prompt", type=str, help="what the pictures should not show")
     add(
-        "--guidance",
-        type=_guidance,
-        help=f"scale t of the base model, FIRST:LAST, or NAME:t, such as rising:4, of {GUIDANCES}",
+        "--guidance", type=_guidance, help=f"scale t of the base model, FIRST:LAST, or NAME:t, as rising:4: {GUIDANCES}"
     )
     add("--out", type=Path, help="PNG to write; picture i > 0 gets -i at the end of its name (default: a free name)")
     add("--film", action="store_true", help="also write a film strip of the decoding, as ...-film.png")
@@ -213,20 +211,10 @@ def _measuring_options(command: Callable) -> None:
     add("--amused", metavar="MODEL", help="these aMUSEd weights instead of a world; needs --data and --clip")
     add("--data", metavar="FOLDER", help="for --amused: captioned pictures, for prompts and FID")
     add("--clip", metavar="MODEL", help="for --amused: a CLIP of transformers")
-    add(
-        "--schedule",
-        type=_each(_name),
-        default=["cosine"],
-        help="such as cosine,pow2,optimal,bound2 (adaptive, 2 nats)",
-    )
+    add("--schedule", type=_each(_name), default=["cosine"], help="as cosine,pow2,optimal,bound2 (adaptive, 2 nats)")
     add("--order", type=_each(_name), default=["confidence"], help="comma-separated, the orders of generate")
     add("--sampler", "--preset", dest="preset", type=_each(_name), default=[], help=SAMPLERS + ", as in p2:0.5")
-    add(
-        "--guidance",
-        type=_each(_guidance),
-        default=[],
-        help="also the first schedule and order with each; worlds: only labels",
-    )
+    add("--guidance", type=_each(_guidance), default=[], help="first schedule and order with each; worlds: only labels")
     add("--steps", type=_each(COUNT), default=[4, 8, 16], help="comma-separated (default: 4,8,16)")
     add("--samples", type=MANY, help="number of samples (default: 4096 of a world, 512 of a model)")
     add("--out", type=Path, help="folder for the report: tables and figures")

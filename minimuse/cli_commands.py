@@ -32,8 +32,6 @@ SETTINGS = "guidance steps schedule order sampling_temperature choice_temperatur
 SETTINGS += "iterations fraction seed negative_prompt".split()
 NO_TEXT = "text_encoder= base_sampling.guidance=[0,0] superres_sampling.guidance=[0,0] edit_guidance=0".split()
 
-# --- drawing ----------------------------------------------------------------------------------------------------------
-
 
 def run_draw(args: argparse.Namespace) -> None:
     """Draw with a progress bar, and save the pictures with their settings."""
@@ -110,9 +108,6 @@ def run_app(args: argparse.Namespace) -> None:
     serve(args.checkpoint, host=args.host, port=args.port, device=args.device)
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
 def run_train(args: argparse.Namespace) -> None:
     """Run all stages with a progress bar each, then save the checkpoint."""
     from minimuse.train import train_muse
@@ -160,10 +155,7 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def _configuration(args: argparse.Namespace) -> tuple[Any, Any, Muse | None]:
-    """Configuration and data of a preset, a JSON file, --from or the run to resume, with the changes of --set.
-
-    Paths become absolute, so that a run may be resumed from another folder.
-    """
+    """Configuration and data of a preset, a JSON file, --from or the run to resume, with --set and absolute paths."""
     from minimuse.data_sources import open_source
     from minimuse.train_state import RUN, finetuned, open_start, read_run
 
@@ -227,8 +219,7 @@ def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
 
     require(not args.model, "--dry-run counts a whole Muse, not a baseline; leave out --model")
     device = pick_device(args.device)
-    encoder = text_encoder(config, device)
-    print(preview(TrainingData(args.out / "cache", source, config, encoder, device=device)))
+    print(preview(TrainingData(args.out / "cache", source, config, text_encoder(config, device), device=device)))
     ceiling = args.ceiling and args.ceiling * 1e12
     print(report(config, args.accelerators, ceiling=ceiling, memory_gb=args.memory, checkpointing=args.recompute))
 
@@ -269,9 +260,6 @@ def run_reconstruct(args: argparse.Namespace) -> None:
     sheet, text = compare_tokenizers(muse, read_pictures(args.pictures, muse.config.high_tokenizer.image_size, MOST))
     sheet.save(out)
     print(f"{out}\n{text}")
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def run_compare(args: argparse.Namespace) -> None:

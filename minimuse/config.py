@@ -232,6 +232,6 @@ def preset(name: str) -> MuseConfig:
 to_dict = asdict  # a configuration as plain JSON values
 
 
-def from_dict(values: dict[str, Any], cls: type = MuseConfig) -> Any:
+def from_dict(values: dict[str, Any]) -> MuseConfig:
     """The values of `to_dict` -> a configuration."""
-    return utils.check(cls.__name__, values, cls)
+    return utils.check("MuseConfig", values, MuseConfig)

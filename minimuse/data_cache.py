@@ -47,10 +47,7 @@ Make = Callable[[int, Record], Iterator[Tensor]]  # part -> its rows in pieces; 
 
 
 class Rows:
-    """A tensor with a row per image, on disk in parts: `rows[indices (B,)]` -> Tensor (B, ...), a copy.
-
-    At most `limit` rows are read. Tokens become long.
-    """
+    """At most `limit` rows, one an image, on disk in parts: `rows[indices (B,)]` -> a copy (B, ...), tokens as long."""
 
     def __init__(self, folder: Path, parts: int, limit: int = sys.maxsize):
         self.folder, self.limit = folder, limit
@@ -79,10 +76,7 @@ class Rows:
             yield record
 
     def fill(self, make: Make, rank: int = 0, processes: int = 1) -> Iterator[tuple[int, int]]:
-        """Compute the missing ones of parts rank, rank + processes, ... -> (done, of how many).
-
-        Each process computes its fraction of `limit`, or somewhat more.
-        """
+        """Compute the missing ones of parts rank, rank + processes, ..., up to `limit` -> (done, of how many)."""
         mine = range(rank, len(self.paths), processes)
         rows = 0
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -294,8 +288,7 @@ class TrainingData:
 
     def captions(self) -> list[tuple[str, ...]]:
         """The captions of all examples read so far, in order."""
-        rows = [tuple(texts) for record in self._first.records() for texts in record["captions"]]
-        return rows[: self._first.limit]
+        return [tuple(x) for record in self._first.records() for x in record["captions"]][: self._first.limit]
 
     def split(self, rows: Any, held_out: bool = False) -> Subset:
         """Rows of all examples -> those to train on, or every 50th, held out. Of fewer than 50, all serve for both."""

@@ -128,13 +128,7 @@ OTHER, CROPPED = "neither image nor caption", "cropped by more than half"  # the
 
 @dataclass
 class Problems:
-    """What a reader left out or cut away.
-
-    >>> problems = Problems(seen=9)
-    >>> problems.add("damaged", "a.png")
-    >>> problems.summary()
-    'left out 1 of 9 images: 1 damaged (a.png)'
-    """
+    """What a reader left out or cut away, such as "left out 1 of 9 images: 1 damaged (a.png)"."""
 
     seen: int = 0  # all images, good ones included
     names: dict[str, list[str]] = field(default_factory=dict)  # kind of problem -> the files that have it

@@ -297,10 +297,7 @@ class TableDataset(FileSource):
 
 
 def open_source(spec: str | Path, config: MuseConfig, *, seed: int = 0, reading: Reading = Reading()) -> Source:
-    """What to train on -> a source: "scenes" (a folder of that name is ./scenes), a folder, shards, or a hub id.
-
-    Without a language model in `config`, images need no captions.
-    """
+    """What to train on -> a source; "scenes" is no folder. Without a language model, images need no captions."""
     require(isinstance(spec, str | Path), f"data is {spec!r}; give a text or a path")
     reading, split = reading._replace(captioned=bool(config.text_encoder)), reading.split
     if spec == "scenes":

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimuse.utils import to_float, to_uint8
+from minimuse.utils import require, to_float, to_uint8
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, H, W) twice -> ()
 Features = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B, D)
@@ -24,11 +24,7 @@ Values = Tensor | Sequence[float]
 
 
 class Estimate(NamedTuple):
-    """A value with its 95% interval, over n pictures or pairs. `format` is how it is printed.
-
-    >>> print(proportion_interval(torch.arange(210) < 182))
-    86.7% (81.4 to 90.6, n = 210)
-    """
+    """A value with its 95% interval, over n pictures or pairs. `format` is how it is printed."""
 
     value: float
     low: float
@@ -86,8 +82,7 @@ def paired_difference(first: Values, second: Values, groups: Groups = None) -> E
     (with groups: a group) in each direction is added, so the interval stays open where all agree (Bonett & Price 2012).
     """
     (one, index, count), (other, *_) = _rows(first, groups), _rows(second, None)
-    if len(one) != len(other):
-        raise ValueError(f"got {len(one)} and {len(other)} values, expected pairs: one of each per row")
+    require(len(one) == len(other), f"got {len(one)} and {len(other)} values, expected pairs: one of each per row")
     gaps = one - other
     if not all(torch.as_tensor(x).dtype == torch.bool for x in (first, second)):
         return mean_interval(gaps, groups)
@@ -146,18 +141,17 @@ def _rows(values: Values, groups: Groups, ndim: int = 1) -> tuple[Tensor, Tensor
     if values.ndim != ndim or values.numel() == 0 or not (values.abs() < 1e100).all():
         expected = f"at least one row of finite numbers, {'(n,)' if ndim == 1 else '(n, D)'}"
         raise ValueError(f"got values of shape {tuple(values.shape)}, or NaN or infinite ones; expected {expected}")
-    if isinstance(groups, str) or len(labels) != len(values):
-        raise ValueError(f"got {len(values)} rows and {len(labels)} group labels, expected a list of one for each row")
+    fits = not isinstance(groups, str) and len(labels) == len(values)
+    require(fits, f"got {len(values)} rows and {len(labels)} group labels, expected a list of one for each row")
     return values, torch.tensor([number[label] for label in labels]), len(number)
 
 
 def in_batches(function: Callable[..., Tensor], *arrays: Sequence | Tensor, batch: int = 64) -> Tensor:
     """A function of features or scores over arrays of n rows -> (n, ...) on the CPU, one batch at a time."""
-    n = len(arrays[0])
-    if n == 0 or any(len(a) != n for a in arrays):
-        raise ValueError(f"got {[*map(len, arrays)]} rows, expected the same number, at least one")
+    rows = [len(a) for a in arrays]
+    require(0 < min(rows) == max(rows), f"got {rows} rows, expected the same number, at least one")
     with torch.no_grad():
-        return torch.cat([function(*(a[i : i + batch] for a in arrays)).cpu() for i in range(0, n, batch)])
+        return torch.cat([function(*(a[i : i + batch] for a in arrays)).cpu() for i in range(0, rows[0], batch)])
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
@@ -311,10 +305,9 @@ def _same_shape(images: Tensor, reconstructed: Tensor) -> tuple[Tensor, Tensor]:
     """Images twice -> their pixels in [0, 1], in double."""
     check_images(images)
     check_images(reconstructed)
-    if images.shape != reconstructed.shape:
-        raise ValueError(f"images {tuple(images.shape)} and {tuple(reconstructed.shape)}: expected the same shape")
-    one, other = (x.double() / 255 if x.dtype == torch.uint8 else (x.double() + 1) / 2 for x in (images, reconstructed))
-    return one, other
+    one, other = tuple(images.shape), tuple(reconstructed.shape)
+    require(one == other, f"images {one} and {other}: expected the same shape")
+    return tuple(x.double() / 255 if x.dtype == torch.uint8 else (x.double() + 1) / 2 for x in (images, reconstructed))
 
 
 def feature_distance(features: Callable[[Tensor], list[Tensor]]) -> Distance:

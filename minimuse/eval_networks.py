@@ -36,7 +36,7 @@ from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES
 from minimuse.eval_metrics import Distance, check_images, feature_distance, lpips_distance
 from minimuse.pictures import from_pil
 from minimuse.text import Context, TextEncoder
-from minimuse.utils import to_float, to_pil
+from minimuse.utils import require, to_float, to_pil
 from minimuse.vqgan import Encoder, VQGANConfig
 from minimuse.vqgan_loss import SceneFeatures
 
@@ -80,15 +80,12 @@ def network_input(images: Images) -> Tensor:
     if not isinstance(images, Tensor):
         return torch.cat([network_input(from_pil(image, getattr(image, "width", 0))) for image in images])
     check_images(images)
-    if images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-        raise ValueError(f"images are {tuple(images.shape)}, expected square ones (B, 3, H, H); crop them")
+    _, channels, height, width = images.shape
+    require(channels == 3 and height == width, f"images are {tuple(images.shape)}, expected (B, 3, H, H); crop them")
     images = to_float(images) if images.dtype == torch.uint8 else images.float()
     if images.shape[-1] != SIZE:
         images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", antialias=True)
     return images.clamp(-1, 1)
-
-
-# --- the detector -----------------------------------------------------------------------------------------------------
 
 
 class Detection(NamedTuple):
@@ -105,9 +102,7 @@ class Detection(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """All things detected in one picture."""
-
-    things: tuple[Detection, ...]  # left to right
+    things: tuple[Detection, ...]  # all of one picture, left to right
 
 
 def _conv(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -188,8 +183,6 @@ def _things(maps: Tensor) -> Detections:
     return Detections(tuple(sorted(things, key=lambda thing: thing.x)))
 
 
-# --- CLIP scores ------------------------------------------------------------------------------------------------------
-
 WIDTH = 48  # d
 _SIZES = {"code_dim": WIDTH, "width": 16, "multipliers": (1, 2, 3, 3), "blocks": (0, 0, 1, 1)}
 _UNUSED = {"codebook_size": 1, "decoder_width": 16, "decoder_blocks": (0, 0, 0, 0)}
@@ -223,7 +216,7 @@ class SceneClip(Pretrained):
     @torch.inference_mode()
     def forward(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """B square pictures of any size, with a prompt each -> B scores."""
-        check_pairs(images, prompts)
+        _check_pairs(images, prompts)
         scores = []
         for i, part in enumerate(self.batches(images)):
             text = self.encoder.encode(prompts[64 * i : 64 * (i + 1)]).to(part.device)
@@ -231,10 +224,9 @@ class SceneClip(Pretrained):
         return torch.cat(scores)
 
 
-def check_pairs(images: Images, prompts: Sequence[str]) -> None:
-    """ValueError unless there is one prompt for each picture."""
-    if isinstance(prompts, str) or len(images) != len(prompts):
-        raise ValueError(f"{len(images)} pictures and {len(prompts)} prompts; give a list with the prompt of each")
+def _check_pairs(images: Images, prompts: Sequence[str]) -> None:
+    paired = not isinstance(prompts, str) and len(images) == len(prompts)
+    require(paired, f"{len(images)} pictures and {len(prompts)} prompts; give a list with the prompt of each")
 
 
 class ClipScorer:
@@ -255,14 +247,11 @@ class ClipScorer:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        check_pairs(images, prompts)
+        _check_pairs(images, prompts)
         both = {"text": list(prompts), "images": to_pil(images)}
         inputs = self.processor(**both, return_tensors="pt", padding=True, truncation=True)
         out = self.model(**inputs.to(self.model.device))
         return F.cosine_similarity(out.image_embeds, out.text_embeds)
-
-
-# --- the network of the perceptual loss -------------------------------------------------------------------------------
 
 
 def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: int = 0) -> SceneFeatures:

@@ -30,7 +30,7 @@ from minimuse.eval_prompts import PROMPT_SETS, EvalPrompt, matches, parse_prompt
 from minimuse.muse import Muse
 from minimuse.plots import grid, tradeoff
 from minimuse.sampler import ORDERS, Step
-from minimuse.utils import OneSeed, Rule, area_downsample, atomic_write, check, to_float, to_pil, to_uint8
+from minimuse.utils import OneSeed, Rule, area_downsample, atomic_write, check, require, to_float, to_pil, to_uint8
 from minimuse.vqgan import VQGAN
 
 FIRST = 24  # pictures of a task that are shown
@@ -225,7 +225,14 @@ def evaluate(
     versions = {"minimuse": minimuse.__version__, "torch": str(torch.__version__)}
     settings = versions | about | {"n": n, "seed": seed, "sweep": sweep, "base_only": model.base_only}
     proportion_interval([True, False])  # without scipy: an error now, not after all pictures are drawn
-    _claim(out, json.loads(json.dumps(settings)))
+    path = out / "settings.json"
+    if out.exists() and not path.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is a file, or holds files but no settings.json; give another folder")
+    asked = json.loads(json.dumps(settings))
+    changed = train_state.differences(checkpoint.read_json(path) if path.exists() else asked, asked)
+    require(not changed, f"{out} holds another evaluation: {'; '.join(changed)}. Give another folder")
+    (out / "tasks").mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(settings, indent=1) + "\n")
     evaluator = evaluator or Evaluator()
     waiting = {name: how for name, how in runs.items() if not (out / "tasks" / f"{name}.json").exists()}
     with tqdm(total=n * len(waiting), unit="picture") as bar:
@@ -244,28 +251,14 @@ def evaluate(
 
 def _runs(model: EvalModel, tasks: Sequence[str], sweep: bool) -> dict[str, dict[str, Any]]:
     """Names of tasks or points -> sampling settings. ValueError for a task that is not possible."""
-    if sweep and tasks:
-        raise ValueError(f"a sweep has its own prompts; leave out --sweep, or the tasks {', '.join(tasks)}")
+    require(not (sweep and tasks), f"a sweep has its own prompts; leave out --sweep, or the tasks {', '.join(tasks)}")
     if sweep:
         return {f"{line} {point}": how for line, points in SWEEP.items() for point, how in points.items()}
     possible = BASE_TASKS if model.base_only else [t for t in TASKS if t != "decoder" or model.before is not None]
-    if wrong := [task for task in tasks if task not in possible]:
-        hint = "decoder needs --run; --base-only leaves only the first six"
-        raise ValueError(f"task {wrong[0]!r} is not possible. Known tasks: {', '.join(TASKS)}; {hint}")
+    hint = f"Known tasks: {', '.join(TASKS)}; decoder needs --run; --base-only leaves only the first six"
+    for task in tasks:
+        require(task in possible, f"task {task!r} is not possible. {hint}")
     return {name: {} for name in tasks or possible}
-
-
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Start a report folder, or continue the one with the same settings."""
-    path = out / "settings.json"
-    if out.exists() and not path.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is a file, or holds files but no settings.json; give another folder")
-    old = checkpoint.read_json(path) if path.exists() else settings
-    old = old if isinstance(old, dict) else {}
-    if changed := [f"{k} was {old.get(k)!r} and is {v!r}" for k, v in settings.items() if old.get(k) != v]:
-        raise ValueError(f"{out} holds another evaluation: {'; '.join(changed)}. Give another folder")
-    (out / "tasks").mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(settings, indent=1) + "\n")
 
 
 def _save_task(path: Path, parts: list[Batch]) -> None:
@@ -337,8 +330,8 @@ def measure(
         before = VQGAN(muse.config.high_tokenizer)
         train_state.load_weights(folder / "high_tokenizer", before)
         before = before.eval().requires_grad_(False).to(muse.device, muse.dtype)
-        if not torch.allclose(before.codebook, muse.high_tokenizer.codebook, rtol=1e-2, atol=1e-3):  # stored in half
-            raise ValueError(f"{folder} is not the training run of {name}: the codebooks differ; give another --run")
+        same = torch.allclose(before.codebook, muse.high_tokenizer.codebook, rtol=1e-2, atol=1e-3)  # stored in half
+        require(same, f"{folder} is not the training run of {name}: the codebooks differ; give another --run")
     about = {"checkpoint": muse.config.name, "fingerprint": muse.fingerprint, "dtype": str(muse.dtype)}
     about["superres steps"] = muse.config.superres_sampling.steps
     homes = {"checkpoint": checkpoint.find(name), **{part: checkpoint.SHIPPED / part for part in ("detector", "clip")}}

@@ -22,7 +22,7 @@ To add something, pass one function or class to `compare`:
 >>> report["mine", "mine", 2]["excess_nll"].value
 0.0
 
-Not here: the worlds (`lab_worlds.py`), how code bases sample (`lab_samplers.py`), trained models (`lab_models.py`).
+Not here: the worlds (`lab_worlds.py`), published samplers (`lab_samplers.py`), trained models (`lab_models.py`).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Samplers by name: published papers and code bases, and what a measurement of a sampler returns.
+"""Samplers by name: those of published papers, and what a measurement of a sampler returns.
 
     preset_settings("maskgit", n=256, codebook_size=1024, steps=12) -> keyword arguments of `sampler.decode`
     preset_settings("remdm_cap:0.1", ...)                           -> numbers after a colon replace the defaults
@@ -8,52 +8,42 @@ a function (Target, its numbers) -> what differs from MUSE. A hook sees a `sampl
 
 n tokens, T steps, u = i / (T - 1) progress, a and b the fractions alpha revealed before and after step i,
 U revealed tokens, NFE forward passes of an image.
-Not here: guidance, which is part of the LogitsFn (`cfg.py`). Left out: Jump Your Steps (2410.07761; `lab_optimum.py`
-solves its problem exactly), DDPD (2410.06264) and learned policies, which need networks of their own.
+Left out: Jump Your Steps (2410.07761; `lab_optimum.py` solves its problem exactly), DDPD (2410.06264) and learned
+policies, which need networks of their own.
+Not here: guidance, which is part of the LogitsFn (`cfg.py`), code bases (`lab_codebases.py`).
 """
 
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from minimuse.lab_codebases import MUSE, SAMPLER_PRESETS, Target
 from minimuse.lab_optimum import schedule_of
 from minimuse.lab_worlds import World
-from minimuse.masking import SCHEDULES, Schedule
-from minimuse.sampler import Hook, State, Step, confidence, draw, token_entropy
+from minimuse.masking import Schedule
+from minimuse.sampler import Hook, State, Step, by_rank, confidence, draw, token_entropy
 from minimuse.utils import Fraction, NonNegative, PositiveInt, check, named, require, top_mask
 
 GROUPS = 32  # samples form so many groups; intervals compare the groups
 
-
-class Target(NamedTuple):
-    """What a sampler is made for."""
-
-    n: int  # tokens
-    codebook_size: int
-    steps: int
-    world: World | None = None  # knows p(x_i | all other tokens), which no network does
-
-    def annealing(self, u: float) -> float:
-        """1 - (i + 1) / T."""
-        return (1 - u) * (self.steps - 1) / self.steps
-
-
 # --- adaptive rules: how many tokens, or which ------------------------------------------------------------------------
 
 
-def entropy_bound(bound: float) -> Callable[[Tensor, Tensor, float], Tensor]:
+def entropy_bound(bound: float, whole: bool = False) -> Callable[[Tensor, Tensor, float], Tensor]:
     """A rule that reveals the k tokens of lowest entropy, k as large as sum(H) - max(H) <= bound allows, in nats.
 
     EB-Sampler (arXiv 2505.24857): the bound limits the error of independent draws. Use it with order="entropy".
+    Choice: with `whole`, sum(H) <= bound, a stricter rule of our own.
     """
     bound = check("the entropy bound", bound, NonNegative)
 
     def rule(logits: Tensor, masked: Tensor, u: float) -> Tensor:
         h = token_entropy(logits).masked_fill(~masked, math.inf).sort(1).values
-        return (h.cumsum(1) - h <= bound).sum(1)  # not at known tokens: inf - inf is NaN
+        return (h.cumsum(1) - (0 if whole else h) <= bound).sum(1)  # not at known tokens: inf - inf is NaN
 
     return rule
 
@@ -96,19 +86,35 @@ def _klass(to: Target, threshold: float = 0.9, bound: float = 0.01, passes: floa
 # --- random counts, and tokens that are masked again ------------------------------------------------------------------
 
 
-def _remdm(sigma: Callable[[State, float], float | Tensor]) -> dict[str, Any]:
+def _remdm(sigma: Callable[[State, float], float | Tensor], alpha: Schedule = lambda u: u) -> dict[str, Any]:
     """ReMDM (arXiv 2503.00307): mask a token of U again with probability s = sigma(state, s_max).
 
-    s_max = min(1, (1 - b) / a). A masked token is revealed with probability (b - (1 - s) a) / (1 - a), alpha = u.
+    s_max = min(1, (1 - b) / a). A masked token is revealed with probability (b - (1 - s) a) / (1 - a).
     """
 
     def choose(state: State) -> Tensor:
-        a, b = state.index / state.steps, (state.index + 1) / state.steps
+        a, b = alpha(state.index / state.steps), alpha((state.index + 1) / state.steps)
         s = torch.as_tensor(sigma(state, min(1.0, (1 - b) / a) if a else 1.0)).to(state.noise)
         reveal = (b - (1 - s) * a) / (1 - a)
         return torch.where(state.masked, state.noise[:, 1] < reveal, state.noise[:, 1] >= s)
 
     return {"choose": choose, "remask": True}
+
+
+def _remdm_loop(to: Target, eta: float = 0.02, on: float = 0.45, off: float = 0.95, top: float = 0.9) -> dict[str, Any]:
+    """ReMDM-loop: alpha rises to `top` at u = on, stays until u = off with s = min(eta, s_max), then rises to 1.
+
+    While it rises, s = 0: MDLM. The defaults are the public code's, which counts time down. Choice: a step that `on`
+    falls into ends at `top`; in the public code it goes beyond.
+    """
+    require(0 < on < off < 1 and 0 < top < 1, f"remdm_loop has {on, off, top}; give 0 < on < off < 1, 0 < top < 1")
+    eta = check("eta", eta, Fraction)
+    alpha = lambda u: float(np.interp(u, [0, on, off, 1], [0, top, top, 1]))  # noqa: E731
+
+    def sigma(state: State, most: float) -> float:
+        return min(eta, most) if alpha(state.index / state.steps) == alpha((state.index + 1) / state.steps) else 0.0
+
+    return _remdm(sigma, alpha)
 
 
 def _remdm_conf(to: Target) -> dict[str, Any]:
@@ -203,6 +209,25 @@ def _moment(to: Target, alpha: float = 4.5) -> dict[str, Any]:
     return {"order": order, **temperature}
 
 
+def _dilated(to: Target, block: float = 0) -> dict[str, Any]:
+    """Dilated unmasking (arXiv 2506.19037): in a block of B places, pass r reveals every (B / 2^r)-th that is masked.
+
+    Block after block from the left, log2 B passes each. 0: the smallest B = 4, 8, ... whose passes fit into T steps.
+    Choice: if even the whole picture needs more passes than T, the schedule joins some.
+    """
+    sizes = [2**r for r in range(2, max(3, math.ceil(math.log2(to.n)) + 1))]
+    require(block in (0, *sizes), f"dilated has the block {block:g}; give one of {', '.join(map(str, sizes))}")
+    place = torch.arange(to.n)
+    for size in [int(block)] if block else sizes:
+        passes = range(1, size.bit_length())
+        late = sum((place % (size >> r) > 0).long() for r in passes)
+        rank = place // size * len(passes) + late
+        counts = rank.unique(return_counts=True)[1].tolist()
+        if len(counts) <= to.steps:
+            break
+    return {"order": by_rank(rank), "schedule": schedule_of(counts), "steps": min(to.steps, len(counts))}
+
+
 def _beta(to: Target, a: float = 2.0, b: float = 1.0) -> dict[str, Any]:
     """Beta schedule (arXiv 2509.13866): the fraction masked is 1 - BetaCDF(u; a, b), in random order."""
     from scipy.special import betainc
@@ -211,79 +236,7 @@ def _beta(to: Target, a: float = 2.0, b: float = 1.0) -> dict[str, Any]:
     return {"schedule": lambda u: 1 - float(betainc(a, b, u)), "order": "random"}
 
 
-# --- code bases -------------------------------------------------------------------------------------------------------
-
-
-def _raw_logit(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
-    return logits.gather(-1, drawn[..., None]).squeeze(-1)
-
-
-def _muse_pytorch(to: Target, noise: float, softmax: Callable[[float], float] = lambda a: 1.0) -> dict[str, Any]:
-    """One temperature noise * a, a = 1 - (i + 1) / T, for the draw and for the ranking of raw logits / softmax(a)."""
-    return {
-        "order": lambda logits, drawn, masked, u: _raw_logit(logits, drawn, masked, u) / softmax(to.annealing(u)),
-        "sampling_temperature": lambda u: noise * to.annealing(u) * softmax(to.annealing(u)),
-        "choice_temperature": check("the ranking noise", noise, NonNegative),
-    }
-
-
-def _titok(to: Target, noise: float) -> dict[str, Any]:
-    return {"schedule": "arccos"} | _muse_pytorch(to, noise, lambda a: 0.5 + 0.8 * a)
-
-
-def _equal_counts(to: Target, last: bool) -> Schedule:
-    """Equal counts. What is left over goes to the last step, or one each to the first ones."""
-    each, rest = divmod(to.n, to.steps)
-    many = [each] * (to.steps - 1) + [each + rest] if last else [each + 1] * rest + [each] * (to.steps - rest)
-    return schedule_of(many)
-
-
-MUSE = {"schedule": "cosine", "order": "confidence", "sampling_temperature": 1.0, "choice_temperature": 0.0}
-SAMPLER_PRESETS: dict[str, Callable[..., dict[str, Any]]] = {
-    # Muse 2.8 to the letter, and what the others change; 24 steps.
-    "muse": lambda to: MUSE,
-    # google-research/maskgit: noise 4.5 (1 - (i + 1) / T); 12 steps, t = 0. With about as many steps as tokens the
-    # original stops revealing once its curve leaves one token; ours reveals one.
-    "maskgit": lambda to: {"choice_temperature": 4.5},
-    # huggingface/diffusers AmusedScheduler: noise 2 (1 - i / (T - 1)); 12 steps, t = 9. Its cosine is float32, so
-    # cos(pi / 3) of 256 tokens leaves 127, not 128.
-    "amused": lambda to: {
-        "schedule": lambda u: (torch.tensor(u) * math.pi / 2).cos().item(),
-        "choice_temperature": lambda u: 2 * (1 - u),
-    },
-    # valeoai/Halton-MaskGIT: arccos, revealed tokens rounded down; 64 steps, t = 4. Its softmax temperature multiplies
-    # the logits (1 to 1.2 sharpens). Not followed: it draws revealed tokens again, and each image has its own sequence.
-    "halton": lambda to: {
-        "schedule": lambda u: 1 - math.floor(to.n * (1 - SCHEDULES["arccos"](u)) + 1e-6) / to.n,
-        "order": "halton",
-    },
-    # lucidrains/muse-maskgit-pytorch: ranks raw logits, top-k is V / 10; 18 steps, t = 2. Its steps see
-    # linspace(0, 1, T), so T steps do the work of T - 1. Not followed: it may reveal none in a step.
-    "lucidrains": lambda to: {
-        "schedule": lambda u: math.cos(math.pi / 2 * min(1.0, u * to.steps / max(to.steps - 1, 1))) if u < 1 else 0.0,
-        "order": _raw_logit,
-        "sampling_temperature": to.annealing,
-        "top_k": math.ceil((1 - 0.9) * to.codebook_size),
-    },
-    # viiika/Meissonic: the scheduler of aMUSEd; 64 steps (later 48), t = 8.
-    "meissonic": lambda to: SAMPLER_PRESETS["amused"](to),
-    # baaivision/MUSE-Pytorch: t rises from 0.
-    "muse_pytorch": lambda to, noise=4.5: _muse_pytorch(to, noise),
-    # bytedance/1d-tokenizer, TiTok-L-32: 8 steps, t rises from 0 to 4.5. MaskGen: 16 steps, t is a power-cosine of
-    # power 1 from 1 to 12.
-    "titok": lambda to, noise=9.5: _titok(to, noise),
-    "maskgen": lambda to, noise=1.5: _titok(to, noise),
-    # markweberdev/maskbit, 14 bits: 64 steps, t = "power-cosine:7.1:3". Not followed: halves of a token masked apart.
-    "maskbit": lambda to: {"schedule": "arccos", "choice_temperature": 7.8},
-    # ML-GSAI/LLaDA, low confidence, in one block: the surest argmax.
-    "llada": lambda to: {"schedule": _equal_counts(to, last=False), "sampling_temperature": 0.0},
-    # nanoMaskGIT (EPFL CS-503): places by their largest raw logit, drawn afterwards.
-    "nanomaskgit": lambda to: {
-        "schedule": _equal_counts(to, last=True),
-        "order": lambda logits, drawn, masked, u: logits.amax(-1),
-    },
-}
-PAPERS = [_remdm_conf, _p2, _moment, _klass, _beta, _token_critic, _informed]
+PAPERS = [_remdm_conf, _remdm_loop, _p2, _moment, _klass, _beta, _dilated, _token_critic, _informed]
 SAMPLERS = SAMPLER_PRESETS | {f.__name__[1:]: f for f in PAPERS}
 SAMPLERS |= {
     # MDLM, ancestral (arXiv 2406.07524): each token is revealed with probability (b - a) / (1 - a), alpha = u, so the
@@ -296,6 +249,7 @@ SAMPLERS |= {
     "choose_then_sample": lambda to, noise=4.5: {"order": _largest, "choice_temperature": noise},
     # EB-Sampler: `entropy_bound`. The paper also ranks by confidence and by margin.
     "eb": lambda to, bound=0.1: {"schedule": entropy_bound(bound), "order": "entropy"},
+    "entropy_sum": lambda to, bound=1.0: {"schedule": entropy_bound(bound, whole=True), "order": "entropy"},
     # Fast-dLLM (arXiv 2505.22618): reveal all of p(drawn) >= threshold, or the n likeliest with (n + 1) (1 - p_n) < f;
     # at least one. Choice: drawn at temperature 1; the paper's argmax has no distribution to compare.
     "fast_dllm": lambda to, threshold=0.9: {"choose": lambda s: _or_best(s, s.confidence >= threshold, s.confidence)},

@@ -90,10 +90,7 @@ def open_picture(path: str | Path, side: int | None = None) -> Image.Image:
 
 
 def read_pictures(path: Path, side: int, most: int) -> Tensor:
-    """A picture, or a folder with subfolders -> up to `most`, evenly spread by name, square, (n, 3, side, side) uint8.
-
-    A warning names each file that cannot be read. ValueError if none can.
-    """
+    """A picture, or a folder of them -> up to `most`, evenly spread by name, (n, 3, side, side) uint8, at least one."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     files = [file for file in files if file.suffix not in TEXTS and file.name[0] != "."]
     squares = []
@@ -157,10 +154,7 @@ def mask_from(mask: Any, size: tuple[int, int]) -> Tensor:
 
 
 def settings_of(picture: str | Path | Image.Image) -> dict[str, Any]:
-    """A PNG of `save_png`, or a picture of Muse -> what made it: model, fingerprint, prompt, seed, settings.
-
-    ValueError if it holds none.
-    """
+    """A PNG, or a picture of Muse -> what made it: model, fingerprint, prompt, seed, settings. ValueError without."""
     image = picture if isinstance(picture, Image.Image) else open_picture(picture)
     settings = image.info.get(KEY)
     with suppress(ValueError, RecursionError):
@@ -198,10 +192,7 @@ def difference(old: Image.Image, new: Image.Image) -> str:
 
 
 def output_paths(out: Path | None, prompt: str, count: int, *, film: bool = False, force: bool = False) -> list[Path]:
-    """Paths for `count` pictures, then for their film. Without `out`, the first free name made of the prompt is taken.
-
-    ValueError for another format, a missing folder, or existing files without `force`.
-    """
+    """Paths for `count` pictures, then for their film, that may be written. Without `out`: the first free name."""
     stem = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60] or "picture"
     endings = ["", *(f"-{i}" for i in range(1, count)), *["-film"] * film]
     for version in itertools.count(1):

@@ -1,16 +1,11 @@
-"""Pictures to look at, as PIL images: grids, films, token masks, curves, trade-offs; and source code.
+"""Pictures to look at, as PIL images: grids, films, token masks, curves, trade-offs.
 
 B pictures, h w token grid, N = h w. Not here: saving, which is the image's own `.save(path)`.
 """
 
-import base64
-import inspect
 import io
 import math
-import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,19 +23,14 @@ GAP = 8  # pixels between pictures
 LINE = 17  # pixels from one line of text to the next
 
 
-def _enlarged(images: Images, scale: int | None) -> list[Image.Image]:
-    """-> RGB pictures with pixels of scale x scale; None makes them about 160 wide."""
-    images = to_pil(images) if isinstance(images, Tensor) else list(images)
-    require(images, "no picture came: expected at least one")
-    scale = scale or max(1, round(160 / images[0].width))
-    return [i.convert("RGB").resize((i.width * scale, i.height * scale), Image.Resampling.NEAREST) for i in images]
-
-
 def grid(
     images: Images, captions: Sequence[str] | None = None, columns: int | None = None, scale: int | None = None
 ) -> Image.Image:
-    """Pictures and their captions -> one image, row by row. `columns` None: about as many as rows."""
-    cells = _enlarged(images, scale)
+    """Pictures and captions -> one image, row by row; by default about square, each picture about 160 pixels wide."""
+    images = to_pil(images) if isinstance(images, Tensor) else list(images)
+    require(images, "no picture came: expected at least one")
+    scale = scale or max(1, round(160 / images[0].width))
+    cells = [i.convert("RGB").resize((i.width * scale, i.height * scale), Image.Resampling.NEAREST) for i in images]
     captions = [""] * len(cells) if captions is None else captions
     require(len(captions) == len(cells), f"{len(captions)} captions for {len(cells)} pictures: give one each, or None")
     columns = min(columns or math.ceil(math.sqrt(len(cells))), len(cells))
@@ -64,14 +54,6 @@ def _wrapped(words: list[str], width: int, font: Any) -> list[str]:
         longer = f"{lines[-1]} {word}"
         lines[-1:] = [longer] if font.getlength(longer) <= width else [lines[-1], word]
     return lines
-
-
-def film_strip(frames: Sequence[Images], titles: Sequence[str] | None = None, scale: int | None = None) -> Image.Image:
-    """Steps, each a PIL image, several, or (B, 3, H, W) -> a strip: steps are columns, rows the batch, titles below."""
-    frames = [_enlarged([frame] if isinstance(frame, Image.Image) else frame, scale) for frame in frames]
-    pictures = [picture for row in zip(*frames, strict=True) for picture in row]
-    titles = titles and [""] * (len(pictures) - len(frames)) + list(titles)
-    return grid(pictures, titles, len(frames), scale=1)
 
 
 def mask_overlay(image: Image.Image | Tensor, masked: Tensor) -> Image.Image:
@@ -99,10 +81,7 @@ def token_map(step: Step, row: int = 0, side: int = 384) -> Image.Image:
 
 
 def film(muse: Any, steps: Sequence[Step], row: int = 0, most: int = 12) -> Image.Image:
-    """The Steps of a decode -> a film strip of at most `most` of them, evenly spread, with the last of each stage.
-
-    Both stages have the width of the finished picture, at least 128 pixels. `row` picks the picture of the batch.
-    """
+    """The Steps of a decode -> a strip of up to `most`, evenly spread, for one `row` of the batch, 128 px or more."""
     require(steps, "no step came: collect them from muse.steps(...), or with callback=list.append")
     side = max(128, muse.config.high_tokenizer.image_size)
     shown = np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int)
@@ -111,33 +90,9 @@ def film(muse: Any, steps: Sequence[Step], row: int = 0, most: int = 12) -> Imag
     steps = [steps[i] for i in shown]
     frames = [mask_overlay(muse.picture(step)[row], step.masked[row]) for step in steps]
     titles = [f"{step.stage} {step.index + 1}: {int(step.masked[row].sum())} left" for step in steps]
-    return film_strip([frame.resize((side, side), Image.Resampling.NEAREST) for frame in frames], titles, scale=1)
-
-
-def animation(frames: Sequence[Image.Image], ms: int = 250) -> Any:
-    """Frames of one size -> a looping GIF that Jupyter plays: `ms` milliseconds each, 1.5 seconds the last."""
-    from IPython.display import HTML
-
-    first, *rest = [frame.convert("RGB").quantize(128, dither=0) for frame in frames]
-    file = io.BytesIO()
-    first.save(file, "GIF", save_all=True, append_images=rest, loop=0, duration=[ms] * len(rest) + [1500])
-    source = f"data:image/gif;base64,{base64.b64encode(file.getvalue()).decode()}"
-    width = first.width * max(1, round(240 / first.width))
-    return HTML(f'<img alt="animation" width="{width}" style="image-rendering: pixelated" src="{source}">')
-
-
-def style() -> None:
-    """Set matplotlib's defaults: small enough for a notebook, with colours that the colour-blind can tell apart."""
-    import matplotlib
-
-    warnings.filterwarnings("ignore", "Creating legend with loc")  # appears on a busy machine
-    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
-    matplotlib.rcParams |= {
-        "axes.prop_cycle": matplotlib.cycler(color=colors),
-        "figure.dpi": 80, "savefig.dpi": 80, "figure.figsize": (8, 3.2), "figure.constrained_layout.use": True,
-        "font.size": 11, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
-        "legend.frameon": False, "lines.linewidth": 2, "image.cmap": "viridis", "image.interpolation": "nearest",
-    }  # fmt: skip
+    return grid(
+        [frame.resize((side, side), Image.Resampling.NEAREST) for frame in frames], titles, len(frames), scale=1
+    )
 
 
 def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool] = (True, False)) -> list[int]:
@@ -151,10 +106,7 @@ def tradeoff(
     series: Mapping[str, Mapping[str, tuple[Any, Any]]], x: str, y: str, lower: tuple[bool, bool] = (True, False), *,
     log_x: bool = False,
 ) -> Image.Image:  # fmt: skip
-    """{series: {label: (x, y)}} of `Estimate`s -> a plot with intervals like Muse's figure 8, 900 x 600 pixels.
-
-    `x` and `y` name the axes, `lower` is as in `pareto_front`, which is drawn in gray.
-    """
+    """{series: {label: (x, y)}} of `Estimate`s -> a plot like Muse's figure 8, with the `pareto_front` in gray."""
     points = [(a.value, b.value) for pairs in series.values() for a, b in pairs.values()]
     require(points, "no point came: expected {series: {label: (x, y)}} with at least one")
     from matplotlib.figure import Figure
@@ -200,16 +152,5 @@ def _drawn(figure: Any) -> Image.Image:
         axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     file = io.BytesIO()
-    figure.savefig(file, dpi=figure.dpi)  # else `style` sets it
+    figure.savefig(file, dpi=figure.dpi)  # else matplotlib's settings decide
     return Image.open(file).convert("RGB")
-
-
-def show(*things: Any) -> Any:
-    """Functions, classes or methods -> their source code for Jupyter, each below the name of its file."""
-    from IPython.display import Markdown
-
-    parts = []
-    for thing in things:
-        path = Path(inspect.getsourcefile(inspect.unwrap(thing)))
-        parts.append(f"# {path.parent.name}/{path.name}\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}")
-    return Markdown("```python\n" + "\n\n\n".join(parts) + "\n```")

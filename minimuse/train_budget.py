@@ -64,9 +64,6 @@ class StageBudget(NamedTuple):
         return max(0, int((memory - self.fixed / shards) // self.activations))
 
 
-# --- counting ---------------------------------------------------------------------------------------------------------
-
-
 def count_flops(run: Callable[[], Any]) -> int:
     """FLOPs of matrix products and convolutions in `run()`, on any device. Attention counts as plain products."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -121,9 +118,6 @@ def optimizer_bytes(parts: nn.Module, optimizer: str) -> int:
         moments = factors if optimizer == "adafactor" else 2 * p.numel()
         total += p.numel() if id(p) in hidden else 1 + moments
     return 4 * total
-
-
-# --- the stages -------------------------------------------------------------------------------------------------------
 
 
 def _networks(config: MuseConfig, stage: str) -> tuple[nn.Module, Callable[[int, int], Iterator[Tensor]]]:
@@ -181,9 +175,6 @@ def stage_budget(config: MuseConfig, stage: str, checkpointing: bool = False) ->
     saved = {"casts": 2 * one - two, "activations": two - one}
     step_flops = how.batch * sum(n * flops.get(s, 0) for s, n in steps.items()) / how.steps
     return StageBudget(stage, how.steps, how.batch, total, trained, step_flops, **fixed, **saved)
-
-
-# --- hours and a report -----------------------------------------------------------------------------------------------
 
 
 def matmul_ceiling(device: Any = None, dtype: torch.dtype | None = None, size: int = 2048, seconds: float = 1) -> float:
@@ -251,8 +242,7 @@ def language_model_bytes(encoder: TextEncoder) -> int:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(encoder.source)
-    name = ENCODERS.get(config.model_type.removesuffix("_text_model"), "AutoModel")
-    make = getattr(transformers, name)
+    make = getattr(transformers, ENCODERS.get(config.model_type.removesuffix("_text_model"), "AutoModel"))
     with torch.device("meta"):
         lm = getattr(make, "from_config", make)(getattr(config, "text_config", config))
     return encoder.dtype.itemsize * sum(p.numel() for p in lm.parameters())

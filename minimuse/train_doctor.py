@@ -146,10 +146,7 @@ def reconstruct(model: Any, images: Any, engine: Engine, name: str) -> tuple[Ten
 
 
 def compare_tokenizers(muse: Any, images: Tensor) -> tuple[Image.Image, str]:
-    """A Muse in float32, pictures (n, 3, S, S) uint8 of its size -> originals next to reconstructions, a report.
-
-    The report ends with a sentence: are these tokenizers good enough for these pictures?
-    """
+    """A Muse in float32, pictures (n, 3, S, S) uint8 of its size -> originals next to reconstructions, and advice."""
     engine, side = Engine(device=muse.device), images.shape[-1]
     cells, findings = [[(image, "original") for image in to_pil(images[:SHOWN])]], []
     for name in [name for name in muse.parts if "tokenizer" in name]:
@@ -171,10 +168,7 @@ def compare_tokenizers(muse: Any, images: Tensor) -> tuple[Image.Image, str]:
 def examine_transformer(
     loss: Callable, train: Rows, held_out: Rows, *, codebook_size: int, engine: Engine, early: bool = False
 ) -> Iterator[Finding]:
-    """A `MaskedLoss`, training and held-out examples -> its findings.
-
-    early: the model may still be untrained, so only leakage and overfitting are "wrong".
-    """
+    """A `MaskedLoss`, two sets of examples -> findings. `early`, only leakage and overfitting can be "wrong"."""
     rows = held_out if len(held_out[0]) >= FEW else train
     measure, slack = partial(_metrics, loss, codebook_size, engine), math.inf if early else 0.0
     own, tokens, seen = measure(rows), rows[0][torch.arange(min(4096, len(rows[0])))], _name(rows[0])
@@ -206,10 +200,7 @@ def examine_transformer(
 
 
 def _leakage(loss: Callable, rows: Rows, size: int, engine: Engine) -> Finding:
-    """Sum p = exp(-loss) of one masked token over up to 256 of its values.
-
-    Over all values the sum is 1, over some at most 1, unless the model sees the value.
-    """
+    """The sum of p = exp(-loss) over up to 256 values of one masked token: at most 1, unless the model sees it."""
     first = torch.tensor([0])
     x = rows[0][first].to(engine.device)
     context = pad_contexts([text.float() for text in rows[1].pick(first, [0.0])]).to(engine.device)
@@ -227,10 +218,7 @@ def _leakage(loss: Callable, rows: Rows, size: int, engine: Engine) -> Finding:
 
 
 def _metrics(loss: Callable, size: int, engine: Engine, rows: Rows, exchange: int = 0) -> dict[str, Tensor]:
-    """`validate` on up to 8 groups of examples -> its metrics, (groups,) each, and "loss", the mean over mask rates.
-
-    Column `exchange` of the rows, unless it is 0, is that of another image.
-    """
+    """`validate` on up to 8 groups, column `exchange` (0: none) of other images -> metrics (groups,), "loss" too."""
     n, found = min(MOST, len(rows[0])), []
     for at in torch.arange(n).chunk(max(1, min(8, n // 2))):
         shift = len(at) // 2 | 1  # odd, since the captions of a made-up set repeat with an even period
@@ -263,10 +251,7 @@ def examine_log(lines: Sequence[dict[str, Any]]) -> Finding:
 
 
 def examine_discriminator(lines: Sequence[dict[str, Any]]) -> Iterator[Finding]:
-    """The log lines of a stage -> has its discriminator taken over? No finding before it has 12 lines.
-
-    Its hinge loss is 1 by chance, and 0 once every patch is told. Choice: below 0.1 it has taken over.
-    """
+    """The log lines of a stage, at least 12 -> has its discriminator taken over? Choice: if its loss is below 0.1."""
     seen = [(line["discriminator_loss"], line["l1"]) for line in lines if {"discriminator_loss", "l1"} <= line.keys()]
     if len(seen) < 12:
         return
@@ -278,10 +263,7 @@ def examine_discriminator(lines: Sequence[dict[str, Any]]) -> Iterator[Finding]:
 
 
 def examine(folder: str | Path, stage: str | None = None, *, device: Any = None) -> list[Finding]:
-    """The folder of a run -> the findings of one stage, or of all that have a state. Only its caches are read.
-
-    FileNotFoundError if there is no run, ValueError if there is no state.
-    """
+    """A run's folder -> findings of a stage, or of all that have a state. Only its caches are read."""
     folder = Path(folder)
     run, lines = train_state.read_run(folder), read_log(folder / "log.jsonl")
     config = checkpoint.read_configuration(folder / train_state.RUN)
@@ -314,8 +296,7 @@ def _examine_stage(
         if start and not config.stages[name].steps:
             return train_state.open_start(None, start)[1].parts[name].to(engine.device)
         grown = name == "decoder" or (start and name == "high_tokenizer")
-        sizes = config.finetuned_tokenizer if grown else getattr(config, name)
-        vqgan = VQGAN(sizes).to(engine.device)
+        vqgan = VQGAN(config.finetuned_tokenizer if grown else getattr(config, name)).to(engine.device)
         train_state.load_weights(folder / name, vqgan)
         return vqgan
 

@@ -44,8 +44,6 @@ RATES = (0.1, 0.3, 0.5, 0.7, 0.9)  # the middles of five buckets of mask rates
 EVALUATED = ("held_out_", "training_")  # metrics of validation begin so, by the set that they were read on
 MAX_TOKENS = 2**16  # Choice: validation reads at most so many tokens, 64 images of 32 x 32, to stay cheap
 
-# --- validation -------------------------------------------------------------------------------------------------------
-
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
@@ -114,8 +112,8 @@ def validate(
 def _masks(x: Tensor, at: Tensor, strata: int) -> Iterator[tuple[list[str], Tensor]]:
     """Tokens (B, N) of the examples `at` -> names of the metrics under a mask, and the mask (B, N).
 
-    For the bound all rows of a batch have the same count of masked tokens, one count from each stratum of 1..N. Then
-    the mean over all masked tokens is the mean over the rows, and the bound is its mean over uniform counts.
+    For the bound all rows have the same count of masked tokens, one count from each stratum of 1..N: the mean over
+    masked tokens is then the mean over rows, and the bound is its mean over uniform counts.
     """
     n = x.shape[1]
     for k in range(len(RATES) + strata):
@@ -126,9 +124,6 @@ def _masks(x: Tensor, at: Tensor, strata: int) -> Iterator[tuple[list[str], Tens
         else:
             count = min(n, int((k - len(RATES) + u[0]) / strata * n) + 1)
             yield ["bound"], random_mask(x, torch.full_like(u, count / n), generators)
-
-
-# --- the log ----------------------------------------------------------------------------------------------------------
 
 
 class TrainLog:
@@ -162,8 +157,6 @@ class TrainLog:
         if self.folder and (path := self.folder / "log.jsonl").exists():
             kept = [line for line in read_log(path) if line["stage"] != stage or line["step"] <= step]
             atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    # --- what a stage shows of its model ------------------------------------------------------------------------------
 
     def tokenizer(self, stage: str, images: Any) -> EvalFn:
         """-> a function that returns the PSNR of the first eight images and saves a picture of them."""
@@ -215,8 +208,7 @@ class TrainLog:
     def _save(self, stage: str, step: int, images: Any, captions: Any = None, *, columns: int) -> None:
         if self.folder:
             (self.folder / "samples").mkdir(exist_ok=True)
-            picture = grid(images, captions, columns=columns)
-            picture.save(self.folder / "samples" / f"{stage}-{step:07d}.png")
+            grid(images, captions, columns=columns).save(self.folder / "samples" / f"{stage}-{step:07d}.png")
 
 
 def set_of(rows: Any) -> str:

@@ -33,8 +33,6 @@ from minimuse.utils import Decay, atomic_write, check, content_hash, file_hash, 
 STATE, RUN = "state.json", "run.json"
 MODEL = "model.model."  # a transformer's weights in a state begin so, because MaskedLoss holds the transformer
 
-# --- the states of a stage --------------------------------------------------------------------------------------------
-
 
 def states(folder: Path) -> list[Path]:
     """The complete states of a stage, oldest first. Whether their files are whole is checked when they are read."""
@@ -85,8 +83,7 @@ def _check(path: Path) -> dict[str, Any]:
         changed += [name for name, digest in values["files"].items() if file_hash(path / name) != digest]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
         changed = [repr(e)]
-    if changed:
-        raise ValueError(f"{path} is damaged or incomplete: {', '.join(changed)}")
+    require(not changed, f"{path} is damaged or incomplete: {', '.join(changed)}")
     return values
 
 
@@ -103,8 +100,8 @@ def load_state(folder: Path, tensors: Callable[[], dict[str, Tensor]], about: di
             continue
         changed = differences(values["about"], json.loads(json.dumps(about))) if about else []
         changed = [change for change in changed if not change.startswith("config.steps ")]  # a run may get longer
-        if changed:
-            raise ValueError(f"{path} belongs to another run: {'; '.join(changed[:4])}. Restore them, or start anew")
+        told = "; ".join(changed[:4])
+        require(not changed, f"{path} belongs to another run: {told}. Restore them, or start anew")
         _transfer(dcp.load, tensors(), path)
         return values["step"]
     return 0
@@ -113,8 +110,7 @@ def load_state(folder: Path, tensors: Callable[[], dict[str, Tensor]], about: di
 def load_weights(folder: Path, module: nn.Module) -> int:
     """Read the weights of a stage's newest whole state into a module of the same kind -> the state's step."""
     step = load_state(folder, lambda: {f"model.{name}": tensor for name, tensor in module.state_dict().items()})
-    if not step:
-        raise ValueError(f"{folder} holds no whole training state; `minimuse train` writes them there")
+    require(step, f"{folder} holds no whole training state; `minimuse train` writes them there")
     return step
 
 
@@ -128,10 +124,7 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
 
 
 def average(paths: Sequence[Path], decay: float = 0.7) -> dict[str, Tensor]:
-    """States of a transformer, oldest first -> the moving average of its weights (Muse 3: decay 0.7).
-
-    avg <- decay * avg + (1 - decay) * weights, starting from the oldest.
-    """
+    """States of a transformer, oldest first -> avg <- decay * avg + (1 - decay) * weights (Muse 3: decay 0.7)."""
     decay = check("decay", decay, Decay)
     require(bool(paths), "there are no states to average; give at least one")
     if len(paths) == 1:
@@ -162,9 +155,6 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         keys = [*old, *(k for k in new if k not in old)]
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{name}.{k}".strip("."))]
     return [] if old == new else [f"{name} was {old!r} and is {new!r}"]
-
-
-# --- a run that starts from a checkpoint ------------------------------------------------------------------------------
 
 
 def open_start(config: MuseConfig | None, start: str | Path | Muse | None) -> tuple[MuseConfig, Muse | None]:
@@ -209,9 +199,6 @@ def longer(config: MuseConfig, more: int) -> MuseConfig:
     return replace(config, stages=config.stages | more_steps)
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------
-
-
 def data_record(spec: str | Path, source: Any) -> dict[str, Any]:
     """What run.json holds about a source that `open_source(spec)` opened: its absolute place, its content by file."""
     place = str(spec) if spec == "scenes" or getattr(source, "hub", "") else os.path.abspath(spec)
@@ -235,10 +222,8 @@ def open_run(folder: Path, values: dict[str, Any], *, resume: bool, more: int = 
     if resume:
         old, new = read_run(folder), json.loads(json.dumps(values))
         changes = differences(old, new | {"data": old["data"]}) + _changed_data(old["data"], new["data"])
-        if changes:
-            more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
-            found = f"the run in {folder} has other settings or data: {'; '.join(changes[:4])}{more}"
-            raise ValueError(f"{found}. Restore them, or start a new run")
+        told = "; ".join(changes[:4]) + f" and {len(changes) - 4} more" * (len(changes) > 4)
+        require(not changes, f"the run in {folder} has other settings or data: {told}. Restore them, or start anew")
         if more:
             values = values | {"config": asdict(longer(read_configuration(path), more))}
             (folder / CARD).unlink()
@@ -267,6 +252,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     values = read_json(folder / RUN)
     data = values.get("data") if isinstance(values, dict) else None
     whole = isinstance(data, dict) and {"source", "fingerprint", "parts", "files"} <= data.keys()
-    if not whole or not {"config", "seed"} <= values.keys():
-        raise ValueError(f"{folder / RUN} lacks config, seed or data; restore it, or start a new run")
+    whole = whole and {"config", "seed"} <= values.keys()
+    require(whole, f"{folder / RUN} lacks config, seed or data; restore it, or start a new run")
     return values

@@ -128,6 +128,21 @@ def named(setting: str, text: Any, table: Mapping[str, Callable[..., Any]], *fir
 # --- random numbers and ranks -----------------------------------------------------------------------------------------
 
 
+def derive_seed(*numbers: int) -> int:
+    """Whole numbers, such as (seed, step) -> a seed. Other numbers give an unrelated seed."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
+
+
+def generator_of(seed: int, name: str = "seed") -> torch.Generator:
+    """A CPU generator with this seed. ValueError beyond 32 bits, which torch would not read."""
+    return torch.Generator().manual_seed(check(name, seed, OneSeed))
+
+
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """A CPU generator seeded by whole numbers, such as (seed, place)."""
+    return torch.Generator().manual_seed(derive_seed(*numbers))
+
+
 def uniforms(*shape: int, generator: Generators = None) -> Tensor:
     """Random numbers in [0, 1), (B, ...). With one generator per example, no row depends on its neighbours."""
     each = generator if isinstance(generator, Sequence) else [generator]
@@ -218,32 +233,11 @@ class NoBfloat16(TorchFunctionMode):
         return args[0].float().clone() if func is Tensor.bfloat16 else func(*args, **kwargs or {})
 
 
-# --- seeds ------------------------------------------------------------------------------------------------------------
-
-
-def derive_seed(*numbers: int) -> int:
-    """Whole numbers, such as (seed, step) -> a seed. Other numbers give an unrelated seed."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
-
-
-def generator_of(seed: int, name: str = "seed") -> torch.Generator:
-    """A CPU generator with this seed. ValueError beyond 32 bits, which torch would not read."""
-    return torch.Generator().manual_seed(check(name, seed, OneSeed))
-
-
-def seeded_generator(*numbers: int) -> torch.Generator:
-    """A CPU generator seeded by whole numbers, such as (seed, place)."""
-    return torch.Generator().manual_seed(derive_seed(*numbers))
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def atomic_write(path: Path, content: str | Callable[[Path], Any]) -> None:
-    """Write a text, or what `content` writes to a path, under a new name; flush it, then rename it.
-
-    So a crash never leaves half a file, and a reader's memory map never changes.
-    """
+    """Write a text, or what `content` writes to a path, under a new name, then rename: never half a file."""
     new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
     try:
         if isinstance(content, str):
@@ -287,8 +281,9 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 images -> float32 of the same shape in [-1, 1]."""
-    is_uint8 = images.dtype == torch.uint8
-    require(is_uint8, f"to_float expected uint8 images and got {images.dtype}; floats in [-1, 1] need no change")
+    require(
+        images.dtype == torch.uint8, f"to_float expected uint8, {images.dtype} came; floats in [-1, 1] need no change"
+    )
     return images.float() / 127.5 - 1
 
 

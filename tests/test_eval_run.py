@@ -319,7 +319,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path, evaluator):
         evaluate(Oracle(), tmp_path, {"checkpoint": "nano"}, n=10, evaluator=evaluator)
     assert (tmp_path / "eval.json").read_bytes() == before
     (tmp_path / "settings.json").write_text("[]")
-    with pytest.raises(ValueError, match="another evaluation: minimuse was None"):
+    with pytest.raises(ValueError, match="holds another evaluation"):
         run(Oracle(), tmp_path, evaluator, ["tokenizers"], n=10)
     (tmp_path / "settings.json").unlink()
     with pytest.raises(FileExistsError, match=r"holds files but no settings\.json"):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimuse.lab import WorldEvaluator, ignores_drawn
+from minimuse.lab_codebases import SAMPLER_PRESETS
 from minimuse.lab_samplers import (
-    SAMPLER_PRESETS,
     SAMPLERS,
     check_samples,
     entropy_bound,
@@ -123,7 +123,7 @@ def test_passes_of_every_sampler(name):
     changed = [(a.tokens != b.tokens).any(1).sum().item() for a, b in itertools.pairwise(trace)]
     assert nfe >= each * (images + sum(changed) - images * (trace[0].masked.all(1).any().item()))
     if "choose" not in sampling and not is_adaptive(sampling["schedule"]):
-        assert nfe == each * steps * images
+        assert nfe == each * sampling["steps"] * images
 
 
 @pytest.mark.parametrize(("n", "steps"), [(256, 12), (64, 7), (100, 3)])
@@ -180,7 +180,8 @@ def test_invariants_of_every_sampler(world, sampler, schedule, steps, known, rem
     else:
         order = exact_order(world) if sampler == "critic" else sampler
         sampling = {"schedule": schedule, "order": order, "remask": remask, "choice_temperature": temperature}
-    sampling = {**sampling, "steps": steps, "mask_id": world.mask_id}
+        sampling["steps"] = steps
+    sampling["mask_id"] = world.mask_id
     trace = list(decode(world, start, generator=[seeded(i) for i in range(3)], **sampling))
     given_, last = start != world.mask_id, trace[-1].tokens
     assert not trace[-1].masked.any(), "a mask is left"
@@ -197,7 +198,7 @@ def test_invariants_of_every_sampler(world, sampler, schedule, steps, known, rem
         for row in range(3):
             counts = [0, *((~s.masked[row]).sum().item() - given_[row].sum().item() for s in trace)]
             took = [b - a for a, b in itertools.pairwise(counts) if b > a]
-            assert took == reveal_counts(int((~given_[row]).sum()), steps, sampling["schedule"])
+            assert took == reveal_counts(int((~given_[row]).sum()), sampling["steps"], sampling["schedule"])
     alone = list(decode(world, start[1:2], generator=[seeded(1)], **sampling))
     assert alone[-1].tokens.equal(last[1:2]), "an image depends on its neighbours"
 
@@ -280,6 +281,47 @@ def test_remdm_conf_by_hand():
     assert word(choose(see("--M", (0.323, 0.178, 0.49), **seen))) == "KKK"
 
 
+def test_remdm_loop_by_hand():
+    """Up to 0.9 at u = 1/2, held to u = 3/4: step 1 of 4 has a = 0.45, b = 0.9; step 2 a = b = 0.9; step 3 b = 1.
+
+    Step 1 reveals with probability (0.9 - 0.45) / 0.55 = 0.8182, step 2 with 0.09 0.9 / 0.1 = 0.81; it masks with 0.09.
+    """
+    choose = trio("remdm_loop:0.09:0.5:0.75:0.9")["choose"]
+    assert word(choose(see("MM-", (0.81, 0.82, 0.0), index=1))) == "K.K", "MDLM: what is known stays"
+    assert word(choose(see("MM-", (0.80, 0.82, 0.089), index=2))) == "K.."
+    assert word(choose(see("MM-", (0.80, 0.82, 0.091), index=2))) == "K.K"
+    assert word(choose(see("MM-", (0.99, 0.99, 0.0), index=3))) == "KKK", "all, and no token is masked again"
+    most = trio("remdm_loop:1:0.5:0.75:0.9")["choose"]  # s_max = (1 - 0.9) / 0.9 = 0.1111, reveals with 1
+    assert word(most(see("M--", (0.99, 0.11, 0.112), index=2))) == "K.K"
+
+
+def test_dilated_by_hand():
+    """A block of 8: places 0 and 4; 2 and 6; all odd ones. Three tokens: 0 and 2; 1."""
+    for n, block, steps, passes in [
+        (8, 8, 8, [[0, 4], [2, 6], [1, 3, 5, 7]]),
+        (8, 0, 3, [[0, 4], [2, 6], [1, 3, 5, 7]]),
+        (8, 0, 4, [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        (3, 4, 3, [[0, 2], [1]]),
+        (1, 0, 1, [[0]]),
+    ]:
+        ours = preset_settings(f"dilated:{block}", n, 2, steps)
+        trace = decode(
+            lambda t, u: torch.zeros(*t.shape, 2), torch.full((1, n), 2), mask_id=2, generator=seeded(), **ours
+        )
+        assert [step.revealed[0].nonzero()[:, 0].tolist() for step in trace] == passes, f"{n} tokens, block {block}"
+    joined = preset_settings("dilated", 8, 2, 2)
+    assert reveal_counts(8, joined["steps"], joined["schedule"]) == [4, 4], "two steps for three passes"
+
+
+def test_dilated_is_exact_in_a_chain():
+    """Given its neighbours on both sides, a token of a chain depends on no other: only the first pass has an error."""
+    world = ChainWorld.sticky(16, 3, 0.6)
+    kl = torch.tensor(WorldEvaluator(world, 1024)(**preset_settings("dilated:16", 16, 3, 4)).groups["kl"]).mean()
+    assert abs(kl) < 1e-3, "p(x_8 | x_0) has nearly forgotten x_0"
+    other = WorldEvaluator(world, 1024)(order="random", schedule="linear", steps=4)
+    assert torch.tensor(other.groups["kl"]).mean() > 0.01, "random order with as many passes"
+
+
 def test_p2_by_hand():
     """Step 1 of 3 keeps 2. Log p of the drawn tokens is that of 0.5, 0.8, 0.1; eta divides U's distance from 0."""
     seen = see("M--", index=1, steps=3, drawn=(0, 0, 0))
@@ -301,6 +343,15 @@ def test_moment_by_hand():
 def test_choose_then_sample_by_hand():
     score = trio("choose_then_sample:2")["order"](torch.tensor([P3]).log(), None, None, 0.0)
     assert score.exp()[0].tolist() == pytest.approx([0.5, 0.8, 0.9])
+
+
+def test_entropy_sum_by_hand():
+    """Sums of 0.3251, 0.5004, 0.6931 in order: 0.3251, 0.8255, 1.5186."""
+    seen = (torch.tensor([P3]).log(), torch.ones(1, 3, dtype=torch.bool), 0.0)
+    for bound, count in ((0.325, 0), (0.326, 1), (0.825, 1), (0.826, 2), (1.518, 2), (1.519, 3)):
+        assert trio(f"entropy_sum:{bound}")["schedule"](*seen).tolist() == [count]
+    known = torch.tensor([[True, True, False]])
+    assert trio("entropy_sum:1.2")["schedule"](seen[0], known, 0.0).tolist() == [2], "only masked tokens count"
 
 
 def test_eb_by_hand():
@@ -395,13 +446,17 @@ def test_remdm_without_remasking_is_mdlm(name):
     assert all(a.tokens.equal(b.tokens) for a, b in zip(ours, mdlm, strict=True))
 
 
-@pytest.mark.parametrize("name", ["mdlm", "remdm_cap:0.2", "remdm_rescale:0.3", "remdm_conf"])
+@pytest.mark.parametrize(
+    "name", ["mdlm", "remdm_cap:0.2", "remdm_rescale:0.3", "remdm_conf", "remdm_loop:0.3:0.2:0.6:0.5"]
+)
 def test_alpha_is_the_fraction_revealed(name):
     """After step i a token is known with probability (i + 1) / T, masked again or not. Binomial counts of MDLM."""
     n, steps = 1024, 5
     trace = trace_of(name, steps, n)
     for i, step in enumerate(trace[:-1]):
         b, known = (i + 1) / steps, (~step.masked).double()
+        if name.startswith("remdm_loop"):
+            b = (0.5, 0.5, 0.5, 0.75)[i]
         tolerance = 4 * math.sqrt(b * (1 - b) / known.numel())
         if name != "remdm_conf":  # there s depends on the tokens
             assert known.mean().item() == pytest.approx(b, abs=tolerance), f"step {i}"
@@ -417,12 +472,12 @@ def test_p2_masks_again_only_with_eta():
     assert counts == [4, 7, 10, 13, 16], "16 - floor(16 (1 - (i + 1) / 5))"
 
 
-@pytest.mark.parametrize("name", ["fast_dllm:1.5", "klass:1:0.01", "eb:0"])
+@pytest.mark.parametrize("name", ["fast_dllm:1.5", "klass:1:0.01", "eb:0", "entropy_sum:0"])
 def test_strict_rules_reveal_one_token_a_pass(name):
     assert [step.revealed.sum(1).unique().tolist() for step in trace_of(name, 16)] == [[1]] * 16
 
 
-@pytest.mark.parametrize("name", ["fast_dllm:0", "eb:1000"])
+@pytest.mark.parametrize("name", ["fast_dllm:0", "eb:1000", "entropy_sum:1000"])
 def test_loose_rules_reveal_all_at_once(name):
     assert len(trace_of(name, 16)) == 1
 
@@ -488,7 +543,22 @@ def test_entropy_bound_against_diffusers():
 
 
 @pytest.mark.parametrize(
-    "wrong", ["p2:x", "p2:-1", "mdlm:1", "klass:1:2:3:4", "remdm_cap:2", "beta:0", "top_p:0", "eb:nan"]
+    "wrong",
+    [
+        "p2:x",
+        "p2:-1",
+        "mdlm:1",
+        "klass:1:2:3:4",
+        "remdm_cap:2",
+        "beta:0",
+        "top_p:0",
+        "eb:nan",
+        "remdm_loop:2",
+        "entropy_sum:-1",
+        "remdm_loop:0.1:0.9:0.5",
+        "dilated:2",
+        "dilated:nan",
+    ],
 )
 def test_wrong_numbers_are_refused(wrong):
     with pytest.raises(ValueError, match=r"known|give|fraction"):

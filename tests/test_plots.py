@@ -1,32 +1,21 @@
 """plots.py: sheets have the right shape, captions are drawn, masks cover what they say."""
 
-import base64
-import io
-
-import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from minimuse.cfg import guide
 from minimuse.eval_metrics import Estimate
-from minimuse.muse import Muse
 from minimuse.plots import (
-    animation,
     curves,
     film,
-    film_strip,
     grid,
     mask_overlay,
     pareto_front,
-    show,
-    style,
     token_map,
     tradeoff,
 )
 from minimuse.sampler import Step
-from minimuse.vqgan import VectorQuantizer
 
 PICTURES = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -51,14 +40,6 @@ def test_captions_are_wrapped_under_the_pictures():
     assert (wide[170:, 176:] == 255).all(), "capitals run under the second picture: lines are wrapped by their width"
 
 
-def test_film_strip():
-    frames = [PICTURES[:2]] * 4
-    strip = film_strip(frames, [f"step {i}: {64 - i} left" for i in range(4)], scale=2)
-    assert strip.width == 8 + 4 * 72, f"one column a step: {strip.width}"
-    assert strip.height > film_strip(frames, scale=2).height, "titles take their room"
-    assert film_strip([Image.new("RGB", (16, 16))] * 3, scale=1).size == (80, 32), "PIL images are frames of one"
-
-
 @pytest.mark.parametrize("masked", [torch.arange(16) < 4, (torch.arange(16) < 4).view(4, 4)])
 @pytest.mark.parametrize("image", [torch.ones(3, 32, 32), Image.new("RGB", (32, 32), "white")])
 def test_mask_overlay_covers_masked_tokens(image, masked):
@@ -72,8 +53,6 @@ def test_mask_overlay_covers_masked_tokens(image, masked):
     [
         lambda: grid([]),
         lambda: grid(PICTURES, ["one"]),
-        lambda: film_strip([]),
-        lambda: film_strip([PICTURES], ["a", "b"]),
     ],
 )
 def test_nonsense_is_refused(wrong):
@@ -175,29 +154,3 @@ def test_token_map_has_a_colour_a_code_gray_where_masked_and_frames_what_is_new(
     assert np.ptp(hidden[0, 0]) < 10, f"masked is gray: {hidden[0, 0]}"
     assert (new[0] < 60).all(), "what is new is framed"
     assert (new[:, -1] < 60).all(), "all around"
-
-
-def test_an_animation_is_a_gif_that_plays():
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
-    page = animation(frames, ms=100).data
-    back = Image.open(io.BytesIO(base64.b64decode(page.split("base64,")[1].split('"')[0])))
-    assert (back.format, back.n_frames, back.info["loop"]) == ("GIF", 3, 0)
-    times = []
-    for i in range(3):
-        back.seek(i)
-        times.append(back.info["duration"])
-    assert times == [100, 100, 1500]
-    assert 'width="240"' in page, "it is shown about 240 pixels wide"
-
-
-def test_style_is_small_and_says_only_what_matplotlib_knows():
-    with matplotlib.rc_context():
-        style()
-        assert matplotlib.rcParams["figure.dpi"] == 80
-
-
-def test_show_gives_source_under_its_file():
-    source = show(guide, VectorQuantizer.nearest).data
-    assert source.startswith("```python\n# minimuse/cfg.py\ndef guide(")
-    assert "\n\n\n# minimuse/vqgan.py\ndef nearest(self" in source, "methods are dedented"
-    assert "# minimuse/muse.py\n@torch.inference_mode()" in show(Muse.picture).data, "decorated ones too"

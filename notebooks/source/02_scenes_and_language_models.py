@@ -21,9 +21,10 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from checks import check_drop_text, check_pool
+from view import show, style
 
 from minimuse import Muse
-from minimuse.plots import grid, show, style
+from minimuse.plots import grid
 from minimuse.utils import to_pil
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer prompts

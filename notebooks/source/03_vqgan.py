@@ -23,10 +23,11 @@ import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_nearest, check_straight_through
+from view import show, style
 
 from minimuse import Muse
 from minimuse.data_sources import SceneDataset
-from minimuse.plots import grid, show, style
+from minimuse.plots import grid
 from minimuse.utils import area_downsample, to_float, to_pil
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer steps

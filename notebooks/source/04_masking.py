@@ -22,9 +22,10 @@ import matplotlib.pyplot as plt
 import numpy
 import torch
 from checks import check_mask_rate, check_masked_loss, check_random_mask
+from view import show, style
 
 from minimuse import Muse
-from minimuse.plots import grid, mask_overlay, show, style
+from minimuse.plots import grid, mask_overlay
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer samples
 CHECKPOINT = "nano"  # a shipped name or a folder

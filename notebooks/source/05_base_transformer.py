@@ -20,9 +20,10 @@ import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_attention, check_unigram
+from view import film_strip, show, style
 
 from minimuse import Muse
-from minimuse.plots import film_strip, grid, mask_overlay, show, style
+from minimuse.plots import grid, mask_overlay
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: fewer pictures and steps
 CHECKPOINT = "nano"  # a shipped name or a folder

@@ -20,9 +20,10 @@ import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_guide, check_rising
+from view import show, style
 
 from minimuse import Muse
-from minimuse.plots import grid, mask_overlay, show, style
+from minimuse.plots import grid, mask_overlay
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
 CHECKPOINT = "toy"  # a shipped name or a folder

@@ -22,9 +22,10 @@ import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_decode, check_margin, check_reveal_counts
+from view import animation, show, style
 
 from minimuse import Muse
-from minimuse.plots import animation, film, grid, mask_overlay, show, style
+from minimuse.plots import film, grid, mask_overlay
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
 CHECKPOINT = "toy"  # a shipped name or a folder

@@ -24,11 +24,12 @@ import torch
 from checks import check_join_memory, check_multi_axis
 from matplotlib.colors import LogNorm
 from PIL import Image
+from view import show, style
 
 from minimuse import Muse
 from minimuse.data_sources import SceneDataset
 from minimuse.pictures import from_pil
-from minimuse.plots import film, grid, show, style
+from minimuse.plots import film, grid
 from minimuse.utils import area_downsample, to_float, to_pil
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures

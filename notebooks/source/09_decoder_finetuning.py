@@ -23,10 +23,11 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import torch
 from checks import check_grow, check_psnr
+from view import show, style
 
 from minimuse import Muse
 from minimuse.data_sources import SceneDataset
-from minimuse.plots import grid, show, style
+from minimuse.plots import grid
 from minimuse.utils import to_float, to_pil
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: too few steps to learn much

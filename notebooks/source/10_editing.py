@@ -20,10 +20,11 @@ import os
 import matplotlib.pyplot as plt
 import torch
 from checks import check_resample_step, check_token_mask
+from view import animation, film_strip, show, style
 
 from minimuse import Muse
 from minimuse.pictures import from_pil
-from minimuse.plots import animation, film, film_strip, grid, mask_overlay, show, style
+from minimuse.plots import film, grid, mask_overlay
 from minimuse.utils import to_pil
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: fewer pictures and iterations

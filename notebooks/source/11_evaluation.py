@@ -19,9 +19,10 @@ import os
 import matplotlib.pyplot as plt
 import torch
 from checks import check_frechet, check_wilson
+from view import show, style
 
 from minimuse import Muse
-from minimuse.plots import grid, show, style, tradeoff
+from minimuse.plots import grid, tradeoff
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer pictures
 CHECKPOINT = "nano"  # a shipped name or a folder

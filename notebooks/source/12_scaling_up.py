@@ -19,9 +19,9 @@ import os
 import matplotlib.pyplot as plt
 import torch
 from checks import check_layer_parameters, check_sharded_bytes, check_training_flops
+from view import show, style
 
 from minimuse.config import preset
-from minimuse.plots import show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: two presets of four
 PRESETS = ["nano", "paper_3b"] if FAST else ["nano", "toy", "paper_632m", "paper_3b"]

@@ -19,11 +19,11 @@ import os
 import matplotlib.pyplot as plt
 import torch
 from checks import check_order, check_schedule, check_world
+from view import show, style
 
 from minimuse import Muse
 from minimuse.eval_metrics import paired_difference
 from minimuse.lab import ChainWorld, MixtureWorld, PottsWorld, World, compare
-from minimuse.plots import show, style
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer samples
 CHECKPOINT = "nano"  # a shipped name or a folder

@@ -24,10 +24,11 @@ import diagrams
 import matplotlib.pyplot as plt
 import torch
 from checks import check_add_noise, check_ddim_step
+from view import film_strip, show, style
 
 import minimuse
 from minimuse import Muse
-from minimuse.plots import film, film_strip, grid, mask_overlay, show, style, tradeoff
+from minimuse.plots import film, grid, mask_overlay, tradeoff
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, hardly trained
 CHECKPOINT = "nano"  # a shipped name or a folder
