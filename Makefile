@@ -13,7 +13,7 @@ DEV    := .venv/.installed-dev
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast coverage lint format notebooks train clean
+.PHONY: help install demo test fast coverage lint format notebooks site train clean
 
 help:  ## show this list
 	@echo "make TARGET, one of:"
@@ -66,9 +66,12 @@ format: $(DEV)  ## fix rules and format with ruff
 notebooks: $(DEV)  ## build the course's notebooks from their sources and run them in full
 	$(BIN)/python notebooks/build.py
 
+site: $(DEV)  ## write the course as HTML pages into site/; works offline
+	$(BIN)/python notebooks/pages.py
+
 train: $(STAMP)  ## train the nano preset from scratch into runs/nano
 	$(BIN)/minimuse train nano --out runs/nano
 
 clean:  ## remove .venv and the files of tools; runs/ and pictures stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -29,22 +29,35 @@ TAKES = "@takes@"  # in a header: minutes and memory, once they are measured
 SETUP = """\
 # Does nothing in a clone where minimuse is installed. Elsewhere, as on Colab, it installs minimuse: a minute or two.
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
-REPOSITORY = ""  # on Colab: the address of minimuse's git repository
-CLONE = "minimuse-clone" if REPOSITORY else ".."
-if REPOSITORY and not Path(CLONE).exists():
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, CLONE], check=True)
-if importlib.util.find_spec("minimuse") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{CLONE}[offline]"], check=True)
-sys.path.append(f"{CLONE}/notebooks")  # checks.py, for the exercises"""
+ARCHIVE = os.environ.get("MINIMUSE_ARCHIVE", "@archive@")  # address of a .zip of the repository
+missing = importlib.util.find_spec("minimuse") is None
+if missing and not Path("../notebooks/checks.py").exists():
+    assert ARCHIVE, "set MINIMUSE_ARCHIVE to the address of minimuse's .zip, or open this notebook in a clone"
+    shutil.unpack_archive(urllib.request.urlretrieve(ARCHIVE, "minimuse.zip")[0], "minimuse-course")
+CLONE = next(Path("minimuse-course").glob("*"), Path(".."))  # the archive's only folder, or this clone
+if missing:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{CLONE}[offline,eval]"], check=True)
+    importlib.invalidate_caches()
+sys.path.append(str(CLONE / "notebooks"))  # checks.py, for the exercises"""
 
 
 def names() -> list[str]:
     """The notebooks that have a source, in the order of the course."""
     return sorted(path.stem for path in SOURCES.glob("[0-9][0-9]_*.py"))
+
+
+def repository() -> str:
+    """The address on GitHub that CITATION.cff gives as `repository-code`; empty if it gives none."""
+    text = (HERE.parent / "CITATION.cff").read_text(encoding="utf-8")
+    found = re.search(r"^repository-code: *\"?(https://github\.com/[\w.-]+/[\w.-]+?)/?\"?$", text, flags=re.MULTILINE)
+    return found[1] if found else ""
 
 
 def takes(name: str) -> str:
@@ -93,8 +106,14 @@ def notebook(name: str, blanks: bool = False) -> nbformat.NotebookNode:
         text = re.sub(r"### BEGIN SOLUTION.*?### END SOLUTION", "...  # your code", text, flags=re.DOTALL)
     header, *rest = cells(re.sub(r" *### (BEGIN|END) SOLUTION\n", "", text))
     header = (header[0], header[1].replace(TAKES, takes(name)))
+    setup = SETUP.replace("@archive@", f"{address}/archive/HEAD.zip" if (address := repository()) else "")
+    if address:
+        page = f"{address}/blob/HEAD/notebooks/{name}{'_yours' * blanks}.ipynb"
+        page = page.replace("https://github.com", "https://colab.research.google.com/github")
+        badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({page})"
+        header = (header[0], f"{header[1]}\n\n{badge}")
     nb = new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
-    for i, (kind, text) in enumerate([header, ("code", SETUP), *rest]):
+    for i, (kind, text) in enumerate([header, ("code", setup), *rest]):
         cell = new_markdown_cell(text) if kind == "markdown" else new_code_cell(text)
         cell.id = f"cell-{i:02}"  # the same each time, so that a change shows as a change
         if kind == "solution":  # Jupyter folds it away; Colab does so by cellView

@@ -16,7 +16,7 @@ import minimuse
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CARD = ["numpy", "torch", "transformers", "matplotlib", "jupyter", "pytest"]  # what environment.yml must name
-TARGETS = ["install", "demo", "test", "fast", "lint", "format", "train", "clean", "help"]
+TARGETS = ["install", "demo", "test", "fast", "lint", "format", "site", "train", "clean", "help"]
 
 
 def requirements(lines) -> dict[str, Requirement]:
@@ -33,7 +33,7 @@ def pins(file: str) -> dict[str, Requirement]:
 RUNTIME, DEV = pins("requirements.txt"), pins("requirements-dev.txt")
 PINS = RUNTIME | DEV
 EXTRAS = PROJECT["optional-dependencies"]
-TESTED = ["offline", "data", "eval", "amused", "app", "notebooks", "grading", "test"]  # the extras that the tests need
+TESTED = "offline data eval amused app notebooks site grading test".split()  # the extras that the tests need
 BOUNDS = requirements(PROJECT["dependencies"] + [line for extra in TESTED for line in EXTRAS[extra]])
 
 

@@ -33,8 +33,9 @@ from checks import (
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn import functional as F
+from view import animation, show, style
 
-from minimuse.plots import animation, film_strip, grid, show, style
+from minimuse.plots import film_strip, grid
 from minimuse.utils import to_pil
 
 FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cells, fewer steps

@@ -1,0 +1,58 @@
+"""notebooks/pages.py: the course as a site that works without a network."""
+
+import re
+import sys
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("latex2mathml", reason="the extra `site` is not installed")
+sys.path.append(str(ROOT / "notebooks"))
+import pages
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site")
+    return {path.name: path.read_text(encoding="utf-8") for path in pages.write(out)}, out
+
+
+def test_formulas_become_mathml_and_code_stays():
+    found = pages.with_formulas("$x_1$ costs `a$b` and\n$$\\arg\\min_k |z|$$\n```\n$no$\n```")
+    assert found.count("<math") == 2
+    assert "`a$b`" in found
+    assert "```\n$no$\n```" in found
+    assert not re.search(r"\\[a-z]|[_*|]", found.replace("```\n$no$\n```", "")), "Markdown would read these"
+
+
+def test_solutions_are_folded_and_the_installation_is_left_out():
+    new = nbformat.v4
+    nb = new.new_notebook(
+        cells=[new.new_code_cell(text) for text in ("importlib.util.find_spec", "stub = 1", "answer = 2")]
+    )
+    nb.cells[2].metadata["tags"] = ["solution"]
+    found = pages.body(nb)
+    assert "find_spec" not in found
+    assert found.index("stub") < found.index("<details>") < found.index("answer") < found.index("</details>")
+
+
+def test_links_lead_to_pages_and_to_copies_of_files(tmp_path):
+    text = '<a href="04_masking.ipynb#x">a</a><a href="../minimuse/vqgan.py">b</a><a href="https://arxiv.org">c</a>'
+    found = pages.linked(text, pages.HERE, tmp_path)
+    assert re.findall('"(.*?)"', found) == ["04_masking.html#x", "files/minimuse/vqgan.py.txt", "https://arxiv.org"]
+    assert (tmp_path / "files/minimuse/vqgan.py.txt").read_bytes() == (ROOT / "minimuse/vqgan.py").read_bytes()
+    assert '"index.html"' in pages.linked('<a href="../nowhere">', pages.HERE, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_link_of_the_site_leads_somewhere_without_a_network(site):
+    found, out = site
+    assert set(found) == {f"{name}.html" for name in [*pages.names(), *pages.TEXTS]}
+    for name, page in found.items():
+        assert "<script" not in page, name
+        assert not re.search(r'(src|<link[^>]*href)="(https?:)?//', page), f"{name} loads something from the network"
+        for link in re.findall(r'<a [^>]*href="([^"#:]+)', page):
+            assert (out / link).is_file(), f"{name}: {link} leads nowhere"
+        assert not re.search(r"<m[ion][^>]*>\\", page), f"{name} has a formula that MathML does not show"
+        assert page.count('aria-current="page"') == 1
