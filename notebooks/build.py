@@ -24,7 +24,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-SOURCES, MEASURED = HERE / "source", HERE / "measured.json"
+SOURCES, MEASURED, CITATION = HERE / "source", HERE / "measured.json", HERE.parent / "CITATION.cff"
 TAKES = "@takes@"  # in a header: minutes and memory, once they are measured
 SETUP = """\
 # Does nothing in a clone where minimuse is installed. Elsewhere, as on Colab, it installs minimuse: a minute or two.
@@ -55,7 +55,7 @@ def names() -> list[str]:
 
 def repository() -> str:
     """The address on GitHub that CITATION.cff gives as `repository-code`; empty if it gives none."""
-    text = (HERE.parent / "CITATION.cff").read_text(encoding="utf-8")
+    text = CITATION.read_text(encoding="utf-8")
     found = re.search(r"^repository-code: *\"?(https://github\.com/[\w.-]+/[\w.-]+?)/?\"?$", text, flags=re.MULTILINE)
     return found[1] if found else ""
 

@@ -7,6 +7,8 @@ import importlib.util
 import inspect
 import io
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -326,6 +328,42 @@ def test_the_title_counts_the_lines():
 
 
 # --- pictures and texts that are stored -------------------------------------------------------------------------------
+
+
+def test_a_repository_with_an_address_gives_a_badge_and_an_archive(tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/01_x.py").write_text('# %% [markdown]\nr"""\n# 1. X\n"""\n# %%\nx = 1\n', encoding="utf-8")
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "source")
+    monkeypatch.setattr(build, "CITATION", tmp_path / "CITATION.cff")
+    (tmp_path / "CITATION.cff").write_text("title: x\n", encoding="utf-8")
+    header, setup, _ = build.notebook("01_x").cells
+    assert "colab" not in header.source
+    assert '"MINIMUSE_ARCHIVE", "")' in setup.source
+    (tmp_path / "CITATION.cff").write_text('repository-code: "https://github.com/me/muse"\n', encoding="utf-8")
+    header, setup, _ = build.notebook("01_x").cells
+    assert "(https://colab.research.google.com/github/me/muse/blob/HEAD/notebooks/01_x.ipynb)" in header.source
+    assert '"https://github.com/me/muse/archive/HEAD.zip"' in setup.source
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_setup_installs_from_an_archive_outside_a_clone(installed, tmp_path, monkeypatch):
+    (tmp_path / "repository-main/notebooks").mkdir(parents=True)
+    archive = shutil.make_archive(str(tmp_path / "minimuse"), "zip", tmp_path, "repository-main")
+    (tmp_path / "empty/inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty/inner")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
+    setup = build.SETUP.replace("@archive@", "")
+    if not installed:
+        with pytest.raises(AssertionError, match="set MINIMUSE_ARCHIVE to the address"):
+            exec(setup, {})
+        monkeypatch.setenv("MINIMUSE_ARCHIVE", Path(archive).as_uri())
+    exec(setup, {})
+    folder = ".." if installed else "minimuse-course/repository-main"
+    assert [command[-1] for command in ran] == [] if installed else [f"{folder}[offline,eval]"]
+    assert Path(sys.path[-1]) == Path(folder) / "notebooks"
 
 
 def test_large_pictures_are_stored_as_jpeg_where_that_spares_much():
