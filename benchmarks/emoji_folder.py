@@ -1,101 +1,118 @@
-"""A captioned folder to train on from what most machines have: python benchmarks/emoji_folder.py --out emoji
+"""Emoji of several designs as a captioned folder to train on: python benchmarks/emoji_folder.py --out emoji DESIGN ...
 
-Every emoji of one code point in a colour font becomes a picture, and its Unicode name the caption: 1,390 of them in
-Noto Color Emoji 2.042. The names are Unicode's own, so that "black" and "white" at times mean filled and outlined. What
-comes out is a folder such as `minimuse.data_sources.FolderDataset` reads.
+A design is a folder of an unpacked `@iconify-json` package, which holds SVG pictures and their license:
+
+    npm pack @iconify-json/noto @iconify-json/twemoji @iconify-json/fluent-emoji-flat emojibase-data
+    for f in *.tgz; do mkdir "${f%.tgz}" && tar xzf "$f" -C "${f%.tgz}" --strip-components 1; done
+    pip install resvg-py
+    python benchmarks/emoji_folder.py --out emoji --names emojibase-data-* iconify-json-*
+
+The names and keywords are those of Unicode CLDR, from `emojibase-data`. A picture has up to six captions: its name,
+with and without the name of the design, and keywords. People, symbols, flags, and combinations such as "polar bear"
+are left out. What comes out is a folder such as `minimuse.data_sources.FolderDataset` reads, and LICENSES.md.
 """
 
 import argparse
+import io
 import json
+import re
 import sys
-import unicodedata
+from collections import Counter
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
-FONTS = (
-    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",  # Debian, Ubuntu, Colab
-    "/usr/share/fonts/noto/NotoColorEmoji.ttf",  # Arch
-    "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",  # Fedora
-    "~/.local/share/fonts/NotoColorEmoji.ttf",
-    "/System/Library/Fonts/Apple Color Emoji.ttc",
-    "C:/Windows/Fonts/seguiemj.ttf",
-)
-STRIKES = (109, 160, 136, 128, 96, 64)  # bitmaps come in one size or a few: 109 is Noto's, 160 Apple's
-HELP = (
-    "Linux: apt-get install fonts-noto-color-emoji, or your distribution's package of Noto Color Emoji; macOS and "
-    "Windows have one (Apple Color Emoji, Segoe UI Emoji). Or name a font: --font NotoColorEmoji.ttf"
-)
+GROUPS = (0, 3, 4, 5, 6, 7)  # of emojibase: smileys, animals, food, travel, activities, objects
+JOINER = "200D"  # in the code points of a combination
 
 
-def find_font(path: str | None = None) -> ImageFont.FreeTypeFont:
-    """A path, or the first of the usual places -> the font, at a size in which it has pictures."""
-    places = [Path(place).expanduser() for place in ([path] if path else FONTS)]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise ValueError(f"there is no colour emoji font at {', '.join(map(str, places))}. {HELP}")
-    for strike in STRIKES:
-        try:
-            return ImageFont.truetype(str(found), strike)
-        except OSError:
-            continue  # not one of its sizes
-    raise ValueError(f"{found} opens at none of the sizes {', '.join(map(str, STRIKES))}. {HELP}")
+def named(folder: Path) -> list[dict]:
+    """The unpacked `emojibase-data` -> an entry with label, tags and hexcode for each emoji to draw."""
+    entries = json.loads((folder / "en/data.json").read_text(encoding="utf-8"))
+    return [entry for entry in entries if entry.get("group") in GROUPS and JOINER not in entry["hexcode"]]
 
 
-def draw(character: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
-    """A character -> its picture (RGBA), cut to what is drawn; None where the font draws nothing."""
-    left, top, right, bottom = font.getbbox(character)
-    if right <= left or bottom <= top:
-        return None
-    image = Image.new("RGBA", (right, bottom), (255, 255, 255, 0))
-    ImageDraw.Draw(image).text((0, 0), character, font=font, embedded_color=True)
-    box = image.getchannel("A").getbbox()
-    return image.crop(box) if box else None
-
-
-def emoji(font: ImageFont.FreeTypeFont) -> dict[str, Image.Image]:
-    """Every named symbol that the font draws -> its picture; what looks like a missing glyph is left out."""
-    missing = draw("\U000f0000", font)
+def design(folder: Path) -> tuple[dict, dict[str, str], dict[str, str]]:
+    """An unpacked package -> its info, an SVG for each of its names, and its name for each code point."""
+    info, icons, characters = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("info.json", "icons.json", "chars.json")
+    )
     pictures = {}
-    for code in (*range(0xA9, 0x3300), *range(0x1F000, 0x1FC00)):
-        character = chr(code)
-        if unicodedata.category(character) not in ("So", "Sk", "Sm", "Po") or not unicodedata.name(character, ""):
-            continue
-        image = draw(character, font)
-        if image and not (missing and image.tobytes() == missing.tobytes()):
-            pictures[character] = image
-    return pictures
+    for name, icon in icons["icons"].items():
+        width, height = (icon.get(side) or icons.get(side) or 16 for side in ("width", "height"))
+        box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
+        pictures[name] = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>'
+    aliases = {name: alias["parent"] for name, alias in icons.get("aliases", {}).items()}
+    names = {code(character): aliases.get(name, name) for character, name in characters.items()}
+    return info, pictures, names
 
 
-def write(out: Path, size: int, font: ImageFont.FreeTypeFont) -> int:
-    """Pictures of size x size on white, and metadata.jsonl, into a new or empty folder -> how many."""
+def code(hexcode: str) -> str:
+    """Code points without the variation selector, which designs give or omit."""
+    return hexcode.lower().replace("-fe0f", "")
+
+
+def draw(svg: str, size: int) -> Image.Image | None:
+    """SVG -> a picture of size x size on white, cut to what is drawn, with a margin; None if nothing is drawn."""
+    import resvg_py
+
+    image = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * size)))).convert("RGBA")
+    box = image.getchannel("A").getbbox()
+    if box is None:
+        return None
+    inner = size - 2 * (size // 32)
+    image = ImageOps.pad(image.crop(box), (inner, inner), Image.Resampling.LANCZOS)
+    canvas = Image.new("RGBA", (size, size), "white")
+    canvas.alpha_composite(image, (size // 32, size // 32))
+    return canvas.convert("RGB")
+
+
+def captions(entry: dict, style: str, rare: Counter) -> list[str]:
+    """The name, also with the name of the design, and keywords. A keyword of few emoji is a caption of its own."""
+    name = re.sub(r"[“”:]", "", entry["label"]).lower()
+    keywords = [tag for tag in entry.get("tags", []) if tag not in name]
+    own = [tag for tag in keywords if rare[tag] <= 3]
+    texts = [name, f"{name}, {style}", ", ".join([name, *keywords[:3]]), ", ".join([*keywords[:4], style])]
+    return list(dict.fromkeys([*texts[: 2 + 2 * bool(keywords)], *own[:2]]))
+
+
+def write(out: Path, size: int, entries: list[dict], folders: list[Path]) -> int:
+    """Pictures of size x size, metadata.jsonl and LICENSES.md, into a new or empty folder -> how many pictures."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; give a new folder, since we overwrite nothing")
     out.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for character, image in emoji(font).items():
-        name, inner = f"{ord(character):05x}.png", size - 2 * (size // 16)
-        image = ImageOps.pad(image, (inner, inner), Image.Resampling.LANCZOS)
-        canvas = Image.new("RGBA", (size, size), "white")
-        canvas.alpha_composite(image, (size // 16, size // 16))
-        canvas.convert("RGB").save(out / name)
-        lines.append(json.dumps({"file_name": name, "text": unicodedata.name(character).lower()}) + "\n")
+    rare = Counter(tag for entry in entries for tag in entry.get("tags", []))
+    lines, licenses = [], []
+    for folder in folders:
+        info, pictures, names = design(folder)
+        terms, author = info["license"], info["author"]
+        licenses.append(f"- {info['name']}, {author['name']} ({author['url']}): {terms['title']} ({terms['url']})\n")
+        style = info["prefix"].split("-")[0]
+        for entry in entries:
+            svg = pictures.get(names.get(code(entry["hexcode"]), ""))
+            if image := svg and draw(svg, size):
+                name = f"{code(entry['hexcode'])}-{info['prefix']}.png"
+                image.save(out / name)
+                values = {"file_name": name, "text": captions(entry, style, rare)}
+                lines.append(json.dumps(values, ensure_ascii=False) + "\n")
     (out / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    (out / "LICENSES.md").write_text("".join(licenses), encoding="utf-8")
     return len(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("designs", type=Path, nargs="+", help="unpacked @iconify-json packages")
+    parser.add_argument("--names", type=Path, required=True, help="the unpacked package emojibase-data")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
-    parser.add_argument("--font", help="a colour emoji font; by default, the one that comes with most systems")
     args = parser.parse_args(arguments)
     try:
-        n = write(args.out, args.size, find_font(args.font))
-    except ValueError as error:
+        n = write(args.out, args.size, named(args.names), args.designs)
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{n} pictures and metadata.jsonl in {args.out}")
+    print(f"{n} pictures, metadata.jsonl and LICENSES.md in {args.out}")
     return 0
 
 

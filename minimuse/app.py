@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from minimuse.lab_optimum import trial
 from minimuse.masking import SCHEDULES
 from minimuse.muse import Muse
 from minimuse.pictures import open_picture, settings_of, with_settings
@@ -152,6 +153,13 @@ class Page:
         """The last drawn picture -> the picture to edit. The page forgets a drawing after an hour."""
         return self._to_edit(last[1]) if last else self.gr.skip()
 
+    def schedule(self, *chosen: Any) -> tuple:
+        """World, schedule, order, steps -> what `lab_optimum.trial` says and shows."""
+        try:
+            return trial(*chosen)
+        except ValueError as error:
+            return f"**Nothing was drawn.** {error}", None
+
     def look_back(self, last: Any, at: int) -> dict:
         """The slider's position -> the page at that step."""
         return last[0][at - 1] if last else self.gr.skip()
@@ -197,11 +205,10 @@ class Page:
 
     def _to_edit(self, image: Image.Image) -> dict:
         square = ImageOps.fit(image, (self.side, self.side))
-        large = square.resize((self.side * self.zoom,) * 2, Image.Resampling.NEAREST)
-        return {self.start: square, self.canvas: large}
+        return {self.start: square, self.canvas: square.resize((self.side * self.zoom,) * 2, Image.Resampling.NEAREST)}
 
     def build(self) -> Any:
-        """-> gradio's Blocks. Programs may call its events by name: /draw, /load, /repaint, /extend, /change."""
+        """-> gradio's Blocks. Programs may call its events by name: /draw, /load, /repaint, /extend, /change, /schedule."""
         gr, muse = self.gr, self.muse
         base, high = muse.config.base_sampling, muse.config.superres_sampling
         with gr.Blocks(title="minimuse", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
@@ -220,6 +227,8 @@ class Page:
                             gr.Examples(muse.examples[:5], prompt, label="Prompts to try")
                     with gr.Tab("Edit") as tab:
                         edits = self._edits(tab)
+                    with gr.Tab("Schedule") as tab:
+                        chosen, use = self._schedule(tab)
                     with gr.Accordion("Decoding settings", open=False):
                         request = [
                             prompt, seed, gr.Textbox(label="Negative prompt"),
@@ -227,14 +236,15 @@ class Page:
                             gr.Slider(0, 10, base.guidance[1], step=0.5, label="Guidance at the last step"),
                             gr.Slider(1, 64, base.steps, step=1, label="Steps of the base model"),
                             gr.Slider(1, 64, high.steps, step=1, label="Steps of super-resolution"),
-                            gr.Dropdown([*SCHEDULES, "log"], value=base.schedule, label="Schedule: tokens per step"),
+                            self._curves(base.schedule, "Schedule: tokens per step"),
                             gr.Dropdown([*ORDERS], value=base.order, label="Order: which tokens first"),
                         ]  # fmt: skip
                 with gr.Column(scale=3, min_width=320):
                     outputs = self._outputs()
             queue = {"concurrency_id": "muse", "concurrency_limit": 1, "show_progress_on": self.status}
             more = another.click(lambda n: (n or 0) + 1, seed, seed, api_name=False)
-            for trigger in (prompt.submit, more.then):
+            same = use.click(lambda *chosen: chosen, chosen, [request[i] for i in (7, 8, 5)], api_name=False)
+            for trigger in (prompt.submit, more.then, same.then):
                 trigger(self.draw, request, outputs, api_name=False, **queue)
             for part in dict.fromkeys([*request, *(part for _, _, inputs in edits for part in inputs)]):
                 part.preprocess = partial(self._take, part, part.preprocess)
@@ -280,6 +290,24 @@ class Page:
         tab.select(lambda old, last: self.take(None if old else last), [self.start, self.last], edited, api_name=False)
         side, strength = [self.start, where, by], [self.start, iterations, fraction, guidance]
         return [(repaint, self.repaint, edited), (extend, self.extend, side), (change, self.change, strength)]
+
+    def _curves(self, value: str, label: str) -> Any:
+        return self.gr.Dropdown([*SCHEDULES, "log"], value=value, label=label, allow_custom_value=True)
+
+    def _schedule(self, tab: Any) -> tuple[list, Any]:
+        """The tab of schedules -> its schedule, order and steps, and the button that draws the prompt with them."""
+        gr, world = self.gr, self.gr.Dropdown(["mixture", "chain", "potts"], value="chain", label="World")
+        chosen = [
+            self._curves("cosine", "Curve"), gr.Dropdown([*ORDERS], value="random", label="Order in the world"),
+            gr.Slider(1, 64, 8, step=1, label="Steps in the world"),
+        ]  # fmt: skip
+        power = gr.Slider(0.2, 5, 2, step=0.1, label="Drag the curve: after u of the steps, 1 - u^p is masked")
+        power.input(lambda p: f"pow{p:g}", power, chosen[0], api_name=False)
+        use = gr.Button("Draw the prompt so")
+        shown = [gr.Markdown(elem_id="counts"), gr.Plot(label="Staircase", elem_id="staircase")]
+        triggers = [tab.select, *(part.change for part in (world, *chosen))]
+        gr.on(triggers, self.schedule, [world, *chosen], shown, api_name="schedule", trigger_mode="always_last")
+        return chosen, use
 
     def _outputs(self) -> list:
         gr, image = self.gr, {"format": "png", "buttons": ["download", "fullscreen"], "min_width": 140}

@@ -61,8 +61,8 @@ def find(name: str | Path) -> Path:
         raise FileNotFoundError(f"{problem}; the hub gave none: {type(e).__name__}") from e
 
 
-def load(name: str | Path, format: str = FORMAT) -> tuple[MuseConfig, dict[str, Tensor], dict[str, Any]]:
-    """A checkpoint -> configuration, weights, {"words": ..., "examples": ...}. Errors name the file that is wrong."""
+def load_networks(name: str | Path, build: Build, format: str = FORMAT) -> tuple[MuseConfig, nn.ModuleDict, dict]:
+    """A checkpoint -> configuration, frozen networks, {"words": ..., "examples": ...}. Errors name what is wrong."""
     folder = find(name)
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
@@ -81,12 +81,6 @@ def load(name: str | Path, format: str = FORMAT) -> tuple[MuseConfig, dict[str, 
         weights = safetensors.torch.load((folder / WEIGHTS).read_bytes())
     except (safetensors.SafetensorError, OSError) as e:
         raise ValueError(f"{folder / WEIGHTS} is broken or cut short: {e}; copy or download it again") from e
-    return config, weights, about
-
-
-def load_networks(name: str | Path, build: Build, format: str = FORMAT) -> tuple[MuseConfig, nn.ModuleDict, dict]:
-    """As `load`, with the frozen networks that `build` makes in place of their weights."""
-    config, weights, about = load(name, format)
     with torch.device("meta"):
         parts = build(config)
     if config.low_tokenizer_from:

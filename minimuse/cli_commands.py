@@ -103,11 +103,6 @@ def open_model(name: str | Path, *, device: Any = None) -> Any:
     return model_class(name).from_pretrained(name, device=device)
 
 
-def run_app(args: argparse.Namespace) -> None:
-    """Serve the page until Ctrl-C."""
-    serve(args.checkpoint, host=args.host, port=args.port, device=args.device)
-
-
 def run_train(args: argparse.Namespace) -> None:
     """Run all stages with a progress bar each, then save the checkpoint."""
     from minimuse.train import train_muse
@@ -316,7 +311,7 @@ def run_info(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    **dict.fromkeys(("generate", "inpaint", "outpaint", "edit"), run_draw), "app": run_app, "train": run_train,
-    "average": run_average, "doctor": run_doctor, "reconstruct": run_reconstruct, "compare": run_compare,
-    "eval": run_evaluate, "info": run_info,
+    **dict.fromkeys(("generate", "inpaint", "outpaint", "edit"), run_draw), "train": run_train, "average": run_average,
+    "doctor": run_doctor, "reconstruct": run_reconstruct, "compare": run_compare, "eval": run_evaluate,
+    "app": lambda args: serve(args.checkpoint, host=args.host, port=args.port, device=args.device), "info": run_info,
 }  # fmt: skip

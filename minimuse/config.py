@@ -176,7 +176,6 @@ def paper_3b() -> MuseConfig:
 
     Choice: the paper is silent on code_dim, text_tokens, heads (64 channels each), block, crop, adversarial_start (a
     quarter of the steps), discriminator_width (VQGAN's), the ranking noise (MaskGIT's 4.5) and both guidance scales.
-    States are saved every 5,000 steps, as the paper's averages need (A.1).
     """
     low = VQGANConfig(
         image_size=256, codebook_size=8192, code_dim=256, width=128, multipliers=(1, 1, 2, 2, 4), blocks=(2,) * 5,
@@ -188,7 +187,7 @@ def paper_3b() -> MuseConfig:
     tokenizing = StageConfig(
         steps=1_000_000, batch=256, learning_rate=1e-4, warmup=10_000, weight_decay=1e-4, betas=(0.9, 0.99),
         perceptual="lpips", discriminator_width=64, crop=256, adversarial_start=250_000,
-        save_every=5000, eval_every=5000,
+        save_every=5000, eval_every=5000,  # as the paper's averages need (A.1)
     )  # fmt: skip
     masked = StageConfig(
         steps=1_500_000, batch=512, learning_rate=1e-4, warmup=5_000, weight_decay=0.045, optimizer="adafactor",

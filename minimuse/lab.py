@@ -15,13 +15,21 @@ To add something, pass one function or class to `compare`:
 >>> schedule = lambda u: 1 - u**3  # progress -> the fraction still masked
 >>> rule = lambda logits, masked, u: masked.sum(1) // 2  # an adaptive schedule: how many tokens to reveal now, (B,)
 >>> order = lambda logits, drawn, masked, u: logits.amax(-1)  # scores (B, N); the highest are kept
+>>> def calm(state):  # sees the pass before: keep (B, N) bool the tokens whose prediction has moved least
+...     now, before = (x.softmax(-1) for x in (state.logits, state.previous if state.index else state.logits))
+...     moved = (now - before).abs().sum(-1).masked_fill(~state.masked, math.inf)
+...     left = state.masked.sum(1) // (state.steps - state.index)
+...     return ~state.masked | (moved.argsort(1).argsort(1) < left[:, None])
 >>> class Coins(World):  # independent fair coins
 ...     def log_evidence(self, e):
 ...         return e.mean(-1).log().sum(1)
->>> report = compare(Coins((2, 2), 2), {"mine": schedule, "rule": rule}, {"mine": order}, steps=[2], samples=64)
->>> report["mine", "mine", 2]["excess_nll"].value
-0.0
+>>> mine = {"presets": {"calm": {"choose": calm}}, "steps": [2], "samples": 64}
+>>> report = compare(Coins((2, 2), 2), {"mine": schedule, "rule": rule}, {"mine": order}, **mine)
+>>> report["mine", "mine", 2]["excess_nll"].value, report["calm", "", 2].nfe
+(0.0, 2.0)
 
+For text, arXiv 2602.19619 judges samplers with exact oracles. Here are grids of tokens, any order and schedule, exact
+KL with paired intervals, and the same call for trained models.
 Not here: the worlds (`lab_worlds.py`), published samplers (`lab_samplers.py`), trained models (`lab_models.py`).
 """
 

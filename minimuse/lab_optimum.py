@@ -10,6 +10,7 @@ Not here: adaptive rules and orders that look at the tokens. They may fall below
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
@@ -17,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimuse.lab_worlds import World
-from minimuse.masking import Schedule
-from minimuse.sampler import LogitsFn, confidence, token_entropy
-from minimuse.utils import PositiveInt, check, require, seeded_generator
+from minimuse.lab_worlds import WORLDS, World
+from minimuse.masking import Schedule, reveal_counts
+from minimuse.sampler import LogitsFn, by_rank, confidence, decode, token_entropy
+from minimuse.utils import PositiveInt, check, halton_rank, require, seeded_generator
+
+EXCESS = "Excess NLL in {} order: {:.3f} ± {:.3f} (0 is exact, below 0 is mode seeking)."
 
 
 @torch.no_grad()
@@ -118,6 +121,41 @@ def plot_curve(curve: Tensor, counts: Mapping[str, Sequence[int]], ax: Any) -> N
         ax.stairs(h[edges[:-1]], edges, baseline=None, label=f"{name}: KL {expected_kl(curve, each):.4f}")
     ax.set(xlabel="tokens known", ylabel="entropy of a hidden token, nats", title="KL N = area above the curve")
     ax.legend(fontsize=7, frameon=False)
+
+
+@lru_cache
+def _known(world: str) -> tuple[World, Tensor]:
+    """A name of WORLDS -> the world, and its information curve (N,)."""
+    world = WORLDS[world]()
+    return world, information_curve(world_curves(world, 256))
+
+
+def trial(world: str, schedule: str, order: str, steps: int) -> tuple[str, Any]:
+    """Names of a world, a schedule and an order -> counts and KL next to the optimum's, in words; a figure.
+
+    The figure has the curve with both staircases, six draws, and six exact samples of the world.
+    """
+    from matplotlib.figure import Figure
+
+    world, curve = _known(world)
+    counts = {schedule: reveal_counts(world.n, steps, schedule), "optimum": optimal_counts(curve, steps)}
+    start = torch.full((256, world.n), world.mask_id)
+    ranked = by_rank(halton_rank(*world.grid)) if order == "halton" else order
+    sampling = {"mask_id": world.mask_id, "steps": steps, "schedule": schedule, "order": ranked}
+    *_, last = decode(world, start, **sampling, generator=seeded_generator(0))
+    exact = world.sample(len(start), seeded_generator(1))
+    excess = (world.log_prob(exact) - world.log_prob(last.tokens)) / world.n
+    text = [f"**{k}**: {' '.join(map(str, c))}. Expected KL {expected_kl(curve, c):.4f}." for k, c in counts.items()]
+    text += ["KL is in nats a token, in random order. " + EXCESS.format(order, excess.mean(), 2 * excess.std() / 16)]
+    figure = Figure((6, 5), layout="constrained")
+    top, *rows = figure.subfigures(3, height_ratios=(4, 1, 1))
+    plot_curve(curve, counts, top.subplots())
+    for row, title, examples in zip(rows, ("drawn", "samples of the world"), (last.tokens, exact), strict=True):
+        row.suptitle(title, fontsize=9)
+        for ax, tokens in zip(row.subplots(1, 6), examples, strict=False):
+            ax.imshow(tokens.view(world.grid).numpy(), vmin=0, vmax=world.v - 1)
+            ax.axis("off")
+    return "\n\n".join(text), figure
 
 
 def _checked(curve: Tensor) -> np.ndarray:

@@ -24,7 +24,6 @@ from minimuse.config import STAGES, MuseConfig
 from minimuse.data_cache import TrainingData
 from minimuse.data_sources import Problems
 from minimuse.eval_metrics import feature_distance
-from minimuse.muse import build
 from minimuse.text import ENCODERS, Context, TextEncoder
 from minimuse.train import MaskedLoss, tokenizer_losses
 from minimuse.train_engine import checkpoint_activations, hidden_matrices
@@ -148,12 +147,6 @@ def _networks(config: MuseConfig, stage: str) -> tuple[nn.Module, Callable[[int,
                 yield next(iter(shares.values()))
 
     return networks, losses
-
-
-def parameter_counts(config: MuseConfig) -> dict[str, int]:
-    """The number of parameters of each network, counted on the meta device, which takes no memory."""
-    with torch.device("meta"):
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in build(config).items()}
 
 
 def stage_budget(config: MuseConfig, stage: str, checkpointing: bool = False) -> StageBudget:

@@ -208,8 +208,7 @@ def pick_dtype(device: torch.device, parameters: int) -> torch.dtype:
     Choice: on a CPU, models below 30 million parameters use float32. So a seed gives nearly one picture on all CPUs:
     kernels and threads change the rounding, which may change a pixel by 1 and, rarely, a token.
     """
-    fast = fast_bf16(device) and (device.type != "cpu" or parameters >= 30_000_000)
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if fast_bf16(device) and (device.type != "cpu" or parameters >= 3e7) else torch.float32
 
 
 def fast_bf16(device: torch.device) -> bool:
@@ -296,10 +295,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def area_downsample(images: Tensor, factor: int = 2) -> Tensor:
-    """Images (B, 3, H, W) -> (B, 3, H / factor, W / factor): Muse 3.3.1's decimated low-res image.
-
-    Floats in [-1, 1] become what the same uint8 images become: training and editing see the same low-res image.
-    """
+    """Images (B, 3, H, W) -> (B, 3, H / factor, W / factor), decimated (Muse 3.3.1). Floats become what uint8 would."""
     factor = check("factor", factor, PositiveInt)
     fits = images.ndim in (3, 4) and images.shape[-2] % factor == images.shape[-1] % factor == 0
     require(fits, f"factor is {factor}, images have the shape {tuple(images.shape)}; give a divisor of H and W")

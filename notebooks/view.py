@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 from IPython.display import HTML, Markdown
 from PIL import Image
+from torch import Tensor
 
 from minimuse.plots import Images, grid
 from minimuse.utils import require, to_pil
@@ -44,7 +45,7 @@ def show(*things: Any) -> Markdown:
 def film_strip(frames: Sequence[Images], titles: Sequence[str] | None = None, scale: int | None = None) -> Image.Image:
     """Steps, each a PIL image, several, or (B, 3, H, W) -> a strip: steps are columns, rows the batch, titles below."""
     require(len(frames) > 0, "no picture came: expected at least one step")
-    frames = [[x] if isinstance(x, Image.Image) else x if isinstance(x, list) else to_pil(x) for x in frames]
+    frames = [[x] if isinstance(x, Image.Image) else to_pil(x) if isinstance(x, Tensor) else x for x in frames]
     pictures = [picture for row in zip(*frames, strict=True) for picture in row]
     titles = titles and [""] * (len(pictures) - len(frames)) + list(titles)
     return grid(pictures, titles, len(frames), scale)

@@ -84,6 +84,14 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+def parameter_counts(config) -> dict[str, int]:
+    """The number of parameters of each network of a configuration, without their memory."""
+    from minimuse.muse import build
+
+    with torch.device("meta"):
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in build(config).items()}
+
+
 def giant_png(side: int = 20_000) -> bytes:
     """A valid PNG of side x side black and white pixels, in some kilobytes."""
 

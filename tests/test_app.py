@@ -120,6 +120,15 @@ def test_what_cannot_be_drawn_is_a_sentence(page, request_, start, tmp_path):
     page.take(None), page.look_back(None, 1)  # nothing was drawn yet
 
 
+def test_the_tab_of_schedules(page):
+    text, figure = page.schedule("chain", "pow2", "random", 8)
+    assert text.startswith("**pow2**: 1 3 5 7 9 11 13 15. Expected KL 0.05"), "64 tokens, 1 - u^2"
+    assert len(figure.axes) == 1 + 6 + 6, "the curve, what is drawn, and the world"
+    for wrong in ("dalle", "", None, "pow0"):
+        assert page.schedule("chain", wrong, "random", 8)[0].startswith("**Nothing was drawn.** schedule is"), wrong
+    assert "steps is 0" in page.schedule("chain", "cosine", "random", 0)[0]
+
+
 def test_unknown_words_are_named(page, request_):
     sentences, _ = run(page, page.draw("quixotic zebras", *request_[1:]))
     assert "tiny never saw quixotic, zebras in training" in sentences[-1]

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import parameter_counts
 
 from minimuse import cli, cli_commands
 from minimuse.baseline_ar import (
@@ -22,7 +23,6 @@ from minimuse.muse import Muse
 from minimuse.sampler import decode
 from minimuse.text import Context
 from minimuse.train import train_muse
-from minimuse.train_budget import parameter_counts
 from minimuse.train_doctor import examine
 from minimuse.train_engine import Engine
 from minimuse.train_log import likelihood_bound

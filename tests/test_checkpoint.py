@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minimuse import checkpoint
-from minimuse.checkpoint import CARD, CONFIG, WEIGHTS, find, fingerprint, load, shipped
+from minimuse.checkpoint import CARD, CONFIG, WEIGHTS, find, fingerprint, load_networks, shipped
 from minimuse.config import to_dict
 from minimuse.muse import Muse
 
@@ -56,7 +56,8 @@ def test_pitfall_21_weights_are_safetensors_and_the_rest_is_text(folder, tiny_mu
 
 
 def test_load_gives_back_what_was_saved(folder, tiny_muse):
-    config, weights, about = load(folder)
+    config, parts, about = load_networks(folder, Muse.build)
+    weights = parts.state_dict()
     assert config == tiny_muse.config, "the configuration"
     assert about == {"words": tiny_muse.words, "examples": tiny_muse.examples}, f"words and examples: {about}"
     for key, value in tiny_muse.parts.state_dict().items():
@@ -249,7 +250,7 @@ def test_any_broken_value_is_a_value_error(folder, wrong):
         inner[place[-1]] = wrong
         (folder / CONFIG).write_text(json.dumps(values))
         try:
-            load(folder)
+            load_networks(folder, Muse.build)
         except ValueError:
             pass
         except Exception as e:
@@ -462,7 +463,7 @@ def test_the_shipped_are_small_and_draw(name, most):
 def test_the_shipped_have_the_shape_of_their_presets(name):
     from minimuse.config import preset
 
-    config, named = load(name)[0], preset(name)
+    config, named = checkpoint.read_configuration(find(name) / CONFIG), preset(name)
     for part in ("base", "superres", "low_tokenizer", "high_tokenizer", "text_encoder"):
         assert getattr(config, part) == getattr(named, part), f"{part} of the shipped {name} differs from the preset's"
 

@@ -469,7 +469,8 @@ def test_edit_defaults_are_the_papers():
     assert {name: preset(name).edit_guidance for name in PRESETS if name != "toy"} == dict.fromkeys(
         ("nano", "paper_632m", "paper_3b"), 4.0
     ), "guidance 4; toy, which loses shapes by it, says so"
-    assert checkpoint.load("toy")[0].edit_guidance == preset("toy").edit_guidance == 1.0, "preset and checkpoint alike"
+    shipped = checkpoint.read_configuration(checkpoint.find("toy") / checkpoint.CONFIG)
+    assert shipped.edit_guidance == preset("toy").edit_guidance == 1.0, "preset and checkpoint alike"
 
 
 def test_a_checkpoint_may_edit_with_a_guidance_of_its_own(exact, image):

@@ -1,84 +1,92 @@
-"""benchmarks/emoji_folder.py: a captioned folder out of a colour font."""
+"""benchmarks/emoji_folder.py: a captioned folder out of several designs of emoji."""
 
+import io
 import json
 import sys
-import unicodedata
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from PIL import ImageFont
+from PIL import Image
 
 from minimuse.data_sources import FolderDataset, Problems
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import emoji_folder
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    try:
-        emoji_folder.find_font()
-    except ValueError as error:
-        pytest.skip(str(error))
-    out = tmp_path_factory.mktemp("emoji") / "out"
-    assert emoji_folder.main(["--out", str(out), "--size", "32"]) == 0
-    return out
+DOG = {"label": "dog face", "tags": ["animal", "dog", "pet", "puppy"], "hexcode": "1F436", "group": 3}
+CAT = {"label": "cat face", "tags": ["animal", "cat", "pet", "kitten"], "hexcode": "1F431", "group": 3}
+SUN = {"label": "sun", "tags": ["bright"], "hexcode": "2600-FE0F", "group": 5}
+LEFT_OUT = [DOG | {"group": 9}, DOG | {"hexcode": "1F436-200D-2764"}, {"label": "regional indicator A", "hexcode": "1"}]
 
 
-def test_every_emoji_is_a_captioned_picture(folder):
-    data, problems = FolderDataset(folder), Problems()
-    examples = [example for part in range(data.parts) for example in data.read(part, 32, problems)]
-    assert problems.summary() == ""
-    assert len(examples) > 1000, "a colour font of our days has more than a thousand of them"
-    for row, example in zip(data.rows, examples, strict=True):
-        character = chr(int(row.name.removesuffix(".png"), 16))
-        assert example.captions == (unicodedata.name(character).lower(),)
-        assert example.image.shape == (3, 32, 32)
-        assert example.image.min() < 250, f"{row} is blank"
-        assert (example.image[:, 0] == 255).all(), f"{row} touches the edge"
-    coloured = sum((example.image[0] != example.image[2]).any().item() for example in examples)
-    assert coloured > len(examples) / 2, "most emoji have colours"
+def package(folder, prefix, icons, characters):
+    """An unpacked package of a design."""
+    folder.mkdir()
+    info = {"name": prefix.title(), "prefix": prefix, "author": {"name": "Someone", "url": "https://a.b"}}
+    info["license"] = {"title": "CC BY 4.0", "url": "https://c.d"}
+    for name, values in (("info", info), ("icons", icons), ("chars", characters)):
+        (folder / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
+    return folder
 
 
-def test_known_emoji_look_as_they_are_called(folder):
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-    names = {row["text"]: int(row["file_name"].removesuffix(".png"), 16) for row in rows}
-    assert names["grinning face"] == 0x1F600
-    data = FolderDataset(folder)
-    images = {
-        row.captions[0]: example.image
-        for part in range(data.parts)
-        for row, example in zip(data.rows[500 * part :], data.read(part, 32, Problems()), strict=False)
-    }
-    for name, channel in (("large red circle", 0), ("large green square", 1), ("large blue circle", 2)):
-        if name in images:
-            middle = images[name][:, 16, 16].tolist()
-            assert max(middle) == middle[channel], f"{name}: {middle}"
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """Names, and two designs: a red wide and a blue wide picture of each dog, and a cat and a sun in the first."""
+
+    def svg_to_bytes(svg_string, width):
+        image = Image.new("RGBA", (width, width), (0, 0, 0, 0))
+        if "<g" in svg_string:
+            image.paste("red" if "red" in svg_string else "blue", (0, width // 4, width // 2, width // 2))
+        file = io.BytesIO()
+        image.save(file, "png")
+        return list(file.getvalue())
+
+    monkeypatch.setitem(sys.modules, "resvg_py", SimpleNamespace(svg_to_bytes=svg_to_bytes))
+    (tmp_path / "names/en").mkdir(parents=True)
+    entries = json.dumps([DOG, CAT, SUN, *LEFT_OUT])
+    (tmp_path / "names/en/data.json").write_text(entries, encoding="utf-8")
+    icons = {"icons": {"dog": {"body": "<g red/>"}, "cat": {"body": ""}, "sun": {"body": "<g red/>"}}}
+    aliases = {"aliases": {"star": {"parent": "sun"}}, "width": 32, "height": 32}
+    one = package(tmp_path / "one", "one-flat", icons | aliases, {"1f436": "dog", "1f431": "cat", "2600": "star"})
+    two = package(tmp_path / "two", "two", {"icons": {"dog": {"body": "<g/>"}}}, {"1f436": "dog"})
+    return ["--names", str(tmp_path / "names"), "--out", str(tmp_path / "out"), "--size", "64", str(one), str(two)]
 
 
-def test_nothing_is_overwritten(tmp_path, capsys):
-    (tmp_path / "mine.txt").write_text("mine")
-    for out in (tmp_path, tmp_path / "mine.txt"):
-        with pytest.raises(ValueError, match="overwrite nothing"):
-            emoji_folder.write(out, 32, ImageFont.load_default(32))
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+def test_a_folder_to_train_on(arguments, tmp_path, capsys):
+    assert emoji_folder.main(arguments) == 0
+    assert "3 pictures" in capsys.readouterr().out
+    problems = Problems()
+    examples = list(FolderDataset(tmp_path / "out").read(0, 64, problems))
+    assert [example.name for example in examples] == ["1f436-one-flat.png", "1f436-two.png", "2600-one-flat.png"]
+    assert "left out" not in problems.summary()
+    for example, color in zip(examples, ("red", "blue", "red"), strict=True):
+        image = example.image.float()
+        assert (image[:, 0] == 255).all(), "touches the edge"
+        assert image[:, 32, 32].tolist() == [255.0 * (color == "red"), 0, 255.0 * (color == "blue")]
+        assert image[1, 8, 32] == 255, "a wide picture keeps its shape, with white above"
+    licenses = (tmp_path / "out/LICENSES.md").read_text()
+    assert licenses.count("CC BY 4.0 (https://c.d)") == 2, "each design has its license"
 
 
-def test_a_missing_font_says_where_to_get_one(tmp_path, monkeypatch, capsys):
-    assert emoji_folder.main(["--out", str(tmp_path / "out"), "--font", str(tmp_path / "none.ttf")]) == 1
-    told = capsys.readouterr().err
-    for word in ("none.ttf", "apt-get install fonts-noto-color-emoji", "macOS", "Windows", "--font"):
-        assert word in told, f"{word} is not in: {told}"
-    monkeypatch.setattr(emoji_folder, "FONTS", (str(tmp_path / "a.ttf"),))
-    with pytest.raises(ValueError, match=r"a\.ttf"):
-        emoji_folder.find_font()
-    (tmp_path / "a.ttf").write_bytes(b"no font")
-    with pytest.raises(ValueError, match="none of the sizes"):
-        emoji_folder.find_font()
-    assert not (tmp_path / "out").exists(), "nothing was begun"
+def test_captions(arguments, tmp_path):
+    emoji_folder.main(arguments)
+    lines = (tmp_path / "out/metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = {values["file_name"]: values["text"] for values in map(json.loads, lines)}
+    assert texts["1f436-one-flat.png"][:2] == ["dog face", "dog face, one"]
+    assert texts["1f436-one-flat.png"][2:4] == ["dog face, animal, pet, puppy", "animal, pet, puppy, one"]
+    assert set(texts["1f436-two.png"][4:]) == {"animal", "pet"}, "keywords of few emoji are captions of their own"
+    assert texts["2600-one-flat.png"] == ["sun", "sun, one", "sun, bright", "bright, one", "bright"]
 
 
-def test_draw_leaves_out_what_is_blank():
-    font = ImageFont.load_default(32)
-    assert emoji_folder.draw(" ", font) is None
-    assert emoji_folder.draw("A", font).getchannel("A").getextrema()[1] > 200
+def test_nothing_is_overwritten(arguments, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    assert emoji_folder.main(arguments) == 1
+    assert "overwrite nothing" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_missing_package_is_named(arguments, tmp_path, capsys):
+    assert emoji_folder.main([*arguments, str(tmp_path / "three")]) == 1
+    assert "three" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import doctest
 import itertools
 import math
+import re
 import time
 
 import matplotlib.pyplot as plt
@@ -20,6 +21,7 @@ from minimuse.lab_optimum import (
     plot_curve,
     sampled_curves,
     schedule_of,
+    trial,
     world_curves,
 )
 from minimuse.masking import reveal_counts
@@ -137,6 +139,15 @@ def test_plot_the_staircases():
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["information curve", "all at once: KL 1.1250", "one by one: KL 0.0000"]
     plt.close("all")
+
+
+def test_a_trial_in_a_named_world():
+    """The closed form is that of the curve; the excess NLL agrees with the error of a sampler that is exact."""
+    text, figure = trial("potts", "linear", "halton", 64)
+    assert "**linear**: " + " ".join("1" * 64) + ". Expected KL 0.0000." in text
+    value, margin = map(float, re.search(r"halton order: (\S+) ± (\S+)", text).groups())
+    assert abs(value) < 2 * margin < 0.1, "one token a step draws from the world"
+    assert len(figure.axes) == 13
 
 
 def test_the_examples_of_the_docstrings():

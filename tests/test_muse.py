@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import parameter_counts
 from PIL import Image
 
 import minimuse.muse
 from minimuse.config import preset
 from minimuse.muse import Muse, build
 from minimuse.text import TextEncoder
-from minimuse.train_budget import parameter_counts
 from minimuse.vqgan import draft_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -566,8 +566,7 @@ for name in {modules!r}:
 from minimuse.muse import Muse, build
 from minimuse.config import preset
 from minimuse.text import TextEncoder
-from minimuse.train_budget import parameter_counts
-from minimuse.train_budget import parameter_counts
+from minimuse.train_budget import stage_budget
 config = preset("nano")
 Muse(config, build(config), TextEncoder(config.text_encoder, max_tokens=config.text_tokens))
 TextEncoder("nobody/has-this-one")

@@ -301,6 +301,31 @@ def test_the_dials_reach_the_sampler(page, muse):
     assert same(picture(page), expected[0]), "the page draws what the library draws"
 
 
+def test_a_schedule_is_tried_in_a_world_and_used_for_the_prompt(page, muse):
+    page.get_by_role("tab", name="Schedule").click()
+    page.get_by_text("cosine: 2 3 6 8 10 11 12 12. Expected KL").wait_for()
+    page.locator("#staircase img").wait_for()
+    first = page.locator("#staircase img").get_attribute("src")
+    page.get_by_label("number input for Drag the curve").fill("3")
+    page.keyboard.press("Enter")
+    page.get_by_text("pow3: 1 1 2 4 8 11 16 21. Expected KL").wait_for()
+    page.get_by_label("number input for Steps in the world").fill("4")
+    page.keyboard.press("Enter")
+    page.get_by_text("pow3: 1 7 19 37. Expected KL").wait_for()
+    assert page.get_by_text("optimum:").inner_text().split(". ")[0].count(" ") == 4, "four counts"
+    page.get_by_label("World", exact=True).click()
+    page.get_by_role("option", name="potts").click()
+    page.get_by_label("Order in the world").click()
+    page.get_by_role("option", name="halton").click()
+    page.get_by_text("Excess NLL in halton order").wait_for()
+    assert page.locator("#staircase img").get_attribute("src") != first, "another figure"
+    assert press(page, "Draw the prompt so").startswith("Done in"), page.evaluate("window.told")
+    settings = settings_of(picture(page))
+    assert {"schedule": "pow3", "order": "halton", "steps": 4}.items() <= settings.items(), f"{settings}"
+    expected = muse.generate(settings["prompt"], seed=0, schedule="pow3", order="halton", steps=4)
+    assert same(picture(page), expected[0]), "the page draws what the library draws"
+
+
 def test_the_slider_goes_back_through_the_steps(page):
     press(page, "Draw")
     end = picture(page)

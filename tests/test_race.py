@@ -83,7 +83,7 @@ def test_the_gates_of_a_dit_may_start_open(tiny_muse):
 
 
 def test_one_stage_is_as_large_as_two():
-    from minimuse.train_budget import parameter_counts
+    from conftest import parameter_counts
 
     sizes = parameter_counts(preset("nano"))
     one = sum(p.numel() for p in race.LowRes.network(race.one_stage(preset("nano"))).parameters())

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import parameter_counts
 from torch import nn
 
 from minimuse import train_budget as budget
@@ -15,7 +16,6 @@ from minimuse.train_budget import (
     duration,
     matmul_ceiling,
     optimizer_bytes,
-    parameter_counts,
     report,
     saved_bytes,
     si,

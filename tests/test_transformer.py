@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import parameter_counts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minimuse import transformer
@@ -12,7 +13,6 @@ from minimuse.cfg import drop_text, null_text
 from minimuse.config import preset
 from minimuse.masking import masked_cross_entropy
 from minimuse.text import Context
-from minimuse.train_budget import parameter_counts
 from minimuse.transformer import (
     Memory,
     SuperRes,

@@ -211,9 +211,14 @@ alone has 4.6 billion.
 """
 
 # %%
-from minimuse.train_budget import parameter_counts
+from minimuse.muse import build
 
-counts = {name: parameter_counts(config) for name, config in configs.items()}
+counts = {}
+for name, config in configs.items():
+    with torch.device("meta"):  # shapes without memory
+        counts[name] = {
+            part: sum(p.numel() for p in net.parameters()) for part, net in build(config).items()
+        }
 print(f"{'millions':18}" + "".join(f"{name:>14}" for name in counts))
 for part in counts["nano"]:
     print(f"{part:18}" + "".join(f"{c[part] / 1e6:>14,.2f}" for c in counts.values()))
