@@ -15,10 +15,7 @@ of the ratios of each round.
     memory      the largest memory of a process, from the start of Python
     start       `import minimuse` beyond `import torch`; `minimuse generate` from return to picture; drawing alone
 Keep the machine idle. A project that is not installed is left out, and the report says why. --quick runs tiny shapes.
-Writes speed.json and speed.md into --out; --docs also writes speed.md here and the table of benchmarks/README.md.
-
-Tried and not kept, because each saves only a few percent: guidance by torch.lerp; Newton-Schulz of equal shapes as one
-batch.
+Writes speed.json and speed.md into --out; --docs also writes the tables of speed.md here and of benchmarks/README.md.
 """
 
 import argparse
@@ -297,7 +294,7 @@ def main() -> None:
     report = measure(shapes, **how, peers=args.peers)
     save(args.out, "speed", report, report_text(report))
     if args.docs:
-        (HERE / "speed.md").write_text(f"# Speed\n\n{report_text(report)}", encoding="utf-8")
+        write_readme(report_text(report), "speed", HERE / "speed.md")
         write_readme(summary(report), "speed")
     print(f"{report_text(report)}\n{args.out / 'speed.json'}, {duration(time.monotonic() - began)}")
 

@@ -152,7 +152,7 @@ def save(out: Path, name: str, report: Mapping[str, Any], text: str) -> None:
 
 
 def write_readme(text: str, name: str, readme: Path = HERE / "README.md") -> None:
-    """Replace the text between the markers <!-- name --> and <!-- /name --> of benchmarks/README.md."""
+    """Replace the text between the markers <!-- name --> and <!-- /name --> of benchmarks/README.md or another file."""
     content, (begin, end) = readme.read_text(encoding="utf-8"), (f"<!-- {name} -->\n", f"<!-- /{name} -->")
     if begin not in content or end not in content:
         raise ValueError(f"{readme} has no {begin.strip()} and {end}; put both markers where the tables belong")

@@ -8,14 +8,14 @@ Not here: the decoding (`sampler.py`).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from minimuse.text import Context
 from minimuse.transformer import Memory, Transformer
-from minimuse.utils import Fraction, Generators, check, named
+from minimuse.utils import Fraction, Generators, check, named, uniforms
 
 Guidance = float | tuple[float, float] | str | Callable[[float], float]
 
@@ -28,8 +28,7 @@ def null_text(context: Context) -> Context:
 def drop_text(context: Context, p: float, generator: Generators = None) -> Context:
     """context (B, L, D_lm) -> same shape; each example loses its text with probability p, as in `null_text`."""
     p = check("the probability p of drop_text", p, Fraction)
-    each = generator if isinstance(generator, Sequence) else [generator] * len(context.mask)
-    drop = torch.cat([torch.rand(1, generator=g) < p for g in each]).to(context.mask.device)
+    drop = (uniforms(len(context.mask), generator=generator) < p).to(context.mask.device)
     return Context(context.embeds.masked_fill(drop[:, None, None], 0), context.mask & ~drop[:, None])
 
 

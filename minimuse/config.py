@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from typing import Any, Literal
 
-from minimuse import utils
 from minimuse.masking import ScheduleName
 from minimuse.sampler import SamplingConfig
 from minimuse.text import TextTokens
 from minimuse.transformer import TransformerConfig
-from minimuse.utils import Checked, Decay, Fraction, Natural, NonNegative, Positive, PositiveInt, Size, require
+from minimuse.utils import Checked, Decay, Fraction, Natural, NonNegative, Positive, PositiveInt, Size, check, require
 from minimuse.vqgan import GROUP, VQGANConfig
 
 FORMAT = "minimuse-1"  # of a checkpoint
@@ -233,4 +232,4 @@ to_dict = asdict  # a configuration as plain JSON values
 
 def from_dict(values: dict[str, Any]) -> MuseConfig:
     """The values of `to_dict` -> a configuration."""
-    return utils.check("MuseConfig", values, MuseConfig)
+    return check("MuseConfig", values, MuseConfig)

@@ -105,8 +105,7 @@ def edit_tokens(
     """Tokens as in `inpaint_tokens` -> Steps of `resample` on the low tokens, then super-resolution's Steps."""
     low = tokens[0].repeat(len(jobs) // len(tokens[0]), 1)
     text, null = muse.contexts(jobs)
-    guidance = check_settings({"guidance": guidance}).get("guidance", muse.config.edit_guidance)
-    scale = get_guidance(guidance)
+    scale = get_guidance(muse.config.edit_guidance if guidance is None else guidance)
     logits_fn = guided(muse.base, muse.base.memory(text), muse.base.memory(null), scale)
     settings |= {"mask_id": muse.base.mask_id, "generators": seeded_generators(jobs)}
     superres = check_settings({} if superres is None else superres)

@@ -38,7 +38,7 @@ from minimuse.pictures import from_pil
 from minimuse.text import Context, TextEncoder
 from minimuse.utils import require, to_float, to_pil
 from minimuse.vqgan import Encoder, VQGANConfig
-from minimuse.vqgan_loss import SceneFeatures
+from minimuse.vqgan_loss import pyramid
 
 SIZE, GRID = 64, 16  # pixels per side of the network's input; cells per side of its output
 FIELDS = {"color": tuple(COLORS), "shape": SHAPES, "size": SIZES, "material": MATERIALS}
@@ -252,6 +252,25 @@ class ClipScorer:
         inputs = self.processor(**both, return_tensors="pt", padding=True, truncation=True)
         out = self.model(**inputs.to(self.model.device))
         return F.cosine_similarity(out.image_embeds, out.text_embeds)
+
+
+class SceneFeatures(nn.Module):
+    """images (B, 3, H, W) -> features at 1/2, 1/4 and 1/8 of the size; `train_features` trains it."""
+
+    def __init__(self, classes: int, width: int = 32):
+        super().__init__()
+        self.stages = nn.ModuleList(pyramid(width))
+        self.head = nn.Linear(4 * width, classes)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = [images]
+        for stage in self.stages:
+            features.append(stage(features[-1]))
+        return features[1:]
+
+    def classify(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> logits (B, classes): does the image show an object of this class?"""
+        return self.head(self(images)[-1].amax((2, 3)))
 
 
 def train_features(images: Tensor, labels: Tensor, *, steps: int = 200, seed: int = 0) -> SceneFeatures:

@@ -24,21 +24,9 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
+from minimuse import utils
 from minimuse.masking import Schedule, ScheduleName, reveal_counts
-from minimuse.utils import (
-    Checked,
-    Generators,
-    Natural,
-    NonNegative,
-    PositiveInt,
-    Rule,
-    add_bits,
-    check,
-    halton_rank,
-    require,
-    top_mask,
-    uniforms,
-)
+from minimuse.utils import Checked, Generators, Natural, NonNegative, PositiveInt, Rule, check, halton_rank, require
 
 LogitsFn = Callable[[Tensor, float], Tensor]
 Order = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # drawn (B, N) holds the known tokens too
@@ -211,8 +199,8 @@ def decode(
     check_settings({"top_k": top_k, "top_p": top_p, "remask": remask, "choose": choose, "corrector": corrector, **rest})
     steps = _number_of_steps(tokens, mask_id, steps)
     order = get_order(order)
-    random = uniforms(len(tokens), steps, 4 if corrector else 2, tokens.shape[1], generator=generator)
-    random = add_bits(random, tokens.device)  # (B, T, 2, N), and 4 with a corrector
+    random = utils.uniforms(len(tokens), steps, 4 if corrector else 2, tokens.shape[1], generator=generator)
+    random = utils.add_bits(random, tokens.device)  # (B, T, 2, N), and 4 with a corrector
     free = masked = tokens == mask_id
     stored = masked.float()
     logits = None
@@ -252,7 +240,7 @@ def _best(state: State, score: Tensor, temperature: Temperature, candidates: Ten
     gumbel = -torch.log(-torch.log(state.noise[:, 1]))
     score = score + noise * gumbel
     count = count.to(score.device, non_blocking=True) + (candidates & ~state.masked).sum(1)
-    return top_mask(score.clamp(min=-1e30).masked_fill(~candidates, -math.inf), gumbel, count) & candidates
+    return utils.top_mask(score.clamp(min=-1e30).masked_fill(~candidates, -math.inf), gumbel, count) & candidates
 
 
 def _corrected(state: State, corrector: Hook) -> Tensor:

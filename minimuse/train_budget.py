@@ -24,13 +24,14 @@ from minimuse.config import STAGES, MuseConfig
 from minimuse.data_cache import TrainingData
 from minimuse.data_sources import Problems
 from minimuse.eval_metrics import feature_distance
+from minimuse.eval_networks import SceneFeatures
 from minimuse.text import ENCODERS, Context, TextEncoder
 from minimuse.train import MaskedLoss, tokenizer_losses
 from minimuse.train_engine import checkpoint_activations, hidden_matrices
 from minimuse.transformer import SuperRes, Transformer
 from minimuse.utils import Positive, PositiveInt, check, fast_bf16, pick_device, require
 from minimuse.vqgan import VQGAN
-from minimuse.vqgan_loss import SceneFeatures, VQGANLoss
+from minimuse.vqgan_loss import VQGANLoss
 
 
 class StageBudget(NamedTuple):

@@ -66,14 +66,19 @@ class Memory(NamedTuple):
     draft: Tensor | None = None  # (B, N, D), added to the embeddings of the image tokens
 
     def cat(self, other: "Memory") -> "Memory":
-        """Memories of batches B and C -> one of B + C. The shorter is padded; padding is not attended to."""
+        """Memories of batches B and C -> one of B + C. The shorter is padded; padding is not attended to.
+
+        If `other` holds only removed text, its keys and values are left out: `CrossAttention` gives zeros without them.
+        """
+        draft = None if self.draft is None else torch.cat([self.draft, other.draft])
+        if not any(v.is_meta or v.any() for v in other.values):
+            return self._replace(attend=F.pad(self.attend, (0,) * 7 + (len(other.attend),)), draft=draft)
         length = max(self.attend.shape[-1], other.attend.shape[-1])
 
         def join(*pair: Tensor) -> Tensor:  # (B, H, M, d), (C, H, M', d) -> (B + C, H, length, d)
             return torch.cat([F.pad(x, (0, 0, 0, length - x.shape[2])) for x in pair])
 
         attend = join(self.attend.mT, other.attend.mT).mT
-        draft = None if self.draft is None else torch.cat([self.draft, other.draft])
         keys, values = (tuple(map(join, *pair)) for pair in zip(self[:2], other[:2], strict=True))
         return Memory(keys, values, attend, draft)
 
@@ -136,7 +141,7 @@ class KeyValue(nn.Linear):
 
 
 class CrossAttention(nn.Module):
-    """x (B, N, D), keys and values of one layer (B, H, M, d) -> (B, N, D)."""
+    """x (B, N, D), keys and values of one layer (B, H, M, d), mask -> (B, N, D); zeros for rows without keys."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -150,8 +155,10 @@ class CrossAttention(nn.Module):
         return self.kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, attend: Tensor) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, d)
-        return self.out(attention(q, k, v, attend).transpose(1, 2).flatten(2))  # (B, N, D)
+        rows = len(k) if len(k) < len(attend) else len(x)  # fewer if `Memory.cat` left out removed text
+        q = self.q(x[:rows]).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, d)
+        y = self.out(attention(q, k, v, attend[:rows]).transpose(1, 2).flatten(2))  # (B, N, D)
+        return y if rows == len(x) else F.pad(y, (0, 0, 0, 0, 0, len(x) - rows))
 
 
 class Layer(nn.Module):
@@ -219,6 +226,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         self.mask_id = config.codebook_size  # the [MASK] token, one past the codebook
         self.apply(self._initialize)
+        nn.init.normal_(self.head.weight, std=0.02)
 
     def _initialize(self, module: nn.Module) -> None:
         """Choice: std 1/sqrt(fan in), less where layers write; queries and keys of cross-attention start equal."""
@@ -232,8 +240,6 @@ class Transformer(nn.Module):
             for name, weight in module.named_parameters():
                 if name.endswith(RESIDUAL_OUTPUTS):
                     weight.data.mul_((2 * self.config.layers) ** -0.5)
-        elif isinstance(module, Transformer):
-            nn.init.normal_(module.head.weight, std=0.02)
 
     def memory(self, context: Context, *extra: Tensor) -> Memory:
         """context (B, L, D_lm), extra entries (B, K, D) -> Memory of M = L + K entries.

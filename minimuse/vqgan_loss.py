@@ -19,24 +19,20 @@ Weight = Tensor | Callable[[Tensor], Tensor]  # lambda, or the function that com
 COMMITMENT = 0.25  # weight of the quantizer's commitment loss (VQGAN)
 
 
-def _pyramid(width: int) -> list[nn.Module]:
+def pyramid(width: int) -> list[nn.Module]:
     """images (B, 3, H, W) -> maps of 1/2, 1/4 and 1/8 of the size: a module for each."""
     sizes = [(3, width), (width, 2 * width), (2 * width, 4 * width)]
     return [nn.Sequential(nn.Conv2d(*size, 4, stride=2, padding=1), nn.LeakyReLU(0.2)) for size in sizes]
 
 
-class PatchDiscriminator(nn.Module):
+class PatchDiscriminator(nn.Sequential):
     """images (B, 3, H, W) -> one logit per patch, (B, 1, H/8, W/8), high where it looks real (pix2pix's PatchGAN).
 
     Choice: three layers and no normalization; VQGAN's has width 64 and BatchNorm.
     """
 
     def __init__(self, width: int = 32):
-        super().__init__()
-        self.layers = nn.Sequential(*_pyramid(width), nn.Conv2d(4 * width, 1, 3, padding=1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+        super().__init__(*pyramid(width), nn.Conv2d(4 * width, 1, 3, padding=1))
 
 
 def pixel_loss(made: Tensor, images: Tensor) -> Tensor:
@@ -57,25 +53,6 @@ def adaptive_weight(gradients: Tensor) -> Tensor:
     # 1e-4 and the limit 1e4 are those of VQGAN's code; its paper has 1e-6 and no limit
     reconstruction, adversarial = gradients.flatten(1).norm(dim=1)
     return (reconstruction / (adversarial + 1e-4)).clamp(0, 1e4)
-
-
-class SceneFeatures(nn.Module):
-    """images (B, 3, H, W) -> features at 1/2, 1/4 and 1/8 of the size; `eval_networks.train_features` trains it."""
-
-    def __init__(self, classes: int, width: int = 32):
-        super().__init__()
-        self.stages = nn.ModuleList(_pyramid(width))
-        self.head = nn.Linear(4 * width, classes)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        features = [images]
-        for stage in self.stages:
-            features.append(stage(features[-1]))
-        return features[1:]
-
-    def classify(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> logits (B, classes): does the image show an object of this class?"""
-        return self.head(self(images)[-1].amax((2, 3)))
 
 
 class VQGANLoss(nn.Module):

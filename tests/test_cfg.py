@@ -252,6 +252,17 @@ def test_pitfall_13_guided_with_identical_memories_is_the_conditional():
     torch.testing.assert_close(both, alone, atol=1e-4, rtol=1e-4, msg=lambda m: f"but for rounding: {m}")
 
 
+def test_removed_text_costs_no_cross_attention():
+    model, tokens, rows = tiny().eval(), torch.randint(9, (3, 16)), []
+    memory, null = model.memory(context()), model.memory(null_text(context()))
+    expected = 3 * model(tokens, memory) - 2 * model(tokens, null)
+    for layer in model.layers:
+        layer.cross.q.register_forward_hook(lambda module, given, out: rows.append(len(out)))
+    out = guided(model, memory, null, 2.0)(tokens, 0.0)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4, msg=lambda m: f"3 l_c - 2 l_u: {m}")
+    assert rows == [3, 3], "only the rows with text need queries"
+
+
 def test_negative_prompts_of_another_length_are_guided_away_from():
     model, tokens = tiny().eval(), torch.randint(9, (3, 16))
     text, negative = context(), context(length=2, seed=5)

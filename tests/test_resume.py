@@ -23,6 +23,7 @@ from minimuse import cli, train
 from minimuse.checkpoint import WEIGHTS
 from minimuse.config import MuseConfig, StageConfig, to_dict
 from minimuse.eval_metrics import feature_distance
+from minimuse.eval_networks import SceneFeatures
 from minimuse.muse import Muse
 from minimuse.sampler import SamplingConfig
 from minimuse.train_engine import Engine, Stage, Stopped
@@ -30,7 +31,6 @@ from minimuse.train_log import read_log
 from minimuse.train_state import read_tensors, states
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
 from minimuse.vqgan import VQGAN, VQGANConfig
-from minimuse.vqgan_loss import SceneFeatures
 
 Tensors = dict[str, torch.Tensor]
 LOW = VQGANConfig(

@@ -16,7 +16,7 @@ from PIL import Image
 from minimuse.config import StageConfig, preset
 from minimuse.data_cache import tokenize_images
 from minimuse.eval_metrics import feature_distance
-from minimuse.eval_networks import perceptual_distance, train_features
+from minimuse.eval_networks import SceneFeatures, perceptual_distance, train_features
 from minimuse.masking import masked_cross_entropy
 from minimuse.text import pad_contexts
 from minimuse.train import (
@@ -30,7 +30,7 @@ from minimuse.train import (
 from minimuse.train_engine import Engine, Stage, batch_indices, learning_rate
 from minimuse.transformer import SuperRes, Transformer, TransformerConfig
 from minimuse.vqgan import VQGAN, VQGANConfig
-from minimuse.vqgan_loss import SceneFeatures, VQGANLoss
+from minimuse.vqgan_loss import VQGANLoss
 
 OFF = settings(deadline=None, max_examples=40, derandomize=True)
 V, D_LM = 8, 6
@@ -211,7 +211,7 @@ def test_the_discriminator_has_the_width_of_the_stage(monkeypatch):
     monkeypatch.setattr("minimuse.train.VQGANLoss", lambda *args: made.append(VQGANLoss(*args)) or made[0])
     config = replace(PIXELS, steps=1, adversarial_weight=0.1, discriminator_width=24)
     list(train_tokenizer(vqgan(), config, plain_images(), engine=fp32()))
-    assert made[0].discriminator.layers[0][0].out_channels == 24
+    assert made[0].discriminator[0][0].out_channels == 24
 
 
 def test_each_stage_has_its_own_perceptual_loss(tiny_muse, monkeypatch, tmp_path):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimuse.eval_metrics import feature_distance, lpips_distance
+from minimuse.eval_networks import SceneFeatures
 from minimuse.vqgan_loss import (
     PatchDiscriminator,
-    SceneFeatures,
     VQGANLoss,
     adaptive_weight,
     hinge_discriminator,
@@ -179,7 +179,7 @@ def test_the_adversarial_term_starts_late():
 
 def test_the_width_of_the_discriminator_is_a_setting():
     loss = VQGANLoss(discriminator_width=48)
-    assert loss.discriminator.layers[0][0].out_channels == 48
+    assert loss.discriminator[0][0].out_channels == 48
 
 
 def test_balanced_gradients_at_the_last_layer():

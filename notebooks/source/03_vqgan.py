@@ -435,8 +435,8 @@ ours is a small network that learns on the spot to say which kinds of objects ar
 
 # %%
 from minimuse.eval_metrics import feature_distance, lpips_distance
-from minimuse.eval_networks import train_features
-from minimuse.vqgan_loss import SceneFeatures, pixel_loss
+from minimuse.eval_networks import SceneFeatures, train_features
+from minimuse.vqgan_loss import pixel_loss
 
 show(SceneFeatures.forward, feature_distance, pixel_loss)
 
