@@ -777,7 +777,7 @@ animation(frames, ms=400)
 
 # %% [markdown]
 r"""
-Five more seeds of the same prompt, then one picture of each prompt. Nothing is selected.
+Five more pictures of the same prompt, then one picture of each prompt. Nothing is selected.
 """
 
 # %%
@@ -797,7 +797,7 @@ How many are right? A simple test looks at the pixels: which wall colour covers 
 def right(image, scene):
     """Does a picture show what its scene says?"""
     color, tree, night = scene
-    pixels = torch.tensor(list(image.getdata())).float()
+    pixels = torch.tensor(np.array(image)).flatten(0, 1).float()
 
     def covers(rgb, within=45):
         return ((pixels - torch.tensor(rgb).float()).norm(dim=1) < within).sum().item()
