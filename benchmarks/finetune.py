@@ -5,7 +5,8 @@ sphere". No picture shows cyan next to the word teal, and none is of the old dat
 `train_muse(start="toy")`; --set changes them. One thread takes about 20 minutes.
 
 --rehearse N adds N pictures that `toy` itself draws of captions of the old kind, so that less is forgotten. They need
-no old data.
+no old data. --keep-old D averages the base model with that of `toy` after training, as `minimuse average --from toy
+--decay D` does.
 
 A picture of a new prompt is right if the detector finds everything that the prompt names and nothing else, as in
 `minimuse eval`. The detector knows no teal, so the color of each thing is read from its pixels: the mean of the middle
@@ -36,7 +37,7 @@ from minimuse.eval_networks import Detection, Detections, Detector
 from minimuse.eval_prompts import EvalPrompt, matches, parse_prompt, prompt_set
 from minimuse.train import train_muse
 from minimuse.train_engine import Engine
-from minimuse.train_state import finetuned
+from minimuse.train_state import finetuned, keep_old
 from minimuse.utils import to_pil
 
 TEAL = (0.0, 0.5, 0.5)
@@ -197,6 +198,7 @@ def main() -> None:
     p.add_argument("--pictures", type=int, default=300)
     p.add_argument("--rehearse", type=int, default=0, help="pictures that toy draws of old captions, to add")
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="such as stages.base.steps=1000")
+    p.add_argument("--keep-old", type=float, default=0.0, help="fraction of the old weights in the base model")
     p.add_argument("--n", type=int, default=100, help="prompts of each kind")
     args = p.parse_args()
     data, run, start = args.out / "pictures", args.out / "run", Muse.from_pretrained("toy", device="cpu")
@@ -214,6 +216,7 @@ def main() -> None:
         if p.step % 100 == 0 and p.metrics:
             print(f"{time.monotonic() - started:.0f} s {p.stage} {p.step}", p.metrics, flush=True)
     print(f"{p.metrics['minutes']:.1f} minutes")
+    keep_old(p.model, start, args.keep_old)
     p.model.save_pretrained(run, overwrite=True)
     report["after"] = evaluate(p.model, reader, args.n)
     for when, kinds in report.items():

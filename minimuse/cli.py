@@ -192,6 +192,7 @@ def _making_options(command: Callable) -> None:
     add = command("average", "average the states of a run into a checkpoint (Muse 3)", "half")
     add("folder", type=Path, metavar="RUN", help="a finished run of train --keep 0")
     add("--out", type=Path, required=True, help="folder for the checkpoint")
+    add("--from", dest="start", metavar="MODEL", help="average only the base model, with that of the fine-tuned MODEL")
     add("--decay", type=FRACTION, default=0.7, help="decay of the moving average (default: 0.7, as in the paper)")
     add = command("doctor", "check losses and metrics of a run; exit code 1 if one is wrong", "device")
     add("folder", type=Path, metavar="RUN", help="a run of train, finished or not; it is not changed")

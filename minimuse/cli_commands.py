@@ -220,13 +220,16 @@ def _dry_run(config: Any, source: Any, args: argparse.Namespace) -> None:
 
 
 def run_average(args: argparse.Namespace) -> None:
-    """Average the states of both transformers and save a checkpoint."""
+    """Average the states of both transformers, or with --from two base models, and save a checkpoint."""
     from minimuse import train_state
 
     checkpoint.refuse_existing(args.out)
     muse = open_model(args.folder, device="cpu")
     trained = [name for name in ("base", "superres") if name in muse.parts and muse.config.stages[name].steps]
     require(trained, f"{args.folder} trained no transformer; there is nothing to average")
+    if args.start:
+        train_state.keep_old(muse, open_model(args.start, device="cpu"), args.decay)
+        trained = []
     for name in trained:  # others are frozen in fine-tuning, and stay
         states = train_state.states(args.folder / name)
         require(states, f"{args.folder / name} holds no states; `minimuse train` writes them there")

@@ -191,6 +191,12 @@ def starting_parts(config: MuseConfig, start: Muse) -> nn.ModuleDict:
     return copy.deepcopy(start.parts).float().requires_grad_(True)
 
 
+def keep_old(muse: Muse, start: Muse, decay: float) -> None:
+    """The base model becomes decay * that of `start` + (1 - decay) * its own, in place (WiSE-FT, arXiv 2109.01903)."""
+    old, new = starting_parts(muse.config, start)["base"].state_dict(), muse.parts["base"].state_dict()
+    muse.parts["base"].load_state_dict({name: value.float().lerp(old[name], decay) for name, value in new.items()})
+
+
 def longer(config: MuseConfig, more: int) -> MuseConfig:
     """The configuration of a run -> with `more` steps of each transformer that it trains."""
     stages = {name: s for name, s in config.stages.items() if name in ("base", "superres") and s.steps}

@@ -589,6 +589,12 @@ def test_fine_tuning_changes_only_its_stages(run, here, folder, pictures):
     averaged = weights_of("averaged")
     same = {name.split(".")[0] for name in after if averaged[name].equal(after[name])}
     assert same == {name.split(".")[0] for name in after}, "one state is its own average; the frozen parts stay"
+    code, _, err = run("average", "mine", "--from", folder, "--decay", "0.25", "--out", "kept", model=False)
+    assert code == 0, err
+    kept = weights_of("kept")
+    for name in after:
+        assert (kept[name] - 0.25 * before[name].float() - 0.75 * after[name]).abs().max() < 1e-6, name
+    refused(run("average", "mine", "--from", "nano", "--out", "next", model=False), "has other networks than nano")
     refused(run(*words, "--out", "next", "tiny", model=False), "take no preset")
     refused(run(*words, "--out", "next", "--stages", "bass", model=False), "unknown stages bass; give some of")
     refused(run("train", "nano", "--stages", "base", "--out", "next", model=False), "--stages needs --from")
