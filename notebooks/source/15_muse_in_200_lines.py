@@ -163,7 +163,10 @@ An encoder turns a picture into $8 \times 8$ vectors $z$. The quantizer replaces
 number $k$ of that code is the token:
 
 $$k(z) = \arg\min_k \lVert z - e_k \rVert^2 .$$
+"""
 
+# %% [markdown]
+r"""
 ### Exercise 15.1: the quantizer
 
 *Difficulty 2 of 3, about 30 minutes.*
@@ -273,7 +276,10 @@ class Tokenizer(nn.Module):
 # %% [markdown]
 r"""
 ## 2. The training loop
+"""
 
+# %% [markdown]
+r"""
 ### Exercise 15.2: the loop
 
 *Difficulty 1 of 3, about 15 minutes.*
@@ -399,7 +405,10 @@ A query $q$ compares itself with all keys $k$ and takes a weighted mean of the v
 $$\operatorname{softmax}\big(q k^\top / \sqrt{d}\big)\, v .$$
 
 In self-attention, queries, keys and values come from the tokens. In cross-attention, keys and values come from the text.
+"""
 
+# %% [markdown]
+r"""
 ### Exercise 15.3: attention
 
 *Difficulty 2 of 3, about 30 minutes.*
@@ -563,7 +572,10 @@ r"""
 
 Training hides a random fraction $r$ of the tokens of each picture and asks the model for them. Muse draws $r = \cos(\frac{\pi}{2} u)$ with
 $u$ uniform in $[0, 1]$. So often nearly everything is hidden, as at the beginning of a drawing.
+"""
 
+# %% [markdown]
+r"""
 ### Exercise 15.5: hide and ask
 
 *Difficulty 2 of 3, about 30 minutes.*
@@ -647,7 +659,10 @@ r"""
 The model gives logits with the text, $l_c$, and without it, $l_u$. Guidance goes further in the direction of the text:
 
 $$l_g = (1 + t)\, l_c - t\, l_u .$$
+"""
 
+# %% [markdown]
+r"""
 ### Exercise 15.6: guidance
 
 *Difficulty 1 of 3, about 5 minutes.*
@@ -681,7 +696,10 @@ r"""
 We start with 64 hidden tokens. In each step the model predicts all of them at once. We draw one code for each hidden position, and keep those
 that the model was most sure of. The others are hidden again. After step $i$ of $T$,
 $\lfloor N \cos(\frac{\pi}{2} \frac{i + 1}{T}) \rfloor$ tokens are still hidden ($i$ counts from 0).
+"""
 
+# %% [markdown]
+r"""
 ### Exercise 15.7: parallel decoding
 
 *Difficulty 3 of 3, about 45 minutes.*
