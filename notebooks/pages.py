@@ -50,7 +50,7 @@ def body(nb: nbformat.NotebookNode) -> str:
     """A stored notebook -> the HTML of its cells; solutions are folded."""
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            cell.source = with_formulas(cell.source)
+            cell.source = with_formulas(re.sub(r"\[!\[Open in Colab\].*", "", cell.source))
     nb.cells = [cell for cell in nb.cells if "find_spec" not in cell.source]  # installation has no place on a page
     found, _ = HTMLExporter(template_name="basic").from_notebook_node(nb)
     before, *parts = found.split(CELL)

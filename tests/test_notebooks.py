@@ -33,6 +33,7 @@ COURSE = [
     "12_scaling_up",
     "13_schedule_lab",
     "14_muse_or_diffusion",
+    "15_muse_in_200_lines",
 ]
 ROOMS = (
     "vqgan masking transformer cfg sampler text vqgan_loss muse editing train config".split()
@@ -50,6 +51,7 @@ def load(name: str):
 
 
 build = load("build")
+sys.path.append(str(FOLDER))  # checks.py, which notebook 15's cells import
 NAMES = build.names()
 
 
@@ -234,6 +236,95 @@ def test_a_notebook_of_one_source(tmp_path, monkeypatch):
     assert x.source == "x = 1"
     assert solution.metadata["jupyter"]["source_hidden"] is True
     assert build.notebook("01_x") == build.notebook("01_x"), "cell ids are the same each time"
+
+
+# --- notebook 15, of which students write the parts -------------------------------------------------------------------
+
+MUSE = "15_muse_in_200_lines"
+
+
+def run_parts(old: str = "", new: str = "") -> None:
+    """Run the first cells, the students' parts and their checks, without any training; `new` instead of `old`."""
+    notebook, space = build.notebook(MUSE), {"__name__": "parts"}
+    own = [cell.source for cell in build.notebook(MUSE, blanks=True).cells]
+    kept = [notebook.cells[2].source]
+    for cell, blank in zip(notebook.cells, own, strict=True):
+        if cell.source != blank or (cell.cell_type == "code" and cell.source.startswith("# Check")):
+            kept.append(cell.source)
+    text = "\n".join(kept)
+    assert old in text, f"the notebook has no {old!r}"
+    exec(compile(text.replace(old, new, 1), MUSE, "exec"), space)
+
+
+def test_the_parts_pass_their_checks():
+    run_parts()
+
+
+MISTAKES = [
+    (".argmin(2)", ".argmax(2)", "check_nearest FAILS: a code is nearest"),
+    ("z.flatten(2).transpose(1, 2)", "z.reshape(len(z), -1, z.shape[1])", "check_nearest FAILS: tokens are read row"),
+    ("z + (q - z).detach()", "q", "check_straight_through FAILS: backwards"),
+    ("z + (q - z).detach()", "z.detach() + (q - z)", "check_straight_through FAILS"),
+    ("F.mse_loss(q, z.detach())", "F.mse_loss(q, z)", "z gets .* expected .* second term only"),
+    ("0.25 * F.mse", "F.mse", "cost 8; expected"),
+    ("F.mse_loss(z, q.detach())", "F.mse_loss(z.detach(), q)", "no gradient reaches z"),
+    ("        optimizer.zero_grad()\n", "", "twice as large as the first"),
+    ("        optimizer.step()\n", "", "has not moved"),
+    ("value.item()", "value", "losses holds tensors"),
+    ("        value.backward()\n", "", "backward ran 0 times"),
+    (" / math.sqrt(q.shape[-1])", "", r"check_attention FAILS: scores are divided by sqrt\(d\)"),
+    (".masked_fill(~may,", ".masked_fill(may,", "check_attention FAILS"),
+    (".softmax(-1) @ v", ".softmax(-2) @ v", "check_attention FAILS"),
+    ("x = x + self.cross_attention(", "x = self.cross_attention(", "x should pass unchanged"),
+    ("        x = x + self.cross_attention(self.norm2(x), text, may)\n", "", "do not notice the text"),
+    ("self.norm2(x), text, may)", "self.norm2(x), text)", "empty place of the text"),
+    ("self.self_attention(seen, seen)", "self.self_attention(x, x)", "a part reads x without its norm"),
+    ("return x + self.mlp(self.norm3(x))", "return x", "mlp has no effect"),
+    ("rate * tokens.shape[1]).ceil()", "rate * tokens.shape[1]).floor()", "check_random_mask FAILS"),
+    ("return rank <", "return rank >=", "check_random_mask FAILS"),
+    ("logits[masked], targets[masked]", "logits.flatten(0, 1), targets.flatten()", "check_masked_loss FAILS"),
+    ("masked.sum().clamp(min=1)", "masked.sum()", "check_masked_loss FAILS: nothing masked"),
+    ("cond + t * (cond - uncond)", "uncond + t * (cond - uncond)", "check_guide FAILS: t = 0"),
+    ("torch.where(hidden, drawn, tokens)", "drawn", "check_decode FAILS: what is revealed stays"),
+    (".masked_fill(~hidden, math.inf)", ".masked_fill(~hidden, 0.0)", "check_decode FAILS"),
+    ("confidence.argsort(1).argsort(1) <", "(-confidence).argsort(1).argsort(1) <", "check_decode FAILS"),
+    ("torch.multinomial(probs.flatten(0, 1), 1, generator=generator)", "probs.argmax(2)", "check_decode FAILS: tokens"),
+    ("(i + 1) / steps)", "i / steps)", "check_decode FAILS: in the end nothing is masked"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")  # of a mistake: the schedule moves before the optimizer
+@pytest.mark.parametrize(("old", "new", "said"), MISTAKES)
+def test_checks_name_typical_mistakes(old, new, said):
+    with pytest.raises(AssertionError, match=said):
+        run_parts(old, new)
+
+
+def test_blanks_stop_at_the_first_check():
+    blank = build.notebook(MUSE, blanks=True)
+    assert len(blank.cells) == len(build.notebook(MUSE).cells)
+    parts = [cell.source for cell in blank.cells if "...  # your code" in cell.source]
+    assert len(parts) == 7
+    assert "SOLUTION" not in code(blank) + code(build.notebook(MUSE))
+    space = {}
+    exec(blank.cells[2].source + "\n" + parts[0], space)
+    check = next(cell.source for cell in blank.cells if cell.source.startswith("# Check of exercise 15.1"))
+    with pytest.raises(AssertionError, match="is its body still to be written"):
+        exec(check, space)
+
+
+def test_the_students_version_is_stored_without_outputs():
+    blank, want = stored(f"{MUSE}_yours"), build.notebook(MUSE, blanks=True)
+    assert [cell.source for cell in blank.cells] == [cell.source for cell in want.cells]
+    assert not outputs(blank)
+
+
+def test_the_title_counts_the_lines():
+    parts = ast.parse(code(build.notebook(MUSE))).body
+    muse = "nearest straight_through quantizer_loss Tokenizer start_codes train attend Attention Layer Transformer"
+    muse = f"{muse} random_mask masked_loss muse_loss guide decode read paint pictures".split()
+    spans = {p.name: p.end_lineno - p.lineno + 1 for p in parts if isinstance(p, ast.FunctionDef | ast.ClassDef)}
+    assert sum(spans[name] for name in muse) <= 200
 
 
 # --- pictures and texts that are stored -------------------------------------------------------------------------------

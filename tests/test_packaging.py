@@ -99,6 +99,13 @@ def test_version_and_licence():
     assert sys.version_info >= (3, 11)
 
 
+def test_dockerfile_has_the_same_pins():
+    text = (ROOT / "notebooks/assignments/Dockerfile").read_text(encoding="utf-8")
+    pinned = requirements(re.findall(r"[a-z]+==[0-9.]+", text))
+    assert set(pinned) == {"nbgrader", "psutil"}
+    assert all(PINS[name] == pin for name, pin in pinned.items())
+
+
 def test_makefile_has_its_targets():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     documented = set(re.findall(r"^([a-z]+):.*## ", makefile, flags=re.MULTILINE))
