@@ -507,9 +507,9 @@ last layer. Muse weighs the terms with 0.05 (perceptual) and 0.1 (adversarial).
 """
 
 # %%
-from minimuse.vqgan_loss import PatchDiscriminator, VQGANLoss, adaptive_weight, hinge_discriminator
+from minimuse.vqgan_loss import PatchDiscriminator, VQGANLoss, adaptive_weight, hinge_discriminator, pyramid
 
-show(PatchDiscriminator, hinge_discriminator, adaptive_weight, VQGANLoss.generator_loss)
+show(PatchDiscriminator, pyramid, hinge_discriminator, adaptive_weight, VQGANLoss.generator_loss)
 
 # %%
 opinion = PatchDiscriminator()(clear[:1])
