@@ -208,7 +208,7 @@ class Page:
         return {self.start: square, self.canvas: square.resize((self.side * self.zoom,) * 2, Image.Resampling.NEAREST)}
 
     def build(self) -> Any:
-        """-> gradio's Blocks. Programs may call its events by name: /draw, /load, /repaint, /extend, /change, /schedule."""
+        """-> gradio's Blocks. Programs call its events by name: /draw, /load, /repaint, /extend, /change, /schedule."""
         gr, muse = self.gr, self.muse
         base, high = muse.config.base_sampling, muse.config.superres_sampling
         with gr.Blocks(title="minimuse", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:

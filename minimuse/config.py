@@ -80,6 +80,7 @@ class MuseConfig(Checked):
     text_device: Literal["", "cpu"] = ""  # of the language model; "" is that of the networks
     text_gib: NonNegative = 64.0  # embedded captions cached on disk; beyond it they are encoded at every step
     edit_guidance: float = 4.0  # t of a mask-free edit; the paper's (3.3.2)
+    outpaint_guidance: tuple[float, ...] = ()  # t of outpainting, first and last step; () is base_sampling's
 
     @property
     def finetuned_tokenizer(self) -> VQGANConfig:
@@ -161,6 +162,7 @@ def toy() -> MuseConfig:
         superres=replace(small.superres, codebook_size=512, grid=32, layers=4, block=8, low_codebook_size=512),
         base_sampling=SamplingConfig(steps=16, guidance=(1.0, 3.0), sampling_temperature=0.3, choice_temperature=2.0),
         edit_guidance=1.0,  # Deviation: with the paper's 4, a hundred iterations change shape and size too
+        outpaint_guidance=(8.0, 0.0),  # Choice: with base_sampling's, more of the new canvas stays bare
         stages={
             "low_tokenizer": tokenizing, "base": replace(masked, steps=10_000, text_lr_scale=0.1),
             "high_tokenizer": replace(tokenizing, steps=2500, batch=8),

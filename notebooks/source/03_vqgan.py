@@ -507,7 +507,13 @@ last layer. Muse weighs the terms with 0.05 (perceptual) and 0.1 (adversarial).
 """
 
 # %%
-from minimuse.vqgan_loss import PatchDiscriminator, VQGANLoss, adaptive_weight, hinge_discriminator, pyramid
+from minimuse.vqgan_loss import (
+    PatchDiscriminator,
+    VQGANLoss,
+    adaptive_weight,
+    hinge_discriminator,
+    pyramid,
+)
 
 show(PatchDiscriminator, pyramid, hinge_discriminator, adaptive_weight, VQGANLoss.generator_loss)
 
