@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import nbformat
 import pytest
 from PIL import Image
@@ -40,6 +41,13 @@ ROOMS = (
 )  # README's first table
 HEADER = ["Paper", "You will learn", "Before this", "Takes", "Files"]
 PATHS = r"/tmp/|/home/|/root/|/Users/|/usr/lib/|site-packages|[A-Z]:\\"
+
+
+@pytest.fixture(autouse=True)
+def matplotlib_as_before():
+    """Cells that run in this process set matplotlib's defaults."""
+    with matplotlib.rc_context():
+        yield
 
 
 def load(name: str):

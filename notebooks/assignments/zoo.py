@@ -111,8 +111,8 @@ MUTANTS = [
     Mutant(
         "text_drop_inverted",
         "cfg",
-        "torch.rand(1, generator=g) < p",
-        "torch.rand(1, generator=g) >= p",
+        "uniforms(len(context.mask), generator=generator) < p",
+        "uniforms(len(context.mask), generator=generator) >= p",
         "p = 0.1 removes 90% of the texts: pictures are good, and have little to do with their prompts.",
     ),
     Mutant(
