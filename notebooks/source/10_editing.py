@@ -148,7 +148,9 @@ def pixels(image):
 
 with torch.inference_mode():
     plain = muse.high_tokenizer.decode(muse.high_tokenizer.encode(pixels(source)[None]))[0]
-dotted = [pixels(i) for i in muse.inpaint(source, dot, prompt, n=8, seed=0, keep=False)]
+warm = {"sampling_temperature": 1.0}  # at temperature 0, all seeds choose the same fine token
+seeds = muse.inpaint(source, dot, prompt, n=8, seed=0, keep=False, superres=warm, **warm)
+dotted = [pixels(i) for i in seeds]
 change = torch.stack([(x - plain).abs().amax(0) for x in dotted]).amax(0)  # (H, W)
 changed = int((change > 2 / 255).sum())
 print(f"pixels that changed by more than one of 255 levels: {changed}")
@@ -164,6 +166,9 @@ r"""
 One token of each grid; but the patch is larger than either. The decoder is made of convolutions, so a changed token reaches the
 pixels around it too. (If all seeds choose the old token again, nothing changes at all. Then the neighbours had no doubt.)
 """
+
+# %%
+assert FAST or changed > f_high**2, "the patch is not larger than a fine token"
 
 # %% [markdown]
 r"""
