@@ -213,7 +213,8 @@ def samplers_table(r: Report, columns: dict[str, int], rank: Callable[[Cell], fl
             gap = paired_difference(c.groups[metric], best.groups[metric]) if known and c is not best else None
             row.append(verdict(gap, digits) if gap else "")
         rows.append(row)
-    head = [title for metric in columns for title in (metric.replace("_nll", " NLL"), "less the optimum's")]
+    names = {"kl": "KL", "excess_nll": "excess NLL", "frechet": "Frechet distance"}
+    head = [title for metric in columns for title in (names.get(metric, metric), "less the optimum's")]
     return markdown(["sampler", "NFE", *head], rows)
 
 
