@@ -304,7 +304,7 @@ class Page:
         power = gr.Slider(0.2, 5, 2, step=0.1, label="Drag the curve: after u of the steps, 1 - u^p is masked")
         power.input(lambda p: f"pow{p:g}", power, chosen[0], api_name=False)
         use = gr.Button("Draw the prompt so")
-        shown = [gr.Markdown(elem_id="counts"), gr.Plot(label="Staircase", elem_id="staircase")]
+        shown = [gr.Markdown(elem_id="counts"), gr.Plot(show_label=False, elem_id="staircase")]
         triggers = [tab.select, *(part.change for part in (world, *chosen))]
         gr.on(triggers, self.schedule, [world, *chosen], shown, api_name="schedule", trigger_mode="always_last")
         return chosen, use
