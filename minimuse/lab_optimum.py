@@ -9,6 +9,7 @@ Each KL is in nats a token, as in `compare`. N tokens, V codes, T steps; j and a
 Not here: adaptive rules and orders that look at the tokens. They may fall below this optimum (`lab.py`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations
@@ -145,8 +146,9 @@ def trial(world: str, schedule: str, order: str, steps: int) -> tuple[str, Any]:
     *_, last = decode(world, start, **sampling, generator=seeded_generator(0))
     exact = world.sample(len(start), seeded_generator(1))
     excess = (world.log_prob(exact) - world.log_prob(last.tokens)) / world.n
+    error = 1.96 * excess.std() / math.sqrt(len(excess))
     text = [f"**{k}**: {' '.join(map(str, c))}. Expected KL {expected_kl(curve, c):.4f}." for k, c in counts.items()]
-    text += ["KL is in nats a token, in random order. " + EXCESS.format(order, excess.mean(), 2 * excess.std() / 16)]
+    text += ["KL is in nats a token, in random order. " + EXCESS.format(order, excess.mean(), error)]
     figure = Figure((6, 5), layout="constrained")
     top, *rows = figure.subfigures(3, height_ratios=(4, 1, 1))
     plot_curve(curve, counts, top.subplots())
