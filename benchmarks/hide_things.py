@@ -4,8 +4,9 @@ Asked for "a red cube next to a blue sphere", a base model may draw two red cube
 stands left. So with one of them in place, the model must find out which one is missing. A random mask seldom asks for
 that: it rarely hides one thing whole and leaves the other visible.
 
-Here it is asked. In half of each batch are scenes of two things. One of them is hidden whole, and up to 60% of the
-other tokens. The caption names both things, but not their places. The other half is trained as ever (Muse 2.3, 2.6).
+Here it is asked. Half of each batch are scenes of two things, with a caption that names both, but not their places. In
+half of these one thing is hidden whole, and up to 60% of the other tokens; the rest have masks as ever (Muse 2.6). The
+other half of the batch is trained as ever (2.3).
 Frozen: both tokenizers, the language model, super-resolution. Measured on 256 held-out scenes with one thing hidden, in
 nats for each hidden token: what such a caption ("open") costs more than one that says the side ("sided").
 
@@ -116,7 +117,7 @@ def train(muse: Muse, config: StageConfig, scenes: SceneDataset, out: Path, shar
         for k, (i, s) in enumerate(zip(rows, special, strict=True)):
             scene = scenes.scene(i)
             texts.append(open_caption(scene, names(scene, i), rng) if s else rng.choice(scenes.captions(i)))
-            if s:
+            if s and rng.random() < 0.5:
                 rest = torch.rand(x.shape[1], generator=generators[k]) < rng.random() * 0.6
                 masked[k] = covered(scene, rng.randrange(2), grid) | rest
         embeds, mask = muse.encoder.encode(texts)
