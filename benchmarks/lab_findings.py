@@ -25,10 +25,9 @@ import torch
 
 from minimuse.eval_metrics import Estimate, paired_difference
 from minimuse.lab import WORLDS, Cell, Report, World, WorldEvaluator, compare
-from minimuse.lab_codebases import SAMPLER_PRESETS
 from minimuse.lab_models import MuseEvaluator
-from minimuse.lab_optimum import expected_kl, information_curve, optimal_counts
-from minimuse.lab_samplers import SAMPLERS, preset_settings, run
+from minimuse.lab_optimum import expected_kl, information_curve, optimal_counts, run
+from minimuse.lab_samplers import SAMPLER_PRESETS, SAMPLERS, preset_settings
 from minimuse.masking import reveal_counts
 from minimuse.muse import Muse
 from minimuse.sampler import decode

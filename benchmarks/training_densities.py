@@ -29,7 +29,7 @@ from minimuse.data_cache import TrainingData
 from minimuse.data_sources import SceneDataset, open_source
 from minimuse.eval_metrics import Estimate, mean_interval
 from minimuse.lab_models import MuseEvaluator
-from minimuse.lab_samplers import GROUPS
+from minimuse.lab_optimum import GROUPS
 from minimuse.masking import SCHEDULES, Schedule, sample_mask_rate
 from minimuse.text import Context
 from minimuse.train import train_transformer

@@ -48,8 +48,18 @@ from torch import Tensor
 
 import minimuse
 from minimuse.eval_metrics import Estimate, jackknife, marginal_distances, mean_interval, paired_difference
-from minimuse.lab_optimum import expected_kl, information_curve, optimal_counts, schedule_of, world_curves
-from minimuse.lab_samplers import GROUPS, Outcome, check_samples, entropy_bound, preset_settings, run
+from minimuse.lab_optimum import (
+    GROUPS,
+    Outcome,
+    check_samples,
+    expected_kl,
+    information_curve,
+    optimal_counts,
+    run,
+    schedule_of,
+    world_curves,
+)
+from minimuse.lab_samplers import entropy_bound, preset_settings
 from minimuse.lab_worlds import WORLDS, ChainWorld, ConditionalMixture, MixtureWorld, PottsWorld, World
 from minimuse.masking import get_schedule, reveal_counts
 from minimuse.sampler import Order, by_rank, confidence, decode, get_order, is_adaptive

@@ -25,8 +25,8 @@ from minimuse.data_sources import FolderDataset, Problems, SceneDataset
 from minimuse.eval_metrics import Features, frechet_distance, in_batches, inception_features, jackknife
 from minimuse.eval_networks import ClipScorer, Detector
 from minimuse.eval_prompts import matches, parse_prompt
-from minimuse.lab_optimum import sampled_curves
-from minimuse.lab_samplers import GROUPS, Outcome, check_samples, preset_settings, run
+from minimuse.lab_optimum import GROUPS, Outcome, check_samples, run, sampled_curves
+from minimuse.lab_samplers import preset_settings
 from minimuse.muse import Muse
 from minimuse.sampler import decode
 from minimuse.utils import OneSeed, area_downsample, check, generator_of, pick_device, require, to_float

@@ -1,4 +1,4 @@
-"""The optimum of the lab: how many tokens each step should reveal where the places are random.
+"""The optimum of the lab: how many tokens each step should reveal where the places are random; what a sampler costs.
 
     h_j     information curve: mean entropy of a token given j random others, in nats; it falls from h_0 to h_(N-1)
     E KL    sum over the steps that reveal s tokens after a known ones of s h_a - (h_a + ... + h_(a+s-1))
@@ -10,10 +10,10 @@ Not here: adaptive rules and orders that look at the tokens. They may fall below
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,40 @@ from torch import Tensor
 
 from minimuse.lab_worlds import WORLDS, World
 from minimuse.masking import Schedule, reveal_counts
-from minimuse.sampler import LogitsFn, by_rank, confidence, decode, token_entropy
+from minimuse.sampler import Hook, LogitsFn, Step, by_rank, confidence, decode, token_entropy
 from minimuse.utils import PositiveInt, check, halton_rank, require, seeded_generator
 
+GROUPS = 32  # samples form so many groups; intervals compare the groups
 EXCESS = "Excess NLL in {} order: {:.3f} ± {:.3f} (0 is exact, below 0 is mode seeking)."
+
+
+class Outcome(NamedTuple):
+    """What an evaluator measured of one sampler."""
+
+    nfe: float  # mean forward passes of an image
+    groups: dict[str, list[float]]  # metric -> a value for each group of samples
+    bound: bool = False  # "kl" is an upper bound
+
+
+def run(steps: Iterator[Step], corrector: Hook | None = None) -> tuple[Tensor, int]:
+    """The steps of a decode -> its final tokens (B, N), and the forward passes of all its images together.
+
+    A step that changes an image is a pass, with a corrector two; the logits of an unchanged image are known.
+    """
+    nfe, before = 0, None
+    for step in steps:
+        changed = step.revealed if before is None else step.revealed | (step.tokens != before)
+        nfe += int(changed.any(1).sum()) * (1 if corrector is None else 2)
+        before = step.tokens
+    return step.tokens, nfe
+
+
+def check_samples(samples: Any) -> int:
+    """-> the number of samples. ValueError unless they form GROUPS groups of at least two, and fit into memory."""
+    samples = check("samples", samples, PositiveInt)
+    good = 2 * GROUPS <= samples <= 2**18 and samples % GROUPS == 0
+    require(good, f"samples is {samples}; give a multiple of {GROUPS}, from {2 * GROUPS} to {2**18}")
+    return samples
 
 
 @torch.no_grad()

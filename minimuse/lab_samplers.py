@@ -1,4 +1,4 @@
-"""Samplers by name: those of published papers, and what a measurement of a sampler returns.
+"""Samplers by name: those of public code bases and of published papers, as arguments of `sampler.decode`.
 
     preset_settings("maskgit", n=256, codebook_size=1024, steps=12) -> keyword arguments of `sampler.decode`
     preset_settings("remdm_cap:0.1", ...)                           -> numbers after a colon replace the defaults
@@ -7,30 +7,112 @@ Each says which paper or code it follows, and where that differs from `decode`. 
 a function (Target, its numbers) -> what differs from MUSE. A hook sees a `sampler.State`.
 
 n tokens, T steps, u = i / (T - 1) progress, a and b the fractions alpha revealed before and after step i,
-U revealed tokens, NFE forward passes of an image.
+U revealed tokens. The guidance scale t of a code base, as in `cfg.py`, is for reading only.
 Left out: Jump Your Steps (2410.07761; `lab_optimum.py` solves its problem exactly), DDPD (2410.06264) and learned
 policies, which need networks of their own.
-Not here: guidance, which is part of the LogitsFn (`cfg.py`), code bases (`lab_codebases.py`).
+Not here: guidance, which is part of the LogitsFn (`cfg.py`).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minimuse.lab_codebases import MUSE, SAMPLER_PRESETS, Target
 from minimuse.lab_optimum import schedule_of
 from minimuse.lab_worlds import World
-from minimuse.masking import Schedule
-from minimuse.sampler import Hook, State, Step, by_rank, confidence, draw, token_entropy
+from minimuse.masking import SCHEDULES, Schedule
+from minimuse.sampler import State, by_rank, confidence, draw, token_entropy
 from minimuse.utils import Fraction, NonNegative, PositiveInt, check, named, require, top_mask
 
-GROUPS = 32  # samples form so many groups; intervals compare the groups
 
-# --- adaptive rules: how many tokens, or which ------------------------------------------------------------------------
+class Target(NamedTuple):
+    """What a sampler is made for."""
+
+    n: int  # tokens
+    codebook_size: int
+    steps: int
+    world: World | None = None  # knows p(x_i | all other tokens), which no network does
+
+    def annealing(self, u: float) -> float:
+        """1 - (i + 1) / T."""
+        return (1 - u) * (self.steps - 1) / self.steps
+
+
+def _raw_logit(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
+    return logits.gather(-1, drawn[..., None]).squeeze(-1)
+
+
+def _muse_pytorch(to: Target, noise: float, softmax: Callable[[float], float] = lambda a: 1.0) -> dict[str, Any]:
+    """One temperature noise * a, a = 1 - (i + 1) / T, for the draw and for the ranking of raw logits / softmax(a)."""
+    return {
+        "order": lambda logits, drawn, masked, u: _raw_logit(logits, drawn, masked, u) / softmax(to.annealing(u)),
+        "sampling_temperature": lambda u: noise * to.annealing(u) * softmax(to.annealing(u)),
+        "choice_temperature": check("the ranking noise", noise, NonNegative),
+    }
+
+
+def _titok(to: Target, noise: float) -> dict[str, Any]:
+    return {"schedule": "arccos"} | _muse_pytorch(to, noise, lambda a: 0.5 + 0.8 * a)
+
+
+def _equal_counts(to: Target, last: bool) -> Schedule:
+    """Equal counts. What is left over goes to the last step, or one each to the first ones."""
+    each, rest = divmod(to.n, to.steps)
+    many = [each] * (to.steps - 1) + [each + rest] if last else [each + 1] * rest + [each] * (to.steps - rest)
+    return schedule_of(many)
+
+
+MUSE = {"schedule": "cosine", "order": "confidence", "sampling_temperature": 1.0, "choice_temperature": 0.0}
+SAMPLER_PRESETS: dict[str, Callable[..., dict[str, Any]]] = {
+    # Muse 2.8 to the letter, and what the others change; 24 steps.
+    "muse": lambda to: MUSE,
+    # google-research/maskgit: noise 4.5 (1 - (i + 1) / T); 12 steps, t = 0. With about as many steps as tokens the
+    # original stops revealing once its curve leaves one token; ours reveals one.
+    "maskgit": lambda to: {"choice_temperature": 4.5},
+    # huggingface/diffusers AmusedScheduler: noise 2 (1 - i / (T - 1)); 12 steps, t = 9. Its cosine is float32, so
+    # cos(pi / 3) of 256 tokens leaves 127, not 128.
+    "amused": lambda to: {
+        "schedule": lambda u: (torch.tensor(u) * math.pi / 2).cos().item(),
+        "choice_temperature": lambda u: 2 * (1 - u),
+    },
+    # valeoai/Halton-MaskGIT: arccos, revealed tokens rounded down; 64 steps, t = 4. Its softmax temperature multiplies
+    # the logits (1 to 1.2 sharpens). Not followed: it draws revealed tokens again, and each image has its own sequence.
+    "halton": lambda to: {
+        "schedule": lambda u: 1 - math.floor(to.n * (1 - SCHEDULES["arccos"](u)) + 1e-6) / to.n,
+        "order": "halton",
+    },
+    # lucidrains/muse-maskgit-pytorch: ranks raw logits, top-k is V / 10; 18 steps, t = 2. Its steps see
+    # linspace(0, 1, T), so T steps do the work of T - 1. Not followed: it may reveal none in a step.
+    "lucidrains": lambda to: {
+        "schedule": lambda u: math.cos(math.pi / 2 * min(1.0, u * to.steps / max(to.steps - 1, 1))) if u < 1 else 0.0,
+        "order": _raw_logit,
+        "sampling_temperature": to.annealing,
+        "top_k": math.ceil((1 - 0.9) * to.codebook_size),
+    },
+    # viiika/Meissonic: the scheduler of aMUSEd; 64 steps (later 48), t = 8.
+    "meissonic": lambda to: SAMPLER_PRESETS["amused"](to),
+    # baaivision/MUSE-Pytorch: t rises from 0.
+    "muse_pytorch": lambda to, noise=4.5: _muse_pytorch(to, noise),
+    # bytedance/1d-tokenizer, TiTok-L-32: 8 steps, t rises from 0 to 4.5. MaskGen: 16 steps, t is a power-cosine of
+    # power 1 from 1 to 12.
+    "titok": lambda to, noise=9.5: _titok(to, noise),
+    "maskgen": lambda to, noise=1.5: _titok(to, noise),
+    # markweberdev/maskbit, 14 bits: 64 steps, t = "power-cosine:7.1:3". Not followed: halves of a token masked apart.
+    "maskbit": lambda to: {"schedule": "arccos", "choice_temperature": 7.8},
+    # ML-GSAI/LLaDA, low confidence, in one block: the surest argmax.
+    "llada": lambda to: {"schedule": _equal_counts(to, last=False), "sampling_temperature": 0.0},
+    # nanoMaskGIT (EPFL CS-503): places by their largest raw logit, drawn afterwards.
+    "nanomaskgit": lambda to: {
+        "schedule": _equal_counts(to, last=True),
+        "order": lambda logits, drawn, masked, u: logits.amax(-1),
+    },
+}
+
+
+# --- samplers of papers ------------------------------------------------------------------------------------------------
 
 
 def entropy_bound(bound: float, whole: bool = False) -> Callable[[Tensor, Tensor, float], Tensor]:
@@ -127,13 +209,6 @@ def _remdm_conf(to: Target) -> dict[str, Any]:
     return _remdm(sigma)
 
 
-def _fit(state: State, world: World | None) -> Tensor:
-    """(B, N) log-probabilities of the drawn tokens: given the other known tokens in a world, else the network's."""
-    tokens = state.drawn if world is None else state.drawn.masked_fill(state.masked, world.mask_id)
-    logits = state.logits if world is None else world.leave_one_out(tokens)
-    return confidence(logits, state.drawn, state.masked, state.u)
-
-
 def _p2(to: Target, eta: float = 1.0) -> dict[str, Any]:
     """P2, self-planning (arXiv 2502.03540): keep the alpha n best of all tokens by log p; in U, eta log p.
 
@@ -142,7 +217,10 @@ def _p2(to: Target, eta: float = 1.0) -> dict[str, Any]:
     eta = check("eta", eta, NonNegative)
 
     def choose(state: State) -> Tensor:
-        score = _fit(state, to.world).clamp(min=-1e30)
+        logits = state.logits
+        if to.world is not None:
+            logits = to.world.leave_one_out(state.drawn.masked_fill(state.masked, to.world.mask_id))
+        score = confidence(logits, state.drawn, state.masked, state.u).clamp(min=-1e30)
         score = torch.where(state.masked, score, eta * score).masked_fill(~state.free, -math.inf)
         n = state.free.sum(1)
         count = n - (n * (1 - (state.index + 1) / state.steps) + 1e-6).long()
@@ -155,20 +233,18 @@ def _largest(logits: Tensor, drawn: Tensor, masked: Tensor, u: float) -> Tensor:
     return logits.log_softmax(-1).amax(-1)
 
 
-def exact_score(world: World) -> Callable[[Tensor], Tensor]:
-    """-> the score log p(x_i | all other tokens), (B, N): how well each token fits the others."""
-    return lambda tokens: world.leave_one_out(tokens).gather(-1, tokens[..., None]).squeeze(-1)
-
-
 def _world(to: Target, name: str) -> World:
     require(to.world is not None, f"{name} needs p(x_i | all other tokens), which only an exact world knows")
     return to.world
 
 
 def _token_critic(to: Target) -> dict[str, Any]:
-    """Token-Critic (arXiv 2209.04439) with a perfect critic. For networks, train one (`notebooks/token_critic.py`)."""
-    score = exact_score(_world(to, "token_critic"))
-    return {"order": lambda logits, drawn, masked, u: score(drawn), "remask": True}
+    """Token-Critic (arXiv 2209.04439) with a perfect critic: log p(x_i | all other tokens).
+
+    For networks, train one (`notebooks/token_critic.py`).
+    """
+    world = _world(to, "token_critic")
+    return {"order": lambda logits, drawn, *step: _raw_logit(world.leave_one_out(drawn), drawn, *step), "remask": True}
 
 
 def _informed(to: Target, k: float = 4) -> dict[str, Any]:
@@ -268,32 +344,3 @@ def preset_settings(name: str, n: int, codebook_size: int, steps: int, world: Wo
     n, codebook_size, steps = (check(size, value, PositiveInt) for size, value in sizes.items())
     to = Target(n, codebook_size, min(n, steps), world)
     return {"steps": steps} | MUSE | named("preset", name, SAMPLERS, to)
-
-
-class Outcome(NamedTuple):
-    """What an evaluator measured of one sampler."""
-
-    nfe: float  # mean forward passes of an image
-    groups: dict[str, list[float]]  # metric -> a value for each group of samples
-    bound: bool = False  # "kl" is an upper bound
-
-
-def run(steps: Iterator[Step], corrector: Hook | None = None) -> tuple[Tensor, int]:
-    """The steps of a decode -> its final tokens (B, N), and the forward passes of all its images together.
-
-    A step that changes an image is a pass, with a corrector two; the logits of an unchanged image are known.
-    """
-    nfe, before = 0, None
-    for step in steps:
-        changed = step.revealed if before is None else step.revealed | (step.tokens != before)
-        nfe += int(changed.any(1).sum()) * (1 if corrector is None else 2)
-        before = step.tokens
-    return step.tokens, nfe
-
-
-def check_samples(samples: Any) -> int:
-    """-> the number of samples. ValueError unless they form GROUPS groups of at least two, and fit into memory."""
-    samples = check("samples", samples, PositiveInt)
-    good = 2 * GROUPS <= samples <= 2**18 and samples % GROUPS == 0
-    require(good, f"samples is {samples}; give a multiple of {GROUPS}, from {2 * GROUPS} to {2**18}")
-    return samples

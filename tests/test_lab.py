@@ -28,8 +28,8 @@ from minimuse.lab import (
     ignores_drawn,
     path_log_q,
 )
-from minimuse.lab_optimum import expected_kl, information_curve, optimal_counts
-from minimuse.lab_samplers import GROUPS, Outcome, entropy_bound
+from minimuse.lab_optimum import GROUPS, Outcome, expected_kl, information_curve, optimal_counts
+from minimuse.lab_samplers import entropy_bound
 from minimuse.masking import reveal_counts
 from minimuse.sampler import ORDERS, by_rank, decode
 

@@ -9,8 +9,7 @@ from minimuse.data_sources import SceneDataset
 from minimuse.eval_metrics import frechet_distance, mean_interval, paired_difference
 from minimuse.lab import compare
 from minimuse.lab_models import ModelEvaluator, MuseEvaluator
-from minimuse.lab_optimum import information_curve, optimal_counts, schedule_of
-from minimuse.lab_samplers import GROUPS
+from minimuse.lab_optimum import GROUPS, information_curve, optimal_counts, schedule_of
 from minimuse.utils import area_downsample, to_float
 
 

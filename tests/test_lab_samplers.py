@@ -10,14 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimuse.lab import WorldEvaluator, ignores_drawn
-from minimuse.lab_codebases import SAMPLER_PRESETS
-from minimuse.lab_samplers import (
-    SAMPLERS,
-    check_samples,
-    entropy_bound,
-    preset_settings,
-    run,
-)
+from minimuse.lab_optimum import check_samples, run
+from minimuse.lab_samplers import SAMPLER_PRESETS, SAMPLERS, entropy_bound, preset_settings
 from minimuse.lab_worlds import ChainWorld, MixtureWorld, PottsWorld
 from minimuse.masking import SCHEDULES, reveal_counts
 from minimuse.sampler import ORDERS, State, decode, draw, is_adaptive

@@ -11,7 +11,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import training_densities as td
 
-from minimuse.lab_samplers import GROUPS
+from minimuse.lab_optimum import GROUPS
 
 TWO = {"cosine (Muse)": td.DENSITIES["cosine (Muse)"], "mine": lambda u: 1 - u**3}
 HOW = {"steps": 2, "seeds": 2, "samples": 64}
