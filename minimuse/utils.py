@@ -8,8 +8,8 @@ import re
 import reprlib
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import is_dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -28,6 +28,15 @@ def require(condition: bool, message: str) -> None:
     """ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+@contextmanager
+def explain(message: str, *errors: type[Exception], kind: type[Exception] = ValueError) -> Iterator[None]:
+    """A context in which these errors become one of this kind, which says "message: error"."""
+    try:
+        yield
+    except errors as error:
+        raise kind(f"{message}: {error}") from error
 
 
 def require_multiple(config: Any, name: str, of: int) -> None:
@@ -280,9 +289,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 images -> float32 of the same shape in [-1, 1]."""
-    require(
-        images.dtype == torch.uint8, f"to_float expected uint8, {images.dtype} came; floats in [-1, 1] need no change"
-    )
+    require(images.dtype == torch.uint8, f"to_float expected uint8, {images.dtype} came; floats need no change")
     return images.float() / 127.5 - 1
 
 

@@ -162,7 +162,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         save(tensors, path, **options)
 
     monkeypatch.setattr(data_cache, "save_file", full)
-    with pytest.raises(OSError, match=r"00002.safetensors could not be written .*left\): make room"):
+    with pytest.raises(OSError, match=r"00002.safetensors could not be written; make room.*left"):
         filled(tmp_path)
     monkeypatch.undo()
     assert len(filled(tmp_path)) == 10
