@@ -32,11 +32,12 @@ def require(condition: bool, message: str) -> None:
 
 @contextmanager
 def explain(message: str, *errors: type[Exception], kind: type[Exception] = ValueError) -> Iterator[None]:
-    """A context in which these errors become one of this kind, which says "message: error"."""
+    """A context in which these errors become one of this kind, which says "message: first line of the error"."""
     try:
         yield
     except errors as error:
-        raise kind(f"{message}: {error}") from error
+        first_line = str(error).partition("\n")[0]
+        raise kind(f"{message}: {first_line}") from error
 
 
 def require_multiple(config: Any, name: str, of: int) -> None:
@@ -202,12 +203,10 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device is None:
         return torch.device(best)
-    try:
-        require(torch.device(device).type in ("cpu", "cuda", "mps", "xpu"), "Known are cpu, cuda, mps and xpu")
+    problem = f"device {str(device)!r} is not on this machine; give {best!r}"
+    with explain(problem, RuntimeError, AssertionError, ValueError, TypeError):
+        require(torch.device(device).type in ("cpu", "cuda", "mps", "xpu"), "known are cpu, cuda, mps and xpu")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError, TypeError) as e:
-        why = str(e).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} is not on this machine; give {best!r}. {why}") from e
     return torch.device(device)
 
 
