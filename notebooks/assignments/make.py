@@ -151,7 +151,9 @@ def failed_cells(path: Path) -> list[str]:
     failed = []
     for i, cell in enumerate(nbformat.read(path, as_version=4).cells):
         name = cell.metadata.get("nbgrader", {}).get("grade_id", f"cell {i}")
-        failed += [f"{name}: {out.ename}" for out in cell.get("outputs", []) if out.output_type == "error"]
+        failed += [
+            f"{name}: {out.ename} {out.evalue}".strip() for out in cell.get("outputs", []) if out.output_type == "error"
+        ]
     return failed
 
 

@@ -40,8 +40,8 @@ style()
 
 # %% [markdown]
 r"""
-This table compares DiT and Muse. By the end you can point to the line of code behind each row: section 9 has the table once more,
-with these lines.
+This table, from the notes with which this project began, compares DiT and Muse; section 6 tests the words in quotation marks. By the end you can point to
+the line of code behind each row: section 9 has the table once more, with these lines.
 
 |  | DiT | Muse |
 |---|---|---|
@@ -62,9 +62,8 @@ A third column is missing, and the paper's own tables have it: Parti, which is a
 r"""
 ## 0. What all three share
 
-Scenes of one object, their captions read by the frozen language model, and the low-resolution tokenizer of the
-checkpoint, which nobody trains any further. All that differs comes below. (The networks
-are those of the base model; what Muse does after it would be the same for all three.)
+All three share the scenes of one object, their captions, read by the frozen language model, and the checkpoint's low-resolution tokenizer, which is not
+trained any further. (The networks take the place of the base model; what Muse does after it would be the same for all three.)
 """
 
 # %%
@@ -88,8 +87,8 @@ r"""
 ## 1. Latent space: continuous or discrete
 
 The tokenizer's encoder gives $d$ numbers for each position of the grid. Muse rounds them to the nearest of $V$ codes and
-keeps the code's *number*. A diffusion model keeps the $d$ numbers themselves, since it wants something to which a little
-noise can be added.
+keeps the code's *number*. A diffusion model keeps the $d$ numbers themselves, because a little noise can be added to
+them.
 """
 
 # %%
@@ -121,7 +120,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-Left: crosses are all that Muse can say, dots all that the diffusion model may say. Right: the channels differ in mean and spread,
+Left: Muse can express only the crosses, the diffusion model any point. Right: the channels differ in mean and spread,
 and noise will have variance 1 in all of them. So latents are *standardized*, channel by channel, before noise is
 added; the numbers needed to undo it are part of the model.
 """
@@ -192,18 +191,19 @@ show(dit_sizes)
 r"""
 ## 3. What is predicted: noise, masked tokens, or the next token
 
-All three take a picture, spoil it, and learn to mend it. They differ in the spoiling.
+All three take a picture, damage it, and learn to repair it. They differ in the damage.
 
-**Diffusion** mixes in Gaussian noise. Step $s$ of $S = 1000$ has a level $a_s$, from nearly 1 down to nearly 0:
+**Diffusion** mixes in Gaussian noise. Step $s$ of $S = 1000$ has a level $a_s$, from nearly 1 down to nearly 0; step $r$ replaces a fraction $b_r$ of the
+variance by noise:
 
 $$x_s = \sqrt{a_s}\,x + \sqrt{1 - a_s}\,\varepsilon, \qquad \varepsilon \sim \mathcal N(0, I), \qquad
 a_s = \prod_{r \le s} (1 - b_r).$$
 
-The square roots keep the variance at 1. The network sees $x_s$, $s$ and the text, and says what $\varepsilon$ was.
+The square roots keep the variance at 1. The network sees $x_s$, $s$ and the text, and predicts $\varepsilon$.
 
-How does it say it? Where all is noise, $\varepsilon$ is what the network sees, and to repeat it is easy; but the picture that follows from
+In which form? Where all is noise, $\varepsilon$ is what the network sees, and to repeat it is easy; but the picture that follows from
 it, $(x_s - \sqrt{1 - a_s}\,\varepsilon) / \sqrt{a_s}$, divides by nearly nothing, so the smallest error is
-fatal just where a picture begins. So our head says the *velocity* $v = \sqrt{a_s}\,\varepsilon - \sqrt{1 - a_s}\,x$: close to $\varepsilon$ at
+fatal just where a picture begins. So our head predicts the *velocity* $v = \sqrt{a_s}\,\varepsilon - \sqrt{1 - a_s}\,x$: close to $\varepsilon$ at
 low noise, close to $-x$ at high noise. The noise follows by one line, and divided by $a_s$ its squared error is
 that of $v$, the same size at every level:
 """
@@ -230,9 +230,9 @@ show(MaskedLoss.forward, NextTokenLoss.forward)
 
 # %% [markdown]
 r"""
-**Predict, then run.** Below, the same scene is spoiled more and more: by noise at $s = 0, 150, \ldots, 900$, by masks
+**Predict, then run.** Below, the same scene is damaged more and more: by noise at $s = 0, 150, \ldots, 900$, by masks
 of a fraction $s / 1000$, and by as many hidden from the end of the reading order. After which step can you no longer see the colour? Is it
-about the same position for noise and for masks?
+about the same step for noise and for masks?
 """
 
 # %%
@@ -272,8 +272,8 @@ film_strip(
 
 # %% [markdown]
 r"""
-A colour outlives masks as long as one token of the object is visible; noise drowns it in the last quarter. Noise
-spoils everything a little, everywhere; a mask spoils some positions wholly and leaves the others as they are. The
+Under masks the colour remains as long as one token of the object is visible; noise hides it in the last quarter. Noise
+damages every position a little; a mask removes some positions and leaves the others as they are. The
 diffusion model sees all of a bad picture, Muse a part of a good one. That is the root of nearly every other difference: Muse
 can be *sure* of a part and keep it, while a diffusion model revises the whole at each step.
 """
@@ -367,7 +367,7 @@ the logits of *later* positions, and not those of its own: position $i$ is predi
 ### adaLN-Zero: how the DiT reads the time, and how it begins
 
 Muse's network needs no clock: the number of [MASK]s says how far the picture is. Noise cannot be counted, so the DiT also reads
-$s$. Each block turns it into a shift, a scale and a gate:
+$s$. Each block turns it into a shift $\beta$, a scale $\gamma$ and a gate $g$:
 
 $$x \leftarrow x + g(s) \cdot \text{attention}\big(\text{norm}(x)\,(1 + \gamma(s)) + \beta(s)\big),$$
 
@@ -398,7 +398,7 @@ r"""
 ## 5. Training the three
 
 The same stage of the same engine: optimizer, learning rate, warm-up, batch. The DiT is narrower, and takes more
-steps until it has had about as much arithmetic. A few hundred steps are few: what you see here is who *begins* to draw.
+steps until it has had about as much arithmetic. A few hundred steps are few: you see here how the three *begin* to draw.
 (From a shell: `minimuse train nano --model dit`, or `ar`, or `masked`.)
 """
 
@@ -446,9 +446,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-The two plots do not compare: nats are not squared errors. Nor do the two curves on the left, though they have one unit:
+The two plots cannot be compared: nats are not squared errors. Nor can the two curves on the left, although they have one unit:
 the autoregressive model is asked for every token and sees on average half of the others; the masked one is asked for a fraction that varies, and sees
-the rest. And all of it is measured on scenes that come by again and again. Section 6 makes the two comparable, on scenes that
+the rest. And both are measured on training scenes, which return again and again. Section 6 makes the two comparable, on scenes that
 neither has seen.
 """
 
@@ -458,7 +458,7 @@ r"""
 
 **Muse** begins with [MASK]s and keeps the most certain tokens. **Autoregression** writes row by row; what a position has
 computed is kept (a *cache*), so each step costs one position and not all of them. **Diffusion** begins with noise and takes DDIM steps:
-from the noise that the network sees it works out the picture $\hat x_0$, then goes to the next lower level with the same two:
+from the predicted noise it computes the picture $\hat x_0$, then goes to the next lower level, from $a$ to $a'$, with the same two:
 
 $$\hat x_0 = \frac{x - \sqrt{1 - a}\,\varepsilon}{\sqrt a}, \qquad x' = \sqrt{a'}\,\hat x_0 + \sqrt{1 - a'}\,\varepsilon .$$
 """
@@ -515,7 +515,7 @@ r"""
 ### Guidance is one formula
 
 In all three it is $(1 + t)\,\text{cond} - t\,\text{uncond}$, applied to logits or to predicted noise: `cfg.guided` does not know which it has. The
-difference in the table, "when needed" against "used", is one of habit.
+difference in the table, "when needed" or "used", is only a habit.
 """
 
 # %% [markdown]
@@ -523,7 +523,7 @@ r"""
 ## 6. Is Muse just discrete diffusion?
 
 D3PM defines diffusion over discrete values. One of its kinds of noise is *absorbing*: each token falls into [MASK] with time and
-stays there. Its variational bound, which for Gaussian noise becomes a squared error, becomes here
+stays there. Its variational bound, which is a squared error for Gaussian noise, is here
 
 $$-\frac{1}{N} \log p(x) \;\le\; \mathbb{E}_{k \sim \text{uniform}\{1..N\}} \;
 \big[\text{mean cross-entropy of } k \text{ masked tokens}\big].$$
@@ -600,7 +600,7 @@ print(
 # %% [markdown]
 r"""
 A curve is the cost at each count; the dotted line, its mean over uniform counts, is the bound. The package's function estimates the
-same with one random count a picture. The shipped model was trained for longer, on more scenes.
+same with one random count per picture. The shipped model was trained for longer, on more scenes.
 
 Two things to keep apart. The bound is one over all *orders* in which tokens may be revealed, one at a time: a masked model is asked for every
 order, an autoregressive one for a single order, and may specialize in it. But the latter is asked the same questions of a scene each time,
@@ -611,8 +611,8 @@ gone.
 # %% [markdown]
 r"""
 **Predict, then run.** The *sampler* of absorbing diffusion reveals tokens at random positions, each drawn from its probabilities as
-they are. Muse reveals the most certain tokens first, at a lower temperature, and is guided. Let both do it in 16 steps with the shipped base model. Does the
-sampler make a difference at all, when the network is the same?
+they are. Muse reveals the most certain tokens first, at a lower temperature, and is guided. Let both take 16 steps with the shipped base model. Which of these makes
+the larger difference: guidance, or all the rest?
 """
 
 # %%
@@ -651,16 +651,16 @@ for name, how in settings.items():
 
 # %% [markdown]
 r"""
-It does: the same network, asked in another way. (Mind the intervals: few pictures show little.) So the answer to the
-table's "looks like just a discrete diffusion model" is: in training yes, up to a weight; in sampling no. What Muse adds there is what
-a discrete space allows: to be *sure* of a token, to keep it, and to rank by it.
+Guidance, which any diffusion model can have, too. What order, schedule and temperature add is smaller than the intervals of so few pictures. So the answer to the
+table's "looks like just a discrete diffusion model" is: in training yes, up to a weight; in sampling Muse has another rule, which only a discrete space
+allows: it ranks tokens by its confidence and keeps the best. This run cannot show that the rule is better; notebook 7 compares orders.
 """
 
 # %% [markdown]
 r"""
 ## 7. The race
 
-Prompts for one object, models that had a minute or so of training. Points are labelled with their sampling steps, bars are 95% intervals. In the
+The prompts ask for one object, and the models had a few minutes of training. Points are labelled with their sampling steps, bars are 95% intervals. In the
 fast setting nothing has learned to draw, and only the seconds mean something.
 """
 
@@ -690,8 +690,8 @@ tradeoff(by_distance, "seconds per picture", "Frechet distance", lower=(True, Tr
 
 # %% [markdown]
 r"""
-In this race the autoregressive model does best on both plots: with so few tokens it is quick, and what a minute of training teaches suffices. What you
-can count on, whatever the machine: Muse's and the DiT's time goes with their steps, each of which computes all positions; the
+In this race the autoregressive model does best on both plots: with so few tokens it is quick, and it learns most from so little training. What holds
+on every machine: Muse's and the DiT's time grows with their steps, each of which computes all positions; the
 autoregressive model computes each position once, but in $N$ steps, one after the other. With so few tokens, on a CPU, that need not be a disadvantage. On an
 accelerator it is one: there a step of one position costs hardly less than one of all positions (notebook 12, section 7), and $N$ grows
 with the picture, while Muse's steps do not.
@@ -748,19 +748,19 @@ else:
 
 # %% [markdown]
 r"""
-At this scale Muse does not win. All three draw what is asked; the DiT is a little ahead in as many steps, and so many tokens as 64 are few
-for an autoregressive model with a cache. (It needed more scenes than the others: 5,000 it learned by heart.) Look at what does hold: the masked
-model goes from 26% to 91% between 1 step and 4, the parallel decoding of the paper; one token per step, 64 steps, is no better than 16.
-Of the nice ideas two stages help clearly, identity blocks and rising guidance do not here. What a larger world would say, nobody
-knows from this.
+At this scale Muse does not win. All three draw what is asked; the DiT is a little ahead in as many steps, and 64 tokens are few
+for an autoregressive model with a cache. (It needed more scenes than the others: it learned 5,000 by heart.) But the paper's parallel decoding works: the masked
+model goes from 26% to 91% between 1 step and 4, and one token per step, 64 steps, is no better than 16.
+Of the nice ideas two stages help clearly; identity blocks and rising guidance do not help here. This says nothing about a larger
+world.
 """
 
 # %% [markdown]
 r"""
 ### Rising guidance
 
-The last of the nice ideas in the table that we can try at once: $t$ from 0 to $2t$, or $t$ throughout, in the models
-trained above.
+One of the nice ideas needs no training: guidance that rises from 0 to $2t$, or $t$ in all steps, in the models
+trained above. Do the intervals overlap? Then 60 pictures do not decide it.
 """
 
 # %%
@@ -773,8 +773,7 @@ for name in ("masked", "dit"):
 r"""
 ## 9. The table again, in code
 
-For each row the line that shows it. The cell looks the lines up, so they are what the package does now; it would fail if one
-were gone.
+For each row, here is the line of code that shows it. The cell looks the lines up in the package, and fails if one is gone.
 """
 
 # %%
@@ -837,10 +836,10 @@ print(f"standard deviation of the raw latents: {z.std():.2f}")
 # %% [markdown]
 r"""
 The raw latents of *this* tokenizer happen to have a standard deviation near 1, so their line lies on the standardized one, and the mistake would go
-unnoticed. With another tokenizer it would not: the dotted line.
+unnoticed. Another tokenizer may give the dotted line.
 
-**An autoregressive model that sees its own answer.** Forget to move the tokens on by one position, and the loss falls to nearly
-nothing within a minute, while what is drawn is garbage: at each position the model copies the token that it is asked for. You need not train
+**An autoregressive model that sees its own answer.** Forget to move the tokens on by one position, and each position can copy the token that it is
+asked for: the loss falls towards 0, and the pictures are garbage. You need not train
 to find out. Look at who sees whom, as in section 4. The diagonal shows it: no token may move the logits of its own position. (In the right picture the
 first token is seen by nobody; that comes from how we move them back.)
 """
@@ -857,11 +856,11 @@ draw_influence(
 r"""
 ## Summary
 
-Muse, DiT and an autoregressive transformer learn to mend spoiled pictures; they spoil by masks, by noise, by hiding
+Muse, DiT and an autoregressive transformer learn to repair damaged pictures; the damage is masks, noise, or hiding
 what comes later. DiT works on continuous latents, must read the time, and revises the whole picture at each step. Muse works on
-tokens, reads the time off its masks, and keeps what it is sure of, which is why few steps suffice. Its training is that of
-absorbing diffusion with another weight, and bounds the likelihood; its sampler is not. Guidance, the text's way in and the tokenizer are the same
-for all.
+tokens, reads the time from its masks, and keeps what it is sure of. For both a few steps suffice. Muse's training is that of
+absorbing diffusion with another weight, and bounds the likelihood; its sampler follows another rule. Guidance, cross-attention to the text and the tokenizer
+are the same for all.
 """
 
 # %% [markdown]

@@ -2,7 +2,7 @@
 r"""
 # 15. Muse in 200 lines
 
-*You write the parts of Muse yourself, train them, and draw a picture that nobody has drawn before.*
+*You write the parts of Muse yourself, train them, and draw a picture of a kind that your model has never seen.*
 
 |  |  |
 |---|---|
@@ -341,7 +341,7 @@ print("train: steps, gradients and losses are right")
 # %% [markdown]
 r"""
 Now train the tokenizer. At first it has no codes: $q = z$. When its vectors mean something, we choose the codes among them: each
-further code is the vector that is farthest from all codes so far. So every colour and every edge gets one. Then your quantizer joins.
+further code is the vector that is farthest from all codes so far. So every colour and every edge gets one. Then your quantizer joins: the loss jumps, and falls again.
 """
 
 # %%
@@ -400,7 +400,7 @@ if not FAST:
 r"""
 ## 3. Attention and a layer
 
-A query $q$ compares itself with all keys $k$ and takes a weighted mean of the values $v$:
+A query $q$ of $d$ numbers compares itself with all keys $k$ and takes a weighted mean of the values $v$:
 
 $$\operatorname{softmax}\big(q k^\top / \sqrt{d}\big)\, v .$$
 
@@ -571,7 +571,7 @@ r"""
 ## 4. The masked loss
 
 Training hides a random fraction $r$ of the tokens of each picture and asks the model for them. Muse draws $r = \cos(\frac{\pi}{2} u)$ with
-$u$ uniform in $[0, 1]$. So often nearly everything is hidden, as at the beginning of a drawing.
+$u$ uniform in $[0, 1]$. This makes high rates frequent: nearly everything is hidden, as at the beginning of a drawing.
 """
 
 # %% [markdown]
@@ -620,7 +620,8 @@ print(passed(check_masked_loss(masked_loss)))
 r"""
 Now train Muse. One caption in ten is taken away, so that the model also learns to draw without a text. Guidance needs that.
 
-**Predict, then run.** At the start the model knows nothing: all 256 codes are equally likely. What is the loss of the first step, in nats?
+**Predict, then run.** At the start the model knows nothing: all 256 codes are equally likely. What is the loss of the first step, in nats
+(with the natural logarithm)?
 """
 
 # %%
@@ -656,7 +657,7 @@ if not FAST:
 r"""
 ## 5. Guidance
 
-The model gives logits with the text, $l_c$, and without it, $l_u$. Guidance goes further in the direction of the text:
+The model gives logits with the text, $l_c$, and without it, $l_u$. Guidance goes further in the direction of the text, with a strength $t$:
 
 $$l_g = (1 + t)\, l_c - t\, l_u .$$
 """
@@ -741,7 +742,8 @@ passed(check_decode(decode))
 r"""
 ## 7. The picture
 
-All parts are yours now. This cell puts them together and draws the combination that training never showed.
+All parts are yours now. This cell puts them together and draws the combination that training never showed. A `temperature` below 1 makes
+likely codes likelier (notebook 7).
 """
 
 
@@ -782,8 +784,8 @@ pictures(drawn[-1])[0].resize((8 * SIZE, 8 * SIZE), Image.Resampling.NEAREST)
 
 # %% [markdown]
 r"""
-**A pink house with a tree at night**, drawn by a model that you wrote and trained in minutes. It was never shown such a picture. This is the
-film of its drawing:
+**A pink house with a tree at night**, drawn by a model that you wrote and trained in minutes. Training never showed it such a picture. This is
+the film of its drawing:
 """
 
 # %%
@@ -795,7 +797,8 @@ animation(frames, ms=400)
 
 # %% [markdown]
 r"""
-Five more pictures of the same prompt, then one picture of each prompt. Nothing is selected.
+Five more pictures of the same prompt, then one picture of each prompt. Nothing is selected. Do the five resemble each other more than training
+pictures do? The open question at the end comes back to that.
 """
 
 # %%
@@ -886,7 +889,8 @@ r"""
 *About 30 minutes.*
 
 Change one thing and measure `fraction_right` again: the number of steps, $t$, the temperature, `BATCH`, the rate of dropped captions, or another hidden
-combination. Write down your prediction first. Is the difference larger than what another seed makes?
+combination. Write down your prediction first. Is the difference larger than what another seed makes? And which of them makes pictures of one prompt more
+varied?
 """
 
 # %% [markdown]

@@ -39,6 +39,7 @@ from checks import (
     check_reveal_counts,
 )
 
+from minimuse.eval_metrics import mean_interval
 from minimuse.lab_worlds import MixtureWorld
 
 
@@ -694,14 +695,21 @@ for _row in range(60):
 # %% [markdown]
 r"""
 Both ways to choose, in a world whose every probability is known. Twelve pictures of 64 tokens are mixed; a good sampler draws
-from one of them at a time. The number is the mean log-likelihood under the true world of what was drawn, in nats a token. Exact
-samples stand first, and *their* number is the aim: below it, pictures are mixed up; above it, the sampler repeats what is
-likeliest and leaves out the rest. You may change this cell, and need it in part 4.
+from one of them at a time. The number is the mean log-likelihood under the true world of what was drawn, in nats per token, with its
+95% interval over the pictures. Exact samples stand first, and *their* number is the aim: below it, pictures are mixed up; above it, the
+sampler repeats what is likeliest and leaves out the rest. Two numbers with margins $a$ and $b$ differ by their difference
+$\pm \sqrt{a^2 + b^2}$. You may change this cell, and need it in part 4.
 """
 
 # %%
 world = MixtureWorld.random(modes=12, grid=(8, 8), codebook_size=6, seed=1)
-print(f"exact samples       {world.log_prob(world.sample(500, seeded())).mean() / 64:.3f}")
+
+
+def nats(tokens):
+    return mean_interval(world.log_prob(tokens) / 64)._replace(format=".3f").short()
+
+
+print(f"exact samples       {nats(world.sample(500, seeded()))}")
 try:
     for steps in (2, 4, 8, 16):
         for ways in (surest, choose):
@@ -714,7 +722,7 @@ try:
                 generator=seeded(),
                 choose=ways,
             )
-            print(f"{steps:2} steps, {ways.__name__:8}  {world.log_prob(drawn).mean() / 64:.3f}")
+            print(f"{steps:2} steps, {ways.__name__:8}  {nats(drawn)}")
 except NotImplementedError:
     print("decode and choose are still to be written")
 
@@ -890,7 +898,7 @@ In at most 300 words, for a reader who has seen neither part:
 1. Why does revealing many tokens in one step make pictures worse, even when the model is perfect? Make an example of two
    tokens. (5)
 2. Why is the training rate not a fixed 15%, as BERT's? Say what the model would meet in decoding that it had never met. (4)
-3. What does your variant of 2.3 change in the numbers above, at few and at many steps? Quote them, say what you expected
+3. What does your variant of 2.3 change in the numbers above, at few and at many steps? Quote them with their intervals, say what you expected
    before you ran it, and name one reason why such numbers from one world may mislead. (6)
 
 Full points for what is right, said in your own words, and tied to your numbers; half where a claim is right and not argued;

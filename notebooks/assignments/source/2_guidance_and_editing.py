@@ -31,6 +31,7 @@ from torch.nn import functional as F
 sys.path.append("..")  # in a clone, checks.py stands one folder up
 from checks import check_drop_text, check_guide, check_rising, check_token_mask
 
+from minimuse.eval_metrics import jackknife, mean_interval, proportion_interval
 from minimuse.lab_worlds import MixtureWorld
 from minimuse.masking import random_mask
 from minimuse.sampler import decode
@@ -352,7 +353,8 @@ assert torch.allclose(guide_more(_c, _c, 3.0, 0.1), _c)
 r"""
 Guidance in a world that is known exactly. Twelve pictures are mixed; the prompt asks for the first three. The model listens with half
 an ear: with the text it puts half of its weight on these three, without it a quarter. What is drawn is sorted by the picture that it most
-resembles; "kinds" is how many of the twelve come, the rare ones counting less ($e$ to the entropy of their shares). You may change this cell, and need it in part 4.
+resembles; "kinds" is how many of the twelve come, the rare ones counting less ($e$ to the entropy of their fractions). In brackets
+stands the 95% interval over the 200 pictures. You may change this cell, and need it in part 4.
 """
 
 # %%
@@ -368,10 +370,13 @@ def half_deaf(tokens, memory):
 
 
 def told(tokens):
-    """-> the share of pictures that the prompt asked for, and how many kinds there are."""
+    """-> the fraction of pictures that the prompt asked for, and how many kinds there are, with 95% intervals."""
     nearest = torch.einsum("bnv,knv->bk", F.one_hot(tokens, 6).double(), tables.log()).argmax(1)
-    shares = nearest.bincount(minlength=12) / len(nearest)
-    return f"{(nearest < 3).double().mean():.0%} as asked for, {torch.special.entr(shares).sum().exp():.1f} kinds"
+    each = F.one_hot(nearest, 12).double()
+    without = (each.sum(0) - each) / (len(each) - 1)  # (B, 12): fractions without one picture
+    whole, parts = (torch.special.entr(x).sum(-1).exp() for x in (each.mean(0), without))
+    kinds = mean_interval(jackknife(whole, parts))._replace(format=".1f")
+    return f"{proportion_interval(nearest < 3).short()} as asked for, {kinds.short()} kinds"
 
 
 empty = torch.full((200, 16), 6)
@@ -699,9 +704,9 @@ try:
     for hidden in (1, 4, 8):
         settings = {"share": hidden / 16, "iterations": 128 // hidden, "generator": seeded()}
         *_, edited = resample(logits_fn, from_others, mask_id=6, **settings)
-        same = (edited == from_others).double().mean()
+        same = mean_interval((edited == from_others).double().mean(1))._replace(format=".1%")
         print(
-            f"{hidden} of 16 at a time, {128 // hidden:3} x: {told(edited)}; {same:.0%} of the tokens as before"
+            f"{hidden} of 16 at a time, {128 // hidden:3} x: {told(edited)}; {same.short()} of tokens as before"
         )
 except NotImplementedError:
     print("guided, infill and resample are still to be written")
@@ -711,10 +716,10 @@ r"""
 ## 3. Tests that find mistakes (15 points)
 
 The **bug zoo** holds mistakes that real code bases made, each a copy of our package with one line changed. Some of them are in
-`config`, `editing`, `transformer` and `muse`. Your tests are to find them. (`zoo.py` lies
+`cfg`, `editing`, `transformer` and `muse`. Your tests are to find them. (`zoo.py` lies
 beside this notebook. Write your tests first; what you find yourself is what you will find again.)
 
-A test is a function of one argument, a library, whose modules are `lib.config`, `lib.transformer` and so on. It raises (`assert` is
+A test is a function of one argument, a library, whose modules are `lib.cfg`, `lib.transformer` and so on. It raises (`assert` is
 enough) where something is wrong. It must be silent with the true package: a test that cries wolf there kills nothing, and costs 2
 points. Think of what *must not* change (padding, for one), of what *must* (a condition, wherever it stands), and of the
 smallest case where it would show. Two helpers are there to begin with; `Muse.contexts(self, jobs)` needs of `self` no more than `encoder`, `device` and `dtype`.
@@ -854,10 +859,10 @@ r"""
 In at most 300 words, for a reader who has seen neither part:
 
 1. What does $\ell_g = (1 + t)\,\ell_c - t\,\ell_u$ do to the probability of a code, in terms of $p_c$ and $p_u$? Why does diversity fall as
-   $t$ rises? Quote the numbers printed in part 1. (5)
+   $t$ rises? Quote the numbers printed in part 1, with their intervals. (5)
 2. When would your variant of 1.4 draw another picture than plain guidance, and when the same? Give a case of each. (5)
 3. Every line printed in part 2 draws each token equally often. Why do edits of many tokens at a time get further than edits of one?
-   Why does Muse hide only 8% nevertheless? Quote the numbers, and say what your variant of 2.4 changes. (5)
+   Why does Muse hide only 8% nevertheless? Quote the numbers with their intervals, and say what your variant of 2.4 changes. (5)
 
 Full points for what is right, said in your own words, and tied to your numbers; half where a claim is right and not argued;
 none for a text that would fit any variant.
