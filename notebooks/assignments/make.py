@@ -36,6 +36,7 @@ CONFIG = """\
 c = get_config()
 c.CourseDirectory.course_id = "minimuse"
 c.Execute.startup_timeout = 600
+c.Execute.timeout = 300  # seconds for a cell of a solution; grade.py sets its own for students
 stubs = "--IPKernelApp.exec_lines=__import__('stubs').place()"  # before the first cell
 c.Execute.extra_arguments = ["--HistoryManager.hist_file=:memory:", stubs]
 """
