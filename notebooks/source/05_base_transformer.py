@@ -8,7 +8,7 @@ r"""
 |---|---|
 | **Paper** | [Muse](https://arxiv.org/abs/2301.00704) 2.3, A.1 |
 | **You will learn** | how tokens, positions and text come together · why nothing is causal here · what attention sees, and what that proves · how to read a masked loss, by the fraction that is hidden · how a leak looks |
-| **Before this** | [3. VQGAN](03_vqgan.ipynb) and [4. Masking](04_masking.ipynb); matrix products, softmax, gradient descent |
+| **Before this** | [3. VQGAN](03_vqgan.ipynb) and [4. Masking](04_masking.ipynb); matrix products, softmax, gradient descent; symbols are in the [glossary](glossary.md) |
 | **Takes** | @takes@ |
 | **Files** | [`transformer.py`](../minimuse/transformer.py), [`train.py`](../minimuse/train.py), [`train_log.py`](../minimuse/train_log.py) |
 """
@@ -35,8 +35,7 @@ style()
 
 # %% [markdown]
 r"""
-Notebook 4 hid a random part of a token grid, and asked for what was there. Somebody has to answer. The **base
-transformer** gets the grid, with `[MASK]` where it is hidden, and the text; it answers with a distribution over the
+Notebook 4 hid a random part of a token grid, and asked for what was there. The **base transformer** answers. It gets the grid, with `[MASK]` where it is hidden, and the text; the answer is a distribution over the
 codebook for each position:
 
 $$p_\theta(x_i \mid x_{\text{visible}}, \text{text}), \qquad i = 1 \dots N .$$
@@ -115,17 +114,17 @@ grid(
 
 # %% [markdown]
 r"""
-Something between. The visible tokens settle where an object stands and how large it is, and no sentence changes
-that; but the text repaints what is hidden. Both are evidence, and the model weighs them position by position. Where
-nothing is seen, only the text decides. (The two pictures on the right are bad, for a reason that notebook
-7 is about: the likeliest code of each position *by itself* does not make one.)
+Something between. The visible tokens keep the large object where it was and as large as it was; the text repaints what is hidden, and the
+sphere, which the lie does not name, fades. Both are evidence, and the model weighs them position by position. Where nothing is seen,
+only the text decides. (The two pictures on the right are bad, for a reason that notebook 7 is about: the likeliest code of each
+position *by itself* does not make a picture.)
 """
 
 # %% [markdown]
 r"""
 ## 1. Tokens get positions
 
-A transformer treats its input as a *set*. So each token brings its position along: the vector of code $x_i$, plus one
+A transformer treats its input as a *set*. So each token also gets its position: the vector of code $x_i$, plus one
 for the row, plus one for the column of the grid,
 
 $$e_i = E[x_i] + R[\text{row}(i)] + C[\text{column}(i)] \in \mathbb{R}^D .$$
@@ -154,7 +153,7 @@ print(
 # %% [markdown]
 r"""
 Positions begin as waves of rising frequency (`sinusoids`), and are trained like any other weight. Do trained positions still
-know who is near whom? We take one position, and compare its vector with those of all positions.
+know which are near each other? We take one position, and compare its vector with those of all positions.
 """
 
 # %%
@@ -177,8 +176,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-Blue is alike. The comparison makes a cross, since a position shares its row vector with its row and its column vector
-with its column; it is most like itself and its neighbours. Training keeps that, and moves it to where it helps.
+Blue is similar, and the darkest square is the position itself. The comparison makes a cross, since a position shares its row vector
+with its row and its column vector with its column; it is most similar to itself and its neighbours. Training keeps that.
 """
 
 # %% [markdown]
@@ -231,9 +230,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-Far from none: nothing here is causal. There is no order of tokens, so every hidden position may use every visible one, on
-all sides; those far from the cross just make less of it. That is what an autoregressive model gives up, and why this
-one can repaint a hole in the middle.
+For all of them: nothing here is causal. There is no order of tokens, so every hidden position may use every visible one, on
+all sides. The predictions next to the cross change most, but some far away change nearly as much. An autoregressive model
+cannot do that; so this one can repaint a hole in the middle.
 """
 
 # %% [markdown]
@@ -241,7 +240,7 @@ r"""
 ## 3. Tokens read the text
 
 **Cross-attention** is the same formula, but keys and values come from the *memory*: the vectors of the text, projected
-to the width $D$. The question is "I am this position; what does the text say that concerns me?" Padding is not attended
+to the width $D$. In words, the query of a position asks: what does the text say about me? Padding is not attended
 to, and the text is never masked.
 """
 
@@ -346,7 +345,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-The paper's 3B model has the same parts: 48 layers of width 2048. Nearly all of it is in the layers there.
+Nearly all parameters are in the layers, and half of those in the MLPs. The paper's 3B model has the same parts: 48 layers of
+width 2048.
 """
 
 # %% [markdown]
@@ -415,12 +415,10 @@ plt.show()
 # %% [markdown]
 r"""
 The number is the piece's fraction of all attention. It is not a map of "where is the cube": the vector of each piece comes
-from a language model that has read the whole sentence, so *sphere* knows that it is small and blue, and even the
-marks at the beginning and the end carry something of all of it. A bright word is read much; it may not be the only
-one that says so.
+from a language model that has read the whole sentence, so the vector of *sphere* may also say small and blue, and even those of the
+marks at the beginning and the end hold something of the whole sentence. A bright word is read often; other words may say the same.
 
-So we ask the other way around, and *do* something: swap one word, and see whose prediction changes (in nats). That is
-no look inside, it is an experiment.
+So we do an experiment: we swap one word, and see which predictions change (the KL divergence, in nats).
 """
 
 # %%
@@ -449,9 +447,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-White positions are visible; the number is the mean over the hidden ones. Colours move predictions where their object is
-(top row) or may be (bottom row), and do not change other positions. And a column that stays dark in both rows? Either the
-word shows only in how tokens fit *together*, as a shape does, while each prediction is about one token by itself,
+White positions are visible; the number is the mean over the hidden ones. In the top row a colour moves predictions most where its
+object is. In the bottom row nothing says where that is, so it moves many positions a little. And a column that stays dark in both
+rows? Either the word shows only in how tokens fit *together*, as a shape does, while each prediction is about one token by itself,
 averaged over all positions where the object may stand. Or the model has not learned to read it: small ones have trouble
 with *left* and *right*. From outside, the two look the same.
 
@@ -478,8 +476,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-Each picture has a scale of its own. The heads differ: some look close by, some far off, some spread over much of the
-picture. No rule assigns them this work; training did.
+Each picture has a scale of its own. The heads differ: some look at near positions, some at far ones, some at much of the picture.
+No rule assigns them this work; training did.
 """
 
 # %% [markdown]
@@ -490,7 +488,7 @@ Now we train one. It has nano's size, and learns the tokens of the tokenizer abo
 be compared with.
 
 **Knowing nothing** costs $\ln V$: every code is as likely. **Knowing how common each code is**, and nothing of the
-picture, costs the entropy of the tokens' histogram, the *unigram entropy*
+picture, costs the entropy of the tokens' histogram, the *unigram entropy*, with $p(v)$ the fraction of tokens that are code $v$:
 
 $$H = -\sum_{v} p(v) \ln p(v) .$$
 """
@@ -573,9 +571,9 @@ grid(images[:8], [train_set.captions(i)[0] for i in range(8)], columns=8, scale=
 # %% [markdown]
 r"""
 The student begins with one piece of knowledge. Many codes of a codebook look alike, and codes that look alike have
-near vectors in it. `init_from_codebook` makes the embeddings of like codes alike before the first step (random features of
-their vectors), so what is learned of one code holds for its relatives. The paper is silent about this; for a short
-training it helps a lot. Each dot below is a pair of codes.
+near vectors in it. `init_from_codebook` makes the embeddings of similar codes similar before the first step (random features of
+their vectors), so what is learned of one code holds for similar ones: right, near codes have a cosine near 1. The paper is silent about
+this; it is for short trainings. Each dot below is a pair of codes.
 """
 
 # %%
@@ -694,8 +692,8 @@ film_strip([sketches[s] for s in some], [f"{s} steps" for s in some], scale=SIDE
 
 # %% [markdown]
 r"""
-Rows are the three prompts. First noise, then floor and light, then blots in the right colour, then shapes. Common
-things are learned first. (In the fast setting it stops long before anything is to be seen.)
+Rows are the three prompts. First noise. In the second column floor, sky, shadow and a blot of the right colour are there; shapes take
+the rest of the training, and are not finished. (In the fast setting it stops long before anything can be seen.)
 """
 
 # %%
@@ -777,7 +775,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-Look at the two solid lines first: **you have just trained a model that is as good on this loss as the shipped one.**
+The dashed black line is the unigram entropy. Look at the two solid lines first: **you have just trained a model that is as good on this
+loss as the shipped one.**
 
 Between the lines with text and without lies what the text is worth: little where much is visible, most where little is. A
 *false* text costs more than none at all: the model believes it. The accuracy (right) looks low for a network that draws well:
@@ -834,8 +833,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-The picture's rim is cheap: sky above, floor below. The price is paid in the middle, where objects stand, and there the
-text earns most of its keep.
+The left, right and lower borders have a low loss: sky and floor are predictable. It is highest in the middle, where objects stand.
+The text helps little where the loss is low anyway.
 """
 
 # %% [markdown]
@@ -882,7 +881,7 @@ grid(
 
 # %% [markdown]
 r"""
-Given some time, the *better* loss is the broken one. It learns to copy, and `[MASK]`, which it never sees, means nothing to
+The *better* loss is the broken one. It learns to copy, and `[MASK]`, which it never sees, means nothing to
 it. The curve is the symptom: a masked loss that falls to nearly 0 within minutes is not a success. `minimuse doctor` has a
 test that needs no second training: hide one token, let its *true* value be each code in turn, and add up the
 probabilities that the model gives to what is true. They are one distribution, so the sum is 1, unless the model peeks.

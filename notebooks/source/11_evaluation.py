@@ -7,7 +7,7 @@ r"""
 |  |  |
 |---|---|
 | **Paper** | [Muse](https://arxiv.org/abs/2301.00704) 3.2 and figure 8; Frechet distance ([arXiv 1706.08500](https://arxiv.org/abs/1706.08500)), CLIP score ([arXiv 2104.08718](https://arxiv.org/abs/2104.08718)) |
-| **You will learn** | what "right" can mean · intervals · Frechet distance by hand, and its bias · CLIP score · diversity · the trade-off of figure 8 · what a bad model and a good salesman do to the numbers |
+| **You will learn** | what "right" can mean · intervals · Frechet distance by hand, and its bias · CLIP score · diversity · the trade-off of figure 8 · what bad models and selection do to the numbers |
 | **Before this** | [6. Guidance](06_guidance.ipynb); means, variances, a covariance matrix |
 | **Takes** | @takes@ |
 | **Files** | [`eval_prompts.py`](../minimuse/eval_prompts.py), [`eval_metrics.py`](../minimuse/eval_metrics.py); [`eval_run.py`](../minimuse/eval_run.py) puts them together |
@@ -39,11 +39,11 @@ Three questions, and no number answers all of them:
 2. **Realness**: do the pictures, taken together, look like real ones?
 3. **Variety**: do two pictures of one prompt differ?
 
-The paper answers the first by CLIP score and the second by Frechet distance, as everybody does with photographs: there, nobody
-can say what is in a picture for certain. In our world somebody can. So we ask for exact answers first, and then
-watch how the usual numbers relate to them.
+The paper answers the first by CLIP score and the second by Frechet distance, as is usual with photographs: there, nobody
+knows for certain what is in a picture. In our world we know it. So we ask for exact answers first, and then
+compare the usual metrics with them. We measure `nano`, the smallest model, because it makes mistakes that can be counted.
 
-All of this is about the base model at low resolution, which is quick. `EvalModel` draws with it and renders scenes; `Evaluator`
+We use only the base model at low resolution, which is quick. `EvalModel` draws with it and renders scenes; `Evaluator`
 holds the two networks that measure. They are what `minimuse eval` works with.
 """
 
@@ -66,9 +66,9 @@ for ask in ASKS[:6:2]:
 r"""
 ## 1. What "right" can mean
 
-A prompt set is a list of fixed prompts, each with a scene that has all it asks for. What a prompt asks for is worked out
-by a small grammar, so "a tiny crimson ball" and "a small red sphere" are the same wish. Which words can be *judged* is one
-question, and which the model has *read* in training another; `unfamiliar` answers the second.
+A prompt set is a list of fixed prompts, each with a scene that has all it asks for. A small grammar finds out what a prompt asks
+for, so "a tiny crimson ball" and "a small red sphere" ask for the same. Which words can be *checked* is one
+question, and which were in the model's *training captions* another; `unfamiliar` answers the second.
 """
 
 # %%
@@ -87,8 +87,8 @@ show(matches)
 
 # %% [markdown]
 r"""
-So a picture is *right* if everything named is there, and nothing more. `Detections` are what somebody saw in it; who that is, comes
-in section 2. All or nothing is a strict rule: a fraction of correct words would let a model be "80% right" that never draws the
+So a picture is *right* if everything named is there, and nothing more. `Detections` are what was found in it; section 2 says by
+whom. All or nothing is a strict rule: a fraction of correct words would let a model be "80% right" that never draws the
 right colour.
 
 **Predict, then run.** Six renders for the prompt "a red cube left of a blue sphere". From left to right: a scene that was made
@@ -120,22 +120,23 @@ captions = [
     f"{name}: {'right' if v.right else '; '.join(v.wrong)}"
     for name, v in zip(trials, verdicts, strict=True)
 ]
+assert [v.right for v in verdicts] == [True] * 2 + [False] * 4, "others are right"
 grid(pictures, captions, columns=6, scale=SIDE + 1)
 
 # %% [markdown]
 r"""
 The first two. What a prompt does not name may be anything, so material and size are free. An object too many is wrong although all
-that was asked for is there. And "left of" needs a clear step to the side: where people would argue, the rule says no. Somebody has to
-draw such lines, and a figure is worth as much as the lines are known: they stand in [`eval_prompts.py`](../minimuse/eval_prompts.py).
+that was asked for is there. And "left of" needs a clear distance to the side: where people would disagree, the rule says no. A metric needs
+such rules, and its users must know them: they stand in [`eval_prompts.py`](../minimuse/eval_prompts.py).
 """
 
 # %% [markdown]
 r"""
-## 2. Who reads, and how often the detector errs
+## 2. The detector, and how often it errs
 
-The **detector** is a small network, trained on renders to find objects and name them. It never took part in any training of a
-generator: a model that is trained to please its examiner learns the examiner. What it sees in the first pictures of the
-model, drawn with seeds from 1000, nothing picked:
+The **detector** is a small network, trained on renders to find objects and name them. No generator was trained with it: otherwise the
+generator would learn the detector's mistakes. Here is what it sees in the first pictures of the
+model, drawn with seeds from 1000, nothing selected:
 """
 
 # %%
@@ -175,9 +176,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-How far can it be trusted? Real renders have a known scene, so we can ask it about those: whatever it gets wrong *there* is its
+How far can it be trusted? Real renders have a known scene, so we can ask it about those: what it gets wrong *there* is its
 own fault, and no generator could score better. We make them harder in steps: as rendered; small, as the base model
-draws; through the tokenizer, since everything that the base model draws goes through its decoder.
+draws; through the tokenizer, because everything that the base model draws goes through its decoder.
 """
 
 # %%
@@ -207,6 +208,8 @@ for y, (name, m) in enumerate(ceiling.items()):
         m.value, -y, xerr=[[m.value - m.low], [m.high - m.value]], fmt="o", capsize=4, color=f"C{y}"
     )
     print(f"{name:>28}: {m}")
+rates = [m.value for m in ceiling.values()]
+assert FAST or min(rates[:2]) > rates[2] > rates[3], "the steps are not in this order"
 ax.set_yticks([0, -1, -2, -3], list(ceiling))
 ax.set(xlabel="fraction right, and its 95% interval", xlim=(0, 1.02))
 plt.show()
@@ -214,8 +217,8 @@ plt.show()
 # %% [markdown]
 r"""
 The third line is the **ceiling** of this base model: with the tokens of real pictures it would score about so much. The distance
-from there to the last line is what the transformer has still to learn; the distance from the first to the third was never its fault. A
-figure without its ceiling says little.
+from there to the last line is what the transformer has still to learn; the distance from the first to the third is not its fault. A
+fraction without its ceiling says little.
 
 ### A lump is nearest to something
 
@@ -238,20 +241,20 @@ grid(
 
 # %% [markdown]
 r"""
-So we report both: *right*, and *clear*. The truth that you would find with your own eyes lies between or near them. Anyone who measures
-with a network has a ceiling and a habit of guessing, and had better say which.
+So we report both: *right*, and *clear* (right, and at least half sure). Look at the pictures: which of the two is nearer to what you see? Whoever measures
+with a network should report its ceiling, and how it guesses.
 """
 
 # %% [markdown]
 r"""
 ## 3. How sure is a fraction?
 
-$k$ of $n$ pictures are right, $\hat p = k / n$. Other seeds would give another $\hat p$. Every schoolbook has
+$k$ of $n$ pictures are right, $\hat p = k / n$. Other seeds would give another $\hat p$. The textbook interval is
 
 $$\hat p \pm z \sqrt{\hat p (1 - \hat p) / n}, \qquad z = 1.96 \text{ for } 95\%,$$
 
-and it fails just where good models live: at $\hat p = 1$ it says "100%, give or take nothing". **Wilson's interval** asks the question
-the other way round: for which *true* shares $p$ would $\hat p$ be no surprise? All $p$ with
+and it fails for good models: at $\hat p = 1$ its width is 0. **Wilson's interval** asks the question
+the other way round: for which *true* fractions $p$ would $\hat p$ be no surprise? For all $p$ with
 $|\hat p - p| \le z \sqrt{p (1 - p) / n}$. Squared, that is a quadratic in $p$, with the two ends
 
 $$\frac{\hat p + \frac{z^2}{2n} \pm z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \frac{z^2}{4 n^2}}}{1 + \frac{z^2}{n}} .$$
@@ -259,22 +262,23 @@ $$\frac{\hat p + \frac{z^2}{2n} \pm z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \fra
 
 # %% [markdown]
 r"""
-**Predict, then run.** A model draws 20 pictures, and all 20 are right. How bad may it be all the same: where does the 95%
+**Predict, then run.** A model draws 20 pictures, and all 20 are right. How bad may it still be: where does the 95%
 interval begin, at 99%, at 95%, or at less than 90%? And after 200 of 200?
 """
 
 # %%
 for n in (20, 200, 1000):
     print(f"{n:4} of {n}: {proportion_interval(torch.ones(n))}")
+assert 0.83 < proportion_interval(torch.ones(20)).low < 0.85, "it does not begin at 84%"
 show(proportion_interval)
 
 # %% [markdown]
 r"""
-At 84%. Twenty perfect pictures do not distinguish a perfect model from one that errs every sixth time. That is why the tables of
-`minimuse eval` ask for a thousand.
+At 84%. Twenty right pictures do not distinguish a perfect model from one that errs every sixth time. That is why
+`minimuse eval` draws a thousand.
 
-Does an interval keep its promise? It should hold the truth in 95% of all repetitions, whatever the truth is. For $n$
-pictures that can be computed: sum the binomial probability of every $k$ whose interval holds $p$.
+Does an interval keep its promise? It should contain the truth in 95% of all repetitions, whatever the truth is. For $n$
+pictures that can be computed: sum the binomial probability of every $k$ whose interval contains $p$.
 """
 
 # %%
@@ -290,33 +294,37 @@ wilson = [proportion_interval(torch.arange(n) < x)[1:3] for x in k]
 truths = torch.linspace(0.5, 0.999, 300, dtype=torch.double)
 weight = torch.distributions.Binomial(n, truths[:, None]).log_prob(k).exp()  # (300, 21)
 figure, ax = plt.subplots(figsize=(8, 3))
-for name, ends, dash in (("schoolbook", wald, "--"), ("Wilson", wilson, "-")):
+contained = {}
+for name, ends, dash in (("textbook", wald, "--"), ("Wilson", wilson, "-")):
     low, high = torch.tensor(ends, dtype=torch.double).T
     kept = weight * ((low <= truths[:, None]) & (truths[:, None] <= high))
-    ax.plot(truths, kept.sum(1), dash, label=name)
+    contained[name] = kept.sum(1)
+    ax.plot(truths, contained[name], dash, label=name)
 ax.axhline(0.95, color="k", lw=1, ls=":")
 ax.set(
-    xlabel="true share",
-    ylabel="how often the interval holds it",
+    xlabel="true fraction",
+    ylabel="the interval contains it",
     title=f"{n} pictures",
     ylim=(0, 1.02),
 )
 ax.legend(loc="lower left")
 plt.show()
+assert contained["Wilson"].min() > 0.8, "Wilson's fails, too"
+assert contained["textbook"][truths > 0.98].max() < 0.5, "it does not exclude 98%"
 
 # %% [markdown]
 r"""
-Wilson's zigzags around the promise, since $k$ is a whole number; the schoolbook's falls off a cliff near 1. For a model with a
-true rate of 98%, the textbook interval usually excludes 98%.
+Wilson's curve stays near 95%, in steps, because $k$ is a whole number. The textbook's falls to 0 near 1: for a model with a
+true rate of 98%, it usually excludes 98%.
 """
 
 # %% [markdown]
 r"""
 ### Exercise 11.1: Wilson's interval
 
-*Difficulty 2 of 3, about 25 minutes.*
+*Difficulty 2 of 3, about 15 minutes.*
 
-Write both ends from `right` of `n`. The stub is the schoolbook's.
+Write both ends from `right` of `n`. The stub is the textbook interval.
 """
 
 
@@ -345,10 +353,10 @@ r"""
 ### Pictures of one prompt resemble each other
 
 "Two red cubes" is hard for a model, or it is not. Ten pictures of that prompt are not ten independent facts, and an interval that
-takes them for ten is too narrow. `groups` names what belongs together; then prompts are counted, not pictures.
+counts them as ten is too narrow. `groups` says which pictures belong together; then prompts are counted, not pictures.
 
-We can try it where the truth is known. Twenty prompts get a chance each, drawn evenly between 0 and 1, and each is drawn ten
-times. How often does a 95% interval hold the mean chance of all prompts, which is 0.5?
+We can try it where the truth is known. Each of twenty prompts gets a probability, uniform between 0 and 1, and is drawn ten
+times. How often does a 95% interval contain the mean probability, which is 0.5?
 """
 
 # %%
@@ -362,20 +370,21 @@ for _ in range(tries):
         held[name] += m.low <= 0.5 <= m.high
 for name, k in held.items():
     print(f"{name:>9}: the truth is inside in {k / tries:.0%} of {tries} repetitions")
+assert held["groups"] > 0.88 * tries > held["no groups"], "groups make no difference"
 
 # %% [markdown]
 r"""
 ## 4. Do they look real? Frechet distance
 
-Now forget prompts. Here is a heap of real pictures, there a heap of drawn ones; are they heaps of the same kind? A network
-turns each picture into a vector of features, and we compare the two clouds of vectors. The comparison that everybody uses takes
+Now forget prompts. Here is a set of real pictures, there a set of drawn ones; are they alike? A network
+turns each picture into a vector of features, and we compare the two clouds of vectors. The usual comparison takes
 from each cloud only its mean and its covariance, as if both were Gaussian.
 
 In one dimension, with means $m_1, m_2$ and standard deviations $s_1, s_2$, the **Frechet distance** is
 
 $$d^2 = (m_1 - m_2)^2 + (s_1 - s_2)^2 .$$
 
-It says how far probability must be carried to make one Gaussian of the other: by the difference of the means, and by that of the
+It says how far probability must move to turn one Gaussian into the other: by the difference of the means, and by that of the
 widths.
 """
 
@@ -409,15 +418,15 @@ With $D$ features, widths become covariance matrices $C_1, C_2$, and the differe
 $$d^2 = |m_1 - m_2|^2 + \mathrm{tr}\,\big(C_1 + C_2 - 2\,(C_1 C_2)^{1/2}\big).$$
 
 For $D = 1$ that is $s_1^2 + s_2^2 - 2 s_1 s_2$, the square above. $(C_1 C_2)^{1/2}$ is a *matrix* root: the matrix whose square is
-$C_1 C_2$. Its trace is the sum of the square roots of the eigenvalues of $C_1 C_2$. The package gets at it by singular values, which
-is the same number and bears few pictures better; its source stands below the next figure.
+$C_1 C_2$. Its trace is the sum of the square roots of the eigenvalues of $C_1 C_2$. The package computes it by singular values: the
+same number, and more exact with few pictures. Its source stands below the next figure.
 """
 
 # %% [markdown]
 r"""
 **Predict, then run.** Two clouds of two features. Both have mean 0, and each feature has variance 1 in both. In the left
-pair both clouds are round. In the right pair one leans to the right and the other to the left. Every single feature is
-distributed alike. Is the distance 0 in both pairs?
+pair both clouds are round. In the right pair one leans to the right and the other to the left. Each feature alone has the same
+distribution in both. Is the distance 0 in both pairs?
 """
 
 # %%
@@ -450,7 +459,7 @@ however different they look.
 r"""
 ### Exercise 11.2: Frechet distance
 
-*Difficulty 3 of 3, about 30 minutes.*
+*Difficulty 2 of 3, about 20 minutes.*
 
 Means $m$ and covariances $C$ are given; `torch.linalg.eigvals` gives eigenvalues as complex numbers, of which `.real` is what you need. The
 stub takes the root of each entry, which is right for one feature.
@@ -479,8 +488,8 @@ r"""
 ### What it notices
 
 FID proper takes the features of Inception, a network for photographs (`eval_metrics.inception_features`). For scenes the detector's features fit
-better: they know colours and shapes of objects. Let us damage real pictures in known ways and see what the distance to *other* real
-pictures says. "Untouched" is the floor: two heaps of the same kind.
+better: they know colours and shapes of objects. Let us damage real pictures in known ways and measure the distance to *other* real
+pictures. "Untouched" is the lowest distance to expect: both sets are real.
 """
 
 # %%
@@ -514,16 +523,18 @@ for y, value in enumerate(list(found.values())[::-1]):
 ax.set(xlabel="Frechet distance to other real pictures, logarithmic", xscale="log")
 ax.set_xlim(min(found.values()) / 2, max(found.values()) * 4)
 plt.show()
+assert FAST or found["noisy"] < 3 * found["untouched"], "it notices noise"
+assert FAST or found["mirrored"] > found["one picture"] / 2, "it hardly notices mirrors"
 grid(torch.stack([images[4] for images in damages.values()]), list(damages), columns=6, scale=SIDE)
 
 # %% [markdown]
 r"""
-The distance is in the eye of its network. This one hardly notices noise, and finds *mirrored* pictures nearly as bad as one picture
-over and over: in our world the light comes from one side, so now all shadows fall to the wrong one; a network that is told where each
-pixel is cannot miss that, and many people do. Inception has its own blind spots. So a distance compares models under one network,
-and never one network's figure with another's.
+The distance depends on its network. This one hardly notices noise, and finds *mirrored* pictures more than half as bad as the same picture
+again and again: in our world the light comes from one side, so now all shadows fall to the wrong one, which many people do not
+notice. Inception has its own blind spots. So compare models under one network,
+and never the distances of two networks.
 
-**Predict, then run.** A fine new bug: the demo's pictures are shuffled, and each is shown under somebody else's prompt. By how
+**Predict, then run.** A bug: the pictures are shuffled, and each is shown under another prompt. By how
 much does the Frechet distance rise?
 """
 
@@ -533,19 +544,21 @@ drawn_features, real_features = own.features["frechet"], own.features["frechet, 
 print(f"as drawn: {frechet_distance(real_features, drawn_features):.4f}")
 print(f"shuffled: {frechet_distance(real_features, drawn_features[shuffled]):.4f}")
 before, after = (
-    proportion_interval(is_right(own.images[at], prompts)) for at in (range(PICTURES), shuffled)
+    proportion_interval(is_right(own.images[at], prompts), groups)
+    for at in (range(PICTURES), shuffled)
 )
-print(f"fraction right, before: {before}\nshare right, after:  {after}")
+print(f"fraction right, before: {before}\nfraction right, after:  {after}")
+assert FAST or after.high < before.low, "shuffling does not matter"
 
 # %% [markdown]
 r"""
-By nothing at all. Frechet distance never sees a prompt: a heap is a heap, in whatever order. That is why the paper's figure
+By nothing. Frechet distance never sees a prompt: a set has no order. That is why the paper's figure
 has *two* axes.
 
 ### Its bias
 
-Two heaps of real pictures are heaps of the same kind, so the true distance is 0. What is measured is more, because means and
-covariances of a finite heap are a little off, and every error counts as distance. How much more, at $n$ pictures each?
+Two sets of real pictures come from one distribution, so the true distance is 0. What is measured is more, because means and
+covariances of a finite set have errors, and every error counts as distance. How much more, at $n$ pictures each?
 """
 
 # %%
@@ -558,7 +571,7 @@ for n in sizes:
 means = torch.stack([floor[n].mean() for n in sizes])
 figure, axes = plt.subplots(1, 2, figsize=(10, 3))
 for ax, at, label in zip(
-    axes, (sizes, [1 / n for n in sizes]), ("n, pictures in each heap", "1 / n"), strict=True
+    axes, (sizes, [1 / n for n in sizes]), ("n, pictures in each set", "1 / n"), strict=True
 ):
     for x, n in zip(at, sizes, strict=True):
         ax.plot([x] * 8, floor[n], ".", color="0.6", ms=4)
@@ -569,17 +582,19 @@ axes[0].set_xticks(sizes[::2], [str(n) for n in sizes[::2]])
 axes[0].minorticks_off()
 axes[1].set_xlim(0, None)
 plt.show()
+constants = torch.tensor(sizes) * means  # c, if the bias is c / n
+assert FAST or constants.max() < 2 * constants.min(), "the bias is not about c / n"
 
 # %% [markdown]
 r"""
 Left: nothing is measured as 0, and few pictures look worse than many. Right, against $1/n$, the points lie near a straight
 line through the origin: the bias is about $c / n$. Three rules follow:
 
-- Only figures of equal $n$ compare, against the same real pictures. A paper with 30,000 pictures "beats" one with 5,000 for free.
+- Compare only distances of equal $n$, to the same real pictures. Otherwise a paper with 30,000 pictures "beats" an equal one with 5,000.
 - The bias is known in form, so it can be estimated: $2 d^2(n) - d^2(n / 2)$ is free of any $c / n$. `frechet_interval(..., extrapolate=True)` does that.
 - Resampling with duplicates increases the bias, so the usual bootstrap is misleading here. Our intervals come from random *halves*.
 
-Below, *drawn* and *real* are heaps of different $n$, so only the extrapolated figures compare.
+Below, *drawn* and *real* have different $n$, so compare only the extrapolated distances.
 """
 
 # %%
@@ -598,9 +613,9 @@ show(frechet_interval)
 r"""
 ## 5. Does it fit the prompt? CLIP score
 
-CLIP is two networks, one for pictures and one for texts, trained so that a picture's vector points where its caption's does. The
+CLIP is two networks, one for pictures and one for texts, trained so that a picture's vector points in the direction of its caption's. The
 **CLIP score** is the cosine between both: no detector, no grammar, any text. `eval_networks.ClipScorer` takes every published CLIP; for scenes a
-small one of our own comes along, `SceneClip`. It gives each position of the picture and each word a vector $w_j$, $z_i$, and lets each word look for
+small one of our own comes along, `SceneClip`. It gives each of the $L$ words a vector $w_j$ and each position of the picture a vector $z_i$, and each word looks for
 its position:
 
 $$\text{score} = \frac{1}{L} \sum_{j=1}^{L} \max_i \, \cos(w_j, z_i).$$
@@ -644,15 +659,16 @@ ax.set_xticks(range(6), range(1, 7))
 ax.set(xlabel="picture made for text number", ylabel="text")
 ax.grid(False)
 plt.show()
+assert scores.argmax(1).equal(torch.arange(6)), "a text scores highest with another picture"
 show(SceneClip.scores)
 
 # %% [markdown]
 r"""
-Bright on the diagonal: each text scores highest with its own picture. And it is not a yes or no: half a match is a half-high score. But
-0.6, is that good? A score has no zero and no 100%: it means something beside the score of *real* pictures of the same prompts, and
-nothing beside that of another CLIP.
+Bright on the diagonal: each text scores highest with its own picture. And it is not yes or no: half a match gets a medium score. But
+is 0.6 good? A score has no zero and no 100%: compare it with the score of *real* pictures of the same prompts, and
+never with that of another CLIP.
 
-**What does it look at?** We give SceneClip a true and a false text about real renders, where the lie changes one object, and count how often the truth
+**What does it look at?** We give SceneClip a true text and a lie about real renders, which differ in one point, and count how often the truth
 scores higher. A coin would get a half.
 """
 
@@ -713,24 +729,26 @@ ax.axvline(0.5, color="k", ls=":", lw=1)
 ax.set_yticks([-y for y in range(len(told))], list(told))
 ax.set(xlabel="fraction in which the truth beats the lie (dotted: a coin)", xlim=(0, 1.02))
 plt.show()
+seen, *hard = [told[name] for name in ("number", "left or right", "whose colour")]
+assert FAST or seen.low > max(m.high for m in hard), "it knows relations as well"
 
 # %% [markdown]
 r"""
-It knows a wrong colour, a wrong shape, a wrong number. Who is left of whom, and which colour is whose, it knows less well or hardly: each word
+It knows a wrong colour, a wrong shape, a wrong number. Which object is on the left, and which object has which colour, it hardly knows: each word
 looks for its position by itself, and truth and lie have the same words. Published CLIPs have the same weakness. A model may
-mix up all that, and keep most of its score; the exact count finds it out.
+confuse all that, and keep most of its score; the exact count finds it.
 
 ## 6. The trade-off: figure 8
 
 More guidance, better fit, but at a price. So the paper draws fit against realness, a point for each scale, and compares whole curves.
 Here is ours, by the same functions as `minimuse eval --sweep`: for each scale all prompts are drawn with the same seeds, and
-four figures are taken, each with its interval.
+four metrics are computed, each with its interval.
 """
 
 # %% [markdown]
 r"""
 **Predict, then run.** As the scale grows from 0, the curve moves through the plane. Up is farther from real, right is better fit. Does it
-run to the upper right, ever better fit for ever less realness? Or does it turn round somewhere?
+run to the upper right, with better and better fit for less and less realness? Or does it turn?
 """
 
 # %%
@@ -747,16 +765,19 @@ points = {
 series = {
     name: {t: (q["score"], q["frechet"]) for t, q in line.items()} for name, line in points.items()
 }
+if not FAST:
+    one, most = (points["constant"][t] for t in ("1", "8"))
+    assert most["frechet"].low > one["frechet"].high, "much guidance is as near to real"
+    assert most["score"].value < one["score"].value, "much guidance fits better"
 tradeoff(series, "CLIP-like score", "Frechet distance", lower=(False, True))
 
 # %% [markdown]
 r"""
-It turns. At first the text counts more: better fit, and farther from real. That is the paper's trade-off, the gray front, on which no point beats
-another. Then fit gains nothing any more, and at the largest scales both get worse; the sheet below shows it as fragments and frayed
-edges. Where the turn is depends on the model: one that was trained longer stands more. Down and to the right
-is better. To compare two models, compare such fronts, at equal $n$, and look at the bars first.
+It turns, and early: from 0 to 1 fit rises at most a little (the bars overlap), and from there on both get worse; the sheet below shows it as fragments and frayed
+edges. In the paper, whose model is far better, fit rises with the distance over a wide range: that is the trade-off. Down and to the right
+is better; the gray front connects the points that no other point beats. To compare two models, compare such fronts, at equal $n$, and look at the bars first.
 
-The four figures one by one, dotted where real renders of the same prompts lie:
+The four metrics one by one, dotted where real renders of the same prompts lie:
 """
 
 # %%
@@ -796,7 +817,7 @@ grid(torch.stack(sheet), captions, columns=5, scale=SIDE)
 r"""
 ### Diversity
 
-Each prompt of our sets comes twice in a row, so two pictures of *one* prompt can be compared. The figure is the mean distance of
+Each prompt of our sets comes twice in a row, so two pictures of *one* prompt can be compared. Diversity is the mean distance of
 their features. Pictures of *different* prompts should differ, so their distance would say nothing.
 """
 
@@ -808,13 +829,15 @@ print("mean distance of two pictures of one prompt")
 for t in FEW:
     features_of = sweep["constant"][t].features
     print(f"   t = {t}: {diversity(features_of['frechet'][:pairs], prompts[:pairs])}")
-print(f"    real: {diversity(features_of['frechet, real'][:pairs], prompts[:pairs])}")
+real_diversity = diversity(features_of["frechet, real"][:pairs], prompts[:pairs])
+print(f"    real: {real_diversity}")
+assert FAST or points["constant"][FEW[-1]]["diversity"].value > real_diversity.high
 show(diversity)
 
 # %% [markdown]
 r"""
-Did you expect guidance to take variety away? In large models it does (Muse's figure 8). But features see everything, and
-fragments differ more than good pictures do, so a model that draws rubbish may be the most "diverse" of all, more than reality.
+Did you expect guidance to reduce variety? In large models it does (Muse 2.7). But features see everything, and
+fragments differ more than good pictures do, so a bad model may be the most "diverse" of all, more than reality.
 Diversity is good only together with fit.
 """
 
@@ -824,10 +847,10 @@ r"""
 
 ### Bad models on purpose
 
-A metric that never met a bad model is untested. We make four, each bad in one way:
+A metric that was never tried on a bad model is untested. We make four, each bad in one way:
 
-- **shuffled captions**: good pictures, each of somebody else's prompt, as from a model that was trained on captions in the wrong order;
-- **one idea**: for each object it knows one picture, and shows it whenever asked;
+- **shuffled captions**: the model's pictures, each under another prompt, as from a model that was trained on captions in the wrong order;
+- **one idea**: it knows one picture for each prompt, and always shows that;
 - **one picture**: it shows the same picture for every prompt;
 - **untrained**: fresh weights, drawn through the same sampler and decoder.
 
@@ -873,6 +896,12 @@ for ax, (key, title) in zip(axes, names.items(), strict=True):
     ax.barh(list(models)[::-1], [v.value for v in m], color=["C1"] * 4 + ["C0", "0.5"])
     ax.set(xlabel=title)
 plt.show()
+if not FAST:
+    own_row, other_row, idea = (table[m] for m in (CHECKPOINT, "shuffled captions", "one idea"))
+    assert other_row["right"].high < own_row["right"].low, "fit misses shuffled captions"
+    assert abs(other_row["frechet"].value - own_row["frechet"].value) < 0.1, "distance finds them"
+    assert idea["right"].value > 0.8 * own_row["right"].value, "fit finds one idea"
+    assert idea["diversity"].value < 1e-3 < table["untrained"]["diversity"].value
 grid(
     torch.stack([image for images in models.values() for image in images[:8:2]]),
     [name for name in models for _ in range(4)],
@@ -882,11 +911,11 @@ grid(
 
 # %% [markdown]
 r"""
-No figure catches all of them. Shuffled captions have the model's own Frechet distance, and more diversity than it; fit finds them out. One idea
-is about as right as the model is and hardly farther from real pictures; only diversity drops, to 0. The untrained model is far from everything and still
-diverse. So anyone who shows one number has chosen which mistakes you will not see.
+No metric catches all of them. Shuffled captions have the model's own Frechet distance, and more diversity; fit finds them. One idea
+is about as right as the model is and hardly farther from real pictures; only diversity drops, to 0. One picture fails in all columns. The untrained model is far from real and still
+diverse. So each metric by itself hides some mistakes.
 
-There is a fifth that passes them all: a model that has learned its training pictures by heart. Held-out combinations, the set `novel`, are the
+A fifth bad model passes all of them: one that has learned its training pictures by heart. Held-out combinations, the set `novel`, are the
 test for that.
 """
 
@@ -895,8 +924,8 @@ r"""
 ### Cherry-picking
 
 Draw many, show the best. With $k$ tries for each picture that is shown, the fraction of prompts with at least one right picture is
-$1 - (1 - p)^k$ if tries are independent. Here is a prompt that the model often gets wrong: its first six seeds, and the six of all that fit best, by
-SceneClip.
+$1 - (1 - p)^k$ if tries are independent. Here is a prompt that the model often gets wrong: its first six seeds, and the six with the highest scores of
+SceneClip. The printed line says how much better than six at random they are.
 """
 
 # %%
@@ -930,12 +959,12 @@ grid(
 
 # %% [markdown]
 r"""
-With sixteen tries even a model that is right once in five can fill a poster with right pictures. Picking is allowed, if it is *said*:
+With sixteen tries, and somebody who knows which are right, a model that is right once in five can fill a poster with right pictures. Selection is allowed, if it is *said*:
 "best of 16 by CLIP score" is a method, and its price is 16 pictures. Our own sheets show the first seeds, and the wrong ones too.
 
 ### The winner's curse
 
-A quieter kind, that careful people commit. Try fourteen settings on 50 pictures each, take the best, and report its score. Suppose that all
+Careful people make this mistake, too. Try fourteen settings on 50 pictures each, take the best, and report its score. Suppose that all
 settings are *equally good*, right in 80%:
 """
 
@@ -945,23 +974,26 @@ scores = (torch.rand(4000, 14, 50, generator=draw) < 0.8).double().mean(2)  # ex
 winner, again = scores.amax(1), (torch.rand(4000, 50, generator=draw) < 0.8).double().mean(1)
 figure, ax = plt.subplots(figsize=(7, 2.8))
 bins = torch.arange(0.59, 1.02, 0.02)
-ax.hist(winner, bins, alpha=0.6, label="the best of fourteen, as reported", density=True)
+ax.hist(
+    winner, bins, alpha=0.6, label="the best of fourteen, as reported", density=True, hatch="//"
+)
 ax.hist(again, bins, alpha=0.6, label="the same setting on fresh seeds", density=True)
 ax.axvline(0.8, color="k", ls=":", lw=1)
 ax.set(xlabel="fraction right of 50 pictures (dotted: the truth)", ylabel="density")
 ax.legend(fontsize=9, loc="upper left")
 plt.show()
 print(f"reported on average: {winner.mean():.1%}; on fresh seeds: {again.mean():.1%}")
+assert 0.08 < winner.mean() - again.mean() < 0.1, "the gap is not nearly ten points"
 
 # %% [markdown]
 r"""
-Nearly ten points out of nothing. The cure is cheap: choose on some seeds, count *once* on others. `minimuse eval` begins at seed 1000, and settings
+Nearly ten points, although no setting is better. The remedy is cheap: choose on some seeds, count *once* on others. `minimuse eval` begins at seed 1000, and settings
 are chosen on seeds from 0.
 
 ## 7. All of it in one command
 
 `minimuse eval` does what this notebook did, task by task, and can be stopped at any time: it continues after the last finished task.
-From Python it is `evaluate`; ten pictures of two tasks, into a temporary folder. Do not read the values, read the brackets: ten pictures
+From Python it is `evaluate`; ten pictures of two tasks, into a temporary folder. Read the intervals, not the values: ten pictures
 say next to nothing.
 """
 
@@ -994,9 +1026,9 @@ r"""
 - "Right" needs rules, a detector, and the detector's own ceiling. Where the truth is known, all three can be stated.
 - A fraction has an interval (Wilson's), and pictures of one prompt count together.
 - Frechet distance compares means and covariances of features. It sees no prompts, depends on its network, and is larger for fewer pictures.
-- CLIP score sees fit, and hardly sees who is left of whom. It has no zero.
-- Guidance trades fit against realness and variety; models are compared by whole fronts.
-- Each measure by itself can be fooled. Bad models on purpose show by what; fresh seeds, counted once, keep you honest with yourself.
+- CLIP score sees fit, but hardly sees which object is on the left. It has no zero.
+- Guidance trades realness for fit in good models; too much of it makes both worse. Compare models by whole fronts.
+- Each metric by itself can be fooled. Bad models on purpose show by what; choose on some seeds, and count once on fresh ones.
 """
 
 # %% [markdown]
@@ -1004,10 +1036,10 @@ r"""
 ## Further reading
 
 - Heusel et al. 2017, *GANs trained by a two time-scale update rule*, [arXiv 1706.08500](https://arxiv.org/abs/1706.08500): where FID comes from.
-- Chong and Forsyth 2019, *Effectively unbiased FID*, [arXiv 1911.07023](https://arxiv.org/abs/1911.07023): the bias, and how to be rid of it.
+- Chong and Forsyth 2019, *Effectively unbiased FID*, [arXiv 1911.07023](https://arxiv.org/abs/1911.07023): the bias, and how to remove it.
 - Hessel et al. 2021, *CLIPScore*, [arXiv 2104.08718](https://arxiv.org/abs/2104.08718). Yuksekgonul et al. 2022, [arXiv 2210.01936](https://arxiv.org/abs/2210.01936): why CLIP reads like a bag of words.
-- Friedman and Dieng 2022, *The Vendi score*, [arXiv 2210.02410](https://arxiv.org/abs/2210.02410): another figure of diversity, that says how many different pictures $k$ pictures amount to.
-- Jayasumana et al. 2023, *Rethinking FID*, [arXiv 2401.09603](https://arxiv.org/abs/2401.09603): what is wrong with Gaussians and Inception.
+- Friedman and Dieng 2022, *The Vendi score*, [arXiv 2210.02410](https://arxiv.org/abs/2210.02410): a diversity metric: the effective number of different pictures.
+- Jayasumana et al. 2024, *Rethinking FID*, [arXiv 2401.09603](https://arxiv.org/abs/2401.09603): what is wrong with Gaussians and Inception.
 - Chang et al. 2023, *Muse*, [arXiv 2301.00704](https://arxiv.org/abs/2301.00704): 3.2 and figure 8.
 - Next: [12. Scaling up](12_scaling_up.ipynb).
 """

@@ -29,8 +29,8 @@ PRESETS = ["nano", "paper_3b"] if FAST else ["nano", "toy", "paper_632m", "paper
 PEAK = 400e12  # FLOP/s of bf16 matrix products
 BANDWIDTH = 2e12  # bytes per second between its memory and its cores
 MEMORY = 80e9  # bytes
-USED = 0.4  # the share of PEAK that a good training run reaches
-PRICE = 2.0  # money for an hour of it, in the coin of your choice
+USED = 0.4  # the fraction of PEAK that a good training run reaches
+PRICE = 2.0  # money for an hour of it, in your currency
 style()
 
 # %% [markdown]
@@ -55,7 +55,7 @@ for field in sizes:
 
 # %% [markdown]
 r"""
-There is one dataclass a component. A `MuseConfig` holds them all, and a `StageConfig` for each of the five stages of training, which
+There is one dataclass per component. A `MuseConfig` holds them all, and a `StageConfig` for each of the five stages of training, which
 `train_muse` goes through in turn.
 
 A configuration is frozen: nobody changes it on the way. `changed` makes a new one, from the same texts that the command line takes, and
@@ -140,13 +140,13 @@ for name, config in configs.items():
 # %% [markdown]
 r"""
 **Predict, then run.** The formula counts only the layers. Embeddings of the codes, the projection of the text, and the output head
-come on top. Nano has a few hundred codes, the 3B model 8,192. In which of them are these extras the larger *share* of all parameters?
+come on top. Nano has a few hundred codes, the 3B model 8,192. In which of them are these extras the larger *fraction* of all parameters?
 """
 
 
 # %%
 def census(config):
-    """Where a base model's parameters sit, as shares of all."""
+    """Where a base model's parameters are, as fractions of all."""
     with torch.device("meta"):
         model = Transformer(config.base)
     kinds = {"self-attention": 0, "cross-attention": 0, "MLP": 0}
@@ -158,12 +158,13 @@ def census(config):
     return {kind: n / weights(model) for kind, n in kinds.items()}
 
 
-shares = {name: census(config) for name, config in configs.items()}
-figure, ax = plt.subplots(figsize=(8, 0.9 + 0.5 * len(shares)))
-left = [0.0] * len(shares)
-for kind in next(iter(shares.values())):
-    part = [s[kind] for s in shares.values()]
-    ax.barh(list(shares), part, left=left, label=kind)
+fractions = {name: census(config) for name, config in configs.items()}
+hatches = ["", "//", "..", "xx", ""]  # so that the parts differ in black and white, too
+figure, ax = plt.subplots(figsize=(8, 0.9 + 0.5 * len(fractions)))
+left = [0.0] * len(fractions)
+for kind, hatch in zip(next(iter(fractions.values())), hatches, strict=False):
+    part = [s[kind] for s in fractions.values()]
+    ax.barh(list(fractions), part, left=left, label=kind, hatch=hatch, edgecolor="white")
     left = [a + b for a, b in zip(left, part, strict=True)]
 ax.invert_yaxis()
 ax.set(xlabel="fraction of the base model's parameters", xlim=(0, 1))
@@ -181,7 +182,7 @@ Rules of thumb about "the parameters" are rules about layers, so they hold for l
 r"""
 ### Exercise 12.1: count a layer
 
-*Difficulty 1 of 3, about 15 minutes.*
+*Difficulty 1 of 3, about 5 minutes.*
 
 Write how many numbers the matrices of one layer hold: self-attention, cross-attention, MLP. The check compares with the real class.
 """
@@ -232,7 +233,8 @@ once: $2P$. Going backwards, two such products are made, one for the gradient of
 
 $$\text{training} \approx 6\,P \text{ FLOPs per token,} \qquad \text{using it} \approx 2\,P.$$
 
-What this leaves out: products of tokens with tokens, inside attention. Those hold no parameters, and grow with $N^2$.
+This leaves out the two products of tokens with tokens inside attention, $q k^\top$ and weights times $v$. They have no parameters, and cost $4 N^2 D$
+forwards.
 """
 
 # %%
@@ -250,10 +252,12 @@ print(
 print(
     f"and backward     {both:>12,}   6 P N = {6 * matrices * n:>12,}   + attention 12 N² D = {12 * n * n * d:>10,}"
 )
+assert forward == 2 * matrices * n + 4 * n * n * d, "the formula misses something"
+assert both == 3 * forward, "backward is not twice forward"
 
 # %% [markdown]
 r"""
-To the last digit. `count_flops` watches the real forward and backward pass, so it also counts what a formula forgets. Here it is
+The sums agree to the last digit. `count_flops` counts in the real forward and backward pass, so it also counts what a formula forgets. Here it is
 against the rule of thumb, for the base model of each preset: one picture of $N$ tokens, with its text.
 """
 
@@ -261,14 +265,15 @@ against the rule of thumb, for the base model of each preset: one picture of $N$
 from minimuse.train_budget import stage_budget
 
 base = {name: stage_budget(config, "base") for name, config in configs.items()}
-print(f"{'':12}{'counted, a picture':>20}{'6 P N':>14}{'ratio':>8}")
+print(f"{'':12}{'counted per picture':>20}{'6 P N':>14}{'ratio':>8}")
 for name, b in base.items():
     counted, rule = b.step_flops / b.batch, 6 * b.parameters * configs[name].base.tokens
     print(f"{name:12}{si(counted, 'FLOP'):>20}{si(rule, 'FLOP'):>14}{counted / rule:>8.2f}")
+    assert 0.8 < counted / rule < 1.2, "the rule of six is off by more than 20%"
 
 # %% [markdown]
 r"""
-The rule is good to about fifteen percent: attention adds to it, in `toy` also the layer that reads the text, and the embedding of codes (a lookup) and the keys and values of a short text cost less than $6P$ suggests.
+The rule is good to within 20%. Attention adds to it, in `toy` also the layer that reads the text; the embedding of codes (a lookup) and the keys and values of a short text cost less than $6P$ suggests.
 
 **Predict, then run.** Super-resolution has 4,096 tokens in the paper, 16 times the base model's 256. In a layer of width 1,024, which costs more:
 all matrices together, or the $N^2$ products of full attention?
@@ -277,7 +282,7 @@ all matrices together, or the $N^2$ products of full attention?
 # %%
 tokens = [2**k for k in range(6, 17, 2)]
 d, block = 1024, 8
-matrix = [2 * 16 * d * d] * len(tokens)  # a token's share
+matrix = [2 * 16 * d * d] * len(tokens)  # per token
 full = [4 * n * d for n in tokens]
 axis = [4 * (block**2 + n / block**2) / 2 * d for n in tokens]  # half of the heads each
 figure, ax = plt.subplots(figsize=(7, 3.4))
@@ -287,7 +292,7 @@ for costs, label, mark in [
     (axis, "multi-axis attention, blocks of 8 x 8", "^-"),
 ]:
     ax.loglog(tokens, costs, mark, label=label, base=2)
-for n, model, height in [(256, "base", 0.45), (4096, "super-resolution", 0.3)]:
+for n, model, height in [(256, "base", 0.45), (4096, "super-resolution", 0.16)]:
     ax.axvline(n, color="0.7", lw=1, zorder=0)
     at = {"xycoords": ("data", "axes fraction"), "rotation": 90, "va": "bottom", "ha": "right"}
     ax.annotate(model, (n, height), fontsize=9, color="0.4", **at)
@@ -298,18 +303,17 @@ plt.show()
 # %% [markdown]
 r"""
 The matrices, by a factor of two at 4,096 tokens! Full attention overtakes them only at $N = 8D$, where the lines cross. "Attention is
-quadratic" is true, and at these sizes not yet the whole bill. Multi-axis attention (notebook 8) makes the quadratic part vanish; what it
-really saves at 4,096 tokens is a third of the arithmetic, and the memory of $N \times N$ weights where no fused kernel is at hand.
+quadratic" is true, but at these sizes it is not the largest cost. Multi-axis attention (notebook 8) makes the quadratic part 64 times smaller. At 4,096 tokens
+this saves a third of the arithmetic, and the memory of $N \times N$ weights where no fused kernel is available.
 """
 
 # %% [markdown]
 r"""
 ### Exercise 12.2: the rule of six
 
-*Difficulty 2 of 3, about 20 minutes.*
+*Difficulty 1 of 3, about 5 minutes.*
 
-Write the FLOPs of training a model of `parameters` weights on `tokens` tokens, without attention's products. (Muse's base model sees 256
-tokens per picture.)
+Write the FLOPs of training a model of `parameters` weights on `tokens` tokens, without attention's products.
 """
 
 
@@ -358,8 +362,8 @@ for optimizer, size in states.items():
 
 # %% [markdown]
 r"""
-Adafactor keeps a row and a column for each matrix instead of a number for each weight; the paper trains with it. How do these parts add up? Below,
-"one example" is what one picture saves on its way forward.
+Adafactor keeps a row and a column for each matrix instead of a number for each weight. (The paper trains with it, and with a first moment, $\beta_1 = 0.9$: 4 bytes
+more. PyTorch's, which we count, has none.) How do these parts add up? Below, "one example" is what one picture saves on its way forward.
 """
 
 # %%
@@ -367,11 +371,12 @@ lean = stage_budget(configs["paper_3b"], "base", checkpointing=True)  # explaine
 parts = ["weights", "gradients", "optimizer", "casts"]
 b = base["paper_3b"]
 figure, ax = plt.subplots(figsize=(8, 2.6))
-rows = {"AdamW": states["adamw"], "Muon": states["muon"], "Adafactor (paper)": states["adafactor"]}
+rows = {"AdamW": states["adamw"], "Muon": states["muon"], "Adafactor": states["adafactor"]}
 left = [0.0] * len(rows)
-for part in parts:
+for part, hatch in zip(parts, hatches, strict=False):
     sizes = [(size if part == "optimizer" else getattr(b, part)) / 1e9 for size in rows.values()]
-    ax.barh(list(rows), sizes, left=left, label={"casts": "bf16 copies"}.get(part, part))
+    name = {"casts": "bf16 copies"}.get(part, part)
+    ax.barh(list(rows), sizes, left=left, label=name, hatch=hatch, edgecolor="white")
     left = [x + y for x, y in zip(left, sizes, strict=True)]
 ax.barh(list(rows), [b.activations / 1e9] * len(rows), left=left, label="one example", color="0.6")
 ax.axvline(MEMORY / 1e9, color="k", ls="--", lw=1)
@@ -403,6 +408,7 @@ for name, budget in [("as it is", b), ("checkpointed", lean)]:
 print(
     f"checkpointing: {b.activations / lean.activations:.0f} times less saved for {lean.step_flops / b.step_flops - 1:.0%} more FLOPs"
 )
+assert 12 <= b.examples(MEMORY) < 100 <= lean.examples(MEMORY), "not dozens, then hundreds"
 
 # %% [markdown]
 r"""
@@ -472,7 +478,7 @@ print(f"they hide each other if a link carries {si(traffic / compute, 'B/s')} or
 r"""
 ### Exercise 12.3: what is left on each
 
-*Difficulty 2 of 3, about 20 minutes.*
+*Difficulty 2 of 3, about 10 minutes.*
 
 Write the bytes on each of `processes` accelerators before any example, for AdamW in fp32 with bf16 copies: under DDP, and under FSDP (`sharded=True`).
 """
@@ -638,7 +644,8 @@ print(
 r"""
 Small matrices stay below the ceiling: there is much to do around each product. The larger the model, the nearer it comes.
 
-`report` puts all of this notebook into one table, for any configuration; on the command line it is `minimuse train paper_3b --dry-run`.
+`report` puts all of this notebook into one table, for any configuration; on the command line it is `minimuse train paper_3b --dry-run`. "At best" is the time at
+`PEAK`. The last column says how many examples fit, of how many that each accelerator gets, and how many fit with FSDP.
 """
 
 # %%
@@ -654,7 +661,7 @@ print(
 r"""
 ## 7. Why few parallel steps are fast
 
-Now one picture, drawn by the trained 3B base model. Muse fills 256 tokens in 24 parallel steps; each is a forward pass over all 256. An
+Now imagine a trained 3B base model that draws one picture. Muse fills 256 tokens in 24 parallel steps; each is a forward pass over all 256. An
 autoregressive model of the same size draws one token at a time, 256 steps; with its keys and values kept, each is a pass over *one* token.
 
 **Predict, then run.** Which of the two computes more?
@@ -670,7 +677,7 @@ for way, (steps, each) in ways.items():
 
 # %% [markdown]
 r"""
-Muse, 24 times as much! And yet it is faster. A step also has to *read* all weights from memory into the cores, 2 bytes each, whether it
+Muse: 24 times as much! And yet it is faster. A step also has to *read* all weights from memory into the cores, 2 bytes each, whether it
 then uses them for one token or for 256. With $f$ FLOPs and $m$ bytes, a step takes at least
 
 $$\max\Big(\frac{f}{\text{peak}},\ \frac{m}{\text{bandwidth}}\Big).$$
@@ -698,6 +705,9 @@ axes[1].set(
 )
 axes[1].legend(fontsize=9)
 plt.show()
+few, many = ([seconds(*way, k) for way in ways.values()] for k in (1, pictures[-1]))
+assert few[0] < few[1] / 4, "one at a time, few steps do not win"
+assert many[0] > many[1], "the lines do not cross"
 
 # %% [markdown]
 r"""
@@ -705,7 +715,7 @@ Left: for one picture the fewer steps win by far. Right: with more pictures at a
 all of them, so each becomes cheaper; Muse's cores were busy already, so its price stays. The lines cross: a server with many requests
 at once may well prefer the autoregressive model. (It also has to read keys and values, which grow with the batch; we left that out.)
 
-So parallel decoding buys *latency* with arithmetic. And guidance, which doubles the arithmetic, is not for nothing.
+So parallel decoding pays with arithmetic for *latency*. And guidance, which doubles the arithmetic, is not free.
 """
 
 # %%
@@ -753,18 +763,19 @@ since it has 16 times the tokens. And the decoder, which has the fewest paramete
 r"""
 ## What failure looks like
 
-**The envelope that forgets activations.** "AdamW, 16 bytes per parameter, 80 GB: a model of 5 billion fits." It fits, but leaves no room for any batch.
-For 3 billion, the same envelope promises room to spare; here is what happens as the batch grows.
+**The envelope that forgets activations.** "AdamW, 16 bytes per parameter, 80 GB: a model of 5 billion fits." With the bf16 copies it does not, and without them
+no room is left for a batch. For 3 billion, the same envelope promises much free memory; here is what happens as the batch grows. (With checkpointing, a layer's bf16
+copies are freed as well, so that line begins lower.)
 """
 
 # %%
 examples = list(range(0, 33, 2))
 figure, ax = plt.subplots(figsize=(7, 3.2))
 ax.axhline(16 * b.parameters / 1e9, color="C3", ls=":", label="16 bytes per parameter")
-for budget, label, color in [(b, "as it is", "C1"), (lean, "checkpointed", "C0")]:
+for budget, label, style_of in [(b, "as it is", "C1-"), (lean, "checkpointed", "C0-.")]:
     fixed = budget.fixed - budget.optimizer + states["adamw"]
     ax.plot(
-        examples, [(fixed + k * budget.activations) / 1e9 for k in examples], color, label=label
+        examples, [(fixed + k * budget.activations) / 1e9 for k in examples], style_of, label=label
     )
 ax.axhline(MEMORY / 1e9, color="k", ls="--", lw=1, label="the accelerator")
 ax.set(xlabel="pictures at a time", ylabel="GB, the 3B base with AdamW", ylim=(0, None))
@@ -812,8 +823,8 @@ many, and a test says so.
 r"""
 ## Summary
 
-A layer holds $16 D^2$ numbers. Training costs $6P$ FLOPs per token, using the model $2P$; attention's own products matter from about $N = 8D$ tokens on.
-Memory is 18 bytes per parameter with AdamW, 10 with Adafactor, and activations, which checkpointing exchanges for up to a third more arithmetic. FSDP divides what is fixed, never the activations. One token at a time waits for memory, not for arithmetic, so few parallel
+A layer holds $16 D^2$ numbers. Training costs $6P$ FLOPs per token, using the model $2P$; attention's own products cost as much as all matrices at $N = 8D$ tokens.
+Memory is 18 bytes per parameter with AdamW, 10 with PyTorch's Adafactor, plus activations, which checkpointing exchanges for up to a third more arithmetic. FSDP divides what is fixed, never the activations. One token at a time waits for memory, not for arithmetic, so few parallel
 steps are fast although they compute more. An envelope may be wrong by a factor of a few; that is good enough to find most mistakes before they cost
 money.
 """
