@@ -9,7 +9,7 @@ and the density it draws from is worth a notebook.*
 |---|---|
 | **Paper** | Muse 2.6; [D3PM](https://arxiv.org/abs/2107.03006) for the likelihood |
 | **You will learn** | why the rate varies · the density and its two readings · exact masks · the masked loss · what likelihood it bounds |
-| **Before this** | [1. The tour](01_tour.ipynb); densities, expectation, cross-entropy; PyTorch tensors |
+| **Before this** | [1. The tour](01_tour.ipynb); densities, expectation, cross-entropy; PyTorch tensors; symbols are in the [glossary](glossary.md) |
 | **Takes** | @takes@ |
 | **Files** | [`masking.py`](../minimuse/masking.py) |
 """
@@ -36,7 +36,7 @@ style()
 # %% [markdown]
 r"""
 A masked model is shown a picture with holes and learns what belongs there. BERT, which made the idea popular for
-text, hides 15% of the words, always. That is fine for a model that only ever *reads*. Ours has to *draw*, and drawing
+text, hides 15% of the words, always. That is fine for a model that only *reads*. Ours has to *draw*, and drawing
 begins with a picture that is all holes and ends with one that has a single hole left. It must be good at every
 stage between.
 
@@ -143,13 +143,13 @@ plt.show()
 r"""
 ### One curve, read twice
 
-The same curve is used again when drawing a picture: after step $i$ of $T$, a fraction $\cos\big(\frac{\pi}{2}\frac{i+1}{T}\big)$ of the tokens is still masked.
-Training with $u$ uniform thus meets each stage of a decode about as often as a decode goes through it. Other curves are
-there to be tried; each is at the same time a density for training.
+The same curve is used again when drawing a picture: after $i$ of $T$ steps, a fraction $\cos\big(\frac{\pi}{2}\frac{i}{T}\big)$ of the tokens is still masked.
+So training with $u$ uniform meets each stage of a decode about as often as a decode goes through it. Other curves are
+possible; each is at the same time a density for training.
 
 Does it matter which? At equal compute, nano's base model trained three times with each (`benchmarks/training_densities.py`,
 [its table](../benchmarks/densities.md)): the *second* reading is a little better than the paper's, 0.08 nats per token in section 4's
-bound and 4 to 5 points in pictures that are right; the uniform density lies between them; BERT's 15% falls far behind.
+bound and 4 to 5 percentage points in pictures that are right; the uniform density lies between them; BERT's 15% falls far behind.
 This was measured in 800 steps of a small model; it does not show how the paper's model would do.
 """
 
@@ -293,8 +293,14 @@ r"""
 
 *Difficulty 2 of 3, about 20 minutes.*
 
-Write `random_mask`: for each row exactly $\lceil r N \rceil$ `True`s at random positions. A hint: the rank of a random number among the
-others of its row is a random permutation; `x.argsort(1).argsort(1)` gives ranks. The stub tosses coins.
+Write `random_mask`: for each row exactly $\lceil r N \rceil$ `True`s at random positions. The stub tosses coins.
+
+<details><summary>Hint</summary>
+
+The ranks of random numbers within a row are a random permutation; `x.argsort(1).argsort(1)` gives ranks. In float32, 0.3 of 10 is
+3.0000001: subtract a little before you round up.
+
+</details>
 """
 
 
@@ -323,7 +329,8 @@ Only the hidden positions $M$ of a batch count in the loss:
 
 $$\mathcal{L} = -\frac{1}{|M|} \sum_{(b,\,i)\, \in M} \log p_\theta\big(x_{b,i} \mid x_{b,\,\text{visible}},\, c_b\big).$$
 
-In *nats*: natural logarithms. A model that knows nothing pays $\log V$ for each of $V$ codes.
+In *nats*: natural logarithms. The indices are $b$ for the picture and $i$ for the position; $c_b$ is the text. A model that knows
+nothing pays $\log V$ per hidden token, with $V$ the number of codes.
 """
 
 # %%
@@ -545,7 +552,7 @@ Above, in two steps. Muse draws high rates more often, by $p(r)$, and there toke
 picture counts in proportion to its hidden tokens, by another factor $r$: the weight of a rate is $r\,p(r)$, or
 $r\,(1 - r^2)^{-1/2}$ when it is normalized to the area 1. The next cell checks it: it weighs the curve of section 3 in the three ways.
 
-The number is not worse for that, it answers another question. Compare two models by the bound, or by the loss under the *same*
+The number is not worse, it answers another question. Compare two models by the bound, or by the loss under the *same*
 density. Losses under different densities are not comparable.
 """
 
@@ -628,8 +635,8 @@ plt.show()
 r"""
 All four look *better*. The inverted mask and BERT's rate ask easier questions. The other reading is 0.1 to 0.2 nats lower, and
 nobody notices without knowing what the number should be. One rate for the whole batch scatters far more, and on average it
-measures another loss: each batch counts alike, however few tokens it hides, so the factor $r$ of section 4 is gone. None of
-the four shows in a loss curve. That is why `minimuse doctor` compares the loss with known values, and why our tests look at the
+measures another loss: each batch has the same weight, however few tokens it hides, so the factor $r$ of section 4 is gone. Except for
+that scatter, none of the four shows in a loss curve. That is why `minimuse doctor` compares the loss with known values, and why our tests look at the
 tail of the rates.
 """
 
@@ -649,7 +656,7 @@ if not FAST:  # four batches of 16 scenes are too few for this
 r"""
 ## Summary
 
-- A rate of its own for each example, $r = \cos(\pi u / 2)$: mean 0.64, and 29% of the examples nearly empty.
+- A rate of its own for each example, $r = \cos(\pi u / 2)$: mean 0.64, and 29% of the examples have more than 90% hidden.
 - "Truncated arccos" has two readings of the same mean; the formula for $p(r)$ decides, and the tail shows the difference.
 - A mask hides exactly $\lceil rN \rceil$ tokens; `True` says masked.
 - The loss is the mean over the hidden tokens of the batch. The text is worth most where most is hidden.

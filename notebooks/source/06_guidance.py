@@ -8,7 +8,7 @@ r"""
 |---|---|
 | **Paper** | [Muse](https://arxiv.org/abs/2301.00704) 2.7; classifier-free guidance ([arXiv 2207.12598](https://arxiv.org/abs/2207.12598)) |
 | **You will learn** | what the two predictions are · why their difference is a classifier · what a scale and a ramp buy, and what they cost · negative prompts · what too much of it does |
-| **Before this** | [1. The tour](01_tour.ipynb), [5. The base transformer](05_base_transformer.ipynb); softmax and Bayes' rule |
+| **Before this** | [1. The tour](01_tour.ipynb), [5. The base transformer](05_base_transformer.ipynb); softmax and Bayes' rule; symbols are in the [glossary](glossary.md) |
 | **Takes** | @takes@ |
 | **Files** | [`cfg.py`](../minimuse/cfg.py), all of it |
 """
@@ -35,7 +35,7 @@ style()
 # %% [markdown]
 r"""
 A text-to-image model predicts what pictures *with this caption* look like. Much of that has nothing to do with the
-caption: floors are gray, objects cast shadows. A model that does well on all this, and not so well on the colour
+caption: floors are gray, objects cast shadows. A model that predicts all this well, and not so well the colour
 that you asked for, still has a low loss. **Guidance** compares the prediction with the text to one without it, and
 exaggerates the difference.
 
@@ -90,9 +90,8 @@ grid(plain, captions, columns=6, scale=SIDE)
 
 # %% [markdown]
 r"""
-Most of them are right, and some are not. They are seldom wrong by far: one cube where there should be two, a sphere that hides the
-cube, the wrong material. (The detector errs too, above all with small objects at this resolution.) Section 4 counts over more and
-harder prompts: without guidance about a third of the pictures is wrong.
+Most of them are right, and the others are nearly right: an object is missing, or hidden by another one. (The detector errs too, above
+all with small objects at this resolution.) Section 4 counts over more and harder prompts.
 """
 
 # %% [markdown]
@@ -121,14 +120,13 @@ print("logits (B, N, V) with the text:", tuple(l_c.shape), "- and without:", tup
 
 # %% [markdown]
 r"""
-How far do the two differ? At position $i$ we take the Kullback-Leibler divergence, in nats: how surprised the model
+How much do the two differ? At position $i$ we take the Kullback-Leibler divergence, in nats: how much *more* surprised the model
 without the text is, on average, by what the model with the text would draw there.
 
 $$D_i = \sum_{v} p_c(x_i = v)\,\log \frac{p_c(x_i = v)}{p_u(x_i = v)}$$
 
-Of the eight positions where it is largest, we take the one whose codes differ most to the eye, and see which of them either
-prediction prefers. A code has no
-name, but it has a look: below the bars is the piece of the finished picture that this code makes at that position.
+Of the eight positions where it is largest, we take the one whose codes look most different, and see which codes each prediction
+prefers. Below the bars is the piece of the finished picture that this code makes at that position.
 """
 
 
@@ -223,7 +221,7 @@ And what is the ratio? $p_c(x)$ is $p(x \mid \text{text})$, $p_u(x)$ is $p(x)$, 
 $$\frac{p(x \mid \text{text})}{p(x)} = \frac{p(\text{text} \mid x)}{p(\text{text})}.$$
 
 That is a *classifier*: how strongly a picture with $x$ in it suggests that this was its caption. Guidance multiplies the
-model with the $t$-th power of it, and nobody had to train it: it is a quotient of two predictions of one network.
+model by the $t$-th power of it, and nobody had to train it: it is a quotient of two predictions of one network.
 Let us check the first equation with the logits above.
 """
 
@@ -256,7 +254,7 @@ plt.show()
 r"""
 The second. The first is as likely without the text, so it is not a sign of the text: its ratio is 1, and guidance
 does not raise it. The second is three times as likely with the text. In the limit only the *ratio* counts,
-not the probability: guidance does not make the model more certain, it prefers what is specific to the text. Keep that in mind for what
+not the probability: guidance does not prefer what is likely, but what is specific to the text. Keep that in mind for what
 happens at large $t$.
 """
 
@@ -264,7 +262,7 @@ happens at large $t$.
 r"""
 ### Mind the convention
 
-Half of the world writes $\ell_u + s\,(\ell_c - \ell_u)$ and calls $s$ the guidance scale. It is the same line with
+Many programs compute $\ell_u + s\,(\ell_c - \ell_u)$ and call $s$ the guidance scale. It is the same line with
 $s = 1 + t$: there 1 is no guidance, and 0 is *no text*. A number from a paper or a program means nothing until you
 know which it is.
 """
@@ -284,8 +282,8 @@ r"""
 
 *Difficulty 1 of 3, about 10 minutes.*
 
-You have code that was written for $s$, and want to call it with it. Write guidance with the scale $s$, so 1 is
-the plain conditional model. (The check asks in Muse's $t$, so `in_muses_t` translates.) The stub confuses the two.
+Write guidance with the scale $s$, so that $s = 1$ gives the plain conditional model. (The check uses Muse's $t$; `in_muses_t`
+translates.) The stub confuses the two.
 """
 
 
@@ -437,10 +435,10 @@ plt.show()
 
 # %% [markdown]
 r"""
-Left, a hill: a little guidance helps a lot, and too much undoes it. Guidance has a price, too: it raises what is typical for the text and
-cuts off the rest, so pictures of one prompt become alike (Muse's figure 8). Right, we see it: all dots lie below zero, so *where* the object
+Left: a little guidance helps a lot, and too much undoes it. Guidance has a price, too: it raises what is specific to the text and
+lowers the rest, so pictures of one prompt become similar (Muse's figure 8). Right: all dots lie below zero, so *where* the object
 stands varies less with guidance, although the prompt says nothing about it. Eight prompts are few: most of these intervals still contain
-zero. Be careful with measures of variety at large scales: damage is varied, too, so a distance in pixels or features may well *rise* there.
+zero. Be careful with measures of variety at large scales: damage is varied, too, so a distance in pixels or features may even *rise* there.
 """
 
 # %%
@@ -503,11 +501,11 @@ grid(sheet, [name for name in drawn for _ in range(few)], columns=few, scale=SID
 
 # %% [markdown]
 r"""
-Rising, although the cosine schedule fixes most tokens in the *last* steps, and just there a rising scale guides most. The first tokens
+Rising, although the cosine schedule fixes most tokens in the *last* steps, and there a rising scale guides most. The first tokens
 are few, but they decide the rest: where the object will stand, and what the later tokens must fit. Change them, and nearly everything
-that follows changes. A rising scale leaves them alone. So layouts stay as they were without guidance, and guidance then makes
-what was begun into what was asked for. That is the paper's argument for the ramp. Its price: what went wrong in the first steps stays wrong, and
-the strong end leaves fragments and frayed edges (second row). Neither of these says which is better, so we count:
+that follows changes. A rising scale hardly changes them. So more layouts stay as they were without guidance (compare the first two
+rows), and guidance acts on the details. That is the paper's argument for the ramp. Its price: the strong end leaves fragments and
+frayed edges (second row). Neither of these says which is better, so we count:
 """
 
 # %%
@@ -537,9 +535,9 @@ for name, gains in pairs.items():
 
 # %% [markdown]
 r"""
-Dots are the measured differences from the constant scale of the same mean, lines their 95% intervals. All are small beside what guidance
-itself gained above: these 64 prompts separate guidance from no guidance, but hardly one ramp from another. That is a result, too; do not
-name a winner. A fair comparison of models shows more than one scale, as notebook 11 does.
+Dots are the measured differences from the constant scale of the same mean, lines their 95% intervals. All are small compared with what
+guidance itself gained above: these 64 prompts separate guidance from no guidance, but not one ramp from another. That is a result, too; do
+not name a winner. A fair comparison of models shows more than one scale, as notebook 11 does.
 """
 
 # %%
@@ -581,10 +579,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-A gray line is one prompt, the blue one is their mean. It does *not* fall: to the last step the text says about as much about a masked
-token as in the first. The order explains it. The model fixes first what it is sure of, mostly floor and sky, of which the text says nothing;
-what remains masked is the object, where the text counts. So guidance has something to work on in every step. Single prompts
-wander, since what is left to fill in changes from step to step.
+A gray line is one prompt, the blue one is their mean. It does *not* fall: in the last steps the text says at least as much about a masked
+token as in the first. The order may explain it. The model fixes first what it is certain of, mostly floor and sky, about which the text
+says little; what remains masked is the object, where the text counts. So guidance can change something in every step.
 """
 
 # %%
@@ -602,7 +599,7 @@ $$p_t(x) \;\propto\; p(x \mid y)\; p(y \mid x)^t .$$
 
 Does a guided decode draw from it? In an exact world we can measure that. The world here has labels $y$ in place of texts, and all of
 $p(x)$, $p(x \mid y)$ and $p_t(x)$ are known ([notebook 13](13_schedule_lab.ipynb) is about such worlds). The
-network's error is zero, so what remains is the sampler's.
+network's error is zero, so what remains is the sampler's error.
 
 **Predict, then run.** With one token a step, an unguided decode draws exactly from $p(x \mid y)$. Does a decode with a constant scale
 of 1 then draw exactly from $p_1(x)$?
@@ -659,7 +656,7 @@ $$\ell_g = (1 + t)\,\ell_c - t\,\ell_{\text{negative}} .$$
 The scale is constant here: a ramp that begins at 0 would ignore the negative prompt in the first steps.
 
 **Predict, then run.** We ask for a large sphere of no particular colour, many times, and count the colours. Then again,
-away from "a red sphere". Which colours do we get then: all others alike, or only some of them?
+away from "a red sphere". Which colours do we get then: all others equally often, or only some of them?
 """
 
 
@@ -705,7 +702,7 @@ grid(
 
 # %% [markdown]
 r"""
-Not all others alike: one colour takes nearly everything. A negative prompt does not say what is wanted instead. The pictures move *away*,
+One colour takes nearly everything. A negative prompt does not say what is wanted instead. The pictures move *away*,
 and arrive at the colour that is farthest from red (cyan is its complement), although red was rare before. A negative prompt is a strong
 instruction, and not a filter that removes the red ones. Name in it only what you do not want: "a red *sphere*" also names *sphere*,
 which the prompt asks for.
@@ -792,8 +789,7 @@ plt.show()
 # %% [markdown]
 r"""
 The more guidance, the less likely are the pictures to the unguided model. At the largest scales they are even above the dotted
-line: it would have predicted them better by guessing. The scale at which it breaks depends on the model; a better-trained one
-tolerates more guidance.
+line: it would have predicted them better by guessing.
 """
 
 # %%
@@ -805,7 +801,7 @@ r"""
 ### The wrong convention
 
 Code that was written for $s$ and is called with $t$: `uncond + t * (cond - uncond)`. Nothing crashes; pictures are a
-little less guided than one thinks, until someone asks for $t = 0$, "no guidance".
+little less guided than you think, until you ask for $t = 0$, "no guidance".
 """
 
 # %%
