@@ -486,6 +486,19 @@ def check_margin(fn: Given) -> Iterator[str]:
 
 
 @_check
+def check_threshold(fn: Given) -> Iterator[str]:
+    """fn(logits (B, N, V), masked (B, N), u) -> (B,): how many masked tokens have a code of probability 0.9 or more."""
+    p = [0.95, 0.6, 0.92, 0.05]  # three of four have such a code
+    logits = torch.tensor([[v, 1 - v] for v in p]).log().expand(2, -1, -1) + 3
+    for name, masked, want in [
+        ("certain tokens count, whichever code it is", [[True] * 4] * 2, [3, 3]),
+        ("known tokens do not count, rows have their own number", [[True, True, False, False], [False] * 4], [1, 0]),
+    ]:
+        yield name
+        _same(f"fn(logits log (p, 1 - p) + 3 of p = {p}, masked {masked})", fn(logits, torch.tensor(masked), 0.5), want)
+
+
+@_check
 def check_order(fn: Given) -> Iterator[str]:
     """fn(logits (B, N, V), drawn (B, N), masked (B, N), u) -> scores (B, N): all black fields of a board come first."""
     logits, drawn = torch.zeros(2, 16, 3), torch.zeros(2, 16, dtype=torch.long)

@@ -101,6 +101,10 @@ def wilson(right, n):
     return eval_metrics.proportion_interval(torch.arange(n) < right)[1:3]
 
 
+def threshold(logits, masked, u, at=0.9):
+    return ((logits.softmax(-1).amax(-1) >= at) & masked).sum(1)
+
+
 def frechet(m1, c1, m2, c2, root=lambda c1, c2: torch.linalg.eigvals(c1 @ c2).real.clamp(min=0).sqrt().sum()):
     return (m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * root(c1, c2)
 
@@ -123,6 +127,7 @@ OURS = {
     "check_order": board,
     "check_world": Corners,
     "check_margin": sampler.margin,
+    "check_threshold": threshold,
     "check_attention": lambda q, k, v, attend: F.scaled_dot_product_attention(q, k, v, attn_mask=attend),
     "check_unigram": train_log.unigram_entropy,
     "check_resample_step": resample_step,
@@ -387,6 +392,9 @@ WRONG = [
         lambda repaint, f: editing.token_mask(repaint.transpose(1, 2), f),
         "one pixel masks its token",
     ),
+    ("check_threshold", lambda l, m, u: ((l.softmax(-1)[..., 0] >= 0.9) & m).sum(1), "certain tokens count"),
+    ("check_threshold", lambda l, m, u: threshold(l, m, u, at=0.5), "certain tokens count"),
+    ("check_threshold", lambda l, m, u: threshold(l, m | True, u), "known tokens do not count"),
     ("check_margin", lambda logits, *_: logits.softmax(-1).amax(-1), "two codes alike are no margin"),
     ("check_margin", lambda logits, *_: logits.topk(2).values.diff().neg()[..., 0], "it is the first less the second"),
     ("check_margin", lambda logits, *_: logits[..., 0].exp() - logits[..., 1].exp(), "it is the first less the second"),

@@ -111,7 +111,7 @@ def limited(
     if not code:
         return ""
     said = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    cause = next((line for line in reversed(said) if re.search(r"Error\b|\bdied\b|Exception", line)), "")
+    cause = next((line for line in reversed(said) if re.match(r"[\w.]*(Error|Exception)\b", line)), "")
     return f"did not end well: {cause[:300]} (see {log.parent.name}/{log.name})"
 
 

@@ -325,6 +325,12 @@ r"""
 *Difficulty 2 of 3, about 15 minutes.*
 
 Write both ends from `right` of `n`. The stub is the textbook interval.
+
+<details><summary>Hint</summary>
+
+Compute the middle and the half width separately. Both have the denominator $1 + z^2 / n$.
+
+</details>
 """
 
 
@@ -463,6 +469,12 @@ r"""
 
 Means $m$ and covariances $C$ are given; `torch.linalg.eigvals` gives eigenvalues as complex numbers, of which `.real` is what you need. The
 stub takes the root of each entry, which is right for one feature.
+
+<details><summary>Hint</summary>
+
+`@` multiplies matrices. The trace of a matrix root is the sum of the roots of the eigenvalues.
+
+</details>
 """
 
 
@@ -1018,6 +1030,16 @@ with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.Stri
     with open(os.path.join(folder, "eval.md"), encoding="utf-8") as file:
         report = file.read()
 Markdown(report)
+
+# %% [markdown]
+r"""
+### Open question
+
+*About 30 minutes.*
+
+Invent a bad model that no column of the table above finds, although you see it at once, and build it from the pictures of this notebook. Then invent a
+metric that finds it. What does your metric say about the four bad models?
+"""
 
 # %% [markdown]
 r"""
