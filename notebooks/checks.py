@@ -571,6 +571,32 @@ def check_sharded_bytes(fn: Given) -> Iterator[str]:
 
 
 @_check
+def check_nearest(fn: Given) -> Iterator[str]:
+    """fn(samples (n, ...), train (m, ...)) -> distances (n,) and indices (n,): root mean square differences."""
+    train = torch.tensor([[0.0, 0.0], [10.0, 10.0], [0.0, 20.0]])[:, None].to(torch.uint8)
+    samples = torch.tensor([[10.0, 10.0], [3.0, 4.0], [0.0, 18.0]])[:, None].to(torch.uint8)
+    far, which = fn(samples, train)
+    yield "which training picture is nearest"
+    _same("fn of pictures of two pixels: indices", which, torch.tensor([1, 0, 2]))
+    yield "a copy is at distance 0"
+    _same("fn([10, 10] among [0, 0], [10, 10], [0, 20]): distance", far[0], 0.0)
+    yield "the root of the mean of squares, not of their sum"
+    _near("fn([3, 4] among them): distance", far[1], 12.5**0.5, 1e-4)
+
+
+@_check
+def check_copied(fn: Given) -> Iterator[str]:
+    """fn(samples (n,), held_out (m,), q) -> the fraction of samples below the quantile q of held_out."""
+    held_out = torch.arange(101.0)
+    yield "held-out pictures themselves: the fraction q"
+    _near("fn(held_out, held_out, 0.1)", fn(held_out, held_out, 0.1), 0.1, 0.015)
+    yield "copies: all"
+    _same("fn(0 everywhere, held_out, 0.1)", fn(torch.zeros(7), held_out, 0.1), 1.0)
+    yield "the quantile is q's"
+    _same("fn([20, 40, 60, 80], held_out, 0.5)", fn(torch.tensor([20.0, 40, 60, 80]), held_out, 0.5), 0.5)
+
+
+@_check
 def check_add_noise(fn: Given) -> Iterator[str]:
     """fn(x, noise, a) -> x at level a, noise in it: as `baseline_dit.add_noise`, with a itself given."""
     for name, a, want in [
