@@ -9,7 +9,7 @@ r"""
 | **Paper** | Muse 2.1 |
 | **You will learn** | what is in the data and what is held out · how a frozen language model turns a prompt into vectors · which words it understands that no caption contains, and which it does not · that any text encoder fits |
 | **Before this** | [1. The tour](01_tour.ipynb); a linear classifier; symbols are in the [glossary](glossary.md) |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 90 minutes of your time |
 | **Files** | [`data_scenes.py`](../minimuse/data_scenes.py), [`data_captions.py`](../minimuse/data_captions.py), [`text.py`](../minimuse/text.py) |
 """
 
@@ -223,6 +223,13 @@ r"""
 
 To compare prompts we want one vector each: the mean over the real tokens. Write it. The stub takes the mean over
 all $L$ positions.
+
+<details><summary>Hint</summary>
+
+`context.mask` says which positions hold text. With another axis at its end it multiplies whole vectors. How many positions does each prompt
+divide by?
+
+</details>
 """
 
 
@@ -700,6 +707,12 @@ r"""
 
 Write `drop_text`. Each example by itself loses its text with probability $p$: the shape stays, its embeddings become zero and its mask
 `False`. The stub has a mistake that real code has made.
+
+<details><summary>Hint</summary>
+
+Try the stub with $p = 0$ and count the texts that are left. What does the name of its variable promise?
+
+</details>
 """
 
 
@@ -752,6 +765,17 @@ plt.show()
 r"""
 One line stays at zero; with the other, what is drawn depends on the other prompts of the batch. No error is raised. A model *trained*
 with the mistake would not even have an odd loss. The test is the picture above: more padding must change nothing.
+"""
+
+# %% [markdown]
+r"""
+### Open question
+
+*About 30 minutes.*
+
+What does *not* do? Let the frozen language model's probe of section 4 read the colour of prompts such as *a large cube that is not red*,
+and count how often it says red, against prompts without any colour. Then draw both kinds and let the detector count. Do reading and drawing
+agree?
 """
 
 # %% [markdown]

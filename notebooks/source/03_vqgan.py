@@ -10,7 +10,7 @@ how a gradient gets past it, and what each term of the loss is for.*
 | **Paper** | Muse 2.2 and A.2; [VQGAN](https://arxiv.org/abs/2012.09841) |
 | **You will learn** | nearest codes · the straight-through gradient · dead codes · what pixel, perceptual and adversarial losses do |
 | **Before this** | [1. The tour](01_tour.ipynb); convolutions; training a network by gradient descent; symbols are in the [glossary](glossary.md) |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 75 minutes of your time |
 | **Files** | [`vqgan.py`](../minimuse/vqgan.py), [`vqgan_loss.py`](../minimuse/vqgan_loss.py) |
 """
 
@@ -142,6 +142,13 @@ r"""
 
 Write it for $z$ of shape $(B, d, h, w)$ and a codebook $(V, d)$: tokens $(B, hw)$, row by row. Mind where $d$ stands in $z$. The stub
 takes the largest product; the check shows where that goes wrong.
+
+<details><summary>Hint</summary>
+
+The nearest code has the smallest distance, and a long code has large products with everything. Which term of the formula above does the
+stub leave out? It is one number for each code.
+
+</details>
 """
 
 
@@ -258,6 +265,13 @@ r"""
 *Difficulty 1 of 3, about 10 minutes.*
 
 Write it for any $z$ and $q$: the value is $q$; the gradient passes to $z$ unchanged, and none reaches $q$.
+
+<details><summary>Hint</summary>
+
+You want the value of one expression and the gradient of another. `detach()` makes a constant for the gradient: the diagram's formula has
+one difference in it.
+
+</details>
 """
 
 
@@ -642,6 +656,17 @@ print(f"{kept:.0%} after freeze_tokens(), where the decoder alone learns")
 r"""
 A transformer trained on the old tokens cannot use the new ones. So encoder and codebook are frozen from then on,
 and only the decoder may still improve: that is the subject of notebook 9.
+"""
+
+# %% [markdown]
+r"""
+### Open question
+
+*About 30 minutes.*
+
+Is a picture's budget of bits better spent on more tokens or on more codes? Train $8 \times 8$ tokens of 256 codes, and $16 \times 16$ of 4
+(`replace(config.low_tokenizer, codebook_size=4, multipliers=(1, 2), blocks=(1, 1), decoder_blocks=(1, 1))`): 512 bits each. Compare PSNR
+and perceptual distance of held-out scenes. What would a transformer prefer?
 """
 
 # %% [markdown]

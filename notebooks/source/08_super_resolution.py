@@ -9,7 +9,7 @@ r"""
 | **Paper** | Muse 2.4, A.3; multi-axis attention from HiT ([arXiv 2106.07631](https://arxiv.org/abs/2106.07631)) |
 | **You will learn** | why two stages · how low-res tokens enter a transformer's memory · what multi-axis attention sees, and what it saves · who decides when text and tokens disagree |
 | **Before this** | [5. The base transformer](05_base_transformer.ipynb), [7. Parallel decoding](07_parallel_decoding.ipynb); attention with queries, keys and values; symbols are in the [glossary](glossary.md) |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 105 minutes of your time |
 | **Files** | [`transformer.py`](../minimuse/transformer.py), [`muse.py`](../minimuse/muse.py) |
 """
 
@@ -242,6 +242,13 @@ r"""
 
 Write the central step yourself. Text entries come with a mask, `True` at real text and `False` at padding; coarse
 entries have no padding. Return the joined entries and the joined mask.
+
+<details><summary>Hint</summary>
+
+Which mask entries belong to the coarse tokens? There are as many as coarse tokens, and all have the same value. The mask is joined along
+the same axis as the entries.
+
+</details>
 """
 
 
@@ -697,6 +704,13 @@ r"""
 Write multi-axis attention without any reshape: as full attention under two masks, one for the first half of the heads
 and one for the second. It saves nothing, and it must give the same numbers. (`F.scaled_dot_product_attention` takes
 `attn_mask`, `True` where a token may look.) Fast functions are tested against such slow ones.
+
+<details><summary>Hint</summary>
+
+Compute each token's row and column first. Two tokens share a block if their block rows and block columns agree. What must agree for two
+tokens of the dilated half?
+
+</details>
 """
 
 
@@ -949,6 +963,17 @@ Compare the three bars of each group, not the groups. As it should be: both chan
 Without positions: shuffling changes *nothing*. Condition lost: nothing changes anything. (Our broken models have the weights of the
 healthy one, so their loss is also high. A model *trained* with the mistake would have a normal loss curve, and still show the same
 pattern.)
+"""
+
+# %% [markdown]
+r"""
+### Open question
+
+*About 30 minutes.*
+
+When does super-resolution begin to read the text? Replace a growing fraction of the true coarse tokens by random codes, and measure
+`loss_of` with the right captions and with `other_text`. Where do the two curves part, with intervals over several draws? Would a model that
+is trained with corrupted coarse tokens be better at it?
 """
 
 # %% [markdown]

@@ -9,7 +9,7 @@ r"""
 | **Paper** | Muse 2.5, A.2; VQGAN ([arXiv 2012.09841](https://arxiv.org/abs/2012.09841)) |
 | **You will learn** | why tokens are a language · how a network grows without changing what it computes · what frozen means, bit for bit · what a bigger decoder and an adversarial loss can and cannot do |
 | **Before this** | [3. VQGAN](03_vqgan.ipynb), [8. Super-resolution](08_super_resolution.ipynb); gradients |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 90 minutes of your time |
 | **Files** | [`vqgan.py`](../minimuse/vqgan.py), [`vqgan_loss.py`](../minimuse/vqgan_loss.py), [`train.py`](../minimuse/train.py) |
 """
 

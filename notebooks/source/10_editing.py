@@ -9,7 +9,7 @@ r"""
 | **Paper** | Muse 3.3 |
 | **You will learn** | how a pixel mask becomes two token masks · what keeps the rest of a picture · editing as Gibbs sampling · what a negative prompt adds · how to count failures |
 | **Before this** | [6. Guidance](06_guidance.ipynb), [7. Parallel decoding](07_parallel_decoding.ipynb), [8. Super-resolution](08_super_resolution.ipynb) |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 90 minutes of your time |
 | **Files** | [`editing.py`](../minimuse/editing.py) |
 """
 

@@ -9,7 +9,7 @@ r"""
 | **Paper** | [Muse](https://arxiv.org/abs/2301.00704) 3.2 and figure 8; Frechet distance ([arXiv 1706.08500](https://arxiv.org/abs/1706.08500)), CLIP score ([arXiv 2104.08718](https://arxiv.org/abs/2104.08718)) |
 | **You will learn** | what "right" can mean · intervals · Frechet distance by hand, and its bias · CLIP score · diversity · the trade-off of figure 8 · what bad models and selection do to the numbers |
 | **Before this** | [6. Guidance](06_guidance.ipynb); means, variances, a covariance matrix |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 105 minutes of your time |
 | **Files** | [`eval_prompts.py`](../minimuse/eval_prompts.py), [`eval_metrics.py`](../minimuse/eval_metrics.py); [`eval_run.py`](../minimuse/eval_run.py) puts them together |
 """
 

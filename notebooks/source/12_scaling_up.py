@@ -9,7 +9,7 @@ r"""
 | **Paper** | [Muse](https://arxiv.org/abs/2301.00704), A.1 to A.3 and table 3 |
 | **You will learn** | where parameters sit · why training costs 6 FLOPs per parameter and token · what fills the memory of a GPU, and what sharding takes away · why few parallel steps are fast although they compute more |
 | **Before this** | [5. The base transformer](05_base_transformer.ipynb), [8. Super-resolution](08_super_resolution.ipynb); matrix products; powers of ten |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 75 minutes of your time |
 | **Files** | [`train_budget.py`](../minimuse/train_budget.py), [`config.py`](../minimuse/config.py), [`launch/`](../minimuse/launch) |
 """
 

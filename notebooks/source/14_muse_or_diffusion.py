@@ -9,7 +9,7 @@ r"""
 | **Paper** | Muse 4; [DiT](https://arxiv.org/abs/2212.09748), [DDIM](https://arxiv.org/abs/2010.02502), [D3PM](https://arxiv.org/abs/2107.03006), [Parti](https://arxiv.org/abs/2206.10789) |
 | **You will learn** | a diffusion transformer, line by line · an autoregressive one · what they share with Muse · who is fast, and why · whether Muse is a diffusion model |
 | **Before this** | [4. Masking](04_masking.ipynb), [7. Parallel decoding](07_parallel_decoding.ipynb); Gaussians |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 90 minutes of your time |
 | **Files** | [`baseline_dit.py`](../minimuse/baseline_dit.py), [`baseline_ar.py`](../minimuse/baseline_ar.py), [`transformer.py`](../minimuse/transformer.py) |
 """
 
