@@ -36,7 +36,7 @@ FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cel
 CHECKPOINT = "toy"  # a shipped name or a folder
 PICTURES = 3 if FAST else 6  # a row of pictures
 SCENES = 12 if FAST else 96  # held-out scenes to measure losses on
-LARGEST = 32 if FAST else 64  # tokens a side of the largest grid that we time
+LARGEST = 32 if FAST else 64  # tokens per side of the largest grid that we time
 style()
 
 # %% [markdown]
@@ -86,7 +86,7 @@ for config in (muse.config, preset("paper_3b")):
             f"{rows[-1][0]:>28}: {part.grid:>2} x {part.grid:<2} = {part.tokens:>5,} tokens, ",
             end="",
         )
-        print(f"{part.tokens**2:>11,} pairs a head in full attention")
+        print(f"{part.tokens**2:>11,} pairs per head in full attention")
 
 # %% [markdown]
 r"""
@@ -375,15 +375,19 @@ bars = [*zip(to_text, to_own, rest, strict=True), [u / sum(uniform) for u in uni
 figure, ax = plt.subplots(figsize=(8, 2.6))
 start = torch.zeros(len(bars))
 for part, label in enumerate(
-    ["the text", "the coarse token at its own place", "the other coarse tokens"]
+    ["the text", "the coarse token at its own position", "the other coarse tokens"]
 ):
-    share = torch.tensor([bar[part] for bar in bars])
-    ax.barh(names, share, left=start, label=label)
-    start += share
+    fraction = torch.tensor([bar[part] for bar in bars])
+    ax.barh(
+        names, fraction, left=start, label=label, hatch=["//", "", ".."][part], edgecolor="white"
+    )
+    start += fraction
 ax.invert_yaxis()
-ax.set(xlabel="share of the attention, all fine tokens and heads", xlim=(0, 1))
+ax.set(xlabel="fraction of the attention, all fine tokens and heads", xlim=(0, 1))
 ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.25), ncols=3)
 plt.show()
+assert max(to_text) < bars[-1][0], "some layer reads the text more than its even part"
+assert max(to_own) > 2 * bars[-1][1], "no layer prefers a token's own position"
 
 # %% [markdown]
 r"""
@@ -401,7 +405,7 @@ places = [
     (0.6, 0.3),
     (0.6, 0.72),
     (0.85, 0.5),
-]  # rows and columns, as shares of the side
+]  # rows and columns, as fractions of the side
 maps = torch.stack(weights).mean((0, 2))[0, :, length:]  # (N, K): the mean over layers and heads
 figure, axes = plt.subplots(2, 4, figsize=(9, 4.6))
 for k, (row, column) in enumerate(places):
@@ -484,8 +488,8 @@ with torch.inference_mode():
 right = {
     name: (t == high).float().mean().item() for name, t in (("draft", draft), ("model", first))
 }
-for name, share in right.items():
-    print(f"{name}: {share:.0%} of the fine tokens are right")
+for name, fraction in right.items():
+    print(f"{name}: {fraction:.0%} of the fine tokens are right")
 assert right["draft"] < right["model"]
 rows = ["the draft", "the model's best guess from it", "the true fine tokens"]
 grid(
@@ -656,7 +660,7 @@ for g, block in ((16, 4), (32, 8), (64, 8)):
     full, ours = n * n, n * (block**2 + n / block**2) / 2
     counted.append((n, full, ours))
     told = (
-        f"{g} x {g} tokens, blocks of {block}: {full:>12,} pairs a head, {ours:>9,.0f} multi-axis"
+        f"{g} x {g} tokens, blocks of {block}: {full:>12,} pairs per head, {ours:>9,.0f} multi-axis"
     )
     if g <= LARGEST:
         q, k, v = torch.randn(3, 1, 4, n, 32).unbind()
@@ -672,7 +676,7 @@ figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
 n, full, ours = zip(*counted, strict=True)
 axes[0].loglog(n, full, "o-", label="full")
 axes[0].loglog(n, ours, "s--", label="multi-axis")
-axes[0].set(xlabel="tokens $N$", ylabel="pairs a head", title="the gap widens with the picture")
+axes[0].set(xlabel="tokens $N$", ylabel="pairs per head", title="the gap widens with the picture")
 axes[0].set_xticks(n, [f"{m:,}" for m in n])
 axes[0].minorticks_off()
 axes[0].legend()
@@ -680,7 +684,7 @@ sides = [2, 4, 8, 16, 32]
 axes[1].plot(sides, [(s**2 + 4096 / s**2) / 2 for s in sides], "o-")
 axes[1].set(
     xlabel="side $b$ of a block",
-    ylabel="tokens seen, mean of a head",
+    ylabel="tokens seen, mean per head",
     title="64 x 64 tokens: best at $b = 8$",
 )
 axes[1].set_xscale("log", base=2)
@@ -746,16 +750,17 @@ check_multi_axis(my_multi_axis)
 r"""
 ## 5. The cascade at work
 
-The base model reveals coarse tokens of *a large red cube*, then super-resolution reveals fine ones. Gray is still hidden.
+The base model has revealed all coarse tokens of *a large red cube*. Now super-resolution reveals fine ones, in 8 steps. Gray is still
+hidden.
 """
 
 # %%
 steps = list(muse.steps("a large red cube", seed=0))
-film(muse, steps, most=8)
+film(muse, [s for s in steps if s.stage == "superres"], most=8)
 
 # %% [markdown]
 r"""
-The fine tokens know where the cube will stand, since the coarse grid says so: red ones lie only there. (Fine tokens look
+The first fine tokens already show where the cube will stand, since the coarse grid says so: red ones lie only there. (Fine tokens look
 odd while they are alone. The decoder is made of convolutions: it looks at the neighbours, and in place of a hidden one it gets the
 nearest token that is known.) What is left for super-resolution are edges, shading and texture. How many steps does that take? We keep
 the coarse tokens, and vary the number of steps:
@@ -853,6 +858,9 @@ in training all that a caption says was in the coarse grid as well, and there it
 """
 
 # %%
+assert all(seen(image) == "blue sphere" for image in torn + strong), (
+    "the text has changed something"
+)
 red = coarse_of("a large red cube", 1)
 draws = torch.Generator().manual_seed(0)
 shuffled = red[:, torch.randperm(red.shape[1], generator=draws)]
@@ -861,9 +869,9 @@ half = red.shape[1] // 2
 collage = torch.cat([red[:, :half], blue[:1, half:]], dim=1)
 wrong = {
     "as drawn": red,
-    "shuffled places": shuffled,
+    "shuffled positions": shuffled,
     "random codes": noise,
-    "upper half red, lower blue": collage,
+    "cube above, sphere below": collage,
 }
 with torch.inference_mode():
     coarse_pictures = [
@@ -953,9 +961,15 @@ for k, name in enumerate(given):
         edgecolor="white",
     )
 ax.set_xticks(range(3), ["as it should be", "without positions", "condition lost"])
-ax.set(ylabel="masked loss, nats a token")
+ax.set(ylabel="masked loss, nats per token")
 ax.legend(fontsize=9)
 plt.show()
+loss_with = lambda kind: [losses[kind, name] for name in given]  # noqa: E731
+assert loss_with("SuperRes")[0] + 1 < min(loss_with("SuperRes")[1:]), "the loss does not notice"
+assert abs(loss_with("Placeless")[0] - loss_with("Placeless")[1]) < 1e-3, (
+    "shuffling changes something"
+)
+assert max(loss_with("Lost")) - min(loss_with("Lost")) < 1e-6, "a lost condition changes something"
 
 # %% [markdown]
 r"""
