@@ -625,6 +625,20 @@ def check_ddim_step(fn: Given) -> Iterator[str]:
 
 
 @_check
+def check_paired(fn: Given) -> Iterator[str]:
+    """fn(a (n,), b (n,)) -> (mean of a - b, half of its 95% interval): 1.96 standard errors, pair by pair."""
+    a, b, rise = torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor([1.0, 0.0, 3.0, 4.0]), torch.ones(4)
+    for name, first, second, want in [
+        ("the mean of a - b", a, b, 1.0),
+        ("what is common to a and b cancels: its half interval is 0", a + rise, a, 0.0),
+        ("1.96 times the standard deviation (n - 1) over the root of n", a, b, 1.96 * (4 / 3) ** 0.5 / 2),
+    ]:
+        yield name
+        found = fn(first, second)
+        _same(f"fn({first.tolist()}, {second.tolist()})", found[name[0] != "t"], want)
+
+
+@_check
 def check_wilson(fn: Given) -> Iterator[str]:
     """fn(right, n) -> (low, high): Wilson's 95% interval, as `eval_metrics.proportion_interval`."""
     yield "it holds the fraction itself"

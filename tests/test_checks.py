@@ -105,6 +105,10 @@ def threshold(logits, masked, u, at=0.9):
     return ((logits.softmax(-1).amax(-1) >= at) & masked).sum(1)
 
 
+def paired(a, b):
+    return (a - b).mean(), 1.96 * (a - b).std() / len(a) ** 0.5
+
+
 def frechet(m1, c1, m2, c2, root=lambda c1, c2: torch.linalg.eigvals(c1 @ c2).real.clamp(min=0).sqrt().sum()):
     return (m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * root(c1, c2)
 
@@ -128,6 +132,7 @@ OURS = {
     "check_world": Corners,
     "check_margin": sampler.margin,
     "check_threshold": threshold,
+    "check_paired": paired,
     "check_attention": lambda q, k, v, attend: F.scaled_dot_product_attention(q, k, v, attn_mask=attend),
     "check_unigram": train_log.unigram_entropy,
     "check_resample_step": resample_step,
@@ -398,6 +403,9 @@ WRONG = [
         lambda repaint, f: editing.token_mask(repaint.transpose(1, 2), f),
         "one pixel masks its token",
     ),
+    ("check_paired", lambda a, b: (b.mean() - a.mean(), paired(a, b)[1]), "the mean of a - b"),
+    ("check_paired", lambda a, b: (paired(a, b)[0], torch.hypot(a.std(), b.std())), "what is common"),
+    ("check_paired", lambda a, b: (paired(a, b)[0], (a - b).std()), "1.96 times"),
     ("check_threshold", lambda l, m, u: ((l.softmax(-1)[..., 0] >= 0.9) & m).sum(1), "certain tokens count"),
     ("check_threshold", lambda l, m, u: threshold(l, m, u, at=0.5), "certain tokens count"),
     ("check_threshold", lambda l, m, u: threshold(l, m | True, u), "known tokens do not count"),

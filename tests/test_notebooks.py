@@ -34,6 +34,7 @@ COURSE = [
     "11_evaluation",
     "12_scaling_up",
     "13_schedule_lab",
+    "13b_measuring_samplers",
     "14_muse_or_diffusion",
     "15_muse_in_200_lines",
 ]
