@@ -37,6 +37,7 @@ COURSE = [
     "13b_measuring_samplers",
     "14_muse_or_diffusion",
     "15_muse_in_200_lines",
+    "16_a_model_of_your_own",
 ]
 ROOMS = (
     "vqgan masking transformer cfg sampler text vqgan_loss muse editing train config".split()
