@@ -9,7 +9,7 @@ r"""
 | **Paper** | beyond Muse: WiSE-FT ([arXiv 2109.01903](https://arxiv.org/abs/2109.01903)); copies ([arXiv 2212.03860](https://arxiv.org/abs/2212.03860)) |
 | **You will learn** | what a folder of your own needs · whether frozen tokenizers can show your pictures · fine-tuning in Python and as commands · how to find copies, with a yardstick · what averaging with the old weights takes back |
 | **Before this** | [5. The base transformer](05_base_transformer.ipynb), [7. Parallel decoding](07_parallel_decoding.ipynb); quantiles |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 75 minutes of your time |
 | **Files** | [`train.py`](../minimuse/train.py), [`train_state.py`](../minimuse/train_state.py), [`data_sources.py`](../minimuse/data_sources.py) |
 """
 
