@@ -571,12 +571,12 @@ def check_sharded_bytes(fn: Given) -> Iterator[str]:
 
 
 @_check
-def check_nearest(fn: Given) -> Iterator[str]:
+def check_nearest_picture(fn: Given) -> Iterator[str]:
     """fn(samples (n, ...), train (m, ...)) -> distances (n,) and indices (n,): root mean square differences."""
     train = torch.tensor([[0.0, 0.0], [10.0, 10.0], [0.0, 20.0]])[:, None].to(torch.uint8)
     samples = torch.tensor([[10.0, 10.0], [3.0, 4.0], [0.0, 18.0]])[:, None].to(torch.uint8)
-    far, which = fn(samples, train)
     yield "which training picture is nearest"
+    far, which = fn(samples, train)
     _same("fn of pictures of two pixels: indices", which, torch.tensor([1, 0, 2]))
     yield "a copy is at distance 0"
     _same("fn([10, 10] among [0, 0], [10, 10], [0, 20]): distance", far[0], 0.0)

@@ -141,7 +141,7 @@ OURS = {
     "check_psnr": eval_metrics.psnr,
     "check_layer_parameters": lambda width, mlp_width: 8 * width**2 + 2 * width * mlp_width,
     "check_training_flops": lambda parameters, tokens: 6 * parameters * tokens,
-    "check_nearest": lambda samples, train: (
+    "check_nearest_picture": lambda samples, train: (
         (d := torch.cdist(samples.flatten(1).float(), train.flatten(1).float()).min(1)).values
         / samples[0].numel() ** 0.5,
         d.indices,
@@ -498,10 +498,14 @@ WRONG = [
         "a multiplication and an addition forwards, and two such products backwards",
     ),
     ("check_training_flops", lambda parameters, tokens: 6 * parameters, "each parameter meets each token"),
-    ("check_nearest", lambda x, y: (torch.zeros(3), torch.zeros(3, dtype=torch.long)), "which training picture"),
-    ("check_nearest", lambda x, y: (torch.ones(3), torch.tensor([1, 0, 2])), "a copy is at distance 0"),
     (
-        "check_nearest",
+        "check_nearest_picture",
+        lambda x, y: (torch.zeros(3), torch.zeros(3, dtype=torch.long)),
+        "which training picture",
+    ),
+    ("check_nearest_picture", lambda x, y: (torch.ones(3), torch.tensor([1, 0, 2])), "a copy is at distance 0"),
+    (
+        "check_nearest_picture",
         lambda x, y: tuple(torch.cdist(x.flatten(1).float(), y.flatten(1).float()).min(1)),
         "the root of the mean",
     ),

@@ -18,7 +18,7 @@ import os
 
 import matplotlib.pyplot as plt
 import torch
-from checks import check_copied, check_nearest
+from checks import check_copied, check_nearest_picture
 from view import show, style
 
 from minimuse import Muse
@@ -259,7 +259,7 @@ def my_nearest(samples, train):  # (n, ...), (m, ...) -> distances (n,), indices
     return torch.zeros(len(samples)), torch.zeros(len(samples), dtype=torch.long)  # your code
 
 
-check_nearest(my_nearest)
+check_nearest_picture(my_nearest)
 
 
 # %% tags=["solution"]
@@ -269,7 +269,7 @@ def nearest(samples, train):
     return found.values / x.shape[1] ** 0.5, found.indices
 
 
-check_nearest(nearest)
+check_nearest_picture(nearest)
 
 # %% [markdown]
 r"""
