@@ -110,6 +110,22 @@ def test_form(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_form_of_exercises(name):
+    header, *texts = [cell.source for cell in build.notebook(name).cells if cell.cell_type == "markdown"]
+    minutes = 0
+    for text in (text for text in texts if text.startswith("### Exercise")):
+        slope = re.search(r"^\*Difficulty [123] of 3, about (\d+) minutes\.\*$", text, flags=re.MULTILINE)
+        assert slope, f"an exercise without difficulty and minutes: {text[:40]!r}"
+        assert "<details><summary>Hint</summary>\n\n" in text, f"an exercise without a hint: {text[:40]!r}"
+        minutes += int(slope[1])
+    asked = sum(text.startswith("### Open question\n\n*About 30 minutes.*\n\n") for text in texts)
+    assert asked == 1, f"{asked} open questions; one is wanted"
+    yours = re.search(r"\*\*Takes\*\* \| .+; about (\d+) (minutes|hours) of your time \|", header)
+    assert yours, "the header does not say how much of a student's time it takes"
+    assert int(yours[1]) * {"minutes": 1, "hours": 60}[yours[2]] > minutes, f"the exercises take {minutes} minutes"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_stored(name):
     nb, size = stored(name), (FOLDER / f"{name}.ipynb").stat().st_size
     assert size <= 1_000_000, f"{size / 1e6:.2f} MB stored; 1 MB is the most"
