@@ -99,7 +99,17 @@ distance; Halton order hardly has any.
 r"""
 ## 2. How many, decided as you go
 
-The entropy bound of notebook 7b chooses the number of tokens from the logits. Is it worth its passes?
+The entropy bound of notebook 7b chooses the number of tokens from the logits:
+"""
+
+# %%
+from minimuse.lab_samplers import entropy_bound
+
+show(entropy_bound)
+
+# %% [markdown]
+r"""
+Is it worth its passes? `bound8` is `entropy_bound(8.0)`: it allows 8 nats a step.
 """
 
 # %%

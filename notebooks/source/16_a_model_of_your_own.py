@@ -24,9 +24,7 @@ from view import show, style
 from minimuse import Muse
 from minimuse.plots import grid
 
-FAST = bool(
-    os.environ.get("MINIMUSE_FAST")
-)  # the tests' setting: the same cells, fewer pictures and steps
+FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: fewer pictures and steps
 CHECKPOINT = "nano"  # the small one: it learns within a minute
 PICTURES = 6 if FAST else 24  # to train on
 HELD_OUT = 20 if FAST else 200  # never trained on
