@@ -54,7 +54,7 @@ def code(hexcode: str) -> str:
 
 def icon_name(label: str) -> str:
     """The name of an emoji as old packages, which have no code points, name its picture: "dog-face"."""
-    return re.sub("[^a-z0-9]+", "-", re.sub("[’']", "", label.lower())).strip("-")
+    return re.sub("[^a-z0-9]+", "-", re.sub("[\u2019']", "", label.lower())).strip("-")
 
 
 def draw(svg: str, size: int) -> Image.Image | None:

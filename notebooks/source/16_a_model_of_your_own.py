@@ -237,7 +237,10 @@ A loss says nothing to a stranger, who sees samples. And copies look good. Two t
    that does not copy, it should be about 10% as well.
 
 The distance is the root mean square difference of pixels, from 0 to 255.
+"""
 
+# %% [markdown]
+r"""
 ### Exercise 16.1: the nearest
 
 *Difficulty 2 of 3, about 10 minutes.*
