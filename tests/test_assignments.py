@@ -482,6 +482,18 @@ def test_submissions_are_found(tmp_path):
     assert passed == {}
 
 
+def test_what_was_passed_over_stays_in_the_marks_until_it_is_graded(tmp_path):
+    path = tmp_path / "logs" / "x" / "passed.json"
+    assert grade.remember(path, {"ben": "no notebook", "zip": "no folder"}, ["ann"]) == {
+        "ben": "no notebook",
+        "zip": "no folder",
+    }
+    assert grade.remember(path, {}, ["ann"]) == {"ben": "no notebook", "zip": "no folder"}, (
+        "read again without a folder"
+    )
+    assert grade.remember(path, {"eve": "no notebook"}, ["ann", "ben"]) == {"zip": "no folder", "eve": "no notebook"}
+
+
 def test_what_is_passed_over_is_named(tmp_path):
     touch(tmp_path, "anna.ipynb", "ben/a.ipynb", "ben/b.ipynb", "carl/report.pdf", "dora.zip")
     found, passed = grade.submissions(tmp_path, "x")
