@@ -66,7 +66,7 @@ format: $(DEV)  ## fix rules and format with ruff
 notebooks: $(DEV)  ## build the course's notebooks from their sources and run them in full
 	$(BIN)/python notebooks/build.py
 
-site: $(DEV)  ## write the course as HTML pages into site/; works offline
+site: $(DEV)  ## write the course as HTML pages and slides into site/; works offline
 	$(BIN)/python notebooks/pages.py
 
 train: $(STAMP)  ## train the nano preset from scratch into runs/nano

@@ -33,7 +33,7 @@ def named(folder: Path) -> list[dict]:
 
 
 def design(folder: Path) -> tuple[dict, dict[str, str], dict[str, str]]:
-    """An unpacked package -> its info, an SVG for each of its names, and its name for each code point."""
+    """An unpacked package -> its info, an SVG for each of its names, and its name for each code point, if any."""
     info, icons, characters = (
         json.loads((folder / name).read_text(encoding="utf-8")) for name in ("info.json", "icons.json", "chars.json")
     )
@@ -42,14 +42,19 @@ def design(folder: Path) -> tuple[dict, dict[str, str], dict[str, str]]:
         width, height = (icon.get(side) or icons.get(side) or 16 for side in ("width", "height"))
         box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
         pictures[name] = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>'
-    aliases = {name: alias["parent"] for name, alias in icons.get("aliases", {}).items()}
-    names = {code(character): aliases.get(name, name) for character, name in characters.items()}
-    return info, pictures, names
+    parents = {name: alias["parent"] for name, alias in icons.get("aliases", {}).items()}
+    pictures |= {name: pictures[parent] for name, parent in parents.items() if parent in pictures}
+    return info, pictures, {code(character): name for character, name in characters.items()}
 
 
 def code(hexcode: str) -> str:
     """Code points without the variation selector, which designs give or omit."""
     return hexcode.lower().replace("-fe0f", "")
+
+
+def icon_name(label: str) -> str:
+    """The name of an emoji as old packages, which have no code points, name its picture: "dog-face"."""
+    return re.sub("[^a-z0-9]+", "-", re.sub("[\u2019']", "", label.lower())).strip("-")
 
 
 def draw(svg: str, size: int) -> Image.Image | None:
@@ -89,7 +94,8 @@ def write(out: Path, size: int, entries: list[dict], folders: list[Path]) -> int
         licenses.append(f"- {info['name']}, {author['name']} ({author['url']}): {terms['title']} ({terms['url']})\n")
         style = info["prefix"].split("-")[0]
         for entry in entries:
-            svg = pictures.get(names.get(code(entry["hexcode"]), ""))
+            key = names.get(code(entry["hexcode"]), "") if names else icon_name(entry["label"])
+            svg = pictures.get(key)
             if image := svg and draw(svg, size):
                 name = f"{code(entry['hexcode'])}-{info['prefix']}.png"
                 image.save(out / name)

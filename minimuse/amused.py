@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from minimuse.cfg import Guidance, get_guidance, guide
 from minimuse.config import MuseConfig
 from minimuse.sampler import LogitsFn
-from minimuse.utils import require
+from minimuse.utils import explain, require
 
 
 def settings(steps: int = 12) -> dict[str, Any]:
@@ -46,20 +46,16 @@ def settings(steps: int = 12) -> dict[str, Any]:
 
 def _load(kind: str, name: str | Path, subfolder: str) -> Any:
     """Load a class of diffusers or transformers, given by its name, from a folder or hub id; frozen, float32."""
-    try:
+    with explain("published weights need diffusers: pip install 'minimuse[amused]'", ImportError, kind=ImportError):
         import diffusers
         import transformers
-    except ImportError as error:
-        raise ImportError("published weights need diffusers: pip install 'minimuse[amused]'") from error
     load = (getattr(diffusers, kind, None) or getattr(transformers, kind)).from_pretrained
-    try:
+    with explain(f"no {kind} in {str(name)!r}, subfolder {subfolder!r}", OSError, ValueError):
         if kind == "CLIPTokenizer":
             return load(name, subfolder=subfolder)
         model, info = load(name, subfolder=subfolder, use_safetensors=True, output_loading_info=True)
         missing = sorted(info["missing_keys"])
         require(not missing, f"it lacks the weights {', '.join(missing[:3])}, ...")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no {kind} in {str(name)!r}, subfolder {subfolder!r}: {error}") from error
     return model.float().eval().requires_grad_(False)
 
 
@@ -158,7 +154,6 @@ class Amused(nn.Module):
 
         @torch.no_grad()
         def logits_fn(tokens: Tensor, u: float) -> Tensor:
-            """tokens (B, N), progress u -> guided logits (B, N, V)."""
             t = scale(u)
             n = b if t == 0 else 2 * b  # without guidance, no second branch
             x = tokens.view(b, side, side).repeat(n // b, 1, 1)

@@ -25,7 +25,7 @@ from minimuse.muse import Muse
 from minimuse.pictures import open_picture, settings_of, with_settings
 from minimuse.plots import film, mask_overlay, token_map
 from minimuse.sampler import ORDERS, Step
-from minimuse.utils import require
+from minimuse.utils import explain, require
 
 STAGES = {"base": "Base model", "superres": "Super-resolution"}
 SIDES = ("left", "top", "right", "bottom")
@@ -327,17 +327,13 @@ class Page:
 def serve(name: str = "toy", *, host: str = "127.0.0.1", port: int | None = None, device: str | None = None) -> None:
     """Load a checkpoint, serve the page, print its address, until Ctrl-C. ValueError where it cannot listen."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # gradio reads them on import
-    try:
+    with explain('the app needs gradio: pip install "minimuse[app]"', ImportError, kind=ImportError):
         import gradio as gr
         from starlette.middleware import Middleware
-    except ImportError as error:
-        raise ImportError('the app needs gradio: pip install "minimuse[app]"') from error
-    try:
+    hint = "give an address of this machine and a free port from 1 to 65535"
+    with explain(f"cannot listen on {host!r}, port {port or 'any'}; {hint}", OSError, OverflowError):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port or 0), family=family).close()
-    except (OSError, OverflowError) as error:
-        hint = "give an address of this machine and a free port from 1 to 65535"
-        raise ValueError(f"cannot listen on {host!r}, port {port or 'any'}: {error}; {hint}") from error
     muse = Muse.from_pretrained(name, device=device)
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     blocks = Page(muse).build().queue(max_size=100)

@@ -203,7 +203,6 @@ class Autoregressive(LowRes):
 
     def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
         init_from_codebook(self.base, self.low_tokenizer.codebook)
-        data, stage = trainer.data, self.config.stages["base"]
         eval_fn = trainer.log.samples("base", self.parts, self.examples, partial(self.generate, self.examples, seed=0))
         options = {"engine": trainer.engine, "eval_fn": eval_fn}
-        return train_ar(self.base, stage, data.split(data.tokens["low"]), data.split(data.texts), **options)
+        return train_ar(self.base, self.config.stages["base"], *trainer.data.columns("base"), **options)

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from minimuse.baseline_ar import LowRes
 from minimuse.cfg import guided
 from minimuse.config import MuseConfig, StageConfig
-from minimuse.data_cache import Decimated
 from minimuse.editing import Jobs, seeded_generators
 from minimuse.muse import sampling_settings
 from minimuse.sampler import Step
@@ -233,8 +232,7 @@ class Diffusion(LowRes):
     def fit(self, trainer: MuseTrainer) -> Iterator[Progress]:
         """Train on the latents of the low tokenizer."""
         data, stage = trainer.data, self.config.stages["base"]
-        factor = self.config.high_tokenizer.image_size // self.config.low_tokenizer.image_size
-        z = latents(self.low_tokenizer, Decimated(data.split(data.images), factor))
+        z = latents(self.low_tokenizer, *data.columns("low_tokenizer"))
         eval_fn = trainer.log.samples("base", self.parts, self.examples, partial(self.generate, self.examples, seed=0))
         return train_dit(self.base, stage, z, data.split(data.texts), engine=trainer.engine, eval_fn=eval_fn)
 

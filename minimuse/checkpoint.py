@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minimuse.config import FORMAT, MuseConfig, from_dict, to_dict
-from minimuse.utils import atomic_write, check, require
+from minimuse.utils import atomic_write, check, explain, require
 
 Build = Callable[[MuseConfig], nn.ModuleDict]
 SHIPPED = Path(__file__).parent / "checkpoints"
@@ -79,10 +79,9 @@ def load_networks(name: str | Path, build: Build, format: str = FORMAT) -> tuple
     about = {k: list(check(f"{k} in {at}", values.get(k, []), tuple[str, ...])) for k in ("words", "examples")}
     config = read_configuration(at)
     check_size(config, folder, whole=format == FORMAT)
-    try:  # not memory-mapped: Windows cannot replace such a file
+    broken = f"{folder / WEIGHTS} is broken or cut short; copy or download it again"
+    with explain(broken, safetensors.SafetensorError, OSError):  # not memory-mapped: Windows cannot replace such a file
         weights = safetensors.torch.load((folder / WEIGHTS).read_bytes())
-    except (safetensors.SafetensorError, OSError) as e:
-        raise ValueError(f"{folder / WEIGHTS} is broken or cut short: {e}; copy or download it again") from e
     with torch.device("meta"):
         parts = build(config)
     if config.low_tokenizer_from:
@@ -109,19 +108,15 @@ def stored_weights(config: MuseConfig, parts: nn.ModuleDict, build: Build, dtype
 
 def read_json(path: Path) -> Any:
     """The values of a JSON file. ValueError names a file that is broken."""
-    try:
+    with explain(f"{path} is broken JSON", ValueError, RecursionError):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is broken JSON: {e}") from e
 
 
 def read_configuration(path: Path) -> MuseConfig:
     """The configuration in a checkpoint's config.json, a run's run.json, or a JSON file that holds nothing else."""
     values = read_json(path)
-    try:
+    with explain(f"{path} holds no whole configuration", ValueError):
         return from_dict(values.get("config", values) if isinstance(values, dict) else values)
-    except ValueError as e:
-        raise ValueError(f"{path} holds no whole configuration: {e}") from e
 
 
 def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str | Path) -> None:

@@ -132,9 +132,7 @@ def _option_groups() -> dict[str, argparse.ArgumentParser]:
     add("--n", type=COUNT, default=1, help="number of pictures for each prompt")
     add("--seed", type=SEED, help="picture i uses seed + i (default: a random seed, which is printed)")
     add("--negative-prompt", type=str, help="what the pictures should not show")
-    add(
-        "--guidance", type=_guidance, help=f"scale t of the base model, FIRST:LAST, or NAME:t, as rising:4: {GUIDANCES}"
-    )
+    add("--guidance", type=_guidance, help=f"t of the base model, FIRST:LAST, or NAME:t, as rising:4: {GUIDANCES}")
     add("--out", type=Path, help="PNG to write; picture i > 0 gets -i at the end of its name (default: a free name)")
     add("--film", action="store_true", help="also write a film strip of the decoding, as ...-film.png")
     add("--force", action="store_true", help="overwrite existing files")

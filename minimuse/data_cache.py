@@ -35,7 +35,7 @@ from minimuse.config import MuseConfig
 from minimuse.data_captions import EXAMPLE_PROMPTS, Problems, SceneDataset, vocabulary
 from minimuse.data_sources import Source
 from minimuse.text import TextEncoder
-from minimuse.utils import area_downsample, atomic_write, content_hash, precision, require, to_float
+from minimuse.utils import area_downsample, atomic_write, content_hash, explain, precision, require, to_float
 
 CACHE_VERSION = 2  # raise it on purpose when the files of a cache change
 BLOCK = 500  # images that are tokenized at a time
@@ -93,10 +93,9 @@ class Rows:
             leftover.unlink()
         pieces = list(make(part, record))
         tensors = {"rows": torch.cat(pieces) if pieces else torch.empty(0)}
-        try:
+        no_room = f"{path} could not be written; make room, finished parts are kept"
+        with explain(no_room, OSError, SafetensorError, kind=OSError):
             atomic_write(path, partial(save_file, tensors, metadata={"record": json.dumps(record)}))
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"{path} could not be written ({error}): make room; finished parts are kept") from error
         return record
 
     @cached_property
@@ -296,6 +295,14 @@ class TrainingData:
         if len(rows) >= HELD_OUT:
             index = index[(index % HELD_OUT == HELD_OUT - 1) == held_out]
         return Subset(rows, index, held_out and len(rows) >= HELD_OUT)
+
+    def columns(self, stage: str, held_out: bool = False) -> list[Subset]:
+        """What a stage reads: images of its size, or tokens, texts and, for super-resolution, low tokens."""
+        if stage in ("base", "superres"):
+            tokens = [self.tokens["low"]] if stage == "base" else [self.tokens["high"], self.tokens["low"]]
+            return [self.split(rows, held_out) for rows in (tokens[0], self.texts, *tokens[1:])]
+        factor = self.side // self.config.low_tokenizer.image_size if stage == "low_tokenizer" else 1
+        return [self.split(Decimated(self.images, factor) if factor > 1 else self.images, held_out)]
 
     def words(self, most: int = 20_000) -> dict[str, list[str]]:
         """What a checkpoint says about its data: the most common words of the captions, and prompts to try."""

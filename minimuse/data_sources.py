@@ -36,7 +36,7 @@ import torch
 from minimuse.config import MuseConfig
 from minimuse.data_captions import CROPPED, OTHER, PART, Example, Problems, Reading, SceneDataset, Source, captions_of
 from minimuse.pictures import FORMATS, Refused, decode_image
-from minimuse.utils import content_hash, file_hash, require
+from minimuse.utils import content_hash, explain, file_hash, require
 
 FILES_VERSION = 4  # raise it on purpose when the same files give other pixels or captions: caches become invalid
 SUFFIXES = ".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .avif .eps .heic .heif .jfif .jp2 .jxl .pgm .psd .svg .tga"
@@ -270,10 +270,8 @@ class TableDataset(FileSource):
         require(bool(whole), f"{hub or self.files[0]}: expected {expected}, found {', '.join(columns) or 'none'}")
 
     def _open(self, part: int | None = None) -> Any:
-        try:
+        with explain('this data needs datasets: pip install "minimuse[data]"', ImportError, kind=ImportError):
             from datasets import load_dataset
-        except ImportError as error:
-            raise ImportError('this data needs the library datasets: pip install "minimuse[data]"') from error
         if self.files and (file := self.files[part or 0]):
             return load_dataset(file.suffix[1:], data_files=str(file), split="train", streaming=True)
         table = load_dataset(self.hub, revision=self.revision, split=self.reading.split or "train", streaming=True)

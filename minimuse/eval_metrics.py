@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimuse.utils import require, to_float, to_uint8
+from minimuse.utils import explain, require, to_float, to_uint8
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # images (B, 3, H, W) twice -> ()
 Features = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B, D)
@@ -122,22 +122,19 @@ def marginal_distances(x: Tensor, y: Tensor, v: int, groups: int) -> dict[str, l
 
 def _t_quantile(count: float) -> float:
     """The 97.5% quantile of Student's t for this many groups; of the normal distribution for infinitely many."""
-    try:
+    with explain('confidence intervals need scipy: pip install "minimuse[eval]"', ImportError, kind=ImportError):
         from scipy.stats import t
-    except ImportError as error:
-        raise ImportError('confidence intervals need scipy; install it with pip install "minimuse[eval]"') from error
     return float(t.ppf(0.975, max(1, count - 1)))
 
 
 def _rows(values: Values, groups: Groups, ndim: int = 1) -> tuple[Tensor, Tensor, int]:
     """Values (n,) or (n, D) and labels -> values in double, the number of each row's group as they appear, and G."""
-    try:
+    expected = "expected values in rows, and a list of group labels, one for each row"
+    with explain(expected, TypeError, ValueError, RuntimeError):
         values = torch.as_tensor(values).detach().cpu().double()
         labels = range(len(values)) if groups is None else groups
         labels = [label.item() if isinstance(label, Tensor) else label for label in labels]
         number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"expected values in rows, and a list of group labels, one for each row: {error}") from error
     if values.ndim != ndim or values.numel() == 0 or not (values.abs() < 1e100).all():
         expected = f"at least one row of finite numbers, {'(n,)' if ndim == 1 else '(n, D)'}"
         raise ValueError(f"got values of shape {tuple(values.shape)}, or NaN or infinite ones; expected {expected}")
@@ -206,11 +203,9 @@ def frechet_interval(
 
 def inception_features(weights: str | None = None) -> Features:
     """FID's Inception network: images -> (B, 2048). Downloads its weights unless their file is given."""
-    try:
+    needs = "inception_features needs torch-fidelity and a fitting torchvision: pip install 'minimuse[metrics]'"
+    with explain(needs, ImportError, RuntimeError, kind=ImportError):  # RuntimeError: a torchvision for another torch
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
-        hint = "needs torch-fidelity and a fitting torchvision; install them with pip install 'minimuse[metrics]'"
-        raise ImportError(f"inception_features {hint} ({error})") from error
     net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
     net = net.eval()  # version 0.3.0 leaves it in training mode (pitfall 18)
     return lambda images: net.to(images.device)(images if images.dtype == torch.uint8 else to_uint8(images))[0]
@@ -322,9 +317,8 @@ def feature_distance(features: Callable[[Tensor], list[Tensor]]) -> Distance:
 
 def lpips_distance() -> Distance:
     """LPIPS with VGG features, as in VQGAN. The package downloads the weights at first use."""
-    try:
+    needs = 'perceptual="lpips" needs pip install "minimuse[lpips]"; "scenes" and "none" do not'
+    with explain(needs, ImportError, kind=ImportError):
         import lpips
-    except ImportError as e:
-        raise ImportError('perceptual="lpips" needs pip install "minimuse[lpips]"; "scenes" and "none" do not') from e
     net = lpips.LPIPS(net="vgg").eval().requires_grad_(False)
     return lambda x, y: net.to(x.device)(x, y).mean()

@@ -36,7 +36,7 @@ from minimuse.data_scenes import COLORS, MATERIALS, SHAPES, SIZES
 from minimuse.eval_metrics import Distance, check_images, feature_distance, lpips_distance
 from minimuse.pictures import from_pil
 from minimuse.text import Context, TextEncoder
-from minimuse.utils import require, to_float, to_pil
+from minimuse.utils import explain, require, to_float, to_pil
 from minimuse.vqgan import Encoder, VQGANConfig
 from minimuse.vqgan_loss import pyramid
 
@@ -236,11 +236,10 @@ class ClipScorer:
         from transformers import AutoProcessor, CLIPModel
 
         self.processor = AutoProcessor.from_pretrained(name)
-        try:
+        convert = "CLIPModel.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(FOLDER)"
+        no_clip = f"{name!r} has no CLIP in safetensors; if you trust it, convert it: {convert}"
+        with explain(no_clip, OSError, kind=OSError):  # never a pickle, which may run code
             model, info = CLIPModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
-        except OSError as error:  # never a pickle, which may run code
-            convert = "CLIPModel.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(FOLDER)"
-            raise OSError(f"{name!r} has no CLIP in safetensors; if you trust it, convert it: {convert}") from error
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"{name!r} is not a complete CLIP: it lacks {missing[0]!r} and others")
         self.model = model.eval().requires_grad_(False).to(device)

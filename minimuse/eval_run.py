@@ -8,7 +8,6 @@ first pictures), and sweep-*.png (trade-offs). A stopped evaluation continues af
 Images are uint8, (B, 3, H, W). Not here: prompts and what they mean (`eval_prompts.py`), metrics (`eval_metrics.py`).
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minimuse
-from minimuse import checkpoint, eval_metrics, train_state
+from minimuse import checkpoint, eval_metrics, train_state, utils
 from minimuse.data_scenes import Scene, render
 from minimuse.editing import edit_tokens, inpaint_tokens, tokenize
 from minimuse.eval_metrics import Estimate, proportion_interval, summarize
@@ -337,6 +336,6 @@ def measure(
     about["superres steps"] = muse.config.superres_sampling.steps
     homes = {"checkpoint": checkpoint.find(name), **{part: checkpoint.SHIPPED / part for part in ("detector", "clip")}}
     for part, home in homes.items():
-        about[f"weights of {part}"] = hashlib.sha256((home / checkpoint.WEIGHTS).read_bytes()).hexdigest()
+        about[f"weights of {part}"] = utils.file_hash(home / checkpoint.WEIGHTS)
     model = EvalModel(muse, before=before, base_only=base_only or sweep)  # sweeps are of the base model alone
     return evaluate(model, out, about | {"device": muse.device.type}, sweep=sweep, **options)

@@ -47,18 +47,9 @@ import torch
 from torch import Tensor
 
 import minimuse
+from minimuse import lab_optimum
 from minimuse.eval_metrics import Estimate, jackknife, marginal_distances, mean_interval, paired_difference
-from minimuse.lab_optimum import (
-    GROUPS,
-    Outcome,
-    check_samples,
-    expected_kl,
-    information_curve,
-    optimal_counts,
-    run,
-    schedule_of,
-    world_curves,
-)
+from minimuse.lab_optimum import GROUPS, Outcome, expected_kl, information_curve, optimal_counts, schedule_of
 from minimuse.lab_samplers import entropy_bound, preset_settings
 from minimuse.lab_worlds import WORLDS, ChainWorld, ConditionalMixture, MixtureWorld, PottsWorld, World
 from minimuse.masking import get_schedule, reveal_counts
@@ -115,7 +106,7 @@ class WorldEvaluator:
     }
 
     def __init__(self, world: World, samples: int = 4096, seed: int = 0):
-        samples, self.seed = check_samples(samples), check("seed", seed, OneSeed)
+        samples, self.seed = lab_optimum.check_samples(samples), check("seed", seed, OneSeed)
         self.world, self.grid, self.codebook_size = world, world.grid, world.v
         name = f"{type(world).__name__} {world.grid[0]}x{world.grid[1]}, {world.v} codes"
         self.about = {"target": name, "samples": samples, "seed": seed}
@@ -129,7 +120,7 @@ class WorldEvaluator:
     @cached_property
     def curves(self) -> Tensor:
         """(GROUPS, N): the information curve of each group of examples."""
-        curves = world_curves(self.world, seed=self.seed)
+        curves = lab_optimum.world_curves(self.world, seed=self.seed)
         return curves.expand(max(GROUPS, len(curves)), -1).unflatten(0, (GROUPS, -1)).mean(1)
 
     def __call__(self, *, guidance: Any = None, **sampling: Any) -> Outcome:
@@ -140,7 +131,7 @@ class WorldEvaluator:
         sampler = world if guidance is None else world.guided(guidance)
         for i, start in enumerate(torch.full_like(self.x, world.mask_id).split(world.batch)):
             steps = decode(sampler, start, mask_id=world.mask_id, generator=self._generator(4 + i), **sampling)
-            parts.append(run(steps, get("corrector")))
+            parts.append(lab_optimum.run(steps, get("corrector")))
         y = torch.cat([tokens for tokens, _ in parts])
         nfe = sum(n for _, n in parts) / len(y)
         groups = {"excess_nll": self._grouped(self.minus_entropy - world.log_prob(y))}
@@ -311,9 +302,8 @@ def compare(
         evaluator = MuseEvaluator(target, 512 if samples is None else samples, seed)
     elif not callable(target) or not hasattr(target, "grid"):
         raise TypeError(f"target is {target!r}; give a World such as MixtureWorld.random(), a Muse, or an evaluator")
-    trials = {}
-    for name, order, t in product(schedules, orders, steps):
-        trials[name, order, t] = {"schedule": schedules[name], "order": orders[order], "steps": t}
+    every = product(schedules, orders, steps)
+    trials = {(s, o, t): {"schedule": schedules[s], "order": orders[o], "steps": t} for s, o, t in every}
     for name, t in product(presets, steps):
         given = presets[name] if isinstance(presets[name], dict) else {}
         size = (math.prod(evaluator.grid), evaluator.codebook_size, t, target if isinstance(target, World) else None)

@@ -112,7 +112,7 @@ SAMPLER_PRESETS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-# --- samplers of papers ------------------------------------------------------------------------------------------------
+# --- samplers of papers -----------------------------------------------------------------------------------------------
 
 
 def entropy_bound(bound: float, whole: bool = False) -> Callable[[Tensor, Tensor, float], Tensor]:

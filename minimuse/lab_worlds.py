@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from minimuse.utils import Fraction, Natural, NonNegative, PositiveInt, check, generator_of, require
+from minimuse.utils import Fraction, Natural, NonNegative, PositiveInt, check, explain, generator_of, require
 
 Grid = tuple[int, int]  # (h, w)
 
@@ -277,10 +277,9 @@ def _default_grid(n: int) -> Grid:
 
 def _normalized(p: Any, name: str, axes: int) -> Tensor:
     """p (..., V) -> float64, normalized. ValueError unless it has so many axes, and every entry is positive."""
-    try:
+    expected = f"{name} is a {type(p).__name__}; give a tensor of positive numbers"
+    with explain(expected, TypeError, ValueError, RuntimeError):
         p = torch.as_tensor(p).double()
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{name} is a {type(p).__name__}; give a tensor of positive numbers") from e
     require(p.ndim == axes and p.numel() > 0, f"{name} has the shape {tuple(p.shape)}; give {axes} axes")
     normal = p / p.sum(-1, keepdim=True)
     require(((p > 0) & (normal > 0)).all(), f"{name} holds {p.min():g}; give positive numbers, as p > 0 everywhere")

@@ -89,10 +89,9 @@ def film(muse: Any, steps: Sequence[Step], row: int = 0, most: int = 12) -> Imag
         shown[np.abs(shown - last).argmin()] = last
     steps = [steps[i] for i in shown]
     frames = [mask_overlay(muse.picture(step)[row], step.masked[row]) for step in steps]
+    frames = [frame.resize((side, side), Image.Resampling.NEAREST) for frame in frames]
     titles = [f"{step.stage} {step.index + 1}: {int(step.masked[row].sum())} left" for step in steps]
-    return grid(
-        [frame.resize((side, side), Image.Resampling.NEAREST) for frame in frames], titles, len(frames), scale=1
-    )
+    return grid(frames, titles, len(frames), scale=1)
 
 
 def pareto_front(points: Sequence[tuple[float, float]], lower: tuple[bool, bool] = (True, False)) -> list[int]:

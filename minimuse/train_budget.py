@@ -7,6 +7,7 @@ Bytes are those of fp32 weights, trained with bf16 autocast and fused attention,
 Not counted: LPIPS, gradients of activations, temporary tensors, gaps; the data's preparation. See `preview` too.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from minimuse.config import STAGES, MuseConfig
 from minimuse.data_cache import TrainingData
@@ -243,12 +245,8 @@ def language_model_bytes(encoder: TextEncoder) -> int:
 
 
 def si(x: float, unit: str) -> str:
-    """1.5e12, "FLOP" -> "1.5 TFLOP": three digits and a prefix, powers of 1000."""
-    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]
-    while x >= 999.5 and len(prefixes) > 1:
-        x /= 1000
-        prefixes.pop(0)
-    return f"{x:,.{2 if x < 9.995 else 1 if x < 99.95 else 0}f} {prefixes[0]}{unit}"
+    """1.5e12, "FLOP" -> "1.50 TFLOP": three digits and a prefix, powers of 1000."""
+    return re.sub(r"(?<=\d)(?=\D*$)", " ", tqdm.format_sizeof(x, unit))
 
 
 def duration(seconds: float) -> str:

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from minimuse import checkpoint, train_state
 from minimuse.amused import published_tokenizer
 from minimuse.config import STAGES, MuseConfig
-from minimuse.data_cache import HELD_OUT, Decimated, Subset, TrainingData
+from minimuse.data_cache import HELD_OUT, Subset, TrainingData
 from minimuse.eval_metrics import feature_distance, psnr
 from minimuse.eval_networks import Detector, network_input
 from minimuse.muse import text_encoder
@@ -302,22 +302,21 @@ def _examine_stage(
 
     deque(data.read(), maxlen=0)
     if name not in ("base", "superres"):
-        factor = config.high_tokenizer.image_size // config.low_tokenizer.image_size if name == "low_tokenizer" else 1
-        sets = [data.split(Decimated(data.images, factor), held_out) for held_out in (False, True)]
+        sets = (data.columns(name, held_out)[0] for held_out in (False, True))
         yield from examine_tokenizer(tokenizer(name), *sets, engine=engine)
         return
     low = published_tokenizer(config) or tokenizer("low_tokenizer")
     deque(data.tokenize("low", low), maxlen=0)
     deque(data.embed(), maxlen=0)
-    rows, model, draft = [data.tokens["low"], data.texts], Transformer(config.base), None
+    model, draft = Transformer(config.base), None
     if name == "superres":
         high = tokenizer("high_tokenizer")
         deque(data.tokenize("high", high), maxlen=0)
-        rows, model = [data.tokens["high"], data.texts, data.tokens["low"]], SuperRes(config.superres)
+        model = SuperRes(config.superres)
         draft = partial(draft_tokens, low, high) if config.superres.draft else None
     loss = MaskedLoss(model, draft).to(engine.device)
     early = train_state.load_weights(folder / name, loss) < EARLY * config.stages[name].steps
-    parts = ([data.split(r, held_out) for r in rows] for held_out in (False, True))
+    parts = (data.columns(name, held_out) for held_out in (False, True))
     yield from examine_transformer(loss, *parts, codebook_size=model.mask_id, engine=engine, early=early)
 
 

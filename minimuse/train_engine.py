@@ -123,9 +123,6 @@ def random_features(vectors: Tensor, width: int) -> Tensor:
     return 2**0.5 * (vectors @ waves + 2 * math.pi * torch.rand(width)).cos()
 
 
-# --- the engine -------------------------------------------------------------------------------------------------------
-
-
 def checkpoint_activations(module: nn.Module) -> None:
     """In place: a layer or residual block keeps only its input, and runs again in the backward pass."""
     for part in module.modules():
@@ -196,9 +193,6 @@ class Engine:
         full = make()
         full.load_state_dict(get_model_state_dict(module, options=StateDictOptions(full_state_dict=True)))
         return full
-
-
-# --- a stage ----------------------------------------------------------------------------------------------------------
 
 
 class Stage:

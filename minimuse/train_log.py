@@ -141,22 +141,20 @@ class TrainLog:
         self.last = (p.stage, p.step, now)
         if p.stage not in self.config.stages:
             return metrics
-        if stage != p.stage:
-            self._forget(p.stage, p.step - bool(metrics))  # the first Progress of a resumed stage has no metrics
-        elif metrics:
+        path = self.folder and self.folder / "log.jsonl"
+        if stage != p.stage and path and path.exists():
+            # drop the lines of steps that a resumed run does again, and a half-written last line
+            done = p.step - bool(metrics)  # the first Progress of a resumed stage has no metrics
+            kept = [line for line in read_log(path) if line["stage"] != p.stage or line["step"] <= done]
+            atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept))
+        elif stage == p.stage and metrics:
             metrics["images_per_s"] = self.config.stages[stage].batch * (p.step - step) / (now - then)
         due = p.step % EVERY == 0 or p.step == p.steps or any(key.startswith(EVALUATED) for key in metrics)
-        if self.folder and metrics and due:
+        if path and metrics and due:
             line = {"stage": p.stage, "step": p.step, **{k: round(v, 5) for k, v in metrics.items()}}
-            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         return metrics
-
-    def _forget(self, stage: str, step: int) -> None:
-        """Drop the lines of steps that a resumed run does again, and a half-written last line."""
-        if self.folder and (path := self.folder / "log.jsonl").exists():
-            kept = [line for line in read_log(path) if line["stage"] != stage or line["step"] <= step]
-            atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def tokenizer(self, stage: str, images: Any) -> EvalFn:
         """-> a function that returns the PSNR of the first eight images and saves a picture of them."""
@@ -172,10 +170,7 @@ class TrainLog:
 
     def transformer(self, stage: str, data: Any, parts: nn.ModuleDict) -> EvalFn:
         """-> a function that returns validation losses, and saves pictures of fixed prompts and seeds."""
-        rows = [data.tokens["low"], data.texts]
-        if stage == "superres":
-            rows = [data.tokens["high"], data.texts, data.tokens["low"]]
-        rows = [data.split(column, held_out=True) for column in rows]
+        rows = data.columns(stage, held_out=True)
         size, prompts = getattr(self.config, stage).codebook_size, data.words()["examples"]
 
         def draw() -> list[Image.Image]:  # before super-resolution is trained, at low resolution

@@ -8,8 +8,8 @@ import re
 import reprlib
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import is_dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -28,6 +28,16 @@ def require(condition: bool, message: str) -> None:
     """ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+@contextmanager
+def explain(message: str, *errors: type[Exception], kind: type[Exception] = ValueError) -> Iterator[None]:
+    """A context in which these errors become one of this kind, which says "message: first line of the error"."""
+    try:
+        yield
+    except errors as error:
+        first_line = str(error).partition("\n")[0]
+        raise kind(f"{message}: {first_line}") from error
 
 
 def require_multiple(config: Any, name: str, of: int) -> None:
@@ -193,12 +203,10 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device is None:
         return torch.device(best)
-    try:
-        require(torch.device(device).type in ("cpu", "cuda", "mps", "xpu"), "Known are cpu, cuda, mps and xpu")
+    problem = f"device {str(device)!r} is not on this machine; give {best!r}"
+    with explain(problem, RuntimeError, AssertionError, ValueError, TypeError):
+        require(torch.device(device).type in ("cpu", "cuda", "mps", "xpu"), "known are cpu, cuda, mps and xpu")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError, TypeError) as e:
-        why = str(e).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} is not on this machine; give {best!r}. {why}") from e
     return torch.device(device)
 
 
@@ -280,9 +288,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 images -> float32 of the same shape in [-1, 1]."""
-    require(
-        images.dtype == torch.uint8, f"to_float expected uint8, {images.dtype} came; floats in [-1, 1] need no change"
-    )
+    require(images.dtype == torch.uint8, f"to_float expected uint8, {images.dtype} came; floats need no change")
     return images.float() / 127.5 - 1
 
 

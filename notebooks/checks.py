@@ -486,6 +486,19 @@ def check_margin(fn: Given) -> Iterator[str]:
 
 
 @_check
+def check_threshold(fn: Given) -> Iterator[str]:
+    """fn(logits (B, N, V), masked (B, N), u) -> (B,): how many masked tokens have a code of probability 0.9 or more."""
+    p = [0.95, 0.6, 0.92, 0.05]  # three of four have such a code
+    logits = torch.tensor([[v, 1 - v] for v in p]).log().expand(2, -1, -1) + 3
+    for name, masked, want in [
+        ("certain tokens count, whichever code it is", [[True] * 4] * 2, [3, 3]),
+        ("known tokens do not count, rows have their own number", [[True, True, False, False], [False] * 4], [1, 0]),
+    ]:
+        yield name
+        _same(f"fn(logits log (p, 1 - p) + 3 of p = {p}, masked {masked})", fn(logits, torch.tensor(masked), 0.5), want)
+
+
+@_check
 def check_order(fn: Given) -> Iterator[str]:
     """fn(logits (B, N, V), drawn (B, N), masked (B, N), u) -> scores (B, N): all black fields of a board come first."""
     logits, drawn = torch.zeros(2, 16, 3), torch.zeros(2, 16, dtype=torch.long)
@@ -558,6 +571,32 @@ def check_sharded_bytes(fn: Given) -> Iterator[str]:
 
 
 @_check
+def check_nearest_picture(fn: Given) -> Iterator[str]:
+    """fn(samples (n, ...), train (m, ...)) -> distances (n,) and indices (n,): root mean square differences."""
+    train = torch.tensor([[0.0, 0.0], [10.0, 10.0], [0.0, 20.0]])[:, None].to(torch.uint8)
+    samples = torch.tensor([[10.0, 10.0], [3.0, 4.0], [0.0, 18.0]])[:, None].to(torch.uint8)
+    yield "which training picture is nearest"
+    far, which = fn(samples, train)
+    _same("fn of pictures of two pixels: indices", which, torch.tensor([1, 0, 2]))
+    yield "a copy is at distance 0"
+    _same("fn([10, 10] among [0, 0], [10, 10], [0, 20]): distance", far[0], 0.0)
+    yield "the root of the mean of squares, not of their sum"
+    _near("fn([3, 4] among them): distance", far[1], 12.5**0.5, 1e-4)
+
+
+@_check
+def check_copied(fn: Given) -> Iterator[str]:
+    """fn(samples (n,), held_out (m,), q) -> the fraction of samples below the quantile q of held_out."""
+    held_out = torch.arange(101.0)
+    yield "held-out pictures themselves: the fraction q"
+    _near("fn(held_out, held_out, 0.1)", fn(held_out, held_out, 0.1), 0.1, 0.015)
+    yield "copies: all"
+    _same("fn(0 everywhere, held_out, 0.1)", fn(torch.zeros(7), held_out, 0.1), 1.0)
+    yield "the quantile is q's"
+    _same("fn([20, 40, 60, 80], held_out, 0.5)", fn(torch.tensor([20.0, 40, 60, 80]), held_out, 0.5), 0.5)
+
+
+@_check
 def check_add_noise(fn: Given) -> Iterator[str]:
     """fn(x, noise, a) -> x at level a, noise in it: as `baseline_dit.add_noise`, with a itself given."""
     for name, a, want in [
@@ -583,6 +622,20 @@ def check_ddim_step(fn: Given) -> Iterator[str]:
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@_check
+def check_paired(fn: Given) -> Iterator[str]:
+    """fn(a (n,), b (n,)) -> (mean of a - b, half of its 95% interval): 1.96 standard errors, pair by pair."""
+    a, b, rise = torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor([1.0, 0.0, 3.0, 4.0]), torch.ones(4)
+    for name, first, second, want in [
+        ("the mean of a - b", a, b, 1.0),
+        ("what is common to a and b cancels: its half interval is 0", a + rise, a, 0.0),
+        ("1.96 times the standard deviation (n - 1) over the root of n", a, b, 1.96 * (4 / 3) ** 0.5 / 2),
+    ]:
+        yield name
+        found = fn(first, second)
+        _same(f"fn({first.tolist()}, {second.tolist()})", found[name[0] != "t"], want)
 
 
 @_check

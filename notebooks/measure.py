@@ -2,6 +2,7 @@
 
 Each is executed in the full setting, once in fp32 and once in bf16 (where this CPU multiplies bf16 fast), by itself:
 run it on a machine that does nothing else. Minutes are wall time with the kernel's start; memory is the kernel's peak.
+On a machine with other work, --busy counts the processor time of a kernel with one thread, only in bf16.
 With --store the outputs of the second run are kept, as `build.py` would; else nothing in the notebooks changes.
 `build.py --text` writes what was measured into their headers. Needs Linux or macOS.
 """
@@ -19,10 +20,12 @@ README = HERE / "README.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->"
 FP32 = """from minimuse import utils
 utils.fast_bf16 = lambda device: False"""
-PEAK = "import resource\nprint('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+PEAK = """import resource
+used = resource.getrusage(resource.RUSAGE_SELF)
+print("PEAK", used.ru_maxrss, used.ru_utime + used.ru_stime)"""
 
 
-def measure(name: str, precision: str, keep: bool = False) -> dict[str, float]:
+def measure(name: str, precision: str, keep: bool = False, busy: bool = False) -> dict[str, float]:
     """A notebook's minutes and the peak of its kernel's memory in GiB; `keep` stores what was executed."""
     nb = notebook(name)
     if precision == "fp32":
@@ -31,7 +34,8 @@ def measure(name: str, precision: str, keep: bool = False) -> dict[str, float]:
     began = time.monotonic()
     execute(nb)
     minutes = (time.monotonic() - began) / 60
-    peak = int(nb.cells.pop().outputs[0].text.split()[1])
+    peak, seconds = map(float, nb.cells.pop().outputs[0].text.split()[1:])
+    minutes = seconds / 60 if busy else minutes
     if keep:
         store(name, nb)
     return {"minutes": round(minutes, 2), "gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)}
@@ -46,8 +50,11 @@ def table(rows: dict) -> str:
     lines = ["| Notebook | Minutes, fp32 | Minutes, bf16 | Memory |", "|---|---|---|---|"]
     for name in names():
         if name in rows:
-            fp32, bf16 = rows[name]["fp32"], rows[name]["bf16"]
-            figures = f"{fp32['minutes']:.1f} | {bf16['minutes']:.1f} | {max(fp32['gib'], bf16['gib']):.1f} GiB"
+            bf16 = rows[name]["bf16"]
+            fp32 = rows[name].get("fp32", {"gib": 0})
+            gib = max(fp32["gib"], bf16["gib"])
+            figures = f"{fp32['minutes']:.1f}" if "fp32" in rows[name] else "-"
+            figures = f"{figures} | {bf16['minutes']:.1f} | {gib:.1f} GiB"
             lines.append(f"| [{title(name)}]({name}.ipynb) | {figures} |")
     return "\n".join(lines) + "\n"
 
@@ -56,10 +63,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="measure notebooks; write measured.json and README's table")
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; none is all")
     parser.add_argument("--store", action="store_true", help="keep the outputs of the run in bf16")
+    parser.add_argument(
+        "--busy", action="store_true", help="processor time of one thread: this machine does other work"
+    )
     args, rows = parser.parse_args(), json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
+    if args.busy:
+        os.environ["OMP_NUM_THREADS"] = "1"  # kernels inherit it
     for name in args.names or names():
-        rows[name] = {p: measure(name, p, args.store and p == "bf16") for p in ("fp32", "bf16")}
-        rows[name]["cores"] = os.cpu_count()
+        precisions = ("bf16",) if args.busy else ("fp32", "bf16")
+        rows[name] = {p: measure(name, p, args.store and p == "bf16", args.busy) for p in precisions}
+        rows[name]["cores"] = 1 if args.busy else os.cpu_count()
         print(name, rows[name])
         MEASURED.write_text(json.dumps(rows, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)

@@ -1,6 +1,7 @@
 """The course as a static site: python notebooks/pages.py [--out site]. Needs the extra `site`.
 
     NN_name.ipynb, as stored, and the pages in Markdown --nbconvert--> site/NN_name.html, with navigation
+    diagrams and figures of a week's notebooks --> site/slides_N.html; Page Down turns a slide, printing makes a PDF
 
 The site works without a network and without scripts: formulas become MathML, styles and pictures stand in the pages.
 Source files that a page links to are copied. Other links within the repository end at the site's first page.
@@ -10,12 +11,14 @@ import argparse
 import html
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
 from build import HERE, cells, names
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
+from nbconvert.filters import markdown2html
 from nbformat.v4 import new_markdown_cell, new_notebook
 from pygments.formatters import HtmlFormatter
 
@@ -26,8 +29,9 @@ TEXTS = {  # page -> its Markdown
     "ledger": HERE / "LEDGER.md",
     "assignments": HERE / "assignments" / "README.md",
 }
+WEEKS = {1: ("01", "02", "03", "04"), 2: ("05", "06", "07", "08", "10")}  # of README.md, for teachers
 CELL = '<div class="cell border-box-sizing'  # how nbconvert's basic template begins each cell
-CSS = HERE / "pages.css"
+CSS, SLIDES = HERE / "pages.css", HERE / "slides.css"
 
 
 def formula(tex: str, display: str) -> str:
@@ -82,6 +86,53 @@ def linked(found: str, folder: Path, out: Path) -> str:
     return re.sub(r'(href|src)="([^"]*)"', target, found)
 
 
+def slides(name: str) -> list[str]:
+    """A stored notebook -> slides in HTML: its title and aims, each question, and the first picture of each section.
+
+    A question "Predict, then run" has a slide of its own before the picture that answers it.
+    """
+    header, *cells = nbformat.read(HERE / f"{name}.ipynb", as_version=4).cells
+    title, motto = re.match(r"(# .+)\n+(.+)", header.source).groups()
+    aims = re.search(r"\*\*You will learn\*\* \| (.+?) \|", header.source)[1].replace(" · ", "\n- ")
+    found, heading, wanted = [markdown2html(with_formulas(f"{title}\n\n{motto}\n\n- {aims}"))], title, True
+    for cell, after in pairwise([*cells, cells[-1]]):
+        if cell.cell_type == "markdown":
+            heading = (re.findall(r"^## .+", cell.source, flags=re.MULTILINE) or [heading])[-1]
+            question = re.search(r"\*\*Predict, then run\.\*\*.+?(?=\n\n|$)", cell.source, flags=re.DOTALL)
+            wanted = wanted or bool(question) or cell.source.startswith("## ")
+            if question:
+                found.append(markdown2html(with_formulas(f"{heading}\n\n{question[0]}")))
+        for output in cell.get("outputs", []) * wanted:
+            if kind := {"image/png", "image/jpeg"} & set(output.get("data", {})):
+                kind = kind.pop()
+                alt = html.escape(output.get("metadata", {}).get("alt", "figure"))
+                picture = f'<img alt="{alt}" src="data:{kind};base64,{output.data[kind].strip()}">'
+                text = after.source.split("\n\n")[0] if after.cell_type == "markdown" else ""
+                text = "" if text.startswith(("#", "**Predict")) else markdown2html(with_formulas(text))
+                found.append(markdown2html(heading) + picture + text)
+                wanted = False
+                break
+    return [f"<section>{slide}</section>" for slide in found]
+
+
+def write_slides(out: Path) -> list[Path]:
+    """For each week of the course one page of slides, written to `out` -> their paths."""
+    style, written = SLIDES.read_text(encoding="utf-8"), []
+    for week, numbers in WEEKS.items():
+        shown = [slide for name in names() if name.partition("_")[0] in numbers for slide in slides(name)]
+        written.append(out / f"slides_{week}.html")
+        written[-1].write_text(document(f"Week {week}", style, linked("".join(shown), HERE, out)), encoding="utf-8")
+    return written
+
+
+def document(title: str, style: str, inside: str) -> str:
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)} - Muse</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>'
+        f"<body>{inside}</body></html>"
+    )
+
+
 def write(out: Path) -> list[Path]:
     """All pages of the site, written to `out` -> their paths."""
     out.mkdir(parents=True, exist_ok=True)
@@ -99,18 +150,16 @@ def write(out: Path) -> list[Path]:
             nb = nbformat.read(path, as_version=4)
         here = {name: ' class="here" aria-current="page"'}
         rows = [f'<li><a href="{n}.html"{here.get(n, "")}>{html.escape(t)}</a></li>' for n, t in titles.items()]
+        rows += [f'<li><a href="slides_{week}.html">Slides, week {week}</a></li>' for week in WEEKS]
         ends = [(order[i - 1], "← ")] * (i > 0) + [(order[(i + 1) % len(order)], "→ ")]
         ends = "".join(f'<a href="{n}.html">{mark}{html.escape(titles[n])}</a>' for n, mark in ends)
         page = (
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            f"<title>{html.escape(titles[name])} - Muse</title>"
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head><body>'
             f"<nav><details><summary>All pages</summary></details><ol>{''.join(rows)}</ol></nav>"
-            f"<main>{linked(body(nb), path.parent, out)}<footer>{ends}</footer></main></body></html>"
+            f"<main>{linked(body(nb), path.parent, out)}<footer>{ends}</footer></main>"
         )
         written.append(out / f"{name}.html")
-        written[-1].write_text(page, encoding="utf-8")
-    return written
+        written[-1].write_text(document(titles[name], style, page), encoding="utf-8")
+    return written + write_slides(out)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Train a scoring network for Token-Critic (arXiv 2209.04439), used by notebook 13.
+"""Train a scoring network for Token-Critic (arXiv 2209.04439), used by notebook 13b.
 
     *_, (loss, net) = train_critic(muse.base, tokens, muse.encoder.encode(captions))
     settings = {"order": critic(learned_score(net)), "remask": True, "superres": {"order": None, "remask": False}}

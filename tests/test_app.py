@@ -22,7 +22,7 @@ TWO = {"steps": 2, "superres": {"steps": 2}}  # steps of each stage
 def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert cli.main(["app", "--checkpoint", "nano"]) == 2
-    assert capsys.readouterr().err == 'minimuse: the app needs gradio: pip install "minimuse[app]"\n'
+    assert capsys.readouterr().err.startswith('minimuse: the app needs gradio: pip install "minimuse[app]": ')
 
 
 # --- the buttons ------------------------------------------------------------------------------------------------------

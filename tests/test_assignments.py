@@ -438,6 +438,28 @@ def test_memory_is_limited(tmp_path):
     assert grade.limited([sys.executable, "-c", "pass"], tmp_path, os.environ, tmp_path / "log", 60, 1) == ""
 
 
+@pytest.mark.skipif(os.name != "posix", reason="sessions and limits are POSIX")
+def test_a_note_names_the_error_and_not_the_code_that_mentions_one(tmp_path):
+    says = "print('nbclient.DeadKernelError: Kernel died'); print('except NotImplementedError:'); raise SystemExit(1)"
+    why = grade.limited([sys.executable, "-c", says], tmp_path, os.environ, tmp_path / "log", 60, 4)
+    assert why.startswith("did not end well: nbclient.DeadKernelError: Kernel died (see ")
+
+
+def test_no_script_of_a_student_runs_in_formgrader():
+    exporters = pytest.importorskip("nbconvert.exporters", reason="the extra `grading` is not installed")
+    from traitlets.config import Config
+
+    config = Config()
+    exec(make.CONFIG, {"get_config": lambda: config})
+    shown = nbformat.v4.new_output("display_data", data={"text/html": "<script>steal()</script><b>fine</b>"})
+    written = nbformat.v4.new_markdown_cell("**bold** <img src=x onerror='steal()'> <script>steal()</script>")
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[shown]), written])
+    page = exporters.HTMLExporter(config=config, template_name="classic").from_notebook_node(nb)[0]
+    assert "<b>fine</b>" in page
+    assert "<strong>bold</strong>" in page
+    assert not re.search(r"<script>steal|<img[^>]*onerror", page)
+
+
 def touch(folder: Path, *paths: str) -> None:
     for path in paths:
         (folder / path).parent.mkdir(exist_ok=True, parents=True)
@@ -458,6 +480,18 @@ def test_submissions_are_found(tmp_path):
         "emil": "x.ipynb",
     }
     assert passed == {}
+
+
+def test_what_was_passed_over_stays_in_the_marks_until_it_is_graded(tmp_path):
+    path = tmp_path / "logs" / "x" / "passed.json"
+    assert grade.remember(path, {"ben": "no notebook", "zip": "no folder"}, ["ann"]) == {
+        "ben": "no notebook",
+        "zip": "no folder",
+    }
+    assert grade.remember(path, {}, ["ann"]) == {"ben": "no notebook", "zip": "no folder"}, (
+        "read again without a folder"
+    )
+    assert grade.remember(path, {"eve": "no notebook"}, ["ann", "ben"]) == {"zip": "no folder", "eve": "no notebook"}
 
 
 def test_what_is_passed_over_is_named(tmp_path):

@@ -101,6 +101,14 @@ def wilson(right, n):
     return eval_metrics.proportion_interval(torch.arange(n) < right)[1:3]
 
 
+def threshold(logits, masked, u, at=0.9):
+    return ((logits.softmax(-1).amax(-1) >= at) & masked).sum(1)
+
+
+def paired(a, b):
+    return (a - b).mean(), 1.96 * (a - b).std() / len(a) ** 0.5
+
+
 def frechet(m1, c1, m2, c2, root=lambda c1, c2: torch.linalg.eigvals(c1 @ c2).real.clamp(min=0).sqrt().sum()):
     return (m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * root(c1, c2)
 
@@ -123,6 +131,8 @@ OURS = {
     "check_order": board,
     "check_world": Corners,
     "check_margin": sampler.margin,
+    "check_threshold": threshold,
+    "check_paired": paired,
     "check_attention": lambda q, k, v, attend: F.scaled_dot_product_attention(q, k, v, attn_mask=attend),
     "check_unigram": train_log.unigram_entropy,
     "check_resample_step": resample_step,
@@ -131,6 +141,12 @@ OURS = {
     "check_psnr": eval_metrics.psnr,
     "check_layer_parameters": lambda width, mlp_width: 8 * width**2 + 2 * width * mlp_width,
     "check_training_flops": lambda parameters, tokens: 6 * parameters * tokens,
+    "check_nearest_picture": lambda samples, train: (
+        (d := torch.cdist(samples.flatten(1).float(), train.flatten(1).float()).min(1)).values
+        / samples[0].numel() ** 0.5,
+        d.indices,
+    ),
+    "check_copied": lambda samples, held_out, q=0.1: (samples < held_out.quantile(q)).float().mean(),
     "check_sharded_bytes": lambda parameters, processes, sharded: 18 * parameters / (processes if sharded else 1),
     "check_add_noise": lambda x, noise, a: a**0.5 * x + (1 - a) ** 0.5 * noise,
     "check_ddim_step": ddim_step,
@@ -387,6 +403,12 @@ WRONG = [
         lambda repaint, f: editing.token_mask(repaint.transpose(1, 2), f),
         "one pixel masks its token",
     ),
+    ("check_paired", lambda a, b: (b.mean() - a.mean(), paired(a, b)[1]), "the mean of a - b"),
+    ("check_paired", lambda a, b: (paired(a, b)[0], torch.hypot(a.std(), b.std())), "what is common"),
+    ("check_paired", lambda a, b: (paired(a, b)[0], (a - b).std()), "1.96 times"),
+    ("check_threshold", lambda l, m, u: ((l.softmax(-1)[..., 0] >= 0.9) & m).sum(1), "certain tokens count"),
+    ("check_threshold", lambda l, m, u: threshold(l, m, u, at=0.5), "certain tokens count"),
+    ("check_threshold", lambda l, m, u: threshold(l, m | True, u), "known tokens do not count"),
     ("check_margin", lambda logits, *_: logits.softmax(-1).amax(-1), "two codes alike are no margin"),
     ("check_margin", lambda logits, *_: logits.topk(2).values.diff().neg()[..., 0], "it is the first less the second"),
     ("check_margin", lambda logits, *_: logits[..., 0].exp() - logits[..., 1].exp(), "it is the first less the second"),
@@ -476,6 +498,20 @@ WRONG = [
         "a multiplication and an addition forwards, and two such products backwards",
     ),
     ("check_training_flops", lambda parameters, tokens: 6 * parameters, "each parameter meets each token"),
+    (
+        "check_nearest_picture",
+        lambda x, y: (torch.zeros(3), torch.zeros(3, dtype=torch.long)),
+        "which training picture",
+    ),
+    ("check_nearest_picture", lambda x, y: (torch.ones(3), torch.tensor([1, 0, 2])), "a copy is at distance 0"),
+    (
+        "check_nearest_picture",
+        lambda x, y: tuple(torch.cdist(x.flatten(1).float(), y.flatten(1).float()).min(1)),
+        "the root of the mean",
+    ),
+    ("check_copied", lambda x, y, q: (x > y.quantile(q)).float().mean(), "held-out pictures themselves"),
+    ("check_copied", lambda x, y, q: 0.1, "copies: all"),
+    ("check_copied", lambda x, y, q: (x < y.quantile(0.1)).float().mean(), "the quantile is q's"),
     ("check_sharded_bytes", lambda p, n, sharded: 16 * p / n, "weight 4, gradient 4, two moments 8, bf16 copy 2"),
     ("check_sharded_bytes", lambda p, n, sharded: 18 * p / n, "without sharding each process holds all"),
     ("check_sharded_bytes", lambda p, n, sharded: 18 * p, "sharded, each holds its part"),

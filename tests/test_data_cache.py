@@ -162,7 +162,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         save(tensors, path, **options)
 
     monkeypatch.setattr(data_cache, "save_file", full)
-    with pytest.raises(OSError, match=r"00002.safetensors could not be written .*left\): make room"):
+    with pytest.raises(OSError, match=r"00002.safetensors could not be written; make room.*left"):
         filled(tmp_path)
     monkeypatch.undo()
     assert len(filled(tmp_path)) == 10
@@ -400,13 +400,25 @@ def test_images_tokens_and_texts_are_split_alike(make):
     data = make(Made(n=40))
     work(data)
     for held_out, numbers in ((True, [49, 99]), (False, [i for i in range(120) if i not in (49, 99)])):
-        images, tokens, texts = (data.split(r, held_out) for r in (data.images, data.tokens["low"], data.texts))
+        (images,), (tokens, texts) = data.columns("high_tokenizer", held_out), data.columns("base", held_out)
         assert isinstance(images, Subset)
         assert len(images) == len(numbers)
         at = torch.arange(len(numbers))
         assert images[at][:, 0, 0, 0].tolist() == [10 * (i % 25) + 5 for i in numbers], "another image"
         assert tokens[at][:, 0].tolist() == levels(numbers), "its tokens"
         assert [len(t) for t in texts.pick(at, [0.9] * len(at))] == [9 + 2 * (i % 3) for i in numbers], "its captions"
+
+
+def test_the_columns_of_every_stage(make):
+    data = make()
+    work(data)
+    at = torch.arange(12)
+    shapes = {name: [x[at].shape[1:] for x in data.columns(name)] for name in ("low_tokenizer", "decoder")}
+    assert shapes == {"low_tokenizer": [(3, 32, 32)], "decoder": [(3, SIDE, SIDE)]}
+    high, texts, low = data.columns("superres")
+    assert high[at].equal(data.tokens["high"][at])
+    assert low[at].equal(data.tokens["low"][at])
+    assert texts.pick(at[4:5], [0.9])[0].equal(data.texts.pick([4], [0.9])[0])
 
 
 def test_decimated_images():

@@ -69,6 +69,15 @@ def test_a_folder_to_train_on(arguments, tmp_path, capsys):
     assert licenses.count("CC BY 4.0 (https://c.d)") == 2, "each design has its license"
 
 
+def test_a_package_without_code_points(arguments, tmp_path):
+    icons = {"dog-face": {"body": "<g red/>"}, "cat": {"body": "<g/>"}}
+    package(tmp_path / "old", "old", {"icons": icons, "aliases": {"cat-face": {"parent": "cat"}}}, {})
+    assert emoji_folder.main([*arguments[:6], str(tmp_path / "old")]) == 0
+    found = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert found == ["1f431-old.png", "1f436-old.png"], "found by name, or by another name"
+    assert emoji_folder.icon_name("Santa\u2019s “sleigh”") == "santas-sleigh"
+
+
 def test_captions(arguments, tmp_path):
     emoji_folder.main(arguments)
     lines = (tmp_path / "out/metadata.jsonl").read_text(encoding="utf-8").splitlines()

@@ -102,7 +102,9 @@ def test_version_and_licence():
 def test_dockerfile_has_the_same_pins():
     text = (ROOT / "notebooks/assignments/Dockerfile").read_text(encoding="utf-8")
     pinned = requirements(re.findall(r"[a-z]+==[0-9.]+", text))
-    assert set(pinned) == set(requirements(EXTRAS["grading"])) > set(requirements(EXTRAS["eval"])), "lab.compare needs scipy"
+    assert set(pinned) == set(requirements(EXTRAS["grading"])) > set(requirements(EXTRAS["eval"])), (
+        "lab.compare needs scipy"
+    )
     assert all(PINS[name] == pin for name, pin in pinned.items())
 
 

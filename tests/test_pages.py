@@ -47,14 +47,41 @@ def test_links_lead_to_pages_and_to_copies_of_files(tmp_path):
     assert '"index.html"' in pages.linked('<a href="../nowhere">', pages.HERE, tmp_path)
 
 
+def test_a_question_has_a_slide_before_the_picture_that_answers_it(tmp_path, monkeypatch):
+    new = nbformat.v4
+    picture = new.new_output("display_data", data={"image/png": "AAAA"}, metadata={"alt": "a <b>"})
+    texts = [
+        "## 2. Why",
+        "**Predict, then run.** Is $x$ > 1?\n\nmore",
+        "Yes. See [4](04_masking.ipynb).\n\nNot this.",
+        "end",
+    ]
+    one, two, three, four = map(new.new_markdown_cell, texts)
+    header = new.new_markdown_cell("# 4. M\n\n*All of it.*\n\n| **You will learn** | this · that |")
+    drawn = [new.new_code_cell("plot()", outputs=[picture]) for _ in range(3)]
+    cells = [header, one, drawn[0], two, drawn[1], three, drawn[2], four]
+    nbformat.write(new.new_notebook(cells=cells), tmp_path / "04_m.ipynb")
+    monkeypatch.setattr(pages, "HERE", tmp_path)
+    title, first, question, answer = pages.slides("04_m")
+    assert re.findall("<li>(.*?)</li>", title) == ["this", "that"]
+    assert 'alt="a &lt;b&gt;"' in first
+    assert "Predict" not in first, "the question comes on the next slide"
+    assert "<math" in question
+    assert "more" not in question
+    assert "<img" not in question
+    assert "Yes. See" in answer
+    assert "Not this" not in answer
+
+
 @pytest.mark.slow
 def test_every_link_of_the_site_leads_somewhere_without_a_network(site):
     found, out = site
-    assert set(found) == {f"{name}.html" for name in [*pages.names(), *pages.TEXTS]}
+    slides = {f"slides_{week}.html" for week in pages.WEEKS}
+    assert set(found) == {f"{name}.html" for name in [*pages.names(), *pages.TEXTS]} | slides
     for name, page in found.items():
         assert "<script" not in page, name
         assert not re.search(r'(src|<link[^>]*href)="(https?:)?//', page), f"{name} loads something from the network"
         for link in re.findall(r'<a [^>]*href="((?!https?:)[^"#]+)', page):
             assert (out / link).is_file(), f"{name}: {link} leads nowhere"
         assert not re.search(r"<m[ion][^>]*>\\", page), f"{name} has a formula that MathML does not show"
-        assert page.count('aria-current="page"') == 1
+        assert page.count('aria-current="page"') == (name not in slides)

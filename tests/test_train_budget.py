@@ -290,7 +290,7 @@ def test_paper_3b_takes_no_memory():
 
 
 @pytest.mark.parametrize(
-    ("x", "expected"), [(0, "0.00 B"), (999, "999 B"), (999.9, "1.00 kB"), (32.6e9, "32.6 GB"), (2e27, "2,000 YB")]
+    ("x", "expected"), [(0, "0.00 B"), (999, "999 B"), (999.9, "1.00 kB"), (32.6e9, "32.6 GB"), (2e27, "2000.0 YB")]
 )
 def test_si(x, expected):
     assert si(x, "B") == expected

@@ -210,8 +210,8 @@ def test_the_models_go_on_training_after_a_picture(config, tmp_path, tiny_muse):
     parts["low_tokenizer"].requires_grad_(False)
     few = replace(config, base_sampling=replace(config.base_sampling, steps=2))
     rows = torch.zeros(2, config.base.tokens, dtype=torch.long), Texts([torch.ones(2, config.base.text_width)] * 2)
-    data = types.SimpleNamespace(tokens={"low": rows[0]}, texts=rows[1], encoder=tiny_muse.encoder)
-    data.words, data.split = lambda: {"examples": ["a red cube"]}, lambda rows, held_out: rows
+    data = types.SimpleNamespace(encoder=tiny_muse.encoder, columns=lambda stage, held_out: rows)
+    data.words = lambda: {"examples": ["a red cube"]}
     metrics = watch(few, tmp_path).transformer("base", data, parts)(MaskedLoss(parts["base"]), 7)
     assert "held_out_bound" in metrics
     assert (tmp_path / "samples" / "base-0000007.png").exists(), "the base model draws low-resolution pictures"

@@ -27,6 +27,7 @@ from minimuse.utils import (
     check,
     content_hash,
     derive_seed,
+    explain,
     fast_bf16,
     generator_of,
     pick_device,
@@ -38,6 +39,14 @@ from minimuse.utils import (
     to_pil,
     to_uint8,
 )
+
+
+def test_errors_of_others_are_explained():
+    with pytest.raises(OSError, match=r"^no such part: 3$") as found, explain("no such part", IndexError, kind=OSError):
+        raise IndexError(3)
+    assert isinstance(found.value.__cause__, IndexError), "the first error is kept"
+    with pytest.raises(KeyError), explain("no such part", IndexError):
+        raise KeyError(3)
 
 
 @pytest.mark.parametrize(

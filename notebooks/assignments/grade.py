@@ -13,11 +13,12 @@ container that has nothing to lose; README.md says how.
 import argparse
 import contextlib
 import csv
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import nbformat
@@ -111,7 +112,7 @@ def limited(
     if not code:
         return ""
     said = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    cause = next((line for line in reversed(said) if re.search(r"Error\b|\bdied\b|Exception", line)), "")
+    cause = next((line for line in reversed(said) if re.match(r"[\w.]*(Error|Exception)\b", line)), "")
     return f"did not end well: {cause[:300]} (see {log.parent.name}/{log.name})"
 
 
@@ -172,6 +173,15 @@ def marks(course: Path, name: str) -> list[dict[str, object]]:
     return rows
 
 
+def remember(path: Path, passed: dict[str, str], found: Collection[str]) -> dict[str, str]:
+    """What was passed over so far, with why, kept in a file; without those of whom a notebook was found since."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = {student: why for student, why in (before | passed).items() if student not in found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    return known
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="grade a folder of submissions; students' code runs here")
     parser.add_argument("course", type=Path, help="a folder that make.py made")
@@ -200,6 +210,7 @@ def main() -> None:
     rows = marks(args.course, args.name)
     if not rows:
         raise SystemExit(f"nothing of {args.name} was graded yet; give the folder of submissions")
+    passed = remember(args.course / "logs" / args.name / "passed.json", passed, [row["student"] for row in rows])
     rows += [{"student": student, "note": why} for student, why in passed.items()]
     with open(args.out, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]))

@@ -36,6 +36,10 @@ CONFIG = """\
 c = get_config()
 c.CourseDirectory.course_id = "minimuse"
 c.Execute.startup_timeout = 600
+c.Execute.timeout = 300  # seconds for a cell of a solution; grade.py sets its own for students
+c.Execute.iopub_timeout = 60  # a busy machine needs longer to stop a cell than nbgrader's 4 s, which cost all marks
+# formgrader shows what students wrote: no script of theirs may run in your browser
+c.HTMLExporter.preprocessors = ["nbconvert.preprocessors.sanitize.SanitizeHTML"]
 stubs = "--IPKernelApp.exec_lines=__import__('stubs').place()"  # before the first cell
 c.Execute.extra_arguments = ["--HistoryManager.hist_file=:memory:", stubs]
 """

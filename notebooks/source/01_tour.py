@@ -9,7 +9,7 @@ r"""
 | **Paper** | [Muse](https://arxiv.org/abs/2301.00704), figure 3 and section 2 |
 | **You will learn** | what the four networks do · what a token is · why a picture is drawn in steps · where text, guidance and editing come in |
 | **Before this** | Python, and having seen a PyTorch tensor; no knowledge of image generation |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 60 minutes of your time |
 | **Files** | [`muse.py`](../minimuse/muse.py), the whole flow |
 """
 
@@ -499,6 +499,13 @@ r"""
 
 A schedule is a function from progress $u \in [0, 1]$ to the fraction of tokens that is still masked. It begins at 1, ends
 at 0, and never rises. Write one that is not the cosine, such as one that reveals most tokens at the beginning.
+
+<details><summary>Hint</summary>
+
+Sketch it first: from (0, 1) down to (1, 0), steep at the beginning. The stub runs the other way. Turn it around, and then ask what bends a
+straight line that falls from 1 to 0.
+
+</details>
 """
 
 
@@ -537,6 +544,12 @@ r"""
 *Difficulty 1 of 3, about 5 minutes.*
 
 Write $\ell_g = (1 + t)\,\ell_c - t\,\ell_u$. Then try a wrong sign, and see what the check says.
+
+<details><summary>Hint</summary>
+
+What must be left at $t = 0$? Put 0 into the stub and into the formula, and compare.
+
+</details>
 """
 
 
@@ -554,6 +567,17 @@ def my_guide(cond, uncond, t):
 
 
 check_guide(my_guide)
+
+# %% [markdown]
+r"""
+### Open question
+
+*About 30 minutes.*
+
+What makes a prompt hard: the number of objects, their size, or where one stands relative to another? Write ten prompts of each of two
+kinds, predict which kind is harder, draw one picture of each, and count `verdict`. Then look at those called wrong yourself. How many of
+them would you call right?
+"""
 
 # %% [markdown]
 r"""

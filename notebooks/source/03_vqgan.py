@@ -9,8 +9,8 @@ how a gradient gets past it, and what each term of the loss is for.*
 |---|---|
 | **Paper** | Muse 2.2 and A.2; [VQGAN](https://arxiv.org/abs/2012.09841) |
 | **You will learn** | nearest codes · the straight-through gradient · dead codes · what pixel, perceptual and adversarial losses do |
-| **Before this** | [1. The tour](01_tour.ipynb); convolutions; training a network by gradient descent |
-| **Takes** | @takes@ |
+| **Before this** | [1. The tour](01_tour.ipynb); convolutions; training a network by gradient descent; symbols are in the [glossary](glossary.md) |
+| **Takes** | @takes@; about 75 minutes of your time |
 | **Files** | [`vqgan.py`](../minimuse/vqgan.py), [`vqgan_loss.py`](../minimuse/vqgan_loss.py) |
 """
 
@@ -39,8 +39,8 @@ style()
 # %% [markdown]
 r"""
 A picture is a great many numbers, most of them predictable from their neighbours. A transformer's attention looks at all pairs
-of inputs, so their number matters, and its last layer gives a probability to each of finitely many
-choices. A **tokenizer** serves both: an encoder makes a small grid of vectors out of the picture, each vector is
+of inputs, so few inputs are wanted, and its last layer gives a probability to each of finitely many
+choices. A **tokenizer** provides both: an encoder makes a small grid of vectors out of the picture, each vector is
 replaced by the nearest of $V$ learned ones, and the number of that one is the **token**.
 """
 
@@ -82,8 +82,8 @@ with torch.inference_mode():
 
 # %% [markdown]
 r"""
-The last line is $z$: one vector of $d$ numbers for each token, and few numbers at that. The decoder mirrors the
-encoder; a residual block, and a level of the decoder:
+The last line is $z$: one vector of only $d$ numbers for each token. The decoder mirrors the
+encoder. Here are a residual block and a level of the decoder:
 """
 
 # %%
@@ -142,6 +142,13 @@ r"""
 
 Write it for $z$ of shape $(B, d, h, w)$ and a codebook $(V, d)$: tokens $(B, hw)$, row by row. Mind where $d$ stands in $z$. The stub
 takes the largest product; the check shows where that goes wrong.
+
+<details><summary>Hint</summary>
+
+The nearest code has the smallest distance, and a long code has large products with everything. Which term of the formula above does the
+stub leave out? It is one number for each code.
+
+</details>
 """
 
 
@@ -166,8 +173,8 @@ check_nearest(my_nearest)
 r"""
 ### What do the codes of a trained tokenizer look like?
 
-The decoder turns codes into pixels, so let us ask it: a small grid filled with only one code, and of the picture its
-middle. Sorted by brightness, this is the alphabet that the base model writes with.
+The decoder turns codes into pixels, so we give it a small grid filled with only one code, and keep the middle of the picture. Sorted by
+brightness, this is the alphabet that the base model writes with.
 """
 
 # %%
@@ -182,8 +189,8 @@ to_pil(sheet[None])[0].resize((columns * 28, sheet.shape[1] * 28 // f), 0)
 
 # %% [markdown]
 r"""
-Sky, floor, shadows, and the colours of objects in light and shade; many that look nearly the same, and some that no
-picture would use by itself. A code has no fixed look: the decoder reads a token together with its neighbours.
+Sky, floor, shadows, and the colours of objects in light and shade; many look nearly the same. A code has no fixed look: the decoder
+reads a token together with its neighbours.
 
 **Predict, then run.** We change a single token in the middle of a picture and decode again. Which pixels change: the
 $f \times f$ of that token, a neighbourhood, or all of them?
@@ -213,7 +220,7 @@ plt.show()
 r"""
 A neighbourhood: most in the token's own square, and a rim around it, as far as the decoder's convolutions reach (the
 normalization layers also spread a faint trace over the whole picture). So when a region is repainted, what is far from
-it stays as it is, and pixels just outside of its edge may still change a little.
+it stays nearly as it is, and pixels just outside of its edge may change a little.
 """
 
 # %% [markdown]
@@ -223,7 +230,7 @@ r"""
 The encoder should learn from the decoder's errors. But between them stands $\arg\min$: a small change of $z$ changes no
 token, so the derivative is zero nearly everywhere.
 
-The **straight-through** trick: forwards take the code $q$; backwards pretend that nothing had happened.
+The **straight-through** trick: forwards take the nearest code $q = e_k$; backwards pretend that it was $z$.
 
 $$\text{codes} = z + \operatorname{sg}(q - z), \qquad \operatorname{sg} \text{ a constant for the gradient (stop-gradient).}$$
 
@@ -257,7 +264,14 @@ r"""
 
 *Difficulty 1 of 3, about 10 minutes.*
 
-Write it for any $z$ and $q$: the value of $q$, the gradient of $z$, and none to $q$.
+Write it for any $z$ and $q$: the value is $q$; the gradient passes to $z$ unchanged, and none reaches $q$.
+
+<details><summary>Hint</summary>
+
+You want the value of one expression and the gradient of another. `detach()` makes a constant for the gradient: the diagram's formula has
+one difference in it.
+
+</details>
 """
 
 
@@ -287,7 +301,7 @@ $$\lVert \operatorname{sg}(z) - e_k \rVert^2 \;+\; \beta\, \lVert z - \operatorn
 The first, the *codebook loss*, pulls the chosen code towards the vectors that chose it, as k-means does. The second,
 the *commitment loss*, holds the encoder near its codes. A code that nobody chooses gets no gradient at all, and
 stays where it is for ever: a **dead code**. Ours start again at some vector of the batch when they have not been
-used for about twenty steps.
+used for twenty steps.
 """
 
 # %%
@@ -329,11 +343,11 @@ plt.show()
 # %% [markdown]
 r"""
 Stars are codes, gray dots the vectors. On the left a few codes were nearest at first, took everything, and the rest
-never moved. On the right all of them found work.
+never moved. On the right all of them are in use.
 
 **Perplexity** says how many codes are in use, if rare ones count less: $\exp\big(-\sum_k p_k \log p_k\big)$ with $p_k$ the fraction of tokens that are
-$k$. It is $V$ where all are used alike and 1 where one takes all. Watch it in training: a collapsed codebook shows in
-no loss curve.
+$k$. It is $V$ if all are used equally often and 1 if one takes all. Watch it in training: no loss curve shows a collapsed codebook. Below,
+the two tokenizers of the checkpoint: every code is in use, but the most common ones more than a hundred times as often as the rarest.
 """
 
 # %%
@@ -367,8 +381,8 @@ plt.show()
 r"""
 ## 4. What comes back
 
-**Predict, then run.** A picture goes through each tokenizer and back. What suffers most in the coarse one: the colours
-of large objects, the sky, or the shape of small objects?
+**Predict, then run.** A picture goes through each tokenizer and back. What gets lost in the coarse one: the sky, colours, the shape of
+small objects?
 """
 
 # %%
@@ -388,10 +402,11 @@ grid(rows, [name for name in names for _ in range(count)], columns=count, scale=
 
 # %% [markdown]
 r"""
-Small objects: they are few tokens, so few that a sphere and a cylinder may get the same ones. What a tokenizer loses no
-transformer brings back. It is the ceiling of all that follows, so measure it first.
+The sky survives. Small objects lose their shape: they are few tokens, so few that a cube looks like a cylinder. And colours shift:
+gray becomes bluish, brown reddish. What a tokenizer loses, no transformer brings back. So measure it first: it limits all that follows.
 
-PSNR is $10 \log_{10}(1 / \text{mean squared error})$ in decibels: three more is half the error. It is easy to compute and easy to please, as we see now.
+PSNR is $10 \log_{10}(1 / \text{mean squared error})$ in decibels, for pixels from 0 to 1: three more is half the error. (The two numbers
+above are of pictures of different sizes; do not compare them.) PSNR has a weakness, as we see now.
 """
 
 # %% [markdown]
@@ -402,8 +417,9 @@ A tokenizer is trained to give back what it got. But how is the difference of tw
 
 $$\lVert x - \hat x \rVert_1 + 4\, \lVert x - \hat x \rVert_2^2 \quad\text{(means; the second term is our choice)}$$
 
-has a weakness. Suppose an edge lies one pixel to the left or to the right, and the code cannot say which. The best
-answer *in the squared sense* is the average: a blur, which is not an edge at all.
+has a weakness. Suppose an edge lies one or two pixels further to the left or to the right, and the code cannot say which. The best
+answer *in the squared sense* is the average: a blur, which is not an edge at all. In the absolute sense it is the median: here an edge,
+but probably in the wrong place.
 """
 
 # %%
@@ -423,14 +439,14 @@ ax.set(
     ylabel="brightness",
     title="five edges that are equally likely, and the best single answers",
 )
-ax.legend()
+ax.legend(loc="upper left", fontsize=9)
 plt.show()
 
 # %% [markdown]
 r"""
-Two remedies. A **perceptual** loss compares not pixels but features: what a network that has learned to see makes of
-them. What matters to that network weighs much, what does not weighs little. The usual one, VGG, has to be downloaded;
-ours is a small network that learns on the spot to say which kinds of objects are in a scene.
+Two remedies. A **perceptual** loss compares not pixels but features: the activations of a network that was trained to recognize things.
+What matters to that network has a large weight. The usual one, VGG, has to be downloaded;
+ours is a small network that learns here which kinds of objects are in a scene.
 """
 
 # %%
@@ -456,7 +472,7 @@ print("for those who can download LPIPS and its VGG, the same socket:", lpips_di
 # %% [markdown]
 r"""
 **Predict, then run.** A scene; the same scene a little paler; the same scene with its object in the other material; and
-in another colour. Order the three changes by size: once as the pixel loss will do it, and once as the features will.
+in another colour. Order the three changes by size: once for the pixel loss, and once for the features.
 """
 
 # %%
@@ -490,20 +506,21 @@ grid([to_pil(p[:1])[0] for p in (clear, *others.values())], ["a scene", *others]
 
 # %% [markdown]
 r"""
-To the pixel loss paleness is worse than a wrong material: every pixel changes a little. To the features it is next to
-nothing, since how pale a picture is says nothing of what is in it; a wrong colour is worst. A perceptual loss measures what
+For the pixel loss, paler is worse than a wrong material: every pixel changes a little. For the features it is next to
+nothing, since it does not change what is in the picture. A wrong colour is worst for both. A perceptual loss measures what
 its network was trained to distinguish, and does not see the rest. Choose the network accordingly.
 """
 
 # %% [markdown]
 r"""
 The second remedy is an opponent. A **discriminator** looks at patches and learns to distinguish real ones from decoded ones;
-the decoder is rewarded for fooling it. A blur is easy to recognize, so blurs go away. With $D$ its logit, high for real,
+the decoder is rewarded for fooling it. A blur is easy to recognize, so the decoder learns to avoid it. With $D$ the discriminator's
+logit, high for real,
 
 $$\mathcal{L}_D = \tfrac12\, \mathbb{E}\big[\max(0, 1 - D(x)) + \max(0, 1 + D(\hat x))\big], \qquad \mathcal{L}_G = -\lambda\, \mathbb{E}\, D(\hat x).$$
 
-$\lambda$ is set anew at each step so that the opponent pulls about as hard as the reconstruction, measured at the decoder's
-last layer. Muse weighs the terms with 0.05 (perceptual) and 0.1 (adversarial).
+$\lambda$ is set anew at each step so that both terms have gradients of about the same size at the decoder's last layer. Muse then
+gives the terms the weights 0.05 (perceptual) and 0.1 (adversarial).
 """
 
 # %%
@@ -530,10 +547,10 @@ print(
 r"""
 ## 6. Train three, watch them
 
-Training is a generator: it yields a `Progress` at each step, with the figures and the model as it stands, so a
-notebook can look at any moment. In training both halves run in one pass: pictures in, pictures and `Quantized` out, with the two
-losses of section 3. Large pictures may be cut to a random square first, the same for a whole batch: it costs less, and networks that are
-convolutions throughout take any size.
+Training is a generator: it yields a `Progress` at each step, with the metrics and the model, so a notebook can look at any moment. In
+training encoder and decoder run in one pass: pictures in, pictures and `Quantized` out, with the two
+losses of section 3. Large pictures may be cut to a random square first, the same for a whole batch: it costs less, and purely
+convolutional networks take any size.
 """
 
 # %%
@@ -556,8 +573,8 @@ grid(cuts, ["a random square"] * 5 + ["and back"] * 5, columns=5, scale=max(1, 9
 
 # %% [markdown]
 r"""
-Any size, but not any picture: a tokenizer trained on whole pictures has learned that the top is sky. It recognizes the border by its zero padding, so it may
-paint sky at the top of a crop.
+Any size, but not any picture: a tokenizer trained on whole pictures has learned that the top is sky. It recognizes the border by its
+zero padding, so it paints a line of sky at the top of a crop.
 
 Now three tokenizers of the `nano` size for 32 pixels, which differ only in their loss, from the same start, on the same pictures.
 """
@@ -597,19 +614,24 @@ plt.show()
 # %%
 fresh = to_float(SceneDataset(5, 32, split="test", seed=9).images())
 with torch.inference_mode():
-    again = {name: vqgan(fresh)[0].clamp(-1, 1) for name, vqgan in trained.items()}
+    again, found = {name: vqgan(fresh)[0].clamp(-1, 1) for name, vqgan in trained.items()}, {}
     for name, y in again.items():
         near, alike = psnr(fresh, y).mean(), perceptual(fresh, y)
+        found[name] = near.item(), alike.item()
         print(f"{name:>26}: PSNR {near:.1f} dB, perceptual distance {alike:.3f}")
 rows = [*to_pil(fresh), *(p for y in again.values() for p in to_pil(y))]
+if not FAST:
+    pixels, felt, _ = found.values()
+    assert felt[1] < pixels[1], "the perceptual term does not lower the perceptual distance"
+    assert felt[0] < pixels[0], "it costs no PSNR"
 grid(rows, [name for name in ("scene", *again) for _ in range(5)], columns=5, scale=3)
 
 # %% [markdown]
 r"""
-Read the numbers against each other: does each term buy what it asks for, and what does it cost in PSNR? The eye sees hardly any difference
-between the three rows: after a minute of training all are blurred alike. Little can be expected of the adversarial term: it needs the longest training of all (Muse: a million
-steps), and joins late, when decoded pictures are nearly real. For the perceptual term we took weight 1, since
-our features give smaller numbers than VGG's. The `nano` preset trains only on pixels; `toy` takes all three.
+The perceptual term lowers the perceptual distance, and costs some PSNR; the adversarial term changes little. To the eye the three rows
+hardly differ: after so short a training all are blurred, and the three curves nearly coincide. The adversarial term needs
+the longest training (Muse: a million steps), and joins late, when decoded pictures are nearly real. We gave the perceptual term the
+weight 1, since our features give smaller numbers than VGG's. The `nano` preset trains only on pixels; `toy` takes all three.
 """
 
 # %% [markdown]
@@ -639,6 +661,17 @@ print(f"{kept:.0%} after freeze_tokens(), where the decoder alone learns")
 r"""
 A transformer trained on the old tokens cannot use the new ones. So encoder and codebook are frozen from then on,
 and only the decoder may still improve: that is the subject of notebook 9.
+"""
+
+# %% [markdown]
+r"""
+### Open question
+
+*About 30 minutes.*
+
+Is a picture's budget of bits better spent on more tokens or on more codes? Train $8 \times 8$ tokens of 256 codes, and $16 \times 16$ of 4
+(`replace(config.low_tokenizer, codebook_size=4, multipliers=(1, 2), blocks=(1, 1), decoder_blocks=(1, 1))`): 512 bits each. Compare PSNR
+and perceptual distance of held-out scenes. What would a transformer prefer?
 """
 
 # %% [markdown]

@@ -10,7 +10,7 @@ and the density it draws from is worth a notebook.*
 | **Paper** | Muse 2.6; [D3PM](https://arxiv.org/abs/2107.03006) for the likelihood |
 | **You will learn** | why the rate varies · the density and its two readings · exact masks · the masked loss · what likelihood it bounds |
 | **Before this** | [1. The tour](01_tour.ipynb); densities, expectation, cross-entropy; PyTorch tensors; symbols are in the [glossary](glossary.md) |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 90 minutes of your time |
 | **Files** | [`masking.py`](../minimuse/masking.py) |
 """
 
@@ -189,6 +189,12 @@ r"""
 
 Write it: $n$ rates, one per example, from `torch.rand` with the given generator. The check looks at the mean *and* at
 the tail.
+
+<details><summary>Hint</summary>
+
+`torch.rand` gives $u$, not yet $r$. Angles go from 0 to $\pi / 2$: is the factor inside the cosine, or in front of it?
+
+</details>
 """
 
 
@@ -415,6 +421,13 @@ r"""
 
 Write it with `torch.logsumexp` and `gather`, or with `F.cross_entropy`. Where nothing is masked the loss is 0, not
 0 / 0. The stub takes the mean over all tokens, as some code bases do.
+
+<details><summary>Hint</summary>
+
+Visible tokens must add nothing to the sum, and must not be counted either. What is the count if nothing is masked, and what may you divide
+by in its place?
+
+</details>
 """
 
 
@@ -651,6 +664,17 @@ if not FAST:  # four batches of 16 scenes are too few for this
         "shared rates measure the token mean"
     )
     assert shared.std() > 4 * right.std(), "one rate per batch does not scatter more"
+
+# %% [markdown]
+r"""
+### Open question
+
+*About 30 minutes.*
+
+Editing hides one region, training hides positions at random. Is a region harder? Hide a square block in each scene, and as many random
+positions. Compare the loss per hidden token, paired by scene, for three sizes, with text and without. Predict first. Where do the two come
+together, and why?
+"""
 
 # %% [markdown]
 r"""

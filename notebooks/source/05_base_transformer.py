@@ -9,7 +9,7 @@ r"""
 | **Paper** | [Muse](https://arxiv.org/abs/2301.00704) 2.3, A.1 |
 | **You will learn** | how tokens, positions and text come together · why nothing is causal here · what attention sees, and what that proves · how to read a masked loss, by the fraction that is hidden · how a leak looks |
 | **Before this** | [3. VQGAN](03_vqgan.ipynb) and [4. Masking](04_masking.ipynb); matrix products, softmax, gradient descent; symbols are in the [glossary](glossary.md) |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 105 minutes of your time |
 | **Files** | [`transformer.py`](../minimuse/transformer.py), [`train.py`](../minimuse/train.py), [`train_log.py`](../minimuse/train_log.py) |
 """
 
@@ -280,6 +280,13 @@ r"""
 
 Write it for several heads, with padding: `attend` is `True` where the memory may be looked at. The stub has the
 softmax, and forgets two things.
+
+<details><summary>Hint</summary>
+
+The sum of $d$ products of numbers of size 1 has a size of about $\sqrt d$. And which score has weight exactly 0 after a softmax?
+`masked_fill` writes where its mask is `True`, and `attend` says the opposite.
+
+</details>
 """
 
 
@@ -501,6 +508,13 @@ r"""
 
 Write it, in nats, for tokens $(n, N)$ of $n$ pictures. Codes that never occur must do no harm. The stub answers with
 the entropy that *equally common* codes would have.
+
+<details><summary>Hint</summary>
+
+`torch.bincount` counts; give it `minlength`. Then look at a code that never occurs: what does a computer make of $0 \cdot \ln 0$, and what
+should it be? `torch.special` may help.
+
+</details>
 """
 
 
@@ -896,6 +910,17 @@ for name, loss in (("right", MaskedLoss(student)), ("leaky", broken.MaskedLoss(l
     )
     leak = next(f for f in found if f.check == "leakage")
     print(f"{name}: {leak.verdict}. The sum is {leak.number:.2f}")
+
+# %% [markdown]
+r"""
+### Open question
+
+*About 30 minutes.*
+
+What is `init_from_codebook` worth? Train a second student without it, with the same seed and `recipe`. How many steps later does it reach
+the first one's held-out loss, with 10% and with 90% hidden? Does the advantage shrink? Two runs are one pair: what would you need to give
+an interval?
+"""
 
 # %% [markdown]
 r"""

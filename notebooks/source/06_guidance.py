@@ -9,7 +9,7 @@ r"""
 | **Paper** | [Muse](https://arxiv.org/abs/2301.00704) 2.7; classifier-free guidance ([arXiv 2207.12598](https://arxiv.org/abs/2207.12598)) |
 | **You will learn** | what the two predictions are · why their difference is a classifier · what a scale and a ramp buy, and what they cost · negative prompts · what too much of it does |
 | **Before this** | [1. The tour](01_tour.ipynb), [5. The base transformer](05_base_transformer.ipynb); softmax and Bayes' rule; symbols are in the [glossary](glossary.md) |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 90 minutes of your time |
 | **Files** | [`cfg.py`](../minimuse/cfg.py), all of it |
 """
 
@@ -284,6 +284,12 @@ r"""
 
 Write guidance with the scale $s$, so that $s = 1$ gives the plain conditional model. (The check uses Muse's $t$; `in_muses_t`
 translates.) The stub confuses the two.
+
+<details><summary>Hint</summary>
+
+What must come out at $s = 1$, and what at $s = 0$? A straight line in $s$ goes through both.
+
+</details>
 """
 
 
@@ -457,6 +463,12 @@ r"""
 
 Muse lets $t$ rise linearly through the decode: diversity at first, fidelity at the end. Progress $u$ goes from 0 at
 the first step to 1 at the last. Write a function that makes such a ramp from `start` to `t`.
+
+<details><summary>Hint</summary>
+
+The result is a function of $u$, not a number. What does it give at $u = 0$, and at $u = 1$? So how fast does it rise?
+
+</details>
 """
 
 
@@ -830,6 +842,17 @@ We asked for a large red cube. The second row shows ordinary pictures that ignor
 red_cubes = is_right(drawn, ["a large red cube"] * 12)
 assert sum(red_cubes[6:]) < sum(red_cubes[:6]) - 2, "the second row does not ignore the prompt"
 check_guide(wrong)
+
+# %% [markdown]
+r"""
+### Open question
+
+*About 30 minutes.*
+
+In which third of the decode does guidance earn its gain? The scale may be any function of $u$: let it be 3 in one third and 0 elsewhere,
+and compare with constant 3 by `measure` and `against`. Predict the order first. Does the third with the most gain also cost the most
+variety?
+"""
 
 # %% [markdown]
 r"""

@@ -2,14 +2,14 @@
 r"""
 # 8. Super-resolution: the same game on a finer grid
 
-*A second transformer turns a coarse grid of tokens into a fine one: how it is told what to draw, and how it affords so many tokens.*
+*A second transformer turns a coarse grid of tokens into a fine one: how it knows what to draw, and how it affords so many tokens.*
 
 |  |  |
 |---|---|
 | **Paper** | Muse 2.4, A.3; multi-axis attention from HiT ([arXiv 2106.07631](https://arxiv.org/abs/2106.07631)) |
 | **You will learn** | why two stages · how low-res tokens enter a transformer's memory · what multi-axis attention sees, and what it saves · who decides when text and tokens disagree |
-| **Before this** | [5. The base transformer](05_base_transformer.ipynb), [7. Parallel decoding](07_parallel_decoding.ipynb); attention with queries, keys and values |
-| **Takes** | @takes@ |
+| **Before this** | [5. The base transformer](05_base_transformer.ipynb), [7. Parallel decoding](07_parallel_decoding.ipynb); attention with queries, keys and values; symbols are in the [glossary](glossary.md) |
+| **Takes** | @takes@; about 105 minutes of your time |
 | **Files** | [`transformer.py`](../minimuse/transformer.py), [`muse.py`](../minimuse/muse.py) |
 """
 
@@ -36,7 +36,7 @@ FAST = bool(os.environ.get("MINIMUSE_FAST"))  # the tests' setting: the same cel
 CHECKPOINT = "toy"  # a shipped name or a folder
 PICTURES = 3 if FAST else 6  # a row of pictures
 SCENES = 12 if FAST else 96  # held-out scenes to measure losses on
-LARGEST = 32 if FAST else 64  # tokens a side of the largest grid that we time
+LARGEST = 32 if FAST else 64  # tokens per side of the largest grid that we time
 style()
 
 # %% [markdown]
@@ -86,23 +86,23 @@ for config in (muse.config, preset("paper_3b")):
             f"{rows[-1][0]:>28}: {part.grid:>2} x {part.grid:<2} = {part.tokens:>5,} tokens, ",
             end="",
         )
-        print(f"{part.tokens**2:>11,} pairs a head in full attention")
+        print(f"{part.tokens**2:>11,} pairs per head in full attention")
 
 # %% [markdown]
 r"""
 The other reason is **division of labour**. *What* is in the picture and *where* are questions about the whole of it:
 every token must agree with every other, and the text must be read with care. *How an edge runs* is a question about a
-few neighbours. A large model should ask the first on few tokens, and a smaller one the second on many.
+few neighbours. A large model should answer the first on few tokens, and a smaller one the second on many.
 
 We can measure that. For each token, the model's uncertainty is the **entropy** of its prediction,
-$H = -\sum_v p_v \log p_v$: 0 nats where it is sure, $\log V$ where all $V$ codes are as likely.
+$H = -\sum_v p_v \log p_v$: 0 nats where it is certain, $\log V$ where all $V$ codes are equally likely.
 """
 
 # %% [markdown]
 r"""
 **Predict, then run.** We hide *all* tokens of held-out scenes and let both models predict them from the caption; super-
-resolution also gets the true coarse tokens. Whose tokens are the less certain ones, those of the base model or those of
-super-resolution? And does your answer tell why the paper takes 24 steps for 256 coarse tokens, but only 8 for 4,096
+resolution also gets the true coarse tokens. Whose tokens are less certain, those of the base model or those of
+super-resolution? And does your answer explain why the paper takes 24 steps for 256 coarse tokens, but only 8 for 4,096
 fine ones?
 """
 
@@ -141,12 +141,12 @@ plt.show()
 
 # %% [markdown]
 r"""
-The base model is far less certain. The text leaves open where the thing stands, so that almost any coarse token may be
-floor or thing. Once the coarse tokens are known, most fine tokens are nearly decided.
+The base model is far less certain. The text leaves open where the object stands, so that almost any coarse token may be
+floor or object. Once the coarse tokens are known, most fine tokens are nearly decided.
 
-And the steps? Tokens that are revealed in the same step are drawn *independently* of each other, and what goes wrong by
-that is at most what was uncertain about them (notebook 7). Surer tokens may be revealed more at a time: hence few steps
-for many tokens.
+And the steps? Tokens that are revealed in the same step are drawn *independently* of each other, and the error of that is at most
+what was uncertain about them (notebook 7). So more tokens can be revealed at a time if they are more certain: few steps for many
+tokens.
 """
 
 # %% [markdown]
@@ -185,7 +185,7 @@ plt.show()
 # %% [markdown]
 r"""
 Training hides fine tokens at a random rate and asks for them, given the fine tokens that are left, the text, and the
-**true** coarse tokens of the same picture. With $x$ the fine tokens, $M$ the hidden places, $y$ the coarse tokens and
+**true** coarse tokens of the same picture. With $x$ the fine tokens, $M$ the hidden positions, $y$ the coarse tokens and
 $c$ the text:
 
 $$\mathcal{L} = -\,\mathbb{E}\;\frac{1}{|M|}\sum_{i\in M}\log p_\theta\big(x_i \mid x_{\text{visible}},\; y,\; c\big)$$
@@ -201,12 +201,12 @@ r"""
 A transformer of ours reads conditions only through its **memory**: a sequence of vectors that every layer attends to.
 For the base model it holds the text. For super-resolution the coarse tokens $y$ join it:
 
-$$m = \big[\,\underbrace{\mathrm{LN}(W c_1), \dots, \mathrm{LN}(W c_L)}_{\text{text}},\;\;
+$$m = \big[\,\underbrace{\mathrm{LN}(W e_1), \dots, \mathrm{LN}(W e_L)}_{\text{text}},\;\;
 \underbrace{E(y)_1, \dots, E(y)_K}_{\text{coarse tokens}}\,\big]$$
 
-$W$ projects the language model's vectors to the transformer's width, LN is layer normalization, $E$ is a small
-transformer of its own (16 layers in the paper): the **low-res encoder**. "Concatenated along the sequence" means
-just this: one list after the other.
+$W$ projects the language model's vectors $e_1, \dots, e_L$ to the transformer's width, LN is layer normalization, $E$ is a small
+transformer of its own (16 layers in the paper): the **low-res encoder**. "Concatenated along the sequence" means one list after the
+other. In the diagram the text entries are called t, the $K$ coarse ones c; the *draft* is explained at the end of this section.
 """
 
 # %%
@@ -221,7 +221,7 @@ show(SuperRes, Transformer.memory)
 r"""
 `super().memory(context, low)` appends the encoder's output to the text, marks all of it as attended to, and computes
 the keys and values of each layer once for a whole decode. Cross-attention does not know which entry is text and which
-is a coarse token; it finds out by what they hold.
+is a coarse token; only what they hold tells them apart.
 """
 
 # %%
@@ -240,8 +240,15 @@ r"""
 
 *Difficulty 1 of 3, about 5 minutes.*
 
-Write the heart of it yourself. Text entries come with a mask, `True` at real text and `False` at padding; coarse
+Write the central step yourself. Text entries come with a mask, `True` at real text and `False` at padding; coarse
 entries have no padding. Return the joined entries and the joined mask.
+
+<details><summary>Hint</summary>
+
+Which mask entries belong to the coarse tokens? There are as many as coarse tokens, and all have the same value. The mask is joined along
+the same axis as the entries.
+
+</details>
 """
 
 
@@ -266,9 +273,8 @@ r"""
 ### Why an encoder?
 
 One could append the embeddings of the coarse tokens as they are. But a code by itself says little: a red patch may be a
-face of a cube or the middle of a sphere, and its neighbours tell which. The encoder's self-attention lets the entries
-talk to each other first. To see it, we change **one** coarse token and look where the entries change, before and after
-the encoder's layers.
+face of a cube or the middle of a sphere; its neighbours decide. The encoder's self-attention first mixes the entries.
+To see it, we change **one** coarse token and look where the entries change, before and after the encoder's layers.
 """
 
 # %%
@@ -301,7 +307,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-In the middle picture one entry has changed, as it must. On the right the others have heard of it: faintly, by a small
+In the middle picture one entry has changed, as it must. On the right all others have changed too: by a small
 fraction of its own change, and some more than others. A fine token that reads one entry now reads a little of the whole grid. A deeper
 encoder passes on more; the paper's has 16 layers.
 """
@@ -311,12 +317,12 @@ r"""
 ### Who is read, the text or the coarse tokens?
 
 Cross-attention gives each fine token weights over the memory that sum to 1. With a query $q$ of the fine token and the
-keys $k_j$ of the memory, over $d$ channels a head:
+keys $k_j$ of the memory, with $d$ channels per head:
 
 $$w_j = \frac{\exp(q \cdot k_j / \sqrt d)}{\sum_{j'} \exp(q \cdot k_{j'} / \sqrt d)}$$
 
-The package throws these weights away, as fast attention does. A forward hook on the layer that makes $q$ lets us compute
-them from outside.
+The package does not keep these weights: fast attention never stores them. A forward hook on the layer that makes $q$ lets us
+compute them from outside.
 """
 
 
@@ -352,7 +358,7 @@ print(torch.allclose(weights[0].sum(-1), torch.ones(())))
 # %% [markdown]
 r"""
 **Predict, then run.** The memory of this picture holds a few entries of text and many coarse tokens. Averaged over all
-fine tokens, what share of the attention goes to the text? And will each fine token read all coarse tokens, or one?
+fine tokens, what fraction of the attention goes to the text? And will each fine token read all coarse tokens, or one?
 """
 
 # %%
@@ -369,24 +375,28 @@ bars = [*zip(to_text, to_own, rest, strict=True), [u / sum(uniform) for u in uni
 figure, ax = plt.subplots(figsize=(8, 2.6))
 start = torch.zeros(len(bars))
 for part, label in enumerate(
-    ["the text", "the coarse token at its own place", "the other coarse tokens"]
+    ["the text", "the coarse token at its own position", "the other coarse tokens"]
 ):
-    share = torch.tensor([bar[part] for bar in bars])
-    ax.barh(names, share, left=start, label=label)
-    start += share
+    fraction = torch.tensor([bar[part] for bar in bars])
+    ax.barh(
+        names, fraction, left=start, label=label, hatch=["//", "", ".."][part], edgecolor="white"
+    )
+    start += fraction
 ax.invert_yaxis()
-ax.set(xlabel="share of the attention, all fine tokens and heads", xlim=(0, 1))
+ax.set(xlabel="fraction of the attention, all fine tokens and heads", xlim=(0, 1))
 ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.25), ncols=3)
 plt.show()
+assert max(to_text) < bars[-1][0], "some layer reads the text more than its even part"
+assert max(to_own) > 2 * bars[-1][1], "no layer prefers a token's own position"
 
 # %% [markdown]
 r"""
-The coarse tokens get most of it in every layer; compare each bar with the lowest one, which is what attention without
-any preference would give. That is no mistake: the coarse tokens were drawn *from* the text, so whatever it says of
-colour, shape and place is in them already. And somewhere the entry at a fine token's own place gets many times its
-even share. (Attention is not influence; section 6 changes the text, and the coarse tokens, and looks.)
+The coarse tokens get most of it in every layer. The lowest bar is attention without any preference: every layer reads the text even less
+than that. That is no mistake: the coarse tokens were drawn *from* the text, so what it says about colour, shape and place is
+in them already. In the first layer the entry at a fine token's own position gets a few times its even part. (Attention is not
+influence; section 6 changes the text, and the coarse tokens, and looks.)
 
-Where on the map does the rest go? Below, four fine tokens and what they read, averaged over layers and heads.
+Where does the rest go? Below, four fine tokens and what they read, averaged over layers and heads.
 """
 
 # %%
@@ -395,7 +405,7 @@ places = [
     (0.6, 0.3),
     (0.6, 0.72),
     (0.85, 0.5),
-]  # rows and columns, as shares of the side
+]  # rows and columns, as fractions of the side
 maps = torch.stack(weights).mean((0, 2))[0, :, length:]  # (N, K): the mean over layers and heads
 figure, axes = plt.subplots(2, 4, figsize=(9, 4.6))
 for k, (row, column) in enumerate(places):
@@ -412,9 +422,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-Most tokens read near their own place, but not only there. (The draft, below, already says what stands at each position,
-so this model needs the map less than the paper's would.) Nobody told a token where its place is: coarse and fine grids have position embeddings of
-their own, and both are learned. Ours begin as waves of the place in the picture, the same for both grids, which makes
+Some tokens read mostly near their own position, others far from it too. (The draft, below, already says what stands at each
+position, so this model needs the map less than the paper's would.) No rule connects the positions: coarse and fine grids have
+position embeddings of their own, and both are learned. Ours begin as waves over the picture, the same for both grids, which makes
 the match easy to learn.
 """
 
@@ -425,7 +435,7 @@ show(sinusoids, TokenEmbedding)
 
 # %% [markdown]
 r"""
-### Guidance removes the text alone
+### Guidance removes only the text
 
 Guidance (notebook 6) compares predictions with and without the condition. Here "without" means *without the text*: the
 coarse tokens stay in both memories, and without the text nothing else is attended to. Otherwise guidance would push the picture away from its own coarse grid.
@@ -478,8 +488,8 @@ with torch.inference_mode():
 right = {
     name: (t == high).float().mean().item() for name, t in (("draft", draft), ("model", first))
 }
-for name, share in right.items():
-    print(f"{name}: {share:.0%} of the fine tokens are right")
+for name, fraction in right.items():
+    print(f"{name}: {fraction:.0%} of the fine tokens are right")
 assert right["draft"] < right["model"]
 rows = ["the draft", "the model's best guess from it", "the true fine tokens"]
 grid(
@@ -490,9 +500,8 @@ grid(
 
 # %% [markdown]
 r"""
-The draft is a good start, but blurred: enlarging adds no detail. The model learns what to change. That is easier than
-to draw everything anew, and it needs far fewer training pictures
-([measured](../benchmarks/superres.md)).
+The draft is a good start, but some edges are blurred: enlarging adds no detail. The model learns what to change. That is easier than
+to draw everything anew ([measured](../benchmarks/superres.md)).
 """
 
 # %% [markdown]
@@ -500,11 +509,11 @@ r"""
 ## 4. Multi-axis attention
 
 Full attention over the paper's 4,096 fine tokens needs 16.8 million pairs in every head of every layer. Yet a token
-needs two things only: its **neighbours**, to draw an edge, and an **overview**, to agree with the rest. Multi-axis
+needs only two things: its **neighbours**, to draw an edge, and an **overview**, to agree with the rest. Multi-axis
 attention gives half of the heads to each. The $g \times g$ grid is cut into blocks of $b \times b$:
 
 - **local** heads: a token sees the $b^2$ tokens of its own block;
-- **dilated** heads: a token sees the tokens that stand at *its place in every block*, $g^2/b^2$ of them, spread over the
+- **dilated** heads: a token sees the tokens at *its position in every block*, $g^2/b^2$ of them, spread over the
   whole picture.
 
 Then the heads' outputs are concatenated, as always.
@@ -521,8 +530,8 @@ The trick is one reshape. Row $= (\text{block row}, \text{row in the block})$, a
 token axis becomes four. Attention always runs over the last two of them: for local heads the places *in* a block are
 put last, for dilated heads the *blocks*. All else is batch.
 
-To see who sees whom, we give all keys the same value, so that all weights are alike, and make the values the identity
-matrix: the output of a token then names those that it has seen.
+To see which tokens see which, we make all keys equal, so that all weights are equal, and make the values the identity
+matrix: the output of a token is then not zero at those that it has seen.
 """
 
 # %%
@@ -588,14 +597,14 @@ grid(
 
 # %% [markdown]
 r"""
-Tokens are numbered row by row, so that a block's 16 tokens come in four runs of four, and the local mask looks like beads on
-threads. Both masks are equally full; they meet only on the diagonal, where a token sees itself.
+Tokens are numbered row by row, so that a block's 16 tokens come in four runs of four, and the local mask consists of small squares.
+Both masks are equally full; they meet only on the diagonal, where a token sees itself.
 """
 
 # %% [markdown]
 r"""
 **Predict, then run.** In one layer a token sees 31 of the 256: 16 + 16, itself counted once. In a second
-layer it hears of whatever *those* have seen. How many of the 256 tokens can have reached it after **two** layers:
+layer it also gets what *those* have seen. How many of the 256 tokens can have reached it after **two** layers:
 if all heads were local, if all were dilated, and with half of each?
 """
 
@@ -619,16 +628,16 @@ plt.show()
 # %% [markdown]
 r"""
 Local on local stays in the block, and dilated on dilated stays on its lattice, however many layers follow: neither half
-could do it alone. Together, two layers reach everything. First across the block, then from each of its places to all
-blocks: any token is the second step of some first one. Full attention needs one layer for that, at many times the price.
+could do it alone. Together, two layers reach everything: first the whole block, then from each of its positions the same position in
+all blocks. Full attention needs one layer for that, at many times the cost.
 """
 
 # %% [markdown]
 r"""
 ### What it saves
 
-Full attention computes $N^2$ pairs a head, multi-axis attention $N b^2$ in a local head and $N \cdot N/b^2$ in a dilated
-one. The sum $N\,(b^2 + N/b^2)/2$ a head is least where both are equal, $b^2 = \sqrt N$: then it is $N^{3/2}$. For the
+Full attention computes $N^2$ pairs per head, multi-axis attention $N b^2$ in a local head and $N \cdot N/b^2$ in a dilated
+one. Their mean, $N\,(b^2 + N/b^2)/2$ per head, is least where both are equal, $b^2 = \sqrt N$: then it is $N^{3/2}$. For the
 paper's $64 \times 64$ grid that is $b = 8$. Let us count, and time it too.
 """
 
@@ -651,7 +660,7 @@ for g, block in ((16, 4), (32, 8), (64, 8)):
     full, ours = n * n, n * (block**2 + n / block**2) / 2
     counted.append((n, full, ours))
     told = (
-        f"{g} x {g} tokens, blocks of {block}: {full:>12,} pairs a head, {ours:>9,.0f} multi-axis"
+        f"{g} x {g} tokens, blocks of {block}: {full:>12,} pairs per head, {ours:>9,.0f} multi-axis"
     )
     if g <= LARGEST:
         q, k, v = torch.randn(3, 1, 4, n, 32).unbind()
@@ -667,7 +676,7 @@ figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
 n, full, ours = zip(*counted, strict=True)
 axes[0].loglog(n, full, "o-", label="full")
 axes[0].loglog(n, ours, "s--", label="multi-axis")
-axes[0].set(xlabel="tokens $N$", ylabel="pairs a head", title="the gap widens with the picture")
+axes[0].set(xlabel="tokens $N$", ylabel="pairs per head", title="the gap widens with the picture")
 axes[0].set_xticks(n, [f"{m:,}" for m in n])
 axes[0].minorticks_off()
 axes[0].legend()
@@ -675,7 +684,7 @@ sides = [2, 4, 8, 16, 32]
 axes[1].plot(sides, [(s**2 + 4096 / s**2) / 2 for s in sides], "o-")
 axes[1].set(
     xlabel="side $b$ of a block",
-    ylabel="tokens seen, mean of a head",
+    ylabel="tokens seen, mean per head",
     title="64 x 64 tokens: best at $b = 8$",
 )
 axes[1].set_xscale("log", base=2)
@@ -687,18 +696,25 @@ plt.show()
 
 # %% [markdown]
 r"""
-For nano's grid either would do. At the paper's size the difference decides whether the model is affordable at all.
+For the smallest grid here either would do. At the paper's size the difference decides whether the model is affordable at all.
 """
 
 # %% [markdown]
 r"""
 ### Exercise 8.2: the same by masks
 
-*Difficulty 2 of 3, about 15 minutes.*
+*Difficulty 2 of 3, about 25 minutes.*
 
 Write multi-axis attention without any reshape: as full attention under two masks, one for the first half of the heads
 and one for the second. It saves nothing, and it must give the same numbers. (`F.scaled_dot_product_attention` takes
-`attn_mask`, `True` where a token may look.) Such a slow twin is how one tests a fast function.
+`attn_mask`, `True` where a token may look.) Fast functions are tested against such slow ones.
+
+<details><summary>Hint</summary>
+
+Compute each token's row and column first. Two tokens share a block if their block rows and block columns agree. What must agree for two
+tokens of the dilated half?
+
+</details>
 """
 
 
@@ -734,20 +750,20 @@ check_multi_axis(my_multi_axis)
 r"""
 ## 5. The cascade at work
 
-Now the whole way: the base model reveals coarse tokens, then super-resolution reveals fine ones in their light. Gray is
-still hidden.
+The base model has revealed all coarse tokens of *a large red cube*. Now super-resolution reveals fine ones, in 8 steps. Gray is still
+hidden.
 """
 
 # %%
 steps = list(muse.steps("a large red cube", seed=0))
-film(muse, steps, most=8)
+film(muse, [s for s in steps if s.stage == "superres"], most=8)
 
 # %% [markdown]
 r"""
-The first fine tokens already know where the cube will stand: the coarse grid has said so. (Fine tokens look odd while they are
-alone. The decoder is made of convolutions: it looks at the neighbours, and a hidden one is shown to it as the nearest token that
-is known.) What is left for super-resolution are edges, shading and texture. How many steps does that take? We keep the coarse tokens, and give
-super-resolution less and less time:
+The first fine tokens already show where the cube will stand, since the coarse grid says so: red ones lie only there. (Fine tokens look
+odd while they are alone. The decoder is made of convolutions: it looks at the neighbours, and in place of a hidden one it gets the
+nearest token that is known.) What is left for super-resolution are edges, shading and texture. How many steps does that take? We keep
+the coarse tokens, and vary the number of steps:
 """
 
 # %%
@@ -771,10 +787,10 @@ grid(
 
 # %% [markdown]
 r"""
-Search for differences: you will find few, at the edges. The lower a token's uncertainty, the less is lost by drawing many at once,
-just as section 1 foretold. So the paper affords a third of the base model's steps for 16 times the tokens.
+You will find few differences, at the edges. The lower a token's uncertainty, the less is lost by drawing many at once,
+as section 1 predicted. So the paper can take a third of the base model's steps for 16 times the tokens.
 
-And where does a picture's identity lie? In the upper row, we keep the coarse tokens and draw the fine ones with other
+And which tokens decide what the picture is? In the upper row, we keep the coarse tokens and draw the fine ones with other
 seeds. We draw them at temperature 1: by default, super-resolution takes the most likely tokens, and all seeds give the same
 picture. In the lower row, we draw everything with other seeds.
 """
@@ -796,8 +812,8 @@ grid(
 
 # %% [markdown]
 r"""
-The upper row differs in details, the lower one in everything. Whoever wants four variants of a picture that they like
-keeps its coarse tokens; whoever wants another picture does not.
+The upper row differs in details, the lower one in place and material too. For variants of a picture that you like, keep its coarse
+tokens; for another picture, draw new ones.
 """
 
 # %% [markdown]
@@ -806,8 +822,8 @@ r"""
 
 In training, text and coarse tokens always agreed. What if they do not?
 
-**Predict, then run.** The text says *a large red cube*. The coarse tokens were drawn for *a large blue sphere*. Whom will
-super-resolution follow, in colour and in shape? The detector, a small network that says what is in a picture, keeps count.
+**Predict, then run.** The text says *a large red cube*. The coarse tokens were drawn for *a large blue sphere*. Which will
+super-resolution follow, in colour and in shape? The detector, a small network that says what is in a picture, names what it finds.
 """
 
 # %%
@@ -838,11 +854,13 @@ grid(
 # %% [markdown]
 r"""
 The coarse tokens win, in shape and in colour, and strong guidance changes little. The model does not *need* the text:
-in training all that a caption says was in the coarse grid as well, and there it was easier to find. What the text adds is what a coarse
-grid cannot show.
+in training all that a caption says was in the coarse grid as well, and there it was easier to find.
 """
 
 # %%
+assert all(seen(image) == "blue sphere" for image in torn + strong), (
+    "the text has changed something"
+)
 red = coarse_of("a large red cube", 1)
 draws = torch.Generator().manual_seed(0)
 shuffled = red[:, torch.randperm(red.shape[1], generator=draws)]
@@ -851,9 +869,9 @@ half = red.shape[1] // 2
 collage = torch.cat([red[:, :half], blue[:1, half:]], dim=1)
 wrong = {
     "as drawn": red,
-    "shuffled places": shuffled,
+    "shuffled positions": shuffled,
     "random codes": noise,
-    "upper half red, lower blue": collage,
+    "cube above, sphere below": collage,
 }
 with torch.inference_mode():
     coarse_pictures = [
@@ -868,9 +886,9 @@ grid(
 
 # %% [markdown]
 r"""
-Rubbish in, rubbish out, but sharper. Super-resolution has learned to *trust* its coarse tokens, since they were never
-wrong in training. That is a weakness of every cascade: the second stage cannot mend what the first one spoiled, and mistakes
-of the base model come out in high resolution. (Some cascades therefore corrupt the coarse input a little in training.)
+Wrong coarse tokens give the same wrong picture, only sharper. Super-resolution has learned to *trust* its coarse tokens, since they
+were never wrong in training. That is a weakness of every cascade: the second stage cannot repair the mistakes of the first. (Some
+cascades therefore corrupt the coarse input a little in training.)
 """
 
 # %% [markdown]
@@ -878,11 +896,11 @@ r"""
 ## What failure looks like
 
 The classic mistake of this model is silent: the coarse tokens are encoded, and then never passed on. It has happened in
-public code. Training runs, the loss falls, pictures come out: from the text alone. A second one forgets
+public code. Training runs, the loss falls, pictures come out: from only the text. A second one forgets
 the *positions* of the coarse tokens, so that the model knows what is in the picture but not where.
 
-How to find out? **Change the condition, and see whether the loss notices.** We measure the masked loss on held-out scenes
-with the true coarse tokens, with the same tokens at shuffled places, and with those of another scene.
+How to find out? **Change the condition, and see whether the loss changes.** We measure the masked loss on held-out scenes
+with the true coarse tokens, with the same tokens at shuffled positions, and with those of another scene.
 """
 
 
@@ -943,15 +961,33 @@ for k, name in enumerate(given):
         edgecolor="white",
     )
 ax.set_xticks(range(3), ["as it should be", "without positions", "condition lost"])
-ax.set(ylabel="masked loss, nats a token")
+ax.set(ylabel="masked loss, nats per token")
 ax.legend(fontsize=9)
 plt.show()
+loss_with = lambda kind: [losses[kind, name] for name in given]  # noqa: E731
+assert loss_with("SuperRes")[0] + 1 < min(loss_with("SuperRes")[1:]), "the loss does not notice"
+assert abs(loss_with("Placeless")[0] - loss_with("Placeless")[1]) < 1e-3, (
+    "shuffling changes something"
+)
+assert max(loss_with("Lost")) - min(loss_with("Lost")) < 1e-6, "a lost condition changes something"
 
 # %% [markdown]
 r"""
-Read the pattern, not the height. Healthy: the loss notices both changes, and far more than another caption. Without positions: shuffling the places changes
-*nothing*, exactly. Condition lost: nothing changes anything. (Our broken models carry the weights of the healthy one, so they
-are also bad. A model *trained* with the mistake would look fine by its loss curve, and still show the same pattern.)
+Compare the three bars of each group, not the groups. As it should be: both changes raise the loss, far more than another caption does.
+Without positions: shuffling changes *nothing*. Condition lost: nothing changes anything. (Our broken models have the weights of the
+healthy one, so their loss is also high. A model *trained* with the mistake would have a normal loss curve, and still show the same
+pattern.)
+"""
+
+# %% [markdown]
+r"""
+### Open question
+
+*About 30 minutes.*
+
+When does super-resolution begin to read the text? Replace a growing fraction of the true coarse tokens by random codes, and measure
+`loss_of` with the right captions and with `other_text`. Where do the two curves part, with intervals over several draws? Would a model that
+is trained with corrupted coarse tokens be better at it?
 """
 
 # %% [markdown]
@@ -960,11 +996,11 @@ r"""
 
 - A coarse grid decides what stands where, a fine one how it looks: few tokens for a large model, many for a smaller one.
 - The coarse tokens pass through an encoder of their own, and its output is appended to the text. Cross-attention reads
-  both, and each fine token finds its own place.
+  both.
 - Multi-axis attention gives half of the heads a block each and the other half a lattice over the whole picture. Two
   layers reach everything, for $N^{3/2}$ pairs in place of $N^2$.
-- Guidance removes the text alone; when text and coarse tokens disagree, look at who was never wrong in training.
-- Whether a condition arrives is tested by changing it.
+- Guidance removes only the text. When text and coarse tokens disagree, super-resolution follows the coarse tokens.
+- To test whether a condition arrives, change it.
 """
 
 # %% [markdown]

@@ -9,7 +9,7 @@ r"""
 | **Paper** | Muse 3.3 |
 | **You will learn** | how a pixel mask becomes two token masks · what keeps the rest of a picture · editing as Gibbs sampling · what a negative prompt adds · how to count failures |
 | **Before this** | [6. Guidance](06_guidance.ipynb), [7. Parallel decoding](07_parallel_decoding.ipynb), [8. Super-resolution](08_super_resolution.ipynb) |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 90 minutes of your time |
 | **Files** | [`editing.py`](../minimuse/editing.py) |
 """
 
@@ -89,6 +89,8 @@ grid(
 
 # %% [markdown]
 r"""
+The dark spot at the mask's right border is the rest of the old shadow: the mask did not cover it.
+
 Inpainting runs the whole cascade: the base model fills the hole in the coarse grid, then super-resolution the one in the fine grid,
 reading the coarse tokens. The film shows both; gray is still hidden.
 """
@@ -101,7 +103,7 @@ r"""
 ### From pixels to tokens
 
 You paint your mask in pixels, and the model hides tokens. Muse tokenizes the picture twice, at low and at high resolution (notebook 8), so
-the mask is needed on both grids. The rule: **a token is hidden if the region touches it, be it by one pixel.**
+the mask is needed on both grids. The rule: **a token is hidden if the region touches it, even with one pixel.**
 """
 
 # %%
@@ -163,8 +165,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-One token of each grid; but the patch is larger than either. The decoder is made of convolutions, so a changed token reaches the
-pixels around it too. (If all seeds choose the old token again, nothing changes at all. Then the neighbours had no doubt.)
+One token of each grid; but the patch is much larger than a fine token. The decoder is made of convolutions, so a changed token reaches the
+pixels around it too. (If all seeds choose the old token again, nothing changes at all: the neighbours left no doubt.)
 """
 
 # %%
@@ -178,6 +180,12 @@ r"""
 
 Write `token_mask`: from `repaint` of shape $(B, H, W)$ and the downsampling $f$ to a mask $(B, h\,w)$, row by row. The stub hides the tokens
 that are covered *by half or more*, as a public code base did. Run it, and read what the check finds.
+
+<details><summary>Hint</summary>
+
+A mean says how *much* of a token is covered. Which pooling says whether *anything* is?
+
+</details>
 """
 
 # %%
@@ -185,8 +193,8 @@ import torch.nn.functional as F
 
 
 def my_token_mask(repaint, f):
-    covered = F.avg_pool2d(repaint.float(), f)  # your code: this word is wrong,
-    return covered.flatten(1) >= 0.5  # and this sign
+    covered = F.avg_pool2d(repaint.float(), f)  # your code: this function is wrong,
+    return covered.flatten(1) >= 0.5  # and this comparison
 
 
 check_token_mask(my_token_mask)
@@ -203,11 +211,11 @@ check_token_mask(my_token_mask)
 r"""
 ### What keeps the rest?
 
-Three guards, of different strength:
+Three things, of different strength:
 
 1. **Tokens** outside the hidden region are never touched. The sampler only fills what is `[MASK]`.
 2. **Pixels** outside may still change, for two reasons: tokens lose detail (notebook 9), and the decoder looks at neighbours.
-3. So `keep=True`, the default, **pastes your own pixels back** where your mask is black. Bit for bit.
+3. So `keep=True`, the default, **pastes your own pixels back** where your mask is black, bit for bit.
 """
 
 # %%
@@ -231,28 +239,29 @@ axes[2].imshow(kept)
 axes[2].set_title("keep=True")
 for ax, image in ((axes[1], bare), (axes[3], kept)):
     shown = ax.imshow(
-        (pixels(image) - pixels(source)).abs().amax(0), cmap="magma", vmin=0, vmax=0.5
+        (pixels(image) - pixels(source)).abs().amax(0), cmap="magma", vmin=0, vmax=0.03
     )
     ax.set_title("change of each pixel")
 for ax in axes:
     ax.contour(mask, [0.5], colors="0.6", linewidths=1, linestyles=":")
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
-figure.colorbar(shown, ax=axes)
+figure.colorbar(shown, ax=axes, label="change, of a range of 2")
 plt.show()
 
 # %% [markdown]
 r"""
-Hardly a pixel: without pasting, the whole picture goes through the tokenizer once, and comes back a little softer. With pasting, all outside the
-dotted line is black: untouched. The price is a **seam** there, where your pixels meet decoded ones. A border that runs through plain floor
-hides it best.
+Without pasting hardly a pixel is as before: the whole picture goes through the tokenizer once, and changes a little everywhere. With pasting, all outside the
+dotted line is black: untouched. The price is a **seam** there, where your pixels meet decoded ones. It is least visible on plain
+floor.
 """
 
 # %% [markdown]
 r"""
-### The prompt speaks of the whole picture
+### The prompt describes the whole picture
 
-The same mask and other prompts. The detector, a small network that says what is in a picture, checks each.
+The same mask with other prompts. The detector, a small network that says what is in a picture, checks each. Look, too: a lump that resembles no object may be missing
+from its list.
 """
 
 # %%
@@ -301,11 +310,11 @@ grid(
 # %% [markdown]
 r"""
 The first prompt gets plain floor. Captions in training described *whole pictures*: "a large red cube" meant a picture with one object in it.
-One object is already there, so the rest must be floor, whatever the prompt says. The second prompt describes the picture as it shall become, and
+One object is already there, so the rest must be floor, whatever the prompt says. The second prompt describes the picture as it should become, and
 the cube appears.
 
-Two habits follow. **Describe the whole picture**, not the hole. And **be generous with the mask**: cover the old object, its shadow and
-some floor, for whatever is left of it is evidence that the model believes.
+Two habits follow. **Describe the whole picture**, not the hole. And **make the mask large**: cover the old object, its shadow and
+some floor, because the model continues what is left of it.
 """
 
 # %%
@@ -318,8 +327,8 @@ r"""
 ## 2. Outpainting
 
 New canvas is a hole like any other. But the model knows pictures of one size only, so a larger canvas is filled **window by window**: square
-windows that overlap by half, those that know most first. What one window has painted, the next one
-sees. Blue below is your picture, on a canvas of twice its side.
+windows that overlap by half, the one with the most known pixels first. What one window has painted, the next one
+sees. Blue below is your picture, on a canvas of twice its side; the numbers are the order.
 """
 
 # %%
@@ -349,6 +358,7 @@ for i, (top, left) in enumerate(windows(known, size)):
         ha="center",
         va="center",
         weight="bold",
+        bbox={"color": "white", "pad": 1.5},
     )
     known[top : top + size, left : left + size] = True
 ax.set(xlabel="pixel", ylabel="pixel", title="the order of the windows")
@@ -364,17 +374,20 @@ around = muse.outpaint(source, pad, "a large green sphere", seed=0)[0]
 own = around.crop((pad, pad, pad + size, pad + size))
 print("your own pixels are untouched:", own.tobytes() == source.tobytes())
 grid(
-    [source, little, much, better, around],
-    ["the source", "a quarter wider", "half as wide again", f"the same: {whole}", "on all sides"],
-    columns=3,
+    [source, little, much, better],
+    ["the source", "a quarter wider", "half as wide again", f"the same: {whole}"],
+    columns=4,
     scale=scale,
 )
 
+# %%
+grid([around], ["on all sides: a large green sphere"], scale=scale)
+
 # %% [markdown]
 r"""
-Your picture stands unchanged, and a quarter more floor at its side is not a problem. Half as much again is, with the old prompt: each window is drawn as *a whole
-picture of its own*, so a window in which the sphere is hardly visible has every reason to draw another one. The fourth picture works: its prompt
-names what is to stand in the new part. On all sides it fails, for the same reason. Outpainting is best with prompts that are true of
+Your picture stays unchanged, and a quarter more floor at its side works. Half as much again does not, with the old prompt: each window is drawn as *a whole
+picture of its own*, so where the sphere is hardly visible, the model draws another one. The fourth picture works: its prompt
+names the object in the new part. Painting on all sides fails for the same reason as the third. Outpainting is best with prompts that are true of
 every window ("a field of flowers"), and with a model that has seen objects cut off by the border.
 """
 
@@ -390,13 +403,14 @@ assert FAST or "red" in right_of["new"], "the better prompt does not draw the cu
 r"""
 ## 3. Editing without a mask
 
-Now the finest trick of the paper. No region is given; only a new prompt. Muse hides a **random 8%** of the coarse tokens and fills them under the
+Now no region is given, only a new prompt. Muse hides a **random 8%** of the coarse tokens and fills them under the
 new prompt, and repeats that 100 times. With $M_k$ the random positions of iteration $k$:
 
 $$x_{M_k} \sim p\big(x_{M_k} \mid x_{\bar M_k},\, c_{\text{new}}\big), \qquad k = 1, \dots, 100.$$
 
-To redraw a few variables given all the others, again and again, is **Gibbs sampling**: from any start it drifts towards pictures that the
-model finds likely for the new prompt. Each state on the way is a whole picture.
+To redraw a few variables given all the others, again and again, is **Gibbs sampling**: from any start it moves towards pictures that the
+model finds likely for the new prompt. Each state on the way is a whole picture. (The paper's guidance is 4; ours is `muse.config.edit_guidance`, and smaller. "Negative
+prompts" below shows why.)
 """
 
 # %%
@@ -419,8 +433,8 @@ film_strip(
 
 # %% [markdown]
 r"""
-The iterations work on the coarse grid; super-resolution draws all of the fine grid anew at the end. Watch when
-the colour turns, and when the shape has settled.
+The iterations work on the coarse grid; super-resolution draws the whole fine grid again at the end. The colour turns part by
+part; the shape stays.
 """
 
 # %%
@@ -430,7 +444,7 @@ animation([muse.picture(s)[0] for s in states[::every]], ms=160)
 # %% [markdown]
 r"""
 **Predict, then run.** 8% of the tokens, 100 times. At the end, what fraction of the tokens has *never* been hidden and redrawn? 92%? Half? And what
-fraction is still equal to the source?
+fraction is equal to the source's? (8% is rounded up to a whole number of tokens.)
 """
 
 # %%
@@ -455,14 +469,17 @@ ax.set(xlabel="iteration $k$", ylabel="fraction of the coarse tokens", ylim=(0, 
 ax.legend()
 plt.show()
 print(
-    f"each token is redrawn {len(states) * redrawn / n:.1f} times on average; {untouched[-1]:.1%} never were"
+    f"each token is redrawn {len(states) * redrawn / n:.1f} times on average; {untouched[-1]:.1%} never were; "
+    f"{equal[-1]:.0%} are equal to the source's"
 )
+assert FAST or untouched[-1] < 0.05, "many tokens were never redrawn"
+assert FAST or 0.2 < equal[-1] < 0.8, "nearly all or none are equal to the source's"
 
 # %% [markdown]
 r"""
-After a hundred iterations next to *nothing* is left that was not redrawn, about nine times over. So what keeps the picture? **Nothing but its
-neighbours.** A token is redrawn in sight of all others; floor amid floor comes back as floor, maybe as another code that looks the same. What all
-agree on stays, and what the prompt contradicts is outvoted, little by little. It is a vote, not a lock: an edit
+After a hundred iterations nearly *every* token was redrawn, about nine times. Yet many are equal to the source's: they came back. **Only its neighbours** keep the
+picture. A token is redrawn with all others in view: floor among floor comes back as floor, maybe as another code that looks the same. What all
+agree on stays, and what contradicts the prompt changes step by step. But an edit
 guarantees nothing.
 """
 
@@ -470,25 +487,28 @@ guarantees nothing.
 r"""
 ### How much at a time?
 
-The fraction decides how many neighbours a token can rely on. We keep the number of redrawn tokens the same, as 8% a hundred times, and
-change how many go together.
+The fraction decides how many neighbours a token can rely on. We keep the number of redrawn tokens about the same, as with 8% a hundred times, and
+change how many are redrawn together.
 """
 
 # %%
-shares = [0.02, 0.08, 0.3, 1.0]
+fractions = [0.02, 0.08, 0.3, 1.0]
 budget = 0.08 * ITERATIONS
 edits, captions = [], []
-for share in shares:
-    iterations = max(1, round(budget / share))
-    made = muse.edit(source, wish, n=PICTURES, seed=0, fraction=share, iterations=iterations)
+for fraction in fractions:
+    iterations = max(1, round(budget / fraction))
+    made = muse.edit(source, wish, n=PICTURES, seed=0, fraction=fraction, iterations=iterations)
     edits += made
-    captions += [f"{share:.0%}, {iterations} times" for _ in made]
+    captions += [f"{fraction:.0%}, {iterations} times" for _ in made]
+as_asked = [said(image) == "large red sphere" for image in edits]
+assert FAST or all(as_asked[: 3 * PICTURES]), "an edit with neighbours fails"
+assert FAST or not all(as_asked[3 * PICTURES :]), "edits without neighbours work, too"
 grid(edits, captions, columns=PICTURES * 2, scale=scale)
 
 # %% [markdown]
 r"""
-One token at a time is the most careful, and costs one pass of the network each. With 100% there are no neighbours: every iteration forgets the source
-and draws a whole picture at one stroke, the worst case of notebook 7. The paper's 8% sits between.
+Few tokens at a time are the most careful, and cost the most passes of the network. With 100% there are no neighbours: every iteration forgets the source
+and draws a whole picture in one step, the worst case of notebook 7. The paper's 8% is between; for so simple an edit 30% works, too.
 """
 
 # %% [markdown]
@@ -496,17 +516,17 @@ r"""
 ### Negative prompts
 
 Guidance compares the new prompt with no text: $\ell = \ell_{\text{new}} + t\,(\ell_{\text{new}} - \ell_{\text{none}})$. But we know more: we know what the
-picture *is*, and want to leave. So put the old caption in place of no text:
+picture *is*, and want to change it. So put the old caption in place of no text:
 
 $$\ell = \ell_{\text{new}} + t\,(\ell_{\text{new}} - \ell_{\text{old}})$$
 
-What both captions share, floor and size and shape, cancels; only the difference is amplified.
+What both captions have in common, such as size and shape, should cancel; only the difference is amplified.
 """
 
 # %% [markdown]
 r"""
 **Predict, then run.** Three ways to edit: with no guidance, with $t = 4$ against no text, with $t = 4$ against the old caption. We count how often the detector
-agrees with the new prompt. Which way is ahead after a handful of iterations? And which after many?
+agrees with the new prompt. Which way is the slowest at first? And which is the best after many iterations?
 """
 
 # %%
@@ -550,12 +570,11 @@ plt.show()
 
 # %% [markdown]
 r"""
-The hare and the tortoise: compare the lines after the first iterations, and then at the end (and read the intervals before the lines). The old
-caption pushes only where the captions differ. But an edit has no end at which the pushing stops. Once the picture has turned, "not
-green" goes on driving it, past red, towards pictures that no caption describes. Without guidance nothing drives it any further: the slowest way
-at first is the best one in the end.
+No guidance is both: the slowest at first and the best in the end. (The intervals of the first iterations overlap, and so do those of the two guided ways everywhere.) An
+edit has no end at which guidance stops. Once the picture has turned red, guidance, by "not green" or by no text, still drives it on, towards pictures that no caption
+describes. Without guidance nothing drives it further.
 
-So use a negative prompt for few iterations, or a small $t$. A remedy to try: five iterations against the old caption, and `muse.edit` once more on the result,
+So use a large $t$ or a negative prompt for few iterations, or a small $t$. You can also try five iterations against the old caption, and then `muse.edit` on the result,
 with `guidance=0.0`.
 """
 
@@ -596,6 +615,11 @@ for kind, ask in kinds.items():
         )
     results[kind] = share_of(found), share_of(stayed)
     print(f"{kind:>9}: as asked {results[kind][0]}; where it stood {results[kind][1]}")
+if not FAST:
+    asked_of = {kind: asked.value for kind, (asked, _) in results.items()}
+    assert min(asked_of["colour"], asked_of["shape"]) > 0.8, "colour or shape often fails"
+    assert max(asked_of["size"], asked_of["one more"]) < 0.2, "size or number often works"
+    assert min(stayed.value for _, stayed in results.values()) > 0.8, "objects wander"
 
 # %%
 figure, ax = plt.subplots(figsize=(7.5, 3))
@@ -625,12 +649,12 @@ grid(gallery, marks, columns=len(sources) * 2, scale=scale)
 
 # %% [markdown]
 r"""
-Compare the bars: which changes come out as asked, and which do not? (The detector names what is *nearest*: a lump counts, if it is nearest to the right
-object.) That the object *stays where it stood* is less certain: no term asks for it, and only its neighbours hold it. Stronger guidance makes it wander more.
+Colour and shape come out as asked; size and number do not. (The detector names what is *nearest*: a lump counts, if it is nearest to the right
+object.) The object *stays where it stood*, although nothing but its neighbours holds it there.
 
-*One more* asks for something else. A new object has to begin on plain floor, where its first token stands alone among neighbours that say "floor", and is outvoted at
-its next turn. It is easier to grow the old object, often to a lump. Small random holes change what is there. To put something where nothing is, hide a region
-(section 1).
+Why not size and number? A smaller object needs floor where the object is, and *one more* has to begin on plain floor. There its first token is alone among
+neighbours that say "floor", and becomes floor again when it is next redrawn. Small random holes change what is there. To put something where nothing is, hide a
+region (section 1).
 """
 
 # %% [markdown]
@@ -641,6 +665,12 @@ r"""
 
 Write one iteration: hide `ceil(fraction * N)` random tokens, show the model the rest, draw the hidden ones. `random_mask(tokens, rate, generator)` and
 `draw(logits, uniforms, temperature)` are in the package. The stub redraws tokens that the model could *see*; what does the check say?
+
+<details><summary>Hint</summary>
+
+`tokens.masked_fill(hidden, mask_id)` is what the model should see.
+
+</details>
 """
 
 # %%
@@ -673,7 +703,7 @@ r"""
 ## What failure looks like
 
 **Half-covered tokens are kept.** The stub of exercise 10.1, run for real: a tight mask around the sphere, with the tokens at its rim left as they are.
-Beside it, the same mask by the right rule, and a generous one.
+Below it, the same mask by the right rule, and a large one.
 """
 
 
@@ -706,16 +736,18 @@ tries += [
     mask_overlay(source, token_mask(mask[None], f_low)[0]),
     *muse.inpaint(source, mask, "a large red cube", n=2, seed=0),
 ]
-names += ["a generous mask: hidden"] + [f"detector: {said(i)}" for i in tries[-2:]]
+names += ["a large mask: hidden"] + [f"detector: {said(i)}" for i in tries[-2:]]
+assert FAST or all("sphere" in name for name in names[1:3]), "old rims do no harm"
+assert FAST or all("cube" in name for name in names[-2:]), "the large mask does not help"
 grid(tries, names, columns=3, scale=scale)
 
 # %% [markdown]
 r"""
-Rims of the old sphere are evidence, and the model finishes what it sees: in the first row the cube becomes round, though the prompt says cube. That is why one pixel must be enough, and why a mask
-is better too large than too small.
+The model continues what it sees: in the first row, with the rim of the old sphere, the cube becomes round, although the prompt says cube. In the second row a rim can still remain. That is why one pixel
+must be enough, and why a mask is better too large than too small.
 
-**Fixed tokens are drawn again.** A sampler that redraws *all* tokens at each step, given ones included, is the classic. It generates fine pictures from
-nothing, and inpainting repaints the whole. The test is one line: *tokens outside the mask are as before*.
+**Fixed tokens are drawn again.** A sampler that redraws *all* tokens at each step, given ones included, generates good pictures from
+nothing, but its inpainting repaints the whole. The test is one line: *tokens outside the mask are as before*.
 """
 
 # %%
@@ -733,13 +765,23 @@ grid(
 
 # %% [markdown]
 r"""
+### Open question
+
+*About 30 minutes.*
+
+With our settings no edit of the *size* works. Find settings (`fraction`, `iterations`, `guidance`, `negative_prompt`) with which more of them do, and the object stays where it
+stood. Choose them with some seeds and count with others: why?
+"""
+
+# %% [markdown]
+r"""
 ## Summary
 
 - Filling hidden tokens given the others *is* inpainting. No training is needed.
 - A mask in pixels hides every token it touches, on both grids. Tokens outside never change; pixels outside do, unless they are pasted back.
 - Outpainting is inpainting in overlapping windows, each a picture of its own.
 - A mask-free edit is Gibbs sampling: nearly every token is redrawn many times, and only agreement among neighbours keeps the picture.
-- A negative prompt amplifies only the difference of two captions, and does not know when to stop.
+- Guidance, against no text or a negative prompt, makes an edit faster at first, and drives it too far in the end.
 - Count before you believe: what an edit changes, and what it keeps, are two numbers.
 """
 

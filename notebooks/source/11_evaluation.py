@@ -9,7 +9,7 @@ r"""
 | **Paper** | [Muse](https://arxiv.org/abs/2301.00704) 3.2 and figure 8; Frechet distance ([arXiv 1706.08500](https://arxiv.org/abs/1706.08500)), CLIP score ([arXiv 2104.08718](https://arxiv.org/abs/2104.08718)) |
 | **You will learn** | what "right" can mean · intervals · Frechet distance by hand, and its bias · CLIP score · diversity · the trade-off of figure 8 · what bad models and selection do to the numbers |
 | **Before this** | [6. Guidance](06_guidance.ipynb); means, variances, a covariance matrix |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 105 minutes of your time |
 | **Files** | [`eval_prompts.py`](../minimuse/eval_prompts.py), [`eval_metrics.py`](../minimuse/eval_metrics.py); [`eval_run.py`](../minimuse/eval_run.py) puts them together |
 """
 
@@ -325,6 +325,12 @@ r"""
 *Difficulty 2 of 3, about 15 minutes.*
 
 Write both ends from `right` of `n`. The stub is the textbook interval.
+
+<details><summary>Hint</summary>
+
+Compute the middle and the half width separately. Both have the denominator $1 + z^2 / n$.
+
+</details>
 """
 
 
@@ -463,6 +469,12 @@ r"""
 
 Means $m$ and covariances $C$ are given; `torch.linalg.eigvals` gives eigenvalues as complex numbers, of which `.real` is what you need. The
 stub takes the root of each entry, which is right for one feature.
+
+<details><summary>Hint</summary>
+
+`@` multiplies matrices. The trace of a matrix root is the sum of the roots of the eigenvalues.
+
+</details>
 """
 
 
@@ -1018,6 +1030,16 @@ with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.Stri
     with open(os.path.join(folder, "eval.md"), encoding="utf-8") as file:
         report = file.read()
 Markdown(report)
+
+# %% [markdown]
+r"""
+### Open question
+
+*About 30 minutes.*
+
+Invent a bad model that no column of the table above finds, although you see it at once, and build it from the pictures of this notebook. Then invent a
+metric that finds it. What does your metric say about the four bad models?
+"""
 
 # %% [markdown]
 r"""

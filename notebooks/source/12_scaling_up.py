@@ -9,7 +9,7 @@ r"""
 | **Paper** | [Muse](https://arxiv.org/abs/2301.00704), A.1 to A.3 and table 3 |
 | **You will learn** | where parameters sit · why training costs 6 FLOPs per parameter and token · what fills the memory of a GPU, and what sharding takes away · why few parallel steps are fast although they compute more |
 | **Before this** | [5. The base transformer](05_base_transformer.ipynb), [8. Super-resolution](08_super_resolution.ipynb); matrix products; powers of ten |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 75 minutes of your time |
 | **Files** | [`train_budget.py`](../minimuse/train_budget.py), [`config.py`](../minimuse/config.py), [`launch/`](../minimuse/launch) |
 """
 
@@ -185,6 +185,12 @@ r"""
 *Difficulty 1 of 3, about 5 minutes.*
 
 Write how many numbers the matrices of one layer hold: self-attention, cross-attention, MLP. The check compares with the real class.
+
+<details><summary>Hint</summary>
+
+The list above has all matrices. The MLP's width is `mlp_width`, not always four times `width`.
+
+</details>
 """
 
 
@@ -314,6 +320,12 @@ r"""
 *Difficulty 1 of 3, about 5 minutes.*
 
 Write the FLOPs of training a model of `parameters` weights on `tokens` tokens, without attention's products.
+
+<details><summary>Hint</summary>
+
+Forwards 2 per weight and token, backwards twice as many.
+
+</details>
 """
 
 
@@ -481,6 +493,12 @@ r"""
 *Difficulty 2 of 3, about 10 minutes.*
 
 Write the bytes on each of `processes` accelerators before any example, for AdamW in fp32 with bf16 copies: under DDP, and under FSDP (`sharded=True`).
+
+<details><summary>Hint</summary>
+
+Add up the table of section 4. Only FSDP divides.
+
+</details>
 """
 
 
@@ -817,6 +835,16 @@ print(
 r"""
 That is why `masked_cross_entropy` takes `count`, the number of masked tokens in all parts: then the parts' losses add up to the whole batch's, for one process or for
 many, and a test says so.
+"""
+
+# %% [markdown]
+r"""
+### Open question
+
+*About 30 minutes.*
+
+You have 1,000 hours of one accelerator. Make a configuration with `changed`, and find its bill with `stage_budget`. Do you buy width, layers, pictures or tokens per
+picture? Give a reason for each factor, and name one that this notebook cannot decide.
 """
 
 # %% [markdown]

@@ -9,7 +9,7 @@ r"""
 | **Paper** | Muse 4; [DiT](https://arxiv.org/abs/2212.09748), [DDIM](https://arxiv.org/abs/2010.02502), [D3PM](https://arxiv.org/abs/2107.03006), [Parti](https://arxiv.org/abs/2206.10789) |
 | **You will learn** | a diffusion transformer, line by line · an autoregressive one · what they share with Muse · who is fast, and why · whether Muse is a diffusion model |
 | **Before this** | [4. Masking](04_masking.ipynb), [7. Parallel decoding](07_parallel_decoding.ipynb); Gaussians |
-| **Takes** | @takes@ |
+| **Takes** | @takes@; about 90 minutes of your time |
 | **Files** | [`baseline_dit.py`](../minimuse/baseline_dit.py), [`baseline_ar.py`](../minimuse/baseline_ar.py), [`transformer.py`](../minimuse/transformer.py) |
 """
 
@@ -286,6 +286,12 @@ r"""
 
 Write it for a level $a$ given as a number: `my_noise(x, noise, a)`. The stub mixes with $a$ and $1 - a$, which seems
 natural and is wrong: what happens to the variance half-way?
+
+<details><summary>Hint</summary>
+
+Variances of independent terms add: the *squares* of the two amounts must sum to 1.
+
+</details>
 """
 
 
@@ -490,6 +496,12 @@ r"""
 *Difficulty 2 of 3, about 25 minutes.*
 
 `my_step(x, noise, now, then)` with levels $a$ = `now` and $a'$ = `then`. The stub forgets to put any noise back.
+
+<details><summary>Hint</summary>
+
+The second formula above has two terms. Its noise is the same $\varepsilon$.
+
+</details>
 """
 
 
@@ -851,6 +863,16 @@ draw_influence(
         "not moved on by one position": influence(CausalTransformer, -1),
     }
 )
+
+# %% [markdown]
+r"""
+### Open question
+
+*About 30 minutes.*
+
+Which of the three would gain most from four times the training, and which would lose most on a grid of twice the side? Write down your predictions and the figures or tables of
+this notebook on which they rest. Then test one, with intervals.
+"""
 
 # %% [markdown]
 r"""

@@ -9,7 +9,7 @@ r"""
 | **Paper** | Muse 2.2, 2.3, 2.6, 2.7, 2.8 |
 | **You will learn** | to write a quantizer, a training loop, attention, a layer, the masked loss, decoding and guidance |
 | **Before this** | notebooks [3](03_vqgan.ipynb) to [7](07_parallel_decoding.ipynb); PyTorch |
-| **Takes** | about 5 minutes on one CPU core; about 3 hours of your time |
+| **Takes** | @takes@; about 4 hours of your time |
 | **Files** | all of them: [`vqgan.py`](../minimuse/vqgan.py), [`masking.py`](../minimuse/masking.py), [`transformer.py`](../minimuse/transformer.py), [`cfg.py`](../minimuse/cfg.py), [`sampler.py`](../minimuse/sampler.py) |
 """
 
