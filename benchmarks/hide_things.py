@@ -99,8 +99,8 @@ def held_out(muse: Muse, scenes: SceneDataset, tokens: Tensor, which: list[int])
     return measure
 
 
-def train(muse: Muse, config: StageConfig, scenes: SceneDataset, out: Path, share: float) -> None:
-    """Continue `muse.base` in place; `share` of each batch are pairs with a hidden thing."""
+def train(muse: Muse, config: StageConfig, scenes: SceneDataset, out: Path, share: float, hidden: float) -> None:
+    """Continue `muse.base` in place; `share` of each batch are pairs, in `hidden` of them one thing is hidden."""
     tokens, grid = tokens_of(muse, scenes, out), muse.base.config.grid
     pairs = [i for i in range(scenes.n) if names(scenes.scene(i), i)]
     measure = held_out(muse, scenes, tokens, pairs[:HELD_OUT])
@@ -117,7 +117,7 @@ def train(muse: Muse, config: StageConfig, scenes: SceneDataset, out: Path, shar
         for k, (i, s) in enumerate(zip(rows, special, strict=True)):
             scene = scenes.scene(i)
             texts.append(open_caption(scene, names(scene, i), rng) if s else rng.choice(scenes.captions(i)))
-            if s and rng.random() < 0.5:
+            if s and rng.random() < hidden:
                 rest = torch.rand(x.shape[1], generator=generators[k]) < rng.random() * 0.6
                 masked[k] = covered(scene, rng.randrange(2), grid) | rest
         embeds, mask = muse.encoder.encode(texts)
@@ -141,7 +141,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=24_000)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--share", type=float, default=0.5, help="fraction of each batch in which a thing is hidden")
+    parser.add_argument("--share", type=float, default=0.5, help="fraction of each batch that are pairs")
+    parser.add_argument("--hidden", type=float, default=0.5, help="fraction of the pairs with one thing hidden whole")
     args = parser.parse_args()
     muse = Muse.from_pretrained(args.start, dtype=torch.float32)
     look = preset(muse.config.name)  # of its scenes
@@ -152,7 +153,7 @@ def main() -> None:
     config = replace(look.stages["base"], steps=args.steps, learning_rate=args.learning_rate, warmup=30)
     args.out.mkdir(parents=True, exist_ok=True)
     refuse_existing(args.out / "model")
-    train(muse, replace(config, save_every=250), scenes, args.out, args.share)
+    train(muse, replace(config, save_every=250), scenes, args.out, args.share, args.hidden)
     muse.save_pretrained(args.out / "model", dtype=torch.float16)
 
 

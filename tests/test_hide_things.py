@@ -73,7 +73,7 @@ def test_only_the_base_model_changes_and_a_stopped_run_ends_the_same(tmp_path, m
         for steps in runs:
             muse, stop = Muse.from_pretrained("toy", dtype=torch.float32), iter(range(steps))
             monkeypatch.setattr(hide_things, "train_network", stopping(hide_things.train_network, stop))
-            hide_things.train(muse, stage, scenes, out, share=0.5)
+            hide_things.train(muse, stage, scenes, out, share=0.5, hidden=0.5)
             monkeypatch.undo()
             monkeypatch.setattr(hide_things, "HELD_OUT", 2)
         results.append(muse)
