@@ -9,7 +9,8 @@
 From the values of each picture it also computes metrics of parts of a task: each relation, each number of things, what
 an edit leaves as it was; and paired differences between variants of a picture.
 
-1,000 pictures per task (--n; the stored cascade has 200), 300 per point of the sweep (--points), seeds from 1000. Two
+1,000 pictures per task (--n), 300 per point of the sweep (--points), seeds from 1000. The stored numbers are of 500 for
+the base model, 200 for the cascade, 150 for a point. Two
 to three hours on 2 CPU cores. Each part has its own folder in --out, with pictures, and continues after its last
 finished task. RUN is the folder of toy's training, with the decoder before fine-tuning; without it, that task is left
 out.

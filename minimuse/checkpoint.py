@@ -26,9 +26,7 @@ Build = Callable[[MuseConfig], nn.ModuleDict]
 SHIPPED = Path(__file__).parent / "checkpoints"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # fields of a configuration that do not change what `generate` draws
-NOT_DRAWN = (
-    "name stages scenes captions fractions synonyms pixels_gib text_gib dropout edit_guidance outpaint_guidance".split()
-)
+NOT_DRAWN = "name stages scenes captions fractions synonyms pixels_gib text_gib dropout edit_guidance".split()
 
 MODEL_CARD = """---
 library_name: minimuse

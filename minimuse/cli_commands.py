@@ -30,7 +30,7 @@ from minimuse.utils import pick_device, require
 
 SETTINGS = "guidance steps schedule order sampling_temperature choice_temperature".split()  # of a drawing
 SETTINGS += "iterations fraction seed negative_prompt".split()
-NO_TEXT = "base_sampling.guidance superres_sampling.guidance outpaint_guidance".split()
+NO_TEXT = "base_sampling.guidance superres_sampling.guidance".split()
 NO_TEXT = ["text_encoder=", "edit_guidance=0", *(f"{name}=[0,0]" for name in NO_TEXT)]
 
 

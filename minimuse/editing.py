@@ -147,8 +147,7 @@ def outpaint(
     """Extend the picture by `padding` pixels: one number, or (left, top, right, bottom) (Muse 3.3.1).
 
     New canvas is inpainted window by window, starting next to the picture, whose pixels come back bit for bit.
-    Choice: unpainted canvas repeats the picture's edge; black would leak into the tokens next to it. Guidance is
-    `MuseConfig.outpaint_guidance`.
+    Choice: unpainted canvas repeats the picture's edge; black would leak into the tokens next to it.
     """
     from minimuse.pictures import from_pil, to_rgb
 
@@ -160,7 +159,7 @@ def outpaint(
     from_pil(image, side)  # refuses what is not a picture of the right size
     wide = Image.fromarray(np.pad(np.asarray(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge"))
     images = []
-    sampling = {"guidance": muse.config.outpaint_guidance or None} | check_settings(sampling, superres=True)
+    sampling = check_settings(sampling, superres=True)
     for job in muse.jobs(prompt, n, seed, negative_prompt):
         canvas = wide.copy()
         known = torch.zeros(canvas.height, canvas.width, dtype=torch.bool)

@@ -108,16 +108,16 @@ class EvalModel:
         """The window half beyond the right edge, as `Muse.outpaint` fills it."""
         known = self.real(ask.before for ask in asked)[..., self.side // 2 :]
         before = torch.cat([known, known[..., -1:].expand_as(known)], 3)
-        return self.inpaint(asked, seeds, before, guidance=self.muse.config.outpaint_guidance or None)
+        return self.inpaint(asked, seeds, before)
 
-    def inpaint(self, asked: Asked, seeds: Seeds, before: Tensor | None = None, **sampling: Any) -> Variants:
+    def inpaint(self, asked: Asked, seeds: Seeds, before: Tensor | None = None) -> Variants:
         """The region of each picture drawn again, and the pixels outside kept."""
         before = self.real(ask.before for ask in asked) if before is None else before
         at = (torch.arange(self.side) + 0.5) / self.side
         left, top, right, bottom = torch.tensor([ask.region for ask in asked]).T[..., None]
         region = ((at > top) & (at < bottom))[:, :, None] & ((at > left) & (at < right))[:, None]  # (B, H, W)
         tokens, jobs = tokenize(self.muse, *to_pil(before)), _jobs([ask.prompt for ask in asked], seeds)
-        made = self._images(inpaint_tokens(self.muse, tokens, region, jobs, **sampling))
+        made = self._images(inpaint_tokens(self.muse, tokens, region, jobs))
         return {"before": before, "": torch.where(region[:, None], made, before)}
 
     def superres(self, asked: Asked, seeds: Seeds) -> Variants:

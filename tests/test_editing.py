@@ -473,15 +473,6 @@ def test_edit_defaults_are_the_papers():
     assert shipped.edit_guidance == preset("toy").edit_guidance == 1.0, "preset and checkpoint alike"
 
 
-def test_a_checkpoint_may_outpaint_with_a_guidance_of_its_own(exact, image):
-    exact.config = replace(exact.config, outpaint_guidance=(2.0, 1.0))
-    for own, ends in (({}, (2, 1)), ({"guidance": None}, (2, 1)), ({"guidance": 0.5}, (0.5, 0.5))):
-        steps = []
-        exact.outpaint(image, (0, 0, 8, 0), A, seed=0, steps=2, superres={"steps": 1}, callback=steps.append, **own)
-        told = [s.guidance for s in steps if s.stage == "base"]
-        assert (told[0], told[-1]) == ends, f"{own}: {told}"
-
-
 def test_a_checkpoint_may_edit_with_a_guidance_of_its_own(exact, image):
     exact.config = replace(exact.config, edit_guidance=1.5)
     for own, t in (({}, 1.5), ({"guidance": None}, 1.5), ({"guidance": 0.0}, 0.0), ({"guidance": (1.0, 3.0)}, None)):

@@ -158,7 +158,7 @@ def test_the_shipped_weights_were_measured(stored):
             content = (checkpoint.SHIPPED / folder / checkpoint.WEIGHTS).read_bytes()
             found = hashlib.sha256(content).hexdigest()
             assert part["settings"][f"weights of {label}"] == found, f"{name}: other weights of the {label}"
-        n = {"base": 1000, "cascade": 200, "sweep": 300}[name]
+        n = {"base": 500, "cascade": 200, "sweep": 150}[name]
         assert (part["settings"]["n"], part["settings"]["seed"]) == (n, 1000)
 
 

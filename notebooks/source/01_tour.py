@@ -271,7 +271,7 @@ r"""
 
 If the model can fill any holes, it can fill a grid that is all holes. But not all at once.
 
-**Predict, then run.** Below are coarse pictures of one prompt, drawn in 1, 2, 4 and 16 steps. In one step every token is drawn at the same moment, so none knows what the others became.
+**Predict, then run.** Below are coarse pictures of one prompt, drawn in 1, 2, 4 and 24 steps. In one step every token is drawn at the same moment, so none knows what the others became.
 What will be in the first row: two cubes that are out of focus, two cubes in wrong colours, or something else?
 """
 

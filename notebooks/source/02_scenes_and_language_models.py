@@ -506,9 +506,9 @@ grid(
 
 # %% [markdown]
 r"""
-Columns 2 and 5 change shape and size words: the pictures stay right. Columns 3 and 6 change the colour word: *crimson* gives
-patches of other colours, *azure* another colour. That is what the bars above predict. Few pictures prove little; `minimuse eval`
-counts hundreds, with intervals.
+Columns 2 and 5 change shape and size words: the pictures stay right. Columns 3 and 6 change the colour word: *crimson* is
+understood, with a patch of another colour now and then; *azure* gives another colour. So colour words are the hardest, as the
+bars above predict. Few pictures prove little; `minimuse eval` counts hundreds, with intervals.
 """
 
 # %%

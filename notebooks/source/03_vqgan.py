@@ -631,7 +631,7 @@ r"""
 The perceptual term lowers the perceptual distance, and costs some PSNR; the adversarial term changes little. To the eye the three rows
 hardly differ: after so short a training all are blurred, and the three curves nearly coincide. The adversarial term needs
 the longest training (Muse: a million steps), and joins late, when decoded pictures are nearly real. We gave the perceptual term the
-weight 1, since our features give smaller numbers than VGG's. The `nano` preset trains only on pixels; `toy` takes all three.
+weight 1, since our features give smaller numbers than VGG's. The `nano` preset trains only on pixels; `toy` adds the perceptual term.
 """
 
 # %% [markdown]

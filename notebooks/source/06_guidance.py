@@ -442,9 +442,9 @@ plt.show()
 # %% [markdown]
 r"""
 Left: a little guidance helps a lot, and too much undoes it. Guidance has a price, too: it raises what is specific to the text and
-lowers the rest, so pictures of one prompt become similar (Muse's figure 8). Right: all dots lie below zero, so *where* the object
-stands varies less with guidance, although the prompt says nothing about it. Eight prompts are few: most of these intervals still contain
-zero. Be careful with measures of variety at large scales: damage is varied, too, so a distance in pixels or features may even *rise* there.
+lowers the rest, so pictures of one prompt become similar (Muse's figure 8). Right: with $t = 1$ and $3$, *where* the object stands varies
+less than without guidance, although the prompt says nothing about it. With $8$ and $20$ it varies as much again, because damage is varied,
+too. So be careful with measures of variety at large scales. And eight prompts are few: an interval may contain zero.
 """
 
 # %%
@@ -452,8 +452,8 @@ if not FAST:  # four prompts are too few
     gain = {t: against(constant[t], constant[0.0])[0] for t in SCALES[1:]}
     assert gain[1.0].low > 0, "a little guidance does not help"
     assert gain[20.0].value < gain[1.0].value - 0.2, "too much does not undo it"
-    price = [against(constant[t], constant[0.0])[1] for t in SCALES[1:]]
-    assert all(p.value < 0 for p in price), "the object varies no less with guidance"
+    price = {t: against(constant[t], constant[0.0])[1] for t in SCALES[1:]}
+    assert max(price[1.0].value, price[3.0].value) < 0, "the object varies no less with guidance"
 
 # %% [markdown]
 r"""

@@ -295,14 +295,15 @@ plt.show()
 
 # %% [markdown]
 r"""
-A dot left of the dotted line is a schedule that is right less often than the cosine. For `sqrt` and `linear` the whole line lies left of
-it: they cost tens of points, and that is not luck. The cubic curve begins even more slowly than the cosine, and these prompts cannot separate the two.
+A dot left of the dotted line is a schedule that is right less often than the cosine. For `sqrt` the whole line lies left of it: it costs
+tens of points, and that is not luck. `linear` seems to cost some, but its line reaches zero, so these prompts are too few to be sure. The
+cubic curve begins even more slowly than the cosine, and cannot be told from it either.
 """
 
 # %%
 if not FAST:  # four prompts are too few
     assert gains["sqrt"].high < 0, "sqrt is not worse than the cosine"
-    assert gains["linear"].high < 0, "linear is not worse than the cosine"
+    assert gains["linear"].value < 0 < gains["linear"].high, "linear can be separated"
     assert gains["cubic"].low < 0 < gains["cubic"].high, "cubic and cosine can be separated"
 
 # %% [markdown]
